@@ -1,0 +1,55 @@
+# Every word that CI uses. Each sets up what it needs: an active environment that has torch is reused, else .venv is made.
+TORCH := 2.13.0
+ACTIVE := $(if $(or $(VIRTUAL_ENV),$(CONDA_PREFIX)),$(shell python -c "import torch, sys; print(sys.prefix)" 2>/dev/null))
+PYTHON := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
+STAMP := $(if $(ACTIVE),build/installed$(subst /,-,$(ACTIVE)),.venv/installed)
+NATIVE := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cpu/*.cpp csrc/cpu/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+
+.PHONY: help install demo test lint format bench wheel doctor clean
+help:
+	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
+	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
+	@echo "make bench   the quick benchmark     make doctor  a one-second check of every backend"
+	@echo "make format  rewrite the sources     make wheel   build dist/*.whl     make clean"
+
+install: $(STAMP)
+
+$(STAMP): $(NATIVE)
+ifeq ($(ACTIVE),)
+	python3 -m venv .venv
+	$(PYTHON) -m pip install -q --upgrade pip
+	$(PYTHON) -m pip install -q torch==$(TORCH)
+endif
+	$(PYTHON) -m pip install -q -e ".[dev]"
+	@mkdir -p $(dir $@)
+	@touch $@
+
+demo: $(STAMP)
+	$(PYTHON) examples/pretrain.py
+
+test: $(STAMP)
+	$(PYTHON) -m pytest
+
+lint: $(STAMP)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	$(PYTHON) -m clang_format --dry-run --Werror $(CPP)
+
+format: $(STAMP)
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m clang_format -i $(CPP)
+
+bench: $(STAMP)
+	$(PYTHON) -m benchmarks --quick
+
+wheel: $(STAMP)
+	$(PYTHON) -m pip wheel -q --no-deps -w dist .
+
+doctor: $(STAMP)
+	$(PYTHON) -m nitp_ops doctor
+
+clean:
+	rm -rf build dist *.egg-info nitp_ops/*.so .venv/installed

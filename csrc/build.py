@@ -1,0 +1,144 @@
+"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11, build information) with ninja."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+CSRC = Path(__file__).parent
+TARGET_FLAGS = {
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
+}
+KERNELS = ("swiglu", "alignment", "cross_entropy")
+# 2.11 is the oldest torch that the library loads into; newer ones keep the same binary interface.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+FLAGS = (
+    "-std=c++17 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wextra "
+    "-Wno-unused-parameter -DNDEBUG"
+)
+
+
+def find_torch() -> Path | None:
+    """The torch that this interpreter's own site-packages hold.
+
+    Asked of a fresh isolated interpreter: inside pip's build isolation the running one cannot see it."""
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
+    answer = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return Path(answer) if answer and (Path(answer) / "include").is_dir() else None
+
+
+def why_not(torch: Path | None, compiler: str) -> str | None:
+    """The reason why the library cannot be built here, or None."""
+    if torch is None:
+        return f"no torch is installed for {sys.executable}"
+    if torch_version(torch) < (2, 11):
+        return f"torch {'.'.join(map(str, torch_version(torch)))} is older than 2.11"
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler ({compiler}) is on the PATH"
+    return None
+
+
+def torch_version(torch: Path) -> tuple[int, int]:
+    match = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
+    assert match, f"{torch / 'version.py'} states no version"
+    return int(match[1]), int(match[2])
+
+
+def build(torch: Path, compiler: str, work: Path, package: Path, module_name: str) -> None:
+    """Writes work/build.ninja, runs it, and puts both shared objects into the folder `package`."""
+    import pybind11
+
+    work.mkdir(parents=True, exist_ok=True)
+    package.mkdir(parents=True, exist_ok=True)
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    flags = f"{FLAGS} {STABLE_ABI}{' -DNITP_X86' if x86 else ''}"
+    includes = f"-isystem {quote(torch / 'include')}"
+    objects = [("instruction_set", CSRC / "cpu/instruction_set.cpp", flags)]
+    objects += [
+        (name, CSRC / f"{path}.cpp", f"{flags} {includes}")
+        for name, path in (("library", "library"), ("entry", "cpu/entry"))
+    ]
+    for target in TARGET_FLAGS if x86 else ("portable",):
+        for kernel in KERNELS:
+            objects.append(
+                (
+                    f"{kernel}.{target}",
+                    CSRC / f"cpu/{kernel}.cpp",
+                    f"{flags} -DNITP_TARGET={target} {TARGET_FLAGS[target]}",
+                )
+            )
+    python = f"-isystem {quote(sysconfig.get_path('include'))} -isystem {quote(Path(pybind11.get_include()))}"
+    described = build_defines(torch, compiler, flags)
+    library, module = package / "libnitp_ops.so", package / module_name
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {compiler}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        "  command = $cxx -shared -s $in -o $out $flags",
+    ]
+    for name, source, object_flags in objects:
+        lines += [f"build {name}.o: compile {escape(source)}", f"  flags = {object_flags}"]
+    lines += [
+        f"build module.o: compile {escape(CSRC / 'module.cpp')}",
+        f"  flags = {FLAGS} {python} {described}",
+    ]
+    linked = f"-Wl,--no-as-needed -L{quote(torch / 'lib')} -ltorch_cpu -lc10 -Wl,-soname,libnitp_ops.so"
+    lines += [
+        f"build {escape(library)}: link {' '.join(f'{name}.o' for name, *_ in objects)}",
+        f"  flags = {linked}",
+    ]
+    beside = f"-L{quote(package)} -l:libnitp_ops.so -Wl,-rpath,'$$ORIGIN'"
+    lines += [f"build {escape(module)}: link module.o | {escape(library)}", f"  flags = {beside}"]
+    (work / "build.ninja").write_text("\n".join(lines) + "\n")
+    subprocess.run([ninja(), "-C", str(work)], check=True)
+
+
+def build_defines(torch: Path, compiler: str, flags: str) -> str:
+    version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
+    compiled_by = subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()[0]
+    git = subprocess.run(
+        ["git", "-C", str(CSRC), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    facts = {
+        "TORCH": version[1] if version else "unknown",
+        "COMPILER": compiled_by,
+        "FLAGS": flags,
+        "COMMIT": git.stdout.strip() or "unknown",
+    }
+    return " ".join(shlex.quote(f'-DNITP_BUILD_{key}="{value}"') for key, value in facts.items())
+
+
+def ninja() -> str:
+    """The ninja of the build environment: the package's own binary, else the one on the PATH."""
+    try:
+        import ninja as package
+    except ImportError:
+        return "ninja"
+    return str(Path(package.BIN_DIR) / "ninja")
+
+
+def quote(path: Path | str) -> str:
+    return shlex.quote(str(path)).replace("$", "$$")
+
+
+def escape(path: Path) -> str:
+    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

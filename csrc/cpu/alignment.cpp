@@ -1,0 +1,164 @@
+// Alignment over pairs of rows: one pass for the sums, one pass that overwrites the prediction with its gradient.
+#include "rows.h"
+
+namespace nitp {
+namespace NITP_TARGET {
+
+namespace {
+
+template <class P, class Z, class A>
+struct Pair {
+  P* p;
+  const Z* z;
+  Z* dz;  // null: not wanted
+  int64_t columns;
+  A scale;
+  bool gradient;
+
+  NITP_HD A prediction(int64_t j) const { return static_cast<A>(widen(p[j])); }
+  NITP_HD A target(int64_t j) const { return static_cast<A>(widen(z[j])); }
+};
+
+template <class T, class A>
+NITP_HD void put(T* p, A x) {
+  store(p, static_cast<working_t<T>>(x));
+}
+
+template <class P, class Z, class A>
+PairSums<A> sums_of(const Pair<P, Z, A>& pair) {
+  A pp(0), zz(0), pz(0);
+#pragma omp simd reduction(+ : pp, zz, pz)
+  for (int64_t j = 0; j < pair.columns; ++j) {
+    const A p = pair.prediction(j), z = pair.target(j);
+    pp += p * p;
+    zz += z * z;
+    pz += p * z;
+  }
+  return {pp, zz, pz};
+}
+
+template <class P, class Z, class A>
+A cosine_row(const Pair<P, Z, A>& pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
+  if (pair.gradient) {
+    const A a = pair.scale * row.of_prediction, b = pair.scale * row.of_target;
+    const A c = pair.scale * swapped.of_prediction, d = pair.scale * swapped.of_target;
+#pragma omp simd
+    for (int64_t j = 0; j < pair.columns; ++j) {
+      const A p = pair.prediction(j), z = pair.target(j);
+      if (pair.dz) put(pair.dz + j, c * z + d * p);
+      put(pair.p + j, a * p + b * z);
+    }
+  }
+  return A(1) - row.cosine;
+}
+
+// mse and smooth_l1: a mean over features of a function of the difference.
+template <class P, class Z, class A, class Value, class Slope>
+A difference_row(const Pair<P, Z, A>& pair, Value value, Slope slope) {
+  A sum(0);
+  const A scale = pair.scale / A(pair.columns);
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < pair.columns; ++j) sum += value(pair.prediction(j) - pair.target(j));
+  if (pair.gradient) {
+#pragma omp simd
+    for (int64_t j = 0; j < pair.columns; ++j) {
+      const A g = scale * slope(pair.prediction(j) - pair.target(j));
+      if (pair.dz) put(pair.dz + j, -g);
+      put(pair.p + j, g);
+    }
+  }
+  return sum / A(pair.columns);
+}
+
+template <class A>
+struct SoftmaxSums {
+  A max, sum;
+};
+
+template <class A, class Read>
+SoftmaxSums<A> softmax_sums(int64_t columns, Read read) {
+  A max(-INFINITY), sum(0);
+#pragma omp simd reduction(max : max)
+  for (int64_t j = 0; j < columns; ++j) max = read(j) > max ? read(j) : max;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < columns; ++j) sum += exp_nonpositive(read(j) - max);
+  return {max, sum};
+}
+
+template <class P, class Z, class A>
+A kl_row(const Pair<P, Z, A>& pair) {
+  const auto p_sums = softmax_sums<A>(pair.columns, [&](int64_t j) { return pair.prediction(j); });
+  const auto z_sums = softmax_sums<A>(pair.columns, [&](int64_t j) { return pair.target(j); });
+  const A offset = std::log(p_sums.sum) - std::log(z_sums.sum);
+  // log q_z - log q_p at feature j
+  auto log_ratio = [&](int64_t j) {
+    return (pair.target(j) - z_sums.max) - (pair.prediction(j) - p_sums.max) + offset;
+  };
+  auto q_z = [&](int64_t j) { return exp_nonpositive(pair.target(j) - z_sums.max) / z_sums.sum; };
+  A kl(0);
+#pragma omp simd reduction(+ : kl)
+  for (int64_t j = 0; j < pair.columns; ++j) kl += q_z(j) * log_ratio(j);
+  if (pair.gradient) {
+#pragma omp simd
+    for (int64_t j = 0; j < pair.columns; ++j) {
+      const A q = q_z(j);
+      const A q_p = exp_nonpositive(pair.prediction(j) - p_sums.max) / p_sums.sum;
+      if (pair.dz) put(pair.dz + j, pair.scale * q * (log_ratio(j) - kl));
+      put(pair.p + j, pair.scale * (q_p - q));
+    }
+  }
+  return kl;
+}
+
+template <class P>
+void clear(P* row, int64_t columns) {
+  for (int64_t j = 0; j < columns; ++j) put(row + j, 0.0);
+}
+
+}  // namespace
+
+template <class P, class Z, class A>
+void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    P* prediction = a.prediction + i * a.prediction_stride;
+    const Z* target = a.target + (a.target_rows ? a.target_rows[i] : i) * a.target_stride;
+    Z* target_gradient = a.target_gradient ? a.target_gradient + i * a.target_gradient_stride : nullptr;
+    const A scale = a.row_scale ? a.row_scale[i] : A(1);
+    const bool live = scale != A(0);
+    const Pair<P, Z, A> pair{prediction, target, target_gradient, a.columns, scale, a.gradient && live};
+    const PairSums<A> sums = sums_of(pair);
+    const CosineRow<A> row(sums, a.eps);
+    A loss(0);
+    switch (a.distance) {
+      case Distance::cosine: loss = cosine_row(pair, row, CosineRow<A>({sums.zz, sums.pp, sums.pz}, a.eps)); break;
+      case Distance::mse: loss = difference_row(pair, [](A d) { return d * d; }, [](A d) { return A(2) * d; }); break;
+      case Distance::smooth_l1:
+        loss = difference_row(pair, [](A d) { return smooth_l1(d); }, [](A d) { return smooth_l1_gradient(d); });
+        break;
+      case Distance::kl: loss = kl_row(pair); break;
+    }
+    if (a.gradient && !live) {  // not 0 * gradient: a NaN under a zero weight stays out
+      clear(prediction, a.columns);
+      if (target_gradient) clear(target_gradient, a.columns);
+    }
+    A* stats = a.stats + i;
+    stats[0] = loss;
+    stats[a.stats_stride] = row.cosine;
+    stats[2 * a.stats_stride] = row.prediction_norm;
+    stats[3 * a.stats_stride] = row.target_norm;
+  }
+}
+
+#define NITP_INSTANTIATE(P, Z, A) template void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);
+NITP_INSTANTIATE(double, double, double)
+NITP_INSTANTIATE(double, float, double)
+NITP_INSTANTIATE(double, bfloat16, double)
+NITP_INSTANTIATE(float, double, double)
+NITP_INSTANTIATE(float, float, float)
+NITP_INSTANTIATE(float, bfloat16, float)
+NITP_INSTANTIATE(bfloat16, double, double)
+NITP_INSTANTIATE(bfloat16, float, float)
+NITP_INSTANTIATE(bfloat16, bfloat16, float)
+
+}  // namespace NITP_TARGET
+}  // namespace nitp

@@ -1,0 +1,129 @@
+// Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
+// first-level cache between its max and its sum), one pass that overwrites the logits with their gradient.
+#include "../cross_entropy.h"
+
+#include "rows.h"
+
+namespace nitp {
+namespace NITP_TARGET {
+
+namespace {
+
+constexpr int64_t kBlock = 2048;  // 8 KiB of float32
+
+template <class T, class A>
+struct RowReader {
+  const T* logits;
+  const A* bias;
+  LogitTransform<A> transform;
+
+  NITP_HD A operator()(int64_t j) const {
+    const A x = widen(logits[j]);
+    return transform.value(bias ? x + bias[j] : x);
+  }
+};
+
+template <class A>
+struct RowSums {
+  A max, sum, total;  // max z, sum exp(z - max), sum z
+  int64_t argmax;
+};
+
+template <class T, class A>
+RowSums<A> reduce(const RowReader<T, A>& read, int64_t columns) {
+  RowSums<A> row{A(-INFINITY), A(0), A(0), 0};
+  int64_t best_block = 0;
+  A z[kBlock];
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    const int64_t n = columns - first < kBlock ? columns - first : kBlock;
+    A block_max = A(-INFINITY), block_total = A(0), block_sum = A(0);
+#pragma omp simd reduction(max : block_max) reduction(+ : block_total)
+    for (int64_t j = 0; j < n; ++j) {
+      z[j] = read(first + j);
+      block_max = z[j] > block_max ? z[j] : block_max;
+      block_total += z[j];
+    }
+    if (block_max > row.max) {
+      row.sum *= exp_nonpositive(row.max - block_max);
+      row.max = block_max;
+      best_block = first;
+    }
+    const A shift = row.max == A(-INFINITY) ? A(0) : row.max;
+#pragma omp simd reduction(+ : block_sum)
+    for (int64_t j = 0; j < n; ++j) block_sum += exp_nonpositive(z[j] - shift);
+    row.sum += block_sum;
+    row.total += block_total;
+  }
+  int64_t best = best_block;
+  while (best + 1 < columns && read(best) != row.max) ++best;
+  row.argmax = best;
+  return row;
+}
+
+template <class T>
+void clear(T* row, int64_t columns) {
+  using A = working_t<T>;
+  for (int64_t j = 0; j < columns; ++j) store(row + j, A(0));
+}
+
+template <class T, class A>
+void overwrite(T* logits, const RowReader<T, A>& read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
+               int64_t label, A scale, int64_t columns) {
+  const LogitTransform<A> transform = read.transform;
+  const A z_target = read(label);
+  const A factor = scale * loss.probability_factor(lse) / row.sum;
+  const A everywhere = scale * loss.everywhere();
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) {
+    const A z = read(j);
+    store(logits + j, transform.slope(z) * (factor * exp_nonpositive(z - row.max) - everywhere));
+  }
+  const A at_target = factor * exp_nonpositive(z_target - row.max) - everywhere - scale * loss.at_target();
+  store(logits + label, transform.slope(z_target) * at_target);
+}
+
+}  // namespace
+
+template <class T, class A>
+void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
+  const LogitTransform<A> transform{a.logit_scale, a.softcap};
+  const TokenLoss<A> token{a.smoothing, a.z_loss, A(a.columns)};
+  for (int64_t i = begin; i < end; ++i) {
+    T* logits = a.logits + i * a.logits_stride;
+    const int64_t label = a.labels[i];
+    const A scale = a.row_scale ? a.row_scale[i] : A(1);
+    A* loss = a.stats + i;
+    A* log_sum_exp = loss + a.stats_stride;
+    A* target_logit = log_sum_exp + a.stats_stride;
+    const bool inside = label >= 0 && label < a.columns;
+    const RowReader<T, A> read{logits, a.bias, transform};
+    const RowSums<A> row = reduce(read, a.columns);
+    const A lse = row.max + std::log(row.sum);
+    a.prediction[i] = row.argmax;
+    *log_sum_exp = lse;
+    if (label == a.ignore_index) {
+      *loss = A(0);
+      *target_logit = A(NAN);
+      if (a.gradient) clear(logits, a.columns);
+      continue;
+    }
+    // A label outside [0, V) poisons its row; the op above refuses it with a clear error first.
+    *target_logit = inside ? read(label) : A(NAN);
+    const A log_sum = std::log(row.sum);
+    const A mean = row.total / A(a.columns);
+    *loss = token.loss(lse, log_sum + (row.max - *target_logit), log_sum + (row.max - mean));
+    if (!a.gradient) continue;
+    if (scale == A(0)) {
+      clear(logits, a.columns);  // not 0 * gradient: a NaN under a zero weight stays out
+    } else {
+      overwrite(logits, read, row, token, lse, inside ? label : 0, inside ? scale : A(NAN), a.columns);
+    }
+  }
+}
+
+template void cross_entropy_rows(const CrossEntropyRows<double, double>&, int64_t, int64_t);
+template void cross_entropy_rows(const CrossEntropyRows<float, float>&, int64_t, int64_t);
+template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
+
+}  // namespace NITP_TARGET
+}  // namespace nitp

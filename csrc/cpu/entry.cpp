@@ -1,0 +1,199 @@
+// From tensors to row kernels: checks dtypes and shapes, picks the instruction set, splits the rows over threads.
+// A row is computed by one thread whatever the thread count, so results are bitwise reproducible.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "rows.h"
+
+namespace {
+
+using nitp::bfloat16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work: below it threads cost more than they give
+
+#define NITP_CALL(function, args, begin, end)                                                \
+  switch (nitp_instruction_set()) {                                                          \
+    case nitp::InstructionSet::avx512: nitp::NITP_AVX512::function(args, begin, end); break; \
+    case nitp::InstructionSet::avx2: nitp::NITP_AVX2::function(args, begin, end); break;     \
+    case nitp::InstructionSet::portable: nitp::portable::function(args, begin, end); break;  \
+  }
+#ifdef NITP_X86
+#define NITP_AVX512 avx512
+#define NITP_AVX2 avx2
+#else
+#define NITP_AVX512 portable
+#define NITP_AVX2 portable
+#endif
+
+template <class Function>
+void over_rows(int64_t rows, int64_t columns, Function function) {
+  const int64_t grain = columns > 0 ? 1 + (kElementsPerTask - 1) / columns : 1;
+  if (rows > 0) torch::stable::parallel_for(0, rows, grain, function);
+}
+
+void check_rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) {
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns && (columns < 2 || t.stride(1) == 1),
+      "nitp_ops row kernel: ", name, " must be a CPU tensor of ", rows, " rows with ", columns, " dense columns");
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+void check_list(const std::optional<Tensor>& t, const char* name, int64_t size, ScalarType type) {
+  STD_TORCH_CHECK(
+      !t.has_value() || (t->is_cpu() && t->numel() == size && t->is_contiguous() && t->scalar_type() == type),
+      "nitp_ops row kernel: ", name, " must hold ", size, " dense CPU values of the right dtype");
+}
+
+void check_stats(const Tensor& t, int64_t fields, int64_t rows, ScalarType type) {
+  check_rows(t, "stats", fields, rows);
+  STD_TORCH_CHECK(t.scalar_type() == type, "nitp_ops row kernel: stats has the wrong dtype");
+}
+
+template <class Function>
+void with_dtype(const Tensor& t, Function function) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: function(double{}); break;
+    case ScalarType::Float: function(float{}); break;
+    case ScalarType::BFloat16: function(bfloat16{}); break;
+    default: STD_TORCH_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32 or bfloat16");
+  }
+}
+
+ScalarType working(ScalarType a, ScalarType b) {
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class A>
+using working_t = nitp::portable::working_t<A>;
+
+void swiglu_rows(Tensor gate, Tensor up, Tensor out) {
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  check_rows(gate, "gate", rows, columns);
+  check_rows(up, "up", rows, columns);
+  check_rows(out, "out", rows, columns);
+  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && out.scalar_type() == gate.scalar_type(),
+                  "nitp_ops row kernel: gate, up and out must share one dtype");
+  with_dtype(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const nitp::SwigluRows<T> args{data<T>(gate),  data<T>(up),  data<T>(out), columns,
+                                   gate.stride(0), up.stride(0), out.stride(0)};
+    over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(swiglu_rows, args, begin, end) });
+  });
+}
+
+void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream) {
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  check_rows(gate, "gate", rows, columns);
+  check_rows(up, "up", rows, columns);
+  check_rows(upstream, "upstream", rows, columns);
+  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && upstream.scalar_type() == gate.scalar_type(),
+                  "nitp_ops row kernel: gate, up and upstream must share one dtype");
+  with_dtype(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const nitp::SwigluRowsBackward<T> args{data<T>(gate),  data<T>(up),  data<T>(upstream), columns,
+                                           gate.stride(0), up.stride(0), upstream.stride(0)};
+    over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(swiglu_rows_backward, args, begin, end) });
+  });
+}
+
+void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> target_rows,
+                     std::optional<Tensor> row_scale, Tensor stats, std::optional<Tensor> target_gradient,
+                     int64_t distance, double eps, bool gradient) {
+  const int64_t rows = prediction.size(0), columns = prediction.size(1);
+  const ScalarType work = working(prediction.scalar_type(), target.scalar_type());
+  check_rows(prediction, "prediction", rows, columns);
+  check_rows(target, "target", target_rows.has_value() ? target.size(0) : rows, columns);
+  check_list(target_rows, "target_rows", rows, ScalarType::Long);
+  check_list(row_scale, "row_scale", rows, work);
+  check_stats(stats, 4, rows, work);
+  if (target_gradient.has_value()) {
+    check_rows(*target_gradient, "target_gradient", rows, columns);
+    STD_TORCH_CHECK(target_gradient->scalar_type() == target.scalar_type(),
+                    "nitp_ops row kernel: target_gradient must have the target's dtype");
+  }
+  STD_TORCH_CHECK(distance >= 0 && distance <= 3, "nitp_ops row kernel: distance must be 0, 1, 2 or 3");
+  const int64_t* indices = data<int64_t>(target_rows);
+  for (int64_t i = 0; indices != nullptr && i < rows; ++i) {
+    STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < target.size(0), "nitp_ops row kernel: target_rows out of range");
+  }
+  with_dtype(prediction, [&](auto p) {
+    with_dtype(target, [&](auto z) {
+      using P = decltype(p);
+      using Z = decltype(z);
+      using A = decltype(working_t<P>{} + working_t<Z>{});
+      const nitp::AlignmentRows<P, Z, A> args{data<P>(prediction),
+                                              data<Z>(target),
+                                              indices,
+                                              data<A>(row_scale),
+                                              data<A>(stats),
+                                              data<Z>(target_gradient),
+                                              columns,
+                                              prediction.stride(0),
+                                              target.stride(0),
+                                              stats.stride(0),
+                                              target_gradient.has_value() ? target_gradient->stride(0) : 0,
+                                              static_cast<A>(eps),
+                                              static_cast<nitp::Distance>(distance),
+                                              gradient};
+      over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(alignment_rows, args, begin, end) });
+    });
+  });
+}
+
+void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> bias, std::optional<Tensor> row_scale,
+                         Tensor stats, Tensor prediction, int64_t ignore_index, double label_smoothing, double z_loss,
+                         double softcap, double logit_scale, bool gradient) {
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
+  check_rows(logits, "logits", rows, columns);
+  check_list(labels, "labels", rows, ScalarType::Long);
+  check_list(bias, "bias", columns, work);
+  check_list(row_scale, "row_scale", rows, work);
+  check_list(prediction, "prediction", rows, ScalarType::Long);
+  check_stats(stats, 3, rows, work);
+  STD_TORCH_CHECK(columns > 0 || rows == 0, "nitp_ops row kernel: logits has no columns");
+  with_dtype(logits, [&](auto zero) {
+    using T = decltype(zero);
+    using A = working_t<T>;
+    const nitp::CrossEntropyRows<T, A> args{data<T>(logits),
+                                            data<int64_t>(labels),
+                                            data<A>(bias),
+                                            data<A>(row_scale),
+                                            data<A>(stats),
+                                            data<int64_t>(prediction),
+                                            columns,
+                                            logits.stride(0),
+                                            stats.stride(0),
+                                            ignore_index,
+                                            static_cast<A>(label_smoothing),
+                                            static_cast<A>(z_loss),
+                                            static_cast<A>(softcap),
+                                            static_cast<A>(logit_scale),
+                                            gradient};
+    over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(cross_entropy_rows, args, begin, end) });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
+  m.impl("swiglu_rows", TORCH_BOX(&swiglu_rows));
+  m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_));
+  m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_));
+  m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_));
+}

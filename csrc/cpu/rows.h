@@ -1,0 +1,75 @@
+// The CPU row kernels as plain C++: one struct of pointers and strides an op, one function over rows [begin, end).
+// Strides count elements; the last axis is dense. Every .cpp beside this file is compiled once for each
+// instruction set into a namespace of its own; entry.cpp picks the namespace at run time.
+#pragma once
+#include <cstdint>
+
+#include "../alignment.h"
+
+namespace nitp {
+
+template <class T>
+struct SwigluRows {
+  const T *gate, *up;
+  T* out;
+  int64_t columns, gate_stride, up_stride, out_stride;
+};
+
+template <class T>
+struct SwigluRowsBackward {
+  T *gate, *up;  // read, then overwritten with their gradients
+  const T* upstream;
+  int64_t columns, gate_stride, up_stride, upstream_stride;
+};
+
+template <class P, class Z, class A>
+struct AlignmentRows {
+  P* prediction;  // overwritten with row_scale * dloss/dprediction where `gradient`
+  const Z* target;
+  const int64_t* target_rows;  // null: row i of the prediction meets row i of the target
+  const A* row_scale;          // null: 1
+  A* stats;                    // [4, rows]: loss, cosine, |prediction|, |target|
+  Z* target_gradient;          // null: not wanted; row i belongs to row i of the prediction
+  int64_t columns, prediction_stride, target_stride, stats_stride, target_gradient_stride;
+  A eps;
+  Distance distance;
+  bool gradient;
+};
+
+template <class T, class A>
+struct CrossEntropyRows {
+  T* logits;  // raw; overwritten with row_scale * dloss/dlogits where `gradient`
+  const int64_t* labels;
+  const A* bias;       // null: none
+  const A* row_scale;  // null: 1
+  A* stats;            // [3, rows]: loss, log-sum-exp, target logit
+  int64_t* prediction;
+  int64_t columns, logits_stride, stats_stride, ignore_index;
+  A smoothing, z_loss, softcap, logit_scale;
+  bool gradient;
+};
+
+#define NITP_DECLARE_ROWS(target)                                                      \
+  namespace target {                                                                   \
+  template <class T>                                                                   \
+  void swiglu_rows(const SwigluRows<T>&, int64_t begin, int64_t end);                  \
+  template <class T>                                                                   \
+  void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t begin, int64_t end); \
+  template <class P, class Z, class A>                                                 \
+  void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t begin, int64_t end);      \
+  template <class T, class A>                                                          \
+  void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t begin, int64_t end);  \
+  }
+
+NITP_DECLARE_ROWS(portable)
+NITP_DECLARE_ROWS(avx2)
+NITP_DECLARE_ROWS(avx512)
+#undef NITP_DECLARE_ROWS
+
+enum class InstructionSet { portable, avx2, avx512 };
+
+}  // namespace nitp
+
+// The best set that this CPU has and this library holds; decided once, when the library loads.
+extern "C" __attribute__((visibility("default"))) const char* nitp_ops_instruction_set();
+nitp::InstructionSet nitp_instruction_set();

@@ -1,0 +1,43 @@
+// SwiGLU over rows: reads gate and up once, writes the product (or both gradients, in place) once.
+#include "../swiglu.h"
+
+#include "rows.h"
+
+namespace nitp {
+namespace NITP_TARGET {
+
+template <class T>
+void swiglu_rows(const SwigluRows<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* gate = a.gate + row * a.gate_stride;
+    const T* up = a.up + row * a.up_stride;
+    T* out = a.out + row * a.out_stride;
+#pragma omp simd
+    for (int64_t j = 0; j < a.columns; ++j) store(out + j, swiglu(widen(gate[j]), widen(up[j])));
+  }
+}
+
+template <class T>
+void swiglu_rows_backward(const SwigluRowsBackward<T>& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* gate = a.gate + row * a.gate_stride;
+    T* up = a.up + row * a.up_stride;
+    const T* upstream = a.upstream + row * a.upstream_stride;
+#pragma omp simd
+    for (int64_t j = 0; j < a.columns; ++j) {
+      const auto gradient = swiglu_gradient(widen(gate[j]), widen(up[j]), widen(upstream[j]));
+      store(gate + j, gradient.gate);
+      store(up + j, gradient.up);
+    }
+  }
+}
+
+#define NITP_INSTANTIATE(T)                                          \
+  template void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t); \
+  template void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t);
+NITP_INSTANTIATE(double)
+NITP_INSTANTIATE(float)
+NITP_INSTANTIATE(bfloat16)
+
+}  // namespace NITP_TARGET
+}  // namespace nitp

@@ -1,0 +1,105 @@
+// What every formula header stands on: the host/device mark, the working precision of a storage type,
+// and exp / tanh in a form that compilers vectorise.
+//
+// Each CPU instruction set compiles the headers into a namespace of its own (NITP_TARGET), so that the linker
+// can never hand an AVX-512 body to a machine without it.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define NITP_HD __host__ __device__ __forceinline__
+#else
+#define NITP_HD inline __attribute__((always_inline))
+#endif
+
+#ifndef NITP_TARGET
+#define NITP_TARGET portable
+#endif
+
+namespace nitp {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+namespace NITP_TARGET {
+
+// Working precision: float64 stays, everything narrower is computed in float32.
+template <class T>
+struct Working {
+  using type = float;
+};
+template <>
+struct Working<double> {
+  using type = double;
+};
+template <class T>
+using working_t = typename Working<T>::type;
+
+NITP_HD float widen(float x) { return x; }
+NITP_HD double widen(double x) { return x; }
+NITP_HD float widen(bfloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+NITP_HD void store(float* p, float x) { *p = x; }
+NITP_HD void store(double* p, double x) { *p = x; }
+NITP_HD void store(bfloat16* p, float x) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  p->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+
+// exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6
+// Chebyshev fit of exp(r); relative error below 2e-7, exactly 0 under -87, NaN stays NaN.
+NITP_HD float exp_nonpositive(float x) {
+#ifdef __CUDA_ARCH__
+  return expf(x);
+#else
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  const float tail = 0.5f + r * (0.1666657599f + r * (0.04166655336f + r * (0.008363345811f + r * 0.00139263919f)));
+  const float power = 1.0f + (r + r * r * tail);
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits + 127u) << 23;  // the low bits of `shifted` hold n in two's complement
+  float scale;
+  memcpy(&scale, &bits, sizeof scale);
+  return x < -87.0f ? 0.0f : power * scale;
+#endif
+}
+NITP_HD double exp_nonpositive(double x) { return std::exp(x); }
+
+// tanh: near zero x + x^3 Q(x^2) (Chebyshev fit on |x| <= 0.6), else (1 - e) / (1 + e) with e = exp(-2 |x|).
+NITP_HD float tanh_of(float x) {
+#ifdef __CUDA_ARCH__
+  return tanhf(x);
+#else
+  const float t = x * x;
+  const float q =
+      -0.3333333033f + t * (0.1333291537f + t * (-0.05387394885f + t * (0.02111095905f + t * -0.00626911972f)));
+  const float size = x < 0.0f ? -x : x;
+  const float e = exp_nonpositive(-2.0f * size);
+  const float far = (1.0f - e) / (1.0f + e);
+  return size < 0.6f ? x + x * t * q : (x < 0.0f ? -far : far);
+#endif
+}
+NITP_HD double tanh_of(double x) { return std::tanh(x); }
+
+// sigmoid(x) without overflow on either side.
+template <class A>
+NITP_HD A sigmoid(A x) {
+  const A e = exp_nonpositive(x < A(0) ? x : -x);
+  return (x < A(0) ? e : A(1)) / (A(1) + e);
+}
+
+}  // namespace NITP_TARGET
+}  // namespace nitp

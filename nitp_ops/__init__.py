@@ -1,0 +1,48 @@
+"""nitp_ops: composable language-model objectives with fused forward and backward kernels.
+
+    objective = nitp_ops.objectives.build("ntp + 0.8*nitp", model=info)
+
+Importing never compiles and never fails for want of the compiled library: `python -m nitp_ops doctor` says what works.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+# torch first: the compiled library takes its symbols from torch's.
+import torch  # noqa: F401
+
+from . import geometry, reference
+from ._alignment import AlignmentStats, alignment
+from ._check import BackendError
+from ._implicit_token_loss import implicit_token_loss
+from ._linear_cross_entropy import HeadJob, TokenStats, linear_cross_entropy, shared_linear_cross_entropy
+from ._swiglu import swiglu
+
+try:
+    __version__ = metadata.version("nitp_ops")
+except metadata.PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "AlignmentStats",
+    "BackendError",
+    "HeadJob",
+    "TokenStats",
+    "alignment",
+    "geometry",
+    "implicit_token_loss",
+    "linear_cross_entropy",
+    "reference",
+    "shared_linear_cross_entropy",
+    "swiglu",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The one arrow that runs up: `import nitp_ops` must not pay for the registry and its plugins.
+    if name == "objectives":
+        return importlib.import_module("nitp_ops.objectives")
+    raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}")

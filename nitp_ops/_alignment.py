@@ -1,0 +1,150 @@
+"""alignment: a distance between rows, with gradients to both sides, and the table of distances.
+
+The gradients stand in csrc/alignment.h; the equations in reference.alignment.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check, reference, rows
+from ._chunks import CACHED_BYTES, Rows, chunks, rows_per_chunk
+from ._gradients import refuse_double_backward
+
+_OP = "alignment"
+
+#: Name -> number of the distance in csrc/alignment.h.
+DISTANCES = {"cosine": 0, "mse": 1, "smooth_l1": 2, "kl": 3}
+
+
+class AlignmentStats(NamedTuple):
+    """Detached per-row values, float32 (float64 for float64), shaped like the rows; zeros where a row is invalid."""
+
+    loss: Tensor
+    cosine: Tensor
+    prediction_norm: Tensor
+    target_norm: Tensor
+
+
+def alignment(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    distance: str = "cosine",
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Per-row distance between predictions p and targets z, fused forward and backward.
+
+    | distance | loss of a row |
+    | --- | --- |
+    | cosine | ``1 - p.z / (|p| |z|)``, each norm clamped at eps; zero gradient to a side whose norm is below eps |
+    | mse | ``mean (p - z)^2`` |
+    | smooth_l1 | ``mean h(p - z)``, ``h(x) = x^2/2`` where ``|x| < 1``, else ``|x| - 1/2`` |
+    | kl | ``sum softmax(z) (log softmax(z) - log softmax(p))`` |
+
+    Args:
+        prediction, target: ``[..., D]``, one shape and device; float64, float32 or bfloat16, each its own dtype.
+            Both get gradients; detach the target to stop its gradient.
+        distance: the row of the table above.
+        eps: lower bound of each norm (cosine).
+        backend: None (the device decides), "native" or "reference".
+
+    Returns:
+        ``[...]``, float32 (float64 when either input is float64).
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown distance.
+        BackendError: no compiled row kernels for this device.
+
+    Example:
+        >>> import torch, nitp_ops
+        >>> nitp_ops.alignment(torch.ones(2, 4), torch.ones(2, 4)).tolist()
+        [0.0, 0.0]
+
+    Source: the distances of NITP's ablation table, arXiv 2605.24956.
+    """
+    _check.is_float(_OP, "prediction", prediction)
+    _check.is_float(_OP, "target", target)
+    _check.has_dim(_OP, "prediction", prediction, 1, "[..., D]")
+    _check.has_shape(_OP, "target", target, prediction.shape, "prediction's")
+    _check.same_device(_OP, "target", target, "prediction", prediction)
+    _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
+    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True)
+    if rows.choose(_OP, prediction.device, backend) == "reference":
+        return reference.alignment(prediction, target, distance=distance, eps=eps)
+    return _forward(prediction, target, DISTANCES[distance], eps)
+
+
+@torch.library.custom_op("nitp_ops::alignment", mutates_args=(), device_types="cpu")
+def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float) -> Tensor:
+    p, z = Rows(prediction), Rows(target)
+    dtype = reference.working(prediction, target)
+    stats = torch.empty(4, p.count, dtype=dtype)
+    step = rows_per_chunk(p.count, _row_bytes(prediction, target), None)
+    for _, part in chunks(None, p.count, step):
+        torch.ops.nitp_ops.alignment_rows_(
+            p.dense(part), z.dense(part), None, None, stats[:, part], None, distance, eps, False
+        )
+    return stats[0].view(p.shape).clone()
+
+
+@_forward.register_fake
+def _(prediction: Tensor, target: Tensor, distance: int, eps: float) -> Tensor:
+    return prediction.new_empty(prediction.shape[:-1], dtype=reference.working(prediction, target))
+
+
+@torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool
+) -> list[Tensor]:
+    """[d_prediction] or, with wants_target, [d_prediction, d_target]; formed in place in a copy of the prediction."""
+    p, z = Rows(prediction), Rows(target)
+    width = prediction.shape[-1]
+    d_prediction = torch.empty(prediction.shape, dtype=prediction.dtype)
+    d_target = torch.empty(target.shape, dtype=target.dtype) if wants_target else None
+    scale = upstream.reshape(-1).contiguous()
+    stats = torch.empty(4, p.count, dtype=scale.dtype)
+    step = rows_per_chunk(p.count, _row_bytes(prediction, target), CACHED_BYTES)
+    for _, part in chunks(None, p.count, step):
+        out = d_prediction.view(p.count, width)[part].copy_(p.take(part))
+        out_target = None if d_target is None else d_target.view(p.count, width)[part]
+        torch.ops.nitp_ops.alignment_rows_(
+            out, z.dense(part), None, scale[part], stats[:, part], out_target, distance, eps, True
+        )
+    return [d_prediction] if d_target is None else [d_prediction, d_target]
+
+
+def _row_bytes(prediction: Tensor, target: Tensor) -> int:
+    return prediction.shape[-1] * (prediction.element_size() + target.element_size())
+
+
+@_backward.register_fake
+def _(
+    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool
+) -> list[Tensor]:
+    d_prediction = prediction.new_empty(prediction.shape)
+    return [d_prediction, target.new_empty(target.shape)] if wants_target else [d_prediction]
+
+
+def _save(ctx, inputs, output) -> None:
+    prediction, target, ctx.distance, ctx.eps = inputs
+    ctx.save_for_backward(prediction, target)
+
+
+def _differentiate(ctx, upstream: Tensor):
+    prediction, target = ctx.saved_tensors
+    wants_prediction, wants_target = ctx.needs_input_grad[:2]
+    gradients = _backward(prediction, target, upstream, ctx.distance, ctx.eps, wants_target)
+    return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None
+
+
+def _refuse(ctx, *upstream):
+    refuse_double_backward(_OP, upstream)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)

@@ -1,0 +1,99 @@
+"""Checks at the door. One message form: `op: argument has|is <what came>, expected <what was expected>`."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+
+
+class BackendError(RuntimeError):
+    """No backend can run this call; the message lists every backend with its reason."""
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_tensor(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {argument} is a {type(value).__name__}, expected a torch.Tensor")
+
+
+def has_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in allowed:
+        expected = " or ".join(name_of(dtype) for dtype in allowed)
+        raise TypeError(f"{op}: {argument} is {name_of(tensor.dtype)}, expected {expected}")
+
+
+def is_float(op: str, argument: str, value: object) -> None:
+    """A tensor of a dtype that the row kernels serve."""
+    is_tensor(op, argument, value)
+    assert isinstance(value, Tensor)
+    has_dtype(op, argument, value, FLOATS)
+
+
+def has_shape(op: str, argument: str, tensor: Tensor, expected: Sequence[int], meaning: str = "") -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        note = f" ({meaning})" if meaning else ""
+        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {tuple(expected)}{note}")
+
+
+def has_dim(op: str, argument: str, tensor: Tensor, least: int, form: str) -> None:
+    if tensor.dim() < least:
+        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {form}")
+
+
+def same_device(op: str, argument: str, tensor: Tensor, like: str, other: Tensor) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {argument} is on {tensor.device}, expected {other.device} (where {like} is)")
+
+
+def one_of(op: str, argument: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{op}: {argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+
+
+def number(op: str, argument: str, value: object, *, least: float, open_end: bool = False) -> float:
+    """A finite real number `>= least` (`> least` with open_end), as float."""
+    expected = f"a number {'>' if open_end else '>='} {least:g}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
+    if not (float(value) > least if open_end else float(value) >= least) or float(value) == float("inf"):
+        raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
+    return float(value)
+
+
+def integer(op: str, argument: str, value: object, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {argument} is {value!r}, expected an integer >= {least}")
+    if value < least:
+        raise ValueError(f"{op}: {argument} is {value}, expected an integer >= {least}")
+    return value
+
+
+def scalar(op: str, argument: str, value: object) -> None:
+    """A positive number or a 0-d tensor without gradient (its value is never read on the host)."""
+    if isinstance(value, Tensor):
+        has_shape(op, argument, value, ())
+        no_gradient(op, argument, value)
+    else:
+        number(op, argument, value, least=0.0, open_end=True)
+
+
+def no_gradient(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(f"{op}: {argument} requires a gradient, expected a detached tensor (it gets none)")
+
+
+def labels_inside(op: str, argument: str, labels: Tensor, ignore_index: int, classes: int) -> None:
+    """Host check of values: every label is ignore_index or lies in [0, classes)."""
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+    if bool(wrong.any()):
+        where = tuple(int(i) for i in wrong.nonzero()[0])
+        expected = f"[0, {classes}) or ignore_index={ignore_index}"
+        raise IndexError(f"{op}: {argument}{list(where)} is {int(labels[where])}, expected a value in {expected}")

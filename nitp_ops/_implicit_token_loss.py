@@ -1,0 +1,158 @@
+"""implicit_token_loss: distance(P(h_t), stopgrad(s_{t+shift})),  P(h) = W_down (silu(W_gate h) * W_up h).
+
+This file is the door: signature, checks, normalisation. `_latent_pass.py` is the chunked algorithm behind it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _check, reference, rows
+from ._alignment import DISTANCES, AlignmentStats
+from ._latent_pass import Projector, latent_pass
+from ._linear_cross_entropy import REDUCTIONS
+
+_OP = "implicit_token_loss"
+
+
+def implicit_token_loss(
+    hidden: Tensor,
+    target: Tensor,
+    gate: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    shift: int = 1,
+    distance: str = "cosine",
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    chunk_bytes: int | None = None,
+    return_stats: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Next Implicit Token Prediction: the projected hidden state predicts the latent of the next token.
+
+    ``p_t = W_down (silu(W_gate h_t) * W_up h_t)``, ``loss_t = distance(p_t, stopgrad(target_{t+shift}))``;
+    for cosine ``loss_t = 1 - p.z / (|p| |z|)`` and ``dloss/dp = -(z^ - cos p^) / |p|``.
+
+    Rows go through in chunks; for scalar reductions gradients are formed in the forward pass (nine GEMMs, nothing
+    recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients are summed in float32.
+
+    Args:
+        hidden: ``[..., T, d]`` float64, float32 or bfloat16; the predictor.
+        target: ``[..., T, D]``, the same leading shape, its own dtype. Row t meets row t + shift, by index: nothing is
+            rolled or copied. It gets no gradient.
+        gate, up: ``[m, d]``; adjacent views of one ``[2m, d]`` buffer run as one GEMM. Both None: a linear projector.
+        down: ``[D, m]`` (``[D, d]`` for a linear projector). None: no projector, then D = d.
+        valid: bool ``[..., T]``: the pair that starts at t counts. The last `shift` rows never do.
+        shift: >= 0; 1 is the paper's, 0 the same position.
+        distance: "cosine", "mse", "smooth_l1" or "kl", as in `alignment`.
+        eps: lower bound of each norm (cosine).
+        reduction: "mean" divides by the number of valid pairs or by `normalizer`; "sum"; "none" returns ``[..., T]``
+            with zeros where invalid. No valid pair: loss 0 and gradients 0.
+        normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
+        chunk_bytes: size of one chunk's workspace; None: at most 32 MiB.
+        return_stats: also return `AlignmentStats`, ``[..., T]`` each.
+        backend: None (the device decides), "native" or "reference".
+
+    Returns:
+        The loss in float32 (float64 for float64), 0-d or ``[..., T]``; with return_stats ``(loss, AlignmentStats)``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
+        BackendError: no compiled row kernels for this device.
+        NotImplementedError: double backward.
+
+    Example:
+        >>> import torch, nitp_ops
+        >>> h, z = torch.ones(1, 4, 8), torch.ones(1, 4, 8)
+        >>> gate, up, down = torch.ones(32, 8), torch.ones(32, 8), torch.ones(8, 32)
+        >>> abs(nitp_ops.implicit_token_loss(h, z, gate, up, down).item()) < 1e-6
+        True
+
+    Source: NITP, arXiv 2605.24956.
+    """
+    projector = _projector(hidden, target, gate, up, down)
+    _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
+    _check.one_of(_OP, "reduction", reduction, REDUCTIONS)
+    _check.integer(_OP, "shift", shift, least=0)
+    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True)
+    if chunk_bytes is not None:
+        _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"{_OP}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
+        _check.scalar(_OP, "normalizer", normalizer)
+    if valid is not None:
+        _check.is_tensor(_OP, "valid", valid)
+        _check.has_dtype(_OP, "valid", valid, (torch.bool,))
+        _check.has_shape(_OP, "valid", valid, hidden.shape[:-1], "hidden's without its last axis")
+        _check.same_device(_OP, "valid", valid, "hidden", hidden)
+    if rows.choose(_OP, hidden.device, backend) == "reference":
+        terms = {"valid": valid, "shift": shift, "distance": distance, "eps": eps}
+        weights = gate, up, down
+        loss = reference.implicit_token_loss(
+            hidden, target, *weights, reduction=reduction, normalizer=normalizer, **terms
+        )
+        if not return_stats:
+            return loss
+        return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
+    keep = reference.pairs(hidden, valid, shift)
+    scale = torch.ones((), dtype=reference.working(hidden, target), device=hidden.device)
+    if reduction == "mean":
+        scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
+    loss, stats = latent_pass(
+        hidden,
+        target,
+        projector,
+        keep.reshape(-1),
+        scale,
+        shift=shift,
+        distance=DISTANCES[distance],
+        eps=eps,
+        chunk_bytes=chunk_bytes,
+        per_row=reduction == "none",
+    )
+    loss = loss.view(keep.shape) if reduction == "none" else loss
+    return (loss, AlignmentStats(*(row.view(keep.shape) for row in stats))) if return_stats else loss
+
+
+def _projector(
+    hidden: Tensor, target: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | None
+) -> Projector:
+    """Checks the tensors against each other; shapes first, so that the message names what is wrong."""
+    for name, tensor in (("hidden", hidden), ("target", target)):
+        _check.is_float(_OP, name, tensor)
+        _check.has_dim(_OP, name, tensor, 2, "[..., T, d]")
+    if target.shape[:-1] != hidden.shape[:-1]:
+        expected = (*hidden.shape[:-1], target.shape[-1])
+        _check.has_shape(_OP, "target", target, expected, "hidden's leading shape")
+    _check.same_device(_OP, "target", target, "hidden", hidden)
+    if (gate is None) != (up is None):
+        raise ValueError(f"{_OP}: {'gate' if gate is None else 'up'} is None, expected gate and up together or neither")
+    if gate is not None and down is None:
+        raise ValueError(f"{_OP}: down is None, expected [D, m] beside gate and up")
+    width, out = hidden.shape[-1], target.shape[-1]
+    named = [(name, w) for name, w in (("gate", gate), ("up", up), ("down", down)) if w is not None]
+    for name, weight in named:
+        _check.is_float(_OP, name, weight)
+        _check.has_dtype(_OP, name, weight, (named[0][1].dtype,))
+        _check.same_device(_OP, name, weight, "hidden", hidden)
+        if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
+            came, expected = _check.name_of(weight.dtype), _check.name_of(hidden.dtype)
+            raise TypeError(f"{_OP}: {name} is {came}, expected {expected} (float64 does not mix with other dtypes)")
+    if gate is not None and up is not None:
+        if gate.dim() != 2 or gate.shape[1] != width:
+            raise ValueError(f"{_OP}: gate has shape {tuple(gate.shape)}, expected (m, {width}), hidden's width")
+        _check.has_shape(_OP, "up", up, gate.shape, "gate's")
+    inner = width if gate is None else gate.shape[0]
+    if down is not None:
+        _check.has_shape(_OP, "down", down, (out, inner), "target's width by the inner width")
+    elif out != width:
+        raise ValueError(f"{_OP}: target has width {out}, expected {width} (hidden's, as there is no projector)")
+    return Projector(gate, up, down)

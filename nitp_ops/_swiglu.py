@@ -1,0 +1,100 @@
+"""swiglu: y = silu(g) u,  dy/dg = u s (1 + g (1 - s)),  dy/du = g s,  s = sigmoid(g)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check, reference, rows
+from ._chunks import CACHED_BYTES, Rows, chunks, rows_per_chunk
+from ._gradients import refuse_double_backward
+
+_OP = "swiglu"
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
+    """SwiGLU activation, fused forward and backward.
+
+    ``y = silu(gate) * up = gate * sigmoid(gate) * up``
+
+    Args:
+        gate, up: ``[..., m]``, one shape, device and dtype (float64, float32 or bfloat16). Strided rows are read in
+            place. Arithmetic runs in float32 (float64 for float64) and is rounded once.
+        backend: None (the device decides), "native" or "reference".
+
+    Returns:
+        ``[..., m]`` in the dtype of gate.
+
+    Raises:
+        TypeError: not a tensor, or an unserved or different dtype.
+        ValueError: different shapes or devices, or an unknown backend.
+        BackendError: no compiled row kernels for this device.
+
+    Example:
+        >>> import torch, nitp_ops
+        >>> nitp_ops.swiglu(torch.zeros(2, 3), torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv 2002.05202.
+    """
+    _check.is_float(_OP, "gate", gate)
+    _check.is_float(_OP, "up", up)
+    _check.has_dtype(_OP, "up", up, (gate.dtype,))
+    _check.has_dim(_OP, "gate", gate, 1, "[..., m]")
+    _check.has_shape(_OP, "up", up, gate.shape, "gate's")
+    _check.same_device(_OP, "up", up, "gate", gate)
+    if rows.choose(_OP, gate.device, backend) == "reference":
+        return reference.swiglu(gate, up)
+    return _forward(gate, up)
+
+
+@torch.library.custom_op("nitp_ops::swiglu", mutates_args=(), device_types="cpu")
+def _forward(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    g, u = Rows(gate), Rows(up)
+    for _, part in chunks(None, g.count, rows_per_chunk(g.count, 3 * _row_bytes(gate), None)):
+        torch.ops.nitp_ops.swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
+    return out
+
+
+def _row_bytes(gate: Tensor) -> int:
+    return gate.shape[-1] * gate.element_size()
+
+
+@_forward.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=(), device_types="cpu")
+def _backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """The kernel works in place, so each chunk is copied first and overwritten while it is still in the cache."""
+    g, u, dy = Rows(gate), Rows(up), Rows(upstream)
+    shape = (g.count, gate.shape[-1])
+    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    for _, part in chunks(None, g.count, rows_per_chunk(g.count, 2 * _row_bytes(gate), CACHED_BYTES)):
+        out_gate = d_gate.view(shape)[part].copy_(g.take(part))
+        out_up = d_up.view(shape)[part].copy_(u.take(part))
+        torch.ops.nitp_ops.swiglu_rows_backward_(out_gate, out_up, dy.dense(part))
+    return d_gate, d_up
+
+
+@_backward.register_fake
+def _(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, upstream: Tensor):
+    return _backward(*ctx.saved_tensors, upstream)
+
+
+def _refuse(ctx, *upstream):
+    refuse_double_backward(_OP, upstream)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+_backward.register_autograd(_refuse)

@@ -1,0 +1,200 @@
+"""The book of equations: every op in plain PyTorch, differentiable, slow, and right.
+
+Scalars come back in float32 (float64 for float64 inputs); arithmetic between GEMMs runs in that precision too.
+Each function has the name, arguments and meaning of the public op (whose docstring holds shapes and sources); the
+arguments that only steer the execution (chunk_bytes, backend) are absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def working(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, rounded once."""
+    dtype = working(gate)
+    return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
+
+
+def cosine(prediction: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
+    """p.z / (max(|p|, eps) max(|z|, eps)); a side whose norm is below eps gets no gradient."""
+
+    def unit(x: Tensor) -> Tensor:
+        square = x.square().sum(-1, keepdim=True)
+        dead = square < eps * eps
+        norm = torch.where(dead, torch.ones_like(square), square).sqrt()  # sqrt has an infinite slope at 0
+        return torch.where(dead, x.detach() / eps, x / norm)
+
+    dtype = working(prediction, target)
+    return (unit(prediction.to(dtype)) * unit(target.to(dtype))).sum(-1)
+
+
+def alignment(prediction: Tensor, target: Tensor, *, distance: str = "cosine", eps: float = 1e-6) -> Tensor:
+    """Per-row distance over the last axis: 1 - cos | mean square | mean smooth-L1 | KL(softmax z || softmax p)."""
+    dtype = working(prediction, target)
+    if distance == "cosine":
+        return 1 - cosine(prediction, target, eps)
+    p, z = prediction.to(dtype), target.to(dtype)
+    if distance == "mse":
+        return (p - z).square().mean(-1)
+    if distance == "smooth_l1":
+        return F.smooth_l1_loss(p, z, reduction="none").mean(-1)
+    if distance == "kl":
+        return F.kl_div(p.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    raise ValueError(f"alignment: distance is {distance!r}, expected 'cosine', 'mse', 'smooth_l1' or 'kl'")
+
+
+def projection(hidden: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
+    """W_down (silu(W_gate h) * W_up h); without gate and up: W_down h; without any: h."""
+    if down is None:
+        return hidden
+    hidden = hidden.to(down.dtype)
+    if gate is None or up is None:
+        return F.linear(hidden, down)
+    return F.linear(swiglu(F.linear(hidden, gate), F.linear(hidden, up)), down)
+
+
+def pairs(hidden: Tensor, valid: Tensor | None, shift: int) -> Tensor:
+    """bool [..., T]: the pair (t, t + shift) exists and counts."""
+    length = hidden.shape[-2]
+    inside = torch.arange(length, device=hidden.device) < length - shift
+    return inside.expand(hidden.shape[:-1]) if valid is None else inside & valid
+
+
+def reduce(rows: Tensor, counts: Tensor, reduction: str, normalizer: Any) -> Tensor:
+    """Sum of `rows`, divided for "mean" by the number of rows that count or by `normalizer`."""
+    if reduction == "none":
+        return rows
+    if reduction == "sum":
+        return rows.sum()
+    return rows.sum() / (counts.sum().clamp(min=1) if normalizer is None else normalizer)
+
+
+def implicit_token_loss(
+    hidden: Tensor,
+    target: Tensor,
+    gate: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    shift: int = 1,
+    distance: str = "cosine",
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    normalizer: Any = None,
+) -> Tensor:
+    """distance(P(hidden[t]), stopgrad(target[t + shift])) over the valid pairs."""
+    keep = pairs(hidden, valid, shift)
+    rows = torch.zeros(keep.shape, dtype=working(hidden, target), device=hidden.device)
+    shifted = target.detach().roll(-shift, -2)  # what wraps around is not in `keep`
+    prediction = projection(hidden[keep], gate, up, down)
+    rows = rows.masked_scatter(keep, alignment(prediction, shifted[keep], distance=distance, eps=eps).to(rows.dtype))
+    return reduce(rows, keep, reduction, normalizer)
+
+
+@torch.no_grad()
+def alignment_stats(
+    hidden: Tensor,
+    target: Tensor,
+    gate: Tensor | None = None,
+    up: Tensor | None = None,
+    down: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
+    shift: int = 1,
+    distance: str = "cosine",
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per pair: loss, cosine, |prediction|, |target|; zeros where invalid."""
+    keep = pairs(hidden, valid, shift)
+    dtype = working(hidden, target)
+    p, z = projection(hidden[keep], gate, up, down).to(dtype), target.roll(-shift, -2)[keep].to(dtype)
+    rows = alignment(p, z, distance=distance, eps=eps), cosine(p, z, eps), p.norm(dim=-1), z.norm(dim=-1)
+    empty = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
+    loss, cos, p_norm, z_norm = (empty.masked_scatter(keep, row.to(dtype)) for row in rows)
+    return loss, cos, p_norm, z_norm
+
+
+def transformed_logits(
+    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:
+    """cap tanh(scale (W h + b) / cap), the GEMM in W's dtype, the rest in float32 (float64 for float64)."""
+    logits = F.linear(hidden.to(unembedding.dtype), unembedding).to(working(unembedding))
+    z = logit_scale * (logits if bias is None else logits + bias)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    unembedding: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    normalizer: Any = None,
+) -> Tensor:
+    """w [(1 - e) (lse - z_t) + e (lse - mean z) + c lse^2],  z = cap tanh(scale (W h + b) / cap)."""
+    keep = labels != ignore_index
+    z = transformed_logits(hidden[keep], unembedding, bias, softcap, logit_scale)
+    lse = z.logsumexp(-1)
+    picked = z.gather(-1, labels[keep].unsqueeze(-1)).squeeze(-1)
+    loss = (1 - label_smoothing) * (lse - picked) + label_smoothing * (lse - z.mean(-1)) + z_loss * lse.square()
+    if token_weight is not None:
+        loss = loss * token_weight.expand(labels.shape)[keep]
+    rows = torch.zeros(labels.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)
+    return reduce(rows, keep, reduction, normalizer)
+
+
+def token_stats(
+    job: Any,
+    unembedding: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per row: loss before token_weight, log-sum-exp, arg-max, target logit; 0, NaN, -1, NaN where ignored."""
+    options = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    terms = {"label_smoothing": job.label_smoothing, "z_loss": job.z_loss}
+    loss = linear_cross_entropy(job.hidden, unembedding, job.labels, reduction="none", **terms, **options)
+    keep = job.labels != ignore_index
+    z = transformed_logits(job.hidden, unembedding, bias, softcap, logit_scale)
+    picked = z.gather(-1, job.labels.where(keep, 0).unsqueeze(-1)).squeeze(-1)
+    nan = torch.full_like(loss, float("nan"))
+    return loss, z.logsumexp(-1).where(keep, nan), z.argmax(-1).where(keep, -1), picked.where(keep, nan)
+
+
+def shared_linear_cross_entropy(jobs: Sequence[Any], unembedding: Tensor, **options: Any) -> Tensor:
+    """Sum over jobs of the weighted row losses against one unembedding."""
+    losses = [
+        linear_cross_entropy(
+            job.hidden,
+            unembedding,
+            job.labels,
+            reduction="sum",
+            token_weight=job.token_weight,
+            label_smoothing=job.label_smoothing,
+            z_loss=job.z_loss,
+            **options,
+        )
+        for job in jobs
+    ]
+    return torch.stack(losses).sum()
