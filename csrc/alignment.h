@@ -22,21 +22,22 @@ struct PairSums {
   A pp, zz, pz;
 };
 
+// One row's scalars, in float64: they are few, and their rounding would show in every feature of the row.
 template <class A>
 struct CosineRow {
-  A cosine, prediction_norm, target_norm;
-  A of_prediction, of_target;  // dloss/dp = of_prediction * p + of_target * z
+  double cosine, prediction_norm, target_norm;
+  A of_prediction, of_target;  // scale * dloss/dp = of_prediction * p + of_target * z
 
-  NITP_HD CosineRow(PairSums<A> sums, A eps) {
-    prediction_norm = std::sqrt(sums.pp);
-    target_norm = std::sqrt(sums.zz);
+  NITP_HD CosineRow(PairSums<A> sums, A eps, A scale) {
+    prediction_norm = sqrt(static_cast<double>(sums.pp));
+    target_norm = sqrt(static_cast<double>(sums.zz));
     // Written so that a NaN norm stays NaN instead of turning into eps.
-    const A p = prediction_norm < eps ? eps : prediction_norm;
-    const A z = target_norm < eps ? eps : target_norm;
+    const double p = prediction_norm < eps ? eps : prediction_norm;
+    const double z = target_norm < eps ? eps : target_norm;
     cosine = sums.pz / (p * z);
     const bool live = !(prediction_norm < eps);
-    of_prediction = live ? cosine / (p * p) : A(0);
-    of_target = live ? A(-1) / (p * z) : A(0);
+    of_prediction = live ? static_cast<A>(scale * (cosine / (p * p))) : A(0);
+    of_target = live ? static_cast<A>(scale * (-1 / (p * z))) : A(0);
   }
 };
 

@@ -11,18 +11,13 @@
 namespace nitp {
 namespace NITP_TARGET {
 
-template <class A>
+// Capped is a compile-time choice: with a run-time test in it the row loops do not vectorise.
+template <class A, bool Capped>
 struct LogitTransform {
-  A scale, cap;  // cap = 0: none
+  A scale, cap;
 
-  NITP_HD A value(A x) const {
-    const A z = scale * x;
-    return cap > A(0) ? cap * tanh_of(z / cap) : z;
-  }
-  NITP_HD A slope(A z) const {
-    const A t = cap > A(0) ? z / cap : A(0);
-    return scale * (A(1) - t * t);
-  }
+  NITP_HD A value(A x) const { return Capped ? cap * tanh_of(scale * x / cap) : scale * x; }
+  NITP_HD A slope(A z) const { return Capped ? scale * (A(1) - (z / cap) * (z / cap)) : scale; }
 };
 
 template <class A>

@@ -17,6 +17,7 @@ import torch  # noqa: F401
 from . import geometry, reference
 from ._alignment import AlignmentStats, alignment
 from ._check import BackendError
+from ._explain import ChunkPlan, explain
 from ._implicit_token_loss import implicit_token_loss
 from ._linear_cross_entropy import HeadJob, TokenStats, linear_cross_entropy, shared_linear_cross_entropy
 from ._swiglu import swiglu
@@ -29,9 +30,11 @@ except metadata.PackageNotFoundError:  # a source tree on the path, not installe
 __all__ = [
     "AlignmentStats",
     "BackendError",
+    "ChunkPlan",
     "HeadJob",
     "TokenStats",
     "alignment",
+    "explain",
     "geometry",
     "implicit_token_loss",
     "linear_cross_entropy",

@@ -142,9 +142,5 @@ def _differentiate(ctx, upstream: Tensor):
     return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None
 
 
-def _refuse(ctx, *upstream):
-    refuse_double_backward(_OP, upstream)
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(refuse_double_backward(_OP))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,37 +15,12 @@ CPU_WORKSPACE_BYTES = 32 * 2**20
 CACHED_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class ChunkPlan:
-    """What a chunked op will do, known before anything runs.
-
-    rows: rows to process; chunk_rows: rows a chunk; chunks; workspace_bytes: the reused buffers of one chunk;
-    accumulator_bytes: float32 weight gradients; flops: of all GEMMs, two a multiply-add."""
-
-    rows: int
-    chunk_rows: int
-    chunks: int
-    workspace_bytes: int
-    accumulator_bytes: int
-    flops: int
-
-    @property
-    def peak_bytes(self) -> int:
-        """Extra memory at the peak, beside inputs and returned gradients."""
-        return self.workspace_bytes + self.accumulator_bytes
-
-
 def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver."""
     budget = CPU_WORKSPACE_BYTES if chunk_bytes is None else chunk_bytes
     most = max(1, budget // max(1, row_bytes))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
-
-
-def plan(rows: int, row_bytes: int, chunk_bytes: int | None, accumulator_bytes: int, row_flops: int) -> ChunkPlan:
-    step = rows_per_chunk(rows, row_bytes, chunk_bytes)
-    return ChunkPlan(rows, step, -(-rows // step), min(rows, step) * row_bytes, accumulator_bytes, rows * row_flops)
 
 
 class Rows:

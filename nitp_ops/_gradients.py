@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,11 @@ def gemm_dtype(weight: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
-def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """upstream * gradient for each, with the product formed in float32 and rounded once."""
+def scale_gradients(gradients: list[Tensor], upstream: Tensor, anchors: list[Tensor]) -> list[Tensor]:
+    """upstream * gradient for each, with the product formed in float32 and rounded once.
+
+    The anchors (the inputs that the gradients depend on) are not read: through them a double backward finds its way
+    here and is refused, where constants would be silently wrong."""
     scaled = []
     for gradient in gradients:
         out = torch.empty_like(gradient)
@@ -29,29 +34,47 @@ def scale_gradients(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
 
 
 @scale_gradients.register_fake
-def _(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
+def _(gradients: list[Tensor], upstream: Tensor, anchors: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(gradient) for gradient in gradients]
 
 
-def refuse_double_backward(op: str, upstream: object) -> None:
-    """Raises when a gradient flows back into gradients that an op returned."""
-    leaves = upstream if isinstance(upstream, (list, tuple)) else [upstream]
-    if any(leaf is not None for leaf in leaves):
+def refuse_double_backward(op: str) -> Callable[..., None]:
+    """The autograd formula of a backward op: a refusal by name."""
+
+    def refuse(ctx, *upstream) -> None:
         raise NotImplementedError(
             f"{op}: double backward came, expected first derivatives only (backend='reference' has them all)"
         )
 
-
-def _refuse(ctx, upstream):
-    refuse_double_backward("a fused nitp_ops loss", upstream)
+    return refuse
 
 
-scale_gradients.register_autograd(_refuse)
+scale_gradients.register_autograd(refuse_double_backward("fused loss"))
 
 
-def scaled(gradients: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The saved gradients times the upstream; an eager upstream of exactly 1 costs nothing."""
-    plain = type(upstream) is Tensor and upstream.device.type == "cpu" and not torch.is_grad_enabled()
-    if plain and upstream.item() == 1.0:
+class FormedGradients:
+    """Gradients that the forward pass formed, for the backward pass to hand out, times the upstream.
+
+    They are handed out once and then forgotten, so that no second copy of a weight gradient lives; a second backward
+    pass recomputes them. An eager upstream of exactly 1 costs nothing."""
+
+    def __init__(self, gradients: Sequence[Tensor]):
+        # detached: an op's own outputs would tie its context into a reference cycle
+        self.gradients: list[Tensor] | None = [gradient.detach() for gradient in gradients]
+
+    def times(self, upstream: Tensor, recompute: Callable[[], list[Tensor]]) -> list[Tensor]:
+        gradients = recompute() if self.gradients is None else self.gradients
+        if type(upstream) is Tensor:  # tracing runs this once for many backward passes
+            self.gradients = None
+            if upstream.device.type == "cpu" and upstream.item() == 1.0:
+                return gradients
+        return scale_gradients(gradients, upstream, [])
+
+
+def guarded(ctx, gradients: list[Tensor]) -> list[Tensor]:
+    """Under create_graph ties the gradients to the saved inputs, so that a double backward is refused by name."""
+    if not torch.is_grad_enabled() or not gradients:
         return gradients
-    return scale_gradients(gradients, upstream)
+    anchors = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+    one = torch.ones((), dtype=torch.promote_types(gradients[0].dtype, torch.float32), device=gradients[0].device)
+    return scale_gradients(gradients, one, anchors)

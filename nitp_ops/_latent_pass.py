@@ -14,6 +14,7 @@ for each chunk of valid pairs (t, t + shift):
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from ._chunks import Rows, WeightGradient, chunks, place, rows_per_chunk, select
-from ._gradients import gemm_dtype, refuse_double_backward, scaled
+from ._gradients import FormedGradients, gemm_dtype, guarded
 
 
 class Projector(NamedTuple):
@@ -167,23 +168,32 @@ def _(hidden, gate, up, down, target, keep, scale, shift, distance, eps, chunk_b
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, _, ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype, ctx.wanted, ctx.per_row = inputs
+    *tensors, ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype, ctx.wanted, ctx.per_row = inputs
+    ctx.formed = FormedGradients(output[2])
+    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(tensors if ctx.per_row else output[2]))
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx, upstream: Tensor | None, _stats, of_gradients):
-    refuse_double_backward("implicit_token_loss", of_gradients)
+def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
+    """The gradients from the inputs again, under one upstream gradient a row if given."""
+    *tensors, keep, scale = ctx.saved_tensors
+    if upstream is not None:
+        # rows under a zero upstream are left out, so that a NaN in them stays out too
+        keep, scale = keep & (upstream != 0), upstream.contiguous()
+    options = ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype
+    return _latent_pass(*tensors, keep, scale, *options, wanted, False)[-1]
+
+
+def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
     gradients, wanted = [], [False] * 4
     if upstream is not None and ctx.per_row:
-        *tensors, keep = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:4])
-        options = ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype
-        # rows under a zero upstream are left out, so that a NaN in them stays out too
-        *_, gradients = _latent_pass(*tensors, keep & (upstream != 0), upstream.contiguous(), *options, wanted, False)
+        gradients = _recompute(ctx, wanted, upstream)
     elif upstream is not None:
-        gradients, wanted = scaled(list(ctx.saved_tensors), upstream), ctx.wanted
-    ready = iter(gradients)
+        wanted = ctx.wanted
+        gradients = ctx.formed.times(upstream, lambda: _recompute(ctx, wanted))
+    ready = iter(guarded(ctx, gradients))
     d_hidden = next(ready) if wanted[0] else None
     d_gate, d_up = next(ready).chunk(2) if wanted[1] or wanted[2] else (None, None)
     d_down = next(ready) if wanted[3] else None

@@ -92,9 +92,5 @@ def _differentiate(ctx, upstream: Tensor):
     return _backward(*ctx.saved_tensors, upstream)
 
 
-def _refuse(ctx, *upstream):
-    refuse_double_backward(_OP, upstream)
-
-
 _forward.register_autograd(_differentiate, setup_context=_save)
-_backward.register_autograd(_refuse)
+_backward.register_autograd(refuse_double_backward(_OP))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _check, reference
 from ._chunks import Rows, WeightGradient, chunks, place, rows_per_chunk, select
-from ._gradients import gemm_dtype, refuse_double_backward, scaled
+from ._gradients import FormedGradients, gemm_dtype, guarded
 
 
 class Head(NamedTuple):
@@ -162,28 +162,31 @@ def _(op, hidden, unembedding, bias, labels, row_weight, label_smoothing, z_loss
 
 
 def _save(ctx, inputs, output) -> None:
-    op, hidden, unembedding, bias, labels, row_weight, *ctx.options, ctx.wanted, ctx.per_row = inputs
-    ctx.op, ctx.jobs = op, len(hidden)
+    ctx.op, hidden, unembedding, bias, labels, row_weight, *ctx.options, ctx.wanted, ctx.per_row = inputs
+    ctx.jobs, ctx.formed = len(hidden), FormedGradients(output[3])
+    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.set_materialize_grads(False)
-    if ctx.per_row:
-        ctx.save_for_backward(hidden[0], unembedding, bias, labels[0], row_weight[0])
-    else:
-        ctx.save_for_backward(*output[3])
+    ctx.save_for_backward(unembedding, bias, *hidden, *labels, *row_weight)
 
 
-def _differentiate(ctx, upstream: Tensor | None, _stats, _prediction, of_gradients):
-    refuse_double_backward("linear_cross_entropy", of_gradients)
+def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
+    """The gradients from the inputs again, the row weights times `upstream`."""
+    unembedding, bias, *tensors = ctx.saved_tensors
+    hidden, labels, row_weight = (tensors[first : first + ctx.jobs] for first in (0, ctx.jobs, 2 * ctx.jobs))
+    row_weight = row_weight if upstream is None else [each * upstream for each in row_weight]
+    return _token_pass(ctx.op, hidden, unembedding, bias, labels, row_weight, *ctx.options, wanted, False)[-1]
+
+
+def _differentiate(ctx, upstream: Tensor | None, *_):
     gradients, wanted = [], [False] * (ctx.jobs + 2)
     if upstream is not None and ctx.per_row:
-        hidden, unembedding, bias, labels, row_weight = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[1][0], ctx.needs_input_grad[2], bias is not None and ctx.needs_input_grad[3]]
-        weight = row_weight * upstream
-        *_, gradients = _token_pass(
-            ctx.op, [hidden], unembedding, bias, [labels], [weight], *ctx.options, wanted, False
-        )
+        _, of_hidden, *of_head = ctx.needs_input_grad[:4]
+        wanted = [*of_hidden, *of_head]
+        gradients = _recompute(ctx, wanted, upstream)
     elif upstream is not None:
-        gradients, wanted = scaled(list(ctx.saved_tensors), upstream), ctx.wanted
-    ready = iter(gradients)
+        wanted = ctx.wanted
+        gradients = ctx.formed.times(upstream, lambda: _recompute(ctx, wanted))
+    ready = iter(guarded(ctx, gradients))
     *d_hidden, d_weight, d_bias = (next(ready) if flag else None for flag in wanted)
     none = [None] * ctx.jobs
     return None, d_hidden, d_weight, d_bias, none, none, *(None,) * 9

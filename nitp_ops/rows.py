@@ -6,6 +6,7 @@ and then calls `torch.ops.nitp_ops.<kernel>`; a refusal lists the reason of ever
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,19 +14,23 @@ import torch
 from . import _check
 
 BACKENDS = ("native", "reference")
+_ABSENT = "it was installed without its compiled library (install torch and g++, then reinstall nitp_ops)"
 LIBRARY = Path(__file__).parent / "libnitp_ops.so"
 
 
 def _load() -> str | None:
     """Loads the compiled kernels; the reason when there are none."""
     if not LIBRARY.exists():
-        return "nitp_ops was installed without its compiled library (install torch and g++, then reinstall nitp_ops)"
+        return _ABSENT
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         return f"the compiled library does not load: {str(error).splitlines()[0]}"
     return None
 
+
+if not LIBRARY.exists():
+    warnings.warn(f"nitp_ops: no compiled row kernels: {_ABSENT}", RuntimeWarning, stacklevel=2)
 
 #: None when the compiled kernels are loaded, else why they are not.
 missing: str | None = _load()

@@ -40,8 +40,7 @@ PairSums<A> sums_of(const Pair<P, Z, A>& pair) {
 template <class P, class Z, class A>
 A cosine_row(const Pair<P, Z, A>& pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
   if (pair.gradient) {
-    const A a = pair.scale * row.of_prediction, b = pair.scale * row.of_target;
-    const A c = pair.scale * swapped.of_prediction, d = pair.scale * swapped.of_target;
+    const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction, d = swapped.of_target;
 #pragma omp simd
     for (int64_t j = 0; j < pair.columns; ++j) {
       const A p = pair.prediction(j), z = pair.target(j);
@@ -49,7 +48,7 @@ A cosine_row(const Pair<P, Z, A>& pair, const CosineRow<A>& row, const CosineRow
       put(pair.p + j, a * p + b * z);
     }
   }
-  return A(1) - row.cosine;
+  return static_cast<A>(1 - row.cosine);
 }
 
 // mse and smooth_l1: a mean over features of a function of the difference.
@@ -127,10 +126,10 @@ void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end)
     const bool live = scale != A(0);
     const Pair<P, Z, A> pair{prediction, target, target_gradient, a.columns, scale, a.gradient && live};
     const PairSums<A> sums = sums_of(pair);
-    const CosineRow<A> row(sums, a.eps);
+    const CosineRow<A> row(sums, a.eps, scale);
     A loss(0);
     switch (a.distance) {
-      case Distance::cosine: loss = cosine_row(pair, row, CosineRow<A>({sums.zz, sums.pp, sums.pz}, a.eps)); break;
+      case Distance::cosine: loss = cosine_row(pair, row, CosineRow<A>({sums.zz, sums.pp, sums.pz}, a.eps, scale)); break;
       case Distance::mse: loss = difference_row(pair, [](A d) { return d * d; }, [](A d) { return A(2) * d; }); break;
       case Distance::smooth_l1:
         loss = difference_row(pair, [](A d) { return smooth_l1(d); }, [](A d) { return smooth_l1_gradient(d); });
@@ -143,9 +142,9 @@ void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end)
     }
     A* stats = a.stats + i;
     stats[0] = loss;
-    stats[a.stats_stride] = row.cosine;
-    stats[2 * a.stats_stride] = row.prediction_norm;
-    stats[3 * a.stats_stride] = row.target_norm;
+    stats[a.stats_stride] = static_cast<A>(row.cosine);
+    stats[2 * a.stats_stride] = static_cast<A>(row.prediction_norm);
+    stats[3 * a.stats_stride] = static_cast<A>(row.target_norm);
   }
 }
 

@@ -11,15 +11,15 @@ namespace {
 
 constexpr int64_t kBlock = 2048;  // 8 KiB of float32
 
-template <class T, class A>
+template <class T, class A, bool Biased, bool Capped>
 struct RowReader {
   const T* logits;
   const A* bias;
-  LogitTransform<A> transform;
+  LogitTransform<A, Capped> transform;
 
   NITP_HD A operator()(int64_t j) const {
     const A x = widen(logits[j]);
-    return transform.value(bias ? x + bias[j] : x);
+    return transform.value(Biased ? x + bias[j] : x);
   }
 };
 
@@ -29,8 +29,8 @@ struct RowSums {
   int64_t argmax;
 };
 
-template <class T, class A>
-RowSums<A> reduce(const RowReader<T, A>& read, int64_t columns) {
+template <class A, class Read>
+NITP_HD RowSums<A> reduce(const Read read, int64_t columns) {
   RowSums<A> row{A(-INFINITY), A(0), A(0), 0};
   int64_t best_block = 0;
   A z[kBlock];
@@ -39,9 +39,10 @@ RowSums<A> reduce(const RowReader<T, A>& read, int64_t columns) {
     A block_max = A(-INFINITY), block_total = A(0), block_sum = A(0);
 #pragma omp simd reduction(max : block_max) reduction(+ : block_total)
     for (int64_t j = 0; j < n; ++j) {
-      z[j] = read(first + j);
-      block_max = z[j] > block_max ? z[j] : block_max;
-      block_total += z[j];
+      const A x = read(first + j);
+      z[j] = x;
+      block_max = x > block_max ? x : block_max;
+      block_total += x;
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
@@ -54,9 +55,15 @@ RowSums<A> reduce(const RowReader<T, A>& read, int64_t columns) {
     row.sum += block_sum;
     row.total += block_total;
   }
-  int64_t best = best_block;
-  while (best + 1 < columns && read(best) != row.max) ++best;
-  row.argmax = best;
+  // The first column of the best block that holds the maximum (a row of NaN has none: 0).
+  const int64_t n = columns - best_block < kBlock ? columns - best_block : kBlock;
+  int32_t best = static_cast<int32_t>(n);
+#pragma omp simd reduction(min : best)
+  for (int32_t j = 0; j < static_cast<int32_t>(n); ++j) {
+    const int32_t candidate = read(best_block + j) == row.max ? j : static_cast<int32_t>(n);
+    best = candidate < best ? candidate : best;
+  }
+  row.argmax = best < n ? best_block + best : 0;
   return row;
 }
 
@@ -66,27 +73,24 @@ void clear(T* row, int64_t columns) {
   for (int64_t j = 0; j < columns; ++j) store(row + j, A(0));
 }
 
-template <class T, class A>
-void overwrite(T* logits, const RowReader<T, A>& read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
-               int64_t label, A scale, int64_t columns) {
-  const LogitTransform<A> transform = read.transform;
+template <class T, class A, class Read>
+NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse, int64_t label,
+               A scale, int64_t columns) {
+  const auto transform = read.transform;
   const A z_target = read(label);
-  const A factor = scale * loss.probability_factor(lse) / row.sum;
+  const A max = row.max, factor = scale * loss.probability_factor(lse) / row.sum;
   const A everywhere = scale * loss.everywhere();
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) {
     const A z = read(j);
-    store(logits + j, transform.slope(z) * (factor * exp_nonpositive(z - row.max) - everywhere));
+    store(logits + j, transform.slope(z) * (factor * exp_nonpositive(z - max) - everywhere));
   }
-  const A at_target = factor * exp_nonpositive(z_target - row.max) - everywhere - scale * loss.at_target();
+  const A at_target = factor * exp_nonpositive(z_target - max) - everywhere - scale * loss.at_target();
   store(logits + label, transform.slope(z_target) * at_target);
 }
 
-}  // namespace
-
-template <class T, class A>
-void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
-  const LogitTransform<A> transform{a.logit_scale, a.softcap};
+template <bool Biased, bool Capped, class T, class A>
+void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
   const TokenLoss<A> token{a.smoothing, a.z_loss, A(a.columns)};
   for (int64_t i = begin; i < end; ++i) {
     T* logits = a.logits + i * a.logits_stride;
@@ -96,9 +100,10 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
     A* log_sum_exp = loss + a.stats_stride;
     A* target_logit = log_sum_exp + a.stats_stride;
     const bool inside = label >= 0 && label < a.columns;
-    const RowReader<T, A> read{logits, a.bias, transform};
-    const RowSums<A> row = reduce(read, a.columns);
-    const A lse = row.max + std::log(row.sum);
+    const RowReader<T, A, Biased, Capped> read{logits, a.bias, {a.logit_scale, a.softcap}};
+    const RowSums<A> row = reduce<A>(read, a.columns);
+    const A log_sum = std::log(row.sum);
+    const A lse = row.max + log_sum;
     a.prediction[i] = row.argmax;
     *log_sum_exp = lse;
     if (label == a.ignore_index) {
@@ -109,7 +114,6 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
     }
     // A label outside [0, V) poisons its row; the op above refuses it with a clear error first.
     *target_logit = inside ? read(label) : A(NAN);
-    const A log_sum = std::log(row.sum);
     const A mean = row.total / A(a.columns);
     *loss = token.loss(lse, log_sum + (row.max - *target_logit), log_sum + (row.max - mean));
     if (!a.gradient) continue;
@@ -118,6 +122,17 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
     } else {
       overwrite(logits, read, row, token, lse, inside ? label : 0, inside ? scale : A(NAN), a.columns);
     }
+  }
+}
+
+}  // namespace
+
+template <class T, class A>
+void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
+  if (a.bias) {
+    a.softcap > A(0) ? rows<true, true>(a, begin, end) : rows<true, false>(a, begin, end);
+  } else {
+    a.softcap > A(0) ? rows<false, true>(a, begin, end) : rows<false, false>(a, begin, end);
   }
 }
 

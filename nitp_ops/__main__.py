@@ -1,0 +1,114 @@
+"""python -m nitp_ops env | doctor | list | explain: what is installed, whether it works, what it offers."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+
+import torch
+
+import nitp_ops
+from nitp_ops import reference, rows
+
+
+def env() -> int:
+    """Versions, build and CPU, one fact a line."""
+    print(f"nitp_ops {nitp_ops.__version__}   torch {torch.__version__}   python {platform.python_version()}")
+    print(f"machine  {platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}")
+    if rows.missing is not None:
+        print(f"library  none: {rows.missing}")
+        return 0
+    from nitp_ops import _C  # after the check: it links against the operator library
+
+    print(f"library  {rows.LIBRARY.name}, instruction set {_C.instruction_set()}")
+    for key, value in _C.build_info().items():
+        print(f"built    {key}: {value or 'none'}")
+    return 0
+
+
+def gradient_error(backend: str) -> float:
+    """The largest relative difference of loss and gradients from the reference, over the four ops, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    hidden, weight, gate, up, down = leaf(2, 9, 8), leaf(33, 8), leaf(12, 8), leaf(12, 8), leaf(8, 12)
+    target = leaf(2, 9, 8).detach()
+    labels = torch.arange(18).view(2, 9)
+
+    def losses(book, **options) -> list[torch.Tensor]:
+        return [
+            book.linear_cross_entropy(hidden, weight, labels, **options),
+            book.implicit_token_loss(hidden, target, gate, up, down, **options),
+            book.alignment(hidden, target, **options).sum(),
+            book.swiglu(gate, up, **options).square().sum(),
+        ]
+
+    inputs = (hidden, weight, gate, up, down)
+    worst = 0.0
+    for ours, exact in zip(losses(nitp_ops, backend=backend), losses(reference), strict=True):
+        a = (ours.detach(), *torch.autograd.grad(ours, inputs, allow_unused=True))
+        b = (exact.detach(), *torch.autograd.grad(exact, inputs, allow_unused=True))
+        pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+        worst = max(worst, *(float((x - y).norm() / y.norm()) for x, y in pairs))
+    return worst
+
+
+def doctor() -> int:
+    """A gradient check of every backend; 1 when something that is installed does not work."""
+    broken = False
+    for backend in rows.BACKENDS:
+        reason = rows.missing if backend == "native" else None
+        if reason is not None:
+            installed = rows.LIBRARY.exists()
+            print(f"{backend:10} {'BROKEN' if installed else 'off'}: {reason}")
+            broken |= installed
+            continue
+        start = time.perf_counter()
+        error = gradient_error(backend)
+        ok = error < 1e-10
+        seconds = time.perf_counter() - start
+        print(
+            f"{backend:10} {'ok' if ok else 'BROKEN'}: largest gradient error {error:.1e} in float64, {seconds:.2f} s"
+        )
+        broken |= not ok
+    return int(broken)
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """The resolved objective: layers, weights, parameters, FLOPs."""
+    objectives = nitp_ops.objectives
+    info = objectives.ModelInfo(hidden_size=arguments.hidden, vocab_size=arguments.vocab, num_layers=arguments.layers)
+    try:
+        with torch.device("meta"):
+            print(objectives.build(arguments.spec, model=info).explain())
+    except objectives.SpecError as error:
+        print(f"nitp_ops explain: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nitp_ops", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="versions, build and CPU")
+    commands.add_parser("doctor", help="a one-second gradient check of every backend")
+    commands.add_parser("list", help="the registered objectives")
+    spec = commands.add_parser("explain", help="what an objective resolves to")
+    spec.add_argument("spec", help='e.g. "ntp + 0.8*nitp(target_layer=0.2)"')
+    for name, meaning in (("hidden", "hidden size"), ("vocab", "vocabulary size"), ("layers", "number of layers")):
+        spec.add_argument(f"--{name}", type=int, required=True, help=meaning)
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "explain":
+        return explain(chosen)
+    if chosen.command == "list":
+        print("\n".join(nitp_ops.objectives.available()))
+        return 0
+    return {"env": env, "doctor": doctor}[chosen.command]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

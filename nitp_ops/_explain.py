@@ -1,0 +1,99 @@
+"""explain: what a chunked op will do, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import _check, _latent_pass
+from ._chunks import rows_per_chunk
+
+_OP = "explain"
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """The plan of one call, forward and backward.
+
+    rows; chunk_rows: rows a chunk; chunks; workspace_bytes: the reused buffers of one chunk; accumulator_bytes: the
+    weight gradients while they are summed in float32; flops: of all GEMMs, two a multiply-add."""
+
+    op: str
+    rows: int
+    chunk_rows: int
+    chunks: int
+    workspace_bytes: int
+    accumulator_bytes: int
+    flops: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Extra memory at the peak, beside the inputs and the gradients that are returned."""
+        return self.workspace_bytes + self.accumulator_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"{self.op}: {self.rows} rows in {self.chunks} chunks of {self.chunk_rows}, workspace "
+            f"{self.workspace_bytes / 2**20:.1f} MiB, accumulators {self.accumulator_bytes / 2**20:.1f} MiB, "
+            f"{self.flops / 1e9:.2f} GFLOP"
+        )
+
+
+def explain(
+    op: str,
+    *,
+    rows: int,
+    width: int,
+    vocabulary: int | None = None,
+    inner: int | None = None,
+    out_width: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    chunk_bytes: int | None = None,
+) -> ChunkPlan:
+    """The chunk plan of `linear_cross_entropy` or `implicit_token_loss` with gradients for every input.
+
+    linear_cross_entropy: ``6 N d V`` FLOPs (three GEMMs). implicit_token_loss with a SwiGLU projector:
+    ``6 N (2 d m + m D)`` (nine GEMMs), ``72 d^2`` a row for ``m = 4d, D = d``.
+
+    Args:
+        op: "linear_cross_entropy" or "implicit_token_loss".
+        rows: N, the rows that count.
+        width: d.
+        vocabulary: V, for linear_cross_entropy.
+        inner, out_width: m and D for implicit_token_loss; None: 4 d and d.
+        dtype: of the GEMMs.
+        chunk_bytes: as given to the op.
+
+    Returns:
+        A `ChunkPlan`; printed, it is one line.
+
+    Raises:
+        TypeError, ValueError: an unknown op, or a size that is missing or not a positive integer.
+
+    Example:
+        >>> import nitp_ops
+        >>> nitp_ops.explain("implicit_token_loss", rows=1, width=1280).flops == 72 * 1280**2
+        True
+    """
+    _check.one_of(_OP, "op", op, ("linear_cross_entropy", "implicit_token_loss"))
+    _check.integer(_OP, "rows", rows, least=0)
+    _check.integer(_OP, "width", width, least=1)
+    if op == "linear_cross_entropy":
+        vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
+        row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
+    else:
+        inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
+        out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
+        row_bytes = _latent_pass.row_bytes(width, inner, out_width, dtype)
+        weights = 2 * inner * width + out_width * inner
+    step = rows_per_chunk(rows, row_bytes, chunk_bytes)
+    return ChunkPlan(
+        op=op,
+        rows=rows,
+        chunk_rows=step,
+        chunks=-(-rows // step),
+        workspace_bytes=min(rows, step) * row_bytes,
+        accumulator_bytes=weights * max(4, dtype.itemsize),
+        flops=6 * rows * weights,
+    )

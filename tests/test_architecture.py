@@ -1,0 +1,60 @@
+"""Import arrows run down, files stay small, and names say what they hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = {"examples": 4, "benchmarks": 4, "nitp_ops/integrations": 4, "objectives": 3, "nitp_ops": 2}
+FLOORS |= {"nitp_ops/rows.py": 1, "nitp_ops/triton": 1, "nitp_ops/_check.py": 0, "nitp_ops/reference.py": 0}
+LAZY = {"nitp_ops/__init__.py", "nitp_ops/__main__.py"}  # `nitp_ops.objectives` resolves on first use
+PYTHON = [p for folder in ("nitp_ops", "objectives", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")]
+NATIVE = [*ROOT.glob("csrc/*.*"), *ROOT.glob("csrc/*/*.*")]
+
+
+def floor(path: str) -> int:
+    return FLOORS[max((key for key in FLOORS if path == key or path.startswith(key + "/")), key=len)]
+
+
+def imports(path: Path) -> list[str]:
+    """The files and folders of this repository that a file imports."""
+    package, found = path.relative_to(ROOT).parent, []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = Path(*package.parts[: len(package.parts) + 1 - node.level]) if node.level else Path()
+            module = base.joinpath(*(node.module or "").split("."))
+            found += [module / alias.name if (ROOT / module).is_dir() else module for alias in node.names]
+        elif isinstance(node, ast.Import):
+            found += [Path(*alias.name.split(".")) for alias in node.names]
+    names = [str(module).replace("nitp_ops/objectives", "objectives") for module in found]
+    return [f"{n}.py" if (ROOT / f"{n}.py").exists() else n for n in names if (ROOT / n.split("/")[0]).is_dir()]
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_import_runs_up(path):
+    here = str(path.relative_to(ROOT))
+    for target in imports(path):
+        allowed = floor(target) <= floor(here) or (here in LAZY and target == "objectives")
+        assert allowed, f"{here} imports {target}, which stands above it"
+
+
+def test_the_reference_imports_only_torch():
+    modules = re.findall(r"^(?:from|import) (\w+)", (ROOT / "nitp_ops/reference.py").read_text(), re.M)
+    assert set(modules) == {"__future__", "collections", "typing", "torch"}
+
+
+def test_the_formula_headers_include_no_torch_and_cpu_and_cuda_never_meet():
+    for path in NATIVE:
+        included = " ".join(re.findall(r"#include [<\"](.+)[>\"]", path.read_text()))
+        assert path.suffix != ".h" or "torch" not in included, path
+        assert not (path.parent.name == "cpu" and "cuda" in included), path
+        assert not (path.parent.name == "cuda" and "cpu" in included), path
+
+
+def test_files_stay_small_and_none_is_a_drawer():
+    for path in [*PYTHON, *NATIVE, *(ROOT / "tests").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= (60 if path == Path(__file__) else 300), path
+        assert path.stem not in ("utils", "common", "helpers"), path
+    assert len((ROOT / "setup.py").read_text().splitlines()) <= 60

@@ -1,0 +1,55 @@
+"""Bad input is answered by one line: the argument, what came, what was expected."""
+
+import pytest
+import torch
+
+import nitp_ops
+from nitp_ops import implicit_token_loss as itl
+from nitp_ops import linear_cross_entropy as lce
+from nitp_ops import shared_linear_cross_entropy as shared
+
+H, W, Y = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64)
+G, U, D = torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(4, 8)
+WRONG = [
+    (TypeError, "hidden is a list, expected a torch.Tensor", lambda: lce([1.0], W, Y)),
+    (TypeError, "hidden is float16, expected", lambda: lce(H.half(), W, Y)),
+    (TypeError, "labels is int32, expected int64", lambda: lce(H, W, Y.int())),
+    (ValueError, r"labels has shape \(2,\), expected \(3,\)", lambda: lce(H, W, Y[:2])),
+    (ValueError, r"hidden has shape \(3, 5\), expected \(3, 4\)", lambda: lce(torch.zeros(3, 5), W, Y)),
+    (ValueError, r"unembedding has shape \(9,\)", lambda: lce(H, W[:, 0], Y)),
+    (IndexError, r"labels\[1\] is 9, expected a value in", lambda: lce(H, W, torch.tensor([0, 9, 1]))),
+    (IndexError, r"labels\[0\] is -1,", lambda: lce(H, W, torch.tensor([-1, 2, 1]))),
+    (ValueError, "reduction is 'avg', expected one of 'mean', 'sum', 'none'", lambda: lce(H, W, Y, reduction="avg")),
+    (ValueError, "normalizer came with reduction='sum'", lambda: lce(H, W, Y, reduction="sum", normalizer=2)),
+    (ValueError, "normalizer is 0, expected a number > 0", lambda: lce(H, W, Y, normalizer=0)),
+    (ValueError, "label_smoothing is 1.5, expected", lambda: lce(H, W, Y, label_smoothing=1.5)),
+    (TypeError, "z_loss is 'x', expected a number >= 0", lambda: lce(H, W, Y, z_loss="x")),
+    (ValueError, "softcap is -1, expected a number > 0", lambda: lce(H, W, Y, softcap=-1)),
+    (ValueError, "chunk_bytes is 0, expected an integer >= 1", lambda: lce(H, W, Y, chunk_bytes=0)),
+    (ValueError, "token_weight requires a gradient", lambda: lce(H, W, Y, token_weight=torch.ones(3, requires_grad=True))),
+    (ValueError, r"token_weight has shape \(2,\), expected \(3,\)", lambda: lce(H, W, Y, token_weight=torch.ones(2))),
+    (ValueError, "labels is on meta, expected cpu", lambda: lce(H, W, Y.to("meta"))),
+    (ValueError, "backend is 'cuda', expected one of", lambda: lce(H, W, Y, backend="cuda")),
+    (TypeError, "hidden is float64, expected float32", lambda: lce(H.double(), W, Y)),
+    (ValueError, "jobs is empty", lambda: shared([], W)),
+    (ValueError, r"jobs\[0\].labels has shape", lambda: shared([nitp_ops.HeadJob(H, Y[:1])], W)),
+    (ValueError, r"target has shape \(2, 4\), expected \(3, 4\)", lambda: itl(H, H[:2], G, U, D)),
+    (ValueError, "up is None, expected gate and up together", lambda: itl(H, H, G, None, D)),
+    (ValueError, "down is None, expected", lambda: itl(H, H, G, U)),
+    (ValueError, r"down has shape \(4, 7\), expected \(4, 8\)", lambda: itl(H, H, G, U, D[:, :7])),
+    (ValueError, "target has width 5, expected 4", lambda: itl(H, torch.zeros(3, 5))),
+    (ValueError, "distance is 'l2', expected one of", lambda: itl(H, H, distance="l2")),
+    (ValueError, "shift is -1, expected an integer >= 0", lambda: itl(H, H, shift=-1)),
+    (TypeError, "valid is float32, expected bool", lambda: itl(H, H, valid=torch.ones(3))),
+    (ValueError, r"valid has shape \(2,\)", lambda: itl(H, H, valid=torch.ones(2, dtype=torch.bool))),
+    (ValueError, "eps is 0, expected a number > 0", lambda: nitp_ops.alignment(H, H, eps=0)),
+    (ValueError, r"target has shape \(9, 4\), expected \(3, 4\)", lambda: nitp_ops.alignment(H, W)),
+    (TypeError, "up is float64, expected float32", lambda: nitp_ops.swiglu(H, H.double())),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "wrong"), WRONG, ids=[message for _, message, _ in WRONG])
+def test_bad_input_is_answered_by_one_line_that_names_the_argument(kind, message, wrong):
+    with pytest.raises(kind, match=message) as caught:
+        wrong()
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,47 @@
+"""Errors at sizes, offsets and chunk counts where other formulas lose them."""
+
+import pytest
+import torch
+from budget import outputs, widened, within_budget
+
+import nitp_ops
+from nitp_ops import reference
+
+
+def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.randint(0, vocabulary, (rows,))
+
+
+def test_logits_with_a_large_common_offset_stay_exact():
+    hidden, weight, labels = make(dtype=torch.float32)
+    bias = torch.full((31,), 1e4)
+    shifted = nitp_ops.linear_cross_entropy(hidden, weight, labels, bias=bias)
+    plain = nitp_ops.linear_cross_entropy(hidden, weight, labels)
+    assert abs(shifted.item() - plain.item()) < 2e-3  # the offset rounds the logits to 2^-10, the loss no further
+
+
+def test_a_vocabulary_of_151936_in_bfloat16_stays_within_budget():
+    hidden = torch.randn(6, 16).bfloat16().requires_grad_()
+    weight = (torch.randn(151936, 16) / 4).bfloat16().requires_grad_()
+    labels = torch.tensor([0, 151935, 7, -100, 65536, 99999])
+    inputs = [hidden, weight]
+    ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=2 * 151936 * 2), inputs)
+    eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), inputs)
+    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened(inputs))
+    within_budget(ours, eager, exact)
+
+
+@pytest.mark.parametrize("chunks", [1, 16, 64])
+def test_the_error_does_not_grow_with_the_number_of_chunks(chunks):
+    hidden = torch.randn(128, 32).bfloat16().requires_grad_()
+    weight = (torch.randn(512, 32) / 2).bfloat16().requires_grad_()
+    labels = torch.randint(0, 512, (128,))
+    inputs = [hidden, weight]
+    ours = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=128 // chunks * 512 * 2), inputs
+    )
+    eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), inputs)
+    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened(inputs))
+    within_budget(ours, eager, exact)

@@ -1,0 +1,130 @@
+"""What every public op promises to PyTorch: registration, compilation, autocast, refusals."""
+
+import pytest
+import torch
+from budget import close, outputs
+
+import nitp_ops
+
+torch._dynamo.config.cache_size_limit = 64
+
+
+def tensors(dtype=torch.float32):
+    hidden = torch.randn(2, 5, 6, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 6, dtype=dtype, requires_grad=True)
+    gate, up = (torch.randn(8, 6, dtype=dtype, requires_grad=True) for _ in range(2))
+    down = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+    return hidden, weight, gate, up, down
+
+
+LABELS = torch.tensor([[1, 2, -100, 4, 10], [0, -100, -100, 3, 5]])
+EVERY_ROW = LABELS.where(LABELS >= 0, 7)
+TARGET = torch.linspace(-1, 1, 60).sin().view(2, 5, 6)
+
+
+def calls(labels=LABELS):
+    for reduction in ("mean", "none"):
+        yield (
+            f"linear_cross_entropy-{reduction}",
+            lambda h, w, g, u, d, r=reduction: nitp_ops.linear_cross_entropy(h, w, labels, reduction=r),
+        )
+        yield (
+            f"implicit_token_loss-{reduction}",
+            lambda h, w, g, u, d, r=reduction: nitp_ops.implicit_token_loss(
+                h, TARGET.to(h.dtype), g, u, d, reduction=r
+            ),
+        )
+    yield "alignment", lambda h, w, g, u, d: nitp_ops.alignment(h, TARGET.to(h.dtype))
+    yield "swiglu", lambda h, w, g, u, d: nitp_ops.swiglu(h, h.sin())
+    yield (
+        "shared_linear_cross_entropy",
+        lambda h, w, g, u, d: nitp_ops.shared_linear_cross_entropy(
+            [nitp_ops.HeadJob(h, labels, torch.tensor(0.1)), nitp_ops.HeadJob(h * 2, labels)], w
+        )[0],
+    )
+
+
+EVERY = pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in calls()])
+
+
+@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in calls(EVERY_ROW)])
+def test_opcheck_accepts_the_registration(call):
+    """Runs torch.library.opcheck on every custom op that the call reaches, forward and backward."""
+    seen = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "nitp_ops" and not func._schema.name.endswith(("rows", "rows_")):
+                seen.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    torch.use_deterministic_algorithms(False)  # opcheck compares runs; NaN-filled memory is not its subject
+    inputs = tensors()
+    with Recorder():
+        loss = call(*inputs)
+        forward_ops = len(seen)
+        torch.autograd.grad((loss * 0.37).sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+    assert 0 < forward_ops < len(seen)
+    for place, (func, args) in enumerate(seen):
+
+        def fresh(x, forward=place < forward_ops):  # a backward op refuses to be differentiated: checked without
+            return x.detach().requires_grad_(forward and x.requires_grad)
+
+        torch.library.opcheck(func, torch.utils._pytree.tree_map_only(torch.Tensor, fresh, args))
+
+
+@EVERY
+def test_torch_compile_fullgraph_equals_eager(call):
+    torch.use_deterministic_algorithms(False)
+    inputs = tensors()
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True)
+    for a, b in zip(outputs(compiled, inputs, 0.37), outputs(call, inputs, 0.37), strict=True):
+        close(a, b, 1e-6)
+
+
+@EVERY
+def test_double_backward_is_refused_by_name(call):
+    inputs = tensors(torch.float64)
+    loss = call(*inputs).sum()
+    wanted = [x for x in inputs if x.requires_grad]
+    gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(sum(g.square().sum() for g in gradients if g is not None), wanted, allow_unused=True)
+
+
+@EVERY
+def test_the_reference_backend_gives_the_same_numbers(call, monkeypatch):
+    inputs = tensors(torch.float64)
+    native = outputs(call, inputs)
+    monkeypatch.setattr(nitp_ops.rows, "choose", lambda *_: "reference")
+    for a, b in zip(native, outputs(call, inputs), strict=True):
+        close(a, b)
+
+
+def test_autocast_decides_the_gemm_dtype_and_gradients_keep_their_inputs_dtype():
+    hidden, weight, gate, up, down = tensors()
+    bias = torch.randn(11, requires_grad=True)
+    half = [x.detach().bfloat16() for x in (hidden, weight, gate, up, down)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = nitp_ops.linear_cross_entropy(hidden, weight, LABELS, bias=bias)
+        latent = nitp_ops.implicit_token_loss(hidden, TARGET, gate, up, down)
+    assert loss.dtype == latent.dtype == torch.float32
+    assert torch.equal(loss, nitp_ops.linear_cross_entropy(half[0], half[1], LABELS, bias=bias))
+    assert torch.equal(latent, nitp_ops.implicit_token_loss(half[0], TARGET, *half[2:]))
+    gradients = torch.autograd.grad(loss + latent, (hidden, weight, gate, up, down, bias))
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+def test_a_missing_library_is_refused_with_every_reason(monkeypatch):
+    monkeypatch.setattr(nitp_ops.rows, "missing", "the compiled library does not load: no such symbol")
+    with pytest.raises(nitp_ops.BackendError, match=r"native: the compiled library does not load.*reference: only on"):
+        nitp_ops.swiglu(torch.ones(2), torch.ones(2))
+    assert nitp_ops.swiglu(torch.ones(2), torch.ones(2), backend="reference").shape == (2,)
+
+
+def test_other_devices_are_refused_by_name():
+    meta = torch.empty(2, 3, device="meta")
+    assert nitp_ops.swiglu(meta, meta).shape == (2, 3)
+    refusal = nitp_ops.rows.refusal(torch.device("cuda"))
+    assert refusal is not None and "no compiled row kernels for cuda" in refusal
