@@ -1,15 +1,19 @@
 // Every row-kernel schema of nitp_ops. `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis
-// must be dense. stats tensors are [fields, rows] in the working precision (float64 for float64, else float32).
+// must be dense. A gradient argument that is None means in place. stats tensors are [fields, rows] in the working
+// precision (float64 for float64, else float32).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(nitp_ops, m) {
   m.def("swiglu_rows(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
-  m.def("swiglu_rows_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor upstream) -> ()");
+  m.def(
+      "swiglu_rows_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor upstream, Tensor(c!)? d_gate=None, "
+      "Tensor(d!)? d_up=None) -> ()");
   m.def(
       "alignment_rows_(Tensor(a!) prediction, Tensor target, Tensor? target_rows, Tensor? row_scale, Tensor(b!) stats, "
-      "Tensor(c!)? target_gradient, int distance, float eps, bool gradient) -> ()");
+      "Tensor(c!)? d_prediction, Tensor(d!)? d_target, int distance, float eps, bool gradient) -> ()");
   m.def(
       "cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor? bias, Tensor? row_scale, Tensor(b!) stats, "
       "Tensor(c!) prediction, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale, "
       "bool gradient) -> ()");
+  m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
 }

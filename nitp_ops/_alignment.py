@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import CACHED_BYTES, Rows, chunks, rows_per_chunk
+from ._chunks import Rows, chunks, whole_or_chunk
 from ._gradients import refuse_double_backward
 
 _OP = "alignment"
@@ -84,10 +84,9 @@ def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float) -> T
     p, z = Rows(prediction), Rows(target)
     dtype = reference.working(prediction, target)
     stats = torch.empty(4, p.count, dtype=dtype)
-    step = rows_per_chunk(p.count, _row_bytes(prediction, target), None)
-    for _, part in chunks(None, p.count, step):
+    for _, part in chunks(None, p.count, whole_or_chunk(p, z)):
         torch.ops.nitp_ops.alignment_rows_(
-            p.dense(part), z.dense(part), None, None, stats[:, part], None, distance, eps, False
+            p.dense(part), z.dense(part), None, None, stats[:, part], None, None, distance, eps, False
         )
     return stats[0].view(p.shape).clone()
 
@@ -101,25 +100,19 @@ def _(prediction: Tensor, target: Tensor, distance: int, eps: float) -> Tensor:
 def _backward(
     prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool
 ) -> list[Tensor]:
-    """[d_prediction] or, with wants_target, [d_prediction, d_target]; formed in place in a copy of the prediction."""
+    """[d_prediction] or, with wants_target, [d_prediction, d_target]."""
     p, z = Rows(prediction), Rows(target)
-    width = prediction.shape[-1]
+    shape = (p.count, prediction.shape[-1])
     d_prediction = torch.empty(prediction.shape, dtype=prediction.dtype)
     d_target = torch.empty(target.shape, dtype=target.dtype) if wants_target else None
     scale = upstream.reshape(-1).contiguous()
     stats = torch.empty(4, p.count, dtype=scale.dtype)
-    step = rows_per_chunk(p.count, _row_bytes(prediction, target), CACHED_BYTES)
-    for _, part in chunks(None, p.count, step):
-        out = d_prediction.view(p.count, width)[part].copy_(p.take(part))
-        out_target = None if d_target is None else d_target.view(p.count, width)[part]
+    for _, part in chunks(None, p.count, whole_or_chunk(p, z)):
+        into = d_prediction.view(shape)[part], None if d_target is None else d_target.view(shape)[part]
         torch.ops.nitp_ops.alignment_rows_(
-            out, z.dense(part), None, scale[part], stats[:, part], out_target, distance, eps, True
+            p.dense(part), z.dense(part), None, scale[part], stats[:, part], *into, distance, eps, True
         )
     return [d_prediction] if d_target is None else [d_prediction, d_target]
-
-
-def _row_bytes(prediction: Tensor, target: Tensor) -> int:
-    return prediction.shape[-1] * (prediction.element_size() + target.element_size())
 
 
 @_backward.register_fake

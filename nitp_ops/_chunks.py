@@ -11,9 +11,6 @@ from torch import Tensor
 #: block make an elementwise kernel 2-4 x slower.
 CPU_WORKSPACE_BYTES = 32 * 2**20
 
-#: Bytes of a chunk that is copied and then overwritten in place: the kernel must find the copy in the cache.
-CACHED_BYTES = 2**20
-
 
 def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver."""
@@ -28,7 +25,7 @@ class Rows:
 
     def __init__(self, tensor: Tensor):
         self.shape = tensor.shape[:-1]
-        self.count = self.shape.numel()
+        self.count, self.width = self.shape.numel(), tensor.shape[-1]
         try:
             self.tensor, self.flat = tensor.view(self.count, tensor.shape[-1]), True
         except RuntimeError:
@@ -45,6 +42,13 @@ class Rows:
         """`take` with a dense last axis, which the row kernels need; copies (a chunk) only where it is not."""
         part = self.take(rows)
         return part if part.shape[-1] < 2 or part.stride(-1) == 1 else part.contiguous()
+
+
+def whole_or_chunk(*tensors: Rows) -> int:
+    """Rows a call for an elementwise kernel: all at once where it can read them in place, else 8 MiB of copies."""
+    in_place = all(rows.flat and (rows.width < 2 or rows.tensor.stride(-1) == 1) for rows in tensors)
+    count, width = tensors[0].count, tensors[0].width
+    return max(1, count if in_place else 2**20 // max(1, width))
 
 
 def chunks(selected: Tensor | None, count: int, step: int) -> Iterator[tuple[slice, Tensor | slice]]:
@@ -72,24 +76,36 @@ def place(out: Tensor, dim: int, rows: Tensor | slice, values: Tensor) -> None:
 class WeightGradient:
     """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end.
 
-    ATen has no bf16 x bf16 -> float32 GEMM on CPU: there a chunk's product rounds to bf16 and is added to the float32
-    sum block by block, so that the product never leaves the cache."""
+    ATen has no bf16 x bf16 -> float32 GEMM on CPU: there a chunk's product rounds to bf16 before it is added to the
+    float32 sum, one block of rows at a time. A single chunk needs no sum at all."""
 
-    BLOCK_ELEMENTS = 2**20
+    BLOCK_BYTES = 16 * 2**20
 
     def __init__(self, shape: tuple[int, ...], gemm_dtype: torch.dtype, like: Tensor):
-        self.out_dtype = like.dtype
-        dtype = torch.float64 if gemm_dtype == torch.float64 else torch.float32
-        self.sum = torch.zeros(shape, dtype=dtype, device=like.device)
+        self.shape, self.like = shape, like
+        self.wide = gemm_dtype in (torch.float32, torch.float64)
+        self.sum: Tensor | None = None
+        self.block: Tensor | None = None
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if a.dtype == self.sum.dtype:
+        if self.sum is None:
+            self.sum = torch.mm(a.t(), b)
+        elif self.wide:
             self.sum.addmm_(a.t(), b)
-            return
-        step = max(1, self.BLOCK_ELEMENTS // max(1, self.sum.shape[1]))
-        for first in range(0, self.sum.shape[0], step):
-            block = slice(first, first + step)
-            self.sum[block] += torch.mm(a[:, block].t(), b).to(self.sum.dtype)
+        else:
+            self._add_rounded(a, b)
+
+    def _add_rounded(self, a: Tensor, b: Tensor) -> None:
+        assert self.sum is not None
+        self.sum = self.sum.float()
+        rows = max(1, self.BLOCK_BYTES // max(1, self.shape[1] * a.element_size()))
+        self.block = b.new_empty((min(rows, self.shape[0]), self.shape[1])) if self.block is None else self.block
+        for first in range(0, self.shape[0], rows):
+            part = a[:, first : first + rows].t()
+            product = torch.mm(part, b, out=self.block[: part.shape[0]])
+            torch.ops.nitp_ops.accumulate_rows_(self.sum[first : first + rows], product)
 
     def result(self) -> Tensor:
-        return self.sum.to(self.out_dtype)
+        if self.sum is None:
+            return torch.zeros(self.shape, dtype=self.like.dtype, device=self.like.device)
+        return self.sum.to(self.like.dtype)

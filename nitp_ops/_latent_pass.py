@@ -118,7 +118,7 @@ def _latent_pass(
         part_scale = scale.expand(source.count)[part].contiguous()
         part_stats = stats.new_empty(4, n)
         z, index = (latent.tensor, partner) if by_index else (latent.dense(partner), None)
-        kernels.alignment_rows_(p, z, index, part_scale, part_stats, None, distance, eps, differentiate)
+        kernels.alignment_rows_(p, z, index, part_scale, part_stats, None, None, distance, eps, differentiate)
         place(stats, 1, part, part_stats)
         if not differentiate:
             continue

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import CACHED_BYTES, Rows, chunks, rows_per_chunk
+from ._chunks import Rows, chunks, whole_or_chunk
 from ._gradients import refuse_double_backward
 
 _OP = "swiglu"
@@ -52,13 +52,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype)
     g, u = Rows(gate), Rows(up)
-    for _, part in chunks(None, g.count, rows_per_chunk(g.count, 3 * _row_bytes(gate), None)):
+    for _, part in chunks(None, g.count, whole_or_chunk(g, u)):
         torch.ops.nitp_ops.swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
     return out
-
-
-def _row_bytes(gate: Tensor) -> int:
-    return gate.shape[-1] * gate.element_size()
 
 
 @_forward.register_fake
@@ -68,14 +64,12 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=(), device_types="cpu")
 def _backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """The kernel works in place, so each chunk is copied first and overwritten while it is still in the cache."""
     g, u, dy = Rows(gate), Rows(up), Rows(upstream)
     shape = (g.count, gate.shape[-1])
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    for _, part in chunks(None, g.count, rows_per_chunk(g.count, 2 * _row_bytes(gate), CACHED_BYTES)):
-        out_gate = d_gate.view(shape)[part].copy_(g.take(part))
-        out_up = d_up.view(shape)[part].copy_(u.take(part))
-        torch.ops.nitp_ops.swiglu_rows_backward_(out_gate, out_up, dy.dense(part))
+    for _, part in chunks(None, g.count, whole_or_chunk(g, u, dy)):
+        into = d_gate.view(shape)[part], d_up.view(shape)[part]
+        torch.ops.nitp_ops.swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
     return d_gate, d_up
 
 

@@ -1,4 +1,4 @@
-// Alignment over pairs of rows: one pass for the sums, one pass that overwrites the prediction with its gradient.
+// Alignment over pairs of rows: one pass for the sums, one pass that writes the gradients, also in place.
 #include "rows.h"
 
 namespace nitp {
@@ -8,8 +8,9 @@ namespace {
 
 template <class P, class Z, class A>
 struct Pair {
-  P* p;
+  const P* p;
   const Z* z;
+  P* dp;
   Z* dz;  // null: not wanted
   int64_t columns;
   A scale;
@@ -45,7 +46,7 @@ A cosine_row(const Pair<P, Z, A>& pair, const CosineRow<A>& row, const CosineRow
     for (int64_t j = 0; j < pair.columns; ++j) {
       const A p = pair.prediction(j), z = pair.target(j);
       if (pair.dz) put(pair.dz + j, c * z + d * p);
-      put(pair.p + j, a * p + b * z);
+      put(pair.dp + j, a * p + b * z);
     }
   }
   return static_cast<A>(1 - row.cosine);
@@ -63,7 +64,7 @@ A difference_row(const Pair<P, Z, A>& pair, Value value, Slope slope) {
     for (int64_t j = 0; j < pair.columns; ++j) {
       const A g = scale * slope(pair.prediction(j) - pair.target(j));
       if (pair.dz) put(pair.dz + j, -g);
-      put(pair.p + j, g);
+      put(pair.dp + j, g);
     }
   }
   return sum / A(pair.columns);
@@ -103,7 +104,7 @@ A kl_row(const Pair<P, Z, A>& pair) {
       const A q = q_z(j);
       const A q_p = exp_nonpositive(pair.prediction(j) - p_sums.max) / p_sums.sum;
       if (pair.dz) put(pair.dz + j, pair.scale * q * (log_ratio(j) - kl));
-      put(pair.p + j, pair.scale * (q_p - q));
+      put(pair.dp + j, pair.scale * (q_p - q));
     }
   }
   return kl;
@@ -119,17 +120,20 @@ void clear(P* row, int64_t columns) {
 template <class P, class Z, class A>
 void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
-    P* prediction = a.prediction + i * a.prediction_stride;
+    const P* prediction = a.prediction + i * a.prediction_stride;
     const Z* target = a.target + (a.target_rows ? a.target_rows[i] : i) * a.target_stride;
-    Z* target_gradient = a.target_gradient ? a.target_gradient + i * a.target_gradient_stride : nullptr;
+    P* d_prediction = a.d_prediction + i * a.d_prediction_stride;
+    Z* d_target = a.d_target ? a.d_target + i * a.d_target_stride : nullptr;
     const A scale = a.row_scale ? a.row_scale[i] : A(1);
     const bool live = scale != A(0);
-    const Pair<P, Z, A> pair{prediction, target, target_gradient, a.columns, scale, a.gradient && live};
+    const Pair<P, Z, A> pair{prediction, target, d_prediction, d_target, a.columns, scale, a.gradient && live};
     const PairSums<A> sums = sums_of(pair);
     const CosineRow<A> row(sums, a.eps, scale);
     A loss(0);
     switch (a.distance) {
-      case Distance::cosine: loss = cosine_row(pair, row, CosineRow<A>({sums.zz, sums.pp, sums.pz}, a.eps, scale)); break;
+      case Distance::cosine:
+        loss = cosine_row(pair, row, CosineRow<A>({sums.zz, sums.pp, sums.pz}, a.eps, scale));
+        break;
       case Distance::mse: loss = difference_row(pair, [](A d) { return d * d; }, [](A d) { return A(2) * d; }); break;
       case Distance::smooth_l1:
         loss = difference_row(pair, [](A d) { return smooth_l1(d); }, [](A d) { return smooth_l1_gradient(d); });
@@ -137,8 +141,8 @@ void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end)
       case Distance::kl: loss = kl_row(pair); break;
     }
     if (a.gradient && !live) {  // not 0 * gradient: a NaN under a zero weight stays out
-      clear(prediction, a.columns);
-      if (target_gradient) clear(target_gradient, a.columns);
+      clear(d_prediction, a.columns);
+      if (d_target) clear(d_target, a.columns);
     }
     A* stats = a.stats + i;
     stats[0] = loss;

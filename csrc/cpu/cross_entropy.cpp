@@ -74,8 +74,8 @@ void clear(T* row, int64_t columns) {
 }
 
 template <class T, class A, class Read>
-NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse, int64_t label,
-               A scale, int64_t columns) {
+NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
+                       int64_t label, A scale, int64_t columns) {
   const auto transform = read.transform;
   const A z_target = read(label);
   const A max = row.max, factor = scale * loss.probability_factor(lse) / row.sum;

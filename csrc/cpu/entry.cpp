@@ -96,36 +96,51 @@ void swiglu_rows(Tensor gate, Tensor up, Tensor out) {
   });
 }
 
-void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream) {
+void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream, std::optional<Tensor> into_gate,
+                           std::optional<Tensor> into_up) {
   const int64_t rows = gate.size(0), columns = gate.size(1);
+  const Tensor d_gate = into_gate.value_or(gate), d_up = into_up.value_or(up);
   check_rows(gate, "gate", rows, columns);
-  check_rows(up, "up", rows, columns);
-  check_rows(upstream, "upstream", rows, columns);
-  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && upstream.scalar_type() == gate.scalar_type(),
-                  "nitp_ops row kernel: gate, up and upstream must share one dtype");
+  for (const Tensor& t : {up, upstream, d_gate, d_up}) {
+    check_rows(t, "up, upstream, d_gate or d_up", rows, columns);
+    STD_TORCH_CHECK(t.scalar_type() == gate.scalar_type(), "nitp_ops row kernel: all must have gate's dtype");
+  }
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    const nitp::SwigluRowsBackward<T> args{data<T>(gate),  data<T>(up),  data<T>(upstream), columns,
-                                           gate.stride(0), up.stride(0), upstream.stride(0)};
+    const nitp::SwigluRowsBackward<T> args{data<T>(gate),      data<T>(up),      data<T>(upstream), data<T>(d_gate),
+                                           data<T>(d_up),      columns,          gate.stride(0),    up.stride(0),
+                                           upstream.stride(0), d_gate.stride(0), d_up.stride(0)};
     over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(swiglu_rows_backward, args, begin, end) });
   });
 }
 
+void accumulate_rows_(Tensor sum, Tensor addend) {
+  const int64_t rows = sum.size(0), columns = sum.size(1);
+  check_rows(sum, "sum", rows, columns);
+  check_rows(addend, "addend", rows, columns);
+  STD_TORCH_CHECK(sum.scalar_type() == ScalarType::Float && addend.scalar_type() == ScalarType::BFloat16,
+                  "nitp_ops row kernel: sum must be float32 and addend bfloat16");
+  const nitp::AccumulateRows<bfloat16> args{data<float>(sum), data<bfloat16>(addend), columns, sum.stride(0),
+                                            addend.stride(0)};
+  over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(accumulate_rows, args, begin, end) });
+}
+
 void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> target_rows,
-                     std::optional<Tensor> row_scale, Tensor stats, std::optional<Tensor> target_gradient,
-                     int64_t distance, double eps, bool gradient) {
+                     std::optional<Tensor> row_scale, Tensor stats, std::optional<Tensor> into_prediction,
+                     std::optional<Tensor> d_target, int64_t distance, double eps, bool gradient) {
   const int64_t rows = prediction.size(0), columns = prediction.size(1);
+  const Tensor d_prediction = into_prediction.value_or(prediction);
   const ScalarType work = working(prediction.scalar_type(), target.scalar_type());
   check_rows(prediction, "prediction", rows, columns);
+  check_rows(d_prediction, "d_prediction", rows, columns);
   check_rows(target, "target", target_rows.has_value() ? target.size(0) : rows, columns);
   check_list(target_rows, "target_rows", rows, ScalarType::Long);
   check_list(row_scale, "row_scale", rows, work);
   check_stats(stats, 4, rows, work);
-  if (target_gradient.has_value()) {
-    check_rows(*target_gradient, "target_gradient", rows, columns);
-    STD_TORCH_CHECK(target_gradient->scalar_type() == target.scalar_type(),
-                    "nitp_ops row kernel: target_gradient must have the target's dtype");
-  }
+  if (d_target.has_value()) check_rows(*d_target, "d_target", rows, columns);
+  STD_TORCH_CHECK(d_prediction.scalar_type() == prediction.scalar_type() &&
+                      (!d_target.has_value() || d_target->scalar_type() == target.scalar_type()),
+                  "nitp_ops row kernel: a gradient must have its input's dtype");
   STD_TORCH_CHECK(distance >= 0 && distance <= 3, "nitp_ops row kernel: distance must be 0, 1, 2 or 3");
   const int64_t* indices = data<int64_t>(target_rows);
   for (int64_t i = 0; indices != nullptr && i < rows; ++i) {
@@ -141,12 +156,14 @@ void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> tar
                                               indices,
                                               data<A>(row_scale),
                                               data<A>(stats),
-                                              data<Z>(target_gradient),
+                                              data<P>(d_prediction),
+                                              data<Z>(d_target),
                                               columns,
                                               prediction.stride(0),
                                               target.stride(0),
                                               stats.stride(0),
-                                              target_gradient.has_value() ? target_gradient->stride(0) : 0,
+                                              d_prediction.stride(0),
+                                              d_target.has_value() ? d_target->stride(0) : 0,
                                               static_cast<A>(eps),
                                               static_cast<nitp::Distance>(distance),
                                               gradient};
@@ -192,6 +209,7 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> bia
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
+  m.impl("accumulate_rows_", TORCH_BOX(&accumulate_rows_));
   m.impl("swiglu_rows", TORCH_BOX(&swiglu_rows));
   m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_));
   m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_));

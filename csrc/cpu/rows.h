@@ -17,20 +17,28 @@ struct SwigluRows {
 
 template <class T>
 struct SwigluRowsBackward {
-  T *gate, *up;  // read, then overwritten with their gradients
-  const T* upstream;
-  int64_t columns, gate_stride, up_stride, upstream_stride;
+  const T *gate, *up, *upstream;
+  T *d_gate, *d_up;  // may be gate and up themselves
+  int64_t columns, gate_stride, up_stride, upstream_stride, d_gate_stride, d_up_stride;
+};
+
+template <class T>
+struct AccumulateRows {
+  float* sum;
+  const T* addend;
+  int64_t columns, sum_stride, addend_stride;
 };
 
 template <class P, class Z, class A>
 struct AlignmentRows {
-  P* prediction;  // overwritten with row_scale * dloss/dprediction where `gradient`
+  const P* prediction;
   const Z* target;
   const int64_t* target_rows;  // null: row i of the prediction meets row i of the target
   const A* row_scale;          // null: 1
   A* stats;                    // [4, rows]: loss, cosine, |prediction|, |target|
-  Z* target_gradient;          // null: not wanted; row i belongs to row i of the prediction
-  int64_t columns, prediction_stride, target_stride, stats_stride, target_gradient_stride;
+  P* d_prediction;             // row_scale * dloss/dprediction, where `gradient`; may be the prediction itself
+  Z* d_target;                 // null: not wanted; row i belongs to row i of the prediction
+  int64_t columns, prediction_stride, target_stride, stats_stride, d_prediction_stride, d_target_stride;
   A eps;
   Distance distance;
   bool gradient;
@@ -49,16 +57,18 @@ struct CrossEntropyRows {
   bool gradient;
 };
 
-#define NITP_DECLARE_ROWS(target)                                                      \
-  namespace target {                                                                   \
-  template <class T>                                                                   \
-  void swiglu_rows(const SwigluRows<T>&, int64_t begin, int64_t end);                  \
-  template <class T>                                                                   \
-  void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t begin, int64_t end); \
-  template <class P, class Z, class A>                                                 \
-  void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t begin, int64_t end);      \
-  template <class T, class A>                                                          \
-  void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t begin, int64_t end);  \
+#define NITP_DECLARE_ROWS(target)                                            \
+  namespace target {                                                         \
+  template <class T>                                                         \
+  void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t);                  \
+  template <class T>                                                         \
+  void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t); \
+  template <class P, class Z, class A>                                       \
+  void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);      \
+  template <class T, class A>                                                \
+  void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t, int64_t);  \
+  template <class T>                                                         \
+  void accumulate_rows(const AccumulateRows<T>&, int64_t, int64_t);          \
   }
 
 NITP_DECLARE_ROWS(portable)

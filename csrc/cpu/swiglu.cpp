@@ -1,4 +1,4 @@
-// SwiGLU over rows: reads gate and up once, writes the product (or both gradients, in place) once.
+// SwiGLU over rows: reads gate and up once, writes the product (or both gradients, also in place) once.
 #include "../swiglu.h"
 
 #include "rows.h"
@@ -20,14 +20,16 @@ void swiglu_rows(const SwigluRows<T>& a, int64_t begin, int64_t end) {
 template <class T>
 void swiglu_rows_backward(const SwigluRowsBackward<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    T* gate = a.gate + row * a.gate_stride;
-    T* up = a.up + row * a.up_stride;
+    const T* gate = a.gate + row * a.gate_stride;
+    const T* up = a.up + row * a.up_stride;
     const T* upstream = a.upstream + row * a.upstream_stride;
+    T* d_gate = a.d_gate + row * a.d_gate_stride;
+    T* d_up = a.d_up + row * a.d_up_stride;
 #pragma omp simd
     for (int64_t j = 0; j < a.columns; ++j) {
       const auto gradient = swiglu_gradient(widen(gate[j]), widen(up[j]), widen(upstream[j]));
-      store(gate + j, gradient.gate);
-      store(up + j, gradient.up);
+      store(d_gate + j, gradient.gate);
+      store(d_up + j, gradient.up);
     }
   }
 }
