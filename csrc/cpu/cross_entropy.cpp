@@ -9,7 +9,8 @@ namespace NITP_TARGET {
 
 namespace {
 
-constexpr int64_t kBlock = 2048;  // 8 KiB of float32
+// Columns between two additions to the float64 sums: a vector lane adds 32 numbers in float32, hardly any rounding.
+constexpr int64_t kBlock = 512;
 
 template <class T, class A, bool Biased, bool Capped>
 struct RowReader {
@@ -25,13 +26,14 @@ struct RowReader {
 
 template <class A>
 struct RowSums {
-  A max, sum, total;  // max z, sum exp(z - max), sum z
+  A max;
+  double sum, total;  // sum exp(z - max), sum z
   int64_t argmax;
 };
 
 template <class A, class Read>
 NITP_HD RowSums<A> reduce(const Read read, int64_t columns) {
-  RowSums<A> row{A(-INFINITY), A(0), A(0), 0};
+  RowSums<A> row{A(-INFINITY), 0, 0, 0};
   int64_t best_block = 0;
   A z[kBlock];
   for (int64_t first = 0; first < columns; first += kBlock) {
@@ -78,7 +80,7 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
                        int64_t label, A scale, int64_t columns) {
   const auto transform = read.transform;
   const A z_target = read(label);
-  const A max = row.max, factor = scale * loss.probability_factor(lse) / row.sum;
+  const A max = row.max, factor = static_cast<A>(scale * loss.probability_factor(lse) / row.sum);
   const A everywhere = scale * loss.everywhere();
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) {
@@ -102,7 +104,7 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
     const bool inside = label >= 0 && label < a.columns;
     const RowReader<T, A, Biased, Capped> read{logits, a.bias, {a.logit_scale, a.softcap}};
     const RowSums<A> row = reduce<A>(read, a.columns);
-    const A log_sum = std::log(row.sum);
+    const A log_sum = static_cast<A>(std::log(row.sum));
     const A lse = row.max + log_sum;
     a.prediction[i] = row.argmax;
     *log_sum_exp = lse;
@@ -114,7 +116,7 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
     }
     // A label outside [0, V) poisons its row; the op above refuses it with a clear error first.
     *target_logit = inside ? read(label) : A(NAN);
-    const A mean = row.total / A(a.columns);
+    const A mean = static_cast<A>(row.total / a.columns);
     *loss = token.loss(lse, log_sum + (row.max - *target_logit), log_sum + (row.max - mean));
     if (!a.gradient) continue;
     if (scale == A(0)) {
