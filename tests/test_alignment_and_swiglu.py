@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import close, outputs, widened, within_budget
+from budget import close, near, outputs, widened
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,27 +20,25 @@ def normal(seed, *shape, scale=1.0):
 @given(
     st.sampled_from(DTYPES), st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**20), st.sampled_from([1.0, 40.0])
 )
-def test_swiglu_equals_the_reference_within_the_error_budget(dtype, rows, width, seed, scale):
+def test_swiglu_equals_the_reference(dtype, rows, width, seed, scale):
     inputs = [normal(seed + i, 2, rows, width, scale=scale).to(dtype).requires_grad_() for i in range(2)]
     upstream = normal(seed + 2, 2, rows, width).to(dtype)
     ours = outputs(nitp_ops.swiglu, inputs, upstream)
-    eager = outputs(lambda g, u: torch.nn.functional.silu(g) * u, inputs, upstream)
     exact = outputs(reference.swiglu, widened(inputs), upstream.double())
-    within_budget(ours, eager, exact)
+    near(ours, exact)
 
 
 @given(
     st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DISTANCES),
-    st.integers(0, 5), st.integers(8, 70), st.integers(0, 2**20),
+    st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**20),
 )  # fmt: skip
-def test_alignment_equals_the_reference_within_the_error_budget(p_dtype, z_dtype, distance, rows, width, seed):
+def test_alignment_equals_the_reference(p_dtype, z_dtype, distance, rows, width, seed):
     inputs = [normal(seed, 2, rows, width).to(p_dtype).requires_grad_()]
     inputs.append(normal(seed + 1, 2, rows, width).to(z_dtype).requires_grad_())
     upstream = normal(seed + 2, 2, rows).to(reference.working(*inputs))
     ours = outputs(lambda p, z: nitp_ops.alignment(p, z, distance=distance), inputs, upstream)
-    eager = outputs(lambda p, z: reference.alignment(p, z, distance=distance), inputs, upstream)
     exact = outputs(lambda p, z: reference.alignment(p, z, distance=distance), widened(inputs), upstream.double())
-    within_budget(ours, eager, exact)
+    near(ours, exact)
     assert [x.dtype for x in ours] == [reference.working(*inputs), p_dtype, z_dtype]
 
 

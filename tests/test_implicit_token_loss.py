@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from budget import close, outputs, widened, within_budget
+from budget import close, near, outputs, widened
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,9 +16,9 @@ DISTANCES = ["cosine", "mse", "smooth_l1", "kl"]
 def problems(draw):
     dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     batch, length = draw(st.integers(0, 3)), draw(st.integers(0, 9))
-    width, inner = draw(st.integers(8, 16)), draw(st.sampled_from([1, 5, 32]))
+    width, inner = draw(st.integers(1, 16)), draw(st.sampled_from([1, 5, 32]))
     projector = draw(st.sampled_from(["swiglu", "linear", "none"]))
-    out = width if projector == "none" else draw(st.integers(8, 16))
+    out = width if projector == "none" else draw(st.integers(1, 16))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
 
     def normal(*shape):
@@ -52,12 +52,11 @@ def call(function, options):
 
 
 @given(problems())
-def test_it_equals_the_reference_within_the_error_budget(problem):
+def test_it_equals_the_reference(problem):
     inputs, options, upstream, chunk = problem
     ours = outputs(call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk}), inputs, upstream)
-    eager = outputs(call(reference.implicit_token_loss, options), inputs, upstream)
     exact = outputs(call(reference.implicit_token_loss, options), widened(inputs), upstream)
-    within_budget(ours, eager, exact, ["loss", "d hidden", "d gate", "d up", "d down"])
+    near(ours, exact, ["loss", "d hidden", "d gate", "d up", "d down"])
     assert [x.dtype for x in ours[1:]] == [x.dtype for x in inputs if x.requires_grad]
 
 
@@ -235,9 +234,7 @@ def test_a_bfloat16_hidden_state_meets_a_float32_target():
     hidden, target, *weights = make(dtype=torch.bfloat16)
     target = torch.randn(2, 6, 4)
     inputs = [hidden, target, *weights]
-    ours = outputs(nitp_ops.implicit_token_loss, inputs)
-    eager = outputs(reference.implicit_token_loss, inputs)
-    within_budget(ours, eager, outputs(reference.implicit_token_loss, widened(inputs)))
+    near(outputs(nitp_ops.implicit_token_loss, inputs), outputs(reference.implicit_token_loss, widened(inputs)))
 
 
 def test_bfloat16_near_cosine_one_stays_exact_where_the_naive_formula_fails():

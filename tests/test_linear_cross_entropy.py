@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import close, outputs, widened, within_budget
+from budget import close, near, outputs, widened
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,8 +17,8 @@ ROW = 8  # bytes of a float64
 @st.composite
 def problems(draw):
     dtype = draw(DTYPES)
-    rows, width = draw(st.sampled_from([0, 8, 13, 17])), draw(st.integers(8, 24))
-    vocabulary = draw(st.sampled_from([7, 64, 333, 2049, 4500]))
+    rows, width = draw(st.integers(0, 17)), draw(st.integers(1, 24))
+    vocabulary = draw(st.sampled_from([1, 2, 7, 64, 333, 2049, 4500]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     spread = draw(st.sampled_from([0.3, 3.0]))
     hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
@@ -51,12 +51,11 @@ def call(function, labels, options):
 
 
 @given(problems())
-def test_it_equals_the_reference_within_the_error_budget(problem):
+def test_it_equals_the_reference(problem):
     inputs, labels, options, upstream, chunk = problem
     ours = outputs(call(nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk}), inputs, upstream)
-    eager = outputs(call(reference.linear_cross_entropy, labels, options), inputs, upstream)
     exact = outputs(call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream)
-    within_budget(ours, eager, exact, ["loss", "d hidden", "d unembedding", "d bias"])
+    near(ours, exact, ["loss", "d hidden", "d unembedding", "d bias"])
     assert [x.dtype for x in ours[1:]] == [x.dtype for x in inputs]
 
 

@@ -14,6 +14,58 @@ def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
     return hidden, weight, torch.randint(0, vocabulary, (rows,))
 
 
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def in_budget(ours, eager, inputs):
+    within_budget(outputs(ours, inputs), outputs(eager, inputs), outputs(eager, widened(inputs)))
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1, "z_loss": 1e-3}, {"softcap": 5.0, "logit_scale": 0.5}],
+    ids=["plain", "smoothing and z-loss", "softcap and scale"],
+)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_stays_within_the_error_budget(dtype, options, reduction):
+    hidden = torch.randn(200, 64).to(dtype).requires_grad_()
+    weight = (torch.randn(3001, 64) / 4).to(dtype).requires_grad_()
+    labels = torch.randint(0, 3001, (200,))
+    options = {**options, "reduction": reduction}
+    in_budget(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=2**18, **options),
+        lambda h, w: reference.linear_cross_entropy(h, w, labels, **options),
+        [hidden, weight],
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "kl"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_implicit_token_loss_stays_within_the_error_budget(dtype, distance, reduction):
+    shapes = (2, 100, 64), (2, 100, 64), (256, 64), (256, 64), (64, 256)
+    inputs = [torch.randn(*shape).to(dtype).requires_grad_(place != 1) for place, shape in enumerate(shapes)]
+    options = {"distance": distance, "reduction": reduction}
+    in_budget(
+        lambda *x: nitp_ops.implicit_token_loss(*x, chunk_bytes=2**17, **options),
+        lambda *x: reference.implicit_token_loss(*x, **options),
+        inputs,
+    )
+
+
+@DTYPES
+@pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "kl"])
+def test_alignment_and_swiglu_stay_within_the_error_budget(dtype, distance):
+    inputs = [torch.randn(200, 300).to(dtype).requires_grad_() for _ in range(2)]
+    in_budget(
+        lambda p, z: nitp_ops.alignment(p, z, distance=distance),
+        lambda p, z: reference.alignment(p, z, distance=distance),
+        inputs,
+    )
+    in_budget(nitp_ops.swiglu, reference.swiglu, inputs)
+
+
 def test_logits_with_a_large_common_offset_stay_exact():
     hidden, weight, labels = make(dtype=torch.float32)
     bias = torch.full((31,), 1e4)
