@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
-def outputs(function: Callable[..., Tensor], inputs: Sequence[Tensor], upstream: Tensor | float = 1.0) -> list[Tensor]:
+def outputs(function: Callable[..., Any], inputs: Sequence[Tensor], upstream: Tensor | float = 1.0) -> list[Tensor]:
     """[loss, gradient of every input that requires one] of a fresh call."""
     loss = function(*inputs)
     wanted = [x for x in inputs if x.requires_grad]

@@ -1,5 +1,7 @@
 """Bad input is answered by one line: the argument, what came, what was expected."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -10,8 +12,11 @@ from nitp_ops import shared_linear_cross_entropy as shared
 
 H, W, Y = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64)
 G, U, D = torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(4, 8)
+A_LIST: Any = [1.0]
+A_WORD: Any = "x"
+LEARNED = torch.ones(3, requires_grad=True)
 WRONG = [
-    (TypeError, "hidden is a list, expected a torch.Tensor", lambda: lce([1.0], W, Y)),
+    (TypeError, "hidden is a list, expected a torch.Tensor", lambda: lce(A_LIST, W, Y)),
     (TypeError, "hidden is float16, expected", lambda: lce(H.half(), W, Y)),
     (TypeError, "labels is int32, expected int64", lambda: lce(H, W, Y.int())),
     (ValueError, r"labels has shape \(2,\), expected \(3,\)", lambda: lce(H, W, Y[:2])),
@@ -23,10 +28,10 @@ WRONG = [
     (ValueError, "normalizer came with reduction='sum'", lambda: lce(H, W, Y, reduction="sum", normalizer=2)),
     (ValueError, "normalizer is 0, expected a number > 0", lambda: lce(H, W, Y, normalizer=0)),
     (ValueError, "label_smoothing is 1.5, expected", lambda: lce(H, W, Y, label_smoothing=1.5)),
-    (TypeError, "z_loss is 'x', expected a number >= 0", lambda: lce(H, W, Y, z_loss="x")),
+    (TypeError, "z_loss is 'x', expected a number >= 0", lambda: lce(H, W, Y, z_loss=A_WORD)),
     (ValueError, "softcap is -1, expected a number > 0", lambda: lce(H, W, Y, softcap=-1)),
     (ValueError, "chunk_bytes is 0, expected an integer >= 1", lambda: lce(H, W, Y, chunk_bytes=0)),
-    (ValueError, "token_weight requires a gradient", lambda: lce(H, W, Y, token_weight=torch.ones(3, requires_grad=True))),
+    (ValueError, "token_weight requires a gradient", lambda: lce(H, W, Y, token_weight=LEARNED)),
     (ValueError, r"token_weight has shape \(2,\), expected \(3,\)", lambda: lce(H, W, Y, token_weight=torch.ones(2))),
     (ValueError, "labels is on meta, expected cpu", lambda: lce(H, W, Y.to("meta"))),
     (ValueError, "backend is 'cuda', expected one of", lambda: lce(H, W, Y, backend="cuda")),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from budget import close, outputs
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import nitp_ops
 
@@ -52,7 +54,7 @@ def test_opcheck_accepts_the_registration(call):
     """Runs torch.library.opcheck on every custom op that the call reaches, forward and backward."""
     seen = []
 
-    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    class Recorder(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "nitp_ops" and not func._schema.name.endswith(("rows", "rows_")):
                 seen.append((func, args))
@@ -70,7 +72,7 @@ def test_opcheck_accepts_the_registration(call):
         def fresh(x, forward=place < forward_ops):  # a backward op refuses to be differentiated: checked without
             return x.detach().requires_grad_(forward and x.requires_grad)
 
-        torch.library.opcheck(func, torch.utils._pytree.tree_map_only(torch.Tensor, fresh, args))
+        torch.library.opcheck(func, tree_map_only(torch.Tensor, fresh, args))
 
 
 @EVERY
@@ -90,7 +92,9 @@ def test_double_backward_is_refused_by_name(call):
     wanted = [x for x in inputs if x.requires_grad]
     gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
     with pytest.raises(NotImplementedError, match="double backward"):
-        torch.autograd.grad(sum(g.square().sum() for g in gradients if g is not None), wanted, allow_unused=True)
+        torch.autograd.grad(
+            torch.stack([g.square().sum() for g in gradients if g is not None]).sum(), wanted, allow_unused=True
+        )
 
 
 @EVERY

@@ -1,0 +1,219 @@
+"""How it is measured: child processes, interleaved rounds, peak memory, error against float64.
+
+Each measurement runs in a child forked from a parent that has imported torch and computed nothing, so that it starts
+with a clean heap, no thread pool, and no import to wait for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import signal
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+# Loaded here, once, instead of in every child: the first custom op of a process imports torch._dynamo (1 to 2 s), the
+# first compilation the rest.
+import torch._dynamo
+import torch._inductor.compile_fx
+
+from nitp_ops import reference
+
+from .cases import Inputs, Op, Sizes
+from .implementations import forward, step
+
+T = TypeVar("T")
+
+FLOOR = "floor"
+MALLOC = {
+    "default": "glibc as it comes: blocks over 32 MiB are mapped afresh, and every page faults, at each allocation",
+    "raised": "mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1): freed blocks stay mapped",
+}
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+class MeasurementError(RuntimeError):
+    """A child failed; the message is one line."""
+
+
+def in_child(task: Callable[[], T]) -> T:
+    """Run `task` in a forked child and return its (picklable) result.
+
+    Raises:
+        MeasurementError: the task raised, or the child died.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_send, args=(task, sender))
+    child.start()
+    sender.close()
+    try:
+        succeeded, result = receiver.recv()
+    except EOFError:
+        child.join()
+        raise MeasurementError(f"the process ended with code {child.exitcode} before it had a result") from None
+    finally:
+        receiver.close()
+    child.join()
+    if not succeeded:
+        raise MeasurementError(result)
+    return result
+
+
+def _send(task: Callable[[], Any], sender: Connection) -> None:
+    # Ctrl-C reaches parent and child alike; the parent is the one that says so.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        sender.send((True, task()))
+    except Exception as error:
+        sender.send((False, one_line(error)))
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def configure(threads: int, malloc: str = "default") -> None:
+    """Threads and allocator of this process."""
+    torch.set_num_threads(threads)
+    if malloc == "raised":
+        libc = ctypes.CDLL(None)
+        if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
+            raise OSError("mallopt refused the setting")
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], object]],
+    prepare: Callable[[], None],
+    *,
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, every round starting with another run.
+
+    A run leaves after the round in which its own total passes `seconds`, and has at least one time.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
+    for turn in range(rounds):
+        first = turn % len(order)
+        for name in order[first:] + order[:first]:
+            if sum(times[name]) > seconds:
+                continue
+            prepare()
+            start = clock()
+            runs[name]()
+            times[name].append(clock() - start)
+    return times
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    if len(values) == 1:
+        return {"median": values[0], "q25": values[0], "q75": values[0]}
+    q25, median, q75 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q25": q25, "q75": q75}
+
+
+def ratios(times: list[float], base: list[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios within each round, which drifts of the machine's speed cancel from."""
+    return spread([a / b for a, b in zip(times, base, strict=False)])
+
+
+def time_case(
+    op: Op, sizes: Sizes, dtype: torch.dtype, names: list[str], *, rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Interleaved times of the floor and of each implementation; {"skipped": reason} where one cannot run."""
+    inputs = op.inputs(sizes, dtype)
+    runs: dict[str, Callable[[], object]] = {FLOOR: op.floor(sizes, dtype)}
+    results: dict[str, dict[str, Any]] = {FLOOR: {}}
+    for name in names:
+        start = time.perf_counter()
+        try:
+            run = _bound(op, name, inputs)
+            run()
+        except Exception as error:
+            results[name] = {"skipped": one_line(error)}
+            continue
+        results[name] = {"first_call_s": time.perf_counter() - start}
+        runs[name] = run
+    for run in runs.values():
+        inputs.clear()
+        run()
+    gc.collect()
+    gc.disable()
+    times = interleave(runs, inputs.clear, rounds=rounds, seconds=seconds)
+    for name, values in times.items():
+        milliseconds = spread([1e3 * value for value in values])
+        results[name] |= {"milliseconds": milliseconds, "rounds": len(values)}
+        results[name]["times_floor"] = ratios(values, times[FLOOR])
+        if "eager" in times:
+            results[name]["times_eager"] = ratios(values, times["eager"])
+    return results
+
+
+def _bound(op: Op, name: str, inputs: Inputs) -> Callable[[], object]:
+    function = forward(op.name, name)
+    return lambda: step(function, inputs)
+
+
+def peak_memory(op: Op, sizes: Sizes, dtype: torch.dtype, name: str) -> dict[str, int]:
+    """Bytes that the second step needs above what is resident before it, the gradients that it returns included.
+
+    The first step takes what is needed once (thread pool, primitives, compilation). `VmHWM` is reset and read instead
+    of `ru_maxrss`, which cannot be reset and which exec carries over from the parent.
+    """
+    inputs = op.inputs(sizes, dtype)
+    function = forward(op.name, name)
+    step(function, inputs)
+    inputs.clear()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    step(function, inputs)
+    peak = resident_bytes("VmHWM") - before
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves.values())
+    return {"peak_bytes": peak, "gradient_bytes": gradients}
+
+
+def resident_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def errors(op: Op, sizes: Sizes, dtype: torch.dtype, names: list[str]) -> dict[str, dict[str, float]]:
+    """|x - x64| / |x64| (Frobenius) of the value and of each gradient, x64 from the float64 reference."""
+    sizes = {**sizes, "N": min(sizes["N"], op.error_rows)}
+    inputs = op.inputs(sizes, dtype)
+    exact = _value_and_gradients(getattr(reference, op.name), inputs.to(torch.float64))
+    return {
+        name: {
+            part: float((tensor.double() - exact[part]).norm() / exact[part].norm())
+            for part, tensor in _value_and_gradients(forward(op.name, name), inputs).items()
+        }
+        for name in names
+    }
+
+
+def _value_and_gradients(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, torch.Tensor]:
+    inputs.clear()
+    results = {"value": step(function, inputs)}
+    for name, leaf in inputs.leaves.items():
+        if leaf.grad is None:
+            raise RuntimeError(f"{name} got no gradient")
+        results[f"gradient of {name}"] = leaf.grad
+    return results

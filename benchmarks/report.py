@@ -1,0 +1,161 @@
+"""What is shown and kept: the machine line, one table an op, the sentences that follow from it, the JSON file."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import OPS
+from .implementations import NAMES
+from .measure import FLOOR, MALLOC
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """CPU, instruction set, cores, threads, torch, commit."""
+    return {
+        "cpu": _cpu_name(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def _cpu_name() -> str:
+    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "--short=12", "--verify", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except OSError:
+        return "unknown"
+    if not commit:
+        return "uncommitted"
+    return f"{commit}-dirty" if changed else commit
+
+
+def machine_line(info: dict[str, Any]) -> str:
+    """The line that heads every output."""
+    return (
+        f"{info['cpu']} ({info['instruction_set']}), {info['cores']} cores, {info['threads']} threads, "
+        f"torch {info['torch']}, commit {info['commit']}"
+    )
+
+
+def results_path(info: dict[str, Any]) -> Path:
+    """results/<device>/<commit>.json."""
+    device = re.sub(r"[^a-z0-9]+", "-", f"{info['cpu']} {info['cores']} cores".lower()).strip("-")
+    return RESULTS / device / f"{info['commit']}.json"
+
+
+def write_json(path: Path, document: dict[str, Any]) -> None:
+    """Write the results; a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    temporary.replace(path)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Plain text, columns padded; the first column to the left, numbers to the right."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def padded(line: list[str]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "  ".join([line[0].ljust(widths[0]), *cells]).rstrip()
+
+    return "\n".join([padded(lines[0]), "  ".join("-" * width for width in widths), *map(padded, lines[1:])])
+
+
+HEADER = ("", "median ms", "quartiles", "x floor", "x eager", "rounds", "peak MiB", "error")
+
+
+def case_title(case: dict[str, Any]) -> str:
+    """One line that says what the rows below it measured."""
+    sizes = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
+    gradients = next((row["gradient_bytes"] for row in case["rows"].values() if "gradient_bytes" in row), 0)
+    return (
+        f"{case['op']}  {sizes}  {case['dtype']}  malloc {case['malloc']}  "
+        f"(gradients: {gradients / 2**20:.0f} MiB of each peak)"
+    )
+
+
+def case_table(case: dict[str, Any]) -> str:
+    """The floor and every implementation of one case; what was skipped keeps its row and says why."""
+    rows, reasons = [], []
+    for name, row in case["rows"].items():
+        label = "floor" if name == FLOOR else name
+        if "skipped" in row:
+            reasons.append(f"{label} skipped: {row['skipped']}")
+            rows.append([label, *["-"] * (len(HEADER) - 1)])
+            continue
+        if "peak_failed" in row:
+            reasons.append(f"{label}, peak memory: {row['peak_failed']}")
+        rows.append([label, *_cells(row)])
+    return "\n".join([table(HEADER, rows), *reasons])
+
+
+def _cells(row: dict[str, Any]) -> Iterator[str]:
+    time = row["milliseconds"]
+    yield f"{time['median']:.3g}" if time["median"] < 100 else f"{time['median']:.0f}"
+    yield f"{time['q25']:.3g}-{time['q75']:.3g}"
+    yield f"{row['times_floor']['median']:.2f}"
+    yield f"{row['times_eager']['median']:.2f}" if "times_eager" in row else "-"
+    yield str(row["rounds"])
+    yield f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else "-"
+    yield f"{max(row['error'].values()):.1e}" if "error" in row else "-"
+
+
+def legend(cases: list[dict[str, Any]]) -> str:
+    """What the columns and rows mean, for the ops and settings that were measured."""
+    lines = [f"floor of {op}: {OPS[op].floor_name}" for op in dict.fromkeys(case["op"] for case in cases)]
+    shown = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
+    lines += [f"{name}: {NAMES[name]}" for name in shown]
+    lines += [f"malloc {name}: {MALLOC[name]}" for name in dict.fromkeys(case["malloc"] for case in cases)]
+    lines += [
+        "time: forward and backward; ratios: median over rounds of the ratio within a round",
+        "peak: most bytes resident in the second step of a fresh process, above those before it (malloc default)",
+        "error: largest |x - x64| / |x64| of the value and the gradients against the float64 reference",
+    ]
+    return "\n".join(lines)
+
+
+def verdict(cases: list[dict[str, Any]]) -> str:
+    """Where ours needs more time or more memory than eager, from the numbers."""
+    slower, larger, compared = [], [], 0
+    for case in cases:
+        ours, eager = case["rows"].get("ours", {}), case["rows"].get("eager", {})
+        where = case_title(case).split("  (")[0]
+        if "milliseconds" in ours and "milliseconds" in eager:
+            compared += 1
+            ratio = ours["times_eager"]["median"]
+            if ratio > 1:
+                slower.append(f"  {where}: {ratio:.2f} x")
+        if "peak_bytes" in ours and "peak_bytes" in eager:
+            peaks = ours["peak_bytes"] / 2**20, eager["peak_bytes"] / 2**20
+            # The kernel counts resident pages to about 0.25 MiB; less than 1 MiB is no difference.
+            if peaks[0] > peaks[1] + 1:
+                larger.append(f"  {where}: {peaks[0]:.0f} against {peaks[1]:.0f} MiB")
+    if not compared:
+        return "ours and eager were not both measured"
+    lines = [f"slower than eager: {len(slower)} of {compared} cases", *slower]
+    return "\n".join([*lines, f"larger than eager: {len(larger)} of {compared} cases", *dict.fromkeys(larger)])

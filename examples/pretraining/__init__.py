@@ -1,0 +1,1 @@
+"""What `examples/pretrain.py` is made of: corpus, model, schedule, checkpoint, training loop, report."""

@@ -1,0 +1,174 @@
+"""The command line, checked before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from .data import VOCAB_SIZE
+from .failure import BadInput
+from .model import ModelConfig
+
+# Options that change what is computed: a resumed run must have the same.
+TRAJECTORY = (
+    "dim",
+    "layers",
+    "heads",
+    "kv_heads",
+    "context",
+    "tied",
+    "batch",
+    "accumulate",
+    "steps",
+    "lr",
+    "warmup",
+    "decay",
+    "weight_decay",
+    "clip",
+    "dtype",
+    "seed",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """One field per option; see `--help`."""
+
+    objectives: list[str]
+    data: Path | None
+    out: Path
+    resume: bool
+    dim: int
+    layers: int
+    heads: int
+    kv_heads: int
+    context: int
+    tied: bool
+    batch: int
+    accumulate: int
+    steps: int
+    lr: float
+    warmup: float
+    decay: float
+    weight_decay: float
+    clip: float
+    dtype: str
+    device: str
+    threads: int | None
+    seed: int
+    eval_every: int
+    eval_windows: int
+    checkpoint_every: int
+    fused_head: bool
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shapes of the decoder."""
+        return ModelConfig(
+            vocab_size=VOCAB_SIZE,
+            dim=self.dim,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            context=self.context,
+            tied=self.tied,
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step reads."""
+        return self.batch * self.accumulate * self.context
+
+    def trajectory(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that it continues."""
+        values = asdict(self)
+        return {name: values[name] for name in TRAJECTORY}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see --help")
+
+
+def _whole(least: int) -> Any:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is too small, expected at least {least}")
+        return value
+
+    return whole_number
+
+
+def _real(least: float, most: float = float("inf")) -> Any:
+    def number(text: str) -> float:
+        if not least <= (value := float(text)) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is outside [{least:g}, {most:g}]")
+        return value
+
+    return number
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="pretrain",
+        description="Train one small byte-level language model per objective and compare them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--objectives", nargs="+", default=["ntp", "ntp + nitp"], metavar="EXPRESSION", help="a run each")
+    add("--data", type=Path, metavar="FILE|DIR", help="text; without it, the sources of Python's library")
+    add("--out", type=Path, default=Path("runs/pretrain"), metavar="DIR", help="checkpoints, tables, picture")
+    add("--resume", action="store_true", help="continue the runs in --out from their checkpoints")
+    add("--dim", type=_whole(1), default=128, help="width of the residual stream")
+    add("--layers", type=_whole(1), default=5, help="transformer blocks")
+    add("--heads", type=_whole(1), default=4, help="attention heads")
+    add("--kv-heads", type=_whole(1), help="key and value heads (default: as many as --heads)")
+    add("--context", type=_whole(2), default=128, help="tokens a window")
+    add("--tied", action="store_true", help="one matrix for embedding and unembedding")
+    add("--batch", type=_whole(1), default=16, help="windows a microbatch")
+    add("--accumulate", type=_whole(1), default=1, help="microbatches a step")
+    add("--steps", type=_whole(1), default=600, help="optimizer steps of each run")
+    add("--lr", type=_real(0), default=3e-3, help="learning rate of the stable phase")
+    add("--warmup", type=_real(0, 1), default=0.05, help="fraction of the steps that warms up")
+    add("--decay", type=_real(0, 1), default=0.2, help="fraction of the steps that decays, at the end")
+    add("--weight-decay", type=_real(0), default=0.1, help="AdamW, on matrices only")
+    add("--clip", type=_real(0), default=1.0, help="largest gradient norm; 0 does not clip")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when there is one")
+    add("--threads", type=_whole(1), help="CPU threads (default: PyTorch's choice)")
+    add("--seed", type=_whole(0), default=0, help="of the weights and the data order")
+    add("--eval-every", type=_whole(1), default=50, help="steps between looks at held-out text")
+    add("--eval-windows", type=_whole(2), default=128, help="held-out windows looked at")
+    add("--checkpoint-every", type=_whole(1), default=100, help="steps between checkpoints")
+    add(
+        "--fused-head",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end with the memory and time of the fused head",
+    )
+    return parser
+
+
+def parse(arguments: list[str] | None) -> Options:
+    """Options of a command line.
+
+    Raises:
+        BadInput: an unknown option, a value out of range, shapes that do not fit, no CUDA device.
+    """
+    values = vars(_parser().parse_args(arguments))
+    values["kv_heads"] = values["kv_heads"] or values["heads"]
+    if values["device"] == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    if values["device"] == "auto":
+        values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    options = Options(**values)
+    try:
+        _ = options.model
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    return options

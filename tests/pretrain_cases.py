@@ -1,0 +1,55 @@
+"""What the tests of the pretraining example share: its modules, a small text, a small model, how to read results."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "pretrain.py"
+sys.path.insert(0, str(ROOT / "examples"))
+pretrain = importlib.import_module("pretrain")
+checkpoint = importlib.import_module("pretraining.checkpoint")
+
+OPTIONS = """
+    --threads 1 --dim 16 --layers 3 --heads 2 --kv-heads 1 --context 16 --batch 4 --steps 20
+    --eval-every 4 --eval-windows 8 --checkpoint-every 5 --no-fused-head
+"""
+
+
+def write_text(folder):
+    """Small files of unequal length: windows cross file borders and hold unequal numbers of targets."""
+    for number in range(120):
+        lines = [f"{number} {line * line % 97} walks.\n" for line in range(1 + number % 7)]
+        (folder / f"{number:03}.txt").write_text("".join(lines))
+    return folder
+
+
+def arguments(text, out, *more):
+    return [*OPTIONS.split(), "--data", str(text), "--out", str(out), *more]
+
+
+def steps_without_times(folder):
+    rows = checkpoint.read_table(folder / "steps.csv")
+    assert all(float(row.pop("seconds")) > 0 for row in rows)
+    return rows
+
+
+def assert_same_run(one, other):
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert steps_without_times(one) == steps_without_times(other)
+    assert (one / "validation.csv").read_text() == (other / "validation.csv").read_text()
+    states = [checkpoint.load_checkpoint(folder / "checkpoint.pt") for folder in (one, other)]
+    for part in ("model", "objective"):
+        for name, value in states[0][part].items():
+            assert torch.equal(value, states[1][part][name]), name
+
+
+def complaint(capsys):
+    """The one line on stderr."""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pretrain: ")
+    return line

@@ -1,0 +1,197 @@
+"""The pretraining example when it cannot go on: exact resumption, the last good checkpoint, one clear line."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pretrain_cases import (
+    SCRIPT,
+    arguments,
+    assert_same_run,
+    checkpoint,
+    complaint,
+    pretrain,
+    steps_without_times,
+    write_text,
+)
+
+run_module = importlib.import_module("pretraining.run")
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def straight(text, tmp_path_factory):
+    """Both objectives, 20 steps without a stop."""
+    out = tmp_path_factory.mktemp("straight")
+    assert pretrain.main(arguments(text, out)) == 0
+    return out
+
+
+def before_step(monkeypatch, number, objective, action):
+    """Let `action` happen just before that step of that run."""
+    original = run_module.Run.step
+
+    def step(run):
+        if run.done == number and run.name == objective:
+            action()
+        return original(run)
+
+    monkeypatch.setattr(run_module.Run, "step", step)
+
+
+def crash():
+    raise RuntimeError("the machine went away")
+
+
+@pytest.mark.parametrize(
+    ("action", "code"), [(lambda: signal.raise_signal(signal.SIGINT), 130), (crash, None)], ids=["Ctrl-C", "crash"]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, straight, tmp_path, monkeypatch, action, code):
+    with monkeypatch.context() as interrupted:
+        before_step(interrupted, 13, "ntp + nitp", action)
+        if code is None:
+            with pytest.raises(RuntimeError, match="went away"):
+                pretrain.main(arguments(text, tmp_path))
+        else:
+            assert pretrain.main(arguments(text, tmp_path)) == code
+    stopped_at = checkpoint.load_checkpoint(tmp_path / "ntp-nitp" / "checkpoint.pt")["step"]
+    assert stopped_at == (14 if code else 10)
+    assert pretrain.main(arguments(text, tmp_path, "--resume")) == 0
+    assert_same_run(tmp_path / "ntp", straight / "ntp")
+    assert_same_run(tmp_path / "ntp-nitp", straight / "ntp-nitp")
+
+
+def test_ctrl_c_says_how_to_go_on(text, tmp_path, monkeypatch, capsys):
+    before_step(monkeypatch, 7, "ntp", lambda: signal.raise_signal(signal.SIGINT))
+    assert pretrain.main(arguments(text, tmp_path)) == 130
+    line = complaint(capsys)
+    assert "stopped after step 8 of 20" in line and line.endswith("--resume")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(text, straight, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        before_step(disk, 12, "ntp", lambda: disk.setattr(checkpoint.os, "fsync", full))
+        assert pretrain.main(arguments(text, tmp_path)) == 1
+    line = complaint(capsys)
+    assert "No space left on device" in line and "checkpoint of step 10 is intact" in line and "--resume" in line
+    assert checkpoint.load_checkpoint(tmp_path / "ntp" / "checkpoint.pt")["step"] == 10
+    assert not list((tmp_path / "ntp").glob(".*"))
+    assert pretrain.main(arguments(text, tmp_path, "--resume")) == 0
+    assert_same_run(tmp_path / "ntp", straight / "ntp")
+
+
+def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(text, straight, tmp_path):
+    size = (straight / "ntp-nitp" / "checkpoint.pt").stat().st_size * 3 // 2
+    mount = f"mount -t tmpfs -o size={size} none {tmp_path}"
+    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a file system")
+    kept = tmp_path.with_name("kept.pt")
+    command = [sys.executable, SCRIPT, *arguments(text, tmp_path, "--objectives", "ntp + nitp")]
+    inside = f'{mount} && "$@"; code=$?; cp {tmp_path}/ntp-nitp/checkpoint.pt {kept}; exit $code'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", inside, "sh", *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device" in line and "checkpoint of step 5 is intact" in line
+    assert checkpoint.load_checkpoint(kept)["step"] == 5
+
+
+def test_sigint_from_outside_ends_with_130_and_a_checkpoint(text, tmp_path):
+    command = [sys.executable, SCRIPT, *arguments(text, tmp_path), "--steps", "1000000", "--objectives", "ntp + nitp"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        give_up = time.monotonic() + 60
+        while len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) < 3 and time.monotonic() < give_up:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        (line,) = process.communicate(timeout=60)[1].splitlines()
+    assert process.returncode == 130
+    done = checkpoint.load_checkpoint(tmp_path / "ntp-nitp" / "checkpoint.pt")["step"]
+    assert f"stopped after step {done} of 1000000" in line and line.endswith("--resume")
+    assert len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) == done
+
+
+def test_starting_anew_keeps_the_earlier_run_beside_it(text, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "out")
+    assert pretrain.main(arguments(text, tmp_path / "out", "--steps", "2", "--objectives", "ntp")) == 0
+    assert len(steps_without_times(tmp_path / "out" / "ntp")) == 2
+    assert_same_run(tmp_path / "out" / "ntp.previous", straight / "ntp")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--objectives", "ntp", "ntp + 0.5*nitp"], "nitp.weight"),
+        (["--objectives", "ntp(z_loss=0.1)", "ntp + nitp"], "ntp.z_loss"),
+        (["--dim", "32"], "--dim 16, this run has --dim 32"),
+        (["--lr", "0.1"], "--lr"),
+        (["--data", str(SCRIPT)], "the text"),
+        (["--objectives", "nitp"], "holds no checkpoint of nitp"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(text, straight, capsys, more, said):
+    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
+    assert pretrain.main(arguments(text, straight, "--resume", *more)) == 2
+    assert said in complaint(capsys)
+    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--data", "/nowhere/text"], "no such file"),
+        (["--objectives", "ntp + niptp"], 'Did you mean "nitp"'),
+        (["--objectives", "nitp(traget_layer=1)"], 'Did you mean "target_layer"'),
+        (["--objectives", "ntp + nitp(target_layer=3)"], "target_layer is 3"),
+        (["--objectives", "ntp +"], "ntp +"),
+        (["--dim", "17"], "dim is 17"),
+        (["--dim", "many"], "--dim"),
+        (["--steps", "0"], "--steps"),
+        (["--warmup", "1.5"], "--warmup"),
+        (["--nonsense"], "--nonsense"),
+        (["--context", "100000"], "too short"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_two(text, tmp_path, capsys, more, said):
+    assert pretrain.main(arguments(text, tmp_path / "out", *more)) == 2
+    assert said in complaint(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_problem_of_a_spec_gets_a_line_of_its_own(text, tmp_path, capsys):
+    assert pretrain.main(arguments(text, tmp_path, "--objectives", "ntp(z_los=1) + niptp")) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("pretrain: ") for line in lines)
+
+
+def test_bad_input_shows_no_traceback_to_a_shell(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--data", tmp_path / "empty.txt"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("pretrain: ") and len(done.stderr.splitlines()) == 1
