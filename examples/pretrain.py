@@ -29,7 +29,7 @@ from pretraining.fused_head import HeadCost, compare
 from pretraining.loop import prepare, train
 from pretraining.options import Options, parse
 from pretraining.picture import draw
-from pretraining.run import Run, check, refuse_another_run
+from pretraining.run import Run, backend_for, check, refuse_another_run
 
 HEAD_SHAPE = {"rows": 1024, "dim": 256, "vocab": 151_936, "dtype": "float32"}
 PROMPT = b"\n"
@@ -69,6 +69,8 @@ def compare_objectives(options: Options) -> None:
     if options.resume:
         check_resumable(options, corpus, {name: spec for _, spec, name in runs})
     console.print(corpus.description)
+    if backend_for(options.device) is not None:
+        console.print(f"no row kernels serve {options.device} here: the objectives run as plain PyTorch equations")
     outcomes, samples = [], []
     for text, spec, name in runs:
         run = Run(text, spec, options, corpus, options.out / name)
@@ -148,7 +150,8 @@ def _train(run: Run, console: Console) -> HeldOut:
 
 def _head_costs(options: Options, console: Console) -> list[HeadCost]:
     try:
-        costs = compare(**HEAD_SHAPE, device=options.device, threads=torch.get_num_threads())
+        device = options.device if backend_for(options.device) is None else "cpu"
+        costs = compare(**HEAD_SHAPE, device=device, threads=torch.get_num_threads())
     except RuntimeError as error:
         raise Failure(str(error)) from error
     console.print(report.head_table(costs))

@@ -93,7 +93,9 @@ def evaluate(run: Run) -> HeldOut:
 
 def _cross_entropy(run: Run, hidden: torch.Tensor, ids: torch.Tensor, documents: torch.Tensor) -> tuple[float, int]:
     labels = torch.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], -100).to(run.device)
-    loss = nitp_ops.linear_cross_entropy(hidden[:, :-1], run.model.lm_head.weight, labels, reduction="sum")
+    loss = nitp_ops.linear_cross_entropy(
+        hidden[:, :-1], run.model.lm_head.weight, labels, reduction="sum", backend=run.backend
+    )
     return loss.item(), int((labels != -100).sum())
 
 

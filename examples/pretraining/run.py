@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nitp_ops.objectives import ModelInfo, Spec, Streams, build
+from nitp_ops.rows import refusal
 
 from .checkpoint import load_checkpoint
 from .data import Corpus, Order
@@ -33,6 +34,11 @@ def model_info(options: Options) -> ModelInfo:
         num_layers=shapes.layers,
         initializer_range=shapes.initializer_range,
     )
+
+
+def backend_for(device: str) -> str | None:
+    """None where row kernels serve the device, else "reference": the objectives as plain PyTorch."""
+    return None if refusal(torch.device(device)) is None else "reference"
 
 
 def check(spec: Spec, options: Options) -> None:
@@ -64,7 +70,9 @@ class Run:
         self.name, self.spec, self.options, self.corpus, self.folder = name, spec, options, corpus, folder
         self.device = torch.device(options.device)
         self.model = Decoder(options.model, seed=options.seed).to(self.device)
-        self.objective = build(spec, model=model_info(options), seed=options.seed).to(self.device)
+        self.backend = backend_for(options.device)
+        objective = build(spec, model=model_info(options), seed=options.seed, backend=self.backend)
+        self.objective = objective.to(self.device)
         self.keep = sorted(
             int(stream.removeprefix("hidden_states[").removesuffix("]"))
             for stream in self.objective.requires

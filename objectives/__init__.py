@@ -1,0 +1,51 @@
+"""Training objectives as declarations: ``loss = sum over parts of weight * SUM / COUNT``.
+
+    objective = build("ntp + 0.8*nitp(target_layer=0.2)", model=ModelInfo(...))
+    out = objective(Streams(token_ids=ids, last_hidden=h, hidden_states={4: s4}, head=model.lm_head))
+    out.loss.backward()
+
+An objective is a frozen dataclass that is registered under a name; `build` turns a spec of them into one
+`torch.nn.Module`. Head terms (cross-entropies against the unembedding) share one pass over its matrix.
+"""
+
+if __name__ != "nitp_ops.objectives":
+    raise ImportError(f"objectives: imported as {__name__!r}, expected 'nitp_ops.objectives'")
+
+from .base import Context, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
+from .composite import CompositeObjective, Output, build
+from .counts import Counts
+from .metrics import Metrics
+from .model_info import ModelInfo
+from .nitp import NITP
+from .ntp import NTP
+from .registry import available, register
+from .schedule import Piecewise, Ramp, schedule
+from .schema import SpecError
+from .spec import Spec, parse
+from .streams import Streams
+
+__all__ = [
+    "NITP",
+    "NTP",
+    "CompositeObjective",
+    "Context",
+    "Counts",
+    "HeadRows",
+    "HeadTerm",
+    "LatentPart",
+    "LatentTerm",
+    "Metrics",
+    "ModelInfo",
+    "Objective",
+    "Output",
+    "Piecewise",
+    "Ramp",
+    "Spec",
+    "SpecError",
+    "Streams",
+    "available",
+    "build",
+    "parse",
+    "register",
+    "schedule",
+]

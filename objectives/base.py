@@ -1,0 +1,143 @@
+"""What an objective is: a frozen dataclass that declares rows for a head, or computes sums of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from .model_info import ModelInfo
+from .schedule import Weight, as_weight
+from .schema import SpecError, field_types, tidy, type_problem
+from .streams import Streams
+
+
+@dataclass(frozen=True)
+class Context:
+    """What `build` and the step give to a term, beside the streams.
+
+    Attributes:
+        info: the model. module: the term's own module, or None. backend: for the ops.
+        normalizer: ``{part: COUNT / weight}``, 0-d; a latent term divides its SUM by it.
+        guard: passes tensors through; their gradients become exact zeros while the weight is zero, so that a NaN
+            inside a term of weight zero reaches nothing. A latent term sends its differentiable inputs through it.
+    """
+
+    info: ModelInfo
+    module: nn.Module | None
+    backend: str | None
+    normalizer: Mapping[str, Tensor]
+    guard: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Rows of a head term: hidden states ``[B, T, d]`` against labels ``[B, T]`` (ignore_index: no target).
+
+    head is a module with weight ``[V, d]`` (and perhaps bias ``[V]``) or a leaf tensor; token_weight is ``[B, T]``.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    head: nn.Module | Tensor
+    token_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class LatentPart:
+    """What one part of a latent term computed.
+
+    loss: ``SUM / normalizer``, 0-d, differentiable. total: SUM, 0-d, detached. means: further sums over the counted
+    rows, to be logged divided by the count. unit_target: sum of the unit targets ``[D]`` (cosine distance only).
+    """
+
+    loss: Tensor
+    total: Tensor
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    unit_target: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """``weight * SUM / COUNT``, one for each part; the fields of a subclass are its options.
+
+    Subclass `HeadTerm` or `LatentTerm`, not this class. Types are checked from the annotations; ranges in `problems`.
+
+    Args:
+        label: name in logs and parameters; the registered name where not given.
+        weight: a number >= 0 or a schedule (see `schedule`).
+        denominator: "own" divides by this term's count, "main" by NTP's (DeepSeek's convention).
+
+    Raises:
+        SpecError: an option of the wrong type or outside its range.
+    """
+
+    name: ClassVar[str] = ""
+
+    label: str | None = None
+    weight: Weight = 1.0
+    denominator: Literal["own", "main"] = "own"
+
+    def __post_init__(self) -> None:
+        found = []
+        for name, expected in field_types(type(self)).items():
+            value = getattr(self, name)
+            if name == "weight":
+                try:
+                    object.__setattr__(self, name, as_weight(value))
+                except (TypeError, ValueError) as error:
+                    found.append(str(error))
+            elif problem := type_problem(name, value, expected):
+                found.append(problem)
+            else:
+                object.__setattr__(self, name, tidy(value, expected))
+        # ranges can only be asked of values of the right type
+        found = found or self.problems()
+        if found:
+            raise SpecError(f"{self.label or self.name or type(self).__name__}: {problem}" for problem in found)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the options, one line each."""
+        return []
+
+    def model_problems(self, info: ModelInfo) -> list[str]:
+        """What is wrong with the options for this model, one line each."""
+        return []
+
+    def requires(self, info: ModelInfo) -> frozenset[str]:
+        """The streams that the term reads: "token_ids", "last_hidden", "hidden_states[3]", "head", ..."""
+        raise NotImplementedError
+
+    def make_module(self, info: ModelInfo, seed: int) -> nn.Module | None:
+        """The module with the term's own parameters, or None; it needs a ``reset_parameters()``."""
+        return None
+
+    def valid(self, streams: Streams) -> dict[str, Tensor]:
+        """``{part: bool [B, T]}``, the rows that count; a term with one part calls it "". Reads no hidden stream."""
+        raise NotImplementedError
+
+    def explain(self, info: ModelInfo) -> dict[str, Any]:
+        """Resolved facts for `CompositeObjective.explain`, in reading order."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTerm(Objective):
+    """A cross-entropy against the unembedding: declares rows, the plan computes them together with the others'."""
+
+    def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
+        """``{part: rows}``, with the parts and the rows that `valid` counts."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentTerm(Objective):
+    """A loss outside the vocabulary: computes its own sums, never an ``[N, V]`` tensor."""
+
+    def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
+        """``{part: what it computed}``, with the parts that `valid` counts."""
+        raise NotImplementedError

@@ -1,0 +1,232 @@
+"""The module that `build` makes of a spec: counts, loss and metrics of all its terms."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import plan
+from .base import Context, HeadTerm, LatentPart, LatentTerm, Objective
+from .counts import Counts
+from .explain import explain
+from .guard import guarded
+from .metrics import Metrics
+from .model_info import ModelInfo
+from .schedule import weight_at
+from .schema import SpecError, is_int
+from .spec import Spec, SpecLike, parse
+from .streams import Streams
+
+
+class _Part(NamedTuple):
+    """One part of one term: the rows that count, and the part whose count divides it."""
+
+    term: Objective
+    piece: str
+    valid: Tensor
+    denominator: str
+
+
+class Output(NamedTuple):
+    """loss: 0-d, differentiable. metrics: detached sums, see `Metrics`."""
+
+    loss: Tensor
+    metrics: Metrics
+
+
+def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | None = None) -> CompositeObjective:
+    """The objective that a spec declares, for a model: ``loss = sum over parts of weight * SUM / COUNT``.
+
+    Args:
+        spec: in any spelling, see `parse`.
+        model: sizes and head transforms of the model.
+        seed: of the own parameters; each term draws from its own generator, so terms do not disturb each other.
+        backend: of the ops: None (the device decides), "native", "triton" or "reference".
+
+    Raises:
+        SpecError: everything that is wrong with the spec, or with it for this model.
+        TypeError: model is no ModelInfo.
+
+    Example:
+        >>> from nitp_ops.objectives import ModelInfo, Streams
+        >>> info = ModelInfo(hidden_size=8, vocab_size=16, num_layers=4)
+        >>> objective = build("ntp + 0.8*nitp(target_layer=0.2)", model=info)
+        >>> sorted(objective.requires)
+        ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
+        >>> h, s1 = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
+        >>> out = objective(Streams(token_ids=torch.ones(2, 5, dtype=torch.int64), last_hidden=h, hidden_states={1: s1},
+        ...                         head=nn.Linear(8, 16, bias=False)))
+        >>> out.loss.backward()
+        >>> out.metrics.compute()["ntp/count"]
+        8
+    """
+    if not isinstance(model, ModelInfo):
+        raise TypeError(f"build: model is a {type(model).__name__}, expected a ModelInfo")
+    parsed = parse(spec)
+    problems = [f"{term.label}: {problem}" for term in parsed.terms for problem in term.model_problems(model)]
+    if problems:
+        raise SpecError(problems)
+    return CompositeObjective(parsed, model, seed, backend)
+
+
+class CompositeObjective(nn.Module):
+    """What `build` returns. It owns the terms' parameters and nothing else; heads come with the streams.
+
+    Attributes:
+        spec: the frozen spec. info: the model's sizes. requires: names of the streams that a call must bring.
+    """
+
+    def __init__(self, spec: Spec, info: ModelInfo, seed: int, backend: str | None) -> None:
+        super().__init__()
+        self.spec, self.info, self.backend = spec, info, backend
+        self.requires = frozenset().union(*(term.requires(info) for term in spec.terms))
+        self.terms = nn.ModuleDict()
+        for term in spec.terms:
+            module = term.make_module(info, zlib.crc32(f"{seed}:{term.label}".encode()))
+            if module is not None:
+                self.terms[str(term.label)] = module
+
+    def reset_parameters(self) -> None:
+        """Draw the own parameters anew from the seed, for instance after ``to_empty`` from the meta device."""
+        for module in self.terms.values():
+            module.reset_parameters()  # type: ignore[operator]
+
+    def count(self, streams: Streams) -> Counts:
+        """Rows that count in each part. Needs no hidden stream: it can run over a whole window before the forward."""
+        return Counts({name: part.valid.sum() for name, part in self._parts(streams).items()})
+
+    def forward(
+        self,
+        streams: Streams,
+        *,
+        counts: Counts | None = None,
+        step: int | Tensor | None = None,
+        gradient_reduction: Literal["mean", "sum"] = "mean",
+    ) -> Output:
+        """``loss = sum over parts of weight * SUM / max(COUNT, 1)``, SUM over this batch, COUNT over the window.
+
+        Args:
+            streams: of this batch, with everything in `requires`.
+            counts: of the whole window (summed over microbatches, all-reduced); None: of this batch alone. Then losses
+                of microbatches and ranks add up to that of the window: do not divide by the number of steps again.
+            step: of training; needed where a weight is scheduled. A 0-d tensor keeps torch.compile from recompiling.
+            gradient_reduction: what the engine does with gradients. "mean" (DDP and FSDP average them) multiplies the
+                loss, not the metrics, by the number of ranks that counts were reduced over; "sum" does not. Without
+                reduced counts both are the same.
+
+        Raises:
+            TypeError, ValueError: missing or unfit streams, counts of other parts, no step for a schedule.
+        """
+        self._check(streams, step, gradient_reduction)
+        parts = self._parts(streams)
+        local = Counts({name: part.valid.sum() for name, part in parts.items()})
+        if counts is None:
+            counts = local
+        elif not isinstance(counts, Counts):
+            raise TypeError(f"objective: counts is a {type(counts).__name__}, expected Counts (see `count`)")
+        elif counts.keys() != local.keys():
+            raise ValueError(f"objective: counts has parts {sorted(counts)}, expected {sorted(local)}")
+        ranks = counts.group_size if gradient_reduction == "mean" else 1
+        weights = {name: weight_at(part.term.weight, step, streams.device) for name, part in parts.items()}
+        coefficients = {
+            name: weights[name] * ranks / counts[part.denominator].to(streams.device).clamp(min=1)
+            for name, part in parts.items()
+        }
+        losses, sums = self._run(streams, parts, coefficients)
+        for name, own in sums.items():
+            # a NaN under a weight of zero shows in the term's own numbers, not in its contribution
+            own["weighted"] = torch.where(weights[name] == 0, 0, weights[name] * own["loss"].double())
+            own |= {"denominator": local[parts[name].denominator], "count": local[name]}
+        return Output(sum(losses[1:], start=losses[0]), Metrics(sums))
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Own parameters for an optimizer: ``{"params", "matrices": True}`` the 2-D ones (for Muon), then the others.
+
+        Groups without parameters are left out.
+        """
+        groups = [
+            {"params": [p for p in self.parameters() if (p.dim() == 2) == matrices], "matrices": matrices}
+            for matrices in (True, False)
+        ]
+        return [group for group in groups if group["params"]]
+
+    def explain(self) -> str:
+        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs a token."""
+        return explain(self.spec.terms, self.info, self.terms)
+
+    def _parts(self, streams: Streams) -> dict[str, _Part]:
+        parts = {}
+        for term in self.spec.terms:
+            for piece, valid in term.valid(streams).items():
+                name = _joined(term, piece)
+                denominator = str(self.spec.main_label) if term.denominator == "main" else name
+                parts[name] = _Part(term, piece, valid, denominator)
+        return parts
+
+    def _run(
+        self, streams: Streams, parts: dict[str, _Part], coefficients: dict[str, Tensor]
+    ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
+        """(losses to be added, ``{part: sums}`` in declaration order)."""
+        read = [hidden for name, hidden in streams.hidden_streams().items() if name in self.requires]
+        wide = any(hidden.dtype == torch.float64 for hidden in read)
+        working = torch.float64 if wide else torch.float32
+        coefficients = {name: value.to(working) for name, value in coefficients.items()}
+        head_parts: list[plan.HeadPart] = []
+        latent: dict[str, LatentPart] = {}
+        for term in self.spec.terms:
+            own = {part.piece: coefficients[name] for name, part in parts.items() if part.term is term}
+            context = self._context(term, own)
+            if isinstance(term, HeadTerm):
+                for piece, rows in term.rows(streams, context).items():
+                    head_parts.append(plan.HeadPart(_joined(term, piece), rows, own[piece], streams.ignore_index))
+            elif isinstance(term, LatentTerm):
+                for piece, part in term.sums(streams, context).items():
+                    loss = torch.where(own[piece] == 0, 0, part.loss)
+                    latent[_joined(term, piece)] = replace(part, loss=loss)
+        losses, sums = plan.run(head_parts, self.info, self.backend)
+        for name, part in latent.items():
+            losses.append(part.loss)
+            sums[name] = {"loss": part.total, **part.means}
+            if part.unit_target is not None:
+                sums[name]["unit_target"] = part.unit_target
+        return losses, {name: sums[name] for name in parts}
+
+    def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
+        label = str(term.label)
+        module = dict(self.terms.items()).get(label)
+        # a constant weight that is not zero never needs the guard, which costs a pass over each gradient
+        constant = isinstance(term.weight, float) and term.weight != 0
+        guard = (lambda tensor: tensor) if constant else guarded(torch.stack(list(coefficients.values())).any())
+        normalizer = {piece: 1 / coefficient for piece, coefficient in coefficients.items()}
+        return Context(self.info, module, self.backend, normalizer, guard)
+
+    def _check(self, streams: Streams, step: int | Tensor | None, gradient_reduction: str) -> None:
+        if not isinstance(streams, Streams):
+            raise TypeError(f"objective: streams is a {type(streams).__name__}, expected Streams")
+        missing = sorted(name for name in self.requires if not streams.offers(name))
+        if missing:
+            raise ValueError(
+                f"objective: streams lacks {', '.join(missing)}, expected {', '.join(sorted(self.requires))}"
+            )
+        for name, hidden in streams.hidden_streams().items():
+            if name in self.requires and hidden.shape[-1] != self.info.hidden_size:
+                expected = (*streams.shape, self.info.hidden_size)
+                raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
+        if gradient_reduction not in ("mean", "sum"):
+            raise ValueError(f'objective: gradient_reduction is {gradient_reduction!r}, expected "mean" or "sum"')
+        scheduled = [str(term.label) for term in self.spec.terms if not isinstance(term.weight, float)]
+        if step is None and scheduled:
+            raise ValueError(
+                f"objective: step is None, expected an integer (scheduled weights: {', '.join(scheduled)})"
+            )
+        if step is not None and not isinstance(step, Tensor) and not (is_int(step) and step >= 0):
+            raise ValueError(f"objective: step is {step!r}, expected an integer >= 0")
+
+
+def _joined(term: Objective, piece: str) -> str:
+    """Name of a part in counts and metrics."""
+    return f"{term.label}/{piece}" if piece else str(term.label)

@@ -1,0 +1,49 @@
+"""How many rows count in each part of an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Counts(dict[str, Tensor]):
+    """``{part: 0-d int64 tensor}``: add them over the microbatches of a window, all-reduce them once.
+
+    ``counts + counts`` adds part by part. `group_size` is the number of ranks that the counts were reduced over; an
+    objective with ``gradient_reduction="mean"`` multiplies its loss by it.
+
+    Raises:
+        ValueError: added counts have other parts or another group size.
+
+    Example:
+        >>> one = Counts({"ntp": torch.tensor(3)})
+        >>> (one + one)["ntp"].item(), one.all_reduce().group_size
+        (6, 1)
+    """
+
+    def __init__(self, counts: Mapping[str, Tensor], group_size: int = 1) -> None:
+        super().__init__(counts)
+        self.group_size = group_size
+
+    def __add__(self, other: Counts) -> Counts:
+        if not isinstance(other, Counts):
+            return NotImplemented
+        if self.keys() != other.keys():
+            raise ValueError(f"Counts: other has parts {sorted(other)}, expected {sorted(self)}")
+        if self.group_size != other.group_size:
+            raise ValueError(f"Counts: other has group size {other.group_size}, expected {self.group_size}")
+        return Counts({part: self[part] + other[part] for part in self}, self.group_size)
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Counts:
+        """The sums over the ranks of ``group`` (None: all); every rank of it must call. One process: unchanged.
+
+        Reducing over one group after another (data, then context parallel) multiplies their sizes.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        packed = torch.stack(list(self.values()))
+        dist.all_reduce(packed, group=group)
+        return Counts(dict(zip(self, packed.unbind(), strict=True)), self.group_size * dist.get_world_size(group))

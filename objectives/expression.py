@@ -1,0 +1,181 @@
+"""The one-line spelling of a spec. Parsed, never evaluated.
+
+spec    := term { "+" term }
+term    := [ label ":" ] [ weight "*" ] name [ "(" [ options ] ")" ]
+weight  := number | "schedule" "(" options ")" | list
+options := key "=" literal { "," key "=" literal }
+literal := number | "quoted" | word { "+" word } | "true" | "false" | "null" | list
+list    := "[" [ literal { "," literal } ] "]"      (round brackets do as well)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+from .schema import SpecError
+
+_TOKEN = re.compile(
+    r"""\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]))
+          |(?P<word>[A-Za-z_]\w*)
+          |(?P<string>"[^"]*"|'[^']*')
+          |(?P<mark>[-+*:=,()\[\]]))""",
+    re.VERBOSE | re.ASCII,
+)
+_WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
+_CLOSING = {"(": ")", "[": "]"}
+
+
+class Token(NamedTuple):
+    kind: str
+    text: str
+    column: int
+
+
+class ParsedTerm(NamedTuple):
+    """One term as written; options hold the weight too, if one was given."""
+
+    label: str | None
+    name: str
+    options: dict[str, Any]
+
+
+def parse_expression(text: str) -> tuple[list[ParsedTerm], list[str]]:
+    """(terms, problems): every term that can be read, and one line for each that cannot.
+
+    Example:
+        >>> parse_expression("ntp + late: 0.1*nitp(target_layer=8)")[0][1]
+        ParsedTerm(label='late', name='nitp', options={'weight': 0.1, 'target_layer': 8})
+    """
+    terms, problems = [], []
+    try:
+        groups = _split(_tokens(text))
+    except SpecError as error:
+        return [], list(error.problems)
+    for group in groups:
+        try:
+            terms.append(_Reader(group).term())
+        except SpecError as error:
+            problems += error.problems
+    return terms, problems
+
+
+def _tokens(text: str) -> list[Token]:
+    tokens, position = [], 0
+    while text[position:].strip():
+        match = _TOKEN.match(text, position)
+        if match is None:
+            column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
+            raise SpecError([f"expression: {text[column - 1 :][:1]!r} at column {column} is not part of the grammar"])
+        kind = str(match.lastgroup)
+        start = match.start(kind)
+        # in "ntp +0.8*nitp" and "1+2" the sign joins two terms, it belongs to no number
+        joins = kind == "number" and match[kind][0] == "+"
+        kind, piece = ("mark", "+") if joins else (kind, match[kind])
+        tokens.append(Token(kind, piece, start + 1))
+        position = start + len(piece)
+    return [*tokens, Token("end", "the end", len(text) + 1)]
+
+
+def _split(tokens: list[Token]) -> list[list[Token]]:
+    """One list of tokens a term, each closed by an end token: cut at every "+" outside brackets."""
+    groups: list[list[Token]] = [[]]
+    depth = 0
+    for token in tokens:
+        depth += (token.text in _CLOSING) - (token.text in _CLOSING.values()) if token.kind == "mark" else 0
+        if token.kind == "mark" and token.text == "+" and depth <= 0:
+            groups[-1].append(Token("end", "+", token.column))
+            groups.append([])
+        else:
+            groups[-1].append(token)
+    return groups
+
+
+class _Reader:
+    """Recursive descent over the tokens of one term."""
+
+    def __init__(self, tokens: list[Token]) -> None:
+        self.tokens = tokens
+        self.place = 0
+
+    def term(self) -> ParsedTerm:
+        label = None
+        if self.tokens[0].kind == "word" and self.tokens[1].text == ":":
+            label = self.take("word", "a label").text
+            self.mark(":")
+        options: dict[str, Any] = {}
+        if self.peek().kind == "number" or self.peek().text in _CLOSING:
+            options["weight"] = self.literal()
+            self.mark("*")
+        name = self.take("word", "the name of an objective").text
+        if name == "schedule" and self.peek().text == "(":
+            options["weight"] = self.options()
+            self.mark("*")
+            name = self.take("word", "the name of an objective").text
+        if self.peek().text == "(":
+            column = self.peek().column
+            inside = self.options()
+            for key in ("weight", "label", "type"):
+                if key in inside:
+                    where = "label: weight*name(...)"
+                    raise SpecError([f"expression: {key} at column {column} is an option, expected it in {where}"])
+            options |= inside
+        self.take("end", '"+" or the end')
+        return ParsedTerm(label, name, options)
+
+    def options(self) -> dict[str, Any]:
+        self.mark("(")
+        options: dict[str, Any] = {}
+        while self.peek().text != ")":
+            key = self.take("word", 'an option or ")"')
+            if key.text in options:
+                raise SpecError([f"expression: {key.text} at column {key.column} is given twice, expected once"])
+            self.mark("=")
+            options[key.text] = self.literal()
+            if self.peek().text != ")":
+                self.mark(",")
+        self.mark(")")
+        return options
+
+    def literal(self) -> Any:
+        token = self.peek()
+        if token.kind == "mark" and token.text in _CLOSING:
+            return self.items(_CLOSING[token.text])
+        self.place += 1
+        if token.kind == "number":
+            return int(token.text) if re.fullmatch(r"[-+]?\d+", token.text) else float(token.text)
+        if token.kind == "string":
+            return token.text[1:-1]
+        if token.kind != "word":
+            self.refuse(token, "a value")
+        text = token.text
+        while self.peek().kind == "mark" and self.peek().text == "+":
+            self.mark("+")
+            text += "+" + self.take("word", "a word").text
+        return _WORDS.get(text, text)
+
+    def items(self, closing: str) -> list[Any]:
+        self.place += 1
+        items = []
+        while self.peek().text != closing:
+            items.append(self.literal())
+            if self.peek().text != closing:
+                self.mark(",")
+        self.mark(closing)
+        return items
+
+    def peek(self) -> Token:
+        return self.tokens[self.place]
+
+    def mark(self, text: str) -> None:
+        self.take("mark", f'"{text}"', text)
+
+    def take(self, kind: str, expected: str, text: str | None = None) -> Token:
+        token = self.peek()
+        if token.kind != kind or (text is not None and token.text != text):
+            self.refuse(token, expected)
+        self.place += kind != "end"
+        return token
+
+    def refuse(self, token: Token, expected: str) -> None:
+        raise SpecError([f'expression: "{token.text}" at column {token.column}, expected {expected}'])

@@ -1,0 +1,71 @@
+"""Reading the weight of a head where it may be read: inside the ``__call__`` of the module that owns it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+
+_T = TypeVar("_T")
+
+
+def through_head(
+    head: nn.Module | Tensor,
+    hidden: Sequence[Tensor],
+    use: Callable[[Sequence[Tensor], Tensor, Tensor | None], _T],
+) -> _T:
+    """``use(hidden, weight, bias)`` of a module with weight ``[V, d]`` and perhaps a bias, or of a leaf ``[V, d]``.
+
+    A module with hooks is called, its forward routed to ``use`` for that one call, so that the hooks run: FSDP gathers
+    the weight before and reduces its gradient after, which it does for tensors that enter as arguments, hence
+    ``hidden``. Hooks see what `use` returns, not logits. Without hooks ``use`` runs directly.
+
+    Raises:
+        TypeError, ValueError: no such head; a DTensor or a non-leaf tensor (a gathered copy), whose gradient would be
+            wrong without an error; a module with submodules, such as an adapter, whose weight is not what it computes.
+    """
+    if isinstance(head, Tensor):
+        if not head.is_leaf:
+            raise ValueError(
+                "objective: head is a non-leaf tensor, expected the module that owns the weight, or a leaf"
+            )
+        return use(hidden, _checked(head), None)
+    if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
+        raise TypeError(f"objective: head is a {type(head).__name__}, expected a module with a weight, or a tensor")
+    if next(head.children(), None) is not None:
+        inside = ", ".join(name for name, _ in head.named_children())
+        raise ValueError(
+            f"objective: head is a {type(head).__name__} with submodules {inside}, expected a plain linear"
+        )
+
+    def read(*hidden: Tensor) -> _T:
+        return use(hidden, _checked(head.weight), getattr(head, "bias", None))  # type: ignore[arg-type]
+
+    return _called(head, read, hidden) if _has_hooks(head) else read(*hidden)
+
+
+def _called(head: nn.Module, read: Callable[..., _T], hidden: Sequence[Tensor]) -> _T:
+    own = head.__dict__.get("forward")
+    head.forward = read
+    try:
+        return head(*hidden)
+    finally:
+        del head.__dict__["forward"]
+        if own is not None:
+            head.forward = own
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) or getattr(nn_module, f"_global{kind}") for kind in kinds)
+
+
+def _checked(weight: Tensor) -> Tensor:
+    # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s (2 busy cores)
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(weight, distributed.DTensor):
+        raise TypeError("objective: head's weight is a DTensor, expected a plain tensor inside the module's forward")
+    return weight

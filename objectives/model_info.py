@@ -1,0 +1,62 @@
+"""What the objectives need to know about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .schema import is_int, type_problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """Sizes of a model and what its head does to the logits: ``z = softcap * tanh(logit_scale * (W h + b) / softcap)``.
+
+    Args:
+        hidden_size: d.
+        vocab_size: V, the rows of the unembedding.
+        num_layers: L, the number of blocks.
+        softcap: cap of the model's logits, or None; every head inherits it.
+        logit_scale: factor on the model's logits, before the softcap.
+        dtype: dtype of parameters that objectives bring along.
+        initializer_range: standard deviation of their initial values, > 0.
+        block_factory: makes one transformer block of the model, for objectives that own blocks.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or outside its range.
+
+    Example:
+        >>> ModelInfo(hidden_size=64, vocab_size=256, num_layers=17).num_layers
+        17
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_layers: int
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    dtype: torch.dtype = torch.float32
+    initializer_range: float = 0.02
+    block_factory: Callable[[], nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "num_layers"):
+            value = getattr(self, name)
+            if not is_int(value):
+                raise TypeError(f"ModelInfo: {name} is {value!r}, expected an integer")
+            if value < 1:
+                raise ValueError(f"ModelInfo: {name} is {value}, expected an integer >= 1")
+        for name in ("softcap", "logit_scale", "initializer_range"):
+            value = getattr(self, name)
+            if name == "softcap" and value is None:
+                continue
+            if problem := type_problem(name, value, float):
+                raise TypeError(f"ModelInfo: {problem}")
+            if value <= 0:
+                zero = " (a zero last matrix gets no gradient)" if name == "initializer_range" else ""
+                raise ValueError(f"ModelInfo: {name} is {value}, expected a number > 0{zero}")
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise TypeError(f"ModelInfo: dtype is {self.dtype!r}, expected a floating point dtype")

@@ -1,0 +1,80 @@
+"""The projector P of a latent objective: training only, raw parameters, read only inside its own ``__call__``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .model_info import ModelInfo
+
+_T = TypeVar("_T")
+Kind: TypeAlias = Literal["swiglu", "linear", "none"]
+Matrices: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Projector(nn.Module):
+    """``P(h) = W_down (silu(W_gate h) * W_up h)`` (swiglu), ``W_down h`` (linear) or ``h`` (none); no bias, no norm.
+
+    The gate and the up matrix are the halves of one parameter ``gate_up [2m, d]``, so that they are adjacent in memory;
+    ``down`` is ``[d, m]`` (linear: ``[d, d]``). Initial values: normal(0, initializer_range), drawn on the CPU by an
+    own generator, so that they depend on the seed alone: not on the device, not on the global generator.
+
+    Args:
+        kind: of the projector. intermediate_size: m. seed: of the initial values.
+
+    Raises:
+        ValueError: at the first call, when ``down`` is all zero: every prediction is then 0, where the loss has no
+            gradient, so the term would never learn.
+    """
+
+    def __init__(self, kind: Kind, info: ModelInfo, intermediate_size: int, seed: int) -> None:
+        super().__init__()
+        self.kind, self.seed, self.initializer_range = kind, seed, info.initializer_range
+        self.register_parameter("gate_up", None)
+        self.register_parameter("down", None)
+        width, inner = info.hidden_size, intermediate_size if kind == "swiglu" else info.hidden_size
+        if kind == "swiglu":
+            self.gate_up = nn.Parameter(torch.empty(2 * inner, width, dtype=info.dtype))
+        if kind != "none":
+            self.down = nn.Parameter(torch.empty(width, inner, dtype=info.dtype))
+        self._down_checked = kind == "none"
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial values anew, always the same ones; on the meta device nothing happens."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for parameter in self.parameters(recurse=False):
+            if not parameter.is_meta:
+                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(values.normal_(0.0, self.initializer_range, generator=generator))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        use: Callable[..., _T],
+        guard: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    ) -> _T:
+        """``use(hidden, gate, up, down)``: the caller's computation, run where the parameters may be read."""
+        gate: Tensor | None = None
+        up: Tensor | None = None
+        if self.gate_up is not None:
+            rows, width = self.gate_up.shape
+            gate, up = guard(self.gate_up).view(2, rows // 2, width).unbind(0)
+        down = None if self.down is None else guard(self.down)
+        # is_compiling comes first, so that a compiled graph is not guarded on the flag
+        if not torch.compiler.is_compiling() and not self._down_checked and down is not None:
+            if not bool(down.any()):
+                raise ValueError("Projector: down is all zero, expected initial values (call reset_parameters)")
+            self._down_checked = True
+        return use(hidden, gate, up, down)
+
+    def training_flops(self, width: int) -> int:
+        """FLOPs a token, forward and backward: 6 a parameter of the GEMMs (18 m d for swiglu) + 18 d elementwise."""
+        return 6 * sum(parameter.numel() for parameter in self.parameters()) + 18 * width
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind!r}"

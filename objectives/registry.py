@@ -1,0 +1,89 @@
+"""Names of objectives: registered here, or by an entry point in the group ``nitp_ops.objectives``."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import TypeVar
+
+from .base import HeadTerm, LatentTerm, Objective
+from .schema import SpecError, listing, suggestion
+
+GROUP = "nitp_ops.objectives"
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+_registered: dict[str, type[Objective]] = {}
+_T = TypeVar("_T", bound=type[Objective])
+
+
+def register(name: str) -> Callable[[_T], _T]:
+    """Class decorator: makes a frozen keyword-only dataclass available in specs under ``name``.
+
+    Raises:
+        TypeError: no such dataclass, or neither a HeadTerm nor a LatentTerm.
+        ValueError: no identifier, or a name that another class holds.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from nitp_ops.objectives import NTP, Spec, parse
+        >>> @register("smooth_ntp")
+        ... @dataclass(frozen=True, kw_only=True)
+        ... class SmoothNTP(NTP):
+        ...     label_smoothing: float = 0.1
+        >>> parse("smooth_ntp").terms[0].label_smoothing
+        0.1
+    """
+
+    def add(cls: _T) -> _T:
+        parameters = cls.__dict__.get("__dataclass_params__")
+        if not (issubclass(cls, HeadTerm | LatentTerm) and parameters and parameters.frozen):
+            raise TypeError(f"register: {cls.__name__} is no frozen dataclass under HeadTerm or LatentTerm")
+        late = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
+        if late:
+            raise TypeError(f"register: {cls.__name__} has positional fields {', '.join(late)}, expected kw_only=True")
+        held = _registered.get(name)
+        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f'register: name is "{name}", expected one that {held.__qualname__} does not hold')
+        cls.name = name
+        _registered[name] = cls
+        return cls
+
+    if not NAME.fullmatch(name):
+        raise ValueError(f'register: name is "{name}", expected a Python identifier')
+    return add
+
+
+def available() -> tuple[str, ...]:
+    """Names of all objectives, sorted; plugins are listed without being imported."""
+    return tuple(sorted({*_registered, *_plugins()}))
+
+
+def find(name: str) -> type[Objective]:
+    """The class behind a name; a plugin is imported when it is first named.
+
+    Raises:
+        SpecError: an unknown name (with the nearest known one), or a plugin that does not load (with its reason).
+    """
+    if name not in _registered:
+        plugin = _plugins().get(name)
+        if plugin is None:
+            known = available()
+            raise SpecError([f'"{name}" is no objective, expected one of {listing(known)}.{suggestion(name, known)}'])
+        _load(name, plugin)
+    return _registered[name]
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _load(name: str, plugin: EntryPoint) -> None:
+    try:
+        loaded = plugin.load()
+        if name not in _registered:
+            register(name)(loaded)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise SpecError([f'"{name}" is a plugin ({plugin.value}) that does not load: {reason}']) from error

@@ -1,0 +1,113 @@
+"""What is wrong with a value: one error for all problems, type checks of dataclass fields, "Did you mean"."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+class SpecError(ValueError):
+    """Everything that is wrong with a spec, in one error.
+
+    Attributes:
+        problems: one line each, in the order in which they were found.
+
+    Example:
+        >>> str(SpecError(["ntp: z_loss is -1, expected a number >= 0"]))
+        'ntp: z_loss is -1, expected a number >= 0'
+    """
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in the spec:\n  "
+        super().__init__(head + "\n  ".join(self.problems))
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean "..."?`` or, where nothing is close, the empty string."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def listing(values: Iterable[object]) -> str:
+    """The values as a spec writes them: strings in double quotes, separated by commas."""
+    return ", ".join(f'"{value}"' if isinstance(value, str) else str(value) for value in values)
+
+
+def is_int(value: object) -> bool:
+    """An int that is not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved type of each dataclass field."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def type_problem(name: str, value: object, expected: Any) -> str | None:
+    """One line if ``value`` is not of the type ``expected``, else None.
+
+    Understands Literal, int, float (an int will do; never NaN or infinity), bool, str, None, unions and
+    ``tuple[X, ...]``; a bool is no number. Other types are tested with isinstance.
+    """
+    if _fits(value, expected):
+        return None
+    came = f'"{value}"' if isinstance(value, str) else repr(value)
+    choices = [choice for choice in _alternatives(expected) if get_origin(choice) is Literal]
+    allowed = [word for choice in choices for word in get_args(choice)]
+    hint = suggestion(value, [word for word in allowed if isinstance(word, str)]) if isinstance(value, str) else ""
+    return f"{name} is {came}, expected {_spelled(expected)}" + (f".{hint}" if hint else "")
+
+
+def number_problem(name: str, value: float, low: float, *, inclusive: bool = True) -> str | None:
+    """One line if ``value`` is below ``low`` (or, not inclusive, equal to it), else None."""
+    if value > low or (inclusive and value == low):
+        return None
+    return f"{name} is {value}, expected a number {'>=' if inclusive else '>'} {low:g}"
+
+
+def tidy(value: Any, expected: Any) -> Any:
+    """A value of the right type in its one form: lists become tuples, an int in a float field a float."""
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if expected is float and is_int(value) else value
+
+
+def _alternatives(expected: Any) -> Sequence[Any]:
+    return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+
+
+def _fits(value: object, expected: Any) -> bool:
+    origin = get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, choice) for choice in get_args(expected))
+    if origin is Literal:
+        return any(value == word and type(value) is type(word) for word in get_args(expected))
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(expected)[0]) for item in value)
+    if expected is float:
+        return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    if expected is int:
+        return is_int(value)
+    if expected is None:
+        return value is None
+    return isinstance(value, expected)
+
+
+def _spelled(expected: Any) -> str:
+    origin = get_origin(expected)
+    if origin is Literal:
+        return f"one of {listing(get_args(expected))}"
+    if origin is tuple:
+        return f"a list of {_spelled(get_args(expected)[0])}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spelled(choice) for choice in get_args(expected))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    return names.get(expected, getattr(expected, "__name__", str(expected)))

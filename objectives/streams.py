@@ -1,0 +1,141 @@
+"""What one forward pass offers to the objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .documents import derive_documents
+from .schema import is_int
+
+_TOKEN_FIELDS = (
+    "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
+)  # fmt: skip
+_HIDDEN_FIELDS = ("last_hidden", "last_residual")
+
+
+@dataclass(kw_only=True)
+class Streams:
+    """Token streams ``[B, T]`` and hidden streams ``[B, T, d]`` of one batch; all optional, nothing is copied.
+
+    Args:
+        token_ids: ids; also the targets where no labels are given.
+        labels: targets, unshifted: ``labels[t]`` belongs to token t (Hugging Face).
+        shift_labels: targets, pre-shifted: ``shift_labels[t]`` belongs to token t + 1 (Megatron, torchtitan, nanoGPT).
+            labels or shift_labels, never both.
+        document_ids: >= 0 the document, < 0 padding. Or derive them from attention_mask (0 is padding), position_ids
+            (``[B, T]`` or ``[1, T]``; a break wherever the position is not the previous + 1) or cu_seqlens (1-D).
+        target_mask: bool; token t may be a target. It belongs to the target, not to the token that predicts it.
+        token_weight: weight of token t as a target, in every head term; float.
+        last_hidden: final hidden state after the final norm. last_residual: the same before it.
+        hidden_states: ``{k: residual stream after k blocks}``, 0 the embedding output.
+        head, embed: the module (anything with ``weight [V, d]`` and perhaps ``bias [V]``) or a leaf tensor ``[V, d]``.
+        external: ``{name: (sum, count)}`` that the model computed itself.
+        ignore_index: the label that means "no target".
+
+    Attributes:
+        documents: document ids ``[B, T]`` after all derivations, or None: one document a row.
+
+    Raises:
+        TypeError, ValueError: wrong dtypes or shapes, both kinds of labels, document sources that disagree.
+
+    Example:
+        >>> streams = Streams(token_ids=torch.tensor([[5, 6, 7, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+        >>> streams.documents.tolist()
+        [[0, 0, 0, -1]]
+    """
+
+    token_ids: Tensor | None = None
+    labels: Tensor | None = None
+    shift_labels: Tensor | None = None
+    document_ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    position_ids: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    target_mask: Tensor | None = None
+    token_weight: Tensor | None = None
+    last_hidden: Tensor | None = None
+    last_residual: Tensor | None = None
+    hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
+    head: nn.Module | Tensor | None = None
+    embed: nn.Module | Tensor | None = None
+    external: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        if self.labels is not None and self.shift_labels is not None:
+            raise ValueError("Streams: labels and shift_labels are both given, expected at most one of them")
+        if not is_int(self.ignore_index):
+            raise TypeError(f"Streams: ignore_index is {self.ignore_index!r}, expected an integer")
+        if not isinstance(self.hidden_states, Mapping):
+            came = type(self.hidden_states).__name__
+            raise TypeError(f"Streams: hidden_states is a {came}, expected a mapping of block count to tensor")
+        self.shape = self._check_shapes()
+        self.device = self.tokens.device
+        self._check_dtypes()
+        self.documents = derive_documents(
+            self.shape,
+            self.device,
+            document_ids=self.document_ids,
+            attention_mask=self.attention_mask,
+            position_ids=self.position_ids,
+            cu_seqlens=self.cu_seqlens,
+        )
+
+    @property
+    def tokens(self) -> Tensor:
+        """The stream that says which token comes next: shift_labels, labels or token_ids."""
+        for stream in (self.shift_labels, self.labels, self.token_ids):
+            if stream is not None:
+                return stream
+        raise ValueError("Streams: token_ids, labels and shift_labels are all missing, expected one of them")
+
+    def offers(self, stream: str) -> bool:
+        """Whether a stream is here: a field's name, ``hidden_states[k]`` or ``external[name]``."""
+        if stream == "token_ids":
+            return True
+        name, _, key = stream.removesuffix("]").partition("[")
+        if not key:
+            return getattr(self, name, None) is not None
+        return (int(key) if name == "hidden_states" else key) in getattr(self, name)
+
+    def hidden_streams(self) -> dict[str, Tensor]:
+        """Every hidden stream that is here, under the name that objectives require it by."""
+        named = {name: getattr(self, name) for name in _HIDDEN_FIELDS}
+        named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items()}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def _check_shapes(self) -> tuple[int, int]:
+        shape = tuple((self.tokens if self.token_ids is None else self.token_ids).shape)
+        if len(shape) != 2:
+            raise ValueError(f"Streams: the token streams have shape {shape}, expected [B, T]")
+        for name in _TOKEN_FIELDS:
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {shape}")
+        positions, lengths = self.position_ids, self.cu_seqlens
+        if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
+            raise ValueError(f"Streams: position_ids has shape {tuple(positions.shape)}, expected {shape} or (1, T)")
+        if lengths is not None and (lengths.dim() != 1 or lengths.numel() < 2):
+            raise ValueError(f"Streams: cu_seqlens has shape {tuple(lengths.shape)}, expected (documents + 1,)")
+        for name, value in self.hidden_streams().items():
+            if value.dim() != 3 or tuple(value.shape[:2]) != shape:
+                raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {(*shape, 'd')}")
+        return shape  # type: ignore[return-value]
+
+    def _check_dtypes(self) -> None:
+        integers = ("token_ids", "labels", "shift_labels", "document_ids", "position_ids", "cu_seqlens")
+        for name in integers:
+            value = getattr(self, name)
+            if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
+                raise TypeError(f"Streams: {name} is {value.dtype}, expected an integer dtype")
+        mask, target_mask, weight = self.attention_mask, self.target_mask, self.token_weight
+        if mask is not None and mask.is_floating_point():
+            raise TypeError(f"Streams: attention_mask is {mask.dtype}, expected bool or an integer dtype")
+        if target_mask is not None and target_mask.dtype != torch.bool:
+            raise TypeError(f"Streams: target_mask is {target_mask.dtype}, expected torch.bool")
+        if weight is not None and not weight.is_floating_point():
+            raise TypeError(f"Streams: token_weight is {weight.dtype}, expected a floating point dtype")

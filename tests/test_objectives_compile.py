@@ -1,0 +1,33 @@
+"""torch.compile sees one graph, and one graph serves every step of a schedule."""
+
+from __future__ import annotations
+
+import torch
+from objectives_cases import INFO, gradients, make_batch
+from torch import Tensor
+
+from nitp_ops.objectives import build
+
+
+def test_a_compiled_objective_equals_eager_and_is_not_compiled_again_as_its_weight_changes():
+    batch = make_batch()
+    batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1]] * 3)
+    objective = build("ntp + schedule(to=1, warmup=4)*nitp", model=INFO)
+
+    def loss(hidden: Tensor, state: Tensor, step: Tensor) -> Tensor:
+        return objective(batch.streams(last_hidden=hidden, hidden_states={1: state}), step=step).loss
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    tensors = [batch.hidden, *batch.head.parameters(), *objective.parameters()]
+
+    def agree(step: int) -> None:
+        inputs = (batch.hidden, batch.states[1], torch.tensor(step))
+        mine, expected = compiled(*inputs), loss(*inputs)
+        torch.testing.assert_close(mine, expected, rtol=1e-13, atol=0)
+        for a, b in zip(gradients(mine, tensors), gradients(expected, tensors), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+    agree(0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in (1, 3, 4, 100):
+            agree(step)

@@ -1,0 +1,209 @@
+"""Head terms in one pass: the plan equals the sum of its terms, and a weight of zero keeps a term out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from objectives_cases import INFO, Batch, assert_same, gradients, make_batch
+from torch import Tensor, nn
+
+from nitp_ops.objectives import NITP, NTP, ModelInfo, Streams, build
+from nitp_ops.objectives import plan as plan_module
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5]), min_size=1, max_size=4),
+    smoothing=st.sampled_from([0.0, 0.2]),
+    z_loss=st.sampled_from([0.0, 0.01]),
+    softcap=st.sampled_from([None, 4.0]),
+    bias=st.booleans(),
+    masked=st.lists(st.booleans(), min_size=21, max_size=21),
+)
+def test_the_plan_equals_the_sum_of_its_terms(weights, smoothing, z_loss, softcap, bias, masked):
+    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, softcap=softcap, dtype=torch.float64)
+    batch = make_batch(bias=bias)
+    batch.extra["target_mask"] = torch.tensor(masked).view(3, 7)
+    terms = [
+        NTP(label=f"head{i}", weight=w, label_smoothing=smoothing * (i % 2), z_loss=z_loss)
+        for i, w in enumerate(weights)
+    ]
+    together = build(terms, model=info)(batch.streams()).loss
+    alone = torch.stack([build([term], model=info)(batch.streams()).loss for term in terms]).sum()
+    assert_same(together, alone, batch.leaves)
+
+
+def test_head_terms_of_one_head_share_one_pass(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    real = plan_module.shared_linear_cross_entropy
+    monkeypatch.setattr(
+        plan_module, "shared_linear_cross_entropy", lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k)
+    )
+    build("ntp + a: 0.5*ntp(z_loss=1) + nitp + b: ntp", model=INFO)(make_batch().streams())
+    assert calls == [3]
+
+
+def spoiled(batch: Batch) -> Batch:
+    with torch.no_grad():
+        batch.states[1].fill_(torch.nan)
+    return batch
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        NITP(weight=0),
+        NITP(weight=0, stop_gradient=False),
+        NITP(weight=0, distance="mse"),
+        NTP(label="more", weight=0, z_loss=0.1),
+        NITP(weight={"to": 1.0, "begin": 10}),
+    ],
+    ids=["nitp", "two-sided nitp", "mse", "a second head term", "a schedule before its begin"],
+)
+def test_a_term_of_weight_zero_leaves_the_other_gradients_bit_identical(extra: NTP | NITP, backend: str | None):
+    batch = make_batch()
+    main = gradients(build("ntp", model=INFO, backend=backend)(batch.streams()).loss, batch.leaves)
+    objective = build([NTP(), extra], model=INFO, backend=backend)
+    out = objective(batch.streams(), step=3)
+    for mine, other in zip(main, gradients(out.loss, batch.leaves), strict=True):
+        assert torch.equal(mine, other)
+    assert out.metrics.compute()[f"loss/{extra.label or extra.name}"] == 0
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_a_nan_under_a_weight_of_zero_stays_out_and_parameters_still_get_zeros(
+    stop_gradient: bool, backend: str | None
+):
+    batch = spoiled(make_batch())
+    main = build("ntp", model=INFO)(batch.streams()).loss
+    objective = build([NTP(), NITP(weight=0, stop_gradient=stop_gradient)], model=INFO, backend=backend)
+    out = objective(batch.streams())
+    expected = gradients(main, batch.leaves)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, main)
+    for tensor, wanted in zip(batch.leaves, expected, strict=True):
+        got = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    for parameter in objective.parameters():
+        assert parameter.grad is not None and torch.equal(parameter.grad, torch.zeros_like(parameter))
+    metrics = out.metrics.compute()
+    assert metrics["loss"] == pytest.approx(main.item()) and metrics["nitp/loss"] != metrics["nitp/loss"]
+
+
+def test_a_nan_in_projector_weights_of_weight_zero_stays_out():
+    batch = make_batch()
+    objective = build("ntp + 0*nitp", model=INFO)
+    with torch.no_grad():
+        next(objective.parameters()).fill_(torch.nan)
+    out = objective(batch.streams())
+    assert out.loss.isfinite() and all(g.isfinite().all() for g in gradients(out.loss, batch.leaves))
+
+
+def test_a_term_of_weight_zero_is_still_measured():
+    batch = make_batch()
+    silent = build("ntp + 0*nitp", model=INFO)(batch.streams()).metrics.compute()
+    loud = build("ntp + nitp", model=INFO)(batch.streams()).metrics.compute()
+    assert silent["nitp/loss"] == loud["nitp/loss"] and silent["nitp/skill"] == loud["nitp/skill"]
+
+
+class ShardedHead(nn.Linear):
+    """A head whose weight is only there between its forward hooks, like one under FSDP or ZeRO-3."""
+
+    def __init__(self, head: nn.Linear):
+        super().__init__(head.in_features, head.out_features, bias=False, dtype=torch.float64)
+        self.full = head.weight.detach().clone()
+        self.shard()
+        self.register_forward_pre_hook(lambda *_: self.gather())
+        self.register_forward_hook(lambda *_: self.shard())
+
+    def gather(self) -> None:
+        self.weight.data = self.full
+
+    def shard(self) -> None:
+        self.weight.data = torch.full_like(self.full, torch.nan)
+
+
+def test_the_weight_of_a_hooked_head_is_read_between_its_hooks():
+    batch = make_batch(bias=False)
+    objective = build("ntp + again: 0.5*ntp(z_loss=0.1)", model=INFO)
+    expected = objective(batch.streams()).loss
+    head = ShardedHead(batch.head)
+    loss = objective(batch.streams(head=head)).loss
+    plain = gradients(expected, [batch.hidden, batch.head.weight])
+    hooked = gradients(loss, [batch.hidden, head.weight])
+    assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
+    assert "forward" not in head.__dict__ and head.weight.isnan().all()
+
+
+def test_hooks_see_the_hidden_states_as_arguments():
+    batch, seen = make_batch(), []
+    batch.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    build("ntp", model=INFO)(batch.streams())
+    assert len(seen) == 1 and seen[0] is batch.hidden
+
+
+def test_a_head_that_fails_gets_its_own_forward_back():
+    batch = make_batch()
+    batch.head.register_forward_pre_hook(lambda *_: None)
+    own = batch.head.forward = batch.head.forward
+    with pytest.raises(IndexError):
+        build("ntp", model=INFO)(batch.streams(labels=batch.ids + 100))
+    assert batch.head.__dict__["forward"] is own
+
+
+def test_a_leaf_tensor_is_a_head():
+    batch = make_batch(bias=False)
+    objective = build("ntp", model=INFO)
+    assert_same(objective(batch.streams(head=batch.head.weight)).loss, objective(batch.streams()).loss, batch.leaves)
+
+
+class Adapter(nn.Module):
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base_layer = base
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda head: head.weight * 1, "head is a non-leaf tensor"),
+        (lambda head: Adapter(head), "head is a Adapter with submodules base_layer"),
+        (lambda head: nn.Identity(), "head is a Identity, expected a module with a weight"),
+        (lambda head: "lm_head", "head is a str"),
+    ],
+)
+def test_what_is_no_head_is_refused(make, message: str):
+    batch = make_batch()
+    with pytest.raises((TypeError, ValueError), match=message):
+        build("ntp", model=INFO)(batch.streams(head=make(batch.head)))
+
+
+def test_a_frozen_head_gets_no_gradient_and_changes_no_other():
+    batch = make_batch()
+    objective = build("ntp", model=INFO)
+    (expected,) = gradients(objective(batch.streams()).loss, [batch.hidden])
+    batch.head.requires_grad_(False)
+    out = objective(batch.streams())
+    out.loss.backward()
+    assert batch.head.weight.grad is None and batch.hidden.grad is not None
+    torch.testing.assert_close(batch.hidden.grad, expected)
+
+
+def test_missing_streams_are_named_before_anything_runs():
+    streams = Streams(token_ids=make_batch().ids)
+    with pytest.raises(ValueError, match=r"streams lacks head, hidden_states\[1\], last_hidden, expected"):
+        build("ntp + nitp", model=INFO)(streams)
+
+
+def test_a_hidden_stream_of_another_width_is_refused():
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"last_hidden has shape \(3, 7, 5\), expected \(3, 7, 6\)"):
+        build("ntp + nitp", model=INFO)(batch.streams(last_hidden=batch.hidden[..., :5]))
