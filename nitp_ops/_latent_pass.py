@@ -87,14 +87,15 @@ def _latent_pass(
     by_index = latent.flat and (out_width < 2 or latent.tensor.stride(-1) == 1)
     stats = torch.zeros((4, source.count), dtype=work, device=hidden.device)
     d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want_hidden else None
-    d_gate_up = (
-        WeightGradient(gate_up.shape, dtype, gate) if want_inner and gate_up is not None and gate is not None else None
-    )
-    d_down = WeightGradient(down.shape, dtype, down) if want_down and down is not None else None
     selected = select(keep)
     count = source.count if selected is None else selected.numel()
     step = rows_per_chunk(count, row_bytes(width, inner, out_width, dtype), chunk_bytes)
-    most = min(step, count)
+    parts, most = -(-count // step), min(step, count)
+    d_gate_up = d_down = None
+    if want_inner and gate is not None and gate_up is not None:
+        d_gate_up = WeightGradient(gate_up.shape, dtype, gate, parts)
+    if want_down and down is not None:
+        d_down = WeightGradient(down.shape, dtype, down, parts)
     buffer = torch.empty((most, 3 * inner + out_width), dtype=dtype, device=hidden.device).view(-1)
     # one number for all rows, or one a row; zero everywhere: nothing to differentiate, and a NaN stays out
     differentiate = any(wanted) and bool((scale != 0).any())

@@ -102,10 +102,14 @@ def _token_pass(
         for h, wanted in zip(hidden, want_hidden, strict=True)
         if wanted
     ]
-    d_weight = WeightGradient(unembedding.shape, dtype, unembedding) if want_weight else None
     d_bias = torch.zeros(vocabulary, dtype=work, device=device) if want_bias else None
     step = max(rows_per_chunk(count, vocabulary * dtype.itemsize, chunk_bytes) for count in counts)
-    buffer = torch.empty((min(step, max(counts)), vocabulary), dtype=dtype, device=device)
+    selected = [select(label != ignore_index) for label in labels]
+    lengths = [count if rows is None else rows.numel() for count, rows in zip(counts, selected, strict=True)]
+    # silent jobs add no part, so that they do not change how the others' gradients are rounded
+    parts = sum(-(-length // step) for length, scale in zip(lengths, row_weight, strict=True) if bool(scale.any()))
+    d_weight = WeightGradient(unembedding.shape, dtype, unembedding, parts) if want_weight else None
+    buffer = torch.empty((min(step, max(lengths)), vocabulary), dtype=dtype, device=device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     into = iter(d_hidden)
     first_row = 0
@@ -114,8 +118,7 @@ def _token_pass(
         source = Rows(h)
         d_rows = next(into).view(-1, width) if want_hidden[job] else None
         any_gradient = d_rows is not None or d_weight is not None or d_bias is not None
-        selected = select(label != ignore_index)
-        for _, part in chunks(selected, counts[job], step):
+        for _, part in chunks(selected[job], counts[job], step):
             chunk = source.take(part).to(dtype)
             part_scale = scale[part].contiguous()
             live = part_scale != 0

@@ -67,6 +67,15 @@ def test_accuracy_counts_the_rows_predicted_right():
     assert right.sum() > 0 and metrics["ntp/accuracy"] == pytest.approx(right.sum().item() / 15)
 
 
+def test_a_row_without_a_target_is_never_right_whatever_the_ignore_index():
+    batch = make_batch()
+    labels = batch.ids.clone()
+    labels[:, 2:] = -1
+    metrics = build("ntp", model=INFO)(batch.streams(labels=labels, ignore_index=-1)).metrics.compute()
+    right = batch.head(batch.hidden[:, 0]).argmax(-1) == batch.ids[:, 1]
+    assert metrics["ntp/count"] == 3 and metrics["ntp/accuracy"] == pytest.approx(right.double().mean().item())
+
+
 def test_floor_and_skill_follow_their_definitions():
     batch = make_batch()
     with torch.no_grad():

@@ -98,7 +98,7 @@ def test_position_ids_attention_mask_and_cu_seqlens_give_the_same_documents():
     expected = valid_pairs(ids_streams(document_ids=torch.tensor([[0, 0, 1, 1, 1, -1]])), 1)
     mask = torch.tensor([[1, 1, 1, 1, 1, 0]])
     for source in (
-        {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 1]]), "attention_mask": mask},
+        {"position_ids": torch.tensor([[0, 1, 0, 1, 2, 3]]), "attention_mask": mask},
         {"cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32)},
         {"attention_mask": torch.tensor([[1, 1, 2, 2, 2, 0]])},
         {"attention_mask": mask.bool(), "cu_seqlens": torch.tensor([0, 2, 5, 6])},

@@ -11,6 +11,11 @@ from torch import Tensor
 from nitp_ops.objectives import NITP, NTP, CompositeObjective, ModelInfo, build
 
 
+def unit(x: Tensor, eps: float) -> Tensor:
+    """x / max(|x|, eps), without a gradient below eps."""
+    return x / x.norm() if x.norm() >= eps else x.detach() / eps
+
+
 def nitp_sum(objective: CompositeObjective, batch: Batch, term: NITP, positions: list[tuple[int, int]]) -> Tensor:
     states = batch.states[term.layer(INFO)]
     source = batch.hidden if term.source == "last_hidden" else batch.residual
@@ -22,7 +27,7 @@ def nitp_sum(objective: CompositeObjective, batch: Batch, term: NITP, positions:
         if term.target_norm == "rms":
             z = z / (z.square().mean() + term.eps).sqrt()
         if term.distance == "cosine":
-            terms.append(1 - (p @ z) / (p.norm() * z.norm()))
+            terms.append(1 - unit(p, term.eps) @ unit(z, term.eps))
         elif term.distance == "mse":
             terms.append((p - z).square().mean())
         elif term.distance == "smooth_l1":
@@ -57,6 +62,7 @@ def test_ntp_plus_nitp_equals_the_equations_with_every_gradient():
         {"projector": "none"},
         {"projector": "linear"},
         {"intermediate_size": 5},
+        {"eps": 2.3},
         {"target_layer": 0},
         {"target_layer": 4},
         {"target_layer": 0.5},

@@ -1,5 +1,6 @@
 """shared_linear_cross_entropy: several jobs, one matrix, one pass."""
 
+import pytest
 import torch
 from budget import close, outputs
 from hypothesis import given
@@ -15,11 +16,12 @@ def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
     return hidden, weight, torch.randint(0, vocabulary, (rows,))
 
 
-def test_a_job_of_weight_zero_leaves_the_other_gradients_bit_identical():
-    hidden, weight, labels = make()
-    other = torch.full((7, 6), float("nan"), dtype=torch.float64)
-    main = nitp_ops.HeadJob(hidden, labels, torch.tensor(1 / 12, dtype=torch.float64))
-    silent = nitp_ops.HeadJob(other, labels[:7], torch.tensor(0.0, dtype=torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_job_of_weight_zero_leaves_the_other_gradients_bit_identical(dtype):
+    hidden, weight, labels = make(rows=130, width=48, vocabulary=700, dtype=dtype)
+    other = torch.full((7, 48), float("nan"), dtype=dtype)
+    main = nitp_ops.HeadJob(hidden, labels, torch.tensor(1 / 130))
+    silent = nitp_ops.HeadJob(other, labels[:7], torch.tensor(0.0))
     alone = outputs(lambda h, w: nitp_ops.shared_linear_cross_entropy([main], w)[0], [hidden, weight])
     beside = outputs(lambda h, w: nitp_ops.shared_linear_cross_entropy([main, silent], w)[0], [hidden, weight])
     for a, b in zip(alone, beside, strict=True):
