@@ -10,15 +10,18 @@ from torch import Tensor
 #: Default workspace on CPU. Over 32 MiB glibc gives blocks back after each call, and the page faults of a fresh
 #: block make an elementwise kernel 2-4 x slower.
 CPU_WORKSPACE_BYTES = 32 * 2**20
-#: Default rows of a chunk at least, whatever they take: every chunk reads and writes the whole weight gradient. At
-#: 1024 x 896 x 151936 in float32 chunks of 55 rows (32 MiB) took 3.3 times the GEMMs, chunks of 512 rows 1.05 times.
+#: Default rows of a chunk at least: every chunk reads and writes the whole weight gradient. At 1024 x 896 x 151936 in
+#: float32 chunks of 55 rows (32 MiB) took 3.3 times the GEMMs, chunks of 512 rows 1.05 times.
 LEAST_ROWS = 512
 
 
-def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None) -> int:
-    """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver."""
-    budget = max(CPU_WORKSPACE_BYTES, LEAST_ROWS * row_bytes) if chunk_bytes is None else chunk_bytes
-    most = max(1, budget // max(1, row_bytes))
+def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None, weights: int) -> int:
+    """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
+
+    By default a workspace may also be as large as the float32 sum of the weight gradient (`weights` numbers) that its
+    chunks share: beyond that a smaller one saves little memory, and in bfloat16 a single chunk needs no sum at all."""
+    default = max(CPU_WORKSPACE_BYTES, LEAST_ROWS * row_bytes, 4 * weights)
+    most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
 

@@ -17,7 +17,7 @@ class ChunkPlan:
     """The plan of one call, forward and backward.
 
     rows; chunk_rows: rows a chunk; chunks; workspace_bytes: the reused buffers of one chunk; accumulator_bytes: the
-    weight gradients while they are summed in float32; flops: of all GEMMs, two a multiply-add."""
+    float32 sum of weight gradients that are returned in a narrower dtype, 0 where none is needed; flops: of all GEMMs, two a multiply-add."""
 
     op: str
     rows: int
@@ -87,13 +87,14 @@ def explain(
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_pass.row_bytes(width, inner, out_width, dtype)
         weights = 2 * inner * width + out_width * inner
-    step = rows_per_chunk(rows, row_bytes, chunk_bytes)
+    step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights)
+    rounded = dtype.itemsize < 4 and rows > step  # only then is the sum a buffer beside the returned gradient
     return ChunkPlan(
         op=op,
         rows=rows,
         chunk_rows=step,
         chunks=-(-rows // step),
         workspace_bytes=min(rows, step) * row_bytes,
-        accumulator_bytes=weights * max(4, dtype.itemsize),
+        accumulator_bytes=4 * weights if rounded else 0,
         flops=6 * rows * weights,
     )

@@ -103,9 +103,10 @@ def implicit_token_loss(
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
     keep = reference.pairs(hidden, valid, shift)
-    scale = torch.ones((), dtype=reference.working(hidden, target), device=hidden.device)
+    scale = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":
         scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
+    scale = scale.to(reference.working(hidden, target))
     loss, stats = latent_pass(
         hidden,
         target,

@@ -89,7 +89,8 @@ def _latent_pass(
     d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want_hidden else None
     selected = select(keep)
     count = source.count if selected is None else selected.numel()
-    step = rows_per_chunk(count, row_bytes(width, inner, out_width, dtype), chunk_bytes)
+    weights = sum(w.numel() for w, flag in zip((gate, up, down), wanted[1:], strict=True) if flag and w is not None)
+    step = rows_per_chunk(count, row_bytes(width, inner, out_width, dtype), chunk_bytes, weights)
     parts, most = -(-count // step), min(step, count)
     d_gate_up = d_down = None
     if want_inner and gate is not None and gate_up is not None:

@@ -103,9 +103,10 @@ def _token_pass(
         if wanted
     ]
     d_bias = torch.zeros(vocabulary, dtype=work, device=device) if want_bias else None
-    step = max(rows_per_chunk(count, vocabulary * dtype.itemsize, chunk_bytes) for count in counts)
     selected = [select(label != ignore_index) for label in labels]
     lengths = [count if rows is None else rows.numel() for count, rows in zip(counts, selected, strict=True)]
+    weights = unembedding.numel() if want_weight else 0
+    step = max(rows_per_chunk(length, vocabulary * dtype.itemsize, chunk_bytes, weights) for length in lengths)
     # silent jobs add no part, so that they do not change how the others' gradients are rounded
     parts = sum(-(-length // step) for length, scale in zip(lengths, row_weight, strict=True) if bool(scale.any()))
     d_weight = WeightGradient(unembedding.shape, dtype, unembedding, parts) if want_weight else None

@@ -199,6 +199,15 @@ def test_a_nan_row_spoils_its_own_loss_only_and_stays_out_under_a_zero_upstream(
     assert not any(g.isnan().any() for g in gradients)
 
 
+def test_a_normalizer_of_any_dtype_divides_the_sum():
+    inputs = make(dtype=torch.float32)
+    total = nitp_ops.implicit_token_loss(*inputs, reduction="sum")
+    for normalizer in (7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):
+        loss = nitp_ops.implicit_token_loss(*inputs, normalizer=normalizer)
+        assert loss.dtype == torch.float32
+        close(loss, total / 7, 1e-6)
+
+
 def test_no_valid_pair_gives_zero_loss_and_zero_gradients():
     inputs = make()
     for reduction in ("mean", "sum", "none"):

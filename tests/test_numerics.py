@@ -97,3 +97,13 @@ def test_the_error_does_not_grow_with_the_number_of_chunks(chunks):
     eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), inputs)
     exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened(inputs))
     within_budget(ours, eager, exact)
+
+
+def test_the_default_chunk_is_as_large_as_the_weight_gradient_that_its_chunks_share():
+    plan = nitp_ops.explain("linear_cross_entropy", rows=4096, width=896, vocabulary=151936)
+    assert plan.workspace_bytes <= 151936 * 896 * 4 and plan.chunk_rows >= 512 and plan.accumulator_bytes == 0
+    small = nitp_ops.explain("linear_cross_entropy", rows=4096, width=64, vocabulary=1000)
+    assert small.workspace_bytes <= 32 * 2**20 and small.chunks == 1
+    asked = nitp_ops.explain("linear_cross_entropy", rows=4096, width=64, vocabulary=1000, chunk_bytes=40_000)
+    assert (asked.chunk_rows, asked.chunks) == (10, 410)
+    assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2

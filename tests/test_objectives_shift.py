@@ -106,6 +106,12 @@ def test_position_ids_attention_mask_and_cu_seqlens_give_the_same_documents():
         assert torch.equal(valid_pairs(ids_streams(**source), 1), expected), source
 
 
+def test_padding_is_neither_predictor_nor_target():
+    streams = ids_streams(attention_mask=torch.tensor([[0, 0, 1, 1, 0, 0]]))
+    assert token_targets(streams, 1).tolist() == [[-100, -100, 1, -100, -100, -100]]
+    assert valid_pairs(streams, 1).tolist() == [[False, False, True, False, False, False]]
+
+
 def test_cu_seqlens_count_through_the_rows_of_a_batch():
     streams = Streams(token_ids=torch.ones(2, 3, dtype=torch.int64), cu_seqlens=torch.tensor([0, 2, 5]))
     assert streams.documents is not None
