@@ -11,7 +11,7 @@ from torch import Tensor
 #: block make an elementwise kernel 2-4 x slower.
 CPU_WORKSPACE_BYTES = 32 * 2**20
 #: Default rows of a chunk at least: every chunk reads and writes the whole weight gradient. At 1024 x 896 x 151936 in
-#: float32 chunks of 55 rows (32 MiB) took 3.3 times the GEMMs, chunks of 512 rows 1.05 times.
+#: float32 chunks of 55 rows (32 MiB) took 3.3 times the GEMMs, chunks of 512 rows 1.05 times (docs/decisions/0007).
 LEAST_ROWS = 512
 
 

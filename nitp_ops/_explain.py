@@ -17,7 +17,8 @@ class ChunkPlan:
     """The plan of one call, forward and backward.
 
     rows; chunk_rows: rows a chunk; chunks; workspace_bytes: the reused buffers of one chunk; accumulator_bytes: the
-    float32 sum of weight gradients that are returned in a narrower dtype, 0 where none is needed; flops: of all GEMMs, two a multiply-add."""
+    float32 sum of weight gradients that are returned in a narrower dtype, 0 where none is needed; flops: of all GEMMs,
+    two a multiply-add."""
 
     op: str
     rows: int
