@@ -35,12 +35,12 @@ lint: $(STAMP)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
-	$(PYTHON) -m clang_format --dry-run --Werror $(CPP)
+	$(dir $(PYTHON))clang-format --dry-run --Werror $(CPP)
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(PYTHON) -m clang_format -i $(CPP)
+	$(dir $(PYTHON))clang-format -i $(CPP)
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks --quick
