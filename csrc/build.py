@@ -83,8 +83,10 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
     lines = [
         "ninja_required_version = 1.5",
         f"cxx = {compiler}",
+        # messages of the library name files of the source tree, not of the machine that built it
+        f"paths = -ffile-prefix-map={quote(CSRC)}=csrc -ffile-prefix-map={quote(torch)}=torch",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d $flags $paths -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -48,13 +48,16 @@ def gradient_error(backend: str) -> float:
         ]
 
     inputs = (hidden, weight, gate, up, down)
-    worst = 0.0
+    errors = []
     for ours, exact in zip(losses(nitp_ops, backend=backend), losses(reference), strict=True):
         a = (ours.detach(), *torch.autograd.grad(ours, inputs, allow_unused=True))
         b = (exact.detach(), *torch.autograd.grad(exact, inputs, allow_unused=True))
-        pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
-        worst = max(worst, *(float((x - y).norm() / y.norm()) for x, y in pairs))
-    return worst
+        for x, y in zip(a, b, strict=True):
+            if (x is None) != (y is None):
+                return float("inf")  # a gradient is missing
+            if x is not None and y is not None:
+                errors.append((x - y).norm() / y.norm())
+    return float(torch.stack(errors).max())  # unlike Python's max, a NaN stays a NaN
 
 
 def doctor() -> int:
@@ -81,11 +84,12 @@ def doctor() -> int:
 def explain(arguments: argparse.Namespace) -> int:
     """The resolved objective: layers, weights, parameters, FLOPs."""
     objectives = nitp_ops.objectives
-    info = objectives.ModelInfo(hidden_size=arguments.hidden, vocab_size=arguments.vocab, num_layers=arguments.layers)
     try:
+        sizes = {"hidden_size": arguments.hidden, "vocab_size": arguments.vocab, "num_layers": arguments.layers}
+        info = objectives.ModelInfo(**sizes)
         with torch.device("meta"):
             print(objectives.build(arguments.spec, model=info).explain())
-    except objectives.SpecError as error:
+    except (TypeError, ValueError) as error:  # SpecError is a ValueError
         print(f"nitp_ops explain: {error}", file=sys.stderr)
         return 2
     return 0

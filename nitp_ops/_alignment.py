@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import _check, reference, rows
 from ._chunks import Rows, chunks, whole_or_chunk
-from ._gradients import refuse_double_backward
+from ._gradients import refuse_double_backward, refuse_vmap
 
 _OP = "alignment"
 
@@ -135,5 +135,6 @@ def _differentiate(ctx, upstream: Tensor):
     return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None
 
 
+_forward.register_vmap(refuse_vmap(_OP))
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(refuse_double_backward(_OP))

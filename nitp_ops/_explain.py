@@ -78,6 +78,8 @@ def explain(
         True
     """
     _check.one_of(_OP, "op", op, ("linear_cross_entropy", "implicit_token_loss"))
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{_OP}: dtype is {dtype!r}, expected a torch.dtype")
     _check.integer(_OP, "rows", rows, least=0)
     _check.integer(_OP, "width", width, least=1)
     if op == "linear_cross_entropy":

@@ -56,7 +56,7 @@ def implicit_token_loss(
         reduction: "mean" divides by the number of valid pairs or by `normalizer`; "sum"; "none" returns ``[..., T]``
             with zeros where invalid. No valid pair: loss 0 and gradients 0.
         normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
-        chunk_bytes: size of one chunk's workspace; None: at most 32 MiB.
+        chunk_bytes: size of one chunk's workspace; None: the largest of 32 MiB, 512 rows, the float32 gradients.
         return_stats: also return `AlignmentStats`, ``[..., T]`` each.
         backend: None (the device decides), "native" or "reference".
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import reference
 from ._chunks import Rows, WeightGradient, chunks, place, rows_per_chunk, select
-from ._gradients import FormedGradients, gemm_dtype, guarded
+from ._gradients import FormedGradients, gemm_dtype, guarded, refuse_vmap
 
 
 class Projector(NamedTuple):
@@ -52,7 +52,7 @@ def latent_pass(
     the chunks under any upstream gradient."""
     wanted = [x is not None and x.requires_grad for x in (hidden, *projector)]
     wanted = [torch.is_grad_enabled() and not per_row and each for each in wanted]
-    dtype = hidden.dtype if projector.down is None else gemm_dtype(projector.down)
+    dtype = hidden.dtype if projector.down is None else gemm_dtype("implicit_token_loss", projector.down)
     options = shift, distance, eps, chunk_bytes, dtype
     loss, stats, _ = _latent_pass(hidden, *projector, target.detach(), keep, scale, *options, wanted, per_row)
     return loss, stats.detach()
@@ -171,7 +171,7 @@ def _(hidden, gate, up, down, target, keep, scale, shift, distance, eps, chunk_b
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype, ctx.wanted, ctx.per_row = inputs
-    ctx.formed = FormedGradients(output[2])
+    ctx.formed = FormedGradients("implicit_token_loss", output[2])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
@@ -195,11 +195,12 @@ def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
     elif upstream is not None:
         wanted = ctx.wanted
         gradients = ctx.formed.times(upstream, lambda: _recompute(ctx, wanted))
-    ready = iter(guarded(ctx, gradients))
+    ready = iter(guarded(ctx, "implicit_token_loss", gradients))
     d_hidden = next(ready) if wanted[0] else None
     d_gate, d_up = next(ready).chunk(2) if wanted[1] or wanted[2] else (None, None)
     d_down = next(ready) if wanted[3] else None
     return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down, *(None,) * 10
 
 
+_latent_pass.register_vmap(refuse_vmap("implicit_token_loss"))
 _latent_pass.register_autograd(_differentiate, setup_context=_save)

@@ -58,7 +58,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Cross-entropy of ``hidden @ unembedding.T`` against labels, without ever holding the logits.
+    """Cross-entropy of ``hidden @ unembedding.T`` against labels, with one chunk of logits at a time.
 
     ``z = cap * tanh(scale * (W h + b) / cap)`` (scale, then softcap), ``lse = log sum_v exp(z_v)``,
     ``loss = w * [(1 - e) * (lse - z_t) + e * (lse - mean_v z_v) + c * lse^2]``
@@ -80,7 +80,7 @@ def linear_cross_entropy(
         softcap: cap > 0, or None.
         logit_scale: scale > 0.
         normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
-        chunk_bytes: size of one chunk of logits; None: at most 32 MiB.
+        chunk_bytes: size of one chunk of logits; None: the largest of 32 MiB, 512 rows and the float32 weight gradient.
         return_stats: also return `TokenStats`.
         backend: None (the device decides), "native" or "reference".
 
@@ -111,6 +111,7 @@ def linear_cross_entropy(
     job = HeadJob(hidden, labels, token_weight, label_smoothing, z_loss)
     head = _head(_OP, unembedding, bias, ignore_index, softcap, logit_scale, chunk_bytes)
     _check_job(_OP, job, head, "")
+    _check_labels(_OP, labels, head, "labels")
     if rows.choose(_OP, hidden.device, backend) == "reference":
         options = {
             **_reference_options(head),
@@ -171,6 +172,7 @@ def shared_linear_cross_entropy(
     head = _head(op, unembedding, bias, ignore_index, softcap, logit_scale, chunk_bytes)
     for place, job in enumerate(jobs):
         _check_job(op, job, head, f"jobs[{place}].")
+        _check_labels(op, job.labels, head, f"jobs[{place}].labels")
     if rows.choose(op, unembedding.device, backend) == "reference":
         loss = reference.shared_linear_cross_entropy(jobs, unembedding, **_reference_options(head))
         return loss, tuple(_reference_stats(job, head) for job in jobs)
@@ -195,7 +197,15 @@ def _head(op, unembedding, bias, ignore_index, softcap, logit_scale, chunk_bytes
     return Head(op, unembedding, bias, ignore_index, cap, scale, chunk_bytes)
 
 
+def _check_labels(op: str, labels: Tensor, head: Head, argument: str) -> None:
+    """By value, with the index in the caller's shape; while tracing the pass checks them itself."""
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check.labels_inside(op, argument, labels, head.ignore_index, head.unembedding.shape[0])
+
+
 def _check_job(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+    if not isinstance(job, HeadJob):
+        raise TypeError(f"{op}: {prefix.rstrip('.')} is a {type(job).__name__}, expected a HeadJob")
     hidden, labels, weight = job.hidden, job.labels, job.token_weight
     _check.is_float(op, f"{prefix}hidden", hidden)
     _check.is_tensor(op, f"{prefix}labels", labels)

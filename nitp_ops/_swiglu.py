@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _check, reference, rows
 from ._chunks import Rows, chunks, whole_or_chunk
-from ._gradients import refuse_double_backward
+from ._gradients import refuse_double_backward, refuse_vmap
 
 _OP = "swiglu"
 
@@ -86,5 +86,6 @@ def _differentiate(ctx, upstream: Tensor):
     return _backward(*ctx.saved_tensors, upstream)
 
 
+_forward.register_vmap(refuse_vmap(_OP))
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(refuse_double_backward(_OP))

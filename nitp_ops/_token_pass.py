@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _check, reference
 from ._chunks import Rows, WeightGradient, chunks, place, rows_per_chunk, select
-from ._gradients import FormedGradients, gemm_dtype, guarded
+from ._gradients import FormedGradients, gemm_dtype, guarded, refuse_vmap
 
 
 class Head(NamedTuple):
@@ -61,7 +61,7 @@ def token_pass(jobs: Sequence[Labelled], head: Head, *, per_row: bool = False) -
         head.softcap,
         head.logit_scale,
         head.chunk_bytes,
-        gemm_dtype(head.unembedding),
+        gemm_dtype(head.op, head.unembedding),
         [torch.is_grad_enabled() and not per_row and each for each in wanted],
         per_row,
     )
@@ -151,7 +151,8 @@ def _token_pass(
         gradients.append(d_bias.to(bias.dtype))
     if per_row:
         weights = torch.cat(row_weight)
-        return torch.where(weights == 0, 0, weights * stats[0]), stats, prediction, gradients
+        silent = (weights == 0) | (torch.cat(labels) == ignore_index)
+        return torch.where(silent, 0, weights * stats[0]), stats, prediction, gradients
     return total.to(work), stats, prediction, gradients
 
 
@@ -167,7 +168,7 @@ def _(op, hidden, unembedding, bias, labels, row_weight, label_smoothing, z_loss
 
 def _save(ctx, inputs, output) -> None:
     ctx.op, hidden, unembedding, bias, labels, row_weight, *ctx.options, ctx.wanted, ctx.per_row = inputs
-    ctx.jobs, ctx.formed = len(hidden), FormedGradients(output[3])
+    ctx.jobs, ctx.formed = len(hidden), FormedGradients("linear_cross_entropy", output[3])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(unembedding, bias, *hidden, *labels, *row_weight)
@@ -190,10 +191,11 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
     elif upstream is not None:
         wanted = ctx.wanted
         gradients = ctx.formed.times(upstream, lambda: _recompute(ctx, wanted))
-    ready = iter(guarded(ctx, gradients))
+    ready = iter(guarded(ctx, "linear_cross_entropy", gradients))
     *d_hidden, d_weight, d_bias = (next(ready) if flag else None for flag in wanted)
     none = [None] * ctx.jobs
     return None, d_hidden, d_weight, d_bias, none, none, *(None,) * 9
 
 
+_token_pass.register_vmap(refuse_vmap("linear_cross_entropy"))
 _token_pass.register_autograd(_differentiate, setup_context=_save)

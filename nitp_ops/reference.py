@@ -151,15 +151,20 @@ def linear_cross_entropy(
     normalizer: Any = None,
 ) -> Tensor:
     """w [(1 - e) (lse - z_t) + e (lse - mean z) + c lse^2],  z = cap tanh(scale (W h + b) / cap)."""
-    keep = labels != ignore_index
+    counted = labels != ignore_index
+    # rows of weight zero are left out, not multiplied: zero times NaN is NaN
+    keep = counted if token_weight is None else counted & (token_weight.expand(labels.shape) != 0)
     z = transformed_logits(hidden[keep], unembedding, bias, softcap, logit_scale)
     lse = z.logsumexp(-1)
     picked = z.gather(-1, labels[keep].unsqueeze(-1)).squeeze(-1)
-    loss = (1 - label_smoothing) * (lse - picked) + label_smoothing * (lse - z.mean(-1)) + z_loss * lse.square()
+    loss = (1 - label_smoothing) * (lse - picked)
+    if label_smoothing:  # not 0 * (lse - mean z): a logit may be -inf
+        loss = loss + label_smoothing * (lse - z.mean(-1))
+    loss = loss + z_loss * lse.square()
     if token_weight is not None:
         loss = loss * token_weight.expand(labels.shape)[keep]
     rows = torch.zeros(labels.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)
-    return reduce(rows, keep, reduction, normalizer)
+    return reduce(rows, counted, reduction, normalizer)
 
 
 def token_stats(

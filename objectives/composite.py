@@ -45,7 +45,7 @@ def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | Non
         spec: in any spelling, see `parse`.
         model: sizes and head transforms of the model.
         seed: of the own parameters; each term draws from its own generator, so terms do not disturb each other.
-        backend: of the ops: None (the device decides), "native", "triton" or "reference".
+        backend: of the ops: None (the device decides), "native" or "reference".
 
     Raises:
         SpecError: everything that is wrong with the spec, or with it for this model.

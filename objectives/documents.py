@@ -35,6 +35,7 @@ def derive_documents(
     if position_ids is not None:
         found["position_ids"] = _from_positions(position_ids.expand(shape))
     if cu_seqlens is not None:
+        _check_lengths(cu_seqlens, shape)
         found["cu_seqlens"] = _from_lengths(cu_seqlens.to(device), shape)
     if not found:
         return None if attention_mask is None else attention_mask.to(torch.int64) - 1
@@ -52,6 +53,17 @@ def _from_positions(positions: Tensor) -> Tensor:
     breaks = positions[:, 1:] != positions[:, :-1] + 1
     first = torch.zeros_like(positions[:, :1], dtype=torch.int64)
     return torch.cat([first, breaks.to(torch.int64)], dim=1).cumsum(dim=1)
+
+
+def _check_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
+    """By value only on the CPU: elsewhere a look would wait for the device."""
+    tokens = shape[0] * shape[1]
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
+    if cu_seqlens.dim() != 1 or not rising or bool((cu_seqlens < 0).any()) or bool((cu_seqlens > tokens).any()):
+        came = cu_seqlens.tolist() if cu_seqlens.numel() <= 8 else f"{cu_seqlens.numel()} values"
+        raise ValueError(f"Streams: cu_seqlens is {came}, expected rising offsets within [0, {tokens}]")
 
 
 def _from_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -39,7 +39,8 @@ class HeadPart:
         counted = self.rows.labels != self.ignore_index
         losses = stats.loss.double()
         if self.rows.token_weight is not None:
-            losses = losses * self.rows.token_weight
+            weight = self.rows.token_weight
+            losses = torch.where(weight == 0, 0, losses * weight)
         right = counted & (stats.prediction == self.rows.labels)
         return {"loss": torch.where(counted, losses, 0).sum(), "accuracy": right.sum()}
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import nitp_ops
+
 ROOT = Path(__file__).parents[1]
 TORCH_SITE = Path(torch.__file__).parents[1]
 
@@ -103,3 +105,13 @@ def test_the_build_module_reports_the_build():
 def test_doctor_and_env_answer():
     assert "native     ok" in run(sys.executable, "-m", "nitp_ops", "doctor", cwd=ROOT).stdout
     assert "instruction set" in run(sys.executable, "-m", "nitp_ops", "env", cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize("factor", [float("nan"), 1.001])
+def test_doctor_calls_a_wrong_kernel_broken(monkeypatch, capsys, factor):
+    from nitp_ops import __main__ as command
+
+    right = nitp_ops.swiglu
+    monkeypatch.setattr(nitp_ops, "swiglu", lambda *a, backend=None: right(*a) * (factor if backend == "native" else 1))
+    assert command.doctor() == 1
+    assert "native     BROKEN" in capsys.readouterr().out

@@ -107,3 +107,11 @@ def test_the_default_chunk_is_as_large_as_the_weight_gradient_that_its_chunks_sh
     asked = nitp_ops.explain("linear_cross_entropy", rows=4096, width=64, vocabulary=1000, chunk_bytes=40_000)
     assert (asked.chunk_rows, asked.chunks) == (10, 410)
     assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2
+
+
+def test_a_vocabulary_of_one_costs_nothing():
+    hidden, weight, _ = make(vocabulary=1)
+    out = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, torch.zeros(12, dtype=torch.int64)), [hidden, weight]
+    )
+    assert all((x == 0).all() for x in out)

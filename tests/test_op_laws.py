@@ -132,3 +132,21 @@ def test_other_devices_are_refused_by_name():
     assert nitp_ops.swiglu(meta, meta).shape == (2, 3)
     refusal = nitp_ops.rows.refusal(torch.device("cuda"))
     assert refusal is not None and "no compiled row kernels for cuda" in refusal
+
+
+def test_vmap_is_refused_by_name():
+    hidden, weight, gate, up, down = (x.detach() for x in tensors())
+    for wrong in (
+        lambda h: nitp_ops.linear_cross_entropy(h, weight, EVERY_ROW[0]),
+        lambda h: nitp_ops.implicit_token_loss(h, h, gate, up, down),
+        lambda h: nitp_ops.swiglu(h, h),
+        lambda h: nitp_ops.alignment(h, h),
+    ):
+        with pytest.raises(NotImplementedError, match="vmap"):
+            torch.vmap(wrong)(hidden)
+
+
+def test_autocast_to_an_unserved_dtype_is_refused_at_the_door():
+    hidden, weight, *_ = tensors()
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(TypeError, match="autocast is float16"):
+        nitp_ops.linear_cross_entropy(hidden, weight, LABELS)

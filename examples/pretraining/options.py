@@ -94,10 +94,12 @@ class _Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see --help")
 
 
-def _whole(least: int) -> Any:
+def _whole(least: int, most: int = 2**31) -> Any:
     def whole_number(text: str) -> int:
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is too small, expected at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{value} is too large, expected at most {most}")
         return value
 
     return whole_number
@@ -140,7 +142,7 @@ def _parser() -> _Parser:
     add("--clip", type=_real(0), default=1.0, help="largest gradient norm; 0 does not clip")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when there is one")
-    add("--threads", type=_whole(1), help="CPU threads (default: PyTorch's choice)")
+    add("--threads", type=_whole(1, 1024), help="CPU threads (default: PyTorch's choice)")
     add("--seed", type=_whole(0), default=0, help="of the weights and the data order")
     add("--eval-every", type=_whole(1), default=50, help="steps between looks at held-out text")
     add("--eval-windows", type=_whole(2), default=128, help="held-out windows looked at")

@@ -97,7 +97,11 @@ def _against_floor(label: str, latent: Latent) -> str:
         side = "below"
     else:
         side = "above" if latent.loss > latent.floor else "equal to"
-    skill = "undefined (floor below 1e-4)" if math.isnan(latent.skill) else f"{latent.skill:.2f}"
+    if math.isnan(latent.floor) or math.isnan(latent.skill):
+        return (
+            f"{label}: no skill on held-out text, either no pair counts or the floor {latent.floor:.4f} is below 1e-4."
+        )
+    skill = f"{latent.skill:.2f}"
     return (
         f"{label} loss {latent.loss:.4f} on held-out text is {side} the constant-predictor floor "
         f"{latent.floor:.4f}: skill {skill}."

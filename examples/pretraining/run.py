@@ -179,9 +179,13 @@ class Run:
         """
         state = load_checkpoint(self.checkpoint)
         refuse_another_run(self.checkpoint, state, self.spec, self.options, self.corpus)
-        self.model.load_state_dict(state["model"])
-        self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.objective.load_state_dict(state["objective"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise BadInput(f"{self.checkpoint}: damaged, its tensors do not fit this run: {reason}") from error
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
