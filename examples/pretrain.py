@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _complain(" ".join(str(error).split()), code=Failure.exit_code)
     except OSError as error:
         return _complain(
-            f"{error.filename}: {error.strerror}" if error.filename else str(error), code=Failure.exit_code
+            f"{error.filename}: {error.strerror}; choose another --out" if error.filename else str(error),
+            code=Failure.exit_code,
         )
     except KeyboardInterrupt:
         return _complain("stopped at once; --resume continues from the last checkpoint", code=Interrupted.exit_code)
