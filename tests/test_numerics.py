@@ -115,3 +115,21 @@ def test_a_vocabulary_of_one_costs_nothing():
         lambda h, w: nitp_ops.linear_cross_entropy(h, w, torch.zeros(12, dtype=torch.int64)), [hidden, weight]
     )
     assert all((x == 0).all() for x in out)
+
+
+def test_an_upstream_gradient_is_applied_in_float32_and_rounded_once():
+    hidden, weight, labels = make(rows=40, width=32, vocabulary=300, dtype=torch.bfloat16)
+    loss = nitp_ops.linear_cross_entropy(hidden, weight, labels)
+    ones = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    scaled = torch.autograd.grad(loss, (hidden, weight), grad_outputs=torch.tensor(0.37))
+    for one, other in zip(ones, scaled, strict=True):
+        assert torch.equal(other, (one.float() * 0.37).bfloat16())
+
+
+def test_the_graph_keeps_no_copy_of_the_weight_gradient_after_backward():
+    hidden, weight, labels = make()
+    loss = nitp_ops.linear_cross_entropy(hidden, weight, labels)
+    node = loss.grad_fn
+    assert node is not None and node.formed.gradients  # type: ignore[attr-defined]
+    loss.backward()
+    assert node.formed.gradients is None  # type: ignore[attr-defined]
