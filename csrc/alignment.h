@@ -1,6 +1,6 @@
 // Distance between a prediction row p and a target row z of D features, and its gradients.
 //
-//   cosine:     loss = 1 - c,  c = p.z / (|p| |z|), each norm clamped at eps;
+//   cosine:     loss = 1 - c,  c = p.z / (|p| |z|), each norm clamped at eps;  = |p^ - z^|^2 / 2 where c > 1/2;
 //               dloss/dp = -(z^ - c p^) / |p|, zero where |p| < eps   (p^ = p/|p|, z^ = z/|z|)
 //   mse:        loss = mean (p - z)^2
 //   smooth_l1:  loss = mean of d^2/2 where |d| < 1, else |d| - 1/2,  d = p - z
@@ -27,6 +27,8 @@ template <class A>
 struct CosineRow {
   double cosine, prediction_norm, target_norm;
   A of_prediction, of_target;  // scale * dloss/dp = of_prediction * p + of_target * z
+  A unit_prediction;           // p^ = unit_prediction * p
+  bool near;                   // 1 - c would lose digits
 
   NITP_HD CosineRow(PairSums<A> sums, A eps, A scale) {
     prediction_norm = sqrt(static_cast<double>(sums.pp));
@@ -36,6 +38,8 @@ struct CosineRow {
     const double z = target_norm < eps ? eps : target_norm;
     cosine = sums.pz / (p * z);
     const bool live = !(prediction_norm < eps);
+    unit_prediction = static_cast<A>(1 / p);
+    near = cosine > 0.5 && live && !(target_norm < eps);
     of_prediction = live ? static_cast<A>(scale * (cosine / (p * p))) : A(0);
     of_target = live ? static_cast<A>(scale * (-1 / (p * z))) : A(0);
   }

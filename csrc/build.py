@@ -66,7 +66,7 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
     objects = [("instruction_set", CSRC / "cpu/instruction_set.cpp", flags)]
     objects += [
         (name, CSRC / f"{path}.cpp", f"{flags} {includes}")
-        for name, path in (("library", "library"), ("entry", "cpu/entry"))
+        for name, path in (("library", "library"), ("entry", "cpu/entry"), ("onednn", "cpu/onednn"))
     ]
     for target in TARGET_FLAGS if x86 else ("portable",):
         for kernel in KERNELS:
@@ -98,7 +98,7 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
         f"build module.o: compile {escape(CSRC / 'module.cpp')}",
         f"  flags = {FLAGS} {python} {described}",
     ]
-    linked = f"-Wl,--no-as-needed -L{quote(torch / 'lib')} -ltorch_cpu -lc10 -Wl,-soname,libnitp_ops.so"
+    linked = f"-Wl,--no-as-needed -L{quote(torch / 'lib')} -ltorch_cpu -lc10 -ldl -Wl,-soname,libnitp_ops.so"
     lines += [
         f"build {escape(library)}: link {' '.join(f'{name}.o' for name, *_ in objects)}",
         f"  flags = {linked}",

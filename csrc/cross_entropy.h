@@ -1,10 +1,12 @@
-// Cross-entropy of one row of raw logits x with target t, smoothing e and z-loss c:
+// Cross-entropy of one row of raw logits x with targets t_k of weight w_k, smoothing e and z-loss c:
 //
 //   z = transform(x) = cap tanh(scale (x + bias) / cap)          (no cap: z = scale (x + bias))
-//   lse = max z + log sum_v exp(z_v - max z)
-//   loss = (1 - e) (lse - z_t) + e (lse - mean z) + c lse^2
-//   dloss/dz_v = (1 + 2 c lse) p_v - e / V - (1 - e) [v = t],     p_v = exp(z_v - lse)
+//   lse = max z + log sum_v exp(z_v - max z),   S = sum_k w_k
+//   loss = (1 - e) sum_k w_k (lse - z_k) + e sum_v u_v (lse - z_v) + c lse^2
+//   dloss/dz_v = ((1 - e) S + e sum u + 2 c lse) p_v - e u_v - (1 - e) sum_k w_k [v = t_k],     p_v = exp(z_v - lse)
 //   dloss/dx_v = dloss/dz_v * slope_v,   slope = scale (1 - (z / cap)^2)
+//
+// u_v = S / V, or class_weight_v / V. A plain label is one target of weight 1.
 #pragma once
 #include "host_device.h"
 
@@ -20,19 +22,23 @@ struct LogitTransform {
   NITP_HD A slope(A z) const { return Capped ? scale * (A(1) - (z / cap) * (z / cap)) : scale; }
 };
 
+// What a row's loss and gradient need beside the row itself.
 template <class A>
 struct TokenLoss {
-  A smoothing, z_loss, vocabulary;
+  A smoothing, z_loss;
+  A target_mass, smooth_mass;  // S and sum u
 
-  // gap_t = lse - z_t and gap_mean = lse - mean z come as differences: the large common offset cancels before
-  // anything is rounded to it.
-  NITP_HD A loss(A lse, A gap_t, A gap_mean) const {
-    const A smooth = smoothing > A(0) ? smoothing * gap_mean : A(0);
+  // target_gap = sum_k w_k (lse - z_k) and smooth_gap = sum_v u_v (lse - z_v) come as differences: the large common
+  // offset cancels before anything is rounded to it.
+  NITP_HD A loss(A lse, A target_gap, A smooth_gap) const {
+    const A smooth = smoothing > A(0) ? smoothing * smooth_gap : A(0);
     const A square = z_loss > A(0) ? z_loss * lse * lse : A(0);
-    return (A(1) - smoothing) * gap_t + smooth + square;
+    return (A(1) - smoothing) * target_gap + smooth + square;
   }
-  NITP_HD A probability_factor(A lse) const { return z_loss > A(0) ? A(1) + A(2) * z_loss * lse : A(1); }
-  NITP_HD A everywhere() const { return smoothing / vocabulary; }
+  NITP_HD A probability_factor(A lse) const {
+    const A mass = smoothing > A(0) ? (A(1) - smoothing) * target_mass + smoothing * smooth_mass : target_mass;
+    return z_loss > A(0) ? mass + A(2) * z_loss * lse : mass;
+  }
   NITP_HD A at_target() const { return A(1) - smoothing; }
 };
 

@@ -23,6 +23,9 @@ namespace nitp {
 struct bfloat16 {
   uint16_t bits;
 };
+struct float16 {
+  uint16_t bits;
+};
 
 namespace NITP_TARGET {
 
@@ -54,6 +57,35 @@ NITP_HD void store(bfloat16* p, float x) {  // round to nearest even; NaN stays 
   memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   p->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+
+// Half precision by integer arithmetic, in a form that compilers vectorise. Exponents differ by 127 - 15 = 112.
+NITP_HD float widen(float16 x) {
+  const uint32_t size = (x.bits & 0x7fffu) << 13;  // exponent and fraction at float32's places
+  uint32_t bits = size + (112u << 23);
+  bits += size >= (31u << 23) ? 112u << 23 : 0u;  // infinity and NaN keep the largest exponent
+  const uint32_t tiny_bits = bits + (1u << 23), offset_bits = 113u << 23;
+  float tiny, offset, y;
+  memcpy(&tiny, &tiny_bits, sizeof tiny);
+  memcpy(&offset, &offset_bits, sizeof offset);
+  tiny -= offset;  // a subnormal half: 2^-14 (1 + fraction) - 2^-14
+  memcpy(&y, &bits, sizeof y);
+  y = size < (1u << 23) ? tiny : y;
+  return x.bits & 0x8000u ? -y : y;
+}
+NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 65504 infinity, NaN stays NaN
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
+  const uint32_t normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
+  float magnitude = x < 0.0f ? -x : x;
+  magnitude += 0.5f;  // the spacing of floats from 0.5 on is 2^-24, that of subnormal halves: the sum rounds as they do
+  uint32_t tiny;
+  memcpy(&tiny, &magnitude, sizeof tiny);
+  tiny -= 126u << 23;
+  uint32_t half = size < (113u << 23) ? tiny : normal;
+  half = size >= (143u << 23) ? (size > (255u << 23) ? 0x7e00u : 0x7c00u) : half;
+  p->bits = static_cast<uint16_t>(sign | half);
 }
 
 // exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6

@@ -12,8 +12,13 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
       "alignment_rows_(Tensor(a!) prediction, Tensor target, Tensor? target_rows, Tensor? row_scale, Tensor(b!) stats, "
       "Tensor(c!)? d_prediction, Tensor(d!)? d_target, int distance, float eps, bool gradient) -> ()");
   m.def(
-      "cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor? bias, Tensor? row_scale, Tensor(b!) stats, "
-      "Tensor(c!) prediction, int ignore_index, float label_smoothing, float z_loss, float softcap, float logit_scale, "
-      "bool gradient) -> ()");
+      "cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor? target_weight, Tensor? bias, Tensor? "
+      "class_weight, "
+      "Tensor? row_scale, Tensor(b!) stats, Tensor(c!) target_logit, Tensor(d!) prediction, int ignore_index, "
+      "bool negative_is_absent, float label_smoothing, float z_loss, float softcap, float logit_scale, bool gradient) "
+      "-> ()");
   m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
+  // Not row kernels: oneDNN's float32 product, where torch.mm would take a slower library, and advice to the kernel.
+  m.def("onednn_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
+  m.def("use_huge_pages_(Tensor(a!) block) -> ()");
 }

@@ -4,12 +4,15 @@
 #include <string>
 
 extern "C" const char* nitp_ops_instruction_set();
+extern "C" bool nitp_ops_has_onednn_matmul();
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of nitp_ops. Import torch first: the operator library takes its symbols from torch.";
   m.def(
       "instruction_set", [] { return std::string(nitp_ops_instruction_set()); },
       "The CPU instruction set that the row kernels use: 'avx512', 'avx2' or 'portable'.");
+  m.def("has_onednn_matmul", &nitp_ops_has_onednn_matmul,
+        "Whether float32 products on CPU go to oneDNN directly (else torch.mm decides).");
   m.def(
       "build_info",
       [] {

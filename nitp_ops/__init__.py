@@ -18,8 +18,10 @@ from . import geometry, reference
 from ._alignment import AlignmentStats, alignment
 from ._check import BackendError
 from ._explain import ChunkPlan, explain
+from ._head_job import HeadJob, TokenEntropyStats, TokenStats
 from ._implicit_token_loss import implicit_token_loss
-from ._linear_cross_entropy import HeadJob, TokenStats, linear_cross_entropy, shared_linear_cross_entropy
+from ._linear_cross_entropy import linear_cross_entropy
+from ._shared_linear_cross_entropy import shared_linear_cross_entropy
 from ._swiglu import swiglu
 
 try:
@@ -32,6 +34,7 @@ __all__ = [
     "BackendError",
     "ChunkPlan",
     "HeadJob",
+    "TokenEntropyStats",
     "TokenStats",
     "alignment",
     "explain",

@@ -84,7 +84,7 @@ def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float) -> T
     p, z = Rows(prediction), Rows(target)
     dtype = reference.working(prediction, target)
     stats = torch.empty(4, p.count, dtype=dtype)
-    for _, part in chunks(None, p.count, whole_or_chunk(p, z)):
+    for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
         torch.ops.nitp_ops.alignment_rows_(
             p.dense(part), z.dense(part), None, None, stats[:, part], None, None, distance, eps, False
         )
@@ -107,7 +107,7 @@ def _backward(
     d_target = torch.empty(target.shape, dtype=target.dtype) if wants_target else None
     scale = upstream.reshape(-1).contiguous()
     stats = torch.empty(4, p.count, dtype=scale.dtype)
-    for _, part in chunks(None, p.count, whole_or_chunk(p, z)):
+    for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
         into = d_prediction.view(shape)[part], None if d_target is None else d_target.view(shape)[part]
         torch.ops.nitp_ops.alignment_rows_(
             p.dense(part), z.dense(part), None, scale[part], stats[:, part], *into, distance, eps, True

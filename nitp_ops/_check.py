@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
@@ -90,10 +90,27 @@ def no_gradient(op: str, argument: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: {argument} requires a gradient, expected a detached tensor (it gets none)")
 
 
-def labels_inside(op: str, argument: str, labels: Tensor, ignore_index: int, classes: int) -> None:
-    """Host check of values: every label is ignore_index or lies in [0, classes)."""
-    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= classes))
+def labels_inside(op: str, argument: str, labels: Tensor, ignore_index: int, classes: int, many: bool) -> None:
+    """Host check of values: each label lies in [0, classes) or is absent (ignore_index; with many a row: negative)."""
+    wrong = labels >= classes if many else (labels < 0) | (labels >= classes)
+    wrong &= labels != ignore_index
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
-        expected = f"[0, {classes}) or ignore_index={ignore_index}"
+        expected = f"[0, {classes}) or {'absent: negative or ' if many else ''}ignore_index={ignore_index}"
         raise IndexError(f"{op}: {argument}{list(where)} is {int(labels[where])}, expected a value in {expected}")
+
+
+def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) -> None:
+    """A dense buffer that a backward pass adds the gradient of `tensor` into: float32 (float64 for float64)."""
+    is_tensor(op, argument, value)
+    assert isinstance(value, Tensor)
+    has_dtype(op, argument, value, (torch.float64 if tensor.dtype == torch.float64 else torch.float32,))
+    has_shape(op, argument, value, tensor.shape, f"{like}'s")
+    same_device(op, argument, value, like, tensor)
+    no_gradient(op, argument, value)
+    if not value.is_contiguous():
+        raise ValueError(f"{op}: {argument} has strides {value.stride()}, expected a contiguous tensor")
+    if torch.is_grad_enabled() and not tensor.requires_grad:
+        raise ValueError(
+            f"{op}: {argument} came, but {like} requires no gradient; expected one that does, or no buffer"
+        )

@@ -91,7 +91,7 @@ def explain(
         row_bytes = _latent_pass.row_bytes(width, inner, out_width, dtype)
         weights = 2 * inner * width + out_width * inner
     step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights)
-    rounded = dtype.itemsize < 4 and rows > step  # only then is the sum a buffer beside the returned gradient
+    rounded = dtype.itemsize < 4 and rows > 2 * step  # only then is the sum a buffer beside the returned gradient
     return ChunkPlan(
         op=op,
         rows=rows,

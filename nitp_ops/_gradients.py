@@ -1,4 +1,4 @@
-"""What the ops with gradients formed in the forward pass share: the backward that only multiplies by the upstream."""
+"""What ops with gradients formed in the forward pass share: a backward pass that only multiplies by the upstream."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import _check
-
-
-def gemm_dtype(op: str, weight: Tensor) -> torch.dtype:
-    """The autocast dtype where autocast is on (it leaves float64 alone), else the weight's."""
-    device = weight.device.type
-    available = torch.amp.is_autocast_available(device)
-    if not available or not torch.is_autocast_enabled(device) or weight.dtype == torch.float64:
-        return weight.dtype
-    dtype = torch.get_autocast_dtype(device)
-    if dtype not in _check.FLOATS:
-        raise TypeError(f"{op}: autocast is {_check.name_of(dtype)}, expected bfloat16 (or no autocast)")
-    return dtype
+_SLICE = 2**18  # numbers whose float32 copy exists at a time, never that of a whole gradient
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
-def scale_gradients(gradients: list[Tensor], upstream: Tensor, anchors: list[Tensor], op: str) -> list[Tensor]:
-    """upstream * gradient for each, with the product formed in float32 and rounded once.
+def scale_gradients(
+    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], anchors: list[Tensor], op: str
+) -> list[Tensor]:
+    """upstream * gradient for each in its input's dtype, with the product formed in float32 and rounded once.
 
     The anchors (the inputs that the gradients depend on) are not read: through them a double backward finds its way
     here and is refused, where constants would be silently wrong."""
     scaled = []
-    for gradient in gradients:
-        out = torch.empty_like(gradient)
+    for gradient, like in zip(gradients, inputs, strict=True):
+        out = torch.empty_like(gradient, dtype=like.dtype)
         flat_in, flat_out = gradient.view(-1), out.view(-1)
-        for first in range(0, flat_in.numel(), 2**18):  # a float32 copy of a slice, never of the whole gradient
-            part = slice(first, first + 2**18)
+        for first in range(0, flat_in.numel(), _SLICE):
+            part = slice(first, first + _SLICE)
             flat_out[part] = flat_in[part].to(upstream.dtype) * upstream
         scaled.append(out)
     return scaled
 
 
 @scale_gradients.register_fake
-def _(gradients: list[Tensor], upstream: Tensor, anchors: list[Tensor], op: str) -> list[Tensor]:
-    return [torch.empty_like(gradient) for gradient in gradients]
+def _(gradients, upstream, inputs, anchors, op):
+    return [torch.empty_like(gradient, dtype=like.dtype) for gradient, like in zip(gradients, inputs, strict=True)]
+
+
+@torch.library.custom_op("nitp_ops::add_gradients", mutates_args={"buffers"})
+def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor) -> None:
+    """buffer += upstream * gradient for each, in the buffer's precision."""
+    for buffer, gradient in zip(buffers, gradients, strict=True):
+        flat_in, flat_out = gradient.view(-1), buffer.view(-1)
+        for first in range(0, flat_in.numel(), _SLICE):
+            part = slice(first, first + _SLICE)
+            flat_out[part] += flat_in[part].to(buffer.dtype) * upstream
 
 
 def refuse_double_backward(op: str) -> Callable[..., None]:
@@ -72,30 +72,55 @@ def _keep_name(ctx, inputs, output) -> None:
 scale_gradients.register_autograd(refuse_double_backward("fused loss"), setup_context=_keep_name)
 
 
+def formed_dtype(tensor: Tensor, buffer: Tensor | None) -> torch.dtype:
+    """In which dtype a gradient waits for its upstream: float16 would underflow, a buffer takes what it holds."""
+    if buffer is not None:
+        return buffer.dtype
+    return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
+
+
 class FormedGradients:
     """Gradients that the forward pass formed, for the backward pass to hand out, times the upstream.
 
     They are handed out once and then forgotten, so that no second copy of a weight gradient lives; a second backward
-    pass recomputes them. An eager upstream of exactly 1 costs nothing."""
+    pass recomputes them."""
 
-    def __init__(self, op: str, gradients: Sequence[Tensor]):
-        self.op = op
+    def __init__(self, gradients: Sequence[Tensor]):
         # detached: an op's own outputs would tie its context into a reference cycle
         self.gradients: list[Tensor] | None = [gradient.detach() for gradient in gradients]
 
-    def times(self, upstream: Tensor, recompute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def take(self, upstream: Tensor, recompute: Callable[[], list[Tensor]]) -> list[Tensor]:
         gradients = recompute() if self.gradients is None else self.gradients
         if type(upstream) is Tensor:  # tracing runs this once for many backward passes
             self.gradients = None
-            if upstream.device.type == "cpu" and upstream.item() == 1.0:
-                return gradients
-        return scale_gradients(gradients, upstream, [], self.op)
-
-
-def guarded(ctx, op: str, gradients: list[Tensor]) -> list[Tensor]:
-    """Under create_graph ties the gradients to the saved inputs, so that a double backward is refused by name."""
-    if not torch.is_grad_enabled() or not gradients:
         return gradients
-    anchors = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
-    one = torch.ones((), dtype=torch.promote_types(gradients[0].dtype, torch.float32), device=gradients[0].device)
-    return scale_gradients(gradients, one, anchors, op)
+
+
+def deliver(
+    ctx, op: str, gradients: Sequence[Tensor], upstream: Tensor | None, inputs: Sequence[Tensor],
+    buffers: Sequence[Tensor | None],
+) -> list[Tensor | None]:  # fmt: skip
+    """What autograd gets for each input: upstream * gradient in the input's dtype, None where a buffer took it.
+
+    upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing. Under create_graph the
+    gradients are tied to the saved inputs, so that a double backward is refused by name."""
+    if not gradients:
+        return []
+    one = upstream is None or (type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0)
+    if upstream is None:
+        work = torch.promote_types(gradients[0].dtype, torch.float32)
+        upstream = torch.ones((), dtype=work, device=gradients[0].device)
+    taken = [(buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True) if buffer is not None]
+    if taken:
+        add_gradients([buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream)
+    free = [place for place, buffer in enumerate(buffers) if buffer is None]
+    values, leaves = [gradients[place] for place in free], [inputs[place] for place in free]
+    if torch.is_grad_enabled():
+        anchors = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
+        values = scale_gradients(values, upstream, leaves, anchors, op)
+    elif not one:
+        values = scale_gradients(values, upstream, leaves, [], op)
+    result: list[Tensor | None] = [None] * len(gradients)
+    for place, value, leaf in zip(free, values, leaves, strict=True):
+        result[place] = value.to(leaf.dtype)
+    return result

@@ -32,6 +32,8 @@ def implicit_token_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     chunk_bytes: int | None = None,
+    max_rows: int | None = None,
+    hidden_grad_out: Tensor | None = None,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -44,7 +46,7 @@ def implicit_token_loss(
     recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients are summed in float32.
 
     Args:
-        hidden: ``[..., T, d]`` float64, float32 or bfloat16; the predictor.
+        hidden: ``[..., T, d]`` float64, float32, bfloat16 or float16; the predictor.
         target: ``[..., T, D]``, the same leading shape, its own dtype. Row t meets row t + shift, by index: nothing is
             rolled or copied. It gets no gradient.
         gate, up: ``[m, d]``; adjacent views of one ``[2m, d]`` buffer run as one GEMM. Both None: a linear projector.
@@ -56,7 +58,12 @@ def implicit_token_loss(
         reduction: "mean" divides by the number of valid pairs or by `normalizer`; "sum"; "none" returns ``[..., T]``
             with zeros where invalid. No valid pair: loss 0 and gradients 0.
         normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
-        chunk_bytes: size of one chunk's workspace; None: the largest of 32 MiB, 512 rows, the float32 gradients.
+        chunk_bytes: size of one chunk's workspace; None: as large as the float32 weight gradients,
+            within 32 to 120 MiB, or 512 rows up to 240 MiB.
+        max_rows: a bound on the valid pairs, for devices where the host does not know their number; on CPU, where
+            invalid rows are always skipped, it is only checked.
+        hidden_grad_out: a contiguous float32 buffer (float64 for float64) of hidden's shape that the backward pass adds
+            the gradient into, upstream included; autograd then gives None for hidden.
         return_stats: also return `AlignmentStats`, ``[..., T]`` each.
         backend: None (the device decides), "native" or "reference".
 
@@ -93,7 +100,15 @@ def implicit_token_loss(
         _check.has_dtype(_OP, "valid", valid, (torch.bool,))
         _check.has_shape(_OP, "valid", valid, hidden.shape[:-1], "hidden's without its last axis")
         _check.same_device(_OP, "valid", valid, "hidden", hidden)
+    if max_rows is not None:
+        _check.integer(_OP, "max_rows", max_rows, least=0)
+    if hidden_grad_out is not None:
+        _check.is_buffer(_OP, "hidden_grad_out", hidden_grad_out, "hidden", hidden)
     if rows.choose(_OP, hidden.device, backend) == "reference":
+        if hidden_grad_out is not None:
+            raise ValueError(
+                f"{_OP}: hidden_grad_out came with backend='reference', expected none (it leaves gradients to autograd)"
+            )
         terms = {"valid": valid, "shift": shift, "distance": distance, "eps": eps}
         weights = gate, up, down
         loss = reference.implicit_token_loss(
@@ -103,6 +118,8 @@ def implicit_token_loss(
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
     keep = reference.pairs(hidden, valid, shift)
+    if max_rows is not None and not torch.compiler.is_compiling() and int(keep.sum()) > max_rows:
+        raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
     scale = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":
         scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
@@ -117,6 +134,7 @@ def implicit_token_loss(
         distance=DISTANCES[distance],
         eps=eps,
         chunk_bytes=chunk_bytes,
+        hidden_grad_out=hidden_grad_out,
         per_row=reduction == "none",
     )
     loss = loss.view(keep.shape) if reduction == "none" else loss

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._chunks import Rows, WeightGradient, chunks, place, rows_per_chunk, select
-from ._gradients import FormedGradients, gemm_dtype, guarded, refuse_vmap
+from ._chunks import Rows, chunks, direct, length_of, place, rows_per_chunk, select
+from ._gemm import WeightGradient, fresh, gemm_dtype, matmul
+from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 
 
 class Projector(NamedTuple):
@@ -44,6 +45,7 @@ def latent_pass(
     distance: int,
     eps: float,
     chunk_bytes: int | None,
+    hidden_grad_out: Tensor | None = None,
     per_row: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(loss, stats [4, rows]) with loss = scale * sum of the kept pairs' losses.
@@ -52,9 +54,12 @@ def latent_pass(
     the chunks under any upstream gradient."""
     wanted = [x is not None and x.requires_grad for x in (hidden, *projector)]
     wanted = [torch.is_grad_enabled() and not per_row and each for each in wanted]
-    dtype = hidden.dtype if projector.down is None else gemm_dtype("implicit_token_loss", projector.down)
+    dtype = gemm_dtype("implicit_token_loss", hidden if projector.down is None else projector.down)
+    if projector.down is None and hidden.dtype != torch.float16:
+        dtype = hidden.dtype  # there is no product that autocast could cast
     options = shift, distance, eps, chunk_bytes, dtype
-    loss, stats, _ = _latent_pass(hidden, *projector, target.detach(), keep, scale, *options, wanted, per_row)
+    tensors = target.detach(), keep, scale, hidden_grad_out
+    loss, stats, _ = _latent_pass(hidden, *projector, *tensors, *options, wanted, per_row)
     return loss, stats.detach()
 
 
@@ -67,6 +72,7 @@ def _latent_pass(
     target: Tensor,
     keep: Tensor,
     scale: Tensor,
+    hidden_buffer: Tensor | None,
     shift: int,
     distance: int,
     eps: float,
@@ -75,9 +81,11 @@ def _latent_pass(
     wanted: list[bool],
     per_row: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(loss, stats, gradients): the wanted ones of hidden, [gate; up] as one [2m, d], down, in this order."""
+    """(loss, stats, gradients): the wanted ones of hidden, [gate; up] as one [2m, d], down, in this order.
+
+    hidden_buffer is the backward's: here it only says in which dtype the gradient waits."""
     kernels = torch.ops.nitp_ops
-    work = reference.working(hidden, target)
+    work, device = reference.working(hidden, target), hidden.device
     width, out_width = hidden.shape[-1], target.shape[-1]
     gate_up = None if gate is None or up is None else _fused_gate_up(gate, up, dtype)
     inner = 0 if gate is None else gate.shape[0]
@@ -85,22 +93,23 @@ def _latent_pass(
     want_hidden, want_inner, want_down = wanted[0], wanted[1] or wanted[2], wanted[3]
     source, latent = Rows(hidden), Rows(target)
     by_index = latent.flat and (out_width < 2 or latent.tensor.stride(-1) == 1)
-    stats = torch.zeros((4, source.count), dtype=work, device=hidden.device)
-    d_hidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device) if want_hidden else None
+    stats = torch.zeros((4, source.count), dtype=work, device=device)
     selected = select(keep)
-    count = source.count if selected is None else selected.numel()
+    count = length_of(selected)
     weights = sum(w.numel() for w, flag in zip((gate, up, down), wanted[1:], strict=True) if flag and w is not None)
     step = rows_per_chunk(count, row_bytes(width, inner, out_width, dtype), chunk_bytes, weights)
     parts, most = -(-count // step), min(step, count)
-    d_gate_up = d_down = None
+    d_hidden = d_gate_up = d_down = None
+    if want_hidden:
+        d_hidden = torch.zeros((source.count, width), dtype=formed_dtype(hidden, hidden_buffer), device=device)
     if want_inner and gate is not None and gate_up is not None:
-        d_gate_up = WeightGradient(gate_up.shape, dtype, gate, parts)
+        d_gate_up = WeightGradient(gate_up.shape, dtype, formed_dtype(gate, None), gate, parts)
     if want_down and down is not None:
-        d_down = WeightGradient(down.shape, dtype, down, parts)
-    buffer = torch.empty((most, 3 * inner + out_width), dtype=dtype, device=hidden.device).view(-1)
+        d_down = WeightGradient(down.shape, dtype, formed_dtype(down, None), down, parts)
+    buffer = fresh((most * (3 * inner + out_width),), dtype, device)
     # one number for all rows, or one a row; zero everywhere: nothing to differentiate, and a NaN stays out
     differentiate = any(wanted) and bool((scale != 0).any())
-    for _, part in chunks(selected, source.count, step):
+    for part in chunks(selected, step):
         h = source.take(part).to(dtype)
         n = h.shape[0]
         both = buffer[: n * 2 * inner].view(n, 2 * inner)
@@ -108,39 +117,43 @@ def _latent_pass(
         p = buffer[n * 3 * inner : n * (3 * inner + out_width)].view(n, out_width)
         g, u = both[:, :inner], both[:, inner:]
         if gate_up is not None:
-            torch.mm(h, gate_up.t(), out=both)
+            matmul(h, gate_up.t(), both)
             kernels.swiglu_rows(g, u, a)
         feature = h if gate_up is None else a
         if w_down is None:
             p.copy_(h)
         else:
-            torch.mm(feature, w_down.t(), out=p)
-        partner = torch.arange(part.start, part.stop) if isinstance(part, slice) else part
-        partner = partner + shift
-        part_scale = scale.expand(source.count)[part].contiguous()
-        part_stats = stats.new_empty(4, n)
-        z, index = (latent.tensor, partner) if by_index else (latent.dense(partner), None)
+            matmul(feature, w_down.t(), p)
+        partner = slice(part.start + shift, part.stop + shift) if isinstance(part, slice) else part + shift
+        indexed = by_index and not isinstance(partner, slice)
+        z, index = (latent.tensor, partner) if indexed else (latent.dense(partner), None)
+        part_scale = (scale.expand(n) if scale.dim() == 0 else scale[part]).contiguous()
+        part_stats = stats[:, part] if isinstance(part, slice) else stats.new_empty(4, n)
         kernels.alignment_rows_(p, z, index, part_scale, part_stats, None, None, distance, eps, differentiate)
-        place(stats, 1, part, part_stats)
+        if not isinstance(part, slice):
+            place(stats, 1, part, part_stats)
         if not differentiate:
             continue
         if d_down is not None:
             d_down.add(p, feature)
         if gate_up is not None and w_down is not None and (d_hidden is not None or d_gate_up is not None):
-            torch.mm(p, w_down, out=a)
+            matmul(p, w_down, a)
             kernels.swiglu_rows_backward_(g, u, a)
         if d_gate_up is not None:
             d_gate_up.add(both, h)
         if d_hidden is not None:
-            if gate_up is not None:
-                d_rows = torch.mm(both, gate_up)
+            d_rows = direct(d_hidden, part, dtype)
+            upstream, weight = (p, w_down) if gate_up is None else (both, gate_up)
+            if weight is None:
+                place(d_hidden, 0, part, upstream)
+            elif d_rows is not None:
+                matmul(upstream, weight, d_rows)
             else:
-                d_rows = p if w_down is None else torch.mm(p, w_down)
-            place(d_hidden.view(-1, width), 0, part, d_rows)
+                place(d_hidden, 0, part, torch.mm(upstream, weight))
     losses = torch.where(scale == 0, 0, stats[0] * scale)
     loss = losses if per_row else losses.sum(dtype=torch.float64).to(work)
     weights = [each.result() for each in (d_gate_up, d_down) if each is not None]
-    return loss, stats, ([] if d_hidden is None else [d_hidden]) + weights
+    return loss, stats, ([] if d_hidden is None else [d_hidden.view(hidden.shape)]) + weights
 
 
 def row_bytes(width: int, inner: int, out_width: int, dtype: torch.dtype) -> int:
@@ -158,23 +171,24 @@ def _fused_gate_up(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @_latent_pass.register_fake
-def _(hidden, gate, up, down, target, keep, scale, shift, distance, eps, chunk_bytes, dtype, wanted, per_row):
+def _(hidden, gate, up, down, target, keep, scale, hidden_buffer, shift, distance, eps, chunk_bytes, dtype, wanted,
+      per_row):  # fmt: skip
     work, rows = reference.working(hidden, target), keep.numel()
-    gradients = [hidden.new_empty(hidden.shape)] if wanted[0] else []
+    gradients = [hidden.new_empty(hidden.shape, dtype=formed_dtype(hidden, hidden_buffer))] if wanted[0] else []
     if wanted[1] or wanted[2]:
-        gradients.append(gate.new_empty((2 * gate.shape[0], gate.shape[1])))
+        gradients.append(gate.new_empty((2 * gate.shape[0], gate.shape[1]), dtype=formed_dtype(gate, None)))
     if wanted[3]:
-        gradients.append(down.new_empty(down.shape))
+        gradients.append(down.new_empty(down.shape, dtype=formed_dtype(down, None)))
     loss = hidden.new_empty((rows,) if per_row else (), dtype=work)
     return loss, hidden.new_empty((4, rows), dtype=work), gradients
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype, ctx.wanted, ctx.per_row = inputs
-    ctx.formed = FormedGradients("implicit_token_loss", output[2])
+    *tensors, ctx.buffer, ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype, ctx.wanted, ctx.per_row = inputs
+    ctx.formed = FormedGradients(output[2])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors)  # not the buffer: each backward pass writes to it, which a saved tensor forbids
 
 
 def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
@@ -184,22 +198,28 @@ def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> l
         # rows under a zero upstream are left out, so that a NaN in them stays out too
         keep, scale = keep & (upstream != 0), upstream.contiguous()
     options = ctx.shift, ctx.distance, ctx.eps, ctx.chunk_bytes, ctx.dtype
-    return _latent_pass(*tensors, keep, scale, *options, wanted, False)[-1]
+    return _latent_pass(*tensors, keep, scale, ctx.buffer, *options, wanted, False)[-1]
 
 
 def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
-    gradients, wanted = [], [False] * 4
-    if upstream is not None and ctx.per_row:
-        wanted = list(ctx.needs_input_grad[:4])
-        gradients = _recompute(ctx, wanted, upstream)
-    elif upstream is not None:
-        wanted = ctx.wanted
-        gradients = ctx.formed.times(upstream, lambda: _recompute(ctx, wanted))
-    ready = iter(guarded(ctx, "implicit_token_loss", gradients))
+    wanted, delivered = [False] * 4, []
+    if upstream is not None:
+        if ctx.per_row:
+            wanted = list(ctx.needs_input_grad[:4])
+            gradients, upstream = _recompute(ctx, wanted, upstream), None
+        else:
+            wanted = ctx.wanted
+            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, wanted))
+        hidden, gate, _, down, *_ = ctx.saved_tensors
+        flagged = (wanted[0], hidden, ctx.buffer), (wanted[1] or wanted[2], gate, None), (wanted[3], down, None)
+        inputs, buffers = [x for flag, x, _ in flagged if flag], [b for flag, _, b in flagged if flag]
+        delivered = deliver(ctx, "implicit_token_loss", gradients, upstream, inputs, buffers)
+    ready = iter(delivered)
     d_hidden = next(ready) if wanted[0] else None
-    d_gate, d_up = next(ready).chunk(2) if wanted[1] or wanted[2] else (None, None)
+    both = next(ready) if wanted[1] or wanted[2] else None
+    d_gate, d_up = (None, None) if both is None else both.chunk(2)
     d_down = next(ready) if wanted[3] else None
-    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down, *(None,) * 10
+    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down, *(None,) * 11
 
 
 _latent_pass.register_vmap(refuse_vmap("implicit_token_loss"))

@@ -52,7 +52,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 def _forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype)
     g, u = Rows(gate), Rows(up)
-    for _, part in chunks(None, g.count, whole_or_chunk(g, u)):
+    for part in chunks(slice(0, g.count), whole_or_chunk(g, u)):
         torch.ops.nitp_ops.swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
     return out
 
@@ -67,7 +67,7 @@ def _backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tenso
     g, u, dy = Rows(gate), Rows(up), Rows(upstream)
     shape = (g.count, gate.shape[-1])
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
-    for _, part in chunks(None, g.count, whole_or_chunk(g, u, dy)):
+    for part in chunks(slice(0, g.count), whole_or_chunk(g, u, dy)):
         into = d_gate.view(shape)[part], d_up.view(shape)[part]
         torch.ops.nitp_ops.swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
     return d_gate, d_up

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import _check, reference
-from ._chunks import Rows, WeightGradient, chunks, place, rows_per_chunk, select
-from ._gradients import FormedGradients, gemm_dtype, guarded, refuse_vmap
+from ._chunks import Rows, chunks, direct, length_of, place, rows_per_chunk, select
+from ._gemm import Weight, WeightGradient, fresh, gemm_dtype
+from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 
 
 class Head(NamedTuple):
@@ -29,43 +30,67 @@ class Head(NamedTuple):
     ignore_index: int
     softcap: float
     logit_scale: float
+    logits_dtype: torch.dtype | str
     chunk_bytes: int | None
+    weight_grad_out: Tensor | None
 
 
 class Labelled(NamedTuple):
-    """hidden [..., d]; labels and row_weight flat [N]; row_weight already holds token weight, weight and 1 / count."""
+    """hidden [..., d]; labels and target_weight [N, K]; row_weight [N] already holds token weight, weight, 1 / count.
+
+    many: K targets a row, of which negative ones are absent. class_weight: of the smoothing term, target_weight holds
+    it for the rest."""
 
     hidden: Tensor
     labels: Tensor
+    target_weight: Tensor | None
     row_weight: Tensor
+    class_weight: Tensor | None
+    many: bool
     label_smoothing: float
     z_loss: float
+    hidden_grad_out: Tensor | None
 
 
-def token_pass(jobs: Sequence[Labelled], head: Head, *, per_row: bool = False) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """(loss, (stats [3, rows], prediction [rows])) with loss = sum of row_weight * row loss.
+class RowValues(NamedTuple):
+    """stats [2 or 3, rows]: loss, log-sum-exp and perhaps entropy; prediction [rows]; target_logit: [rows * K]."""
+
+    stats: Tensor
+    prediction: Tensor
+    target_logit: Tensor
+
+
+def token_pass(
+    jobs: Sequence[Labelled], head: Head, *, per_row: bool = False, entropy: bool = False
+) -> tuple[Tensor, RowValues]:
+    """(loss, values) with loss = sum of row_weight * row loss.
 
     Its gradients are formed in the forward pass. per_row (one job): loss [rows] instead of the sum; the backward pass
     recomputes the logits under any upstream gradient."""
     wanted = [x is not None and x.requires_grad for x in (*(job.hidden for job in jobs), head.unembedding, head.bias)]
-    loss, stats, prediction, _ = _token_pass(
+    loss, stats, prediction, target_logit, _ = _token_pass(
         head.op,
         [job.hidden for job in jobs],
         head.unembedding,
         head.bias,
         [job.labels for job in jobs],
+        [job.target_weight for job in jobs],
         [job.row_weight for job in jobs],
+        [job.class_weight for job in jobs],
+        [*(job.hidden_grad_out for job in jobs), head.weight_grad_out, None],
+        [job.many for job in jobs],
         [job.label_smoothing for job in jobs],
         [job.z_loss for job in jobs],
         head.ignore_index,
         head.softcap,
         head.logit_scale,
         head.chunk_bytes,
-        gemm_dtype(head.op, head.unembedding),
+        gemm_dtype(head.op, head.unembedding, head.logits_dtype),
+        entropy,
         [torch.is_grad_enabled() and not per_row and each for each in wanted],
         per_row,
     )
-    return loss, (stats.detach(), prediction)
+    return loss, RowValues(stats.detach(), prediction, target_logit.detach())
 
 
 @torch.library.custom_op("nitp_ops::token_pass", mutates_args=(), device_types="cpu")
@@ -75,7 +100,11 @@ def _token_pass(
     unembedding: Tensor,
     bias: Tensor | None,
     labels: list[Tensor],
+    target_weight: Sequence[Tensor | None],
     row_weight: list[Tensor],
+    class_weight: Sequence[Tensor | None],
+    buffers: Sequence[Tensor | None],
+    many: list[bool],
     label_smoothing: list[float],
     z_loss: list[float],
     ignore_index: int,
@@ -83,118 +112,156 @@ def _token_pass(
     logit_scale: float,
     chunk_bytes: int | None,
     dtype: torch.dtype,
+    entropy: bool,
     wanted: list[bool],
     per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(loss, stats, prediction, gradients); wanted flags and gradients in the order hidden..., unembedding, bias."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
+    """(loss, stats, prediction, target logits, gradients).
+
+    wanted, buffers and gradients stand in the order hidden..., unembedding, bias; the buffers are the backward's."""
     *want_hidden, want_weight, want_bias = wanted
-    work = reference.working(unembedding)
+    *_, weight_buffer, _ = buffers
+    work, device = reference.working(unembedding), unembedding.device
     vocabulary, width = unembedding.shape
-    weight = unembedding.to(dtype)
+    weight = Weight(unembedding, dtype)
     offset = None if bias is None else bias.to(work).contiguous()
-    counts = [each.numel() for each in labels]
-    device = unembedding.device
-    stats = torch.full((3, sum(counts)), float("nan"), dtype=work, device=device)
+    counts = [len(each) for each in labels]
+    starts = [sum(counts[:job]) for job in range(len(counts))]
+    stats = torch.full((3 if entropy else 2, sum(counts)), float("nan"), dtype=work, device=device)
     stats[0].zero_()
     prediction = torch.full((sum(counts),), -1, dtype=torch.int64, device=device)
+    target_logit = [torch.full(each.shape, float("nan"), dtype=work, device=device) for each in labels]
     d_hidden = [
-        torch.zeros(h.shape, dtype=h.dtype, device=device)
-        for h, wanted in zip(hidden, want_hidden, strict=True)
+        torch.zeros(h.shape, dtype=formed_dtype(h, buffer), device=device)
+        for h, buffer, wanted in zip(hidden, buffers, wanted, strict=False)
         if wanted
     ]
     d_bias = torch.zeros(vocabulary, dtype=work, device=device) if want_bias else None
-    selected = [select(label != ignore_index) for label in labels]
-    lengths = [count if rows is None else rows.numel() for count, rows in zip(counts, selected, strict=True)]
+    selected = [select(present(own, ignore_index, sets)) for own, sets in zip(labels, many, strict=True)]
+    lengths = [length_of(rows) for rows in selected]
     weights = unembedding.numel() if want_weight else 0
     step = max(rows_per_chunk(length, vocabulary * dtype.itemsize, chunk_bytes, weights) for length in lengths)
     # silent jobs add no part, so that they do not change how the others' gradients are rounded
     parts = sum(-(-length // step) for length, scale in zip(lengths, row_weight, strict=True) if bool(scale.any()))
-    d_weight = WeightGradient(unembedding.shape, dtype, unembedding, parts) if want_weight else None
-    buffer = torch.empty((min(step, max(lengths)), vocabulary), dtype=dtype, device=device)
+    d_weight = None
+    if want_weight:
+        d_weight = WeightGradient(
+            unembedding.shape, dtype, formed_dtype(unembedding, weight_buffer), unembedding, parts
+        )
+    most = min(step, max(lengths))
+    buffer = fresh((most, vocabulary), dtype, device)
+    rows_buffer = fresh((most, width), dtype, device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     into = iter(d_hidden)
-    first_row = 0
-    for job, (h, label, scale) in enumerate(zip(hidden, labels, row_weight, strict=True)):
-        _check.labels_inside(op, "labels", label, ignore_index, vocabulary)
-        source = Rows(h)
+    for job, (h, own, scale) in enumerate(zip(hidden, labels, row_weight, strict=True)):
+        _check.labels_inside(op, "labels", own, ignore_index, vocabulary, many[job])
+        source, targets = Rows(h), target_weight[job]
         d_rows = next(into).view(-1, width) if want_hidden[job] else None
         any_gradient = d_rows is not None or d_weight is not None or d_bias is not None
-        for _, part in chunks(selected[job], counts[job], step):
+        mine = slice(starts[job], starts[job] + counts[job])
+        for part in chunks(selected[job], step):
             chunk = source.take(part).to(dtype)
+            n = len(chunk)
             part_scale = scale[part].contiguous()
             live = part_scale != 0
             differentiate = any_gradient and bool(live.any())
-            logits = torch.mm(chunk, weight.t(), out=buffer[: chunk.shape[0]])
-            part_stats = stats.new_empty(3, chunk.shape[0])
-            part_prediction = prediction.new_empty(chunk.shape[0])
+            logits = weight.times(chunk, buffer[:n])
+            part_stats, part_prediction = stats.new_empty(len(stats), n), prediction.new_empty(n)
+            part_logit = stats.new_empty(n, own.shape[1])
             torch.ops.nitp_ops.cross_entropy_rows_(
-                logits, label[part].contiguous(), offset, part_scale, part_stats, part_prediction, ignore_index,
+                logits, own[part].contiguous(), None if targets is None else targets[part].contiguous(), offset,
+                class_weight[job], part_scale, part_stats, part_logit, part_prediction, ignore_index, many[job],
                 label_smoothing[job], z_loss[job], softcap, logit_scale, differentiate,
             )  # fmt: skip
             total += torch.where(live, part_stats[0] * part_scale, 0).sum(dtype=torch.float64)
-            place(stats[:, first_row : first_row + counts[job]], 1, part, part_stats)
-            place(prediction[first_row : first_row + counts[job]], 0, part, part_prediction)
+            place(stats[:, mine], 1, part, part_stats)
+            place(prediction[mine], 0, part, part_prediction)
+            place(target_logit[job], 0, part, part_logit)
             if not differentiate:
                 continue
             if d_rows is not None:
-                place(d_rows, 0, part, torch.mm(logits, weight))
+                if (own_rows := direct(d_rows, part, dtype)) is not None:
+                    weight.back(logits, own_rows)
+                else:
+                    place(d_rows, 0, part, weight.back(logits, rows_buffer[:n]))
             if d_weight is not None:
                 # a NaN in a row of weight zero must not meet the zeros of its gradient
                 d_weight.add(logits, chunk if bool(live.all()) else chunk.masked_fill(~live.unsqueeze(1), 0))
             if d_bias is not None:
                 d_bias += logits.sum(0, dtype=work)
-        first_row += counts[job]
     gradients = list(d_hidden)
     if d_weight is not None:
         gradients.append(d_weight.result())
     if d_bias is not None and bias is not None:
-        gradients.append(d_bias.to(bias.dtype))
+        gradients.append(d_bias.to(formed_dtype(bias, None)))
+    values = stats, prediction, torch.cat([each.view(-1) for each in target_logit])
     if per_row:
         weights = torch.cat(row_weight)
-        silent = (weights == 0) | (torch.cat(labels) == ignore_index)
-        return torch.where(silent, 0, weights * stats[0]), stats, prediction, gradients
-    return total.to(work), stats, prediction, gradients
+        silent = (weights == 0) | (prediction < 0)
+        return torch.where(silent, 0, weights * stats[0]), *values, gradients
+    return total.to(work), *values, gradients
+
+
+def present(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
+    """bool [N]: the row has a target, of labels [N, K]."""
+    given = labels != ignore_index
+    return (given & (labels >= 0) if many else given).any(1)
 
 
 @_token_pass.register_fake
-def _(op, hidden, unembedding, bias, labels, row_weight, label_smoothing, z_loss, ignore_index, softcap, logit_scale,
-      chunk_bytes, dtype, wanted, per_row):  # fmt: skip
+def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, many, label_smoothing,
+      z_loss, ignore_index, softcap, logit_scale, chunk_bytes, dtype, entropy, wanted, per_row):  # fmt: skip
     work = reference.working(unembedding)
-    rows = sum(each.numel() for each in labels)
-    gradients = [x.new_empty(x.shape) for x, flag in zip((*hidden, unembedding, bias), wanted, strict=True) if flag]
+    rows, targets = sum(each.shape[0] for each in labels), sum(each.numel() for each in labels)
+    leaves = zip((*hidden, unembedding, bias), buffers, wanted, strict=True)
+    gradients = [x.new_empty(x.shape, dtype=formed_dtype(x, buffer)) for x, buffer, flag in leaves if flag]
     loss = unembedding.new_empty((rows,) if per_row else (), dtype=work)
-    return loss, unembedding.new_empty((3, rows), dtype=work), labels[0].new_empty(rows), gradients
+    stats = unembedding.new_empty((3 if entropy else 2, rows), dtype=work)
+    return loss, stats, labels[0].new_empty(rows), unembedding.new_empty(targets, dtype=work), gradients
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.op, hidden, unembedding, bias, labels, row_weight, *ctx.options, ctx.wanted, ctx.per_row = inputs
-    ctx.jobs, ctx.formed = len(hidden), FormedGradients("linear_cross_entropy", output[3])
+    ctx.op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, *options = inputs
+    *ctx.options, ctx.wanted, ctx.per_row = options
+    # autograd expects a list of None for a list of tensors, and one None for anything else
+    tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs[4:]]
+    ctx.without = [[None] * len(x) if flag else None for x, flag in zip(inputs[4:], tensors, strict=True)]
+    ctx.jobs, ctx.formed = len(hidden), FormedGradients(output[-1])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(unembedding, bias, *hidden, *labels, *row_weight)
+    ctx.save_for_backward(*hidden, unembedding, bias, *labels, *target_weight, *row_weight, *class_weight)
+    ctx.buffers = buffers  # not saved: each backward pass writes to them, which a saved tensor forbids
 
 
 def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
     """The gradients from the inputs again, the row weights times `upstream`."""
-    unembedding, bias, *tensors = ctx.saved_tensors
-    hidden, labels, row_weight = (tensors[first : first + ctx.jobs] for first in (0, ctx.jobs, 2 * ctx.jobs))
+    jobs, saved = ctx.jobs, iter(ctx.saved_tensors)
+    hidden, (unembedding, bias), labels, target_weight, row_weight, class_weight = (
+        [next(saved) for _ in range(size)] for size in (jobs, 2, jobs, jobs, jobs, jobs)
+    )
     row_weight = row_weight if upstream is None else [each * upstream for each in row_weight]
-    return _token_pass(ctx.op, hidden, unembedding, bias, labels, row_weight, *ctx.options, wanted, False)[-1]
+    tensors = hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, ctx.buffers
+    return _token_pass(ctx.op, *tensors, *ctx.options, wanted, False)[-1]
 
 
 def _differentiate(ctx, upstream: Tensor | None, *_):
-    gradients, wanted = [], [False] * (ctx.jobs + 2)
-    if upstream is not None and ctx.per_row:
-        _, of_hidden, *of_head = ctx.needs_input_grad[:4]
-        wanted = [*of_hidden, *of_head]
-        gradients = _recompute(ctx, wanted, upstream)
-    elif upstream is not None:
-        wanted = ctx.wanted
-        gradients = ctx.formed.times(upstream, lambda: _recompute(ctx, wanted))
-    ready = iter(guarded(ctx, "linear_cross_entropy", gradients))
+    wanted, delivered = [False] * (ctx.jobs + 2), []
+    if upstream is not None:
+        if ctx.per_row:
+            _, of_hidden, *of_head = ctx.needs_input_grad[:4]
+            wanted = [*of_hidden, *of_head]
+            gradients, upstream = _recompute(ctx, wanted, upstream), None
+        else:
+            wanted = ctx.wanted
+            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, wanted))
+        inputs, buffers = (
+            [x for x, flag in zip(tensors, wanted, strict=True) if flag]
+            for tensors in (ctx.saved_tensors[: ctx.jobs + 2], ctx.buffers)
+        )
+        delivered = deliver(ctx, "linear_cross_entropy", gradients, upstream, inputs, buffers)
+    ready = iter(delivered)
     *d_hidden, d_weight, d_bias = (next(ready) if flag else None for flag in wanted)
-    none = [None] * ctx.jobs
-    return None, d_hidden, d_weight, d_bias, none, none, *(None,) * 9
+    return None, d_hidden, d_weight, d_bias, *ctx.without
 
 
 _token_pass.register_vmap(refuse_vmap("linear_cross_entropy"))

@@ -143,28 +143,47 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
+    target_weight: Tensor | None = None,
     token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     normalizer: Any = None,
 ) -> Tensor:
-    """w [(1 - e) (lse - z_t) + e (lse - mean z) + c lse^2],  z = cap tanh(scale (W h + b) / cap)."""
-    counted = labels != ignore_index
+    """w [(1 - e) sum_k w_k (lse - z_k) + e sum_v u_v (lse - z_v) + c lse^2],  z = cap tanh(scale (W h + b) / cap).
+
+    u_v = S / V with S = sum_k w_k, or class_weight_v / V; a plain label is one target of weight 1 or class_weight."""
+    work = working(unembedding)
+    if target_weight is None:
+        labels = labels.unsqueeze(-1)
+        present = labels != ignore_index
+        target_weight = torch.ones(labels.shape, dtype=work, device=labels.device)
+        if class_weight is not None:
+            target_weight = class_weight.to(work)[labels.where(present, 0)]
+    else:
+        present = (labels != ignore_index) & (labels >= 0)
+    counted = present.any(-1)
+    weights = target_weight.to(work).where(present, 0)
     # rows of weight zero are left out, not multiplied: zero times NaN is NaN
-    keep = counted if token_weight is None else counted & (token_weight.expand(labels.shape) != 0)
+    keep = counted if token_weight is None else counted & (token_weight.expand(counted.shape) != 0)
     z = transformed_logits(hidden[keep], unembedding, bias, softcap, logit_scale)
-    lse = z.logsumexp(-1)
-    picked = z.gather(-1, labels[keep].unsqueeze(-1)).squeeze(-1)
-    loss = (1 - label_smoothing) * (lse - picked)
+    lse, w = z.logsumexp(-1), weights[keep]
+    gaps = lse.unsqueeze(-1) - z.gather(-1, labels.where(present, 0)[keep])
+    loss = (1 - label_smoothing) * (w * gaps.masked_fill(w == 0, 0)).sum(-1)
     if label_smoothing:  # not 0 * (lse - mean z): a logit may be -inf
-        loss = loss + label_smoothing * (lse - z.mean(-1))
+        gap = lse.unsqueeze(-1) - z
+        smooth = w.sum(-1) * gap.mean(-1) if class_weight is None else (class_weight.to(work) * gap).mean(-1)
+        loss = loss + label_smoothing * smooth
     loss = loss + z_loss * lse.square()
     if token_weight is not None:
-        loss = loss * token_weight.expand(labels.shape)[keep]
-    rows = torch.zeros(labels.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)
-    return reduce(rows, counted, reduction, normalizer)
+        loss = loss * token_weight.expand(counted.shape)[keep]
+    rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)
+    if class_weight is None:
+        return reduce(rows, counted, reduction, normalizer)
+    total = weights.sum()
+    return reduce(rows, counted, reduction, torch.where(total == 0, 1, total) if normalizer is None else normalizer)
 
 
 def token_stats(
@@ -175,29 +194,45 @@ def token_stats(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Per row: loss before token_weight, log-sum-exp, arg-max, target logit; 0, NaN, -1, NaN where ignored."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row: loss before token_weight, log-sum-exp, arg-max, target logit(s), entropy; 0, NaN, -1, NaN, NaN where
+    absent."""
     options = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
-    terms = {"label_smoothing": job.label_smoothing, "z_loss": job.z_loss}
+    names = ("label_smoothing", "z_loss", "target_weight", "class_weight")
+    terms = {name: getattr(job, name) for name in names}
     loss = linear_cross_entropy(job.hidden, unembedding, job.labels, reduction="none", **terms, **options)
-    keep = job.labels != ignore_index
     z = transformed_logits(job.hidden, unembedding, bias, softcap, logit_scale)
-    picked = z.gather(-1, job.labels.where(keep, 0).unsqueeze(-1)).squeeze(-1)
-    nan = torch.full_like(loss, float("nan"))
-    return loss, z.logsumexp(-1).where(keep, nan), z.argmax(-1).where(keep, -1), picked.where(keep, nan)
+    if job.target_weight is None:
+        present = job.labels != ignore_index
+        picked = z.gather(-1, job.labels.where(present, 0).unsqueeze(-1)).squeeze(-1)
+        keep = present
+    else:
+        present = (job.labels != ignore_index) & (job.labels >= 0)
+        picked = z.gather(-1, job.labels.where(present, 0))
+        keep = present.any(-1)
+    nan, lse = torch.full_like(loss, float("nan")), z.logsumexp(-1)
+    p = (z - lse.unsqueeze(-1)).exp()
+    entropy = (p * (lse.unsqueeze(-1) - z).masked_fill(p == 0, 0)).sum(-1)
+    absent = torch.full_like(picked, float("nan"))
+    return (
+        loss,
+        lse.where(keep, nan),
+        z.argmax(-1).where(keep, -1),
+        picked.where(present, absent),
+        entropy.where(keep, nan),
+    )
 
 
 def shared_linear_cross_entropy(jobs: Sequence[Any], unembedding: Tensor, **options: Any) -> Tensor:
     """Sum over jobs of the weighted row losses against one unembedding."""
+    names = ("token_weight", "label_smoothing", "z_loss", "target_weight", "class_weight")
     losses = [
         linear_cross_entropy(
             job.hidden,
             unembedding,
             job.labels,
             reduction="sum",
-            token_weight=job.token_weight,
-            label_smoothing=job.label_smoothing,
-            z_loss=job.z_loss,
+            **{name: getattr(job, name) for name in names},
             **options,
         )
         for job in jobs

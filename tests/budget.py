@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+# float32: a whole unit in the last place, because oneDNN's sums round up to 2.2 times as much as MKL's, which eager
+# takes (docs/decisions/0008); the others: half a unit, which the ops keep.
+EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
 def outputs(function: Callable[..., Any], inputs: Sequence[Tensor], upstream: Tensor | float = 1.0) -> list[Tensor]:
@@ -36,7 +38,7 @@ def within_budget(ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequen
         )
 
 
-NEAR = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2}
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def near(ours: Sequence[Tensor], exact: Sequence[Tensor], names: Sequence[str] = ()) -> None:

@@ -1,5 +1,6 @@
 """Bad input is answered by one line: the argument, what came, what was expected."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +15,16 @@ H, W, Y = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64
 G, U, D = torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(4, 8)
 A_LIST: Any = [1.0]
 A_WORD: Any = "x"
+A_FLOAT: Any = 2.0
+HL = torch.zeros(3, 4, requires_grad=True)
+Y2 = torch.tensor([[0, -1], [0, 0], [0, 1]])
+Y1W, Y2W = torch.ones(3, 1), torch.ones(3, 2)
 LEARNED = torch.ones(3, requires_grad=True)
+IN_PYTHON = partial(lce, HL, W, Y, hidden_grad_out=H.clone(), backend="reference")
+TWICE = partial(lce, H, W, Y2, target_weight=Y2W, class_weight=W[:, 0])
 WRONG = [
     (TypeError, "hidden is a list, expected a torch.Tensor", lambda: lce(A_LIST, W, Y)),
-    (TypeError, "hidden is float16, expected", lambda: lce(H.half(), W, Y)),
+    (TypeError, "hidden is int32, expected", lambda: lce(H.int(), W, Y)),
     (TypeError, "labels is int32, expected int64", lambda: lce(H, W, Y.int())),
     (ValueError, r"labels has shape \(2,\), expected \(3,\)", lambda: lce(H, W, Y[:2])),
     (ValueError, r"hidden has shape \(3, 5\), expected \(3, 4\)", lambda: lce(torch.zeros(3, 5), W, Y)),
@@ -36,6 +43,25 @@ WRONG = [
     (ValueError, "labels is on meta, expected cpu", lambda: lce(H, W, Y.to("meta"))),
     (ValueError, "backend is 'cuda', expected one of", lambda: lce(H, W, Y, backend="cuda")),
     (TypeError, "hidden is float64, expected float32", lambda: lce(H.double(), W, Y)),
+    (ValueError, "label_smoothing is -0.1, expected a number >= 0", lambda: lce(H, W, Y, label_smoothing=-0.1)),
+    (ValueError, "logit_scale is inf, expected a number > 0", lambda: lce(H, W, Y, logit_scale=float("inf"))),
+    (ValueError, "logit_scale is nan, expected a number > 0", lambda: lce(H, W, Y, logit_scale=float("nan"))),
+    (ValueError, r"target_weight is None, expected \(3, 2\) beside labels with 2", lambda: lce(H, W, Y2)),
+    (ValueError, r"target_weight has shape \(3, 1\), expected \(3, 2\)", lambda: lce(H, W, Y2, target_weight=Y1W)),
+    (ValueError, r"labels has shape \(3,\), expected \(3, K\)", lambda: lce(H, W, Y, target_weight=Y1W)),
+    (IndexError, r"labels\[2, 1\] is 9, expected a value in", lambda: lce(H, W, Y2 + 8, target_weight=Y2W)),
+    (ValueError, r"class_weight has shape \(3,\), expected \(9,\)", lambda: lce(H, W, Y, class_weight=torch.ones(3))),
+    (ValueError, "class_weight came with target_weight", TWICE),
+    (TypeError, "logits_dtype is 'x', expected 'auto' or a torch.dtype", lambda: lce(H, W, Y, logits_dtype="x")),
+    (ValueError, "logits_dtype is torch.bfloat16, expected", lambda: lce(H, W, Y, logits_dtype=torch.bfloat16)),
+    (ValueError, "max_rows is 2, expected at least 3", lambda: lce(H, W, Y, max_rows=2)),
+    (TypeError, "max_rows is 2.0, expected an integer >= 0", lambda: lce(H, W, Y, max_rows=A_FLOAT)),
+    (ValueError, "return_stats is 'all', expected False,", lambda: lce(H, W, Y, return_stats="all")),
+    (TypeError, "weight_grad_out is bfloat16, expected float32", lambda: lce(H, W, Y, weight_grad_out=W.bfloat16())),
+    (ValueError, r"hidden_grad_out has shape \(9, 4\), expected \(3, 4\)", lambda: lce(H, W, Y, hidden_grad_out=W)),
+    (ValueError, "hidden_grad_out came, but hidden requires no", lambda: lce(H, W, Y, hidden_grad_out=H.clone())),
+    (ValueError, "hidden_grad_out has strides", lambda: lce(HL, W, Y, hidden_grad_out=torch.zeros(4, 3).t())),
+    (ValueError, "hidden_grad_out came with backend='reference'", IN_PYTHON),
     (ValueError, "jobs is empty", lambda: shared([], W)),
     (ValueError, r"jobs\[0\].labels has shape", lambda: shared([nitp_ops.HeadJob(H, Y[:1])], W)),
     (ValueError, r"target has shape \(2, 4\), expected \(3, 4\)", lambda: itl(H, H[:2], G, U, D)),
@@ -45,6 +71,8 @@ WRONG = [
     (ValueError, "target has width 5, expected 4", lambda: itl(H, torch.zeros(3, 5))),
     (ValueError, "distance is 'l2', expected one of", lambda: itl(H, H, distance="l2")),
     (ValueError, "shift is -1, expected an integer >= 0", lambda: itl(H, H, shift=-1)),
+    (ValueError, "max_rows is 1, expected at least 2, the valid pairs", lambda: itl(H, H, max_rows=1)),
+    (TypeError, "hidden_grad_out is float64, expected float32", lambda: itl(HL, H, hidden_grad_out=H.double())),
     (TypeError, "valid is float32, expected bool", lambda: itl(H, H, valid=torch.ones(3))),
     (ValueError, r"valid has shape \(2,\)", lambda: itl(H, H, valid=torch.ones(2, dtype=torch.bool))),
     (ValueError, "eps is 0, expected a number > 0", lambda: nitp_ops.alignment(H, H, eps=0)),

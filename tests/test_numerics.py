@@ -99,12 +99,21 @@ def test_the_error_does_not_grow_with_the_number_of_chunks(chunks):
     within_budget(ours, eager, exact)
 
 
-def test_the_default_chunk_is_as_large_as_the_weight_gradient_that_its_chunks_share():
-    plan = nitp_ops.explain("linear_cross_entropy", rows=4096, width=896, vocabulary=151936)
-    assert plan.workspace_bytes <= 151936 * 896 * 4 and plan.chunk_rows >= 512 and plan.accumulator_bytes == 0
-    small = nitp_ops.explain("linear_cross_entropy", rows=4096, width=64, vocabulary=1000)
+def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
+    def plan(width, vocabulary, dtype=torch.float32, **options):
+        return nitp_ops.explain(
+            "linear_cross_entropy", rows=4096, width=width, vocabulary=vocabulary, dtype=dtype, **options
+        )
+
+    small = plan(64, 1000)
     assert small.workspace_bytes <= 32 * 2**20 and small.chunks == 1
-    asked = nitp_ops.explain("linear_cross_entropy", rows=4096, width=64, vocabulary=1000, chunk_bytes=40_000)
+    middle = plan(512, 32000)
+    assert 32 * 2**20 < middle.workspace_bytes <= 4 * 512 * 32000 and middle.accumulator_bytes == 0
+    assert plan(1024, 50304).workspace_bytes <= 120 * 2**20
+    large = plan(896, 151936)
+    assert 120 * 2**20 < large.workspace_bytes <= 240 * 2**20 and large.chunk_rows > 256
+    assert plan(896, 151936, torch.bfloat16).chunk_rows == 512
+    asked = plan(64, 1000, chunk_bytes=40_000)
     assert (asked.chunk_rows, asked.chunks) == (10, 410)
     assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2
 

@@ -36,6 +36,18 @@ def calls(labels=LABELS):
                 h, TARGET.to(h.dtype), g, u, d, reduction=r
             ),
         )
+    yield (
+        "linear_cross_entropy-weighted-targets",
+        lambda h, w, g, u, d: nitp_ops.linear_cross_entropy(
+            h, w, torch.stack([labels, labels.flip(0)], -1), target_weight=torch.full((2, 5, 2), 0.5), z_loss=0.1
+        ),
+    )
+    yield (
+        "linear_cross_entropy-class-weights",
+        lambda h, w, g, u, d: nitp_ops.linear_cross_entropy(
+            h, w, labels, class_weight=torch.linspace(0, 1, 11), label_smoothing=0.1, softcap=3.0
+        ),
+    )
     yield "alignment", lambda h, w, g, u, d: nitp_ops.alignment(h, TARGET.to(h.dtype))
     yield "swiglu", lambda h, w, g, u, d: nitp_ops.swiglu(h, h.sin())
     yield (
@@ -83,6 +95,27 @@ def test_torch_compile_fullgraph_equals_eager(call):
     compiled = torch.compile(call, fullgraph=True)
     for a, b in zip(outputs(compiled, inputs, 0.37), outputs(call, inputs, 0.37), strict=True):
         close(a, b, 1e-6)
+
+
+def test_a_compiled_backward_adds_into_the_buffers():
+    torch.use_deterministic_algorithms(False)
+    hidden, weight, gate, up, down = tensors()
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def loss(hidden, weight, for_hidden, for_weight):
+        token = nitp_ops.linear_cross_entropy(
+            hidden, weight, LABELS, hidden_grad_out=for_hidden, weight_grad_out=for_weight
+        )
+        return token + nitp_ops.implicit_token_loss(hidden, TARGET, gate, up, down, hidden_grad_out=for_hidden)
+
+    for_hidden, for_weight = torch.ones_like(hidden).detach(), torch.ones_like(weight).detach()
+    loss(hidden, weight, for_hidden, for_weight).backward()
+    plain = nitp_ops.linear_cross_entropy(hidden, weight, LABELS)
+    plain = plain + nitp_ops.implicit_token_loss(hidden, TARGET, gate, up, down)
+    for buffer, gradient in zip((for_hidden, for_weight), torch.autograd.grad(plain, (hidden, weight)), strict=True):
+        close(buffer - 1, gradient, 1e-6)
+    assert hidden.grad is None and weight.grad is None and gate.grad is not None
 
 
 @EVERY
@@ -146,7 +179,8 @@ def test_vmap_is_refused_by_name():
             torch.vmap(wrong)(hidden)
 
 
-def test_autocast_to_an_unserved_dtype_is_refused_at_the_door():
+def test_float16_autocast_runs_in_float32_on_cpu():
     hidden, weight, *_ = tensors()
-    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(TypeError, match="autocast is float16"):
-        nitp_ops.linear_cross_entropy(hidden, weight, LABELS)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = nitp_ops.linear_cross_entropy(hidden, weight, LABELS)
+    assert torch.equal(loss, nitp_ops.linear_cross_entropy(hidden, weight, LABELS))

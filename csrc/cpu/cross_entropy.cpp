@@ -1,6 +1,10 @@
 // Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
-// first-level cache between its max and its sum), one pass that overwrites the logits with their gradient.
+// first-level cache between its max and its sum), one pass that overwrites the logits with their gradient. The first
+// keeps its exponentials, each block's relative to the maximum so far, and the second needs one factor a block.
 #include "../cross_entropy.h"
+
+#include <algorithm>
+#include <vector>
 
 #include "rows.h"
 
@@ -12,48 +16,63 @@ namespace {
 // Columns between two additions to the float64 sums: a vector lane adds 32 numbers in float32, hardly any rounding.
 constexpr int64_t kBlock = 512;
 
-template <class T, class A, bool Biased, bool Capped>
+template <class T, class A, bool Biased, bool Capped, bool Weighted>
 struct RowReader {
+  static constexpr bool weighted = Weighted, capped = Capped;
   const T* logits;
   const A* bias;
+  const A* class_weight;
   LogitTransform<A, Capped> transform;
 
   NITP_HD A operator()(int64_t j) const {
     const A x = widen(logits[j]);
     return transform.value(Biased ? x + bias[j] : x);
   }
+  NITP_HD A weight(int64_t j) const { return Weighted ? class_weight[j] : A(1); }
 };
 
 template <class A>
 struct RowSums {
   A max;
-  double sum, total;  // sum exp(z - max), sum z
+  double sum, total;  // sum exp(z - max), sum class_weight z
   int64_t argmax;
 };
 
+// What the first pass leaves to the second: exp(z - base of its block), in the second-level cache.
+template <class A>
+struct Exponentials {
+  std::vector<A> values, base;
+
+  explicit Exponentials(int64_t columns) : values(columns), base((columns + kBlock - 1) / kBlock) {}
+};
+
 template <class A, class Read>
-NITP_HD RowSums<A> reduce(const Read read, int64_t columns) {
+NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exponentials) {
   RowSums<A> row{A(-INFINITY), 0, 0, 0};
   int64_t best_block = 0;
-  A z[kBlock];
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t n = columns - first < kBlock ? columns - first : kBlock;
+    A* z = exponentials.values.data() + first;
     A block_max = A(-INFINITY), block_total = A(0), block_sum = A(0);
 #pragma omp simd reduction(max : block_max) reduction(+ : block_total)
     for (int64_t j = 0; j < n; ++j) {
       const A x = read(first + j);
       z[j] = x;
       block_max = x > block_max ? x : block_max;
-      block_total += x;
+      block_total += read.weight(first + j) * x;
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
       row.max = block_max;
       best_block = first;
     }
+    exponentials.base[first / kBlock] = row.max;
     const A shift = row.max == A(-INFINITY) ? A(0) : row.max;
 #pragma omp simd reduction(+ : block_sum)
-    for (int64_t j = 0; j < n; ++j) block_sum += exp_nonpositive(z[j] - shift);
+    for (int64_t j = 0; j < n; ++j) {
+      z[j] = exp_nonpositive(z[j] - shift);
+      block_sum += z[j];
+    }
     row.sum += block_sum;
     row.total += block_total;
   }
@@ -69,62 +88,141 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns) {
   return row;
 }
 
+// sum exp(z - max) (max - z); a probability of zero adds nothing, however far below its logit lies.
+template <class A, class Read>
+NITP_HD double spread(const Read read, A max, int64_t columns) {
+  double sum = 0;
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    const int64_t last = columns - first < kBlock ? columns : first + kBlock;
+    A block(0);
+#pragma omp simd reduction(+ : block)
+    for (int64_t j = first; j < last; ++j) {
+      const A below = max - read(j), p = exp_nonpositive(-below);
+      block += p > A(0) ? p * below : A(0);
+    }
+    sum += block;
+  }
+  return sum;
+}
+
 template <class T>
 void clear(T* row, int64_t columns) {
   using A = working_t<T>;
   for (int64_t j = 0; j < columns; ++j) store(row + j, A(0));
 }
 
+template <class A>
+struct Target {
+  int64_t label;
+  A weight, logit;
+};
+
+// The targets of one row that are present; after `merge` no label stands twice.
+template <class A>
+struct Targets {
+  std::vector<Target<A>> present;
+  double mass = 0;
+
+  // gap = sum_k w_k (lse - z_k), with lse = max + log_sum; a weight of zero adds nothing, even to an infinite gap
+  double gap(A max, double log_sum) const {
+    double sum = 0;
+    for (const auto& target : present) {
+      if (target.weight != A(0)) sum += target.weight * (log_sum + (static_cast<double>(max) - target.logit));
+    }
+    return sum;
+  }
+  void merge() {
+    if (present.size() < 2) return;
+    std::sort(present.begin(), present.end(), [](const auto& a, const auto& b) { return a.label < b.label; });
+    size_t kept = 0;
+    for (size_t k = 1; k < present.size(); ++k) {
+      if (present[k].label == present[kept].label) {
+        present[kept].weight += present[k].weight;
+      } else {
+        present[++kept] = present[k];
+      }
+    }
+    present.resize(kept + 1);
+  }
+};
+
 template <class T, class A, class Read>
 NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
-                       int64_t label, A scale, int64_t columns) {
+                       const Exponentials<A>& exponentials, Targets<A>& targets, A scale, int64_t columns) {
   const auto transform = read.transform;
-  const A z_target = read(label);
   const A max = row.max, factor = static_cast<A>(scale * loss.probability_factor(lse) / row.sum);
-  const A everywhere = scale * loss.everywhere();
+  const A uniform =
+      Read::weighted ? scale * loss.smoothing / A(columns) : scale * loss.smoothing * loss.smooth_mass / A(columns);
+  for (int64_t first = 0; first < columns; first += kBlock) {
+    const int64_t last = columns - first < kBlock ? columns : first + kBlock;
+    const A of_block = factor * exp_nonpositive(exponentials.base[first / kBlock] - max);
+    const A* e = exponentials.values.data();
 #pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) {
-    const A z = read(j);
-    store(logits + j, transform.slope(z) * (factor * exp_nonpositive(z - max) - everywhere));
+    for (int64_t j = first; j < last; ++j) {
+      const A slope = Read::capped ? transform.slope(read(j)) : transform.scale;
+      store(logits + j, slope * (of_block * e[j] - uniform * read.weight(j)));
+    }
   }
-  const A at_target = factor * exp_nonpositive(z_target - max) - everywhere - scale * loss.at_target();
-  store(logits + label, transform.slope(z_target) * at_target);
+  targets.merge();
+  for (const auto& target : targets.present) {
+    const A everywhere = factor * exp_nonpositive(target.logit - max) - uniform * read.weight(target.label);
+    store(logits + target.label,
+          transform.slope(target.logit) * (everywhere - scale * loss.at_target() * target.weight));
+  }
+}
+
+template <bool Biased, bool Capped, bool Weighted, class T, class A>
+void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
+  Targets<A> targets;
+  targets.present.reserve(a.targets);
+  Exponentials<A> exponentials(a.columns);
+  for (int64_t i = begin; i < end; ++i) {
+    T* logits = a.logits + i * a.logits_stride;
+    const A scale = a.row_scale ? a.row_scale[i] : A(1);
+    const RowReader<T, A, Biased, Capped, Weighted> read{logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
+    const RowSums<A> row = reduce<A>(read, a.columns, exponentials);
+    const double log_sum = std::log(row.sum);
+    const A lse = static_cast<A>(row.max + log_sum);
+    bool outside = false;
+    targets.present.clear();
+    targets.mass = 0;
+    for (int64_t k = i * a.targets; k < (i + 1) * a.targets; ++k) {
+      const int64_t label = a.labels[k];
+      a.target_logit[k] = A(NAN);
+      if (label == a.ignore_index || (label < 0 && a.negative_is_absent)) continue;
+      const A weight = a.target_weight ? a.target_weight[k] : A(1);
+      // A label outside [0, V) poisons its row; the op above refuses it with a clear error first.
+      const bool inside = label >= 0 && label < a.columns;
+      outside = outside || !inside;
+      if (inside) a.target_logit[k] = read(label);
+      targets.present.push_back({inside ? label : 0, inside ? weight : A(NAN), a.target_logit[k]});
+      targets.mass += weight;
+    }
+    const bool absent = targets.present.empty();
+    a.prediction[i] = row.argmax;
+    a.stats[i] = A(0);
+    a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
+    if (a.entropy) {
+      const double entropy = log_sum + spread(read, row.max, a.columns) / row.sum;
+      a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : static_cast<A>(entropy);
+    }
+    if (!absent) {
+      const double mean = row.total / a.columns, mass = Weighted ? a.class_mass : targets.mass;
+      const double smooth_gap = mass * (log_sum + row.max) - (Weighted ? mean : mass * mean);
+      const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.mass), static_cast<A>(mass)};
+      a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)), static_cast<A>(smooth_gap));
+      if (a.gradient && scale != A(0)) {
+        overwrite(logits, read, row, token, lse, exponentials, targets, outside ? A(NAN) : scale, a.columns);
+      }
+    }
+    // not 0 * gradient: a NaN under a zero weight stays out
+    if (a.gradient && (absent || scale == A(0))) clear(logits, a.columns);
+  }
 }
 
 template <bool Biased, bool Capped, class T, class A>
 void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
-  const TokenLoss<A> token{a.smoothing, a.z_loss, A(a.columns)};
-  for (int64_t i = begin; i < end; ++i) {
-    T* logits = a.logits + i * a.logits_stride;
-    const int64_t label = a.labels[i];
-    const A scale = a.row_scale ? a.row_scale[i] : A(1);
-    A* loss = a.stats + i;
-    A* log_sum_exp = loss + a.stats_stride;
-    A* target_logit = log_sum_exp + a.stats_stride;
-    const bool inside = label >= 0 && label < a.columns;
-    const RowReader<T, A, Biased, Capped> read{logits, a.bias, {a.logit_scale, a.softcap}};
-    const RowSums<A> row = reduce<A>(read, a.columns);
-    const A log_sum = static_cast<A>(std::log(row.sum));
-    const A lse = row.max + log_sum;
-    a.prediction[i] = row.argmax;
-    *log_sum_exp = lse;
-    if (label == a.ignore_index) {
-      *loss = A(0);
-      *target_logit = A(NAN);
-      if (a.gradient) clear(logits, a.columns);
-      continue;
-    }
-    // A label outside [0, V) poisons its row; the op above refuses it with a clear error first.
-    *target_logit = inside ? read(label) : A(NAN);
-    const A mean = static_cast<A>(row.total / a.columns);
-    *loss = token.loss(lse, log_sum + (row.max - *target_logit), log_sum + (row.max - mean));
-    if (!a.gradient) continue;
-    if (scale == A(0)) {
-      clear(logits, a.columns);  // not 0 * gradient: a NaN under a zero weight stays out
-    } else {
-      overwrite(logits, read, row, token, lse, inside ? label : 0, inside ? scale : A(NAN), a.columns);
-    }
-  }
+  a.class_weight ? rows<Biased, Capped, true>(a, begin, end) : rows<Biased, Capped, false>(a, begin, end);
 }
 
 }  // namespace
@@ -141,6 +239,7 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
 template void cross_entropy_rows(const CrossEntropyRows<double, double>&, int64_t, int64_t);
 template void cross_entropy_rows(const CrossEntropyRows<float, float>&, int64_t, int64_t);
 template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
+template void cross_entropy_rows(const CrossEntropyRows<float16, float>&, int64_t, int64_t);
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

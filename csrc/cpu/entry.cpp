@@ -12,6 +12,7 @@
 namespace {
 
 using nitp::bfloat16;
+using nitp::float16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -70,7 +71,8 @@ void with_dtype(const Tensor& t, Function function) {
     case ScalarType::Double: function(double{}); break;
     case ScalarType::Float: function(float{}); break;
     case ScalarType::BFloat16: function(bfloat16{}); break;
-    default: STD_TORCH_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32 or bfloat16");
+    case ScalarType::Half: function(float16{}); break;
+    default: STD_TORCH_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32, bfloat16 or float16");
   }
 }
 
@@ -172,35 +174,53 @@ void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> tar
   });
 }
 
-void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> bias, std::optional<Tensor> row_scale,
-                         Tensor stats, Tensor prediction, int64_t ignore_index, double label_smoothing, double z_loss,
-                         double softcap, double logit_scale, bool gradient) {
+void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> target_weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> class_weight, std::optional<Tensor> row_scale, Tensor stats,
+                         Tensor target_logit, Tensor prediction, int64_t ignore_index, bool negative_is_absent,
+                         double label_smoothing, double z_loss, double softcap, double logit_scale, bool gradient) {
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
+  STD_TORCH_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
+  const int64_t targets = labels.size(1), fields = stats.size(0);
   check_rows(logits, "logits", rows, columns);
-  check_list(labels, "labels", rows, ScalarType::Long);
+  check_list(labels, "labels", rows * targets, ScalarType::Long);
+  check_list(target_weight, "target_weight", rows * targets, work);
   check_list(bias, "bias", columns, work);
+  check_list(class_weight, "class_weight", columns, work);
   check_list(row_scale, "row_scale", rows, work);
+  check_list(target_logit, "target_logit", rows * targets, work);
   check_list(prediction, "prediction", rows, ScalarType::Long);
-  check_stats(stats, 3, rows, work);
+  check_stats(stats, fields == 3 ? 3 : 2, rows, work);
   STD_TORCH_CHECK(columns > 0 || rows == 0, "nitp_ops row kernel: logits has no columns");
   with_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = working_t<T>;
+    double class_mass = 0;
+    if (class_weight.has_value()) {
+      for (int64_t v = 0; v < columns; ++v) class_mass += data<A>(class_weight)[v];
+      class_mass /= static_cast<double>(columns);
+    }
     const nitp::CrossEntropyRows<T, A> args{data<T>(logits),
                                             data<int64_t>(labels),
+                                            data<A>(target_weight),
                                             data<A>(bias),
+                                            data<A>(class_weight),
                                             data<A>(row_scale),
                                             data<A>(stats),
+                                            data<A>(target_logit),
                                             data<int64_t>(prediction),
                                             columns,
+                                            targets,
                                             logits.stride(0),
                                             stats.stride(0),
                                             ignore_index,
+                                            class_mass,
                                             static_cast<A>(label_smoothing),
                                             static_cast<A>(z_loss),
                                             static_cast<A>(softcap),
                                             static_cast<A>(logit_scale),
+                                            negative_is_absent,
+                                            fields == 3,
                                             gradient};
     over_rows(rows, columns, [&](int64_t begin, int64_t end) { NITP_CALL(cross_entropy_rows, args, begin, end) });
   });

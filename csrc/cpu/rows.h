@@ -46,15 +46,19 @@ struct AlignmentRows {
 
 template <class T, class A>
 struct CrossEntropyRows {
-  T* logits;  // raw; overwritten with row_scale * dloss/dlogits where `gradient`
-  const int64_t* labels;
-  const A* bias;       // null: none
-  const A* row_scale;  // null: 1
-  A* stats;            // [3, rows]: loss, log-sum-exp, target logit
+  T* logits;               // raw; overwritten with row_scale * dloss/dlogits where `gradient`
+  const int64_t* labels;   // [rows, targets]
+  const A* target_weight;  // [rows, targets]; null: 1
+  const A* bias;           // null: none
+  const A* class_weight;   // null: none; of the smoothing term alone, target_weight holds it for the rest
+  const A* row_scale;      // null: 1
+  A* stats;                // [2 or 3, rows]: loss, log-sum-exp and, where `entropy`, the entropy
+  A* target_logit;         // [rows, targets]
   int64_t* prediction;
-  int64_t columns, logits_stride, stats_stride, ignore_index;
+  int64_t columns, targets, logits_stride, stats_stride, ignore_index;
+  double class_mass;  // mean of class_weight
   A smoothing, z_loss, softcap, logit_scale;
-  bool gradient;
+  bool negative_is_absent, entropy, gradient;
 };
 
 #define NITP_DECLARE_ROWS(target)                                            \

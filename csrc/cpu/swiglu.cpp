@@ -40,6 +40,7 @@ void swiglu_rows_backward(const SwigluRowsBackward<T>& a, int64_t begin, int64_t
 NITP_INSTANTIATE(double)
 NITP_INSTANTIATE(float)
 NITP_INSTANTIATE(bfloat16)
+NITP_INSTANTIATE(float16)
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

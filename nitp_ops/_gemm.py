@@ -1,0 +1,129 @@
+"""Matrix products: in which dtype, by which library, and the sum of a weight gradient over chunks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check, rows
+
+#: A block of a weight that is cast, or of a product that is summed, at a time: it stays in the second-level cache.
+BLOCK_BYTES = 2 * 2**20
+#: Blocks from here on come from fresh pages, a page fault for each 4 KiB unless the pages are large.
+_LARGE_BYTES = 4 * 2**20
+#: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
+_LEAST_PRODUCTS = 16**3
+
+
+def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto") -> torch.dtype:
+    """The autocast dtype where autocast is on (it leaves float64 alone), else the weight's; or `logits_dtype`.
+
+    float16 runs in float32 on CPU, where no library has a fast product for it."""
+    device, dtype = weight.device.type, weight.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        if dtype not in _check.FLOATS:
+            raise TypeError(f"{op}: autocast is {_check.name_of(dtype)}, expected bfloat16 or float16 (or no autocast)")
+    if logits_dtype != "auto":
+        allowed = {dtype, torch.promote_types(dtype, torch.float32)}
+        if logits_dtype not in allowed:
+            names = " or ".join(["'auto'", *sorted(f"torch.{_check.name_of(each)}" for each in allowed)])
+            raise ValueError(f"{op}: logits_dtype is {logits_dtype}, expected {names} (the product is {dtype})")
+        assert isinstance(logits_dtype, torch.dtype)
+        dtype = logits_dtype
+    return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
+
+
+def _has_onednn() -> bool:
+    if rows.missing is not None:
+        return False
+    from . import _C  # links against the operator library, which `rows` has loaded
+
+    return _C.has_onednn_matmul()
+
+
+_ONEDNN = _has_onednn()
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """out = a b, or out += a b (there MKL is as fast as oneDNN, and its sums round half as much)."""
+    if (
+        _ONEDNN
+        and not add
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and a.shape[0] * a.shape[1] * b.shape[1] > _LEAST_PRODUCTS
+        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
+    ):
+        torch.ops.nitp_ops.onednn_matmul_(out, a, b)
+        return out
+    return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def fresh(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor; on CPU a large one asks for large pages."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and tensor.numel() * dtype.itemsize >= _LARGE_BYTES:
+        torch.ops.nitp_ops.use_huge_pages_(tensor)
+    return tensor
+
+
+class Weight:
+    """A weight [m, k] in the dtype of the products.
+
+    A narrower one is widened one block of rows at a time, which costs a product of n rows 1 / n; a wider one is copied
+    once, as autocast does."""
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype):
+        self.dtype, widened = dtype, torch.promote_types(matrix.dtype, dtype) == dtype != matrix.dtype
+        self.matrix = matrix if widened else matrix.to(dtype)
+        rows = max(1, BLOCK_BYTES // max(1, matrix.shape[1] * dtype.itemsize)) if widened else max(1, matrix.shape[0])
+        self.blocks = [slice(first, first + rows) for first in range(0, max(1, matrix.shape[0]), rows)]
+
+    def times(self, x: Tensor, out: Tensor) -> Tensor:
+        """out = x W^T."""
+        for block in self.blocks:
+            matmul(x, self.matrix[block].to(self.dtype).t(), out[:, block])
+        return out
+
+    def back(self, upstream: Tensor, out: Tensor) -> Tensor:
+        """out = upstream W."""
+        for place, block in enumerate(self.blocks):
+            matmul(upstream[:, block], self.matrix[block].to(self.dtype), out, add=place > 0)
+        return out
+
+
+class WeightGradient:
+    """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to `dtype`.
+
+    ATen has no bfloat16 x bfloat16 -> float32 product on CPU: there a chunk's product rounds to bfloat16 before it is
+    added to the float32 sum, one block of rows at a time. Two chunks need no float32 sum: the second product is added
+    to the first before its own rounding."""
+
+    def __init__(self, shape: torch.Size, gemm_dtype: torch.dtype, dtype: torch.dtype, like: Tensor, chunks: int):
+        self.dtype, self.empty = dtype, True
+        narrow = gemm_dtype in (torch.bfloat16, torch.float16)
+        self.in_gemm = not narrow or (chunks <= 2 and dtype == gemm_dtype)
+        self.sum = fresh(shape, gemm_dtype if self.in_gemm else torch.float32, like.device)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        if self.in_gemm:
+            matmul(a.t(), b, self.sum, add=not self.empty)
+        else:
+            self._add_rounded(a, b)
+        self.empty = False
+
+    def _add_rounded(self, a: Tensor, b: Tensor) -> None:
+        height, width = self.sum.shape
+        rows = min(height, max(1, BLOCK_BYTES // max(1, width * a.element_size())))
+        block = b.new_empty((rows, width))
+        for first in range(0, height, rows):
+            into = self.sum[first : first + rows]
+            product = matmul(a[:, first : first + rows].t(), b, block[: into.shape[0]])
+            if self.empty:
+                into.copy_(product)
+            else:
+                torch.ops.nitp_ops.accumulate_rows_(into, product)
+
+    def result(self) -> Tensor:
+        return (self.sum.zero_() if self.empty else self.sum).to(self.dtype)

@@ -1,0 +1,214 @@
+"""What a token loss is given and what it tells: jobs and their unembedding, checked at the door; stats a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check, reference
+from ._token_pass import Head, Labelled, RowValues, present
+
+
+class TokenStats(NamedTuple):
+    """Detached per-row values shaped like the labels of one target a row; float32 (float64 for float64).
+
+    loss: the row's loss before token_weight, 0 where absent. log_sum_exp, target_logit: of the transformed logits, NaN
+    where absent (target_logit ``[..., K]`` with K targets). prediction: int64, arg-max, -1 where absent."""
+
+    loss: Tensor
+    log_sum_exp: Tensor
+    prediction: Tensor
+    target_logit: Tensor
+
+
+class TokenEntropyStats(NamedTuple):
+    """`TokenStats` and the entropy ``-sum_v p_v log p_v`` of each row in nats, NaN where absent."""
+
+    loss: Tensor
+    log_sum_exp: Tensor
+    prediction: Tensor
+    target_logit: Tensor
+    entropy: Tensor
+
+
+class HeadJob(NamedTuple):
+    """One labelled set of hidden states for `shared_linear_cross_entropy`; the arguments mean what they mean in
+    `linear_cross_entropy`."""
+
+    hidden: Tensor
+    labels: Tensor
+    token_weight: Tensor | None = None
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    target_weight: Tensor | None = None
+    class_weight: Tensor | None = None
+    hidden_grad_out: Tensor | None = None
+
+
+def head_of(op, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, buffer) -> Head:
+    """Checks the arguments that all jobs share."""
+    _check.is_float(op, "unembedding", unembedding)
+    if unembedding.dim() != 2 or unembedding.shape[0] == 0:
+        raise ValueError(f"{op}: unembedding has shape {tuple(unembedding.shape)}, expected [V, d] with V >= 1")
+    if bias is not None:
+        _check.is_float(op, "bias", bias)
+        _check.has_shape(op, "bias", bias, unembedding.shape[:1], "[V]")
+        _check.same_device(op, "bias", bias, "unembedding", unembedding)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"{op}: ignore_index is {ignore_index!r}, expected an integer")
+    if logits_dtype != "auto" and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
+    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True)
+    scale = _check.number(op, "logit_scale", logit_scale, least=0.0, open_end=True)
+    if chunk_bytes is not None:
+        _check.integer(op, "chunk_bytes", chunk_bytes, least=1)
+    if buffer is not None:
+        _check.is_buffer(op, "weight_grad_out", buffer, "unembedding", unembedding)
+    return Head(op, unembedding, bias, ignore_index, cap, scale, logits_dtype, chunk_bytes, buffer)
+
+
+def check_job(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+    if not isinstance(job, HeadJob):
+        raise TypeError(f"{op}: {prefix.rstrip('.')} is a {type(job).__name__}, expected a HeadJob")
+    _check_rows(op, job, head, prefix)
+    _check_weights(op, job, head, prefix)
+    smoothing = _check.number(op, f"{prefix}label_smoothing", job.label_smoothing, least=0.0)
+    if smoothing > 1:
+        raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
+    _check.number(op, f"{prefix}z_loss", job.z_loss, least=0.0)
+    if job.hidden_grad_out is not None:
+        _check.is_buffer(op, f"{prefix}hidden_grad_out", job.hidden_grad_out, f"{prefix}hidden", job.hidden)
+    if job.labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        # by value, with the index in the caller's shape; while tracing the pass checks them itself
+        several = job.target_weight is not None
+        classes = head.unembedding.shape[0]
+        _check.labels_inside(op, f"{prefix}labels", job.labels, head.ignore_index, classes, several)
+
+
+def _check_rows(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+    hidden, labels = job.hidden, job.labels
+    _check.is_float(op, f"{prefix}hidden", hidden)
+    leading = hidden.shape[:-1]
+    _check.is_tensor(op, f"{prefix}labels", labels)
+    _check.has_dtype(op, f"{prefix}labels", labels, (torch.int64,))
+    _check.has_dim(op, f"{prefix}hidden", hidden, 1, "[..., d]")
+    if hidden.shape[-1] != head.unembedding.shape[1]:
+        expected = (*leading, head.unembedding.shape[1])
+        raise ValueError(
+            f"{op}: {prefix}hidden has shape {tuple(hidden.shape)}, expected {expected} (unembedding's width)"
+        )
+    if job.target_weight is None:
+        if labels.dim() == hidden.dim() and labels.shape[:-1] == leading:
+            raise ValueError(
+                f"{op}: {prefix}target_weight is None, expected {tuple(labels.shape)} beside labels with "
+                f"{labels.shape[-1]} targets a row"
+            )
+        _check.has_shape(op, f"{prefix}labels", labels, leading, "hidden's without its last axis")
+    elif labels.dim() != hidden.dim() or labels.shape[:-1] != leading:
+        expected = f"({', '.join([*map(str, leading), 'K'])})"
+        raise ValueError(
+            f"{op}: {prefix}labels has shape {tuple(labels.shape)}, expected {expected} (target_weight came)"
+        )
+    for name, tensor in (("hidden", hidden), ("labels", labels)):
+        _check.same_device(op, prefix + name, tensor, "unembedding", head.unembedding)
+    if (hidden.dtype == torch.float64) != (head.unembedding.dtype == torch.float64):
+        came, expected = _check.name_of(hidden.dtype), _check.name_of(head.unembedding.dtype)
+        raise TypeError(f"{op}: {prefix}hidden is {came}, expected {expected} (float64 does not mix with other dtypes)")
+
+
+def _check_weights(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+    for name in ("token_weight", "target_weight", "class_weight"):
+        weight = getattr(job, name)
+        if weight is None:
+            continue
+        _check.is_float(op, prefix + name, weight)
+        _check.no_gradient(op, prefix + name, weight)
+        _check.same_device(op, prefix + name, weight, "unembedding", head.unembedding)
+    if job.target_weight is not None:
+        _check.has_shape(op, f"{prefix}target_weight", job.target_weight, job.labels.shape, "the labels'")
+    if job.token_weight is not None:
+        leading = job.hidden.shape[:-1]
+        try:
+            job.token_weight.expand(leading)
+        except RuntimeError:
+            _check.has_shape(op, f"{prefix}token_weight", job.token_weight, leading, "one a row")
+    if job.class_weight is not None:
+        _check.has_shape(op, f"{prefix}class_weight", job.class_weight, head.unembedding.shape[:1], "[V]")
+        if job.target_weight is not None:
+            raise ValueError(f"{op}: {prefix}class_weight came with target_weight, expected one of them")
+
+
+def labelled(job: HeadJob, head: Head) -> Labelled:
+    """The job as flat rows: [N, K] labels and weights in the working precision."""
+    work, rows, ignored = reference.working(head.unembedding), job.hidden.shape[:-1], head.ignore_index
+    many, device = job.target_weight is not None, job.labels.device
+    labels = job.labels.reshape(rows.numel(), job.labels.shape[-1] if many else 1)
+    target_weight = None if job.target_weight is None else job.target_weight.to(work).reshape(labels.shape)
+    class_weight = None if job.class_weight is None else job.class_weight.to(work).contiguous()
+    if class_weight is not None:
+        target_weight = class_weight[labels.where(labels != ignored, 0).clamp(0, len(class_weight) - 1)]
+    weight = torch.ones((), dtype=work, device=device) if job.token_weight is None else job.token_weight
+    return Labelled(
+        hidden=job.hidden,
+        labels=labels,
+        target_weight=target_weight,
+        row_weight=weight.to(work).expand(rows).reshape(-1),
+        class_weight=class_weight if job.label_smoothing > 0 else None,
+        many=many,
+        label_smoothing=float(job.label_smoothing),
+        z_loss=float(job.z_loss),
+        hidden_grad_out=job.hidden_grad_out,
+    )
+
+
+def counted(rows: Labelled, ignore_index: int) -> Tensor:
+    """What "mean" divides by: the rows that count, or the sum of their class weights."""
+    given = present(rows.labels, ignore_index, rows.many)
+    if rows.target_weight is None or rows.many:
+        return given.sum().clamp(min=1)
+    total = torch.where(given, rows.target_weight.squeeze(1), 0).sum()
+    return torch.where(total == 0, 1, total)
+
+
+def stats_of(values: RowValues, jobs: Sequence[HeadJob]) -> list[Any]:
+    """One `TokenStats` (or, where the pass gave the entropy, `TokenEntropyStats`) a job, shaped like its rows."""
+    split, row, target = [], 0, 0
+    for job in jobs:
+        shape = job.hidden.shape[:-1]
+        rows, targets = slice(row, row + shape.numel()), slice(target, target + job.labels.numel())
+        loss, lse, *entropy = (field.view(shape) for field in values.stats[:, rows])
+        fields = loss, lse, values.prediction[rows].view(shape), values.target_logit[targets].view(job.labels.shape)
+        split.append(TokenEntropyStats(*fields, *entropy) if entropy else TokenStats(*fields))
+        row, target = rows.stop, targets.stop
+    return split
+
+
+def reference_options(head: Head) -> dict[str, Any]:
+    softcap = head.softcap or None
+    options = {"bias": head.bias, "ignore_index": head.ignore_index}
+    return options | {"softcap": softcap, "logit_scale": head.logit_scale}
+
+
+def for_reference(job: HeadJob, head: Head) -> tuple[HeadJob, Tensor]:
+    """The job and the unembedding as the reference takes them: widened where logits_dtype asks for it."""
+    given = [name for name in ("hidden_grad_out",) if getattr(job, name) is not None]
+    given += ["weight_grad_out"] if head.weight_grad_out is not None else []
+    if given:
+        raise ValueError(
+            f"{head.op}: {given[0]} came with backend='reference', expected none (it leaves gradients to autograd)"
+        )
+    if head.logits_dtype == "auto":
+        return job, head.unembedding
+    dtype = head.logits_dtype
+    assert isinstance(dtype, torch.dtype)
+    return job._replace(hidden=job.hidden.to(dtype)), head.unembedding.to(dtype)
+
+
+@torch.no_grad()
+def reference_stats(job: HeadJob, head: Head, entropy: bool = False) -> Any:
+    job, unembedding = for_reference(job, head)
+    stats = TokenEntropyStats(*reference.token_stats(job, unembedding, **reference_options(head)))
+    return stats if entropy else TokenStats(*stats[:4])

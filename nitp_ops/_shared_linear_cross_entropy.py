@@ -1,0 +1,79 @@
+"""shared_linear_cross_entropy: several sets of labelled rows against one unembedding, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import reference, rows
+from ._head_job import (
+    HeadJob,
+    TokenStats,
+    check_job,
+    for_reference,
+    head_of,
+    labelled,
+    reference_options,
+    reference_stats,
+    stats_of,
+)
+from ._token_pass import token_pass
+
+_OP = "shared_linear_cross_entropy"
+
+
+def shared_linear_cross_entropy(
+    jobs: Sequence[HeadJob],
+    unembedding: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    logits_dtype: torch.dtype | str = "auto",
+    chunk_bytes: int | None = None,
+    weight_grad_out: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[TokenStats, ...]]:
+    """Several labelled sets of hidden states against one unembedding matrix, in one pass.
+
+    ``loss = sum over jobs, over rows with a label, of token_weight * row_loss``
+
+    with the row loss of `linear_cross_entropy`. The matrix's gradient is summed over all jobs in float32 and rounded
+    once. A chunk never spans two jobs, and a row whose weight is zero adds exactly nothing to loss and gradients (even
+    if it holds NaN): a job of weight zero leaves the others bit-identical. Its stats are computed all the same.
+
+    Args:
+        jobs: `HeadJob` s; token_weight may be a 0-d tensor, e.g. weight / count.
+        unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out, backend: as
+            in `linear_cross_entropy`.
+
+    Returns:
+        ``(loss, stats)``: a 0-d loss and one `TokenStats` a job.
+
+    Raises:
+        As `linear_cross_entropy`; ValueError for no job at all.
+
+    Example:
+        >>> import torch, nitp_ops
+        >>> job = nitp_ops.HeadJob(torch.zeros(3, 8), torch.tensor([1, 2, 3]), torch.tensor(0.5))
+        >>> loss, stats = nitp_ops.shared_linear_cross_entropy([job, job], torch.zeros(16, 8))
+        >>> round(loss.item(), 4)  # 2 jobs * 3 rows * 0.5 * ln 16
+        8.3178
+    """
+    if not jobs:
+        raise ValueError(f"{_OP}: jobs is empty, expected at least one HeadJob")
+    head = head_of(
+        _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
+    )
+    for place, job in enumerate(jobs):
+        check_job(_OP, job, head, f"jobs[{place}].")
+    if rows.choose(_OP, unembedding.device, backend) == "reference":
+        widened = [for_reference(job, head) for job in jobs]
+        weight = widened[0][1]
+        loss = reference.shared_linear_cross_entropy([job for job, _ in widened], weight, **reference_options(head))
+        return loss, tuple(reference_stats(job, head) for job in jobs)
+    loss, values = token_pass([labelled(job, head) for job in jobs], head)
+    return loss, tuple(stats_of(values, jobs))
