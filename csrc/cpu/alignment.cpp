@@ -38,45 +38,55 @@ PairSums<A> sums_of(const Pair<P, Z, A>& pair) {
   return {pp, zz, pz};
 }
 
-// Half the squared chord |p^ - z^|^2 / 2 is 1 - c, and near c = 1 it keeps the digits that 1 - c loses: an error of the
-// norms enters it squared.
-template <class P, class Z, class A>
-A cosine_row(const Pair<P, Z, A>& pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
+// sum of (p^ - z^)^2, and the gradients on the way. What is wanted is a compile-time choice: with a test in it the loop
+// does not vectorise.
+template <bool OfPrediction, bool OfTarget, class P, class Z, class A>
+A squared_chord(const Pair<P, Z, A> pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
   const A of_p = row.unit_prediction, of_z = swapped.unit_prediction;
   const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction, d = swapped.of_target;
   A chord(0);
+#pragma omp simd reduction(+ : chord)
+  for (int64_t j = 0; j < pair.columns; ++j) {
+    const A p = pair.prediction(j), z = pair.target(j), apart = of_p * p - of_z * z;
+    chord += apart * apart;
+    if (OfTarget) put(pair.dz + j, c * z + d * p);
+    if (OfPrediction) put(pair.dp + j, a * p + b * z);
+  }
+  return chord;
+}
+
+// Half the squared chord is 1 - c, and near c = 1 it keeps the digits that 1 - c loses: an error of the norms enters it
+// squared.
+template <class P, class Z, class A>
+A cosine_row(const Pair<P, Z, A>& pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
+  A chord(0);
   if (pair.gradient) {
-#pragma omp simd reduction(+ : chord)
-    for (int64_t j = 0; j < pair.columns; ++j) {
-      const A p = pair.prediction(j), z = pair.target(j), apart = of_p * p - of_z * z;
-      chord += apart * apart;
-      if (pair.dz) put(pair.dz + j, c * z + d * p);
-      put(pair.dp + j, a * p + b * z);
-    }
+    chord = pair.dz ? squared_chord<true, true>(pair, row, swapped) : squared_chord<true, false>(pair, row, swapped);
   } else if (row.near) {
-#pragma omp simd reduction(+ : chord)
-    for (int64_t j = 0; j < pair.columns; ++j) {
-      const A apart = of_p * pair.prediction(j) - of_z * pair.target(j);
-      chord += apart * apart;
-    }
+    chord = squared_chord<false, false>(pair, row, swapped);
   }
   return row.near ? chord / 2 : static_cast<A>(1 - row.cosine);
 }
 
 // mse and smooth_l1: a mean over features of a function of the difference.
+template <bool OfTarget, class P, class Z, class A, class Slope>
+void write_difference(const Pair<P, Z, A> pair, A scale, Slope slope) {
+#pragma omp simd
+  for (int64_t j = 0; j < pair.columns; ++j) {
+    const A g = scale * slope(pair.prediction(j) - pair.target(j));
+    if (OfTarget) put(pair.dz + j, -g);
+    put(pair.dp + j, g);
+  }
+}
+
 template <class P, class Z, class A, class Value, class Slope>
 A difference_row(const Pair<P, Z, A>& pair, Value value, Slope slope) {
   A sum(0);
-  const A scale = pair.scale / A(pair.columns);
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < pair.columns; ++j) sum += value(pair.prediction(j) - pair.target(j));
   if (pair.gradient) {
-#pragma omp simd
-    for (int64_t j = 0; j < pair.columns; ++j) {
-      const A g = scale * slope(pair.prediction(j) - pair.target(j));
-      if (pair.dz) put(pair.dz + j, -g);
-      put(pair.dp + j, g);
-    }
+    const A scale = pair.scale / A(pair.columns);
+    pair.dz ? write_difference<true>(pair, scale, slope) : write_difference<false>(pair, scale, slope);
   }
   return sum / A(pair.columns);
 }
