@@ -16,9 +16,13 @@ namespace {
 // Columns between two additions to the float64 sums: a vector lane adds 32 numbers in float32, hardly any rounding.
 constexpr int64_t kBlock = 512;
 
-template <class T, class A, bool Biased, bool Capped, bool Weighted>
+// What the smoothing term needs of each logit: nothing, its sum, or its sum weighted by class.
+enum class Smoothing { none, uniform, by_class };
+
+template <class T, class A, bool Biased, bool Capped, Smoothing Kind>
 struct RowReader {
-  static constexpr bool weighted = Weighted, capped = Capped;
+  static constexpr bool capped = Capped;
+  static constexpr Smoothing smoothing = Kind;
   const T* logits;
   const A* bias;
   const A* class_weight;
@@ -28,7 +32,7 @@ struct RowReader {
     const A x = widen(logits[j]);
     return transform.value(Biased ? x + bias[j] : x);
   }
-  NITP_HD A weight(int64_t j) const { return Weighted ? class_weight[j] : A(1); }
+  NITP_HD A weight(int64_t j) const { return Kind == Smoothing::by_class ? class_weight[j] : A(1); }
 };
 
 template <class A>
@@ -59,7 +63,7 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
       const A x = read(first + j);
       z[j] = x;
       block_max = x > block_max ? x : block_max;
-      block_total += read.weight(first + j) * x;
+      if (Read::smoothing != Smoothing::none) block_total += read.weight(first + j) * x;
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
@@ -151,16 +155,18 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
                        const Exponentials<A>& exponentials, Targets<A>& targets, A scale, int64_t columns) {
   const auto transform = read.transform;
   const A max = row.max, factor = static_cast<A>(scale * loss.probability_factor(lse) / row.sum);
-  const A uniform =
-      Read::weighted ? scale * loss.smoothing / A(columns) : scale * loss.smoothing * loss.smooth_mass / A(columns);
+  const A mass = Read::smoothing == Smoothing::by_class ? A(1) : loss.smooth_mass;
+  const A uniform = Read::smoothing == Smoothing::none ? A(0) : scale * loss.smoothing * mass / A(columns);
+  // Without a cap the slope is one number, which the factors of all columns take up.
+  const A slope = Read::capped ? A(1) : transform.scale;
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t last = columns - first < kBlock ? columns : first + kBlock;
-    const A of_block = factor * exp_nonpositive(exponentials.base[first / kBlock] - max);
-    const A* e = exponentials.values.data();
+    const A of_block = slope * factor * exp_nonpositive(exponentials.base[first / kBlock] - max);
+    const A off = slope * uniform, *e = exponentials.values.data();
 #pragma omp simd
     for (int64_t j = first; j < last; ++j) {
-      const A slope = Read::capped ? transform.slope(read(j)) : transform.scale;
-      store(logits + j, slope * (of_block * e[j] - uniform * read.weight(j)));
+      const A g = Read::smoothing == Smoothing::none ? of_block * e[j] : of_block * e[j] - off * read.weight(j);
+      store(logits + j, Read::capped ? transform.slope(read(j)) * g : g);
     }
   }
   targets.merge();
@@ -171,15 +177,16 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
   }
 }
 
-template <bool Biased, bool Capped, bool Weighted, class T, class A>
+template <bool Biased, bool Capped, Smoothing Kind, class T, class A>
 void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
+  constexpr bool by_class = Kind == Smoothing::by_class;
   Targets<A> targets;
   targets.present.reserve(a.targets);
   Exponentials<A> exponentials(a.columns);
   for (int64_t i = begin; i < end; ++i) {
     T* logits = a.logits + i * a.logits_stride;
     const A scale = a.row_scale ? a.row_scale[i] : A(1);
-    const RowReader<T, A, Biased, Capped, Weighted> read{logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
+    const RowReader<T, A, Biased, Capped, Kind> read{logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
     const RowSums<A> row = reduce<A>(read, a.columns, exponentials);
     const double log_sum = std::log(row.sum);
     const A lse = static_cast<A>(row.max + log_sum);
@@ -207,8 +214,8 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
       a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : static_cast<A>(entropy);
     }
     if (!absent) {
-      const double mean = row.total / a.columns, mass = Weighted ? a.class_mass : targets.mass;
-      const double smooth_gap = mass * (log_sum + row.max) - (Weighted ? mean : mass * mean);
+      const double mean = row.total / a.columns, mass = by_class ? a.class_mass : targets.mass;
+      const double smooth_gap = mass * (log_sum + row.max) - (by_class ? mean : mass * mean);
       const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.mass), static_cast<A>(mass)};
       a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)), static_cast<A>(smooth_gap));
       if (a.gradient && scale != A(0)) {
@@ -222,7 +229,13 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
 
 template <bool Biased, bool Capped, class T, class A>
 void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
-  a.class_weight ? rows<Biased, Capped, true>(a, begin, end) : rows<Biased, Capped, false>(a, begin, end);
+  if (!(a.smoothing > A(0))) {
+    rows<Biased, Capped, Smoothing::none>(a, begin, end);
+  } else if (a.class_weight) {
+    rows<Biased, Capped, Smoothing::by_class>(a, begin, end);
+  } else {
+    rows<Biased, Capped, Smoothing::uniform>(a, begin, end);
+  }
 }
 
 }  // namespace
