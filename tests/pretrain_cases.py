@@ -8,11 +8,15 @@ from pathlib import Path
 
 import torch
 
+from nitp_ops.objectives import parse
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "pretrain.py"
 sys.path.insert(0, str(ROOT / "examples"))
 pretrain = importlib.import_module("pretrain")
 checkpoint = importlib.import_module("pretraining.checkpoint")
+arms = importlib.import_module("pretraining.arms")
+outcomes = importlib.import_module("pretraining.outcome")
 
 OPTIONS = """
     --threads 1 --dim 16 --layers 3 --heads 2 --kv-heads 1 --context 16 --batch 4 --steps 20
@@ -53,3 +57,16 @@ def complaint(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pretrain: ")
     return line
+
+
+def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):
+    """An outcome made of numbers alone."""
+    expression = "ntp" if name == "ntp" else "ntp + nitp"
+    arm = arms.Arm(name, expression, parse(expression), name, "a test", 1.0)
+    keys = [f"{kind}/{j}" for kind in ("linear_probe", "knn_probe", "probe_baseline") for j in range(1, 9)]
+    latent = dict.fromkeys(("nitp/loss", "nitp/floor", "nitp/skill"), 0.25) if name != "ntp" else {}
+    base = {"cross_entropy": 1.0, "effective_rank": 9.0, "mean_cosine": 0.2, "rows": 64, "parameters": 9}
+    steps = {"step_low": 0.9, "step_seconds": 1.0, "step_high": 1.1, "tokens_per_step": 64, "own_parameters": 0}
+    return outcomes.Outcome(
+        arm, seed, {**base, **steps, **latent, **dict.fromkeys(keys, probes), **numbers}, [1.0, 2.0]
+    )

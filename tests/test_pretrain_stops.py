@@ -135,6 +135,20 @@ def test_sigint_from_outside_ends_with_130_and_a_checkpoint(text, tmp_path):
     assert len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) == done
 
 
+@pytest.mark.parametrize("script", ["pretrain", "experiments"])
+def test_ctrl_c_while_torch_is_still_loading_ends_with_one_line(tmp_path, script):
+    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+    # The folder of the script comes first on the path, this one before the installed packages.
+    done = subprocess.run(
+        [sys.executable, SCRIPT.with_stem(script)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, f"{script}: stopped before anything began\n")
+
+
 def test_starting_anew_keeps_the_earlier_run_beside_it(text, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "out")
     assert pretrain.main(arguments(text, tmp_path / "out", "--steps", "2", "--objectives", "ntp")) == 0

@@ -1,0 +1,120 @@
+"""`python -m benchmarks.numerics`: measures linear_cross_entropy and writes docs/numerics.md and its figure.
+
+Time against the products that it must form, memory, error against the number of chunks, the cost of a chunk's size, and
+growth in N and V. Every number of that page comes from here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import report
+from .token_numerics import DTYPES, Sizes, chunk_sizes, error_against_chunks, figure, growth, parts, reach
+
+FULL: Sizes = {
+    "reach": [(4096, 512, 32000), (2048, 1024, 50304), (1024, 896, 151936)],
+    "rounds": 3,
+    "error": (4096, 64, 4096, (1, 4, 16, 64, 256)),
+    "chunk": (2048, 1024, 50304, (4, 8, 16, 32, 64, 128, 256)),
+    "rows": (256, 32768, (256, 512, 1024, 2048, 4096)),
+    "vocabulary": (512, 256, (8192, 16384, 32768, 65536, 131072)),
+    "kernel": (2**24, (32000, 50304, 151936)),
+    "gemm": (1024, 50304, (128, 256, 512, 1024)),
+}
+TOY: Sizes = {
+    "reach": [(8, 4, 20)],
+    "rounds": 1,
+    "error": (16, 4, 20, (1, 4)),
+    "chunk": (16, 4, 20, (1, 2)),
+    "rows": (4, 20, (8, 16)),
+    "vocabulary": (8, 4, (20, 40)),
+    "kernel": (200, (20,)),
+    "gemm": (8, 40, (4, 8)),
+}
+
+
+def page(sizes: Sizes, threads: int, out: Path) -> str:
+    info = report.machine(threads)
+    errors, curves = error_against_chunks(sizes, threads)
+    figure(out / "error-against-chunks.svg", sizes["error"][3], curves)
+    row_table, rate_table, roof = parts(sizes, threads)
+    growing, exponents = growth(sizes, threads)
+    n, d, v, _ = sizes["error"]
+    excess = {name: roof[name]["kernel"] * roof[name]["rate"] / 6 for name in DTYPES}
+    shares = "; ".join(
+        f"{name}: {roof[name]['kernel']:.2f} ns and {roof[name]['rate']:.0f} GFLOP/s, so 1 + {excess[name]:.1f} / d, "
+        f"{1 + excess[name] / 512:.3f} at d = 512 and {1 + excess[name] / 1024:.3f} at d = 1024"
+        for name in DTYPES
+    )
+    at = " x ".join(str(each) for each in sizes["chunk"][:3])
+    return f"""# Numbers of linear_cross_entropy
+
+Written by `python -m benchmarks.numerics`; nothing here is typed by hand.
+Machine: {report.machine_line(info)}.
+
+## Time and memory
+
+Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
+already), by `torch.mm` and by the faster of MKL and oneDNN for each; medians of {sizes["rounds"]} interleaved rounds.
+malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
+Extra MiB: the peak of a fresh process's second step beyond the gradients and the float32 accumulator (default malloc).
+
+{reach(sizes, threads)}
+
+## Error against the number of chunks
+
+Relative error (Frobenius) against the float64 reference, bfloat16, N = {n}, d = {d}, V = {v}.
+
+![error against chunks](error-against-chunks.svg)
+
+{errors}
+
+## Size of a chunk
+
+Time against the default's at N x d x V = {at}, malloc raised: small chunks read and write the weight
+gradient too often and starve the products, large ones gain nothing more.
+
+{chunk_sizes(sizes, threads)}
+
+## Growth
+
+Fitted exponents: {exponents["N"]:.2f} in N, {exponents["V"]:.2f} in V (1 is linear).
+
+{growing}
+
+## Roofline
+
+The row kernel reads the logits once from the last-level cache, keeps their exponentials in the second-level cache and
+writes the gradients once; it is bound by arithmetic, not by memory.
+
+{row_table}
+
+The products, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
+
+{rate_table}
+
+With R FLOP/s in the products and k seconds a logit in the row kernel the ratio to the products is at least
+`1 + k R / (6 d)`. {shares}. What lies above that is the weight gradient's sum over chunks, and fresh pages.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    parser.add_argument("--out", type=Path, default=report.ROOT / "docs", help="folder of the page (default docs/)")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, to see that it runs")
+    options = parser.parse_args(arguments)
+    if not options.out.is_dir():
+        print(f"benchmarks.numerics: --out is {options.out}, expected an existing folder", file=sys.stderr)
+        return 2
+    text = page(TOY if options.toy else FULL, options.threads, options.out)
+    (options.out / "numerics.md").write_text(text)
+    print(f"written to {options.out / 'numerics.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

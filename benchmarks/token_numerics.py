@@ -1,0 +1,280 @@
+"""What docs/numerics.md is made of: time against the products, error against chunks, chunk sizes, growth, roofline."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import nitp_ops
+from nitp_ops import reference
+
+from . import measure
+from .cases import OPS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Sizes = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def problem(n: int, d: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = OPS["linear_cross_entropy"].inputs({"N": n, "d": d, "V": vocabulary}, dtype).arguments
+    return inputs["hidden"], inputs["unembedding"], inputs["labels"]
+
+
+def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of interleaved runs, the first call of each left out."""
+    for run in runs.values():
+        run()
+    times = measure.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        leaf.grad = None
+    loss().backward()
+
+
+def products(h: Tensor, w: Tensor, multiply: Callable[[Tensor, Tensor, Tensor], object]) -> dict[str, Callable]:
+    """The three products alone, into outputs that exist already."""
+    h, w = h.detach(), w.detach()
+    logits, d_h, d_w = h.new_empty(len(h), len(w)), torch.empty_like(h), torch.empty_like(w)
+    calls = {"logits": (h, w.t(), logits), "dh": (logits, w, d_h), "dW": (logits.t(), h, d_w)}
+    return {name: partial(multiply, *call) for name, call in calls.items()}
+
+
+def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+def _onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.ops.nitp_ops.onednn_matmul_(out, a, b)
+
+
+def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, float]:
+    """Seconds of the products (by torch.mm; by the faster library), ours, ours with half the rows ignored, eager."""
+    h, w, labels = problem(*shape, dtype)
+    half = labels.clone()
+    half[torch.randperm(len(half), generator=torch.Generator().manual_seed(3))[: len(half) // 2]] = -100
+    runs: dict[str, Callable[[], object]] = {f"mm {k}": f for k, f in products(h, w, _mm).items()}
+    if dtype == torch.float32 and has_onednn():
+        runs |= {f"onednn {k}": f for k, f in products(h, w, _onednn).items()}
+    runs["ours"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, labels), (h, w))
+    runs["half"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, half), (h, w))
+    runs["eager"] = partial(step, lambda: F.cross_entropy(F.linear(h, w), labels), (h, w))
+    times = medians(runs, rounds)
+    names = ("logits", "dh", "dW")
+    floor = {"mm": sum(times[f"mm {k}"] for k in names)}
+    floor["faster"] = sum(min(times[f"mm {k}"], times.get(f"onednn {k}", math.inf)) for k in names)
+    return {k: times[k] for k in ("ours", "half", "eager")} | floor
+
+
+def has_onednn() -> bool:
+    from nitp_ops import _C
+
+    return _C.has_onednn_matmul()
+
+
+def in_child(task: Callable[[], Any], threads: int, malloc: str = "default") -> Any:
+    def configured() -> Any:
+        measure.configure(threads, malloc)
+        return task()
+
+    return measure.in_child(configured)
+
+
+def reach(sizes: Sizes, threads: int) -> str:
+    rows = []
+    for shape in sizes["reach"]:
+        n, d, v = shape
+        for name, dtype in DTYPES.items():
+            op, where = OPS["linear_cross_entropy"], {"N": n, "d": d, "V": v}
+            peak = {k: in_child(partial(measure.peak_memory, op, where, dtype, k), threads) for k in ("ours", "eager")}
+            plan = nitp_ops.explain("linear_cross_entropy", rows=n, width=d, vocabulary=v, dtype=dtype)
+            extra = {k: (p["peak_bytes"] - p["gradient_bytes"]) / 2**20 for k, p in peak.items()}
+            extra["ours"] -= plan.accumulator_bytes / 2**20
+            for malloc in measure.MALLOC:
+                t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, malloc)
+                ratios = [f"{t['ours'] / t['faster']:.2f}", f"{t['ours'] / t['mm']:.2f}"]
+                ratios += [f"{t['eager'] / t['faster']:.2f}", f"{t['half'] / t['ours']:.2f}"]
+                memory = [f"{extra['ours']:.0f}", f"{extra['eager']:.0f}"]
+                rows.append([f"{n} x {d} x {v}", name, malloc, f"{1e3 * t['ours']:.0f}", *ratios, *memory])
+                print(rows[-1], flush=True)
+    header = ["N x d x V", "dtype", "malloc", "ours, ms", "/ faster products", "/ torch.mm", "eager / faster"]
+    return markdown([*header, "half ignored / all", "extra MiB", "eager's"], rows)
+
+
+def error_against_chunks(sizes: Sizes, threads: int) -> tuple[str, dict[str, list[list[float]]]]:
+    n, d, v, counts = sizes["error"]
+
+    def task() -> dict[str, list[list[float]]]:
+        h, w, labels = problem(n, d, v, torch.bfloat16)
+        wide = [x.detach().double().requires_grad_() for x in (h, w)]
+
+        def values(loss: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+            value = loss(*leaves)
+            return [x.detach().double() for x in (value, *torch.autograd.grad(value, leaves))]
+
+        exact = values(lambda h, w: reference.linear_cross_entropy(h, w, labels), wide)
+
+        def errors(loss: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+            pairs = zip(values(loss, (h, w)), exact, strict=True)
+            return [float((a - b).norm() / b.norm()) for a, b in pairs]
+
+        def ours(h: Tensor, w: Tensor, chunks: int) -> Tensor:
+            return nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=n // chunks * v * 2)
+
+        def torchs(h: Tensor, w: Tensor, chunks: int) -> Tensor:
+            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=n // chunks, chunking_method=None)
+            return F.linear_cross_entropy(h, w, labels, options=options)
+
+        found = {"nitp_ops": [errors(partial(ours, chunks=c)) for c in counts]}
+        found["F.linear_cross_entropy"] = [errors(partial(torchs, chunks=c)) for c in counts]
+        return found | {"eager": [errors(lambda h, w: F.cross_entropy(F.linear(h, w), labels))] * len(counts)}
+
+    found = in_child(task, threads)
+    rows = [
+        [name, c, *(f"{e:.1e}" for e in errors)]
+        for name, lines in found.items()
+        for c, errors in list(zip(counts, lines, strict=True))[: 1 if name == "eager" else None]
+    ]
+    return markdown(["who", "chunks", "loss", "dh", "dW"], rows), found
+
+
+def figure(path: Path, counts: Sequence[int], found: dict[str, list[list[float]]]) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "nitp_ops"  # the same numbers give the same file
+    import matplotlib.pyplot as plt
+
+    grey = "#808080"  # readable on light and on dark pages
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
+    for place, (axis, title) in enumerate(zip(axes, ("loss", "dh", "dW"), strict=True)):
+        for (name, lines), colour in zip(found.items(), ("#2a9d5c", "#d1495b", grey), strict=True):
+            style = ":" if name == "eager" else "-"
+            axis.loglog(counts, [line[place] for line in lines], style, marker="o", ms=3, color=colour, label=name)
+        axis.set_title(title, color=grey)
+        axis.set_xlabel("chunks", color=grey)
+        axis.tick_params(colors=grey, which="both")
+        for spine in axis.spines.values():
+            spine.set_color(grey)
+    axes[0].set_ylabel("error against float64", color=grey)
+    axes[0].legend(labelcolor=grey, frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+
+
+def chunk_sizes(sizes: Sizes, threads: int) -> str:
+    n, d, v, mib = sizes["chunk"]
+
+    def task(dtype: torch.dtype) -> dict[str, float]:
+        h, w, labels = problem(n, d, v, dtype)
+
+        def run(size: int | None) -> Callable[[], None]:
+            loss = partial(nitp_ops.linear_cross_entropy, h, w, labels, chunk_bytes=size)
+            return partial(step, loss, (h, w))
+
+        runs: dict[str, Callable[[], object]] = {f"{m}": run(m * 2**20) for m in mib}
+        runs["default"] = run(None)
+        return medians(runs, min(2, sizes["rounds"]))
+
+    times = {name: in_child(partial(task, dtype), threads, "raised") for name, dtype in DTYPES.items()}
+    rows = [
+        [name, *(f"{times[dtype][name] / times[dtype]['default']:.2f}" for dtype in DTYPES)]
+        for name in times["float32"]
+    ]
+    return markdown(["chunk_bytes, MiB", *(f"{dtype}, time / default's" for dtype in DTYPES)], rows)
+
+
+def growth(sizes: Sizes, threads: int) -> tuple[str, dict[str, float]]:
+    d, v, ns = sizes["rows"]
+    n, width, vs = sizes["vocabulary"]
+
+    def task(shapes: list[tuple[int, int, int]]) -> list[float]:
+        runs: dict[str, Callable[[], object]] = {}
+        for place, shape in enumerate(shapes):
+            h, w, labels = problem(*shape, torch.float32)
+            runs[str(place)] = partial(step, partial(nitp_ops.linear_cross_entropy, h, w, labels), (h, w))
+        return list(medians(runs, 2 * sizes["rounds"] + 1).values())
+
+    by_n = in_child(partial(task, [(each, d, v) for each in ns]), threads, "raised")
+    by_v = in_child(partial(task, [(n, width, each) for each in vs]), threads, "raised")
+    rows = [[f"N = {x}, d = {d}, V = {v}", f"{1e3 * t:.1f}"] for x, t in zip(ns, by_n, strict=True)]
+    rows += [[f"N = {n}, d = {width}, V = {x}", f"{1e3 * t:.1f}"] for x, t in zip(vs, by_v, strict=True)]
+    exponents = {"N": exponent(ns, by_n), "V": exponent(vs, by_v)}
+    return markdown(["size, float32", "ms"], rows), exponents
+
+
+def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
+    """Slope of log time against log size, least squares."""
+    x, y = [math.log(s) for s in sizes], [math.log(t) for t in times]
+    return statistics.linear_regression(x, y).slope
+
+
+def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, float]]]:
+    """The row kernel by itself and the products by chunk size: what the roofline is made of."""
+    numbers, vocabularies = sizes["kernel"]
+    d, v, chunk_rows = sizes["gemm"]
+
+    def kernel(dtype: torch.dtype) -> dict[int, float]:
+        found = {}
+        for vocabulary in vocabularies:
+            n = max(1, numbers // vocabulary)
+            logits, labels = torch.randn(n, vocabulary).to(dtype), torch.zeros(n, 1, dtype=torch.int64)
+            stats, target, best = torch.empty(2, n), torch.empty(n, 1), torch.empty(n, dtype=torch.int64)
+            times = []
+            for _ in range(9):
+                rows = logits.clone()
+                start = time.perf_counter()
+                torch.ops.nitp_ops.cross_entropy_rows_(
+                    rows, labels, None, None, None, None, stats, target, best, -100, False, 0.0, 0.0, 0.0, 1.0, True
+                )
+                times.append(time.perf_counter() - start)
+            found[vocabulary] = 1e9 * statistics.median(times) / (n * vocabulary)
+        return found
+
+    def rate(dtype: torch.dtype) -> dict[int, list[float]]:
+        found = {}
+        for n in chunk_rows:
+            h, w, _ = problem(n, d, v, dtype)
+            times = medians(dict(products(h, w, _mm)), 5)
+            if dtype == torch.float32 and has_onednn():
+                faster = medians(dict(products(h, w, _onednn)), 5)
+                times |= {f"{k}, oneDNN": t for k, t in faster.items() if k != "dW"}
+            found[n] = {k: 2e-9 * n * d * v / t for k, t in times.items()}
+        return found
+
+    kernels = {name: in_child(partial(kernel, dtype), threads) for name, dtype in DTYPES.items()}
+    rates = {name: in_child(partial(rate, dtype), threads, "raised") for name, dtype in DTYPES.items()}
+    columns = list(dict.fromkeys(k for by_n in rates.values() for each in by_n.values() for k in each))
+    rows = [
+        [name, n, *(f"{each[k]:.0f}" if k in each else "-" for k in columns)]
+        for name, by_n in rates.items()
+        for n, each in by_n.items()
+    ]
+    roof = {
+        name: {
+            "kernel": statistics.median(kernels[name].values()),
+            "rate": statistics.median(max(each.values()) for each in rates[name].values()),
+        }
+        for name in DTYPES
+    }
+    row_table = markdown(
+        ["V", *(f"{name}, ns a logit" for name in DTYPES)],
+        [[x, *(f"{kernels[name][x]:.2f}" for name in DTYPES)] for x in vocabularies],
+    )
+    return row_table, markdown(["dtype", "rows a chunk", *(f"{k}, GFLOP/s" for k in columns)], rows), roof
