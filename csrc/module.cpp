@@ -4,6 +4,7 @@
 #include <string>
 
 extern "C" const char* nitp_ops_instruction_set();
+extern "C" bool nitp_ops_choose_instruction_set(const char* name);
 extern "C" bool nitp_ops_has_onednn_matmul();
 
 PYBIND11_MODULE(_C, m) {
@@ -11,6 +12,15 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "instruction_set", [] { return std::string(nitp_ops_instruction_set()); },
       "The CPU instruction set that the row kernels use: 'avx512', 'avx2' or 'portable'.");
+  m.def(
+      "choose_instruction_set",
+      [](const std::string& name) {
+        if (!nitp_ops_choose_instruction_set(name.c_str())) {
+          throw pybind11::value_error("choose_instruction_set: name is '" + name +
+                                      "', expected 'portable' or one that this CPU has");
+        }
+      },
+      "Row kernels of a lesser instruction set, for the whole process: to test and to compare them.");
   m.def("has_onednn_matmul", &nitp_ops_has_onednn_matmul,
         "Whether float32 products on CPU go to oneDNN directly (else torch.mm decides).");
   m.def(

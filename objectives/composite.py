@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from copy import copy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -175,6 +176,7 @@ class CompositeObjective(nn.Module):
         wide = any(hidden.dtype == torch.float64 for hidden in read)
         working = torch.float64 if wide else torch.float32
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
+        streams = self._widened(streams)
         head_parts: list[plan.HeadPart] = []
         latent: dict[str, LatentPart] = {}
         for term in self.spec.terms:
@@ -194,6 +196,16 @@ class CompositeObjective(nn.Module):
             if part.unit_target is not None:
                 sums[name]["unit_target"] = part.unit_target
         return losses, {name: sums[name] for name in parts}
+
+    def _widened(self, streams: Streams) -> Streams:
+        """Narrow streams that several terms send gradients to, in float32: their gradients add up there and are rounded
+        once. The ops still form their products in the weights' dtype, from the same values."""
+        wide = copy(streams)
+        for name in ("last_hidden", "last_residual"):
+            hidden, readers = getattr(streams, name), sum(name in term.requires(self.info) for term in self.spec.terms)
+            if readers > 1 and hidden.requires_grad and hidden.dtype in (torch.bfloat16, torch.float16):
+                setattr(wide, name, hidden.float())
+        return wide
 
     def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
         label = str(term.label)

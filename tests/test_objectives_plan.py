@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -207,3 +209,25 @@ def test_a_hidden_stream_of_another_width_is_refused():
     batch = make_batch()
     with pytest.raises(ValueError, match=r"last_hidden has shape \(3, 7, 5\), expected \(3, 7, 6\)"):
         build("ntp + nitp", model=INFO)(batch.streams(last_hidden=batch.hidden[..., :5]))
+
+
+def test_terms_that_read_one_narrow_stream_share_a_float32_gradient():
+    """Equal to the float32 sum of the separate gradients, rounded once; separate ones are rounded once each."""
+    batch = make_batch(batch=4, length=40)
+    head = nn.Linear(INFO.hidden_size, INFO.vocab_size, dtype=torch.bfloat16)
+    info = replace(INFO, dtype=torch.bfloat16)
+    streams = {"head": head, "hidden_states": {1: batch.states[1].detach().bfloat16()}, "last_residual": None}
+
+    def gradient(spec: str, dtype: torch.dtype) -> Tensor:
+        hidden = batch.hidden.detach().bfloat16().to(dtype).requires_grad_()
+        loss = build(spec, model=info, seed=3)(batch.streams(**streams, last_hidden=hidden)).loss
+        return torch.autograd.grad(loss, hidden)[0]
+
+    specs = "ntp", "nitp", "b: ntp(z_loss=0.1)", "c: ntp(label_smoothing=0.3)"
+    together = gradient(" + ".join(specs), torch.bfloat16)
+    apart = torch.stack([gradient(spec, torch.float32) for spec in specs]).sum(0)
+    assert together.dtype == torch.bfloat16
+    assert (together.float() - apart.bfloat16().float()).norm() <= 2**-9 * apart.norm()
+    rounded = sum(gradient(spec, torch.bfloat16) for spec in specs)  # as autograd adds them
+    assert isinstance(rounded, Tensor)
+    assert (together.float() - apart).norm() < (rounded.float() - apart).norm()

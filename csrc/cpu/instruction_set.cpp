@@ -1,3 +1,5 @@
+#include <cstring>
+
 #include "rows.h"
 
 namespace {
@@ -14,17 +16,23 @@ nitp::InstructionSet detect() {
   return nitp::InstructionSet::portable;
 }
 
-const nitp::InstructionSet chosen = detect();
+const nitp::InstructionSet best = detect();
+nitp::InstructionSet chosen = best;
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
 
 }  // namespace
 
 nitp::InstructionSet nitp_instruction_set() { return chosen; }
 
-extern "C" const char* nitp_ops_instruction_set() {
-  switch (chosen) {
-    case nitp::InstructionSet::avx512: return "avx512";
-    case nitp::InstructionSet::avx2: return "avx2";
-    case nitp::InstructionSet::portable: break;
+extern "C" const char* nitp_ops_instruction_set() { return kNames[static_cast<int>(chosen)]; }
+
+extern "C" bool nitp_ops_choose_instruction_set(const char* name) {
+  for (int set = 0; set <= static_cast<int>(best); ++set) {
+    if (std::strcmp(name, kNames[set]) == 0) {
+      chosen = static_cast<nitp::InstructionSet>(set);
+      return true;
+    }
   }
-  return "portable";
+  return false;
 }

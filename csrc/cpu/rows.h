@@ -84,6 +84,7 @@ enum class InstructionSet { portable, avx2, avx512 };
 
 }  // namespace nitp
 
-// The best set that this CPU has and this library holds; decided once, when the library loads.
+// The best set that this CPU has and this library holds, decided when the library loads; tests choose lesser ones.
 extern "C" __attribute__((visibility("default"))) const char* nitp_ops_instruction_set();
+extern "C" __attribute__((visibility("default"))) bool nitp_ops_choose_instruction_set(const char* name);
 nitp::InstructionSet nitp_instruction_set();

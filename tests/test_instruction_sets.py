@@ -1,0 +1,93 @@
+"""The row kernels of every instruction set that this CPU has, and of any thread count, give the same numbers."""
+
+import pytest
+import torch
+from budget import near, outputs, widened, within_budget
+
+import nitp_ops
+from nitp_ops import reference, rows
+
+if rows.missing is not None:
+    pytest.skip(f"no compiled kernels: {rows.missing}", allow_module_level=True)
+from nitp_ops import _C
+
+BEST = _C.instruction_set()
+SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+EVERY_SET = pytest.mark.parametrize("name", SETS)
+
+
+@pytest.fixture(autouse=True)
+def _back_to_the_best():
+    yield
+    _C.choose_instruction_set(BEST)
+
+
+@EVERY_SET
+@DTYPES
+@pytest.mark.parametrize("columns", [1, 15, 512, 1537])
+def test_cross_entropy_with_every_option(name, dtype, columns):
+    _C.choose_instruction_set(name)
+    assert _C.instruction_set() == name
+    inputs = [torch.randn(7, 5).to(dtype).requires_grad_(), torch.randn(columns, 5).to(dtype).requires_grad_()]
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    bias, class_weight = torch.randn(columns, dtype=work), torch.rand(columns, dtype=work)
+    labels = torch.randint(0, columns, (7,))
+    several, weights = torch.randint(-1, columns, (7, 3)), torch.rand(7, 3, dtype=work)
+    for targets, options in (
+        (labels, {}),
+        (labels, {"bias": bias, "softcap": 3.0, "logit_scale": 0.7, "z_loss": 0.1, "label_smoothing": 0.1}),
+        (labels, {"class_weight": class_weight, "label_smoothing": 0.2}),
+        (several, {"target_weight": weights, "label_smoothing": 0.1, "bias": bias}),
+    ):
+        ours = outputs(lambda h, w, t=targets, o=options: nitp_ops.linear_cross_entropy(h, w, t, **o), inputs)
+        exact = outputs(
+            lambda h, w, t=targets, o=options: reference.linear_cross_entropy(h, w, t, **o), widened(inputs)
+        )
+        near(ours, exact)
+
+
+@EVERY_SET
+@DTYPES
+@pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "kl"])
+def test_alignment_and_swiglu(name, dtype, distance):
+    _C.choose_instruction_set(name)
+    inputs = [torch.randn(9, 301).to(dtype).requires_grad_() for _ in range(2)]
+    for ours, exact in (
+        (
+            lambda a, b: nitp_ops.alignment(a, b, distance=distance),
+            lambda a, b: reference.alignment(a, b, distance=distance),
+        ),
+        (nitp_ops.swiglu, reference.swiglu),
+    ):
+        got, wide = outputs(ours, inputs), outputs(exact, widened(inputs))
+        if dtype == torch.float64:
+            near(got, wide)  # float64 cannot judge itself
+        else:
+            within_budget(got, outputs(exact, inputs), wide)
+
+
+def test_an_instruction_set_that_is_not_here_is_refused():
+    with pytest.raises(ValueError, match="name is 'avx1024', expected 'portable' or one that this CPU has"):
+        _C.choose_instruction_set("avx1024")
+    assert _C.instruction_set() == BEST
+
+
+@DTYPES
+def test_cross_entropy_is_bitwise_the_same_at_any_thread_count(dtype):
+    logits, labels = torch.randn(40, 3001).to(dtype), torch.randint(0, 3001, (40, 1))
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            rows_, stats, target = logits.clone(), torch.empty(2, 40, dtype=work), torch.empty(40, 1, dtype=work)
+            best = torch.empty(40, dtype=torch.int64)
+            torch.ops.nitp_ops.cross_entropy_rows_(
+                rows_, labels, None, None, None, None, stats, target, best, -100, False, 0.1, 0.01, 0.0, 1.0, True
+            )
+            results.append((rows_, stats, target, best))
+        finally:
+            torch.set_num_threads(2)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
