@@ -1,6 +1,7 @@
-"""Geometry of hidden states: effective rank, mean cosine, top component, mean norm ratio, uniformity.
+"""Geometry of hidden states: effective rank, mean cosine, top component, mean norm ratio, uniformity, probes.
 
-Each function takes ``x[..., d]`` (all leading axes are rows), works in float64 and returns a Python float.
+Each function of ``x[..., d]`` (all leading axes are rows) works in float64 and returns a Python float. `linear_probe`
+and `knn_probe` take sequences and ask what a frozen state says about a later token.
 `Accumulator` gives the same numbers from a stream of batches and writes each number's definition beside it,
 because published values differ mostly by definition (centred or not, covariance or singular values, n, d).
 """
@@ -21,10 +22,14 @@ from ._accumulator import (
     spectral_floor,
     unit_rows,
 )
+from ._probes import Probe, knn_probe, linear_probe
 
 __all__ = [
     "Accumulator",
+    "Probe",
     "effective_rank",
+    "knn_probe",
+    "linear_probe",
     "mean_norm_ratio",
     "mean_pairwise_cosine",
     "top_component_share",

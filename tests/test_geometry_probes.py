@@ -71,22 +71,26 @@ def test_the_baseline_is_the_share_of_the_most_frequent_training_token():
         assert probe(noise(4, 4, 3), ids, held_out=held_out).baseline == pytest.approx(1 / 6)
 
 
-def test_the_linear_probe_is_the_ridge_regression_of_one_hot_tokens():
-    ids, hidden = tokens(), code(tokens(), 1, spread=1.0)
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 0.5, 1.0, 2.0])
+def test_the_linear_probe_is_the_ridge_regression_of_one_hot_tokens(ridge):
+    ids = torch.where(noise(40, 16, seed=3) > 0, 7, tokens())
+    hidden = code(ids, 1, spread=1.0)
     held_out = torch.arange(40) >= 25
     x, y = hidden[:25, :-1].reshape(-1, WIDTH).double(), ids[:25, 1:].reshape(-1)
     mean, n = x.mean(0), len(x)
     scale = (x - mean).square().mean().sqrt()
     # The ridge as extra rows of an ordinary least-squares problem.
-    left = torch.cat([(x - mean) / scale, (0.1 * n) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)])
+    left = torch.cat([(x - mean) / scale, (ridge * n) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)])
     onehot = torch.nn.functional.one_hot(y, 36).double()
     right = torch.cat([onehot - onehot.mean(0), torch.zeros(WIDTH, 36, dtype=torch.float64)])
     weight = torch.linalg.lstsq(left, right).solution
     test = (hidden[25:, :-1].reshape(-1, WIDTH).double() - mean) / scale
     named = (test @ weight + onehot.mean(0)).argmax(-1)
     expected = (named == ids[25:, 1:].reshape(-1)).double().mean()
-    assert 0.2 < expected < 0.9
-    assert linear_probe(hidden, ids, held_out=held_out, ridge=0.1).accuracy == pytest.approx(float(expected), abs=1e-12)
+    assert 0.5 < expected < 0.95
+    assert linear_probe(hidden, ids, held_out=held_out, ridge=ridge).accuracy == pytest.approx(
+        float(expected), abs=1e-12
+    )
 
 
 @settings(deadline=None, max_examples=10)
@@ -130,12 +134,12 @@ def test_small_blocks_and_strided_states_change_nothing(probe, monkeypatch):
 
 @every_probe
 def test_targets_of_another_document_padding_and_masked_targets_count_nowhere(probe):
-    ids = tokens(80, 12)
-    documents = torch.zeros(80, 12, dtype=torch.int64)
+    ids = tokens(80, 16)
+    documents = torch.zeros(80, 16, dtype=torch.int64)
     documents[:, 5:], documents[:, 10:] = 1, -1
-    mask = torch.ones(80, 12, dtype=torch.bool)
+    mask = torch.ones(80, 16, dtype=torch.bool)
     mask[:, 3] = False
-    counts = torch.zeros(80, 12, dtype=torch.bool)
+    counts = torch.zeros(80, 16, dtype=torch.bool)
     counts[:, [0, 2, 5, 6, 7]] = True  # t + 2 in the same document, not token 3, not padding
     hidden = code(ids, 2).masked_fill(~counts[..., None], math.nan)
     result = probe(hidden, ids, 2, document_ids=documents, target_mask=mask)

@@ -63,6 +63,11 @@ def test_at_the_papers_depth_the_table_is_the_papers():
     assert table["linear projector"].paper is None
 
 
+@pytest.mark.parametrize(("layers", "block", "paper"), [(3, 2, 22.16), (4, 2, 21.22), (5, 2, 22.12), (28, 23, 22.16)])
+def test_an_arm_of_the_sweep_carries_the_score_of_the_nearest_depth(layers, block, paper):
+    assert controls(layers)[f"target layer {block}"].paper == paper
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3, 5, 8, 17, 28])
 @pytest.mark.parametrize("steps", [1, 3, 200])
 def test_at_any_depth_and_length_no_two_arms_are_equal_and_each_fits_the_model(layers, steps):

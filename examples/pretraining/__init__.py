@@ -1,1 +1,1 @@
-"""What `examples/pretrain.py` is made of: corpus, model, schedule, checkpoint, training loop, report."""
+"""What `pretrain.py` and `experiments.py` are made of: corpus, model, training loop, arms, probes, reports."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -12,16 +14,19 @@ import torch
 
 import nitp_ops
 from nitp_ops import geometry
+from nitp_ops.objectives import LatentTerm, Spec
 
-from .failure import Failure
+from .failure import Diverged
 from .run import Run
 
 
 class Latent(NamedTuple):
-    """A latent term's held-out loss beside what a constant predictor scores."""
+    """A latent term's held-out numbers."""
 
     loss: float
+    """In the term's own distance."""
     floor: float
+    """What a constant predictor scores; it and skill are NaN for another distance than cosine."""
     skill: float
 
 
@@ -51,12 +56,17 @@ class HeldOut:
         }
 
 
+def latent_labels(spec: Spec) -> list[str]:
+    """Labels of the terms that predict a state, not a token."""
+    return [str(term.label) for term in spec.terms if isinstance(term, LatentTerm)]
+
+
 @torch.no_grad()
 def evaluate(run: Run) -> HeldOut:
     """Measure `run` on --eval-windows held-out windows, evenly spaced, the same at every step.
 
     Raises:
-        Failure: a hidden state is not finite.
+        Diverged: a hidden state is not finite.
     """
     text = run.corpus.held_out
     chosen = torch.linspace(0, len(text) - 1, min(run.options.eval_windows, len(text))).long()
@@ -74,11 +84,10 @@ def evaluate(run: Run) -> HeldOut:
         counts.append(count)
         metrics.append(out.metrics)
         if not torch.isfinite(streams.last_hidden).all():
-            raise Failure(f"{run.name}: at step {run.done} a hidden state is not finite; lower --lr")
+            raise Diverged(f"{run.name}: at step {run.done} a hidden state is not finite; lower --lr")
         geometry_of_states.update(streams.last_hidden)
     values = reduce(add, metrics).compute()
     shape = geometry_of_states.compute()
-    labels = [name.removesuffix("/floor") for name in values if name.endswith("/floor")]
     return HeldOut(
         step=run.done,
         cross_entropy=sum(sums) / sum(counts),
@@ -86,7 +95,10 @@ def evaluate(run: Run) -> HeldOut:
         effective_rank=shape["effective_rank"]["value"],
         mean_cosine=shape["mean_pairwise_cosine"]["value"],
         rows=shape["effective_rank"]["n"],
-        latent={l: Latent(values[f"{l}/loss"], values[f"{l}/floor"], values[f"{l}/skill"]) for l in labels},
+        latent={
+            label: Latent(*(values.get(f"{label}/{number}", math.nan) for number in Latent._fields))
+            for label in latent_labels(run.spec)
+        },
         metrics=values,
     )
 
@@ -99,7 +111,7 @@ def _cross_entropy(run: Run, hidden: torch.Tensor, ids: torch.Tensor, documents:
     return loss.item(), int((labels != -100).sum())
 
 
-def paired_spread(one: HeldOut, other: HeldOut) -> float:
+def paired_spread(one: Sequence[float], other: Sequence[float]) -> float:
     """Two standard errors of the mean of the batch differences: both runs saw the same batches."""
-    differences = [b - a for a, b in zip(one.batches, other.batches, strict=True)]
+    differences = [b - a for a, b in zip(one, other, strict=True)]
     return 2 * statistics.stdev(differences) / len(differences) ** 0.5

@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early, each with one line for the user and an exit code."""
+"""The ways in which a run ends early, each with one line for the user and an exit code."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class BadInput(Failure):
     """What the user passed cannot be used (data, options, a checkpoint of another run)."""
 
     exit_code = 2
+
+
+class Diverged(Failure):
+    """The loss, its gradient or a hidden state is not finite."""
 
 
 class Interrupted(Failure):

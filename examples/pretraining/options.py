@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,6 +13,9 @@ import torch
 from .data import VOCAB_SIZE
 from .failure import BadInput
 from .model import ModelConfig
+
+# Steps of a run where --steps is not given: alone, and as one of many control arms.
+STEPS, CONTROL_STEPS = 600, 200
 
 # Options that change what is computed: a resumed run must have the same.
 TRAJECTORY = (
@@ -38,7 +42,8 @@ TRAJECTORY = (
 class Options:
     """One field per option; see `--help`."""
 
-    objectives: list[str]
+    objectives: list[str] | None
+    controls: bool
     data: Path | None
     out: Path
     resume: bool
@@ -59,11 +64,13 @@ class Options:
     dtype: str
     device: str
     threads: int | None
-    seed: int
+    seeds: list[int]
     eval_every: int
     eval_windows: int
     checkpoint_every: int
     fused_head: bool
+    seed: int
+    """Of the run at hand: one of `seeds`."""
 
     @property
     def model(self) -> ModelConfig:
@@ -83,18 +90,33 @@ class Options:
         """Tokens that one optimizer step reads."""
         return self.batch * self.accumulate * self.context
 
+    def of_seed(self, seed: int) -> Options:
+        """The same for one of the seeds."""
+        return replace(self, seed=seed)
+
     def trajectory(self) -> dict[str, Any]:
         """What a resumed run must share with the run that it continues."""
         values = asdict(self)
         return {name: values[name] for name in TRAJECTORY}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line."""
+
     def error(self, message: str) -> NoReturn:
         raise BadInput(f"{message}; see --help")
 
 
-def _whole(least: int, most: int = 2**31) -> Any:
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def whole(least: int, most: int = 2**31) -> Any:
+    """The type of a whole number in [least, most]."""
+
     def whole_number(text: str) -> int:
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is too small, expected at least {least}")
@@ -105,36 +127,40 @@ def _whole(least: int, most: int = 2**31) -> Any:
     return whole_number
 
 
-def _real(least: float, most: float = float("inf")) -> Any:
+def _real(least: float, most: float = math.inf) -> Any:
     def number(text: str) -> float:
-        if not least <= (value := float(text)) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is outside [{least:g}, {most:g}]")
+        value = float(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            raise argparse.ArgumentTypeError(f"{text} is no finite number in [{least:g}, {most:g}]")
         return value
 
     return number
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
-        prog="pretrain",
-        description="Train one small byte-level language model per objective and compare them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+def training_parser(prog: str, description: str, out: str) -> Parser:
+    """The options that every command of the examples shares: data, shapes, hyperparameters."""
+    parser = Parser(
+        prog=prog,
+        description=description,
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--objectives", nargs="+", default=["ntp", "ntp + nitp"], metavar="EXPRESSION", help="a run each")
     add("--data", type=Path, metavar="FILE|DIR", help="text; without it, the sources of Python's library")
-    add("--out", type=Path, default=Path("runs/pretrain"), metavar="DIR", help="checkpoints, tables, picture")
-    add("--resume", action="store_true", help="continue the runs in --out from their checkpoints")
-    add("--dim", type=_whole(1), default=128, help="width of the residual stream")
-    add("--layers", type=_whole(1), default=5, help="transformer blocks")
-    add("--heads", type=_whole(1), default=4, help="attention heads")
-    add("--kv-heads", type=_whole(1), help="key and value heads (default: as many as --heads)")
-    add("--context", type=_whole(2), default=128, help="tokens a window")
+    add("--out", type=Path, default=Path(out), metavar="DIR", help="checkpoints, tables, pictures")
+    add("--dim", type=whole(1), default=128, help="width of the residual stream")
+    add("--layers", type=whole(1), default=5, help="transformer blocks")
+    add("--heads", type=whole(1), default=4, help="attention heads")
+    add("--kv-heads", type=whole(1), help="key and value heads (default: as many as --heads)")
+    add("--context", type=whole(2), default=128, help="tokens a window")
     add("--tied", action="store_true", help="one matrix for embedding and unembedding")
-    add("--batch", type=_whole(1), default=16, help="windows a microbatch")
-    add("--accumulate", type=_whole(1), default=1, help="microbatches a step")
-    add("--steps", type=_whole(1), default=600, help="optimizer steps of each run")
+    add("--batch", type=whole(1), default=16, help="windows a microbatch")
+    add("--accumulate", type=whole(1), default=1, help="microbatches a step")
+    add(
+        "--steps",
+        type=whole(1),
+        help=f"optimizer steps of each run (default: {STEPS}; {CONTROL_STEPS} of a control arm)",
+    )
     add("--lr", type=_real(0), default=3e-3, help="learning rate of the stable phase")
     add("--warmup", type=_real(0, 1), default=0.05, help="fraction of the steps that warms up")
     add("--decay", type=_real(0, 1), default=0.2, help="fraction of the steps that decays, at the end")
@@ -142,33 +168,53 @@ def _parser() -> _Parser:
     add("--clip", type=_real(0), default=1.0, help="largest gradient norm; 0 does not clip")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when there is one")
-    add("--threads", type=_whole(1, 1024), help="CPU threads (default: PyTorch's choice)")
-    add("--seed", type=_whole(0), default=0, help="of the weights and the data order")
-    add("--eval-every", type=_whole(1), default=50, help="steps between looks at held-out text")
-    add("--eval-windows", type=_whole(2), default=128, help="held-out windows looked at")
-    add("--checkpoint-every", type=_whole(1), default=100, help="steps between checkpoints")
+    add("--threads", type=whole(1, 1024), help="CPU threads (default: PyTorch's choice)")
+    add("--seed", "--seeds", dest="seeds", nargs="+", type=whole(0), default=[0], help="of weights and data order")
+    add("--eval-every", type=whole(1), default=50, help="steps between looks at held-out text")
+    add("--eval-windows", type=whole(2), default=128, help="held-out windows looked at")
+    add("--checkpoint-every", type=whole(1), default=100, help="steps between checkpoints")
+    return parser
+
+
+def parse(arguments: list[str] | None) -> Options:
+    """Options of the command line of `pretrain.py`.
+
+    Raises:
+        BadInput: an unknown option, a value out of range, shapes that do not fit, no CUDA device.
+    """
+    parser = training_parser(
+        "pretrain", "Train one small byte-level language model per objective and compare them.", "runs/pretrain"
+    )
+    add = parser.add_argument
+    add("--objectives", nargs="+", metavar="EXPRESSION", help='a run each (default: "ntp" "ntp + nitp")')
+    add("--controls", action="store_true", help="one run for each of the paper's control arms")
+    add("--resume", action="store_true", help="continue the runs in --out from their checkpoints")
     add(
         "--fused-head",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end with the memory and time of the fused head",
     )
-    return parser
+    values = vars(parser.parse_args(arguments))
+    values["steps"] = values["steps"] or (CONTROL_STEPS if values["controls"] else STEPS)
+    return options_of(values)
 
 
-def parse(arguments: list[str] | None) -> Options:
-    """Options of a command line.
+def options_of(values: dict[str, Any]) -> Options:
+    """Parsed values as checked options.
 
     Raises:
-        BadInput: an unknown option, a value out of range, shapes that do not fit, no CUDA device.
+        BadInput: shapes that do not fit, a seed given twice, no CUDA device.
     """
-    values = vars(_parser().parse_args(arguments))
     values["kv_heads"] = values["kv_heads"] or values["heads"]
     if values["device"] == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     if values["device"] == "auto":
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    options = Options(**values)
+    seeds = values["seeds"]
+    if len(set(seeds)) < len(seeds):
+        raise BadInput(f"--seeds {' '.join(map(str, seeds))}: a seed is given twice, expected distinct seeds")
+    options = Options(**values, seed=seeds[0])
     try:
         _ = options.model
     except ValueError as error:

@@ -17,7 +17,7 @@ from nitp_ops.rows import refusal
 
 from .checkpoint import load_checkpoint
 from .data import Corpus, Order
-from .failure import BadInput, Failure
+from .failure import BadInput, Diverged
 from .model import Decoder
 from .options import Options
 from .schedule import warmup_stable_decay
@@ -41,20 +41,6 @@ def backend_for(device: str) -> str | None:
     return None if refusal(torch.device(device)) is None else "reference"
 
 
-def check(spec: Spec, options: Options) -> None:
-    """Refuse, before anything trains, what this model cannot serve.
-
-    Raises:
-        SpecError: options outside the model.
-        BadInput: a stream that a plain decoder does not have.
-    """
-    with torch.device("meta"):
-        objective = build(spec, model=model_info(options))
-    missing = sorted(r for r in objective.requires - PROVIDED if not r.startswith("hidden_states["))
-    if missing:
-        raise BadInput(f"the objective needs {', '.join(missing)}, which this decoder does not provide")
-
-
 class Run:
     """Everything that a step changes.
 
@@ -64,13 +50,22 @@ class Run:
         options: shapes and hyperparameters.
         corpus: what it trains on.
         folder: where its files go.
+        backend: of the objectives; None takes the row kernels where they serve the device.
     """
 
-    def __init__(self, name: str, spec: Spec, options: Options, corpus: Corpus, folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        spec: Spec,
+        options: Options,
+        corpus: Corpus,
+        folder: Path,
+        backend: str | None = None,
+    ) -> None:
         self.name, self.spec, self.options, self.corpus, self.folder = name, spec, options, corpus, folder
         self.device = torch.device(options.device)
         self.model = Decoder(options.model, seed=options.seed).to(self.device)
-        self.backend = backend_for(options.device)
+        self.backend = backend or backend_for(options.device)
         objective = build(spec, model=model_info(options), seed=options.seed, backend=self.backend)
         self.objective = objective.to(self.device)
         self.keep = sorted(
@@ -125,7 +120,7 @@ class Run:
         """One optimizer step; what it measured.
 
         Raises:
-            Failure: the gradient is not finite; the weights are those before the step.
+            Diverged: the gradient is not finite; the weights are those before the step.
         """
         options = self.options
         rate = warmup_stable_decay(self.done, options.steps, options.lr, options.warmup, options.decay)
@@ -147,7 +142,7 @@ class Run:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters(), options.clip or math.inf)
         values = reduce(add, metrics).compute()
         if not torch.isfinite(norm):
-            raise Failure(
+            raise Diverged(
                 f"{self.name}: at step {self.done} the loss is {values['loss']:g} and the gradient norm "
                 f"{norm.item():g}; lower --lr or lengthen --warmup"
             )

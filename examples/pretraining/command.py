@@ -1,0 +1,54 @@
+"""From the ends of a command to its exit code: one clear line each, no traceback."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from nitp_ops import BackendError
+from nitp_ops.objectives import SpecError
+
+from .failure import BadInput, Failure, Interrupted
+
+
+def guarded(program: str, work: Callable[[], None], resume: str | None) -> int:
+    """Do the work; the exit code.
+
+    Args:
+        program: the name before each complaint.
+        work: what to do.
+        resume: the option that continues after Ctrl-C; None where the same command continues.
+    """
+
+    def complain(*lines: str, code: int) -> int:
+        for line in lines:
+            print(f"{program}: {line}", file=sys.stderr)
+        return code
+
+    try:
+        work()
+        return 0
+    except SpecError as error:
+        return complain(*error.problems, code=BadInput.exit_code)
+    except Interrupted as error:
+        return complain(f"{error}; continue with: {_again(resume)}", code=error.exit_code)
+    except Failure as error:
+        return complain(str(error), code=error.exit_code)
+    except BackendError as error:
+        return complain(" ".join(str(error).split()), code=Failure.exit_code)
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}; choose another --out" if error.filename else str(error)
+        return complain(reason, code=Failure.exit_code)
+    except KeyboardInterrupt:
+        return complain(f"stopped at once; the last checkpoint continues with: {_again(resume)}", code=130)
+
+
+def command_line() -> str:
+    """The command of this process, as a shell takes it."""
+    return shlex.join([Path(sys.executable).name, *sys.argv])
+
+
+def _again(resume: str | None) -> str:
+    return command_line() if resume is None or resume in sys.argv else f"{command_line()} {resume}"

@@ -1,0 +1,123 @@
+"""The comparison itself: every arm from every seed, then tables, sentences, picture, page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import grid, page, picture, sentences
+from .arms import Arm, arms_of
+from .checkpoint import load_checkpoint
+from .data import Corpus, load_corpus
+from .evaluate import HeldOut
+from .failure import BadInput, Failure
+from .fused_head import HeadCost
+from .fused_head import compare as compare_heads
+from .loop import prepare, train
+from .options import Options
+from .outcome import BRIEF, COST, QUALITY, Outcome
+from .run import Run, backend_for, refuse_another_run
+
+HEAD_SHAPE = {"rows": 1024, "dim": 256, "vocab": 151_936, "dtype": "float32"}
+
+
+def compare(options: Options) -> None:
+    """One run for each objective and seed, then what they say."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = terminal()
+    arms = arms_of(options)
+    corpus = load_corpus(options.data, options.context, options.batch * options.accumulate)
+    if options.resume:
+        check_resumable(options, corpus, arms)
+    console.print(corpus.description)
+    if backend_for(options.device) is not None:
+        console.print(f"no row kernels serve {options.device} here: the objectives run as plain PyTorch equations")
+    few = len(arms) <= grid.WIDE
+    if not few:
+        console.print(grid.plan(arms).for_terminal())
+        console.print(sentences.NOT_MEASURED)
+    outcomes = []
+    for seed in options.seeds:
+        for arm in arms:
+            run = arm.run(options.of_seed(seed), corpus)
+            console.print(f"\n{prepare(run, options.resume)}")
+            if few and seed == options.seeds[0]:
+                console.print(run.objective.explain())
+            outcomes.append(Outcome.of(arm, run, train_shown(run, console)))
+    groups = grid.by_arm(outcomes)
+    console.print(grid.results(groups, (*QUALITY, *COST) if few else BRIEF).for_terminal())
+    if few:
+        console.print(grid.probes(groups).for_terminal())
+        for group in groups:
+            console.print(f"sampled from {group[0].arm.name}:\n{group[0].sample}\n")
+        for sentence in sentences.about(groups):
+            console.print(sentence)
+    costs = _head_costs(options, console) if options.fused_head else []
+    image, report = options.out / "comparison.png", options.out / "report.html"
+    page.write(report, options, corpus, groups, costs, picture.draw(image, groups, costs))
+    console.print(
+        f"\ncurves: {image}; everything on one page: {report}; tables and weights: {options.out}/<objective>/"
+    )
+
+
+def terminal() -> Console:
+    """Where a command prints: plain text, nothing reinterpreted."""
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def check_resumable(options: Options, corpus: Corpus, arms: list[Arm]) -> None:
+    """Refuse to resume, before anything trains, where a checkpoint is missing, damaged or of another run."""
+    runs = [(arm, options.of_seed(seed)) for arm in arms for seed in options.seeds]
+    paths = [(arm, own, arm.run_folder(own) / "checkpoint.pt") for arm, own in runs]
+    if not any(path.exists() for _, _, path in paths):
+        names = " or ".join(arm.folder for arm in arms)
+        raise BadInput(f"--resume: {options.out} holds no checkpoint of {names}; start without it")
+    for arm, own, path in paths:
+        if path.exists():
+            refuse_another_run(path, load_checkpoint(path), arm.spec, own, corpus)
+
+
+def train_shown(run: Run, console: Console) -> HeldOut:
+    """Take the remaining steps under a progress bar (none where the output is no terminal), each look a line."""
+    columns = [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    ]
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(run.name, total=run.options.steps, completed=run.done, loss="-")
+
+        def on_step(row: dict[str, float]) -> None:
+            progress.update(task, advance=1, loss=f"{row['loss']:.3f}")
+
+        return train(run, on_step, _looker(progress.console.print))
+
+
+def _looker(show: Callable[[str], None]) -> Callable[[HeldOut], None]:
+    def on_look(look: HeldOut) -> None:
+        latent = ""
+        for label, (loss, floor, _) in look.latent.items():
+            latent += f"  {label} {loss:.4f}" + ("" if math.isnan(floor) else f" (floor {floor:.4f})")
+        show(
+            f"step {look.step:>5}  held-out cross-entropy {look.cross_entropy:.4f}{latent}"
+            f"  effective rank {look.effective_rank:.1f}  mean cosine {look.mean_cosine:.3f}"
+        )
+
+    return on_look
+
+
+def _head_costs(options: Options, console: Console) -> list[HeadCost]:
+    try:
+        device = options.device if backend_for(options.device) is None else "cpu"
+        costs = compare_heads(**HEAD_SHAPE, device=device, threads=torch.get_num_threads())
+    except RuntimeError as error:
+        raise Failure(str(error)) from error
+    console.print(grid.head_grid(costs).for_terminal())
+    console.print(sentences.about_head(costs))
+    return costs

@@ -1,0 +1,117 @@
+"""docs/experiments.md: every table a loop over specs, every sentence made from numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import claims, grid, picture, sentences
+from .arms import Arm
+from .checkpoint import write_whole
+from .data import Corpus
+from .options import Options
+from .outcome import QUALITY, Outcome
+from .overhead import Overhead, overhead_grid
+from .overhead import sentence as overhead_sentence
+from .spread import chance
+
+INTRODUCTION = """\
+The control arms of next implicit token prediction ([arXiv 2605.24956](https://arxiv.org/abs/2605.24956)) as small runs
+on real text. Written by the command below: no number and no verdict in it was typed by hand."""
+READING = """\
+Effective rank: `exp(-sum p ln p)`, p = eigenvalues of the mean-centred covariance of the last hidden states after the
+final norm, over their sum. Mean pairwise cosine: of the same states, all pairs. Floor: what a constant prediction
+scores; skill = 1 - loss / floor; "-" where the distance is not the cosine or the floor is below 1e-4. Loss, floor and
+lengths belong to each arm's own target: they compare only where targets do. Probes: ridge regression to one-hot tokens,
+and the vote of the 16 nearest states, fitted and tested on different windows of text that training never saw. ± is one
+standard deviation over seeds, or two standard errors where it says so; differences are paired: one seed gives all arms
+the same first weights and the same data order."""
+
+
+def write(
+    path: Path,
+    options: Options,
+    corpus: Corpus,
+    arms: Sequence[Arm],
+    outcomes: Sequence[Outcome],
+    failures: Sequence[dict[str, Any]],
+    overheads: list[Overhead],
+    facts: Sequence[str],
+) -> None:
+    """Write the document and, beside it, its picture.
+
+    Args:
+        arms: all that were to run; outcomes: those that finished; failures: the records of those that could not.
+        facts: command line, machine and time, one each.
+
+    Raises:
+        OSError: the disk refused; an older document is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    budget = (
+        f"{len(arms)} arms x {len(options.seeds)} seeds x {options.steps:,} steps x {options.tokens_per_step:,} "
+        f"tokens; width {options.dim}, {options.layers} blocks, {options.heads} heads, context {options.context}, "
+        f"learning rate {options.lr:g}, {options.dtype}"
+    )
+    lines = ["# Experiments", "", INTRODUCTION, ""]
+    lines += [f"* {fact}" for fact in (*facts, f"budget: {budget}", f"text: {corpus.description}")]
+    lines += ["", "## The arms", "", sentences.NOT_MEASURED, "", grid.plan(arms).as_markdown()]
+    done = len(outcomes) + len(failures)
+    if done < len(arms) * len(options.seeds):
+        lines += ["", f"**Incomplete: {done} of {len(arms) * len(options.seeds)} runs are finished.**"]
+    lines += [f"* {record['failure']}" for record in failures]
+    if outcomes:
+        lines += _results(path, grid.by_arm(outcomes), options)
+    if overheads:
+        lines += _overhead(overheads)
+    write_whole(path, ("\n".join(lines) + "\n").encode())
+
+
+def _results(path: Path, arms: list[list[Outcome]], options: Options) -> list[str]:
+    lines = ["", "## Results", "", READING, "", grid.results(arms, QUALITY, wide=True).as_markdown()]
+    if len(arms) > 1:
+        table, said = claims.differences(arms)
+        image = path.with_suffix(".png")
+        picture.differences(image, arms)
+        lines += ["", table.as_markdown(), "", said, "", f"![differences from the first arm]({image.name})"]
+    lines += ["", grid.probes(arms, wide=True).as_markdown()]
+    judged = claims.judge(arms)
+    if judged:
+        tokens, seeds = options.steps * options.tokens_per_step, judged[0].found.pairs
+        lines += ["", "## What reproduces, what does not at this scale, what it would take", ""]
+        lines += [_in_words(judged), "", claims.claims_grid(judged, tokens).as_markdown(), ""]
+        lines += [
+            "Seeds needed: `(2 s / difference)^2` with s the standard deviation of the paired differences, so that a "
+            "difference of the size seen reaches two standard errors; tokens needed: those seeds, both arms, each run "
+            f"as long as here ({tokens:,} tokens). An extrapolation: it takes difference and spread from {seeds} seeds "
+            "and supposes that neither changes; longer runs or larger models change both. "
+            f"With {seeds} seeds chance alone puts {chance(seeds):.0%} of the differences outside two standard errors: "
+            "a single verdict is weak evidence."
+        ]
+    return lines
+
+
+def _in_words(judged: Sequence[claims.Judged]) -> str:
+    kinds: dict[str, list[str]] = {}
+    for one in judged:
+        kinds.setdefault(one.verdict, []).append(f"{one.claim.text} ({one.found.mean:+{one.claim.measure.form}})")
+    return " ".join(f"{verdict.capitalize()}: {'; '.join(texts)}." for verdict, texts in kinds.items())
+
+
+def _overhead(overheads: list[Overhead]) -> list[str]:
+    one = overheads[0]
+    setting = (
+        f"{len(one.plain)} rounds in one process, each round a step of every run, {one.layers} blocks, "
+        f"V = {one.vocab}, {one.tokens:,} tokens a step; forward, backward, clipping and optimizer included."
+    )
+    return [
+        "",
+        "## What it costs: whole-step overhead",
+        "",
+        setting,
+        "",
+        overhead_grid(overheads).as_markdown(),
+        "",
+        overhead_sentence(overheads),
+    ]
