@@ -20,8 +20,9 @@ def section(path: Path) -> str:
     document = json.loads(path.read_text())
     lines = [
         f"Forward and backward, `python -m benchmarks --quick` on {machine_line(document['machine'])}:",
-        "time against the floor (the op's library GEMMs at the same shapes, or a copy of the same bytes) and peak extra",
-        f"memory of a fresh process, gradients included. Every row, with spreads and errors: [the JSON]({path.relative_to(ROOT)}).",
+        "time against the floor (the op's library GEMMs at the same shapes, or a copy of the same bytes) and peak",
+        "extra memory of a fresh process, gradients included. Every row, with spreads and errors:",
+        f"[the JSON]({path.relative_to(ROOT)}).",
         "",
         "| op | shape | dtype | ours | eager | torch.compile | ours, MiB | eager, MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
