@@ -76,6 +76,7 @@ def alignment(
     eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True)
     if rows.choose(_OP, prediction.device, backend) == "reference":
         return reference.alignment(prediction, target, distance=distance, eps=eps)
+    _check.plain_autograd(_OP, prediction, target)
     return _forward(prediction, target, DISTANCES[distance], eps)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -81,6 +82,8 @@ def scalar(op: str, argument: str, value: object) -> None:
     if isinstance(value, Tensor):
         has_shape(op, argument, value, ())
         no_gradient(op, argument, value)
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"{op}: {argument} is {name_of(value.dtype)}, expected a real number")
     else:
         number(op, argument, value, least=0.0, open_end=True)
 
@@ -114,3 +117,27 @@ def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) 
         raise ValueError(
             f"{op}: {argument} came, but {like} requires no gradient; expected one that does, or no buffer"
         )
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether values may be read on the host: a CPU tensor that is neither traced, fake nor batched."""
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
+    return tensor.device.type == "cpu" and not wrapped
+
+
+def plain_autograd(op: str, *tensors: Tensor | None) -> None:
+    """Refuses by name what a custom op cannot follow: forward mode would lose its tangent without a word."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
+            came = "a torch.func transform (vmap, grad, vjp, jvp)"
+        elif forward_ad.unpack_dual(tensor).tangent is not None:
+            came = "forward-mode differentiation"
+        else:
+            continue
+        raise NotImplementedError(f"{op}: {came} came, expected plain reverse mode (or backend='reference')")

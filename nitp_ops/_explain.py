@@ -54,6 +54,9 @@ def explain(
 ) -> ChunkPlan:
     """The chunk plan of `linear_cross_entropy` or `implicit_token_loss` with gradients for every input.
 
+    Weights in the GEMMs' dtype and no gradient buffers: a copy that autocast makes, the float32 gradient that waits for
+    a buffer or for float16, come on top.
+
     linear_cross_entropy: ``6 N d V`` FLOPs (three GEMMs). implicit_token_loss with a SwiGLU projector:
     ``6 N (2 d m + m D)`` (nine GEMMs), ``72 d^2`` a row for ``m = 4d, D = d``.
 
@@ -80,6 +83,10 @@ def explain(
     _check.one_of(_OP, "op", op, ("linear_cross_entropy", "implicit_token_loss"))
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{_OP}: dtype is {dtype!r}, expected a torch.dtype")
+    if dtype not in _check.FLOATS:
+        raise TypeError(f"{_OP}: dtype is {_check.name_of(dtype)}, expected a floating point dtype of the ops")
+    if chunk_bytes is not None:
+        _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
     _check.integer(_OP, "rows", rows, least=0)
     _check.integer(_OP, "width", width, least=1)
     if op == "linear_cross_entropy":

@@ -107,10 +107,12 @@ class WeightGradient:
         self.sum = fresh(shape, gemm_dtype if self.in_gemm else torch.float32, like.device)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if self.in_gemm:
-            matmul(a.t(), b, self.sum, add=not self.empty)
-        else:
+        if not self.in_gemm:
             self._add_rounded(a, b)
+        elif self.empty:
+            torch.mm(a.t(), b, out=self.sum)
+        else:
+            self.sum.addmm_(a.t(), b)
         self.empty = False
 
     def _add_rounded(self, a: Tensor, b: Tensor) -> None:
@@ -119,7 +121,7 @@ class WeightGradient:
         block = b.new_empty((rows, width))
         for first in range(0, height, rows):
             into = self.sum[first : first + rows]
-            product = matmul(a[:, first : first + rows].t(), b, block[: into.shape[0]])
+            product = torch.mm(a[:, first : first + rows].t(), b, out=block[: into.shape[0]])
             if self.empty:
                 into.copy_(product)
             else:

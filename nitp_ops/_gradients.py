@@ -21,12 +21,16 @@ def scale_gradients(
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
-        flat_in, flat_out = gradient.view(-1), out.view(-1)
-        for first in range(0, flat_in.numel(), _SLICE):
-            part = slice(first, first + _SLICE)
-            flat_out[part] = flat_in[part].to(upstream.dtype) * upstream
+        _scale(gradient.view(-1), out.view(-1), upstream)
         scaled.append(out)
     return scaled
+
+
+def _scale(gradient: Tensor, out: Tensor, upstream: Tensor) -> None:
+    """out = upstream * gradient, which may be one tensor."""
+    for first in range(0, gradient.numel(), _SLICE):
+        part = slice(first, first + _SLICE)
+        out[part] = gradient[part].to(upstream.dtype) * upstream
 
 
 @scale_gradients.register_fake
@@ -97,16 +101,18 @@ class FormedGradients:
 
 
 def deliver(
-    ctx, op: str, gradients: Sequence[Tensor], upstream: Tensor | None, inputs: Sequence[Tensor],
+    anchors: list[Tensor], op: str, gradients: Sequence[Tensor], upstream: Tensor | None, inputs: Sequence[Tensor],
     buffers: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
     """What autograd gets for each input: upstream * gradient in the input's dtype, None where a buffer took it.
 
-    upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing. Under create_graph the
-    gradients are tied to the saved inputs, so that a double backward is refused by name."""
+    upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing, another one a pass in
+    place: nobody else holds the gradients. Under create_graph they are tied to the anchors, so that a double backward
+    is refused by name."""
     if not gradients:
         return []
-    one = upstream is None or (type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0)
+    eager = type(gradients[0]) is Tensor
+    one = upstream is None or (eager and upstream.device.type == "cpu" and upstream.item() == 1.0)
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)
@@ -116,8 +122,10 @@ def deliver(
     free = [place for place, buffer in enumerate(buffers) if buffer is None]
     values, leaves = [gradients[place] for place in free], [inputs[place] for place in free]
     if torch.is_grad_enabled():
-        anchors = [x for x in ctx.saved_tensors if x is not None and x.requires_grad]
         values = scale_gradients(values, upstream, leaves, anchors, op)
+    elif not one and eager:
+        for value in values:
+            _scale(value.view(-1), value.view(-1), upstream)
     elif not one:
         values = scale_gradients(values, upstream, leaves, [], op)
     result: list[Tensor | None] = [None] * len(gradients)

@@ -117,8 +117,9 @@ def implicit_token_loss(
         if not return_stats:
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
+    _check.plain_autograd(_OP, hidden, target, gate, up, down)
     keep = reference.pairs(hidden, valid, shift)
-    if max_rows is not None and not torch.compiler.is_compiling() and int(keep.sum()) > max_rows:
+    if max_rows is not None and _check.plain(hidden) and int(keep.sum()) > max_rows:
         raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
     scale = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":

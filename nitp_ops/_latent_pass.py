@@ -191,9 +191,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*tensors)  # not the buffer: each backward pass writes to it, which a saved tensor forbids
 
 
-def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
+def _recompute(ctx, saved: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
     """The gradients from the inputs again, under one upstream gradient a row if given."""
-    *tensors, keep, scale = ctx.saved_tensors
+    *tensors, keep, scale = saved
     if upstream is not None:
         # rows under a zero upstream are left out, so that a NaN in them stays out too
         keep, scale = keep & (upstream != 0), upstream.contiguous()
@@ -204,16 +204,19 @@ def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> l
 def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
     wanted, delivered = [False] * 4, []
     if upstream is not None:
+        saved = ctx.saved_tensors  # read once: checkpointing allows no second time
         if ctx.per_row:
             wanted = list(ctx.needs_input_grad[:4])
-            gradients, upstream = _recompute(ctx, wanted, upstream), None
+            gradients = _recompute(ctx, saved, wanted, upstream)
         else:
             wanted = ctx.wanted
-            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, wanted))
-        hidden, gate, _, down, *_ = ctx.saved_tensors
+            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, saved, wanted))
+        hidden, gate, _, down, *_ = saved
         flagged = (wanted[0], hidden, ctx.buffer), (wanted[1] or wanted[2], gate, None), (wanted[3], down, None)
         inputs, buffers = [x for flag, x, _ in flagged if flag], [b for flag, _, b in flagged if flag]
-        delivered = deliver(ctx, "implicit_token_loss", gradients, upstream, inputs, buffers)
+        anchors = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
+        rest = None if ctx.per_row else upstream
+        delivered = deliver(anchors, "implicit_token_loss", gradients, rest, inputs, buffers)
     ready = iter(delivered)
     d_hidden = next(ready) if wanted[0] else None
     both = next(ready) if wanted[1] or wanted[2] else None

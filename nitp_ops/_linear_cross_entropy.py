@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
+from ._gemm import gemm_dtype
 from ._head_job import (
     HeadJob,
     check_job,
@@ -85,10 +86,10 @@ def linear_cross_entropy(
         chunk_bytes: size of one chunk of logits. None: as large as the float32 weight gradient, within 32 to 120 MiB,
             or 512 rows up to 240 MiB.
         max_rows: a bound on the rows that count, for devices where the host does not know their number; on CPU, where
-            absent rows are always skipped, it is only checked.
+            absent rows are always skipped, it is only checked (not while tracing).
         hidden_grad_out, weight_grad_out: contiguous float32 buffers (float64 for float64) of hidden's and unembedding's
-            shape that the backward pass adds the gradient into, upstream included; autograd then gives None for that
-            input.
+            shape that every backward pass adds the gradient into, upstream included; autograd then gives None for that
+            input. Also a pass that asks for other gradients only adds to it.
         return_stats: True: also return `TokenStats`; "entropy": `TokenEntropyStats`, with the entropy of each row.
         backend: None (the device decides), "native" or "reference".
 
@@ -125,8 +126,12 @@ def linear_cross_entropy(
         _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
     )
     check_job(_OP, job, head, "")
+    gemm_dtype(_OP, unembedding, logits_dtype)  # refuses one that does not fit
     if max_rows is not None:
         _check.integer(_OP, "max_rows", max_rows, least=0)
+        flat = labelled(job, head)
+        if _check.plain(labels) and (count := int(present(flat.labels, ignore_index, flat.many).sum())) > max_rows:
+            raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {count}, the rows that count")
     entropy = return_stats == "entropy"
     if rows.choose(_OP, hidden.device, backend) == "reference":
         widened, weight = for_reference(job, head)
@@ -134,11 +139,8 @@ def linear_cross_entropy(
         terms |= {"label_smoothing": label_smoothing, "reduction": reduction, "normalizer": normalizer}
         loss = reference.linear_cross_entropy(widened.hidden, weight, labels, **terms, **reference_options(head))
         return (loss, reference_stats(job, head, entropy)) if return_stats else loss
+    _check.plain_autograd(_OP, hidden, unembedding, bias)
     flat = labelled(job, head)
-    if max_rows is not None and not torch.compiler.is_compiling():
-        count = int(present(flat.labels, ignore_index, flat.many).sum())
-        if count > max_rows:
-            raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {count}, the rows that count")
     if reduction == "mean":
         count = counted(flat, ignore_index) if normalizer is None else normalizer
         flat = flat._replace(row_weight=flat.row_weight / count)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import _check, reference, rows
 from ._head_job import (
     HeadJob,
     TokenStats,
@@ -63,6 +63,8 @@ def shared_linear_cross_entropy(
         >>> round(loss.item(), 4)  # 2 jobs * 3 rows * 0.5 * ln 16
         8.3178
     """
+    if not isinstance(jobs, Sequence):
+        raise TypeError(f"{_OP}: jobs is a {type(jobs).__name__}, expected a sequence of HeadJob")
     if not jobs:
         raise ValueError(f"{_OP}: jobs is empty, expected at least one HeadJob")
     head = head_of(
@@ -75,5 +77,6 @@ def shared_linear_cross_entropy(
         weight = widened[0][1]
         loss = reference.shared_linear_cross_entropy([job for job, _ in widened], weight, **reference_options(head))
         return loss, tuple(reference_stats(job, head) for job in jobs)
+    _check.plain_autograd(_OP, unembedding, bias, *(job.hidden for job in jobs))
     loss, values = token_pass([labelled(job, head) for job in jobs], head)
     return loss, tuple(stats_of(values, jobs))

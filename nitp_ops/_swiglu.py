@@ -45,6 +45,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     _check.same_device(_OP, "up", up, "gate", gate)
     if rows.choose(_OP, gate.device, backend) == "reference":
         return reference.swiglu(gate, up)
+    _check.plain_autograd(_OP, gate, up)
     return _forward(gate, up)
 
 

@@ -125,24 +125,20 @@ def _token_pass(
     vocabulary, width = unembedding.shape
     weight = Weight(unembedding, dtype)
     offset = None if bias is None else bias.to(work).contiguous()
-    counts = [len(each) for each in labels]
-    starts = [sum(counts[:job]) for job in range(len(counts))]
-    stats = torch.full((3 if entropy else 2, sum(counts)), float("nan"), dtype=work, device=device)
-    stats[0].zero_()
-    prediction = torch.full((sum(counts),), -1, dtype=torch.int64, device=device)
-    target_logit = [torch.full(each.shape, float("nan"), dtype=work, device=device) for each in labels]
+    record = _Record(labels, 3 if entropy else 2, work)
     d_hidden = [
         torch.zeros(h.shape, dtype=formed_dtype(h, buffer), device=device)
-        for h, buffer, wanted in zip(hidden, buffers, wanted, strict=False)
-        if wanted
+        for h, buffer, flag in zip(hidden, buffers, want_hidden, strict=False)
+        if flag
     ]
     d_bias = torch.zeros(vocabulary, dtype=work, device=device) if want_bias else None
     selected = [select(present(own, ignore_index, sets)) for own, sets in zip(labels, many, strict=True)]
     lengths = [length_of(rows) for rows in selected]
     weights = unembedding.numel() if want_weight else 0
-    step = max(rows_per_chunk(length, vocabulary * dtype.itemsize, chunk_bytes, weights) for length in lengths)
-    # silent jobs add no part, so that they do not change how the others' gradients are rounded
-    parts = sum(-(-length // step) for length, scale in zip(lengths, row_weight, strict=True) if bool(scale.any()))
+    # silent jobs count for nothing here, so that they do not change how the others' gradients are rounded
+    loud = [length for length, scale in zip(lengths, row_weight, strict=True) if bool(scale.any())]
+    step = max(rows_per_chunk(length, vocabulary * dtype.itemsize, chunk_bytes, weights) for length in loud or lengths)
+    parts = sum(-(-length // step) for length in loud)
     d_weight = None
     if want_weight:
         d_weight = WeightGradient(
@@ -156,9 +152,8 @@ def _token_pass(
     for job, (h, own, scale) in enumerate(zip(hidden, labels, row_weight, strict=True)):
         _check.labels_inside(op, "labels", own, ignore_index, vocabulary, many[job])
         source, targets = Rows(h), target_weight[job]
-        d_rows = next(into).view(-1, width) if want_hidden[job] else None
+        d_rows = next(into).view(len(own), width) if want_hidden[job] else None
         any_gradient = d_rows is not None or d_weight is not None or d_bias is not None
-        mine = slice(starts[job], starts[job] + counts[job])
         for part in chunks(selected[job], step):
             chunk = source.take(part).to(dtype)
             n = len(chunk)
@@ -166,17 +161,14 @@ def _token_pass(
             live = part_scale != 0
             differentiate = any_gradient and bool(live.any())
             logits = weight.times(chunk, buffer[:n])
-            part_stats, part_prediction = stats.new_empty(len(stats), n), prediction.new_empty(n)
-            part_logit = stats.new_empty(n, own.shape[1])
+            values = record.of_chunk(job, n)
             torch.ops.nitp_ops.cross_entropy_rows_(
                 logits, own[part].contiguous(), None if targets is None else targets[part].contiguous(), offset,
-                class_weight[job], part_scale, part_stats, part_logit, part_prediction, ignore_index, many[job],
-                label_smoothing[job], z_loss[job], softcap, logit_scale, differentiate,
+                class_weight[job], part_scale, values.stats, values.target_logit, values.prediction, ignore_index,
+                many[job], label_smoothing[job], z_loss[job], softcap, logit_scale, differentiate,
             )  # fmt: skip
-            total += torch.where(live, part_stats[0] * part_scale, 0).sum(dtype=torch.float64)
-            place(stats[:, mine], 1, part, part_stats)
-            place(prediction[mine], 0, part, part_prediction)
-            place(target_logit[job], 0, part, part_logit)
+            record.place(job, part, values)
+            total += torch.where(live, values.stats[0] * part_scale, 0).sum(dtype=torch.float64)
             if not differentiate:
                 continue
             if d_rows is not None:
@@ -194,12 +186,37 @@ def _token_pass(
         gradients.append(d_weight.result())
     if d_bias is not None and bias is not None:
         gradients.append(d_bias.to(formed_dtype(bias, None)))
-    values = stats, prediction, torch.cat([each.view(-1) for each in target_logit])
+    stats, prediction, target_logit = record.of_all()
     if per_row:
         weights = torch.cat(row_weight)
         silent = (weights == 0) | (prediction < 0)
-        return torch.where(silent, 0, weights * stats[0]), *values, gradients
-    return total.to(work), *values, gradients
+        return torch.where(silent, 0, weights * stats[0]), stats, prediction, target_logit, gradients
+    return total.to(work), stats, prediction, target_logit, gradients
+
+
+class _Record:
+    """The values of every row of every job: 0, NaN and -1 where a row was not computed."""
+
+    def __init__(self, labels: list[Tensor], fields: int, work: torch.dtype):
+        counts = [len(each) for each in labels]
+        self.stats = torch.full((fields, sum(counts)), float("nan"), dtype=work, device=labels[0].device)
+        self.stats[0].zero_()
+        self.prediction = labels[0].new_full((sum(counts),), -1)
+        self.logits = [self.stats.new_full(each.shape, float("nan")) for each in labels]
+        self.rows = [slice(sum(counts[:job]), sum(counts[: job + 1])) for job in range(len(counts))]
+
+    def of_chunk(self, job: int, rows: int) -> RowValues:
+        """Room for one chunk."""
+        logits = self.logits[job].new_empty(rows, self.logits[job].shape[1])
+        return RowValues(self.stats.new_empty(len(self.stats), rows), self.prediction.new_empty(rows), logits)
+
+    def place(self, job: int, part: Tensor | slice, values: RowValues) -> None:
+        place(self.stats[:, self.rows[job]], 1, part, values.stats)
+        place(self.prediction[self.rows[job]], 0, part, values.prediction)
+        place(self.logits[job], 0, part, values.target_logit)
+
+    def of_all(self) -> RowValues:
+        return RowValues(self.stats, self.prediction, torch.cat([each.view(-1) for each in self.logits]))
 
 
 def present(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
@@ -233,9 +250,11 @@ def _save(ctx, inputs, output) -> None:
     ctx.buffers = buffers  # not saved: each backward pass writes to them, which a saved tensor forbids
 
 
-def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
+def _recompute(
+    ctx, saved_tensors: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor | None = None
+) -> list[Tensor]:
     """The gradients from the inputs again, the row weights times `upstream`."""
-    jobs, saved = ctx.jobs, iter(ctx.saved_tensors)
+    jobs, saved = ctx.jobs, iter(saved_tensors)
     hidden, (unembedding, bias), labels, target_weight, row_weight, class_weight = (
         [next(saved) for _ in range(size)] for size in (jobs, 2, jobs, jobs, jobs, jobs)
     )
@@ -247,18 +266,21 @@ def _recompute(ctx, wanted: Sequence[bool], upstream: Tensor | None = None) -> l
 def _differentiate(ctx, upstream: Tensor | None, *_):
     wanted, delivered = [False] * (ctx.jobs + 2), []
     if upstream is not None:
+        saved = ctx.saved_tensors  # read once: checkpointing allows no second time
         if ctx.per_row:
             _, of_hidden, *of_head = ctx.needs_input_grad[:4]
             wanted = [*of_hidden, *of_head]
-            gradients, upstream = _recompute(ctx, wanted, upstream), None
+            gradients = _recompute(ctx, saved, wanted, upstream)
         else:
             wanted = ctx.wanted
-            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, wanted))
+            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, saved, wanted))
         inputs, buffers = (
             [x for x, flag in zip(tensors, wanted, strict=True) if flag]
-            for tensors in (ctx.saved_tensors[: ctx.jobs + 2], ctx.buffers)
+            for tensors in (saved[: ctx.jobs + 2], ctx.buffers)
         )
-        delivered = deliver(ctx, "linear_cross_entropy", gradients, upstream, inputs, buffers)
+        anchors = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
+        rest = None if ctx.per_row else upstream
+        delivered = deliver(anchors, "linear_cross_entropy", gradients, rest, inputs, buffers)
     ready = iter(delivered)
     *d_hidden, d_weight, d_bias = (next(ready) if flag else None for flag in wanted)
     return None, d_hidden, d_weight, d_bias, *ctx.without

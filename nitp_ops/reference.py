@@ -77,7 +77,10 @@ def reduce(rows: Tensor, counts: Tensor, reduction: str, normalizer: Any) -> Ten
         return rows
     if reduction == "sum":
         return rows.sum()
-    return rows.sum() / (counts.sum().clamp(min=1) if normalizer is None else normalizer)
+    if normalizer is None:
+        normalizer = counts.sum().clamp(min=1)
+    # no row that counts: 0, whatever divides it
+    return torch.where(counts.any(), rows.sum() / normalizer, rows.sum()).to(rows.dtype)
 
 
 def implicit_token_loss(
@@ -131,7 +134,7 @@ def transformed_logits(
 ) -> Tensor:
     """cap tanh(scale (W h + b) / cap), the GEMM in W's dtype, the rest in float32 (float64 for float64)."""
     logits = F.linear(hidden.to(unembedding.dtype), unembedding).to(working(unembedding))
-    z = logit_scale * (logits if bias is None else logits + bias)
+    z = logit_scale * (logits if bias is None else logits + bias.to(logits.dtype))
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
@@ -178,7 +181,7 @@ def linear_cross_entropy(
         loss = loss + label_smoothing * smooth
     loss = loss + z_loss * lse.square()
     if token_weight is not None:
-        loss = loss * token_weight.expand(counted.shape)[keep]
+        loss = loss * token_weight.to(work).expand(counted.shape)[keep]
     rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)
     if class_weight is None:
         return reduce(rows, counted, reduction, normalizer)

@@ -147,3 +147,18 @@ def test_the_graph_keeps_no_copy_of_the_weight_gradient_after_backward():
     assert node is not None and node.formed.gradients  # type: ignore[attr-defined]
     loss.backward()
     assert node.formed.gradients is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("deviation", [1.0, 3.0, 14.0])
+def test_float32_logits_of_any_size_stay_within_budget_by_mkl_and_usual_ones_by_onednn(deviation):
+    """Decision 0008: large logits keep the budget where PyTorch's switch asks for its own products."""
+    hidden = torch.randn(128, 256).requires_grad_()
+    weight = (deviation / 16 * torch.randn(3000, 256)).requires_grad_()
+    labels = torch.randint(0, 3000, (128,))
+    inputs = [hidden, weight]
+    with torch.backends.mkldnn.flags(enabled=deviation <= 3):  # type: ignore[attr-defined]
+        in_budget(
+            lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels),
+            lambda h, w: reference.linear_cross_entropy(h, w, labels),
+            inputs,
+        )

@@ -3,8 +3,11 @@
 import pytest
 import torch
 from budget import close, outputs
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 import nitp_ops
 
@@ -77,7 +80,8 @@ def test_opcheck_accepts_the_registration(call):
     with Recorder():
         loss = call(*inputs)
         forward_ops = len(seen)
-        torch.autograd.grad((loss * 0.37).sum(), [x for x in inputs if x.requires_grad], allow_unused=True)
+        wanted = [x for x in inputs if x.requires_grad]
+        torch.autograd.grad((loss * 0.37).sum(), wanted, allow_unused=True, create_graph=True)
     assert 0 < forward_ops < len(seen)
     for place, (func, args) in enumerate(seen):
 
@@ -165,6 +169,41 @@ def test_other_devices_are_refused_by_name():
     assert nitp_ops.swiglu(meta, meta).shape == (2, 3)
     refusal = nitp_ops.rows.refusal(torch.device("cuda"))
     assert refusal is not None and "no compiled row kernels for cuda" in refusal
+
+
+@EVERY
+def test_activation_checkpointing_changes_nothing(call):
+    inputs = tensors(torch.float64)
+    plain = outputs(call, inputs, 0.37)
+    checkpointed = outputs(lambda *x: checkpoint(call, *x, use_reentrant=False), inputs, 0.37)
+    for a, b in zip(checkpointed, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+@EVERY
+def test_forward_mode_is_refused_by_name(call):
+    inputs = [x.detach() for x in tensors()]
+    tangents = [torch.ones_like(x) for x in inputs]
+    with pytest.raises(NotImplementedError, match=r"torch.func transform .* expected plain reverse mode"):
+        torch.func.jvp(call, tuple(inputs), tuple(tangents))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation came"):
+        call(*(forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)))
+
+
+def test_double_backward_through_the_upstream_of_none_is_refused_by_name():
+    hidden, weight, *_ = tensors(torch.float64)
+    scale = torch.full((2, 5), 2.0, dtype=torch.float64, requires_grad=True)
+    loss = (scale * nitp_ops.linear_cross_entropy(hidden, weight, LABELS, reduction="none")).sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(gradient.sum(), scale)
+
+
+def test_fake_tensors_pass_the_doors():
+    with FakeTensorMode():
+        hidden, weight = torch.empty(3, 6), torch.empty(11, 6)
+        loss = nitp_ops.linear_cross_entropy(hidden, weight, torch.zeros(3, dtype=torch.int64))
+    assert loss.shape == ()
 
 
 def test_vmap_is_refused_by_name():

@@ -28,6 +28,20 @@ def test_a_job_of_weight_zero_leaves_the_other_gradients_bit_identical(dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_longer_job_of_weight_zero_does_not_move_the_chunks_of_the_others(dtype):
+    hidden, weight, labels = make(rows=60, width=64, vocabulary=1000, dtype=dtype)
+    main = nitp_ops.HeadJob(hidden[:50], labels[:50], torch.tensor(0.01))
+    silent = nitp_ops.HeadJob(hidden, labels, torch.tensor(0.0))
+    size = 30 * 1000 * dtype.itemsize
+    alone = outputs(lambda h, w: nitp_ops.shared_linear_cross_entropy([main], w, chunk_bytes=size)[0], [hidden, weight])
+    beside = outputs(
+        lambda h, w: nitp_ops.shared_linear_cross_entropy([main, silent], w, chunk_bytes=size)[0], [hidden, weight]
+    )
+    for a, b in zip(alone, beside, strict=True):
+        assert torch.equal(a, b)
+
+
 @given(st.integers(1, 4), st.integers(0, 2**20))
 def test_the_shared_pass_equals_the_sum_of_its_jobs(count, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -210,13 +210,14 @@ def test_float16_gradients_do_not_underflow_under_a_loss_scale():
         close(a, b, 2**-10)
 
 
-def test_a_constant_offset_of_10000_cancels_before_anything_is_rounded_to_it():
+@pytest.mark.parametrize("e", [0.0, 0.1, 1.0])
+def test_a_constant_offset_of_10000_cancels_before_anything_is_rounded_to_it(e):
     hidden, weight, labels = make(dtype=torch.float32)
     hidden = torch.cat([hidden.detach(), torch.full((12, 1), 100.0)], 1).requires_grad_()
     weight = torch.cat([weight.detach(), torch.full((31, 1), 100.0)], 1).requires_grad_()
-    ours = outputs(lambda h, w: linear_cross_entropy(h, w, labels, label_smoothing=0.1), [hidden, weight])
+    ours = outputs(lambda h, w: linear_cross_entropy(h, w, labels, label_smoothing=e), [hidden, weight])
     inputs = widened([hidden, weight])
-    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels, label_smoothing=0.1), inputs)
+    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels, label_smoothing=e), inputs)
     # the logits themselves round to 2^-10 at 10^4; nothing rounds further
     assert abs(ours[0].item() - exact[0].item()) < 2**-10
     for a, b in zip(ours[1:], exact[1:], strict=True):

@@ -38,7 +38,7 @@ struct RowReader {
 template <class A>
 struct RowSums {
   A max;
-  double sum, total;  // sum exp(z - max), sum class_weight z
+  double sum, below;  // sum exp(z - max), sum class_weight (z - max)
   int64_t argmax;
 };
 
@@ -54,31 +54,38 @@ template <class A, class Read>
 NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exponentials) {
   RowSums<A> row{A(-INFINITY), 0, 0, 0};
   int64_t best_block = 0;
+  double mass = 0;  // sum of class_weight so far
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t n = columns - first < kBlock ? columns - first : kBlock;
     A* z = exponentials.values.data() + first;
-    A block_max = A(-INFINITY), block_total = A(0), block_sum = A(0);
-#pragma omp simd reduction(max : block_max) reduction(+ : block_total)
+    A block_max = A(-INFINITY), block_below = A(0), block_mass = A(0), block_sum = A(0);
+#pragma omp simd reduction(max : block_max)
     for (int64_t j = 0; j < n; ++j) {
       const A x = read(first + j);
       z[j] = x;
       block_max = x > block_max ? x : block_max;
-      if (Read::smoothing != Smoothing::none) block_total += read.weight(first + j) * x;
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
+      if (mass != 0) row.below -= mass * (static_cast<double>(block_max) - row.max);
       row.max = block_max;
       best_block = first;
     }
     exponentials.base[first / kBlock] = row.max;
     const A shift = row.max == A(-INFINITY) ? A(0) : row.max;
-#pragma omp simd reduction(+ : block_sum)
+#pragma omp simd reduction(+ : block_sum, block_below, block_mass)
     for (int64_t j = 0; j < n; ++j) {
-      z[j] = exp_nonpositive(z[j] - shift);
+      const A below = z[j] - shift;
+      if (Read::smoothing != Smoothing::none) {
+        block_below += read.weight(first + j) * below;
+        block_mass += read.weight(first + j);
+      }
+      z[j] = exp_nonpositive(below);
       block_sum += z[j];
     }
     row.sum += block_sum;
-    row.total += block_total;
+    row.below += block_below;
+    mass += block_mass;
   }
   // The first column of the best block that holds the maximum (a row of NaN has none: 0).
   const int64_t n = columns - best_block < kBlock ? columns - best_block : kBlock;
@@ -214,8 +221,8 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
       a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : static_cast<A>(entropy);
     }
     if (!absent) {
-      const double mean = row.total / a.columns, mass = by_class ? a.class_mass : targets.mass;
-      const double smooth_gap = mass * (log_sum + row.max) - (by_class ? mean : mass * mean);
+      const double below = row.below / a.columns, mass = by_class ? a.class_mass : targets.mass;
+      const double smooth_gap = mass * log_sum - (by_class ? below : mass * below);
       const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.mass), static_cast<A>(mass)};
       a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)), static_cast<A>(smooth_gap));
       if (a.gradient && scale != A(0)) {

@@ -3,7 +3,7 @@
 // onednn_matmul_: float32 products by oneDNN. torch.mm hands float32 to MKL, which on AMD processors reached 142-197
 // GFLOP/s where oneDNN reached 202-217 (256 rows against [32000, 512] to [151936, 896], two cores). The public switch
 // (torch.backends.mkldnn.matmul.fp32_precision) is global and would mean real bfloat16 on some processors;
-// at::native::mkldnn_matmul, which libtorch_cpu exports, takes no state and stays float32.
+// at::native::mkldnn_matmul, which libtorch_cpu exports, keeps no state and follows the user's own flags.
 //
 // use_huge_pages_: a fresh block of 100 MiB costs 25,000 page faults, 3-8 % of the products that fill it.
 #include <dlfcn.h>
