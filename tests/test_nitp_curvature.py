@@ -61,7 +61,9 @@ def orthogonal(seed: int, *others: Tensor) -> Tensor:
     """A random unit vector orthogonal to the rows of `others`."""
     basis = torch.linalg.qr(torch.cat([x.reshape(-1, x.shape[-1]) for x in others]).T)[0]
     w = normal(seed, basis.shape[0])
-    return F.normalize(w - basis @ (basis.T @ w), dim=0)
+    for _ in range(2):  # once leaves what rounding keeps of a w that lies almost in their span
+        w = F.normalize(w - basis @ (basis.T @ w), dim=0)
+    return w
 
 
 GEOMETRIES = st.tuples(

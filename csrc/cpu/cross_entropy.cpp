@@ -249,11 +249,15 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
 
 template <class T, class A>
 void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
-  if (a.bias) {
-    a.softcap > A(0) ? rows<true, true>(a, begin, end) : rows<true, false>(a, begin, end);
-  } else {
-    a.softcap > A(0) ? rows<false, true>(a, begin, end) : rows<false, false>(a, begin, end);
+  if (!(a.softcap > A(0))) {
+    a.bias ? rows<true, false>(a, begin, end) : rows<false, false>(a, begin, end);
+    return;
   }
+  // A capped row spends its time in tanh: zeros for a missing bias spare a quarter of this file's code.
+  const std::vector<A> zeros(a.bias ? 0 : a.columns);
+  CrossEntropyRows<T, A> biased = a;
+  if (!a.bias) biased.bias = zeros.data();
+  rows<true, true>(biased, begin, end);
 }
 
 template void cross_entropy_rows(const CrossEntropyRows<double, double>&, int64_t, int64_t);
