@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference
+from ._gemm import gemm_dtype
 from ._token_pass import Head, Labelled, RowValues, present
 
 
@@ -199,6 +200,7 @@ def for_reference(job: HeadJob, head: Head) -> tuple[HeadJob, Tensor]:
         raise ValueError(
             f"{head.op}: {given[0]} came with backend='reference', expected none (it leaves gradients to autograd)"
         )
+    gemm_dtype(head.op, head.unembedding, head.logits_dtype)  # refuses a logits_dtype that does not fit
     if head.logits_dtype == "auto":
         return job, head.unembedding
     dtype = head.logits_dtype

@@ -73,7 +73,7 @@ def implicit_token_loss(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         BackendError: no compiled row kernels for this device.
-        NotImplementedError: double backward.
+        NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
         >>> import torch, nitp_ops

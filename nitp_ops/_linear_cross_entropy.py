@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._gemm import gemm_dtype
 from ._head_job import (
     HeadJob,
     check_job,
@@ -60,7 +59,8 @@ def linear_cross_entropy(
     ``loss = w * [S * lse - (1 - e) * sum_k w_k z_k - e * S * mean_v z_v + c * lse^2]``, S = sum of present w_k.
 
     Rows go through in chunks; each chunk's logits are overwritten with their gradient, so that scalar reductions
-    cost three GEMMs and "none" four. The weight gradient is summed over chunks in float32 and rounded once.
+    cost three GEMMs and "none" four. The weight gradient is summed over chunks in float32 and rounded once (two chunks
+    in bfloat16: the second product is added to the rounded first before its own rounding).
 
     Args:
         hidden: ``[..., d]`` float64, float32, bfloat16 or float16.
@@ -100,7 +100,7 @@ def linear_cross_entropy(
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not `ignore_index`.
         BackendError: no compiled row kernels for this device.
-        NotImplementedError: double backward, vmap.
+        NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
         >>> import torch, nitp_ops
@@ -126,10 +126,9 @@ def linear_cross_entropy(
         _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
     )
     check_job(_OP, job, head, "")
-    gemm_dtype(_OP, unembedding, logits_dtype)  # refuses one that does not fit
+    flat = labelled(job, head)
     if max_rows is not None:
         _check.integer(_OP, "max_rows", max_rows, least=0)
-        flat = labelled(job, head)
         if _check.plain(labels) and (count := int(present(flat.labels, ignore_index, flat.many).sum())) > max_rows:
             raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {count}, the rows that count")
     entropy = return_stats == "entropy"
@@ -140,7 +139,6 @@ def linear_cross_entropy(
         loss = reference.linear_cross_entropy(widened.hidden, weight, labels, **terms, **reference_options(head))
         return (loss, reference_stats(job, head, entropy)) if return_stats else loss
     _check.plain_autograd(_OP, hidden, unembedding, bias)
-    flat = labelled(job, head)
     if reduction == "mean":
         count = counted(flat, ignore_index) if normalizer is None else normalizer
         flat = flat._replace(row_weight=flat.row_weight / count)

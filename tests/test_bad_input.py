@@ -21,6 +21,7 @@ Y2 = torch.tensor([[0, -1], [0, 0], [0, 1]])
 Y1W, Y2W = torch.ones(3, 1), torch.ones(3, 2)
 LEARNED = torch.ones(3, requires_grad=True)
 IN_PYTHON = partial(lce, HL, W, Y, hidden_grad_out=H.clone(), backend="reference")
+INTEGER_LOGITS = partial(lce, H, W, Y, logits_dtype=torch.int64, backend="reference")
 TWICE = partial(lce, H, W, Y2, target_weight=Y2W, class_weight=W[:, 0])
 WRONG = [
     (TypeError, "hidden is a list, expected a torch.Tensor", lambda: lce(A_LIST, W, Y)),
@@ -54,6 +55,7 @@ WRONG = [
     (ValueError, "class_weight came with target_weight", TWICE),
     (TypeError, "logits_dtype is 'x', expected 'auto' or a torch.dtype", lambda: lce(H, W, Y, logits_dtype="x")),
     (ValueError, "logits_dtype is torch.bfloat16, expected", lambda: lce(H, W, Y, logits_dtype=torch.bfloat16)),
+    (ValueError, "logits_dtype is torch.int64, expected", INTEGER_LOGITS),
     (ValueError, "max_rows is 2, expected at least 3", lambda: lce(H, W, Y, max_rows=2)),
     (TypeError, "max_rows is 2.0, expected an integer >= 0", lambda: lce(H, W, Y, max_rows=A_FLOAT)),
     (ValueError, "return_stats is 'all', expected False,", lambda: lce(H, W, Y, return_stats="all")),
