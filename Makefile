@@ -29,7 +29,7 @@ demo: $(STAMP)
 	$(PYTHON) examples/pretrain.py
 
 test: $(STAMP)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist worksteal  # the wheel that a test builds compiles beside the rest
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .
