@@ -1,7 +1,7 @@
-"""`python -m benchmarks.numerics`: measures linear_cross_entropy and writes docs/numerics.md and its figure.
+"""`python -m benchmarks.numerics`: measures both fused losses, writes docs/numerics.md and docs/implicit-numerics.md.
 
-Time against the products that it must form, memory, error against the number of chunks, the cost of a chunk's size, and
-growth in N and V. Every number of that page comes from here.
+Time against the products that each must form, memory, error against the number of chunks, the cost of a chunk's size,
+growth, and the row kernels. Every number of those pages comes from here.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import report
-from .token_numerics import DTYPES, Sizes, chunk_sizes, error_against_chunks, figure, growth, parts, reach
+from . import latent_numerics, report
+from .products import DTYPES, Sizes
+from .token_numerics import chunk_sizes, error_against_chunks, figure, growth, parts, reach
 
 FULL: Sizes = {
     "reach": [(4096, 512, 32000), (2048, 1024, 50304), (1024, 896, 151936)],
-    "rounds": 3,
+    "rounds": 5,
     "error": (4096, 64, 4096, (1, 4, 16, 64, 256)),
     "chunk": (2048, 1024, 50304, (4, 8, 16, 32, 64, 128, 256)),
     "rows": (256, 32768, (256, 512, 1024, 2048, 4096)),
@@ -52,14 +53,14 @@ def page(sizes: Sizes, threads: int, out: Path) -> str:
     at = " x ".join(str(each) for each in sizes["chunk"][:3])
     return f"""# Numbers of linear_cross_entropy
 
-Written by `python -m benchmarks.numerics`; nothing here is typed by hand.
+Written by `python -m benchmarks.numerics --only token`; nothing here is typed by hand.
 Machine: {report.machine_line(info)}.
 
 ## Time and memory
 
 Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
 already), each by the faster of MKL and oneDNN; the same with dW into new memory, as the op must return it; and all by
-`torch.mm`. Medians of {sizes["rounds"]} interleaved rounds.
+`torch.mm`. Medians of the ratios within {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
 Extra MiB: the peak of a fresh process's second step beyond the gradients and the float32 accumulator (default malloc).
 
@@ -106,15 +107,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--out", type=Path, default=report.ROOT / "docs", help="folder of the page (default docs/)")
+    parser.add_argument("--only", choices=("token", "latent"), help="one page: linear_cross_entropy's or the other")
     parser.add_argument("--toy", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args(arguments)
     if not options.out.is_dir():
         print(f"benchmarks.numerics: --out is {options.out}, expected an existing folder", file=sys.stderr)
         return 2
-    text = page(TOY if options.toy else FULL, options.threads, options.out)
-    (options.out / "numerics.md").write_text(text)
-    print(f"written to {options.out / 'numerics.md'}")
+    if options.only != "latent":
+        text = page(TOY if options.toy else FULL, options.threads, options.out)
+        _written(options.out / "numerics.md", text)
+    if options.only != "token":
+        sizes = latent_numerics.TOY if options.toy else latent_numerics.FULL
+        _written(options.out / "implicit-numerics.md", latent_numerics.page(sizes, options.threads))
     return 0
+
+
+def _written(path: Path, text: str) -> None:
+    path.write_text(text)
+    print(f"written to {path}")
 
 
 if __name__ == "__main__":

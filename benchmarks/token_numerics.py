@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,27 +17,12 @@ from nitp_ops import reference
 
 from . import measure
 from .cases import OPS
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Sizes = dict[str, Any]
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+from .products import DTYPES, Sizes, exponent, faster, in_child, interleaved, markdown, medians, multiplied, ratio
 
 
 def problem(n: int, d: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     inputs = OPS["linear_cross_entropy"].inputs({"N": n, "d": d, "V": vocabulary}, dtype).arguments
     return inputs["hidden"], inputs["unembedding"], inputs["labels"]
-
-
-def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of interleaved runs, the first call of each left out."""
-    for run in runs.values():
-        run()
-    times = measure.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
@@ -48,56 +31,32 @@ def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
     loss().backward()
 
 
-def products(h: Tensor, w: Tensor, multiply: Callable[[Tensor, Tensor, Tensor], object]) -> dict[str, Callable]:
-    """The three products alone, into outputs that exist already."""
+def products(h: Tensor, w: Tensor) -> dict[str, Callable[[], object]]:
+    """The three products alone, by each library, into outputs that exist already."""
     h, w = h.detach(), w.detach()
     logits, d_h, d_w = h.new_empty(len(h), len(w)), torch.empty_like(h), torch.empty_like(w)
     calls = {"logits": (h, w.t(), logits), "dh": (logits, w, d_h), "dW": (logits.t(), h, d_w)}
-    return {name: partial(multiply, *call) for name, call in calls.items()}
+    return {name: run for product, call in calls.items() for name, run in multiplied(product, *call).items()}
 
 
-def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.mm(a, b, out=out)
-
-
-def _onednn(a: Tensor, b: Tensor, out: Tensor) -> None:
-    torch.ops.nitp_ops.onednn_matmul_(out, a, b)
-
-
-def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """Seconds of the products (by torch.mm; by the faster library), ours, ours with half the rows ignored, eager."""
+def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    """Seconds in each round: the products (faster library; torch.mm), ours, ours with half the rows ignored, eager."""
     h, w, labels = problem(*shape, dtype)
     half = labels.clone()
     half[torch.randperm(len(half), generator=torch.Generator().manual_seed(3))[: len(half) // 2]] = -100
-    runs: dict[str, Callable[[], object]] = {f"mm {k}": f for k, f in products(h, w, _mm).items()}
-    if dtype == torch.float32 and has_onednn():
-        runs |= {f"onednn {k}": f for k, f in products(h, w, _onednn).items()}
-    logits, hidden = runs["mm logits"].args[2], h.detach()  # type: ignore[attr-defined]
-    runs["fresh dW"] = lambda: torch.mm(logits.t(), hidden)
+    runs = products(h, w)
+    transposed, hidden = runs["mm dW"].args  # type: ignore[attr-defined]
+    runs["fresh dW"] = lambda: torch.mm(transposed, hidden)
     runs["ours"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, labels), (h, w))
     runs["half"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, half), (h, w))
     runs["eager"] = partial(step, lambda: F.cross_entropy(F.linear(h, w), labels), (h, w))
-    times = medians(runs, rounds)
-    names = ("logits", "dh", "dW")
-    floor = {"mm": sum(times[f"mm {k}"] for k in names)}
-    floor["faster"] = sum(min(times[f"mm {k}"], times.get(f"onednn {k}", math.inf)) for k in names)
+    times = interleaved(runs, rounds)
+    mm = [sum(each) for each in zip(*(times[f"mm {k}"] for k in ("logits", "dh", "dW")), strict=True)]
     # what the op cannot spare: the gradient that it returns is new memory
-    floor["fresh"] = floor["faster"] + max(0.0, times["fresh dW"] - times["mm dW"])
-    return {k: times[k] for k in ("ours", "half", "eager")} | floor
-
-
-def has_onednn() -> bool:
-    from nitp_ops import _C
-
-    return _C.has_onednn_matmul()
-
-
-def in_child(task: Callable[[], Any], threads: int, malloc: str = "default") -> Any:
-    def configured() -> Any:
-        measure.configure(threads, malloc)
-        return task()
-
-    return measure.in_child(configured)
+    new = max(0.0, statistics.median(times["fresh dW"]) - statistics.median(times["mm dW"]))
+    fast = faster(times)
+    floors = {"products": fast, "new": [each + new for each in fast], "mm": mm}
+    return {k: times[k] for k in ("ours", "half", "eager")} | floors
 
 
 def reach(sizes: Sizes, threads: int) -> str:
@@ -112,10 +71,11 @@ def reach(sizes: Sizes, threads: int) -> str:
             extra["ours"] -= plan.accumulator_bytes / 2**20
             for malloc in measure.MALLOC:
                 t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, malloc)
-                ratios = [f"{t['ours'] / t[floor]:.2f}" for floor in ("faster", "fresh", "mm")]
-                ratios += [f"{t['eager'] / t['faster']:.2f}", f"{t['half'] / t['ours']:.2f}"]
+                pairs = ("ours", "products"), ("ours", "new"), ("ours", "mm"), ("eager", "products"), ("half", "ours")
+                ratios = [f"{ratio(t[a], t[b]):.2f}" for a, b in pairs]
                 memory = [f"{extra['ours']:.0f}", f"{extra['eager']:.0f}"]
-                rows.append([f"{n} x {d} x {v}", name, malloc, f"{1e3 * t['ours']:.0f}", *ratios, *memory])
+                milliseconds = f"{1e3 * statistics.median(t['ours']):.0f}"
+                rows.append([f"{n} x {d} x {v}", name, malloc, milliseconds, *ratios, *memory])
                 print(rows[-1], flush=True)
     header = [
         "N x d x V",
@@ -232,12 +192,6 @@ def growth(sizes: Sizes, threads: int) -> tuple[str, dict[str, float]]:
     return markdown(["size, float32", "ms"], rows), exponents
 
 
-def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
-    """Slope of log time against log size, least squares."""
-    x, y = [math.log(s) for s in sizes], [math.log(t) for t in times]
-    return statistics.linear_regression(x, y).slope
-
-
 def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, float]]]:
     """The row kernel by itself and the products by chunk size: what the roofline is made of."""
     numbers, vocabularies = sizes["kernel"]
@@ -264,11 +218,8 @@ def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, flo
         found = {}
         for n in chunk_rows:
             h, w, _ = problem(n, d, v, dtype)
-            times = medians(dict(products(h, w, _mm)), 5)
-            if dtype == torch.float32 and has_onednn():
-                faster = medians(dict(products(h, w, _onednn)), 5)
-                times |= {f"{k}, oneDNN": t for k, t in faster.items() if k != "dW"}
-            found[n] = {k: 2e-9 * n * d * v / t for k, t in times.items()}
+            times = medians(products(h, w), 5)
+            found[n] = {name: 2e-9 * n * d * v / t for name, t in times.items()}
         return found
 
     kernels = {name: in_child(partial(kernel, dtype), threads) for name, dtype in DTYPES.items()}

@@ -89,12 +89,12 @@ NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 6550
 }
 
 // exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6
-// Chebyshev fit of exp(r); relative error at most 9e-8 (measured at 4e7 points), 0 under -87, NaN stays NaN.
+// Chebyshev fit of exp(r); relative error at most 9e-8 (measured at 4e7 points), 0 under -87.7, NaN stays NaN.
 NITP_HD float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   return expf(x);
 #else
-  const float clamped = x < -87.0f ? -87.0f : x;
+  const float clamped = -88.0f > x ? -88.0f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
   const float n = shifted - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -102,10 +102,10 @@ NITP_HD float exp_nonpositive(float x) {
   const float power = 1.0f + (r + r * r * tail);
   uint32_t bits;
   memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;  // the low bits of `shifted` hold n in two's complement
+  bits = (bits + 127u) << 23;  // the low bits of `shifted` hold n in two's complement; n = -127 gives a scale of 0
   float scale;
   memcpy(&scale, &bits, sizeof scale);
-  return x < -87.0f ? 0.0f : power * scale;
+  return power * scale;
 #endif
 }
 NITP_HD double exp_nonpositive(double x) { return std::exp(x); }

@@ -15,11 +15,11 @@ MOST_BYTES = 120 * 2**20
 ENOUGH_ROWS = 512
 
 
-def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None, weights: int) -> int:
+def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None, weights: int, least: int = LEAST_BYTES) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
-    weights: numbers in the weight gradient that the chunks share."""
-    default = max(LEAST_BYTES, min(4 * weights, MOST_BYTES), min(ENOUGH_ROWS * row_bytes, 2 * MOST_BYTES))
+    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller."""
+    default = max(least, min(4 * weights, MOST_BYTES), min(ENOUGH_ROWS * row_bytes, 2 * MOST_BYTES))
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))

@@ -92,12 +92,13 @@ def explain(
     if op == "linear_cross_entropy":
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
         row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
+        step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights)
     else:
         inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_pass.row_bytes(width, inner, out_width, dtype)
         weights = 2 * inner * width + out_width * inner
-    step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights)
+        step = _latent_pass.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights)
     rounded = dtype.itemsize < 4 and rows > 2 * step  # only then is the sum a buffer beside the returned gradient
     return ChunkPlan(
         op=op,

@@ -109,10 +109,8 @@ class WeightGradient:
     def add(self, a: Tensor, b: Tensor) -> None:
         if not self.in_gemm:
             self._add_rounded(a, b)
-        elif self.empty:
-            torch.mm(a.t(), b, out=self.sum)
         else:
-            self.sum.addmm_(a.t(), b)
+            matmul(a.t(), b, self.sum, add=not self.empty)
         self.empty = False
 
     def _add_rounded(self, a: Tensor, b: Tensor) -> None:

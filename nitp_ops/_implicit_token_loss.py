@@ -58,8 +58,8 @@ def implicit_token_loss(
         reduction: "mean" divides by the number of valid pairs or by `normalizer`; "sum"; "none" returns ``[..., T]``
             with zeros where invalid. No valid pair: loss 0 and gradients 0.
         normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
-        chunk_bytes: size of one chunk's workspace; None: as large as the float32 weight gradients,
-            within 32 to 120 MiB, or 512 rows up to 240 MiB.
+        chunk_bytes: size of one chunk's workspace; None: 120 MiB (32 MiB without gate and up), or 512 rows up to
+            240 MiB.
         max_rows: a bound on the valid pairs, for devices where the host does not know their number; on CPU, where
             invalid rows are always skipped, it is only checked.
         hidden_grad_out: a contiguous float32 buffer (float64 for float64) of hidden's shape that the backward pass adds

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._chunks import Rows, chunks, direct, length_of, place, rows_per_chunk, select
+from ._chunks import LEAST_BYTES, MOST_BYTES, Rows, chunks, direct, length_of, place, rows_per_chunk, select
 from ._gemm import WeightGradient, fresh, gemm_dtype, matmul
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 
@@ -97,7 +97,7 @@ def _latent_pass(
     selected = select(keep)
     count = length_of(selected)
     weights = sum(w.numel() for w, flag in zip((gate, up, down), wanted[1:], strict=True) if flag and w is not None)
-    step = rows_per_chunk(count, row_bytes(width, inner, out_width, dtype), chunk_bytes, weights)
+    step = latent_rows(count, width, inner, out_width, dtype, chunk_bytes, weights)
     parts, most = -(-count // step), min(step, count)
     d_hidden = d_gate_up = d_down = None
     if want_hidden:
@@ -159,6 +159,14 @@ def _latent_pass(
 def row_bytes(width: int, inner: int, out_width: int, dtype: torch.dtype) -> int:
     """Workspace of one row: gate, up and product; prediction; the gathered and the gradient row of the hidden state."""
     return (3 * inner + out_width + 2 * width) * dtype.itemsize
+
+
+def latent_rows(
+    rows: int, width: int, inner: int, out_width: int, dtype: torch.dtype, chunk_bytes: int | None, weights: int
+) -> int:
+    """Rows a chunk. A projector's row is small beside its products: its chunks are few and large (decision 0007)."""
+    size = row_bytes(width, inner, out_width, dtype)
+    return rows_per_chunk(rows, size, chunk_bytes, weights, MOST_BYTES if inner else LEAST_BYTES)
 
 
 def _fused_gate_up(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:

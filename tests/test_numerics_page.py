@@ -1,14 +1,17 @@
-"""python -m benchmarks.numerics writes its page and figure from what it measures."""
+"""python -m benchmarks.numerics writes its pages and figure from what it measures."""
 
-from benchmarks import numerics, token_numerics
+from benchmarks import numerics, products
 
 
-def test_the_page_comes_from_measurements_at_toy_sizes(tmp_path, capsys):
+def test_the_pages_come_from_measurements_at_toy_sizes(tmp_path, capsys):
     assert numerics.main(["--toy", "--threads", "1", "--out", str(tmp_path)]) == 0
     page = (tmp_path / "numerics.md").read_text()
     for heading in ("Time and memory", "Error against the number of chunks", "Size of a chunk", "Growth", "Roofline"):
         assert f"## {heading}" in page
     assert page.count("| 8 x 4 x 20 |") == 4  # two dtypes, two malloc settings
+    latent = (tmp_path / "implicit-numerics.md").read_text()
+    for line in ("| 8 x 4 | float32 |", "| 8 x 4 | bfloat16 |", "| 16 |", "| alignment 8 x 4 |", "| swiglu 8 x 4 |"):
+        assert latent.count(line) == 1
     assert "<svg" in (tmp_path / "error-against-chunks.svg").read_text()
 
 
@@ -18,4 +21,9 @@ def test_a_missing_folder_is_one_line(tmp_path, capsys):
 
 
 def test_the_exponent_of_a_quadratic_is_two():
-    assert abs(token_numerics.exponent([1, 2, 4], [3.0, 12.0, 48.0]) - 2) < 1e-12
+    assert abs(products.exponent([1, 2, 4], [3.0, 12.0, 48.0]) - 2) < 1e-12
+
+
+def test_the_faster_library_is_chosen_a_product_and_its_rounds_are_added():
+    times = {"mm a": [3.0, 3.0], "onednn a": [1.0, 2.0], "mm b": [5.0, 7.0], "ours": [9.0, 9.0]}
+    assert products.faster(times) == [6.0, 9.0]

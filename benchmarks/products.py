@@ -1,0 +1,75 @@
+"""What the pages of numbers share: interleaved times, and products by the faster library that torch reaches."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measure
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Sizes = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each run in each round, the first call of each left out."""
+    for run in runs.values():
+        run()
+    return measure.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
+
+
+def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in interleaved(runs, rounds).items()}
+
+
+def ratio(times: list[float], base: list[float]) -> float:
+    """The median of the ratios within rounds, which a drift of the machine's speed cancels from."""
+    return measure.ratios(times, base)["median"]
+
+
+def multiplied(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
+    """out = a b by each library: runs for `faster`."""
+    runs: dict[str, Callable[[], object]] = {f"mm {name}": partial(torch.mm, a, b, out=out)}
+    if a.dtype == torch.float32 and has_onednn():
+        runs[f"onednn {name}"] = partial(torch.ops.nitp_ops.onednn_matmul_, out, a, b)
+    return runs
+
+
+def faster(times: dict[str, list[float]]) -> list[float]:
+    """In each round the sum over the products, each by the library whose median is less."""
+    total = [0.0] * min(len(each) for each in times.values())
+    for name in (each.removeprefix("mm ") for each in times if each.startswith("mm ")):
+        found = [times[f"{library} {name}"] for library in ("mm", "onednn") if f"{library} {name}" in times]
+        total = [a + b for a, b in zip(total, min(found, key=statistics.median), strict=True)]
+    return total
+
+
+def has_onednn() -> bool:
+    from nitp_ops import _C
+
+    return _C.has_onednn_matmul()
+
+
+def in_child(task: Callable[[], Any], threads: int, malloc: str = "default") -> Any:
+    def configured() -> Any:
+        measure.configure(threads, malloc)
+        return task()
+
+    return measure.in_child(configured)
+
+
+def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:
+    """Slope of log time against log size, least squares."""
+    x, y = [math.log(s) for s in sizes], [math.log(t) for t in times]
+    return statistics.linear_regression(x, y).slope
