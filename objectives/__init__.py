@@ -19,6 +19,7 @@ from .model_info import ModelInfo
 from .nitp import NITP
 from .ntp import NTP
 from .registry import available, register
+from .regularizers import CosineRegularizer
 from .schedule import Piecewise, Ramp, schedule
 from .schema import SpecError
 from .spec import Spec, parse
@@ -29,6 +30,7 @@ __all__ = [
     "NTP",
     "CompositeObjective",
     "Context",
+    "CosineRegularizer",
     "Counts",
     "HeadRows",
     "HeadTerm",

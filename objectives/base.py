@@ -117,7 +117,9 @@ class Objective:
         return None
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
-        """``{part: bool [B, T]}``, the rows that count; a term with one part calls it "". Reads no hidden stream."""
+        """``{part: [B, T]}``, the rows that count (bool) or how often each counts (int64: pairs, say).
+
+        A term with one part calls it "". Reads no hidden stream."""
         raise NotImplementedError
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:

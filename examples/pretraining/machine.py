@@ -18,10 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def machine_line(device: str) -> str:
     """Processor, cores, threads, device, versions: one line of facts."""
+    threads = torch.get_num_threads()
     facts = [
         processor(),
         f"{os.cpu_count()} cores",
-        f"{torch.get_num_threads()} threads",
+        f"{threads} threads" if threads > 1 else "1 thread",
         torch.cuda.get_device_name() if device == "cuda" else "no GPU used",
         f"Python {platform.python_version()}",
         f"torch {torch.__version__}",
