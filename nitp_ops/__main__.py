@@ -28,16 +28,16 @@ def env() -> int:
     return 0
 
 
-def gradient_error(backend: str) -> float:
+def gradient_error(backend: str, device: torch.device) -> float:
     """The largest relative difference of loss and gradients from the reference, over the four ops, in float64."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device).requires_grad_()
 
     hidden, weight, gate, up, down = leaf(2, 9, 8), leaf(33, 8), leaf(12, 8), leaf(12, 8), leaf(8, 12)
     target = leaf(2, 9, 8).detach()
-    labels = torch.arange(18).view(2, 9)
+    labels = torch.arange(18, device=device).view(2, 9)
 
     def losses(book, **options) -> list[torch.Tensor]:
         return [
@@ -64,14 +64,15 @@ def doctor() -> int:
     """A gradient check of every backend; 1 when something that is installed does not work."""
     broken = False
     for backend in rows.BACKENDS:
-        reason = rows.missing if backend == "native" else None
+        device = torch.device("cuda" if backend == "triton" else "cpu")
+        reason = None if backend == "reference" else rows.refusal(device, backend)
         if reason is not None:
-            installed = rows.LIBRARY.exists()
+            installed = rows.installed(backend)
             print(f"{backend:10} {'BROKEN' if installed else 'off'}: {reason}")
             broken |= installed
             continue
         start = time.perf_counter()
-        error = gradient_error(backend)
+        error = gradient_error(backend, device)
         ok = error < 1e-10
         seconds = time.perf_counter() - start
         print(

@@ -1,0 +1,225 @@
+"""Cross-entropy over rows of logits: csrc/cross_entropy.h holds the equations, csrc/library.cpp the arguments.
+
+One program a row. The first pass over its columns forms every sum online, lane by lane; the second writes the gradient,
+the K targets included, so that no element is stored twice and no store is read back. Scalars of a row are float64:
+few, and differences of large numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import blocks, check_rows, check_values, launch, size_of, working
+from .softmax import LOWEST, absorb
+
+_OP = "cross_entropy_rows_"
+_BYTES = 16384  # of one block in the working precision, of which a thread holds 64: more spills in float64
+
+
+@triton.jit
+def _tanh(x):
+    # sinh / cosh by their series near zero, where (1 - e) / (1 + e) cancels; seven terms are exact in float64
+    t = x * x
+    sinh = 1 + t * (1 / 110) * (1 + t * (1 / 156) * (1 + t * (1 / 210)))
+    sinh = x * (1 + t * (1 / 6) * (1 + t * (1 / 20) * (1 + t * (1 / 42) * (1 + t * (1 / 72) * sinh))))
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    return tl.where(t < 0.25, sinh / tl.sqrt(1 + sinh * sinh), tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _read(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constexpr, A: tl.constexpr):
+    """z = cap tanh(scale (x + bias) / cap), or scale (x + bias)."""
+    x = tl.load(logits + column, mask=inside, other=0.0).to(A)
+    if bias is not None:
+        x += tl.load(bias + column, mask=inside, other=0.0)
+    x = logit_scale * x
+    if CAPPED:
+        x = softcap * _tanh(x / softcap)
+    return x
+
+
+@triton.jit
+def _rows(
+    logits, labels, target_weight, bias, class_weight, row_scale, stats, target_logit, prediction,
+    columns, targets, logits_stride: tl.int64, stats_stride: tl.int64, ignore_index: tl.int64,
+    label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
+    NEGATIVE_IS_ABSENT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
+    GRADIENT: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # tl.full: under the interpreter a scalar is a Python number, which keeps its float64 digits only this way
+    e, c = tl.full((), label_smoothing, tl.float64), tl.full((), z_loss, tl.float64)
+    softcap, logit_scale = tl.full((), softcap, A), tl.full((), logit_scale, A)
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * logits_stride
+    lane = tl.arange(0, BLOCK)
+
+    # Of each lane: maximum, the block that holds it first, sum exp(z - maximum); with smoothing the weights so far and
+    # sum weight (z - maximum); for the entropy sum exp(z - maximum) (maximum - z).
+    most = tl.full([BLOCK], LOWEST, A)
+    found = tl.zeros([BLOCK], tl.int32)
+    total = tl.zeros([BLOCK], A)
+    weights = tl.zeros([BLOCK], A)
+    below = tl.zeros([BLOCK], A)
+    spread = tl.zeros([BLOCK], A)
+    for first in range(0, columns, BLOCK):
+        column = first + lane
+        inside = column < columns
+        z = _read(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+        z = tl.where(inside, z, float("-inf"))
+        step = z - most
+        if SMOOTHED:
+            weight = tl.where(inside, 1.0, 0.0).to(A)
+            if class_weight is not None:
+                weight = tl.load(class_weight + column, mask=inside, other=0.0)
+            below += tl.where(inside, weight * tl.minimum(step, 0.0), 0.0)
+            below -= tl.where(step > 0, weights * step, 0.0)
+            weights += weight
+        if ENTROPY:
+            shrink = tl.exp(-tl.abs(step))
+            spread = tl.where(step > 0, shrink * spread, spread)
+            # a probability of zero adds nothing, however far below its logit lies
+            spread += tl.where(shrink > 0, shrink * tl.where(step > 0, step * total, -step), 0.0)
+        found = tl.where(step > 0, first, found)
+        most, total = absorb(z, most, total)
+
+    maximum = tl.max(most)
+    best = tl.min(tl.where(most == maximum, found + lane, columns))
+    fraction = tl.exp(most - maximum)
+    mass = tl.sum((total * fraction).to(tl.float64))
+    wide_maximum = maximum.to(tl.float64)
+    log_sum = tl.log(mass)
+    lse = wide_maximum + log_sum
+
+    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), formed from differences. A label outside [0, V)
+    # weighs NaN, which poisons the loss and the gradient of its row.
+    sum_of_weights = tl.zeros([], tl.float64)
+    gap = tl.zeros([], tl.float64)
+    present = tl.zeros([], tl.int32)
+    for k in range(targets):
+        at = row * targets + k
+        label = tl.load(labels + at)
+        absent = label == ignore_index
+        if NEGATIVE_IS_ABSENT:
+            absent = absent | (label < 0)
+        valid = (label >= 0) & (label < columns) & (absent == 0)
+        z = _read(logits, bias, label, valid, logit_scale, softcap, CAPPED, A)
+        z = tl.where(valid, z, float("nan"))
+        tl.store(target_logit + at, z)
+        w = tl.full((), 1.0, A)
+        if target_weight is not None:
+            w = tl.load(target_weight + at)
+        w = tl.where(valid, w, float("nan")).to(tl.float64)
+        # a weight of zero adds nothing, even to an infinite gap
+        gap += tl.where(absent | (w == 0), 0.0, w * (log_sum + (wide_maximum - z.to(tl.float64))))
+        sum_of_weights += tl.where(absent, 0.0, w)
+        present += tl.where(absent, 0, 1)
+
+    loss = (1 - e) * gap
+    smooth_mass = sum_of_weights
+    if SMOOTHED:
+        behind = weights.to(tl.float64) * (wide_maximum - most.to(tl.float64))
+        mean_below = tl.sum(tl.where(weights == 0, 0.0, below.to(tl.float64) - behind)) / columns
+        if class_weight is not None:
+            smooth_mass = tl.sum(weights.to(tl.float64)) / columns
+            loss += e * (smooth_mass * log_sum - mean_below)
+        else:
+            loss += e * smooth_mass * (log_sum - mean_below)
+    loss += tl.where(c > 0, c * lse * lse, 0.0)
+    unknown = float("nan")
+    tl.store(prediction + row, best.to(tl.int64))
+    tl.store(stats + row, tl.where(present > 0, loss, 0.0).to(A))
+    tl.store(stats + stats_stride + row, tl.where(present > 0, lse, unknown).to(A))
+    if ENTROPY:
+        spread = tl.where(fraction > 0, fraction * (spread + (maximum - most) * total), 0.0)
+        entropy = log_sum + tl.sum(spread.to(tl.float64)) / mass
+        tl.store(stats + 2 * stats_stride + row, tl.where(present > 0, entropy, unknown).to(A))
+
+    if GRADIENT:
+        scale = tl.full((), 1.0, tl.float64)
+        if row_scale is not None:
+            scale = tl.load(row_scale + row).to(tl.float64)
+        live = (scale != 0) & (present > 0)
+        probability_factor = (1 - e) * sum_of_weights + e * smooth_mass + tl.where(c > 0, 2 * c * lse, 0.0)
+        factor = (scale * probability_factor / mass).to(A)
+        uniform = (scale * e / columns).to(A)
+        if class_weight is None:
+            uniform = (scale * e / columns * sum_of_weights).to(A)
+        at_target = (scale * (1 - e)).to(A)
+        tl.debug_barrier()  # the logits of the targets are read: from here on they are overwritten
+        for first in range(0, columns, BLOCK):
+            column = first + lane
+            inside = column < columns
+            g = tl.zeros([BLOCK], A)
+            if live:  # else zeros, not 0 * gradient: a NaN under a zero weight stays out
+                z = _read(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+                g = factor * tl.exp(z - maximum)
+                if SMOOTHED:
+                    if class_weight is not None:
+                        g -= uniform * tl.load(class_weight + column, mask=inside, other=0.0)
+                    else:
+                        g -= uniform
+                for k in range(targets):
+                    at = row * targets + k
+                    label = tl.load(labels + at)
+                    here = (label >= first) & (label < first + BLOCK) & (label != ignore_index)
+                    if here:
+                        w = at_target
+                        if target_weight is not None:
+                            w = at_target * tl.load(target_weight + at)
+                        g -= tl.where(column == label, w, 0.0)
+                if CAPPED:
+                    ratio = z / softcap
+                    g *= logit_scale * (1 - ratio * ratio)
+                else:
+                    g *= logit_scale
+            tl.store(logits + column, g, mask=inside)
+
+
+def cross_entropy_rows_(
+    logits: Tensor,
+    labels: Tensor,
+    target_weight: Tensor | None,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    row_scale: Tensor | None,
+    stats: Tensor,
+    target_logit: Tensor,
+    prediction: Tensor,
+    ignore_index: int,
+    negative_is_absent: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    gradient: bool,
+) -> None:
+    """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over the logits.
+
+    logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N]."""
+    rows, columns = size_of(_OP, "logits", logits)
+    dtype, work = working(logits)
+    if labels.dim() != 2:
+        raise ValueError(f"{_OP}: labels has shape {tuple(labels.shape)}, expected (rows, targets)")
+    targets, fields = labels.shape[1], 3 if stats.shape[0] == 3 else 2
+    if columns == 0 and rows > 0:
+        raise ValueError(f"{_OP}: logits has shape {tuple(logits.shape)}, expected a column at least")
+    check_values(_OP, "labels", labels, logits, rows * targets)
+    check_values(_OP, "target_weight", target_weight, logits, rows * targets, dtype)
+    check_values(_OP, "bias", bias, logits, columns, dtype)
+    check_values(_OP, "class_weight", class_weight, logits, columns, dtype)
+    check_values(_OP, "row_scale", row_scale, logits, rows, dtype)
+    check_values(_OP, "target_logit", target_logit, logits, rows * targets, dtype)
+    check_values(_OP, "prediction", prediction, logits, rows)
+    check_rows(_OP, "stats", stats, logits, (fields, rows), (dtype,))
+    smoothed = label_smoothing > 0
+    launch(
+        _rows, (rows,), logits,
+        logits, labels, target_weight, bias, class_weight if smoothed else None, row_scale, stats, target_logit,
+        prediction, columns, targets, logits.stride(0), stats.stride(0), ignore_index, label_smoothing, z_loss, softcap,
+        logit_scale, NEGATIVE_IS_ABSENT=negative_is_absent, SMOOTHED=smoothed, CAPPED=softcap > 0, ENTROPY=fields == 3,
+        GRADIENT=gradient, A=work, **blocks(columns, _BYTES // dtype.itemsize, a_thread=64 // dtype.itemsize),
+    )  # fmt: skip
