@@ -104,10 +104,9 @@ def choose(op: str, device: torch.device, backend: str | None) -> str:
         if refusal(device, name) is None:
             return name
     reasons = " ".join(f"{name}: {refusal(device, name) or 'serves them'}." for name in ("native", "triton"))
-    asked = "" if backend is None else f"backend={backend!r} was asked for, "
+    refused = "no backend for" if backend is None else f"backend={backend!r} does not serve"
     raise _check.BackendError(
-        f"{op}: {asked}no backend for {device.type} tensors. {reasons} "
-        "reference: only on request, backend='reference'."
+        f"{op}: {refused} {device.type} tensors. {reasons} reference: only on request, backend='reference'."
     )
 
 

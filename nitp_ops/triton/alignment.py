@@ -28,10 +28,18 @@ def _pair(prediction, target, column, columns, known, A: tl.constexpr):
 
 
 @triton.jit
+def _put(row, column, written, x):
+    # as on CPU, float64 becomes a half precision by way of float32 (the interpreter knows no other way)
+    if row.dtype.element_ty != tl.float64:
+        x = x.to(tl.float32)
+    tl.store(row + column, x, mask=column < written)
+
+
+@triton.jit
 def _write(d_prediction, d_target, column, written, of_prediction, of_target):
-    tl.store(d_prediction + column, of_prediction, mask=column < written)
+    _put(d_prediction, column, written, of_prediction)
     if d_target is not None:
-        tl.store(d_target + column, of_target, mask=column < written)
+        _put(d_target, column, written, of_target)
 
 
 @triton.jit
