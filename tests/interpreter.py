@@ -1,8 +1,8 @@
 """The Triton row kernels on CPU tensors, by Triton's interpreter, in a process of its own.
 
-Triton decides when it is imported whether it interprets: TRITON_INTERPRET must be set before, and afterwards that process
-can compile nothing. So one worker process has the variable and this one has not; tensors travel there and back with
-their strides and the whole storage around them, so that a write beside a row shows.
+Triton decides when it is imported whether it interprets: TRITON_INTERPRET must be set before, and afterwards that
+process can compile nothing. So one worker process has the variable and this one has not; tensors travel there and back
+with their strides and the whole storage around them, so that a write beside a row shows.
 """
 
 import copy
@@ -81,7 +81,6 @@ def equal(name: str, *arguments: Any) -> list[Any]:
     ours, theirs = interpreted(name, *arguments), native(name, *arguments)
     for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(a, Tensor):
-            tolerance = {"rtol": RELATIVE.get(b.dtype, 0.0), "atol": ABSOLUTE.get(b.dtype, 0.0)}
-            where = f"argument {place} of {name}: "
-            torch.testing.assert_close(whole(a), whole(b), equal_nan=True, msg=where.__add__, **tolerance)
+            rtol, atol, where = RELATIVE.get(b.dtype, 0.0), ABSOLUTE.get(b.dtype, 0.0), f"argument {place} of {name}: "
+            torch.testing.assert_close(whole(a), whole(b), rtol=rtol, atol=atol, equal_nan=True, msg=where.__add__)
     return ours

@@ -129,7 +129,7 @@ def test_empty_rows_and_wrong_arguments():
     wrong = torch.zeros(2, 3), torch.zeros(2, 3).double(), torch.zeros(2, 3)
     with pytest.raises(TypeError, match="swiglu_rows: up is float64, expected float32"):
         interpreted("swiglu_rows", *wrong)
-    with pytest.raises(ValueError, match="swiglu_rows: gate has strides .* expected a dense last axis"):
+    with pytest.raises(ValueError, match=r"swiglu_rows: gate has strides .* expected a dense last axis"):
         interpreted("swiglu_rows", *(torch.zeros(3, 2).t() for _ in range(3)))
     with pytest.raises(ValueError, match=r"swiglu_rows: gate has shape \(3,\), expected \(rows, columns\)"):
         interpreted("swiglu_rows", *(torch.zeros(3) for _ in range(3)))

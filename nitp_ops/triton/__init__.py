@@ -17,7 +17,15 @@ from .swiglu import swiglu_rows, swiglu_rows_backward_
 
 KERNELS = (swiglu_rows, swiglu_rows_backward_, alignment_rows_, cross_entropy_rows_, accumulate_rows_)
 
-__all__ = ["KERNELS", "SCHEMAS", *(kernel.__name__ for kernel in KERNELS)]  # noqa: PLE0604
+__all__ = [
+    "KERNELS",
+    "SCHEMAS",
+    "accumulate_rows_",
+    "alignment_rows_",
+    "cross_entropy_rows_",
+    "swiglu_rows",
+    "swiglu_rows_backward_",
+]
 
 
 def _register() -> tuple[torch.library.Library, torch.library.Library]:

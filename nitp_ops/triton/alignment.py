@@ -4,6 +4,8 @@ One program a pair: one loop over the features for the sums, one that writes the
 scalars are float64: few, and their rounding would show in every feature.
 """
 
+# The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import triton
@@ -175,11 +177,10 @@ def _rows(
         loss = _difference(
             prediction, target, d_prediction, d_target, columns, known, written, scale, DISTANCE, A, BLOCK
         )  # fmt: skip
-    if GRADIENT:
-        if scale == 0:  # not 0 * gradient: a NaN under a zero weight stays out
-            zeros = tl.zeros([BLOCK], A)
-            for first in range(0, columns, BLOCK):
-                _write(d_prediction, d_target, first + tl.arange(0, BLOCK), columns, zeros, zeros)
+    if GRADIENT and scale == 0:  # not 0 * gradient: a NaN under a zero weight stays out
+        zeros = tl.zeros([BLOCK], A)
+        for first in range(0, columns, BLOCK):
+            _write(d_prediction, d_target, first + tl.arange(0, BLOCK), columns, zeros, zeros)
     stats += row
     tl.store(stats, loss.to(A))
     tl.store(stats + stats_stride, cosine.to(A))

@@ -5,9 +5,10 @@ the K targets included, so that no element is stored twice and no store is read 
 few, and differences of large numbers.
 """
 
+# The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -52,9 +52,8 @@ def check_values(
     _check.has_dtype(op, argument, tensor, (dtype,))
     _check.same_device(op, argument, tensor, "the first argument", like)
     if tensor.numel() != size or not tensor.is_contiguous():
-        raise ValueError(
-            f"{op}: {argument} has shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected {size} dense values"
-        )
+        came = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        raise ValueError(f"{op}: {argument} has {came}, expected {size} dense values")
 
 
 def blocks(columns: int, most: int, a_thread: int = 16) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The row-kernel schemas of csrc/library.cpp, for an installation without the compiled library. A test compares them."""
+"""The row-kernel schemas of csrc/library.cpp, for an installation without its library. A test compares them."""
 
 SCHEMAS = {
     "swiglu_rows": "(Tensor gate, Tensor up, Tensor(a!) out) -> ()",

@@ -9,7 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 #: The maximum of a lane that has met nothing: finite, so that -inf may follow (exp(-inf - -inf) is NaN).
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

@@ -1,0 +1,169 @@
+"""Who serves CUDA tensors: compiled kernels, else Triton's through the dispatcher, else a refusal with every reason."""
+
+import os
+import subprocess
+import sys
+from importlib import util
+
+import pytest
+import torch
+
+import nitp_ops
+from nitp_ops import __main__ as command
+from nitp_ops import rows
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+NEEDS_TRITON = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def python(code: str, **environment: str) -> str:
+    """What `code` prints in a fresh process."""
+    full = os.environ | environment
+    done = subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As on a machine with a GPU whose kernels no CUDA compiler built."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
+    rows._load_triton.cache_clear()
+    yield
+    rows._load_triton.cache_clear()
+
+
+@NEEDS_TRITON
+def test_the_schemas_are_those_of_the_library():
+    from nitp_ops.triton import KERNELS, SCHEMAS
+
+    assert [kernel.__name__ for kernel in KERNELS] == list(SCHEMAS)
+    for name, schema in SCHEMAS.items():
+        assert str(torch._C.parse_schema(f"nitp_ops::{name}{schema}")) == str(
+            getattr(torch.ops.nitp_ops, name).default._schema
+        )
+
+
+@NEEDS_TRITON
+@pytest.mark.skipif(rows.missing is not None, reason="no compiled library")
+def test_a_launcher_has_the_arguments_of_its_schema():
+    from inspect import signature
+
+    from nitp_ops.triton import KERNELS
+
+    for kernel in KERNELS:
+        expected = getattr(torch.ops.nitp_ops, kernel.__name__).default._schema.arguments
+        assert list(signature(kernel).parameters) == [argument.name for argument in expected]
+
+
+BY_DISPATCHER = """
+import torch, warnings
+warnings.simplefilter("ignore")
+def no_library(path): raise OSError("no library for this test")
+{hide}
+import nitp_ops, nitp_ops.triton
+assert (nitp_ops.rows.missing is None) == {library}
+gate = torch.randn(3, 7); up, out = torch.randn(3, 7), torch.zeros(3, 7)
+operator = torch.ops.nitp_ops.swiglu_rows.default
+operator.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), gate, up, out)
+torch.testing.assert_close(out, nitp_ops.reference.swiglu(gate, up))
+print(operator._schema)
+"""
+
+
+@NEEDS_TRITON
+@pytest.mark.parametrize("library", [True, False], ids=["beside the library", "without the library"])
+def test_the_dispatcher_reaches_triton_for_cuda_tensors(library):
+    hide = "" if library else "torch.ops.load_library = no_library"
+    printed = python(BY_DISPATCHER.format(hide=hide, library=library), TRITON_INTERPRET="1")
+    assert printed.strip() == "nitp_ops::swiglu_rows(Tensor gate, Tensor up, Tensor(a!) out) -> ()"
+
+
+COMPILED_BEFORE = """
+import torch, nitp_ops
+def seven(gate, up, out): out.fill_(7)
+compiled = torch.library.Library("nitp_ops", "IMPL", "CUDA")
+compiled.impl("swiglu_rows", seven)
+import nitp_ops.triton
+x, keys = torch.zeros(2, 3), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+torch.ops.nitp_ops.swiglu_rows.default.redispatch(keys, x, x, x)
+assert (x == 7).all()
+assert torch._C._dispatch_has_kernel_for_dispatch_key("nitp_ops::accumulate_rows_", "CUDA")
+"""
+
+
+@NEEDS_TRITON
+def test_compiled_cuda_kernels_keep_their_place():
+    python(COMPILED_BEFORE)
+
+
+def test_importing_nitp_ops_imports_no_triton_and_needs_none():
+    python("import nitp_ops, sys; assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")
+    reason = python(
+        "import sys; sys.modules['triton'] = None; import nitp_ops, torch;"
+        "print(nitp_ops.rows.refusal(torch.device('cuda'), 'triton'))"
+    )
+    assert reason.strip() == "triton is not installed"
+
+
+@NEEDS_TRITON
+def test_the_device_decides_and_compiled_kernels_come_first(a_gpu, monkeypatch):
+    assert rows.choose("swiglu", CPU, None) == "native"
+    assert rows.choose("swiglu", CUDA, None) == rows.choose("swiglu", CUDA, "triton") == "triton"
+    monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta", "cuda"})
+    assert rows.choose("swiglu", CUDA, None) == rows.choose("swiglu", CUDA, "native") == "native"
+    assert rows.choose("swiglu", CUDA, "triton") == "triton"
+    monkeypatch.setattr(rows, "missing", "there is no library")
+    assert rows.choose("swiglu", CUDA, None) == "triton"
+
+
+@NEEDS_TRITON
+def test_the_row_kernels_of_a_backend_are_found_by_name():
+    from nitp_ops import triton
+
+    for name in triton.SCHEMAS:
+        assert getattr(rows.kernels("triton"), name) is getattr(triton, name)
+        assert getattr(rows.kernels("native"), name) is getattr(torch.ops.nitp_ops, name)
+
+
+@NEEDS_TRITON
+def test_a_refusal_lists_every_reason(a_gpu, monkeypatch):
+    x = torch.ones(2)
+    with pytest.raises(nitp_ops.BackendError, match=r"backend='triton' does not serve cpu tensors. native: serves"):
+        nitp_ops.swiglu(x, x, backend="triton")
+    with pytest.raises(nitp_ops.BackendError, match=r"'native' .* cuda tensors. native: no compiled .* triton: serves"):
+        rows.choose("swiglu", CUDA, "native")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    rows._load_triton.cache_clear()
+    everything = r"no backend for cuda tensors. native: no compiled .* triton: torch sees no GPU. reference: only"
+    with pytest.raises(nitp_ops.BackendError, match=everything):
+        rows.choose("swiglu", CUDA, None)
+
+
+def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
+    monkeypatch.setattr(rows, "_load_triton", lambda: sys.modules.pop("no such module", None))  # what no graph holds
+    monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def chosen(x):
+        return x + 1 if rows.choose("swiglu", CUDA, None) == "triton" else x
+
+    assert chosen(torch.zeros(1)).item() == 1
+
+
+def test_doctor_says_why_triton_is_off(monkeypatch, capsys):
+    monkeypatch.setattr(rows, "_load_triton", lambda: "torch sees no GPU")
+    monkeypatch.setattr(rows, "installed", lambda backend: backend != "triton")
+    assert command.doctor() == 0
+    assert "triton     off: torch sees no GPU" in capsys.readouterr().out
+
+
+@NEEDS_TRITON
+def test_doctor_calls_a_triton_that_does_not_load_broken(a_gpu, monkeypatch, capsys):
+    def broken(name):
+        raise RuntimeError(f"{name} is broken")
+
+    monkeypatch.setattr(rows.importlib, "import_module", broken)
+    assert command.doctor() == 1
+    assert "triton     BROKEN: the Triton kernels do not load: RuntimeError('nitp_ops.triton" in capsys.readouterr().out

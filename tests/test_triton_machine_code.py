@@ -1,0 +1,118 @@
+"""The Triton rows compile to machine code, as their launchers call them, on a machine without a GPU.
+
+A driver that only names a GPU stands in for the real one, and a launch ends with the compiled kernel: so the types,
+divisibilities, block sizes and warps are those of a real launch of these tensors.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import JITFunction  # noqa: E402
+
+from nitp_ops import triton as rows  # noqa: E402
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ROWS, WIDTH, VOCABULARY = 4, 4096, 128256
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def compiled(request, monkeypatch, tmp_path):
+    """The kernels that launches have compiled so far."""
+    kernels, run = [], JITFunction.run
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", request.param, 32),
+        get_current_device=lambda: request.param,
+        get_current_stream=lambda device: 0,
+    )
+
+    def compile_only(self, *arguments, grid, warmup, **meta):
+        kernels.append(run(self, *arguments, grid=grid, warmup=True, **meta))
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return kernels
+
+
+def launch(name: str, dtype: torch.dtype) -> None:
+    def matrix(columns=WIDTH, rows=ROWS, of=dtype):
+        return torch.empty(rows, columns, dtype=of)
+
+    def values(*shape, of=torch.float32):
+        return torch.empty(*shape, dtype=of)
+
+    labels, best = torch.empty(ROWS, 1, dtype=torch.int64), torch.empty(ROWS, dtype=torch.int64)
+    logits, scale = matrix(VOCABULARY), values(ROWS)
+    match name:
+        case "swiglu":
+            rows.swiglu_rows(matrix(), matrix(), matrix())
+        case "swiglu backward":
+            rows.swiglu_rows_backward_(matrix(), matrix(), matrix())
+        case "accumulate":
+            rows.accumulate_rows_(matrix(of=torch.float32), matrix(of=torch.bfloat16))
+        case "cosine" | "mse" | "smooth_l1" | "kl":
+            distance = ("cosine", "mse", "smooth_l1", "kl").index(name)
+            given = matrix(), matrix(), best, scale, values(4, ROWS), None, matrix()
+            rows.alignment_rows_(*given, distance, 1e-6, True)
+        case "cross-entropy":
+            outputs = values(2, ROWS), values(ROWS, 1), best
+            rows.cross_entropy_rows_(
+                logits, labels, None, None, None, scale, *outputs, -100, False, 0.0, 0.0, 0.0, 1.0, True
+            )
+        case "cross-entropy with every option":
+            of_class, weight = values(VOCABULARY), values(ROWS, 4)
+            outputs = values(3, ROWS), values(ROWS, 4), best
+            rows.cross_entropy_rows_(
+                logits, labels.expand(ROWS, 4).contiguous(), weight, of_class, of_class, scale, *outputs, -100, True,
+                0.1, 0.1, 30.0, 0.5, True,
+            )  # fmt: skip
+
+
+#: Registers a thread: the most that leaves room for a second block of 256 threads on a multiprocessor is 128.
+MOST = {
+    "swiglu": 64,
+    "swiglu backward": 64,
+    "accumulate": 64,
+    "cosine": 96,
+    "mse": 96,
+    "smooth_l1": 96,
+    "kl": 96,
+    "cross-entropy": 96,
+    "cross-entropy with every option": 255,
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_kernel_becomes_machine_code_without_spills(name, dtype, compiled, tmp_path):
+    launch(name, dtype)
+    (kernel,) = compiled
+    binary = tmp_path / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    assert (stack, local) == (0, 0) and registers <= MOST[name], usage
+    # rows are read and written 16 bytes a thread
+    wide = re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", kernel.asm["ptx"])
+    assert {access[:2] for access in wide} == {"ld", "st"}
+
+
+@pytest.mark.parametrize("name", ["swiglu", "swiglu backward", "accumulate", "cosine", "cross-entropy"])
+def test_the_offset_of_a_row_has_64_bits(name, compiled):
+    launch(name, torch.bfloat16)
+    offsets = re.findall(r"tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", compiled[0].asm["ttir"])
+    assert offsets and set(offsets) == {"i64"}, offsets
+
+
+def test_float64_compiles_too(compiled):
+    gate, up, out = (torch.empty(ROWS, WIDTH, dtype=torch.float64) for _ in range(3))
+    rows.swiglu_rows(gate, up, out)
+    rows.alignment_rows_(gate, up, None, None, torch.empty(4, ROWS).double(), None, out, 0, 1e-6, True)
+    assert len(compiled) == 2 and all(kernel.asm["cubin"] for kernel in compiled)
