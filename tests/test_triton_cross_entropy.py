@@ -124,6 +124,13 @@ def test_rows_with_nan_and_infinities(columns):
         checked(logits, labels, **options)
 
 
+def test_a_target_of_weight_zero_adds_nothing_even_where_its_logit_is_minus_infinity():
+    logits = torch.randn(1, 20)
+    logits[0, 3] = -math.inf
+    stats = checked(logits, torch.tensor([[3, 5]]), target_weight=torch.tensor([[0.0, 1.0]]))[1]
+    assert stats[0].isfinite()
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 def test_logits_masked_with_the_least_number_have_no_probability(entropy):
     logits = torch.full((2, 5003), torch.finfo(torch.float32).min)
