@@ -168,7 +168,7 @@ def test_other_devices_are_refused_by_name():
     meta = torch.empty(2, 3, device="meta")
     assert nitp_ops.swiglu(meta, meta).shape == (2, 3)
     refusal = nitp_ops.rows.refusal(torch.device("cuda"))
-    assert refusal is not None and "no compiled row kernels for cuda" in refusal
+    assert refusal is not None and "the ops run on CPU tensors only so far" in refusal
 
 
 @EVERY

@@ -29,6 +29,7 @@ def a_gpu(monkeypatch):
     """As on a machine with a GPU whose kernels no CUDA compiler built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
+    monkeypatch.setattr(rows, "ALGORITHMS", {"cpu", "meta", "cuda"})
     rows._load_triton.cache_clear()
     yield
     rows._load_triton.cache_clear()
@@ -102,9 +103,17 @@ def test_importing_nitp_ops_imports_no_triton_and_needs_none():
     python("import nitp_ops, sys; assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")
     reason = python(
         "import sys; sys.modules['triton'] = None; import nitp_ops, torch;"
-        "print(nitp_ops.rows.refusal(torch.device('cuda'), 'triton'))"
+        "print(nitp_ops.rows.triton_missing())"
     )
     assert reason.strip() == "triton is not installed"
+
+
+def test_cuda_tensors_are_refused_by_name_until_the_passes_run_on_them(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for backend in (None, "native", "triton"):
+        with pytest.raises(nitp_ops.BackendError, match=r"cuda tensors. native: the ops run on CPU tensors only so far"):
+            rows.choose("swiglu", CUDA, backend)
+    assert rows.choose("swiglu", CUDA, "reference") == "reference" and not rows.installed("triton")
 
 
 @NEEDS_TRITON
@@ -144,6 +153,7 @@ def test_a_refusal_lists_every_reason(a_gpu, monkeypatch):
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
     monkeypatch.setattr(rows, "_load_triton", torch._dynamo.graph_break)  # None when run, an error when traced
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
+    monkeypatch.setattr(rows, "ALGORITHMS", {"cpu", "meta", "cuda"})
 
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x):
@@ -153,6 +163,7 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
 
 
 def test_doctor_says_why_triton_is_off(monkeypatch, capsys):
+    monkeypatch.setattr(rows, "ALGORITHMS", {"cpu", "meta", "cuda"})
     monkeypatch.setattr(rows, "_load_triton", lambda: "torch sees no GPU")
     monkeypatch.setattr(rows, "installed", lambda backend: backend != "triton")
     assert command.doctor() == 0
