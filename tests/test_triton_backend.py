@@ -102,8 +102,7 @@ def test_compiled_cuda_kernels_keep_their_place():
 def test_importing_nitp_ops_imports_no_triton_and_needs_none():
     python("import nitp_ops, sys; assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")
     reason = python(
-        "import sys; sys.modules['triton'] = None; import nitp_ops, torch;"
-        "print(nitp_ops.rows.triton_missing())"
+        "import sys; sys.modules['triton'] = None; import nitp_ops, torch;print(nitp_ops.rows.triton_missing())"
     )
     assert reason.strip() == "triton is not installed"
 
@@ -111,7 +110,9 @@ def test_importing_nitp_ops_imports_no_triton_and_needs_none():
 def test_cuda_tensors_are_refused_by_name_until_the_passes_run_on_them(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for backend in (None, "native", "triton"):
-        with pytest.raises(nitp_ops.BackendError, match=r"cuda tensors. native: the ops run on CPU tensors only so far"):
+        with pytest.raises(
+            nitp_ops.BackendError, match=r"cuda tensors. native: the ops run on CPU tensors only so far"
+        ):
             rows.choose("swiglu", CUDA, backend)
     assert rows.choose("swiglu", CUDA, "reference") == "reference" and not rows.installed("triton")
 
