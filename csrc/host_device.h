@@ -53,14 +53,23 @@ NITP_HD float widen(bfloat16 x) {
 NITP_HD void store(float* p, float x) { *p = x; }
 NITP_HD void store(double* p, double x) { *p = x; }
 NITP_HD void store(bfloat16* p, float x) {  // round to nearest even; NaN stays NaN
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
+#else
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   p->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+#endif
 }
 
 // Half precision by integer arithmetic, in a form that compilers vectorise. Exponents differ by 127 - 15 = 112.
 NITP_HD float widen(float16 x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+#else
   const uint32_t size = (x.bits & 0x7fffu) << 13;  // exponent and fraction at float32's places
   uint32_t bits = size + (112u << 23);
   bits += size >= (31u << 23) ? 112u << 23 : 0u;  // infinity and NaN keep the largest exponent
@@ -72,8 +81,12 @@ NITP_HD float widen(float16 x) {
   memcpy(&y, &bits, sizeof y);
   y = size < (1u << 23) ? tiny : y;
   return x.bits & 0x8000u ? -y : y;
+#endif
 }
 NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 65504 infinity, NaN stays NaN
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
+#else
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
@@ -86,13 +99,17 @@ NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 6550
   uint32_t half = size < (113u << 23) ? tiny : normal;
   half = size >= (143u << 23) ? (size > (255u << 23) ? 0x7e00u : 0x7c00u) : half;
   p->bits = static_cast<uint16_t>(sign | half);
+#endif
 }
 
 // exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6
 // Chebyshev fit of exp(r); relative error at most 9e-8 (measured at 4e7 points), 0 under -87.7, NaN stays NaN.
 NITP_HD float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
-  return expf(x);
+  // Two instructions where expf takes eight; the difference x - max is formed before, so that only its rounding counts.
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+  return power;
 #else
   const float clamped = -88.0f > x ? -88.0f : x;
   const float shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum rounds to an integer
@@ -127,11 +144,20 @@ NITP_HD float tanh_of(float x) {
 }
 NITP_HD double tanh_of(double x) { return std::tanh(x); }
 
+NITP_HD float over_one_to_two(float a, float b) {  // a / b with b in [1, 2]
+#ifdef __CUDA_ARCH__
+  return __fdividef(a, b);  // two instructions, 2 ulp; the IEEE division is a dozen and a branch
+#else
+  return a / b;
+#endif
+}
+NITP_HD double over_one_to_two(double a, double b) { return a / b; }
+
 // sigmoid(x) without overflow on either side.
 template <class A>
 NITP_HD A sigmoid(A x) {
   const A e = exp_nonpositive(x < A(0) ? x : -x);
-  return (x < A(0) ? e : A(1)) / (A(1) + e);
+  return over_one_to_two(x < A(0) ? e : A(1), A(1) + e);
 }
 
 }  // namespace NITP_TARGET

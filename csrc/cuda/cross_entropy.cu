@@ -1,0 +1,202 @@
+// Cross-entropy over rows of logits, a block a row. One pass for the maximum, the sum of exponentials and the arg-max
+// (each thread keeps its own maximum and rescales its sum when that grows), one barrier, one pass that overwrites the
+// logits with their gradient. Between the passes a thread keeps its packs of raw logits: the first in registers, the
+// next in shared memory, and what is left is read again. On a multiprocessor of 227 KB that holds bfloat16 rows of up
+// to 147,456 columns, so that they are read once and written once.
+#include <stdexcept>
+
+#include "../cross_entropy.h"
+#include "cross_entropy_row.h"
+#include "rows.h"
+
+namespace nitp {
+namespace cuda {
+namespace {
+
+// Packs that a thread keeps in registers. A row with options (see Row) needs its registers for them, and four times the
+// unrolled code would take as long to compile as everything else here.
+template <bool Plain>
+constexpr int kInRegisters = Plain ? 4 : 1;
+constexpr int kMinRowThreads = 128;
+// A full multiprocessor runs 1024 threads of 64 registers; float64 takes more of them.
+template <class T>
+constexpr int kMaxRowThreads = sizeof(T) == 8 ? 256 : 1024;
+
+template <class A>
+struct Scratch {
+  RowSums<A> partials[kWarp];
+  RowTargets<A> targets;
+};
+
+template <class T, class A, bool Plain>
+__global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(CrossEntropyRows<T, A> a, int in_shared) {
+  constexpr int N = kPackBytes / sizeof(T), R = kInRegisters<Plain>;
+  using Piece = Pack<T, N>;
+  auto& [partials, targets] = shared<Scratch<A>>();
+  Piece* held = dynamic_shared<Piece>() + threadIdx.x;
+  const int threads = blockDim.x, thread = threadIdx.x;
+  const int64_t i = blockIdx.x, step = static_cast<int64_t>(threads) * N;
+  T* logits = a.logits + i * a.logits_stride;
+  const Split<N> split = cuda::split<N>(a.columns, logits);
+  const auto here = [&](int k) { return thread + static_cast<int64_t>(k) * threads < split.packs; };
+  const auto column = [&](int k) { return split.pack(thread + static_cast<int64_t>(k) * threads); };
+
+  Piece kept[R];
+#pragma unroll
+  for (int k = 0; k < R; ++k) {
+    if (here(k)) kept[k] = read<N>(logits + column(k));
+  }
+  Row<T, A, Plain> row{a, A(0)};
+  if (row.smooth()) row.reference = finite_or_zero(row.value(logits[0], 0));
+  if (thread < kWarp) {  // the target logits, before anybody overwrites them
+    A mass(0);
+    int present = 0, outside = 0;
+    for (int64_t k = i * a.targets + thread; k < (i + 1) * a.targets; k += kWarp) {
+      const Target<T, A> target(a, k);
+      a.target_logit[k] = target.inside ? row.value(logits[target.label], target.label) : A(NAN);
+      mass += target.present ? target.weight : A(0);
+      present += target.present;
+      outside += target.present && !target.inside;
+    }
+    mass = warp_sum(mass), present = warp_sum(present), outside = warp_sum(outside);
+    if (thread == 0) targets = {mass, present, outside};
+  }
+
+  constexpr int U = Row<T, A, Plain>::kAtOnce;
+  RowSums<A> mine{A(-INFINITY), A(0), A(0), A(0), A(0), kNoColumn};
+#pragma unroll
+  for (int k = 0; k < R; k += U) {
+    if (here(k + U - 1)) {
+      row.template add<U>(mine, kept + k, column(k), step);
+    } else if (here(k)) {
+      row.template add<1>(mine, kept + k, column(k), step);
+    }
+  }
+  const auto take = [&](auto width, int k) {
+    Piece pieces[decltype(width)::value];
+#pragma unroll
+    for (int u = 0; u < decltype(width)::value; ++u) pieces[u] = read<N>(logits + column(k + u));
+#pragma unroll
+    for (int u = 0; u < decltype(width)::value; ++u) {
+      if (k + u - R < in_shared) held[(k + u - R) * threads] = pieces[u];
+    }
+    row.template add<decltype(width)::value>(mine, pieces, column(k), step);
+  };
+  int k = R;
+  for (; here(k + U - 1); k += U) take(Width<U>{}, k);
+  for (; here(k); ++k) take(Width<1>{}, k);
+  for (int64_t e = thread; e < split.edges; e += threads) {
+    const auto piece = read<1>(logits + split.edge(e));
+    row.template add<1>(mine, &piece, split.edge(e), 0);
+  }
+
+  const RowSums<A> none{A(-INFINITY), A(0), A(0), A(0), A(0), kNoColumn};
+  const RowSums<A> sums = block_merge(mine, none, partials, [](const RowSums<A>& s) { return merge_warp(s); });
+  const bool absent = targets.present == 0;
+  const A log_sum = std::log(sums.sum), lse = sums.max + log_sum;
+  const A smooth_mass = row.by_class() ? sums.mass / A(a.columns) : targets.mass;
+  const TokenLoss<A> token{a.smoothing, a.z_loss, targets.mass, smooth_mass};
+  if (mine.first == sums.first) {  // the one thread that has this piece and will overwrite it
+    const bool is_pack = mine.first >= split.head && mine.first < split.pack(split.packs);
+    int64_t best = mine.first;
+    A top(-INFINITY);
+    for (int64_t j = mine.first; j < mine.first + (is_pack ? N : 1); ++j) {
+      const A z = row.value(logits[j], j);
+      if (z > top) top = z, best = j;
+    }
+    a.prediction[i] = best;
+  }
+  if (thread < kWarp) {
+    A gap(0);  // sum_k w_k (lse - z_k); a weight of zero adds nothing, even to an infinite gap
+    for (int64_t t = i * a.targets + thread; t < (i + 1) * a.targets; t += kWarp) {
+      const Target<T, A> target(a, t);
+      if (target.inside && target.weight != A(0)) gap += target.weight * (log_sum + (sums.max - a.target_logit[t]));
+    }
+    gap = warp_sum(gap);
+    if (thread == 0) {
+      const A below = (row.by_class() ? sums.below : targets.mass * sums.below) / A(a.columns);
+      const A smooth_gap = smooth_mass * ((sums.max - row.reference) + log_sum) - below;
+      a.stats[i] = absent ? A(0) : token.loss(lse, targets.outside > 0 ? A(NAN) : gap, smooth_gap);
+      a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
+      if (a.entropy) a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : log_sum + sums.spread / sums.sum;
+    }
+  }
+  if (!a.gradient) return;
+
+  // not 0 * gradient: a NaN under a zero weight stays out
+  const A row_scale = a.row_scale ? a.row_scale[i] : A(1), scale = targets.outside > 0 ? A(NAN) : row_scale;
+  const A mass = row.by_class() ? A(1) : targets.mass;
+  const Slopes<A> slopes{sums.max, scale * token.probability_factor(lse) / sums.sum,
+                         row.smooth() ? scale * a.smoothing * mass / A(a.columns) : A(0)};
+  const Writer<T, A, Plain> writer{row, slopes, !absent && row_scale != A(0)};
+  for (k = R + in_shared; here(k); ++k)
+    writer(logits, column(k), read<N>(logits + column(k)));  // the freshest in cache
+  for (k = R; k < R + in_shared && here(k); ++k) writer(logits, column(k), held[(k - R) * threads]);
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    if (here(r)) writer(logits, column(r), unseen(kept[r]));
+  }
+  for (int64_t e = thread; e < split.edges; e += threads) {
+    writer(logits, split.edge(e), read<1>(logits + split.edge(e)));
+  }
+  __syncthreads();
+  if (!writer.live || targets.outside > 0) return;
+  for (int64_t t = thread; t < a.targets; t += threads) {  // over what the whole row got; duplicates add
+    const Target<T, A> target(a, i * a.targets + t);
+    A weight(0);
+    bool first = target.inside;
+    for (int64_t other = 0; first && other < a.targets; ++other) {
+      const Target<T, A> twin(a, i * a.targets + other);
+      if (twin.label != target.label) continue;
+      first = other >= t;
+      weight += twin.weight;
+    }
+    if (!first) continue;
+    const A z = a.target_logit[i * a.targets + t];
+    const A everywhere = slopes.probability * exp_nonpositive(z - slopes.max) - slopes.off * row.weight(target.label);
+    store(logits + target.label, row.slope(z) * (everywhere - scale * token.at_target() * weight));
+  }
+}
+
+struct Plan {
+  int threads, in_shared;
+};
+
+// The fewest threads with which the rows of a full multiprocessor stay on it.
+Plan plan(int64_t packs, int in_registers, int max_threads) {
+  const SharedMemory memory = shared_memory();
+  for (int threads = kMinRowThreads;; threads *= 2) {
+    constexpr int64_t kReserved = 4096;  // of each block: its static arrays and what the driver keeps
+    const int64_t of_multiprocessor = memory.multiprocessor / (max_threads / threads) - kReserved;
+    const int64_t bytes = memory.block - kReserved < of_multiprocessor ? memory.block - kReserved : of_multiprocessor;
+    const int64_t room = bytes > 0 ? bytes / (kPackBytes * threads) : 0;
+    const int64_t each = (packs + threads - 1) / threads, wanted = each > in_registers ? each - in_registers : 0;
+    if (wanted <= room || threads == max_threads) return {threads, static_cast<int>(wanted < room ? wanted : room)};
+  }
+}
+
+template <bool Plain, class T, class A>
+void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
+  const Plan p = plan(a.columns * sizeof(T) / kPackBytes, kInRegisters<Plain>, kMaxRowThreads<T>);
+  const int64_t bytes = static_cast<int64_t>(p.in_shared) * p.threads * kPackBytes;
+  launch(cross_entropy_rows<T, A, Plain>, rows, p.threads, bytes, stream, a, p.in_shared);
+}
+
+}  // namespace
+
+template <class T, class A>
+void run(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
+  if (rows == 0) return;
+  if (a.columns >= INT32_MAX) throw std::runtime_error("nitp_ops row kernel: logits has more than 2^31 - 2 columns");
+  const bool plain = !a.bias && !(a.softcap > A(0)) && !(a.class_weight && a.smoothing > A(0)) && !a.entropy;
+  constexpr bool has_plain = sizeof(T) < 8;  // float64 is for checks: half the code to compile
+  has_plain&& plain ? start<has_plain>(a, rows, stream) : start<false>(a, rows, stream);
+}
+
+template void run(const CrossEntropyRows<double, double>&, int64_t, void*);
+template void run(const CrossEntropyRows<float, float>&, int64_t, void*);
+template void run(const CrossEntropyRows<bfloat16, float>&, int64_t, void*);
+template void run(const CrossEntropyRows<float16, float>&, int64_t, void*);
+
+}  // namespace cuda
+}  // namespace nitp

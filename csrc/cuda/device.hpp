@@ -1,0 +1,35 @@
+// Where the CUDA kernels run. tests/simt has a file of this name for the CPU, which the include path chooses.
+#pragma once
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/tensor.h>
+
+#define NITP_DISPATCH_KEY CUDA
+
+namespace nitp {
+namespace cuda {
+
+constexpr const char* kDevice = "CUDA";
+
+inline bool is_here(const torch::stable::Tensor& t) { return t.is_cuda(); }
+
+// The device is current, and `stream` PyTorch's current stream there, while a queue lives.
+class Queue {
+  torch::stable::accelerator::DeviceGuard guard_;
+
+ public:
+  void* stream = nullptr;
+
+  explicit Queue(int32_t device) : guard_(device) {
+    using Current = int32_t (*)(int32_t device, void** stream);  // aoti_torch_get_current_cuda_stream of torch's C shim
+    static const Current current = [] {
+      void* torch = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+      return reinterpret_cast<Current>(torch ? dlsym(torch, "aoti_torch_get_current_cuda_stream") : nullptr);
+    }();
+    STD_TORCH_CHECK(current != nullptr, "nitp_ops row kernel: this torch has no CUDA streams");
+    STD_TORCH_CHECK(current(device, &stream) == 0, "nitp_ops row kernel: torch has no current stream");
+  }
+};
+
+}  // namespace cuda
+}  // namespace nitp

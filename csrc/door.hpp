@@ -1,0 +1,239 @@
+// From tensors to row kernels, whatever the device: checks devices, dtypes and shapes, fills the arguments.
+//
+// A Backend has: device, its name; holds(t, on), whether t lies where `on` does; reads_values, whether the host may
+// read them; pairs<P, Z>, which dtypes meet in an alignment; adds<T>, which accumulate; run(args, rows, on), which
+// starts a kernel.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+
+#include "arguments.h"
+
+namespace {
+
+using nitp::bfloat16;
+using nitp::float16;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+T* data(const std::optional<Tensor>& t) {
+  return t.has_value() ? data<T>(*t) : nullptr;
+}
+
+template <class Function>
+void with_dtype(const Tensor& t, Function function) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: function(double{}); break;
+    case ScalarType::Float: function(float{}); break;
+    case ScalarType::BFloat16: function(bfloat16{}); break;
+    case ScalarType::Half: function(float16{}); break;
+    default: STD_TORCH_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32, bfloat16 or float16");
+  }
+}
+
+inline ScalarType working(ScalarType a, ScalarType b) {
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+template <class A>
+using working_t = nitp::portable::working_t<A>;
+
+// The checks of one call, beside its first tensor.
+template <class Backend>
+struct Door {
+  const Tensor& on;
+
+  void rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) const {
+    STD_TORCH_CHECK(Backend::holds(t, on) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
+                        (columns < 2 || t.stride(1) == 1),
+                    "nitp_ops row kernel: ", name, " must be a ", Backend::device, " tensor of ", rows, " rows with ",
+                    columns, " dense columns");
+  }
+  void list(const std::optional<Tensor>& t, const char* name, int64_t size, ScalarType type) const {
+    STD_TORCH_CHECK(
+        !t.has_value() ||
+            (Backend::holds(*t, on) && t->numel() == size && t->is_contiguous() && t->scalar_type() == type),
+        "nitp_ops row kernel: ", name, " must hold ", size, " dense ", Backend::device, " values of the right dtype");
+  }
+  void stats(const Tensor& t, int64_t fields, int64_t count, ScalarType type) const {
+    rows(t, "stats", fields, count);
+    STD_TORCH_CHECK(t.scalar_type() == type, "nitp_ops row kernel: stats has the wrong dtype");
+  }
+};
+
+template <class Backend>
+void swiglu_rows(Tensor gate, Tensor up, Tensor out) {
+  const Door<Backend> door{gate};
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  door.rows(gate, "gate", rows, columns);
+  door.rows(up, "up", rows, columns);
+  door.rows(out, "out", rows, columns);
+  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && out.scalar_type() == gate.scalar_type(),
+                  "nitp_ops row kernel: gate, up and out must share one dtype");
+  with_dtype(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const nitp::SwigluRows<T> args{data<T>(gate),  data<T>(up),  data<T>(out), columns,
+                                   gate.stride(0), up.stride(0), out.stride(0)};
+    Backend::run(args, rows, gate);
+  });
+}
+
+template <class Backend>
+void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream, std::optional<Tensor> into_gate,
+                           std::optional<Tensor> into_up) {
+  const Door<Backend> door{gate};
+  const int64_t rows = gate.size(0), columns = gate.size(1);
+  const Tensor d_gate = into_gate.value_or(gate), d_up = into_up.value_or(up);
+  door.rows(gate, "gate", rows, columns);
+  for (const Tensor& t : {up, upstream, d_gate, d_up}) {
+    door.rows(t, "up, upstream, d_gate or d_up", rows, columns);
+    STD_TORCH_CHECK(t.scalar_type() == gate.scalar_type(), "nitp_ops row kernel: all must have gate's dtype");
+  }
+  with_dtype(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const nitp::SwigluRowsBackward<T> args{data<T>(gate),      data<T>(up),      data<T>(upstream), data<T>(d_gate),
+                                           data<T>(d_up),      columns,          gate.stride(0),    up.stride(0),
+                                           upstream.stride(0), d_gate.stride(0), d_up.stride(0)};
+    Backend::run(args, rows, gate);
+  });
+}
+
+template <class Backend>
+void accumulate_rows_(Tensor sum, Tensor addend) {
+  const Door<Backend> door{sum};
+  const int64_t rows = sum.size(0), columns = sum.size(1);
+  door.rows(sum, "sum", rows, columns);
+  door.rows(addend, "addend", rows, columns);
+  STD_TORCH_CHECK(sum.scalar_type() == ScalarType::Float, "nitp_ops row kernel: sum must be float32");
+  with_dtype(addend, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (Backend::template adds<T>) {
+      const nitp::AccumulateRows<T> args{data<float>(sum), data<T>(addend), columns, sum.stride(0), addend.stride(0)};
+      Backend::run(args, rows, sum);
+    } else {
+      STD_TORCH_CHECK(false, "nitp_ops row kernel: addend must be bfloat16 (or float16 on CUDA)");
+    }
+  });
+}
+
+template <class Backend>
+void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> target_rows,
+                     std::optional<Tensor> row_scale, Tensor stats, std::optional<Tensor> into_prediction,
+                     std::optional<Tensor> d_target, int64_t distance, double eps, bool gradient) {
+  const Door<Backend> door{prediction};
+  const int64_t rows = prediction.size(0), columns = prediction.size(1);
+  const Tensor d_prediction = into_prediction.value_or(prediction);
+  const ScalarType work = working(prediction.scalar_type(), target.scalar_type());
+  door.rows(prediction, "prediction", rows, columns);
+  door.rows(d_prediction, "d_prediction", rows, columns);
+  door.rows(target, "target", target_rows.has_value() ? target.size(0) : rows, columns);
+  door.list(target_rows, "target_rows", rows, ScalarType::Long);
+  door.list(row_scale, "row_scale", rows, work);
+  door.stats(stats, 4, rows, work);
+  if (d_target.has_value()) door.rows(*d_target, "d_target", rows, columns);
+  STD_TORCH_CHECK(d_prediction.scalar_type() == prediction.scalar_type() &&
+                      (!d_target.has_value() || d_target->scalar_type() == target.scalar_type()),
+                  "nitp_ops row kernel: a gradient must have its input's dtype");
+  STD_TORCH_CHECK(distance >= 0 && distance <= 3, "nitp_ops row kernel: distance must be 0, 1, 2 or 3");
+  const int64_t* indices = data<int64_t>(target_rows);
+  if constexpr (Backend::reads_values) {
+    for (int64_t i = 0; indices != nullptr && i < rows; ++i) {
+      STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < target.size(0), "nitp_ops row kernel: target_rows out of range");
+    }
+  }
+  with_dtype(prediction, [&](auto p) {
+    with_dtype(target, [&](auto z) {
+      using P = decltype(p);
+      using Z = decltype(z);
+      if constexpr (!Backend::template pairs<P, Z>) {
+        STD_TORCH_CHECK(false, "nitp_ops row kernel: float64 meets only float64 on ", Backend::device);
+      } else {
+        using A = decltype(working_t<P>{} + working_t<Z>{});
+        const nitp::AlignmentRows<P, Z, A> args{data<P>(prediction),
+                                                data<Z>(target),
+                                                indices,
+                                                data<A>(row_scale),
+                                                data<A>(stats),
+                                                data<P>(d_prediction),
+                                                data<Z>(d_target),
+                                                columns,
+                                                target.size(0),
+                                                prediction.stride(0),
+                                                target.stride(0),
+                                                stats.stride(0),
+                                                d_prediction.stride(0),
+                                                d_target.has_value() ? d_target->stride(0) : 0,
+                                                static_cast<A>(eps),
+                                                static_cast<nitp::Distance>(distance),
+                                                gradient};
+        Backend::run(args, rows, prediction);
+      }
+    });
+  });
+}
+
+template <class Backend>
+void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> target_weight, std::optional<Tensor> bias,
+                         std::optional<Tensor> class_weight, std::optional<Tensor> row_scale, Tensor stats,
+                         Tensor target_logit, Tensor prediction, int64_t ignore_index, bool negative_is_absent,
+                         double label_smoothing, double z_loss, double softcap, double logit_scale, bool gradient) {
+  const Door<Backend> door{logits};
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
+  STD_TORCH_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
+  const int64_t targets = labels.size(1), fields = stats.size(0);
+  door.rows(logits, "logits", rows, columns);
+  door.list(labels, "labels", rows * targets, ScalarType::Long);
+  door.list(target_weight, "target_weight", rows * targets, work);
+  door.list(bias, "bias", columns, work);
+  door.list(class_weight, "class_weight", columns, work);
+  door.list(row_scale, "row_scale", rows, work);
+  door.list(target_logit, "target_logit", rows * targets, work);
+  door.list(prediction, "prediction", rows, ScalarType::Long);
+  door.stats(stats, fields == 3 ? 3 : 2, rows, work);
+  STD_TORCH_CHECK(columns > 0 || rows == 0, "nitp_ops row kernel: logits has no columns");
+  with_dtype(logits, [&](auto zero) {
+    using T = decltype(zero);
+    using A = working_t<T>;
+    double class_mass = 0;
+    if constexpr (Backend::reads_values) {
+      for (int64_t v = 0; class_weight.has_value() && v < columns; ++v) class_mass += data<A>(class_weight)[v];
+      class_mass /= static_cast<double>(columns);
+    }
+    const nitp::CrossEntropyRows<T, A> args{data<T>(logits),
+                                            data<int64_t>(labels),
+                                            data<A>(target_weight),
+                                            data<A>(bias),
+                                            data<A>(class_weight),
+                                            data<A>(row_scale),
+                                            data<A>(stats),
+                                            data<A>(target_logit),
+                                            data<int64_t>(prediction),
+                                            columns,
+                                            targets,
+                                            logits.stride(0),
+                                            stats.stride(0),
+                                            ignore_index,
+                                            class_mass,
+                                            static_cast<A>(label_smoothing),
+                                            static_cast<A>(z_loss),
+                                            static_cast<A>(softcap),
+                                            static_cast<A>(logit_scale),
+                                            negative_is_absent,
+                                            fields == 3,
+                                            gradient};
+    Backend::run(args, rows, logits);
+  });
+}
+
+}  // namespace

@@ -1,0 +1,82 @@
+"""Builds the CUDA row kernels for the CPU (tests/simt): torch.ops.nitp_simt, the same schemas, on CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("csrc/library.cpp", "csrc/cuda/entry.cpp", "tests/simt/simt.cpp", *sorted(ROOT.glob("csrc/cuda/*.cu")))
+ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
+H200_SHARED = 227 * 1024
+
+
+def build(folder: Path, sanitize: bool = False) -> Path:
+    """One library of all kernels, compiled by g++; `sanitize` with AddressSanitizer and UndefinedBehaviorSanitizer."""
+    torch_folder = Path(torch.__file__).parent
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g"] if sanitize else []
+    # the schemas register as nitp_simt, so that nitp_ops itself can stand beside them
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wno-unknown-pragmas",
+        "-Dnitp_ops=nitp_simt",
+        *checks,
+    ]
+    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests/simt'}"]
+
+    def compiled(source: Path) -> str:
+        out = folder / f"{source.name}.o"
+        command = ["g++", *flags, "-isystem", str(torch_folder / "include"), "-x", "c++", "-c", str(source)]
+        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return str(out)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compiled, [ROOT / source for source in SOURCES]))
+    library = folder / "libnitp_simt.so"
+    linked = ["-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+    subprocess.run(["g++", "-shared", *checks, *objects, "-o", str(library), *linked], check=True)
+    return library
+
+
+@functools.cache
+def simt() -> ctypes.CDLL:
+    """The library, built once a process and loaded into torch.ops.nitp_simt."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU")
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder))
+        torch.ops.load_library(str(library))
+        return ctypes.CDLL(str(library))
+
+
+def choose(order: str = "forward", shared_bytes: int = H200_SHARED) -> None:
+    """In which order the threads of a block run, and how much shared memory a block may have."""
+    simt().simt_set(ctypes.c_int64(ORDERS[order]), ctypes.c_int64(shared_bytes))
+
+
+def placed(values: torch.Tensor, offset: int, stride: int) -> torch.Tensor:
+    """The same rows, `offset` elements after an aligned address and `stride` >= columns apart; NaN between them."""
+    rows, columns = values.shape
+    memory = torch.full((offset + rows * stride + 16,), float("nan"), dtype=values.dtype)
+    view = memory[offset:].as_strided((rows, columns), (stride, 1), offset)
+    view.copy_(values)
+    return view
+
+
+def untouched(view: torch.Tensor) -> bool:
+    """Whether everything around the rows of a `placed` tensor is still NaN."""
+    memory = view.new_empty(0).set_(view.untyped_storage()).clone()
+    memory.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(float("nan"))
+    return bool(memory.isnan().all())

@@ -1,0 +1,20 @@
+// Where the CUDA kernels run under simt.h: on the CPU, without a stream.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#define NITP_DISPATCH_KEY CPU
+
+namespace nitp {
+namespace cuda {
+
+constexpr const char* kDevice = "CPU";
+
+inline bool is_here(const torch::stable::Tensor& t) { return t.is_cpu(); }
+
+struct Queue {
+  void* stream = nullptr;
+  explicit Queue(int32_t) {}
+};
+
+}  // namespace cuda
+}  // namespace nitp
