@@ -3,14 +3,15 @@ TORCH := 2.13.0
 ACTIVE := $(if $(or $(VIRTUAL_ENV),$(CONDA_PREFIX)),$(shell python -c "import torch, sys; print(sys.prefix)" 2>/dev/null))
 PYTHON := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
 STAMP := $(if $(ACTIVE),build/installed$(subst /,-,$(ACTIVE)),.venv/installed)
-NATIVE := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/cpu/*.cpp csrc/cpu/*.h)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/*)
 
-.PHONY: help install demo test lint format bench wheel doctor clean
+.PHONY: help install demo test lint format bench wheel doctor cuda-check clean
 help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
 	@echo "make bench   the quick benchmark     make doctor  a one-second check of every backend"
+	@echo "make cuda-check  compile the CUDA kernels for every architecture, print their registers, fail on a spill"
 	@echo "make format  rewrite the sources     make wheel   build dist/*.whl     make clean"
 
 install: $(STAMP)
@@ -50,6 +51,9 @@ wheel: $(STAMP)
 
 doctor: $(STAMP)
 	$(PYTHON) -m nitp_ops doctor
+
+cuda-check:
+	python3 csrc/build_cuda.py
 
 clean:
 	rm -rf build dist *.egg-info nitp_ops/*.so .venv/installed

@@ -1,9 +1,12 @@
-"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11, build information) with ninja."""
+"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11, build information) with ninja.
+
+The CUDA kernels are part of it wherever nvcc is on the PATH, whatever torch is installed (csrc/build_cuda.py)."""
 
 from __future__ import annotations
 
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 CSRC = Path(__file__).parent
+CUDA = runpy.run_path(str(CSRC / "build_cuda.py"))
 TARGET_FLAGS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -77,8 +81,11 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
                     f"{flags} -DNITP_TARGET={target} {TARGET_FLAGS[target]}",
                 )
             )
+    nvcc = CUDA["find_nvcc"]()
+    if nvcc:
+        objects.append(("cuda_entry", CSRC / "cuda/entry.cpp", f"{flags} {includes} -I{quote(CSRC / 'cuda')}"))
     python = f"-isystem {quote(sysconfig.get_path('include'))} -isystem {quote(Path(pybind11.get_include()))}"
-    described = build_defines(torch, compiler, flags)
+    described = build_defines(torch, compiler, flags, nvcc)
     library, module = package / "libnitp_ops.so", package / module_name
     lines = [
         "ninja_required_version = 1.5",
@@ -92,15 +99,19 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
         "rule link",
         "  command = $cxx -shared -s $in -o $out $flags",
     ]
+    cuda_lines, cuda_objects, cuda_linked = cuda_rules(nvcc)
+    lines += cuda_lines
     for name, source, object_flags in objects:
         lines += [f"build {name}.o: compile {escape(source)}", f"  flags = {object_flags}"]
     lines += [
-        f"build module.o: compile {escape(CSRC / 'module.cpp')}",
-        f"  flags = {FLAGS} {python} {described}",
+        f"build module.o: compile {escape(CSRC / 'module.cpp')} | kernels.inc",
+        f"  flags = {FLAGS} {python} -I{quote(work)} {described}",
     ]
-    linked = f"-Wl,--no-as-needed -L{quote(torch / 'lib')} -ltorch_cpu -lc10 -ldl -Wl,-soname,libnitp_ops.so"
+    linked = (
+        f"-Wl,--no-as-needed -L{quote(torch / 'lib')} -ltorch_cpu -lc10 -ldl -Wl,-soname,libnitp_ops.so {cuda_linked}"
+    )
     lines += [
-        f"build {escape(library)}: link {' '.join(f'{name}.o' for name, *_ in objects)}",
+        f"build {escape(library)}: link {' '.join([*(f'{name}.o' for name, *_ in objects), *cuda_objects])}",
         f"  flags = {linked}",
     ]
     beside = f"-L{quote(package)} -l:libnitp_ops.so -Wl,-rpath,'$$ORIGIN'"
@@ -109,7 +120,27 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
     subprocess.run([ninja(), "-C", str(work)], check=True)
 
 
-def build_defines(torch: Path, compiler: str, flags: str) -> str:
+def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
+    """Lines of build.ninja, objects, and flags of the link; without nvcc only an empty table of kernels."""
+    kernels = CUDA["KERNELS"] if nvcc else ()
+    lines = [
+        f"nvcc = {nvcc}",
+        "rule nvcc",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || (cat $out.txt; exit 1)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule table",
+        f"  command = {quote(sys.executable)} {quote(CSRC / 'build_cuda.py')} table $out $in",
+    ]
+    for name in kernels:
+        lines += [f"build {name}.cu.o | {name}.cu.o.txt: nvcc {escape(CSRC / f'cuda/{name}.cu')}"]
+        lines += [f"  flags = {CUDA['flags']()}"]
+    lines.append(f"build kernels.inc: table {' '.join(f'{name}.cu.o.txt' for name in kernels)}")
+    linked = f"-L{quote(CUDA['libraries'](nvcc))} -lcudart_static -lrt -lpthread" if nvcc else ""
+    return lines, [f"{name}.cu.o" for name in kernels], linked
+
+
+def build_defines(torch: Path, compiler: str, flags: str, nvcc: str | None) -> str:
     version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
     compiled_by = subprocess.run(
         [compiler, "--version"], capture_output=True, text=True, check=True
@@ -125,6 +156,8 @@ def build_defines(torch: Path, compiler: str, flags: str) -> str:
         "COMPILER": compiled_by,
         "FLAGS": flags,
         "COMMIT": git.stdout.strip() or "unknown",
+        "CUDA": CUDA["version"](nvcc) if nvcc else "",
+        "CUDA_ARCHITECTURES": " ".join(CUDA["ARCHITECTURES"]) if nvcc else "",
     }
     return " ".join(shlex.quote(f'-DNITP_BUILD_{key}="{value}"') for key, value in facts.items())
 

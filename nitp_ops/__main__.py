@@ -25,6 +25,10 @@ def env() -> int:
     print(f"library  {rows.LIBRARY.name}, instruction set {_C.instruction_set()}")
     for key, value in _C.build_info().items():
         print(f"built    {key}: {value or 'none'}")
+    kernels = _C.kernels()
+    if kernels:
+        most, spills = max(k["registers"] for k in kernels), sum(k["spills"] for k in kernels)
+        print(f"kernels  {len(kernels)} for CUDA, at most {most} registers a thread, {spills} bytes spilled")
     return 0
 
 

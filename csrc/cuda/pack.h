@@ -89,7 +89,7 @@ void flatten(int64_t& rows, int64_t& columns, Strides... strides) {
 template <int N>
 Tiles tiles(int64_t columns) {
   const int64_t packs = (columns + N - 1) / N, wanted = (packs + kPacksOfThread - 1) / kPacksOfThread;
-  const int64_t threads = wanted < kMaxThreads ? (wanted + 31) / 32 * 32 : kMaxThreads;
+  const int64_t threads = wanted < kMaxThreads ? wanted / 32 * 32 + 32 : kMaxThreads;
   const int64_t of_tile = threads * kPacksOfThread;
   return {static_cast<unsigned>((packs + of_tile - 1) / of_tile), static_cast<int>(threads)};
 }

@@ -1,0 +1,54 @@
+"""The CUDA kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_source import build
+
+if shutil.which("g++") is None:
+    pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU", allow_module_level=True)
+
+EVERY_KERNEL = """
+import sys, torch
+torch.ops.load_library(sys.argv[1])
+kernels = torch.ops.nitp_simt
+for columns in (1, 9, 33, 1000):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        def rows():  # ends exactly where its memory ends, starts off any boundary
+            return torch.randn(2 * columns + 1).to(dtype)[1:].view(2, columns)
+        gate, up, out = rows(), rows(), rows()
+        kernels.swiglu_rows(gate, up, out)
+        kernels.swiglu_rows_backward_(gate, up, out)
+        kernels.accumulate_rows_(torch.randn(2, columns), torch.randn(2, columns).bfloat16())
+        for distance in range(4):
+            index = torch.tensor([1, 2**40])
+            kernels.alignment_rows_(rows(), rows(), index, None, torch.empty(4, 2, dtype=work), None, rows(),
+                                    distance, 1e-6, True)
+        options = torch.randn(columns, dtype=work)
+        for bias, cap, labels in ((None, 0.0, [0, -5]), (options, 3.0, [columns - 1, columns])):
+            kernels.cross_entropy_rows_(rows(), torch.tensor([labels]).T.contiguous(), None, bias, None, None,
+                                        torch.empty(3 if cap else 2, 2, dtype=work), torch.empty(2, 1, dtype=work),
+                                        torch.empty(2, dtype=torch.int64), -100, False, 0.1, 0.1, cap, 1.0, True)
+print("done")
+"""
+
+
+def sanitized(library: Path) -> subprocess.CompletedProcess:
+    """A process of its own runs every kernel: the sanitizers must be loaded before Python."""
+    found = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    options = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    command = [sys.executable, "-c", EVERY_KERNEL, str(library)]
+    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True, check=False)
+
+
+def test_no_kernel_touches_what_is_not_its_own(tmp_path):
+    done = sanitized(build(tmp_path, sanitize=True))
+    assert done.returncode == 0 and "done" in done.stdout, done.stdout + done.stderr
