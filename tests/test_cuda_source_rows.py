@@ -48,10 +48,14 @@ def alignment(p, z, distance, *, kernels, dp=None, dz=None, target_rows=None, ro
 def ours_and_exact(p, z, distance, *, both=False, **options):
     """Of the CUDA kernel, and of the CPU kernel in float64."""
     wide = [p.double().clone(), z.double().clone()]
-    places = [torch.full_like(p.double(), NAN) if both else None for _ in range(2)]
-    exact = alignment(*wide, distance, kernels=torch.ops.nitp_ops, dp=places[0], dz=places[1], **options)
-    outs = [torch.full_like(x[: len(p)], NAN) if both else None for x in (p, p.to(z.dtype))]
-    return alignment(p, z, distance, kernels=torch.ops.nitp_simt, dp=outs[0], dz=outs[1], **options), exact
+
+    def apart(*dtypes):
+        return [torch.full(p.shape, NAN, dtype=dtype) if both else None for dtype in dtypes]
+
+    dp, dz = apart(torch.float64, torch.float64)
+    exact = alignment(wide[0], wide[1], distance, kernels=torch.ops.nitp_ops, dp=dp, dz=dz, **options)
+    dp, dz = apart(p.dtype, z.dtype)
+    return alignment(p, z, distance, kernels=torch.ops.nitp_simt, dp=dp, dz=dz, **options), exact
 
 
 def same(ours, exact):
