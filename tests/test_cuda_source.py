@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from nitp_ops import rows
 
+pytestmark = pytest.mark.gpu_source
+
 if rows.missing is not None:
     pytest.skip(f"no compiled kernels to compare with: {rows.missing}", allow_module_level=True)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cuda_source import build
 
+pytestmark = pytest.mark.gpu_source
+
 if shutil.which("g++") is None:
     pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU", allow_module_level=True)
 

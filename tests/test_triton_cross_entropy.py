@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import COLUMNS, FLOATS, apart, equal, interpreted
 
+pytestmark = pytest.mark.gpu_source
+
 if util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 

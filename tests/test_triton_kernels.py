@@ -7,6 +7,8 @@ import pytest
 import torch
 from interpreter import COLUMNS, FLOATS, apart, equal, interpreted
 
+pytestmark = pytest.mark.gpu_source
+
 if util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 

@@ -18,6 +18,8 @@ from triton.runtime import JITFunction  # noqa: E402
 
 from nitp_ops import triton as rows  # noqa: E402
 
+pytestmark = pytest.mark.gpu_source
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 ROWS, WIDTH, VOCABULARY = 4, 4096, 128256
 
