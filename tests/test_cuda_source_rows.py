@@ -109,7 +109,7 @@ def test_the_loss_near_a_cosine_of_one_keeps_its_digits():
     p = torch.randn(4, 4096)
     z = p + 0.01 * torch.randn(4, 4096)
     ours, exact = ours_and_exact(p, z, "cosine")
-    assert ((ours[2][0] - exact[2][0]) / exact[2][0]).abs().max() < 2e-6  # 1 - c in float32 is off by 1e-3
+    assert ((ours[2][0] - exact[2][0]) / exact[2][0]).abs().max() < 2e-6  # 1 - c in float32 is off by 3e-3
 
 
 @pytest.mark.parametrize("row", [-1, 5, 2**40])

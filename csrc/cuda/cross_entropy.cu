@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
   const Writer<T, A, Plain> writer{row, slopes, !absent && row_scale != A(0)};
   for (k = R + in_shared; here(k); ++k)
     writer(logits, column(k), read<N>(logits + column(k)));  // the freshest in cache
-  for (k = R; k < R + in_shared && here(k); ++k) writer(logits, column(k), held[(k - R) * threads]);
+  for (k = R; k < R + in_shared && here(k); ++k) writer(logits, column(k), read<N>(held[(k - R) * threads].at));
 #pragma unroll
   for (int r = 0; r < R; ++r) {
     if (here(r)) writer(logits, column(r), unseen(kept[r]));
@@ -162,13 +162,13 @@ struct Plan {
   int threads, in_shared;
 };
 
-// The fewest threads with which the rows of a full multiprocessor stay on it.
-Plan plan(int64_t packs, int in_registers, int max_threads) {
+// The fewest threads with which the rows of a full multiprocessor stay on it; `reserved` is a block's static part.
+Plan plan(int64_t packs, int in_registers, int max_threads, int64_t reserved) {
+  constexpr int64_t kOfDriver = 1024;  // of each block
   const SharedMemory memory = shared_memory();
   for (int threads = kMinRowThreads;; threads *= 2) {
-    constexpr int64_t kReserved = 4096;  // of each block: its static arrays and what the driver keeps
-    const int64_t of_multiprocessor = memory.multiprocessor / (max_threads / threads) - kReserved;
-    const int64_t bytes = memory.block - kReserved < of_multiprocessor ? memory.block - kReserved : of_multiprocessor;
+    const int64_t share = memory.multiprocessor / (max_threads / threads) - kOfDriver;
+    const int64_t bytes = (memory.block < share ? memory.block : share) - reserved;
     const int64_t room = bytes > 0 ? bytes / (kPackBytes * threads) : 0;
     const int64_t each = (packs + threads - 1) / threads, wanted = each > in_registers ? each - in_registers : 0;
     if (wanted <= room || threads == max_threads) return {threads, static_cast<int>(wanted < room ? wanted : room)};
@@ -177,7 +177,7 @@ Plan plan(int64_t packs, int in_registers, int max_threads) {
 
 template <bool Plain, class T, class A>
 void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
-  const Plan p = plan(a.columns * sizeof(T) / kPackBytes, kInRegisters<Plain>, kMaxRowThreads<T>);
+  const Plan p = plan(a.columns * sizeof(T) / kPackBytes, kInRegisters<Plain>, kMaxRowThreads<T>, sizeof(Scratch<A>));
   const int64_t bytes = static_cast<int64_t>(p.in_shared) * p.threads * kPackBytes;
   launch(cross_entropy_rows<T, A, Plain>, rows, p.threads, bytes, stream, a, p.in_shared);
 }
