@@ -28,6 +28,13 @@ struct AccumulateRows {
   int64_t columns, sum_stride, addend_stride;
 };
 
+template <class T, class A>
+struct ScaleRows {
+  T* rows;
+  const A* factor;  // one number
+  int64_t columns, stride;
+};
+
 template <class P, class Z, class A>
 struct AlignmentRows {
   const P* prediction;

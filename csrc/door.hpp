@@ -127,6 +127,19 @@ void accumulate_rows_(Tensor sum, Tensor addend) {
 }
 
 template <class Backend>
+void scale_rows_(Tensor rows, Tensor factor) {
+  const Door<Backend> door{rows};
+  door.rows(rows, "rows", rows.size(0), rows.size(1));
+  door.list(factor, "factor", 1, working(rows.scalar_type(), rows.scalar_type()));
+  with_dtype(rows, [&](auto zero) {
+    using T = decltype(zero);
+    const nitp::ScaleRows<T, working_t<T>> args{data<T>(rows), data<working_t<T>>(factor), rows.size(1),
+                                                rows.stride(0)};
+    Backend::run(args, rows.size(0), rows);
+  });
+}
+
+template <class Backend>
 void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> target_rows,
                      std::optional<Tensor> row_scale, Tensor stats, std::optional<Tensor> into_prediction,
                      std::optional<Tensor> d_target, int64_t distance, double eps, bool gradient) {

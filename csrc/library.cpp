@@ -18,6 +18,7 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
       "bool negative_is_absent, float label_smoothing, float z_loss, float softcap, float logit_scale, bool gradient) "
       "-> ()");
   m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
+  m.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
   // Not row kernels: oneDNN's float32 product, where torch.mm would take a slower library, and advice to the kernel.
   m.def("onednn_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
   m.def("use_huge_pages_(Tensor(a!) block) -> ()");

@@ -47,18 +47,18 @@ def alignment(
     | kl | ``sum softmax(z) (log softmax(z) - log softmax(p))`` |
 
     Args:
-        prediction, target: ``[..., D]``, one shape and device; float64, float32 or bfloat16, each its own dtype.
-            Both get gradients; detach the target to stop its gradient.
+        prediction, target: ``[..., D]``, one shape and device; float64, float32, bfloat16 or float16, each its own
+            dtype (on CUDA float64 meets only float64). Both get gradients; detach the target to stop its gradient.
         distance: the row of the table above.
         eps: lower bound of each norm (cosine).
-        backend: None (the device decides), "native" or "reference".
+        backend: None (the device decides), "native", "triton" or "reference".
 
     Returns:
         ``[...]``, float32 (float64 when either input is float64).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown distance.
-        BackendError: no compiled row kernels for this device.
+        BackendError: no row kernels for this device.
 
     Example:
         >>> import torch, nitp_ops
@@ -74,43 +74,44 @@ def alignment(
     _check.same_device(_OP, "target", target, "prediction", prediction)
     _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
     eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True)
-    if rows.choose(_OP, prediction.device, backend) == "reference":
+    chosen = rows.choose(_OP, prediction.device, backend)
+    if chosen == "reference":
         return reference.alignment(prediction, target, distance=distance, eps=eps)
     _check.plain_autograd(_OP, prediction, target)
-    return _forward(prediction, target, DISTANCES[distance], eps)
+    return _forward(prediction, target, DISTANCES[distance], eps, chosen)
 
 
-@torch.library.custom_op("nitp_ops::alignment", mutates_args=(), device_types="cpu")
-def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float) -> Tensor:
+@torch.library.custom_op("nitp_ops::alignment", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: str) -> Tensor:
     p, z = Rows(prediction), Rows(target)
     dtype = reference.working(prediction, target)
-    stats = torch.empty(4, p.count, dtype=dtype)
+    stats = torch.empty(4, p.count, dtype=dtype, device=prediction.device)
     for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
-        torch.ops.nitp_ops.alignment_rows_(
+        rows.kernels(backend).alignment_rows_(
             p.dense(part), z.dense(part), None, None, stats[:, part], None, None, distance, eps, False
         )
     return stats[0].view(p.shape).clone()
 
 
 @_forward.register_fake
-def _(prediction: Tensor, target: Tensor, distance: int, eps: float) -> Tensor:
+def _(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: str) -> Tensor:
     return prediction.new_empty(prediction.shape[:-1], dtype=reference.working(prediction, target))
 
 
-@torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _backward(
-    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool
+    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
 ) -> list[Tensor]:
     """[d_prediction] or, with wants_target, [d_prediction, d_target]."""
     p, z = Rows(prediction), Rows(target)
     shape = (p.count, prediction.shape[-1])
-    d_prediction = torch.empty(prediction.shape, dtype=prediction.dtype)
-    d_target = torch.empty(target.shape, dtype=target.dtype) if wants_target else None
+    d_prediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
+    d_target = torch.empty(target.shape, dtype=target.dtype, device=target.device) if wants_target else None
     scale = upstream.reshape(-1).contiguous()
-    stats = torch.empty(4, p.count, dtype=scale.dtype)
+    stats = torch.empty(4, p.count, dtype=scale.dtype, device=scale.device)
     for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
         into = d_prediction.view(shape)[part], None if d_target is None else d_target.view(shape)[part]
-        torch.ops.nitp_ops.alignment_rows_(
+        rows.kernels(backend).alignment_rows_(
             p.dense(part), z.dense(part), None, scale[part], stats[:, part], *into, distance, eps, True
         )
     return [d_prediction] if d_target is None else [d_prediction, d_target]
@@ -118,22 +119,22 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool
+    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
 ) -> list[Tensor]:
     d_prediction = prediction.new_empty(prediction.shape)
     return [d_prediction, target.new_empty(target.shape)] if wants_target else [d_prediction]
 
 
 def _save(ctx, inputs, output) -> None:
-    prediction, target, ctx.distance, ctx.eps = inputs
+    prediction, target, ctx.distance, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(prediction, target)
 
 
 def _differentiate(ctx, upstream: Tensor):
     prediction, target = ctx.saved_tensors
     wants_prediction, wants_target = ctx.needs_input_grad[:2]
-    gradients = _backward(prediction, target, upstream, ctx.distance, ctx.eps, wants_target)
-    return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None
+    gradients = _backward(prediction, target, upstream, ctx.distance, ctx.eps, wants_target, ctx.backend)
+    return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None, None
 
 
 _forward.register_vmap(refuse_vmap(_OP))

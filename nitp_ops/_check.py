@@ -119,12 +119,17 @@ def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) 
         )
 
 
+def host_reads(device: torch.device) -> bool:
+    """Whether values may steer the host: never those of a GPU, whose queue would run empty meanwhile."""
+    return device.type == "cpu"
+
+
 def plain(tensor: Tensor) -> bool:
     """Whether values may be read on the host: a CPU tensor that is neither traced, fake nor batched."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
-    return tensor.device.type == "cpu" and not wrapped
+    return host_reads(tensor.device) and not wrapped
 
 
 def plain_autograd(op: str, *tensors: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Chunks of rows: how many, how large, and access to them without copying a whole activation."""
+"""Chunks of rows: which, how many, how large, and access to them without copying a whole activation."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import _check
+
 #: Default workspace on CPU: small ones stay in the last-level cache and in memory that glibc keeps.
 LEAST_BYTES = 32 * 2**20
 #: Every chunk reads and writes the whole weight gradient, so a workspace may be as large as that in float32, up to:
 MOST_BYTES = 120 * 2**20
 #: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
 ENOUGH_ROWS = 512
+#: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
+#: least so many bytes (docs/decisions/0014).
+ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
 
 
-def rows_per_chunk(rows: int, row_bytes: int, chunk_bytes: int | None, weights: int, least: int = LEAST_BYTES) -> int:
+def rows_per_chunk(
+    rows: int, row_bytes: int, chunk_bytes: int | None, weights: int, least: int = LEAST_BYTES, *, device: str = "cpu"
+) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
     weights: numbers in the weight gradient that the chunks share. least: the default is no smaller."""
-    default = max(least, min(4 * weights, MOST_BYTES), min(ENOUGH_ROWS * row_bytes, 2 * MOST_BYTES))
+    if device == "cpu":
+        default = max(least, min(4 * weights, MOST_BYTES), min(ENOUGH_ROWS * row_bytes, 2 * MOST_BYTES))
+    else:
+        default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
@@ -39,8 +49,9 @@ class Rows:
     def take(self, rows: Tensor | slice) -> Tensor:
         """The rows of one chunk: [n, d]."""
         if not self.flat:
-            index = torch.arange(rows.start, rows.stop) if isinstance(rows, slice) else rows
-            return self.tensor[torch.unravel_index(index, self.shape)]
+            if isinstance(rows, slice):
+                rows = torch.arange(rows.start, rows.stop, device=self.tensor.device)
+            return self.tensor[torch.unravel_index(rows, self.shape)]
         return self.tensor[rows] if isinstance(rows, slice) else self.tensor.index_select(0, rows)
 
     def dense(self, rows: Tensor | slice) -> Tensor:
@@ -56,8 +67,14 @@ def whole_or_chunk(*tensors: Rows) -> int:
     return max(1, count if in_place else 2**20 // max(1, width))
 
 
-def select(keep: Tensor) -> Tensor | slice:
-    """The kept rows in order: a slice where they lie together, so that nothing need be gathered, else indices."""
+def select(keep: Tensor, max_rows: int | None = None) -> Tensor | slice:
+    """The kept rows in order: a slice where they lie together, so that nothing need be gathered, else indices.
+
+    Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without it, every row."""
+    if not _check.host_reads(keep.device):
+        if max_rows is None or max_rows >= keep.numel():
+            return slice(0, keep.numel())
+        return keep.to(torch.uint8).argsort(descending=True, stable=True)[:max_rows]
     indices = keep.nonzero().squeeze(1)
     count = indices.numel()
     if count == 0:
@@ -77,11 +94,6 @@ def chunks(selected: Tensor | slice, step: int) -> Iterator[Tensor | slice]:
             yield slice(selected.start + first, min(selected.start + first + step, selected.stop))
         else:
             yield selected[first : first + step]
-
-
-def direct(out: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
-    """The rows of `out` as a view that a result of `dtype` can be written into, or None: then `place` it."""
-    return out[rows] if isinstance(rows, slice) and out.dtype == dtype else None
 
 
 def place(out: Tensor, dim: int, rows: Tensor | slice, values: Tensor) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _check, _latent_pass
+from . import _check, _latent_chunks
 from ._chunks import rows_per_chunk
 
 _OP = "explain"
@@ -51,6 +51,7 @@ def explain(
     out_width: int | None = None,
     dtype: torch.dtype = torch.float32,
     chunk_bytes: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> ChunkPlan:
     """The chunk plan of `linear_cross_entropy` or `implicit_token_loss` with gradients for every input.
 
@@ -68,6 +69,7 @@ def explain(
         inner, out_width: m and D for implicit_token_loss; None: 4 d and d.
         dtype: of the GEMMs.
         chunk_bytes: as given to the op.
+        device: where the tensors are; the default chunks of a GPU are larger.
 
     Returns:
         A `ChunkPlan`; printed, it is one line.
@@ -88,18 +90,20 @@ def explain(
     if chunk_bytes is not None:
         _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
     _check.integer(_OP, "rows", rows, least=0)
+    place = torch.device(device).type
     _check.integer(_OP, "width", width, least=1)
     if op == "linear_cross_entropy":
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
         row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
-        step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights)
+        step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights, device=place)
     else:
         inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
-        row_bytes = _latent_pass.row_bytes(width, inner, out_width, dtype)
+        row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
         weights = 2 * inner * width + out_width * inner
-        step = _latent_pass.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights)
-    rounded = dtype.itemsize < 4 and rows > 2 * step  # only then is the sum a buffer beside the returned gradient
+        step = _latent_chunks.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights, device=place)
+    few = 2 if place == "cpu" else 1  # chunks whose sum needs no buffer beside the returned gradient
+    rounded = dtype.itemsize < 4 and rows > few * step
     return ChunkPlan(
         op=op,
         rows=rows,

@@ -9,8 +9,12 @@ from . import _check, rows
 
 #: A block of a weight that is cast, or of a product that is summed, at a time: it stays in the second-level cache.
 BLOCK_BYTES = 2 * 2**20
+#: The same on a GPU, which needs large products to be busy.
+BLOCK_BYTES_ON_GPU = 128 * 2**20
 #: Blocks from here on come from fresh pages, a page fault for each 4 KiB unless the pages are large.
 _LARGE_BYTES = 4 * 2**20
+#: Dtypes narrower than the arithmetic on them.
+_NARROW = (torch.bfloat16, torch.float16)
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 
@@ -45,8 +49,23 @@ def _has_onednn() -> bool:
 _ONEDNN = _has_onednn()
 
 
+def direct(out: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
+    """The rows of `out` as a view that `matmul` of `dtype` numbers can write into, or None: then `place` them."""
+    fits = out.dtype == dtype or (_widens(out.device) and dtype in _NARROW and out.dtype == torch.float32)
+    return out[rows] if isinstance(rows, slice) and fits else None
+
+
+def _widens(device: torch.device) -> bool:
+    """Whether a product of bfloat16 or float16 numbers can be written, and summed, in float32 without a rounding."""
+    return device.type == "cuda"
+
+
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b (there MKL is as fast as oneDNN, and its sums round half as much)."""
+    if out.dtype != a.dtype:
+        if add:
+            return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
     if (
         _ONEDNN
         and not add
@@ -77,7 +96,8 @@ class Weight:
     def __init__(self, matrix: Tensor, dtype: torch.dtype):
         self.dtype, widened = dtype, torch.promote_types(matrix.dtype, dtype) == dtype != matrix.dtype
         self.matrix = matrix if widened else matrix.to(dtype)
-        rows = max(1, BLOCK_BYTES // max(1, matrix.shape[1] * dtype.itemsize)) if widened else max(1, matrix.shape[0])
+        block = BLOCK_BYTES if matrix.device.type == "cpu" else BLOCK_BYTES_ON_GPU
+        rows = max(1, block // max(1, matrix.shape[1] * dtype.itemsize)) if widened else max(1, matrix.shape[0])
         self.blocks = [slice(first, first + rows) for first in range(0, max(1, matrix.shape[0]), rows)]
 
     def times(self, x: Tensor, out: Tensor) -> Tensor:
@@ -96,15 +116,16 @@ class Weight:
 class WeightGradient:
     """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to `dtype`.
 
-    ATen has no bfloat16 x bfloat16 -> float32 product on CPU: there a chunk's product rounds to bfloat16 before it is
-    added to the float32 sum, one block of rows at a time. Two chunks need no float32 sum: the second product is added
-    to the first before its own rounding."""
+    On CUDA the product itself adds to the float32 sum. ATen has no bfloat16 x bfloat16 -> float32 product on CPU: there
+    a chunk's product rounds to bfloat16 before it is added, one block of rows at a time. A single chunk needs no
+    float32 sum, nor do two on CPU: the second product is added to the first before its own rounding."""
 
     def __init__(self, shape: torch.Size, gemm_dtype: torch.dtype, dtype: torch.dtype, like: Tensor, chunks: int):
         self.dtype, self.empty = dtype, True
-        narrow = gemm_dtype in (torch.bfloat16, torch.float16)
-        self.in_gemm = not narrow or (chunks <= 2 and dtype == gemm_dtype)
-        self.sum = fresh(shape, gemm_dtype if self.in_gemm else torch.float32, like.device)
+        widens = _widens(like.device)
+        same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (1 if widens else 2))
+        self.in_gemm = same or widens
+        self.sum = fresh(shape, gemm_dtype if same else torch.float32, like.device)
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if not self.in_gemm:

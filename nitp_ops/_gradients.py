@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_SLICE = 2**18  # numbers whose float32 copy exists at a time, never that of a whole gradient
+from . import reference, rows
+
+#: Numbers whose float32 copy exists at a time, never that of a whole gradient; a GPU is busy with the second.
+_SLICE, _SLICE_ON_GPU = 2**18, 2**25
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
@@ -21,16 +25,27 @@ def scale_gradients(
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
-        _scale(gradient.view(-1), out.view(-1), upstream)
+        flat_in, flat_out = gradient.view(-1), out.view(-1)
+        size = _SLICE if gradient.device.type == "cpu" else _SLICE_ON_GPU
+        for first in range(0, gradient.numel(), size):
+            part = slice(first, first + size)
+            flat_out[part] = flat_in[part].to(upstream.dtype) * upstream
         scaled.append(out)
     return scaled
 
 
-def _scale(gradient: Tensor, out: Tensor, upstream: Tensor) -> None:
-    """out = upstream * gradient, which may be one tensor."""
-    for first in range(0, gradient.numel(), _SLICE):
-        part = slice(first, first + _SLICE)
-        out[part] = gradient[part].to(upstream.dtype) * upstream
+def power_of_two(scales: Sequence[Tensor]) -> Tensor:
+    """0-d, near the largest weight of a row: float16 gradients are formed without it, else they would underflow."""
+    one = scales[0].new_ones(1)
+    _, exponent = torch.frexp(torch.cat([*scales, 0 * one]).abs().amax(0).nan_to_num(1.0, 1.0))
+    return torch.ldexp(one, exponent).view(())
+
+
+def scale_in_place(kernels: Any, gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor, a 0-d tensor: one costs nothing, zero leaves no NaN."""
+    if gradient.numel() > 0:
+        factor = factor.to(reference.working(gradient))
+        kernels.scale_rows_(gradient.view(-1, gradient.shape[-1]), factor)
 
 
 @scale_gradients.register_fake
@@ -40,12 +55,9 @@ def _(gradients, upstream, inputs, anchors, op):
 
 @torch.library.custom_op("nitp_ops::add_gradients", mutates_args={"buffers"})
 def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor) -> None:
-    """buffer += upstream * gradient for each, in the buffer's precision."""
+    """buffer += upstream * gradient for each; the gradients have the buffers' dtypes."""
     for buffer, gradient in zip(buffers, gradients, strict=True):
-        flat_in, flat_out = gradient.view(-1), buffer.view(-1)
-        for first in range(0, flat_in.numel(), _SLICE):
-            part = slice(first, first + _SLICE)
-            flat_out[part] += flat_in[part].to(buffer.dtype) * upstream
+        buffer.addcmul_(gradient, upstream.to(buffer.dtype))
 
 
 def refuse_double_backward(op: str) -> Callable[..., None]:
@@ -101,8 +113,8 @@ class FormedGradients:
 
 
 def deliver(
-    anchors: list[Tensor], op: str, gradients: Sequence[Tensor], upstream: Tensor | None, inputs: Sequence[Tensor],
-    buffers: Sequence[Tensor | None],
+    anchors: list[Tensor], op: str, backend: str, gradients: Sequence[Tensor], upstream: Tensor | None,
+    inputs: Sequence[Tensor], buffers: Sequence[Tensor | None],
 ) -> list[Tensor | None]:  # fmt: skip
     """What autograd gets for each input: upstream * gradient in the input's dtype, None where a buffer took it.
 
@@ -111,8 +123,7 @@ def deliver(
     is refused by name."""
     if not gradients:
         return []
-    eager = type(gradients[0]) is Tensor
-    one = upstream is None or (eager and upstream.device.type == "cpu" and upstream.item() == 1.0)
+    eager, one = type(gradients[0]) is Tensor, upstream is None
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)
@@ -125,7 +136,7 @@ def deliver(
         values = scale_gradients(values, upstream, leaves, anchors, op)
     elif not one and eager:
         for value in values:
-            _scale(value.view(-1), value.view(-1), upstream)
+            scale_in_place(rows.kernels(backend), value, upstream)
     elif not one:
         values = scale_gradients(values, upstream, leaves, [], op)
     result: list[Tensor | None] = [None] * len(gradients)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import _check, reference
 from ._gemm import gemm_dtype
-from ._token_pass import Head, Labelled, RowValues, present
+from ._token_chunks import Job, RowValues, present
+from ._token_pass import Unembedding
 
 
 class TokenStats(NamedTuple):
@@ -47,9 +48,12 @@ class HeadJob(NamedTuple):
     target_weight: Tensor | None = None
     class_weight: Tensor | None = None
     hidden_grad_out: Tensor | None = None
+    max_rows: int | None = None
 
 
-def head_of(op, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, buffer) -> Head:
+def head_of(
+    op, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, buffer
+) -> Unembedding:
     """Checks the arguments that all jobs share."""
     _check.is_float(op, "unembedding", unembedding)
     if unembedding.dim() != 2 or unembedding.shape[0] == 0:
@@ -68,10 +72,10 @@ def head_of(op, unembedding, bias, ignore_index, softcap, logit_scale, logits_dt
         _check.integer(op, "chunk_bytes", chunk_bytes, least=1)
     if buffer is not None:
         _check.is_buffer(op, "weight_grad_out", buffer, "unembedding", unembedding)
-    return Head(op, unembedding, bias, ignore_index, cap, scale, logits_dtype, chunk_bytes, buffer)
+    return Unembedding(op, unembedding, bias, ignore_index, cap, scale, logits_dtype, chunk_bytes, buffer)
 
 
-def check_job(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+def check_job(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
     if not isinstance(job, HeadJob):
         raise TypeError(f"{op}: {prefix.rstrip('.')} is a {type(job).__name__}, expected a HeadJob")
     _check_rows(op, job, head, prefix)
@@ -80,6 +84,8 @@ def check_job(op: str, job: HeadJob, head: Head, prefix: str) -> None:
     if smoothing > 1:
         raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
     _check.number(op, f"{prefix}z_loss", job.z_loss, least=0.0)
+    if job.max_rows is not None:
+        _check.integer(op, f"{prefix}max_rows", job.max_rows, least=0)
     if job.hidden_grad_out is not None:
         _check.is_buffer(op, f"{prefix}hidden_grad_out", job.hidden_grad_out, f"{prefix}hidden", job.hidden)
     if _check.plain(job.labels):  # by value, with the index in the caller's shape; while tracing the pass checks them
@@ -88,7 +94,7 @@ def check_job(op: str, job: HeadJob, head: Head, prefix: str) -> None:
         _check.labels_inside(op, f"{prefix}labels", job.labels, head.ignore_index, classes, several)
 
 
-def _check_rows(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+def _check_rows(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
     hidden, labels = job.hidden, job.labels
     _check.is_float(op, f"{prefix}hidden", hidden)
     leading = hidden.shape[:-1]
@@ -119,7 +125,7 @@ def _check_rows(op: str, job: HeadJob, head: Head, prefix: str) -> None:
         raise TypeError(f"{op}: {prefix}hidden is {came}, expected {expected} (float64 does not mix with other dtypes)")
 
 
-def _check_weights(op: str, job: HeadJob, head: Head, prefix: str) -> None:
+def _check_weights(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
     for name in ("token_weight", "target_weight", "class_weight"):
         weight = getattr(job, name)
         if weight is None:
@@ -141,7 +147,7 @@ def _check_weights(op: str, job: HeadJob, head: Head, prefix: str) -> None:
             raise ValueError(f"{op}: {prefix}class_weight came with target_weight, expected one of them")
 
 
-def labelled(job: HeadJob, head: Head) -> Labelled:
+def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
     """The job as flat rows: [N, K] labels and weights in the working precision."""
     work, rows, ignored = reference.working(head.unembedding), job.hidden.shape[:-1], head.ignore_index
     many, device = job.target_weight is not None, job.labels.device
@@ -151,20 +157,27 @@ def labelled(job: HeadJob, head: Head) -> Labelled:
     if class_weight is not None:
         target_weight = class_weight[labels.where(labels != ignored, 0).clamp(0, len(class_weight) - 1)]
     weight = torch.ones((), dtype=work, device=device) if job.token_weight is None else job.token_weight
-    return Labelled(
+    if job.max_rows is not None and _check.plain(labels):
+        count = int(present(labels, ignored, many).sum())
+        if count > job.max_rows:
+            came = f"{prefix}max_rows is {job.max_rows}"
+            raise ValueError(f"{head.op}: {came}, expected at least {count}, the rows that count")
+    return Job(
         hidden=job.hidden,
         labels=labels,
         target_weight=target_weight,
         row_weight=weight.to(work).expand(rows).reshape(-1),
         class_weight=class_weight if job.label_smoothing > 0 else None,
+        buffer=job.hidden_grad_out,
         many=many,
         label_smoothing=float(job.label_smoothing),
         z_loss=float(job.z_loss),
-        hidden_grad_out=job.hidden_grad_out,
+        max_rows=-1 if job.max_rows is None else job.max_rows,
+        wanted=job.hidden.requires_grad,
     )
 
 
-def counted(rows: Labelled, ignore_index: int) -> Tensor:
+def counted(rows: Job, ignore_index: int) -> Tensor:
     """What "mean" divides by: the rows that count, or the sum of their class weights."""
     given = present(rows.labels, ignore_index, rows.many)
     if rows.target_weight is None or rows.many:
@@ -186,13 +199,13 @@ def stats_of(values: RowValues, jobs: Sequence[HeadJob]) -> list[Any]:
     return split
 
 
-def reference_options(head: Head) -> dict[str, Any]:
+def reference_options(head: Unembedding) -> dict[str, Any]:
     softcap = head.softcap or None
     options = {"bias": head.bias, "ignore_index": head.ignore_index}
     return options | {"softcap": softcap, "logit_scale": head.logit_scale}
 
 
-def for_reference(job: HeadJob, head: Head) -> tuple[HeadJob, Tensor]:
+def for_reference(job: HeadJob, head: Unembedding) -> tuple[HeadJob, Tensor]:
     """The job and the unembedding as the reference takes them: widened where logits_dtype asks for it."""
     given = [name for name in ("hidden_grad_out",) if getattr(job, name) is not None]
     given += ["weight_grad_out"] if head.weight_grad_out is not None else []
@@ -209,7 +222,7 @@ def for_reference(job: HeadJob, head: Head) -> tuple[HeadJob, Tensor]:
 
 
 @torch.no_grad()
-def reference_stats(job: HeadJob, head: Head, entropy: bool = False) -> Any:
+def reference_stats(job: HeadJob, head: Unembedding, entropy: bool = False) -> Any:
     job, unembedding = for_reference(job, head)
     stats = TokenEntropyStats(*reference.token_stats(job, unembedding, **reference_options(head)))
     return stats if entropy else TokenStats(*stats[:4])

@@ -1,6 +1,6 @@
 """implicit_token_loss: distance(P(h_t), stopgrad(s_{t+shift})),  P(h) = W_down (silu(W_gate h) * W_up h).
 
-This file is the door: signature, checks, normalisation. `_latent_pass.py` is the chunked algorithm behind it.
+This file is the door: signature, checks, normalisation. `_latent_chunks.py` is the chunked algorithm behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import _check, reference, rows
 from ._alignment import DISTANCES, AlignmentStats
-from ._latent_pass import Projector, latent_pass
+from ._latent_chunks import Pairs, Projector
+from ._latent_pass import latent_pass
 from ._linear_cross_entropy import REDUCTIONS
 
 _OP = "implicit_token_loss"
@@ -65,14 +66,14 @@ def implicit_token_loss(
         hidden_grad_out: a contiguous float32 buffer (float64 for float64) of hidden's shape that the backward pass adds
             the gradient into, upstream included; autograd then gives None for hidden.
         return_stats: also return `AlignmentStats`, ``[..., T]`` each.
-        backend: None (the device decides), "native" or "reference".
+        backend: None (the device decides), "native", "triton" or "reference".
 
     Returns:
         The loss in float32 (float64 for float64), 0-d or ``[..., T]``; with return_stats ``(loss, AlignmentStats)``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        BackendError: no compiled row kernels for this device.
+        BackendError: no row kernels for this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
@@ -104,7 +105,8 @@ def implicit_token_loss(
         _check.integer(_OP, "max_rows", max_rows, least=0)
     if hidden_grad_out is not None:
         _check.is_buffer(_OP, "hidden_grad_out", hidden_grad_out, "hidden", hidden)
-    if rows.choose(_OP, hidden.device, backend) == "reference":
+    chosen = rows.choose(_OP, hidden.device, backend)
+    if chosen == "reference":
         if hidden_grad_out is not None:
             raise ValueError(
                 f"{_OP}: hidden_grad_out came with backend='reference', expected none (it leaves gradients to autograd)"
@@ -126,16 +128,12 @@ def implicit_token_loss(
         scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
     scale = scale.to(reference.working(hidden, target))
     loss, stats = latent_pass(
-        hidden,
-        target,
+        Pairs(hidden, target, keep.reshape(-1), scale, hidden_grad_out, shift, max_rows),
         projector,
-        keep.reshape(-1),
-        scale,
-        shift=shift,
         distance=DISTANCES[distance],
         eps=eps,
         chunk_bytes=chunk_bytes,
-        hidden_grad_out=hidden_grad_out,
+        backend=chosen,
         per_row=reduction == "none",
     )
     loss = loss.view(keep.shape) if reduction == "none" else loss

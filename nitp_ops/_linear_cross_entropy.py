@@ -1,6 +1,6 @@
 """linear_cross_entropy: w [(1 - e) (lse - z_t) + e (lse - mean z) + c lse^2],  z = cap tanh(scale (W h + b) / cap).
 
-This file is the door: signature, normalisation, stats. `_head_job.py` checks, `_token_pass.py` is the algorithm.
+This file is the door: signature, normalisation, stats. `_head_job.py` checks, `_token_chunks.py` is the algorithm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._head_job import (
     reference_stats,
     stats_of,
 )
-from ._token_pass import present, token_pass
+from ._token_pass import token_pass
 
 _OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -91,7 +91,7 @@ def linear_cross_entropy(
             shape that every backward pass adds the gradient into, upstream included; autograd then gives None for that
             input. Also a pass that asks for other gradients only adds to it.
         return_stats: True: also return `TokenStats`; "entropy": `TokenEntropyStats`, with the entropy of each row.
-        backend: None (the device decides), "native" or "reference".
+        backend: None (the device decides), "native", "triton" or "reference".
 
     Returns:
         The loss in float32 (float64 for float64), 0-d or ``[...]``; with return_stats ``(loss, stats)``.
@@ -99,7 +99,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not `ignore_index`.
-        BackendError: no compiled row kernels for this device.
+        BackendError: no row kernels for this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
@@ -120,19 +120,16 @@ def linear_cross_entropy(
     if not isinstance(return_stats, bool) and return_stats != "entropy":
         raise ValueError(f"{_OP}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
     job = HeadJob(
-        hidden, labels, token_weight, label_smoothing, z_loss, target_weight, class_weight, hidden_grad_out
+        hidden, labels, token_weight, label_smoothing, z_loss, target_weight, class_weight, hidden_grad_out, max_rows
     )  # fmt: skip
     head = head_of(
         _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
     )
     check_job(_OP, job, head, "")
     flat = labelled(job, head)
-    if max_rows is not None:
-        _check.integer(_OP, "max_rows", max_rows, least=0)
-        if _check.plain(labels) and (count := int(present(flat.labels, ignore_index, flat.many).sum())) > max_rows:
-            raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {count}, the rows that count")
     entropy = return_stats == "entropy"
-    if rows.choose(_OP, hidden.device, backend) == "reference":
+    chosen = rows.choose(_OP, hidden.device, backend)
+    if chosen == "reference":
         widened, weight = for_reference(job, head)
         terms = {name: getattr(job, name) for name in ("token_weight", "target_weight", "class_weight", "z_loss")}
         terms |= {"label_smoothing": label_smoothing, "reduction": reduction, "normalizer": normalizer}
@@ -142,6 +139,6 @@ def linear_cross_entropy(
     if reduction == "mean":
         count = counted(flat, ignore_index) if normalizer is None else normalizer
         flat = flat._replace(row_weight=flat.row_weight / count)
-    loss, values = token_pass([flat], head, per_row=reduction == "none", entropy=entropy)
+    loss, values = token_pass([flat], head, chosen, per_row=reduction == "none", entropy=entropy)
     loss = loss.view(hidden.shape[:-1]) if reduction == "none" else loss
     return (loss, stats_of(values, [job])[0]) if return_stats else loss

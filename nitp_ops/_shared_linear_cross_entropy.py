@@ -72,11 +72,12 @@ def shared_linear_cross_entropy(
     )
     for place, job in enumerate(jobs):
         check_job(_OP, job, head, f"jobs[{place}].")
-    if rows.choose(_OP, unembedding.device, backend) == "reference":
+    chosen = rows.choose(_OP, unembedding.device, backend)
+    if chosen == "reference":
         widened = [for_reference(job, head) for job in jobs]
         weight = widened[0][1]
         loss = reference.shared_linear_cross_entropy([job for job, _ in widened], weight, **reference_options(head))
         return loss, tuple(reference_stats(job, head) for job in jobs)
     _check.plain_autograd(_OP, unembedding, bias, *(job.hidden for job in jobs))
-    loss, values = token_pass([labelled(job, head) for job in jobs], head)
+    loss, values = token_pass([labelled(job, head, f"jobs[{place}].") for place, job in enumerate(jobs)], head, chosen)
     return loss, tuple(stats_of(values, jobs))

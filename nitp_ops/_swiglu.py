@@ -18,9 +18,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     ``y = silu(gate) * up = gate * sigmoid(gate) * up``
 
     Args:
-        gate, up: ``[..., m]``, one shape, device and dtype (float64, float32 or bfloat16). Strided rows are read in
-            place. Arithmetic runs in float32 (float64 for float64) and is rounded once.
-        backend: None (the device decides), "native" or "reference".
+        gate, up: ``[..., m]``, one shape, device and dtype (float64, float32, bfloat16 or float16). Strided rows are
+            read in place. Arithmetic runs in float32 (float64 for float64) and is rounded once.
+        backend: None (the device decides), "native", "triton" or "reference".
 
     Returns:
         ``[..., m]`` in the dtype of gate.
@@ -28,7 +28,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError: not a tensor, or an unserved or different dtype.
         ValueError: different shapes or devices, or an unknown backend.
-        BackendError: no compiled row kernels for this device.
+        BackendError: no row kernels for this device.
 
     Example:
         >>> import torch, nitp_ops
@@ -43,48 +43,50 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     _check.has_dim(_OP, "gate", gate, 1, "[..., m]")
     _check.has_shape(_OP, "up", up, gate.shape, "gate's")
     _check.same_device(_OP, "up", up, "gate", gate)
-    if rows.choose(_OP, gate.device, backend) == "reference":
+    chosen = rows.choose(_OP, gate.device, backend)
+    if chosen == "reference":
         return reference.swiglu(gate, up)
     _check.plain_autograd(_OP, gate, up)
-    return _forward(gate, up)
+    return _forward(gate, up, chosen)
 
 
-@torch.library.custom_op("nitp_ops::swiglu", mutates_args=(), device_types="cpu")
-def _forward(gate: Tensor, up: Tensor) -> Tensor:
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+@torch.library.custom_op("nitp_ops::swiglu", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = Rows(gate), Rows(up)
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u)):
-        torch.ops.nitp_ops.swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
+        rows.kernels(backend).swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
     return out
 
 
 @_forward.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
+def _(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=(), device_types="cpu")
-def _backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     g, u, dy = Rows(gate), Rows(up), Rows(upstream)
     shape = (g.count, gate.shape[-1])
-    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u, dy)):
         into = d_gate.view(shape)[part], d_up.view(shape)[part]
-        torch.ops.nitp_ops.swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
+        rows.kernels(backend).swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
     return d_gate, d_up
 
 
 @_backward.register_fake
-def _(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+def _(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), up.new_empty(up.shape)
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
+    gate, up, ctx.backend = inputs
+    ctx.save_for_backward(gate, up)
 
 
 def _differentiate(ctx, upstream: Tensor):
-    return _backward(*ctx.saved_tensors, upstream)
+    return *_backward(*ctx.saved_tensors, upstream, ctx.backend), None
 
 
 _forward.register_vmap(refuse_vmap(_OP))

@@ -19,8 +19,6 @@ import torch
 from . import _check
 
 BACKENDS = ("native", "triton", "reference")
-#: Where the algorithms over the row kernels run. CUDA has its kernels, the chunked passes do not launch them yet.
-ALGORITHMS = frozenset({"cpu", "meta"})
 _ABSENT = "it was installed without its compiled library (install torch and g++, then reinstall nitp_ops)"
 LIBRARY = Path(__file__).parent / "libnitp_ops.so"
 
@@ -76,14 +74,12 @@ triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def installed(backend: str) -> bool:
     """Whether all that the backend needs is there, so that a refusal means that it is broken."""
     if backend == "triton":
-        return "cuda" in ALGORITHMS and importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+        return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
     return backend == "reference" or LIBRARY.exists()
 
 
 def refusal(device: torch.device, backend: str = "native") -> str | None:
     """Why the row kernels of `backend` ("native" or "triton") cannot serve tensors on `device`, or None."""
-    if device.type not in ALGORITHMS:
-        return f"the ops run on CPU tensors only so far, not on {device.type} tensors"
     if backend == "triton":
         return triton_missing() if device.type == "cuda" else "its row kernels serve cuda tensors only"
     if missing is not None:

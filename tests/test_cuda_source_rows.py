@@ -151,6 +151,21 @@ def test_accumulation_is_exact(columns, dtype, of_sum, of_addend):
     assert torch.equal(total, expected) and untouched(total)
 
 
+@given(COLUMNS, st.sampled_from([*NARROW, torch.float64]), st.sampled_from([0.37, 1.0, 0.0]), place())
+def test_scaling_is_one_rounding_and_keeps_a_nan_out_under_zero(columns, dtype, factor, of_rows):
+    choose()
+    values = torch.randn(3, columns).to(dtype)
+    values[1, -1] = NAN
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    by, placed_rows, dense = torch.tensor(factor, dtype=work), put(values, of_rows), values.clone()
+    expected = (values.to(work) * by).to(dtype) if factor else torch.zeros_like(values)
+    torch.ops.nitp_simt.scale_rows_(placed_rows, by)
+    torch.ops.nitp_ops.scale_rows_(dense, by)
+    torch.testing.assert_close(placed_rows, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(dense, expected, rtol=0, atol=0, equal_nan=True)
+    assert untouched(placed_rows)
+
+
 def test_empty_rows_and_what_does_not_fit_together():
     choose()
     empty = torch.randn(0, 8)

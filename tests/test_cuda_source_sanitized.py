@@ -27,6 +27,7 @@ for columns in (1, 9, 33, 1000):
         kernels.swiglu_rows(gate, up, out)
         kernels.swiglu_rows_backward_(gate, up, out)
         kernels.accumulate_rows_(torch.randn(2, columns), torch.randn(2, columns).bfloat16())
+        kernels.scale_rows_(gate, torch.tensor(0.5, dtype=work))
         for distance in range(4):
             index = torch.tensor([1, 2**40])
             kernels.alignment_rows_(rows(), rows(), index, None, torch.empty(4, 2, dtype=work), None, rows(),

@@ -29,7 +29,6 @@ def a_gpu(monkeypatch):
     """As on a machine with a GPU whose kernels no CUDA compiler built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
-    monkeypatch.setattr(rows, "ALGORITHMS", {"cpu", "meta", "cuda"})
     rows._load_triton.cache_clear()
     yield
     rows._load_triton.cache_clear()
@@ -113,16 +112,6 @@ def test_importing_nitp_ops_imports_no_triton_and_needs_none():
     assert reason.strip() == "triton is not installed"
 
 
-def test_cuda_tensors_are_refused_by_name_until_the_passes_run_on_them(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for backend in (None, "native", "triton"):
-        with pytest.raises(
-            nitp_ops.BackendError, match=r"cuda tensors. native: the ops run on CPU tensors only so far"
-        ):
-            rows.choose("swiglu", CUDA, backend)
-    assert rows.choose("swiglu", CUDA, "reference") == "reference" and not rows.installed("triton")
-
-
 @NEEDS_TRITON
 def test_the_device_decides_and_compiled_kernels_come_first(a_gpu, monkeypatch):
     assert rows.choose("swiglu", CPU, None) == "native"
@@ -160,7 +149,6 @@ def test_a_refusal_lists_every_reason(a_gpu, monkeypatch):
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
     monkeypatch.setattr(rows, "_load_triton", torch._dynamo.graph_break)  # None when run, an error when traced
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
-    monkeypatch.setattr(rows, "ALGORITHMS", {"cpu", "meta", "cuda"})
 
     @torch.compile(fullgraph=True, backend="eager")
     def chosen(x):
@@ -170,7 +158,6 @@ def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
 
 
 def test_doctor_says_why_triton_is_off(monkeypatch, capsys):
-    monkeypatch.setattr(rows, "ALGORITHMS", {"cpu", "meta", "cuda"})
     monkeypatch.setattr(rows, "_load_triton", lambda: "torch sees no GPU")
     monkeypatch.setattr(rows, "installed", lambda backend: backend != "triton")
     assert command.doctor() == 0

@@ -57,6 +57,16 @@ def test_the_float32_sum_takes_a_bfloat16_addend(columns):
         interpreted("accumulate_rows_", torch.zeros(1, 2), torch.zeros(1, 2).half())
 
 
+@WIDTHS
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("factor", [0.37, 1.0, 0.0])
+def test_rows_are_scaled_by_a_number_of_the_device(columns, dtype, factor):
+    values = normal(3, columns, dtype)
+    values[0, -1] = NAN
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    equal("scale_rows_", apart(values), torch.tensor(factor, dtype=work))
+
+
 @DISTANCES
 @WIDTHS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

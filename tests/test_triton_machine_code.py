@@ -59,6 +59,8 @@ def launch(name: str, dtype: torch.dtype) -> None:
             rows.swiglu_rows_backward_(matrix(), matrix(), matrix())
         case "accumulate":
             rows.accumulate_rows_(matrix(of=torch.float32), matrix(of=torch.bfloat16))
+        case "scale":
+            rows.scale_rows_(matrix(), values(()))
         case "cosine" | "mse" | "smooth_l1" | "kl":
             distance = ("cosine", "mse", "smooth_l1", "kl").index(name)
             given = matrix(), matrix(), best, scale, values(4, ROWS), None, matrix()
@@ -82,6 +84,7 @@ MOST = {
     "swiglu": 64,
     "swiglu backward": 64,
     "accumulate": 64,
+    "scale": 64,
     "cosine": 96,
     "mse": 96,
     "smooth_l1": 96,
@@ -106,7 +109,7 @@ def test_every_kernel_becomes_machine_code_without_spills(name, dtype, compiled,
     assert {access[:2] for access in wide} == {"ld", "st"}
 
 
-@pytest.mark.parametrize("name", ["swiglu", "swiglu backward", "accumulate", "cosine", "cross-entropy"])
+@pytest.mark.parametrize("name", ["swiglu", "swiglu backward", "accumulate", "scale", "cosine", "cross-entropy"])
 def test_the_offset_of_a_row_has_64_bits(name, compiled):
     launch(name, torch.bfloat16)
     offsets = re.findall(r"tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", compiled[0].asm["ttir"])

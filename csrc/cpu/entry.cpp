@@ -42,6 +42,7 @@ struct Cpu {
   NITP_SERVE(SwigluRows, swiglu_rows)
   NITP_SERVE(SwigluRowsBackward, swiglu_rows_backward)
   NITP_SERVE(AccumulateRows, accumulate_rows)
+  NITP_SERVE(ScaleRows, scale_rows)
   NITP_SERVE(AlignmentRows, alignment_rows)
   NITP_SERVE(CrossEntropyRows, cross_entropy_rows)
 };
@@ -50,6 +51,7 @@ struct Cpu {
 
 STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
   m.impl("accumulate_rows_", TORCH_BOX(&accumulate_rows_<Cpu>));
+  m.impl("scale_rows_", TORCH_BOX(&scale_rows_<Cpu>));
   m.impl("swiglu_rows", TORCH_BOX(&swiglu_rows<Cpu>));
   m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_<Cpu>));
   m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_<Cpu>));

@@ -19,6 +19,8 @@ namespace nitp {
   void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t, int64_t);  \
   template <class T>                                                         \
   void accumulate_rows(const AccumulateRows<T>&, int64_t, int64_t);          \
+  template <class T, class A>                                                \
+  void scale_rows(const ScaleRows<T, A>&, int64_t, int64_t);                 \
   }
 
 NITP_DECLARE_ROWS(portable)

@@ -32,6 +32,7 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(nitp_ops, NITP_DISPATCH_KEY, m) {
   m.impl("accumulate_rows_", TORCH_BOX(&accumulate_rows_<Cuda>));
+  m.impl("scale_rows_", TORCH_BOX(&scale_rows_<Cuda>));
   m.impl("swiglu_rows", TORCH_BOX(&swiglu_rows<Cuda>));
   m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_<Cuda>));
   m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_<Cuda>));

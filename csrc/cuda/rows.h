@@ -11,6 +11,8 @@ template <class T>
 void run(const SwigluRowsBackward<T>&, int64_t rows, void* stream);
 template <class T>
 void run(const AccumulateRows<T>&, int64_t rows, void* stream);
+template <class T, class A>
+void run(const ScaleRows<T, A>&, int64_t rows, void* stream);
 template <class P, class Z, class A>
 void run(const AlignmentRows<P, Z, A>&, int64_t rows, void* stream);
 template <class T, class A>

@@ -16,4 +16,5 @@ SCHEMAS = {
         "bool gradient) -> ()"
     ),
     "accumulate_rows_": "(Tensor(a!) sum, Tensor addend) -> ()",
+    "scale_rows_": "(Tensor(a!) rows, Tensor factor) -> ()",
 }

@@ -1,0 +1,43 @@
+// rows *= factor, a number on the device. A factor of one touches nothing (the upstream gradient of most losses, which
+// the host cannot know without waiting), a factor of zero writes zeros, so that a NaN under it stays out.
+#include "pack.h"
+#include "rows.h"
+
+namespace nitp {
+namespace cuda {
+namespace {
+
+template <class T, class A>
+__global__ void __launch_bounds__(kMaxThreads) scale_rows(ScaleRows<T, A> a, unsigned tiles_of_row) {
+  constexpr int N = kPackBytes / sizeof(T);
+  const A factor = *a.factor;
+  if (factor == A(1)) return;
+  T* row = a.rows + blockIdx.x / tiles_of_row * a.stride;
+  const auto load = [&](auto width, int64_t j) { return read<decltype(width)::value>(row + j); };
+  const auto finish = [&](auto width, int64_t j, auto pack) {
+#pragma unroll
+    for (int i = 0; i < decltype(width)::value; ++i) {
+      store(pack.at + i, factor == A(0) ? A(0) : widen(pack.at[i]) * factor);
+    }
+    write(row + j, pack);
+  };
+  over_tile(split<N>(a.columns, row), blockIdx.x % tiles_of_row, load, finish);
+}
+
+}  // namespace
+
+template <class T, class A>
+void run(const ScaleRows<T, A>& given, int64_t rows, void* stream) {
+  ScaleRows<T, A> a = given;
+  flatten(rows, a.columns, a.stride);
+  const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
+  if (rows > 0 && t.of_row > 0) launch(scale_rows<T, A>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+}
+
+template void run(const ScaleRows<double, double>&, int64_t, void*);
+template void run(const ScaleRows<float, float>&, int64_t, void*);
+template void run(const ScaleRows<bfloat16, float>&, int64_t, void*);
+template void run(const ScaleRows<float16, float>&, int64_t, void*);
+
+}  // namespace cuda
+}  // namespace nitp

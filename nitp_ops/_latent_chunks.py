@@ -1,0 +1,228 @@
+"""The chunked algorithm behind implicit_token_loss: inner activations exist one chunk of rows at a time.
+
+for each chunk of valid pairs (t, t + shift):
+    g, u = h W_gate^T, h W_up^T         GEMM 1, 2 (one call)
+    a = silu(g) u                       row kernel
+    p = a W_down^T                      GEMM 3
+    p <- scale dloss/dp                 row kernel, in place, target read by index
+    dW_down += p^T a                    GEMM 4, float32 sum
+    a <- p W_down                       GEMM 5
+    g, u <- gradients                   row kernel, in place
+    dW_gate, dW_up += [g u]^T h         GEMM 6, 7
+    dh = [g u] [W_gate; W_up]           GEMM 8, 9
+
+Where the host must not read values (GPUs), every pair takes part, or the first max_rows with the valid ones first; an
+invalid one is a pair of weight zero with a hidden state of zeros then.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check, reference
+from ._chunks import (
+    LEAST_BYTES,
+    LEAST_BYTES_ON_GPU,
+    MOST_BYTES,
+    Rows,
+    chunks,
+    length_of,
+    place,
+    rows_per_chunk,
+    select,
+)
+from ._gemm import WeightGradient, direct, fresh, matmul
+from ._gradients import formed_dtype, power_of_two, scale_in_place
+
+
+class Pairs(NamedTuple):
+    """hidden [..., T, d] and target [..., T, D]; keep bool [N]: the pair that starts there counts.
+
+    scale: of every loss (0-d) or of each ([N]). hidden_buffer says in which dtype the gradient of hidden waits."""
+
+    hidden: Tensor
+    target: Tensor
+    keep: Tensor
+    scale: Tensor
+    hidden_buffer: Tensor | None
+    shift: int
+    max_rows: int | None
+
+
+class Projector(NamedTuple):
+    """gate and up [m, d], down [D, m]; only down [D, d]: linear; all None: identity."""
+
+    gate: Tensor | None
+    up: Tensor | None
+    down: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Of which inputs the gradient is wanted; gate and up have one in common."""
+
+    hidden: bool
+    inner: bool
+    down: bool
+
+
+class Options(NamedTuple):
+    distance: int
+    eps: float
+    chunk_bytes: int | None
+    dtype: torch.dtype
+
+
+class _Sums(NamedTuple):
+    """What the chunks add up to."""
+
+    stats: Tensor
+    d_hidden: Tensor | None
+    d_gate_up: WeightGradient | None
+    d_down: WeightGradient | None
+
+
+def form(
+    pairs: Pairs, projector: Projector, options: Options, wanted: Wanted, kernels: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(scale * loss [N], stats [4, N], the wanted gradients of hidden, [gate; up] as one [2m, d], down)."""
+    hidden, (gate, up, down), dtype = pairs.hidden, projector, options.dtype
+    reads, count = _check.host_reads(hidden.device), pairs.keep.numel()
+    scale = _bounded(pairs)
+    any_scale = scale != 0
+    unit = power_of_two([scale]) if dtype == torch.float16 else None
+    # the last rows have no partner, so their targets need no bound
+    selected = select(pairs.keep if reads else pairs.keep[: max(0, count - pairs.shift)], pairs.max_rows)
+    rows = length_of(selected)
+    shared = ((gate, wanted.inner), (up, wanted.inner), (down, wanted.down))
+    weights = sum(w.numel() for w, flag in shared if flag and w is not None)
+    width, inner, out_width = hidden.shape[-1], 0 if gate is None else gate.shape[0], pairs.target.shape[-1]
+    sizes = width, inner, out_width, dtype
+    step = latent_rows(rows, *sizes, options.chunk_bytes, weights, device=hidden.device.type)
+    parts = -(-rows // step)
+    work, device = reference.working(hidden, pairs.target), hidden.device
+    sums = _Sums(
+        torch.zeros((4, count), dtype=work, device=device),
+        torch.zeros((count, width), dtype=formed_dtype(hidden, pairs.hidden_buffer), device=device)
+        if wanted.hidden
+        else None,
+        WeightGradient(torch.Size((2 * inner, width)), dtype, formed_dtype(gate, None), gate, parts)
+        if wanted.inner and gate is not None
+        else None,
+        WeightGradient(down.shape, dtype, formed_dtype(down, None), down, parts)
+        if wanted.down and down is not None
+        else None,
+    )
+    # where no scale is other than zero, nothing is differentiated, and a NaN stays out
+    differentiate = any(wanted) and (not reads or bool(any_scale.any()))
+    kernel_scale = scale if unit is None else scale / unit
+    _add_all(pairs, projector, options, sums, kernels, selected, step, kernel_scale, differentiate)
+    if not reads:
+        sums.stats.masked_fill_(~pairs.keep, 0)
+    losses = torch.where(any_scale, sums.stats[0] * scale, 0)
+    gradients = [] if sums.d_hidden is None else [sums.d_hidden.view(hidden.shape)]
+    gradients += [each.result() for each in (sums.d_gate_up, sums.d_down) if each is not None]
+    if not reads:
+        factor = any_scale.any().to(work)
+        for gradient in gradients:
+            scale_in_place(kernels, gradient, factor if unit is None else factor * unit)
+    return losses, sums.stats, gradients
+
+
+def _bounded(pairs: Pairs) -> Tensor:
+    """[N], 0 where invalid; NaN where more pairs are valid than max_rows, which nobody may see."""
+    scale = torch.where(pairs.keep, pairs.scale, 0)
+    if pairs.max_rows is None or _check.host_reads(scale.device):
+        return scale
+    return scale.masked_fill(pairs.keep & (pairs.keep.sum() > pairs.max_rows), float("nan"))
+
+
+def _add_all(
+    pairs: Pairs, projector: Projector, options: Options, sums: _Sums, kernels: Any, selected: Tensor | slice,
+    step: int, scale: Tensor, differentiate: bool,
+) -> None:  # fmt: skip
+    """Every chunk; the workspace is gone when this returns, so that a cast of a weight gradient can take its place."""
+    (gate, up, down), dtype, reads = projector, options.dtype, _check.host_reads(scale.device)
+    source, latent = Rows(pairs.hidden), Rows(pairs.target)
+    by_index = latent.flat and (latent.width < 2 or latent.tensor.stride(-1) == 1)
+    gate_up = None if gate is None or up is None else _fused_gate_up(gate, up, dtype)
+    w_down = None if down is None else down.to(dtype)
+    inner, out_width = 0 if gate is None else gate.shape[0], latent.width
+    buffer = fresh((min(step, length_of(selected)) * (3 * inner + out_width),), dtype, scale.device)
+    for part in chunks(selected, step):
+        h = source.take(part).to(dtype)
+        if not reads:
+            h = h.masked_fill(~pairs.keep[part].unsqueeze(1), 0)
+        n = h.shape[0]
+        both = buffer[: n * 2 * inner].view(n, 2 * inner)
+        a = buffer[n * 2 * inner : n * 3 * inner].view(n, inner)
+        p = buffer[n * 3 * inner : n * (3 * inner + out_width)].view(n, out_width)
+        g, u = both[:, :inner], both[:, inner:]
+        if gate_up is not None:
+            matmul(h, gate_up.t(), both)
+            kernels.swiglu_rows(g, u, a)
+        feature = h if gate_up is None else a
+        if w_down is None:
+            p.copy_(h)
+        else:
+            matmul(feature, w_down.t(), p)
+        stats = sums.stats[:, part] if isinstance(part, slice) else sums.stats.new_empty(4, n)
+        z, index = _partners(latent, part, pairs.shift, by_index)
+        part_scale = scale[part].contiguous()
+        kernels.alignment_rows_(
+            p, z, index, part_scale, stats, None, None, options.distance, options.eps, differentiate
+        )
+        if not isinstance(part, slice):
+            place(sums.stats, 1, part, stats)
+        if not differentiate:
+            continue
+        if sums.d_down is not None:
+            sums.d_down.add(p, feature)
+        if gate_up is not None and w_down is not None and (sums.d_hidden is not None or sums.d_gate_up is not None):
+            matmul(p, w_down, a)
+            kernels.swiglu_rows_backward_(g, u, a)
+        if sums.d_gate_up is not None:
+            sums.d_gate_up.add(both, h)
+        if sums.d_hidden is not None:
+            d_rows = direct(sums.d_hidden, part, dtype)
+            upstream, weight = (p, w_down) if gate_up is None else (both, gate_up)
+            if weight is None:
+                place(sums.d_hidden, 0, part, upstream)
+            elif d_rows is not None:
+                matmul(upstream, weight, d_rows)
+            else:
+                place(sums.d_hidden, 0, part, torch.mm(upstream, weight))
+
+
+def _partners(latent: Rows, part: Tensor | slice, shift: int, by_index: bool) -> tuple[Tensor, Tensor | None]:
+    """The target rows of a chunk: (rows, None), or (all rows, which of them) where that saves the copy."""
+    if isinstance(part, slice):
+        return latent.dense(slice(part.start + shift, part.stop + shift)), None
+    partner = (part + shift).clamp_(max=latent.count - 1)  # of pairs that take part without being valid
+    return (latent.tensor, partner) if by_index else (latent.dense(partner), None)
+
+
+def row_bytes(width: int, inner: int, out_width: int, dtype: torch.dtype) -> int:
+    """Workspace of one row: gate, up and product; prediction; the gathered and the gradient row of the hidden state."""
+    return (3 * inner + out_width + 2 * width) * dtype.itemsize
+
+
+def latent_rows(
+    rows: int, width: int, inner: int, out_width: int, dtype: torch.dtype, chunk_bytes: int | None, weights: int,
+    *, device: str = "cpu",
+) -> int:  # fmt: skip
+    """Rows a chunk. A projector's row is small beside its products: its chunks are few and large (decision 0007)."""
+    size = row_bytes(width, inner, out_width, dtype)
+    large = MOST_BYTES if device == "cpu" else LEAST_BYTES_ON_GPU
+    return rows_per_chunk(rows, size, chunk_bytes, weights, large if inner else LEAST_BYTES, device=device)
+
+
+def _fused_gate_up(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
+    """[W_gate; W_up] as one [2m, d] matrix; a view where they lie side by side in one buffer."""
+    beside = gate.is_contiguous() and up.is_contiguous() and gate.dtype == dtype
+    beside = beside and gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+    if beside and up.storage_offset() == gate.storage_offset() + gate.numel():
+        return gate.as_strided((2 * gate.shape[0], gate.shape[1]), (gate.shape[1], 1))
+    return torch.cat([gate, up]).to(dtype)

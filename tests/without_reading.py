@@ -1,0 +1,47 @@
+"""The passes as they run on a GPU, on CPU tensors: the host reads no value, the row kernels are any set of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._library.custom_ops import CustomOpDef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nitp_ops import _alignment, _check, _gradients, _latent_pass, _swiglu, _token_pass, rows
+
+#: Operators that make the host wait for a value.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "item"}
+
+OWN: dict[Any, Any] = {
+    op._opoverload: op
+    for module in (_alignment, _gradients, _latent_pass, _swiglu, _token_pass)
+    for op in vars(module).values()
+    if isinstance(op, CustomOpDef)
+}
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses every operator that makes the host wait for a value, also inside the library's own operators."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        assert name not in READS, f"{func} reads a value"
+        assert name != "index" or not any(x is not None and x.dtype == torch.bool for x in args[1]), f"{func} by a mask"
+        if func not in OWN:
+            return func(*args, **(kwargs or {}))
+        with self:  # a mode is off in its own handler: on again for what this operator calls
+            return OWN[func]._init_fn(*args, **(kwargs or {}))
+
+
+@contextmanager
+def without_reading(kernels: Any = None) -> Iterator[None]:
+    """Here the passes take the way of a GPU, over the row kernels `kernels` (the CPU's own if None)."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(_check, "host_reads", lambda device: False))
+        if kernels is not None:
+            stack.enter_context(mock.patch.object(rows, "kernels", lambda backend: kernels))
+        yield
