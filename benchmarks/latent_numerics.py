@@ -160,6 +160,7 @@ def row_kernels(sizes: Sizes, threads: int) -> str:
     rows = []
     for name, task, shape in cases:
         found = [in_child(partial(task, *shape, dtype), threads) for dtype in DTYPES.values()]
-        rows.append([f"{name} {shape[0]} x {shape[1]}", *(f"{x['ms']:.1f} | {x['ratio']:.2f}" for x in found)])
+        cells = [cell for x in found for cell in (f"{x['ms']:.1f}", f"{x['ratio']:.2f}")]
+        rows.append([f"{name} {shape[0]} x {shape[1]}", *cells])
         print(rows[-1], flush=True)
-    return markdown(["kernel", *(f"{name}, ms | of a copy" for name in DTYPES)], rows)
+    return markdown(["kernel", *(cell for name in DTYPES for cell in (f"{name}, ms", "of a copy"))], rows)

@@ -25,14 +25,16 @@ def rows_per_chunk(
 ) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
-    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller."""
+    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. Chunks of several
+    rows have a multiple of 8, which the products of a CPU are fastest at."""
     if device == "cpu":
         default = max(least, min(4 * weights, MOST_BYTES), min(ENOUGH_ROWS * row_bytes, 2 * MOST_BYTES))
     else:
         default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
-    chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    even = 8 if most >= 8 else 1
+    chunks = max(1, -(-rows // (most // even * even)))
+    return max(1, min(rows, -(-rows // (chunks * even)) * even))
 
 
 class Rows:

@@ -193,7 +193,7 @@ def _add_all(
             elif d_rows is not None:
                 matmul(upstream, weight, d_rows)
             else:
-                place(sums.d_hidden, 0, part, torch.mm(upstream, weight))
+                place(sums.d_hidden, 0, part, matmul(upstream, weight, upstream.new_empty(n, weight.shape[1])))
 
 
 def _partners(latent: Rows, part: Tensor | slice, shift: int, by_index: bool) -> tuple[Tensor, Tensor | None]:
