@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import measure, report
+from . import cuda, cuda_run, measure, report
 from .cases import OPS, Op, Sizes
 from .implementations import NAMES, names_for
 
@@ -39,34 +39,51 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line; bad options are one line and exit code 2."""
     result = _Parser(prog="python -m benchmarks", description=__doc__)
-    result.add_argument("--quick", action="store_true", help="small sizes and few rounds: under two minutes")
-    result.add_argument("--op", action="append", choices=list(OPS), help="only this op (repeatable)")
+    result.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)")
+    result.add_argument("--quick", action="store_true", help="cpu: small sizes and few rounds, under two minutes")
+    result.add_argument("--op", action="append", choices=cuda_run.SUBJECTS, help="only this op (repeatable)")
     result.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this dtype (repeatable)")
     result.add_argument(
-        "--implementation", action="append", choices=list(NAMES), help="only this implementation (repeatable)"
+        "--implementation",
+        action="append",
+        choices=list(dict.fromkeys((*NAMES, *cuda.NAMES))),
+        help="only this implementation (repeatable)",
     )
-    result.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
+    result.add_argument("--threads", type=int, default=2, help="cpu: torch threads (default 2)")
     result.add_argument(
         "--malloc",
         choices=[*measure.MALLOC, "both"],
-        help="glibc's settings, or freed blocks kept (default: both; with --quick: default)",
+        help="cpu: glibc's settings, or freed blocks kept (default: both; with --quick: default)",
     )
-    result.add_argument("--json", type=Path, metavar="PATH", help="also write the results to PATH")
+    result.add_argument("--json", type=Path, metavar="PATH", help="write the results to PATH (cuda: instead)")
     result.add_argument(
-        "--save", action="store_true", help="also write them to benchmarks/results/<device>/<commit>.json"
+        "--save", action="store_true", help="cpu: also write them to benchmarks/results/<device>/<commit>.json"
     )
+    result.add_argument(
+        "--out",
+        type=Path,
+        default=report.RESULTS,
+        help="cuda: add them to OUT/<device>/<commit>.json (default: results)",
+    )
+    result.add_argument("--commit", help="cuda: the commit of a tree that came without its history")
+    result.add_argument("--minutes", type=float, default=9.0, help="cuda: give up the rest after this time (default 9)")
     return result
 
 
 def failed_tests(ops: Sequence[str]) -> str | None:
-    """Run the ops' tests; None when they are green, else what went wrong."""
+    """Run the ops' tests on CPU; None when they are green, else what went wrong."""
     files: set[Path] = set()
     for op in ops:
         own = set((report.ROOT / "tests").glob(f"test_*{op}*.py"))
         if not own:
             return f"no tests/test_*{op}*.py"
         files |= own
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, sorted(files))]
+    return pytest_failure(sorted(files))
+
+
+def pytest_failure(files: Sequence[Path]) -> str | None:
+    """None when these tests are green, else how pytest ended."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
     run = subprocess.run(command, cwd=report.ROOT, capture_output=True, text=True)
     if run.returncode == 0:
         return None
@@ -144,20 +161,48 @@ def run(options: argparse.Namespace) -> int:
     return int(any("skipped" in case["rows"].get("ours", {}) for case in cases))
 
 
+def run_cuda(options: argparse.Namespace) -> int:
+    """The same on a GPU, after the values of every op there (the rest of its tests: benchmarks/gpu.sh test)."""
+    reason = pytest_failure([report.ROOT / "tests/test_gpu_values.py"])
+    if reason:
+        print(f"benchmarks: the tests on CUDA are red, no numbers: {reason}", file=sys.stderr)
+        return 1
+    print("the values on CUDA are green", flush=True)
+    return cuda_run.run(options)
+
+
+def check(options: argparse.Namespace) -> str | None:
+    """What is wrong with the options, or None."""
+    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
+        return f"--json is {options.json}, expected a file in an existing folder"
+    if options.device == "cuda":
+        if options.quick or options.save or options.malloc:
+            return "--quick, --save and --malloc are for --device cpu"
+        if not torch.cuda.is_available():
+            return "--device cuda: torch sees no GPU (torch.cuda.is_available() is False)"
+        return None
+    only_cuda = [name for name in options.op or () if name not in OPS]
+    only_cuda += [name for name in options.implementation or () if name not in NAMES]
+    if only_cuda:
+        return f"{only_cuda[0]} is measured with --device cuda only"
+    if not sys.platform.startswith("linux"):
+        return "needs Linux: it forks its measurements and reads /proc for their memory"
+    if options.threads < 1:
+        return f"--threads is {options.threads}, expected at least 1"
+    if options.save and (options.quick or options.op or options.dtype or options.implementation):
+        return "--save keeps full runs only: leave out --quick, --op, --dtype, --implementation, or use --json"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check what can be checked before minutes are spent, run."""
     command = parser()
     options = command.parse_args(arguments)
-    if not sys.platform.startswith("linux"):
-        command.error("needs Linux: it forks its measurements and reads /proc for their memory")
-    if options.threads < 1:
-        command.error(f"--threads is {options.threads}, expected at least 1")
-    if options.save and (options.quick or options.op or options.dtype or options.implementation):
-        command.error("--save keeps full runs only: leave out --quick, --op, --dtype, --implementation, or use --json")
-    if options.json and (options.json.is_dir() or not options.json.absolute().parent.is_dir()):
-        command.error(f"--json is {options.json}, expected a file in an existing folder")
+    wrong = check(options)
+    if wrong:
+        command.error(wrong)
     try:
-        return run(options)
+        return run_cuda(options) if options.device == "cuda" else run(options)
     except KeyboardInterrupt:
         print("benchmarks: interrupted, nothing written", file=sys.stderr)
         return 130

@@ -14,6 +14,9 @@ from torch import Tensor
 
 Sizes = dict[str, int]
 Floor = Callable[[], None]
+#: (n, k, m) of each linear layer [n, k] -> [n, m].
+Layers = list[tuple[int, int, int]]
+Product = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,8 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Op:
-    """One op: how to make its inputs and its floor, at which sizes (toy: for tests), and how many rows the float64
-    check takes."""
+    """One op: how to make its inputs and its floor on the default device, at which sizes (toy: for tests), and how
+    many rows the float64 check takes. layers: the products of a GEMM-bound op, None where it is memory-bound."""
 
     name: str
     floor_name: str
@@ -56,27 +59,37 @@ class Op:
     floor: Callable[[Sizes, torch.dtype], Floor]
     full: tuple[Sizes, ...]
     quick: tuple[Sizes, ...]
+    cuda: tuple[Sizes, ...]
     toy: Sizes
     error_rows: int
+    layers: Callable[[Sizes], Layers] | None = None
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator(device=torch.get_default_device()).manual_seed(seed)
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator).mul_(scale).to(dtype)
+    return torch.randn(shape, generator=_generator(seed)).mul_(scale).to(dtype)
 
 
 def _leaf(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 1.0) -> Tensor:
     return _random(shape, dtype, seed, scale).requires_grad_()
 
 
-def _products(shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> Floor:
-    """The three products of each linear layer [n, k] -> [n, m]: output, input gradient, weight gradient."""
+def products(layers: Layers, dtype: torch.dtype) -> list[Product]:
+    """(left, right, out) of the three products of each linear layer: output, input gradient, weight gradient."""
     calls = []
-    for n, k, m in shapes:
+    for n, k, m in layers:
         x, weight = _random((n, k), dtype, n), _random((m, k), dtype, m, k**-0.5)
         out = torch.empty(n, m, dtype=dtype)
         d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
         calls += [(x, weight.T, out), (out, weight, d_x), (out.T, x, d_weight)]
+    return calls
+
+
+def _products(layers: Layers, dtype: torch.dtype) -> Floor:
+    calls = products(layers, dtype)
 
     def run() -> None:
         for left, right, out in calls:
@@ -98,7 +111,7 @@ def _copy(elements: int, dtype: torch.dtype) -> Floor:
 
 def _linear_cross_entropy_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
     n, d, v = sizes["N"], sizes["d"], sizes["V"]
-    labels = torch.randint(v, (n,), generator=torch.Generator().manual_seed(2))
+    labels = torch.randint(v, (n,), generator=_generator(2))
     return Inputs(
         {
             "hidden": _leaf((n, d), dtype, 0),
@@ -108,8 +121,12 @@ def _linear_cross_entropy_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
     )
 
 
+def _linear_cross_entropy_layers(sizes: Sizes) -> Layers:
+    return [(sizes["N"], sizes["d"], sizes["V"])]
+
+
 def _linear_cross_entropy_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
-    return _products([(sizes["N"], sizes["d"], sizes["V"])], dtype)
+    return _products(_linear_cross_entropy_layers(sizes), dtype)
 
 
 def _implicit_token_loss_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
@@ -126,9 +143,13 @@ def _implicit_token_loss_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
     )
 
 
-def _implicit_token_loss_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
+def _implicit_token_loss_layers(sizes: Sizes) -> Layers:
     n, d = sizes["N"], sizes["d"]
-    return _products([(n, d, 4 * d), (n, d, 4 * d), (n, 4 * d, d)], dtype)
+    return [(n, d, 4 * d), (n, d, 4 * d), (n, 4 * d, d)]
+
+
+def _implicit_token_loss_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
+    return _products(_implicit_token_loss_layers(sizes), dtype)
 
 
 def _alignment_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
@@ -160,6 +181,7 @@ OPS: dict[str, Op] = {
             _swiglu_floor,
             full=({"N": 8192, "m": 4096},),
             quick=({"N": 2048, "m": 2048},),
+            cuda=({"N": 2048, "m": 2048}, {"N": 16384, "m": 8192}),
             toy={"N": 6, "m": 8},
             error_rows=512,
         ),
@@ -170,6 +192,7 @@ OPS: dict[str, Op] = {
             _alignment_floor,
             full=({"N": 8192, "D": 1024}, {"N": 8192, "D": 2048}, {"N": 8192, "D": 4096}),
             quick=({"N": 4096, "D": 1024},),
+            cuda=({"N": 4096, "D": 1024}, {"N": 65536, "D": 4096}),
             toy={"N": 6, "D": 8},
             error_rows=512,
         ),
@@ -180,8 +203,14 @@ OPS: dict[str, Op] = {
             _linear_cross_entropy_floor,
             full=({"N": 2048, "d": 512, "V": 32768}, {"N": 1024, "d": 896, "V": 151936}),
             quick=({"N": 512, "d": 256, "V": 32768},),
+            cuda=(
+                {"N": 4096, "d": 4096, "V": 128256},
+                {"N": 8192, "d": 4096, "V": 128256},
+                {"N": 16384, "d": 2048, "V": 151936},
+            ),
             toy={"N": 6, "d": 8, "V": 20},
             error_rows=256,
+            layers=_linear_cross_entropy_layers,
         ),
         Op(
             "implicit_token_loss",
@@ -190,8 +219,10 @@ OPS: dict[str, Op] = {
             _implicit_token_loss_floor,
             full=({"N": 4096, "d": 512}, {"N": 2048, "d": 2048}),
             quick=({"N": 1024, "d": 256},),
+            cuda=({"N": 16384, "d": 1280}, {"N": 16384, "d": 2048}, {"N": 8192, "d": 4096}),
             toy={"N": 6, "d": 8},
             error_rows=512,
+            layers=_implicit_token_loss_layers,
         ),
     )
 }

@@ -32,6 +32,8 @@ def _linear_cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor) -
 
 
 def _chunked_linear_cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotImplementedError(f"torch {torch.__version__} has no F.linear_cross_entropy")
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden, unembedding, labels, options=options)
 
@@ -55,6 +57,13 @@ NAMES = {
     "eager": "the formula in PyTorch",
     "compile": "torch.compile of that formula",
     "torch": "PyTorch's own fused op, with its automatic options",
+}
+#: On CUDA each of ours is one set of row kernels under the same algorithm.
+BACKENDS = {"ours": "native", "ours-triton": "triton"}
+CUDA_NAMES = {
+    "ours": "nitp_ops, row kernels in CUDA C++",
+    "ours-triton": "nitp_ops, row kernels in Triton",
+    **{name: NAMES[name] for name in ("eager", "compile", "torch")},
 }
 
 

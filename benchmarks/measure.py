@@ -97,9 +97,9 @@ def interleave(
     *,
     rounds: int,
     seconds: float,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], Any] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round, every round starting with another run.
+    """Seconds of each run in each round (the difference of two readings of `clock`), every round starting with another.
 
     A run leaves after the round in which its own total passes `seconds`, and has at least one time.
     """
@@ -199,17 +199,17 @@ def errors(op: Op, sizes: Sizes, dtype: torch.dtype, names: list[str]) -> dict[s
     """|x - x64| / |x64| (Frobenius) of the value and of each gradient, x64 from the float64 reference."""
     sizes = {**sizes, "N": min(sizes["N"], op.error_rows)}
     inputs = op.inputs(sizes, dtype)
-    exact = _value_and_gradients(getattr(reference, op.name), inputs.to(torch.float64))
-    return {
-        name: {
-            part: float((tensor.double() - exact[part]).norm() / exact[part].norm())
-            for part, tensor in _value_and_gradients(forward(op.name, name), inputs).items()
-        }
-        for name in names
-    }
+    exact = value_and_gradients(getattr(reference, op.name), inputs.to(torch.float64))
+    return {name: relative(value_and_gradients(forward(op.name, name), inputs), exact) for name in names}
 
 
-def _value_and_gradients(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, torch.Tensor]:
+def relative(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
+    """|x - x64| / |x64| (Frobenius) of each part."""
+    return {part: float((x.double() - exact[part]).norm() / exact[part].norm()) for part, x in found.items()}
+
+
+def value_and_gradients(function: Callable[..., torch.Tensor], inputs: Inputs) -> dict[str, torch.Tensor]:
+    """The result of one step under the name "value", and the gradient of each leaf."""
     inputs.clear()
     results = {"value": step(function, inputs)}
     for name, leaf in inputs.leaves.items():

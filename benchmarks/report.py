@@ -29,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "threads": threads,
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -38,32 +38,40 @@ def _cpu_name() -> str:
     return match[1].strip() if match else platform.machine()
 
 
-def _commit() -> str:
+def commit() -> str:
+    """HEAD's first twelve digits, "-dirty" behind them where tracked files differ."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     try:
-        commit = git("rev-parse", "--short=12", "--verify", "HEAD")
+        head = git("rev-parse", "--short=12", "--verify", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no")
     except OSError:
         return "unknown"
-    if not commit:
+    if not head:
         return "uncommitted"
-    return f"{commit}-dirty" if changed else commit
+    return f"{head}-dirty" if changed else head
 
 
 def machine_line(info: dict[str, Any]) -> str:
     """The line that heads every output."""
+    if "gpu" in info:
+        return (
+            f"{info['gpu']} ({info['multiprocessors']} multiprocessors, {info['memory_gib']:.0f} GiB), "
+            f"torch {info['torch']}, CUDA {info['cuda']}, Triton {info['triton']}, commit {info['commit']}"
+        )
     return (
         f"{info['cpu']} ({info['instruction_set']}), {info['cores']} cores, {info['threads']} threads, "
         f"torch {info['torch']}, commit {info['commit']}"
     )
 
 
-def results_path(info: dict[str, Any]) -> Path:
-    """results/<device>/<commit>.json."""
-    device = re.sub(r"[^a-z0-9]+", "-", f"{info['cpu']} {info['cores']} cores".lower()).strip("-")
-    return RESULTS / device / f"{info['commit']}.json"
+def results_path(info: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """folder/<device>/<commit>.json."""
+    name = info["gpu"] if "gpu" in info else f"{info['cpu']} {info['cores']} cores"
+    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return folder / device / f"{info['commit']}.json"
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
@@ -93,10 +101,8 @@ def case_title(case: dict[str, Any]) -> str:
     """One line that says what the rows below it measured."""
     sizes = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
     gradients = next((row["gradient_bytes"] for row in case["rows"].values() if "gradient_bytes" in row), 0)
-    return (
-        f"{case['op']}  {sizes}  {case['dtype']}  malloc {case['malloc']}  "
-        f"(gradients: {gradients / 2**20:.0f} MiB of each peak)"
-    )
+    malloc = f"malloc {case['malloc']}  " if "malloc" in case else ""
+    return f"{case['op']}  {sizes}  {case['dtype']}  {malloc}(gradients: {gradients / 2**20:.0f} MiB of each peak)"
 
 
 def case_table(case: dict[str, Any]) -> str:

@@ -1,0 +1,218 @@
+"""How an op is measured on a GPU: events around work that the host has queued, cold caches, every row against float64.
+
+One case runs in one fresh process (`isolated`), which these functions are called in.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import nitp_ops
+from nitp_ops import reference
+
+from . import implementations, measure, peers
+from .cases import OPS, Inputs, Layers, Op, Sizes, products
+from .implementations import BACKENDS, CUDA_NAMES, Forward, step
+from .isolated import At, Lost
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+NAMES = {**CUDA_NAMES, **peers.PEERS}
+DEVICE = torch.device("cuda")
+#: Written before every run: the inputs leave the L2 cache (60 MB on an H200), and at 4 TB/s the write lasts about half
+#: a millisecond, in which the host queues the run, so that its launches are not what is timed.
+FLUSH_BYTES = 2**31
+#: Rows a chunk of the float64 cross-entropy: 2.5 GB of logits at a vocabulary of 151936.
+EXACT_ROWS = 2048
+
+
+class Instant:
+    """A moment of the current stream; the difference of two waits for them and is in seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        self.event.synchronize()
+        return 1e-3 * earlier.event.elapsed_time(self.event)
+
+
+def settle() -> None:
+    """Wait for the device, and give back what Python no longer holds."""
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def names_for(op: str) -> list[str]:
+    """The implementations of one op: fused cross-entropies of others beside linear_cross_entropy only."""
+    fused = ["torch", *peers.PEERS] if op == "linear_cross_entropy" else []
+    return [*BACKENDS, "eager", "compile", *fused]
+
+
+def function_of(op: str, name: str) -> Forward:
+    """The function behind a name, ours with its row kernels chosen by force."""
+    if name in BACKENDS:
+        return partial(getattr(nitp_ops, op), backend=BACKENDS[name])
+    return peers.forward(name) if name in peers.PEERS else implementations.forward(op, name)
+
+
+def measure_case(at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str, rounds: int, seconds: float) -> Any:
+    """Rows by name: the floor and the implementations, {"skipped": reason} where one cannot run."""
+    chosen, number = OPS[op], DTYPES[dtype]
+    with DEVICE:
+        inputs, floor = chosen.inputs(sizes, number), floor_of(chosen, sizes, number)
+    exact = exact_values(chosen, inputs)
+    results: dict[str, dict[str, Any]] = {measure.FLOOR: {}}
+    runs: dict[str, Callable[[], object]] = {}
+    for name in names:
+        at(name)
+        results[name] = attempt(name, partial(first_steps, chosen, name, inputs, exact))
+        inputs.clear()
+        if "skipped" not in results[name]:
+            runs[name] = partial(step, function_of(op, name), inputs)
+    del exact
+    at(None)
+    times = timed(floor | runs, inputs.clear, rounds, seconds)
+    results[measure.FLOOR] |= {"parts_ms": {each: 1e3 * statistics.median(times[each]) for each in floor}}
+    return described(results, times | {measure.FLOOR: fastest({each: times.pop(each) for each in floor})})
+
+
+def attempt(name: str, task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `task`, or {"skipped": reason}.
+
+    Raises:
+        Lost: the device answers nothing any more (an illegal access, say): the process is of no further use.
+    """
+    try:
+        result = task()
+        settle()
+        return result
+    except Exception as error:
+        reason = measure.one_line(error)
+    try:
+        settle()
+    except RuntimeError:
+        raise Lost(f"{name} broke the device: {reason}") from None
+    return {"skipped": reason}
+
+
+def first_steps(op: Op, name: str, inputs: Inputs, exact: dict[str, Tensor]) -> dict[str, Any]:
+    """Seconds of the first step, error of its results, peak memory of the next."""
+    start = time.perf_counter()
+    function = function_of(op.name, name)
+    values = measure.value_and_gradients(function, inputs)
+    torch.cuda.synchronize()
+    row: dict[str, Any] = {"first_call_s": time.perf_counter() - start}
+    row["error"] = measure.relative(values, exact)
+    wrong = [part for part, error in row["error"].items() if not error < 1]
+    if wrong:
+        raise ArithmeticError(f"{wrong[0]} is wrong: relative error {row['error'][wrong[0]]:.1e}")
+    del values
+    return row | peak_memory(partial(step, function, inputs), inputs)
+
+
+def peak_memory(run: Callable[[], object], inputs: Inputs) -> dict[str, int]:
+    """Bytes that one step needs beyond what is allocated before it, the gradients that it returns included."""
+    inputs.clear()
+    settle()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves.values())
+    return {"peak_bytes": torch.cuda.max_memory_allocated() - before, "gradient_bytes": gradients}
+
+
+def exact_values(op: Op, inputs: Inputs) -> dict[str, Tensor]:
+    """Value and gradients of every row in float64, the logits of EXACT_ROWS rows at a time."""
+    wide = inputs.to(torch.float64)
+    if op.name != "linear_cross_entropy":
+        return measure.value_and_gradients(getattr(reference, op.name), wide)
+    hidden, unembedding, labels = (wide.arguments[name] for name in ("hidden", "unembedding", "labels"))
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for first in range(0, len(labels), EXACT_ROWS):
+        part = slice(first, first + EXACT_ROWS)
+        loss = reference.linear_cross_entropy(hidden[part], unembedding, labels[part], normalizer=len(labels))
+        loss.backward()
+        total += loss.detach()
+    gradients = {f"gradient of {name}": leaf.grad for name, leaf in wide.leaves.items()}
+    return {"value": total} | {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+def floor_of(op: Op, sizes: Sizes, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """The floor's parts, "product form" each: every product of the op with its output in the working dtype and, where
+    the device can, in float32; or one copy."""
+    if op.layers is None:
+        return {"copy copy": op.floor(sizes, dtype)}
+    return product_runs(op.layers(sizes), dtype)
+
+
+def product_runs(layers: Layers, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    runs: dict[str, Callable[[], object]] = {}
+    for place, (left, right, out) in enumerate(products(layers, dtype)):
+        layer, kind = divmod(place, 3)
+        name = f"{('output', 'd_input', 'd_weight')[kind]}[{layer}]"
+        runs[f"{name} {str(dtype).removeprefix('torch.')}"] = partial(torch.mm, left, right, out=out)
+        if dtype != torch.float32 and kind == 2 and widens(left, right):
+            runs[f"{name} float32"] = partial(torch.mm, left, right, out_dtype=torch.float32)
+    return runs
+
+
+def widens(left: Tensor, right: Tensor) -> bool:
+    """Whether this device forms a float32 product of narrower factors."""
+    try:
+        torch.mm(left[:8, :8], right[:8, :8], out_dtype=torch.float32)
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
+def fastest(times: dict[str, list[float]]) -> list[float]:
+    """In each round the sum over the parts, each in the form whose median is less."""
+    forms: dict[str, list[list[float]]] = {}
+    for name, values in times.items():
+        forms.setdefault(name.split(" ")[0], []).append(values)
+    best = [min(each, key=statistics.median) for each in forms.values()]
+    return [sum(part) for part in zip(*best, strict=True)]
+
+
+def timed(
+    runs: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each run in interleaved rounds, each warmed up, each behind a write of FLUSH_BYTES."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
+
+    def ready() -> None:
+        prepare()
+        flush.zero_()
+
+    for run in runs.values():
+        ready()
+        run()
+    torch.cuda.synchronize()
+    gc.collect()
+    gc.disable()  # a collection in the middle of a run would be timed
+    try:
+        return measure.interleave(runs, ready, rounds=rounds, seconds=seconds, clock=Instant)
+    finally:
+        gc.enable()
+
+
+def described(results: dict[str, dict[str, Any]], times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Medians, quartiles and ratios within rounds beside what is known already."""
+    for name, values in times.items():
+        results[name]["milliseconds"] = measure.spread([1e3 * value for value in values])
+        results[name]["rounds"] = len(values)
+        results[name]["times_floor"] = measure.ratios(values, times[measure.FLOOR])
+        if "eager" in times:
+            results[name]["times_eager"] = measure.ratios(values, times["eager"])
+    return results

@@ -1,0 +1,125 @@
+"""What a GPU run shows and keeps: its machine, its tables, one JSON that every stage adds to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import cuda, overhead, row_kernels
+from .cases import OPS
+from .measure import FLOOR
+from .report import case_table, case_title, commit, machine_line, table, write_json
+
+
+def machine(known_commit: str | None) -> dict[str, Any]:
+    """GPU, its size, versions, commit (given where the tree is a copy without its history)."""
+    properties = torch.cuda.get_device_properties(0)
+    try:
+        from triton import __version__ as triton
+    except ImportError:
+        triton = "none"
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": properties.total_memory / 2**30,
+        "capability": f"{properties.major}.{properties.minor}",
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": triton,
+        "commit": known_commit or commit(),
+    }
+
+
+def merged(kept: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """`new` over `kept`: of the same machine and commit, a case measured again or a stage run again replaces the last.
+
+    Raises:
+        ValueError: they are of different machines or commits.
+    """
+    if kept is None:
+        return new
+    if kept["machine"] != new["machine"]:
+        raise ValueError(f"results of {machine_line(kept['machine'])} and of {machine_line(new['machine'])} do not mix")
+    cases = {identity(case): case for case in [*kept["cases"], *new["cases"]]}
+    return {"machine": new["machine"], "stages": kept["stages"] | new["stages"], "cases": list(cases.values())}
+
+
+def identity(case: dict[str, Any]) -> tuple[Any, ...]:
+    return case["op"], tuple(case["sizes"].items()), case["dtype"]
+
+
+def keep(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """Adds `document` to the JSON at `path`, and returns all of it."""
+    whole = merged(json.loads(path.read_text()) if path.exists() else None, document)
+    write_json(path, whole)
+    return whole
+
+
+def shown(case: dict[str, Any]) -> str:
+    """The table of one case."""
+    if case["op"] != overhead.NAME:
+        return f"{case_title(case)}\n{case_table(case)}"
+    rows, reasons = [], []
+    for name, row in case["rows"].items():
+        if "skipped" in row:
+            reasons.append(f"{name} skipped: {row['skipped']}")
+            rows.append([name, "-", "-", "-", "-"])
+            continue
+        medians = [row[each]["median"] for each in ("ntp_ms", "milliseconds", "over_ntp")]
+        rows.append([name, *(f"{value:.3f}" for value in medians), f"{case['prediction']:.3f}"])
+    header = "", "ntp ms", "ntp + nitp ms", "ratio", "by FLOPs"
+    sizes = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
+    return "\n".join([f"{case['op']}  {sizes}  {case['dtype']}", table(header, rows), *reasons])
+
+
+def legend(cases: list[dict[str, Any]]) -> str:
+    """What the rows and columns of these cases mean."""
+    ops = dict.fromkeys(case["op"] for case in cases)
+    lines = [f"floor of {op}: {OPS[op].floor_name}" for op in ops if op in OPS]
+    if any(op in row_kernels.KERNELS for op in ops):
+        lines.append(
+            "floor of a row kernel: a copy of the bytes that it must move; its share of the bandwidth is 1 / floor"
+        )
+    names = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
+    lines += [f"{name}: {cuda.NAMES[name]}" for name in names]
+    return "\n".join(
+        [
+            *lines,
+            "floor of products: each alone, in the same rounds; weight gradients by the faster of two output dtypes",
+            "time: between events, forward and backward, L2 cold, work queued ahead; medians of interleaved rounds",
+            "peak: most bytes allocated in one step beyond those before it; error: of every row against float64",
+        ]
+    )
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The short table: a line a case with the time over the floor of everybody, a line a stage."""
+    cases = [case for case in document["cases"] if case["op"] != overhead.NAME]
+    names = list(dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR))
+    rows = []
+    for case in cases:
+        sizes = "x".join(str(size) for size in case["sizes"].values())
+        floor = case["rows"].get(FLOOR, {}).get("milliseconds", {}).get("median")
+        cells = [_over_floor(case["rows"].get(name, {})) for name in names]
+        rows.append([f"{case['op']} {sizes} {case['dtype']}", "-" if floor is None else f"{floor:.3f}", *cells])
+    lines = [table(("time / floor", "floor ms", *names), rows)] if rows else []
+    for case in document["cases"]:
+        if case["op"] == overhead.NAME:
+            found = ", ".join(f"{name} {_ratio(row)}" for name, row in case["rows"].items())
+            lines.append(f"ntp + nitp over ntp, d={case['sizes']['d']}: {found}; by FLOPs {case['prediction']:.3f}")
+    for name, stage in document["stages"].items():
+        lines.append(f"{name}: {'green' if stage['code'] == 0 else 'RED'} in {stage['seconds']:.0f} s, {stage['said']}")
+    return "\n".join([*lines, machine_line(document["machine"])])
+
+
+def _over_floor(row: dict[str, Any]) -> str:
+    if "skipped" in row:
+        return "x"
+    return f"{row['times_floor']['median']:.2f}" if "times_floor" in row else "-"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    return f"{row['over_ntp']['median']:.3f}" if "over_ntp" in row else "x"
