@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 from . import cuda, overhead, row_kernels
 from .cases import OPS
 from .measure import FLOOR
-from .report import case_table, case_title, commit, machine_line, table, write_json
+from .report import RESULTS, case_table, case_title, commit, machine_line, results_path, table, write_json
 
 
 def machine(known_commit: str | None) -> dict[str, Any]:
@@ -123,3 +126,24 @@ def _over_floor(row: dict[str, Any]) -> str:
 
 def _ratio(row: dict[str, Any]) -> str:
     return f"{row['over_ntp']['median']:.3f}" if "over_ntp" in row else "x"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Add results that were measured elsewhere, and show them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_report", description=main.__doc__)
+    parser.add_argument("folder", type=Path, help="where <device>/<commit>.json lie")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the results they are added to (default: results)")
+    options = parser.parse_args(arguments)
+    found = sorted(options.folder.glob("*/*.json"))
+    if not found:
+        print(f"benchmarks.gpu_report: {options.folder} holds no <device>/<commit>.json", file=sys.stderr)
+        return 2
+    for path in found:
+        document = json.loads(path.read_text())
+        into = results_path(document["machine"], options.out)
+        print(f"{summary(keep(into, document))}\nwritten to {into}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

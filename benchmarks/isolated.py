@@ -10,6 +10,8 @@ from typing import Any
 
 from .measure import MeasurementError, one_line
 
+#: Seconds that a process may take to start: torch and its compiler are imported in it.
+START = 120.0
 #: Called with the name whose code runs next, None for code that is nobody's.
 At = Callable[[str | None], None]
 Task = Callable[[At, list[str]], Any]
@@ -48,16 +50,16 @@ def _run(task: Task, names: list[str], patience: float, deadline: float) -> tupl
     child = context.Process(target=_child, args=(task, names, sender))
     child.start()
     sender.close()
-    name = None
+    name, allowed = None, START
     try:
         while True:
-            wait = min(patience, deadline - time.monotonic())
+            wait = min(allowed, deadline - time.monotonic())
             if wait <= 0 or not receiver.poll(wait):
                 return name, "failed", f"stopped: no answer within {max(0.0, wait):.0f} s"
             kind, value = receiver.recv()
             if kind != "at":
                 return name, kind, value
-            name = value
+            name, allowed = value, patience
     except EOFError:
         child.join()
         return name, "failed", f"the process ended with code {child.exitcode} before it had a result"
@@ -70,6 +72,7 @@ def _run(task: Task, names: list[str], patience: float, deadline: float) -> tupl
 
 
 def _child(task: Task, names: list[str], sender: Connection) -> None:
+    sender.send(("at", None))
     try:
         sender.send(("done", task(lambda name: sender.send(("at", name)), names)))
     except Exception as error:

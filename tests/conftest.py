@@ -1,8 +1,13 @@
 """Every test runs with two threads, a fixed seed, and uninitialised memory filled with NaN."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# without it deterministic mode refuses cuBLAS; read at the first product on a GPU
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 settings.register_profile("nitp_ops", deadline=None, max_examples=30, print_blob=True)
 settings.load_profile("nitp_ops")

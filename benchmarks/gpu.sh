@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Builds nitp_ops on a machine with a GPU, without a network, and runs stages there. docs/gpu.md says how.
+#
+#   benchmarks/gpu.sh build|test|sanitize|large|bench-rows|bench-token|bench-latent|all [STAGE...]
+#       [--out DIR] [--commit ID] [--wheels DIR] [--python PATH]
+#   benchmarks/gpu.sh collect DIR     adds the JSON files that came back in DIR to benchmarks/results (no GPU needed)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=python3 wheels="" arguments=()
+while (($#)); do
+  case $1 in
+    --wheels | --python | --out | --commit)
+      if (($# < 2)); then
+        echo "benchmarks/gpu.sh: $1 needs a value" >&2
+        exit 2
+      fi
+      ;;&
+    --wheels) wheels=$2 && shift 2 ;;
+    --python) python=$2 && shift 2 ;;
+    --out | --commit) arguments+=("$1" "$2") && shift 2 ;;
+    *) arguments+=("$1") && shift ;;
+  esac
+done
+if ((${#arguments[@]} == 0)); then
+  sed -n '2,6s/^# \{0,1\}//p' benchmarks/gpu.sh >&2
+  exit 2
+fi
+if [[ ${arguments[0]} == collect ]]; then
+  exec "$python" -m benchmarks.gpu_report "${arguments[@]:1}"
+fi
+"$python" - "${arguments[@]}" <<'CHECK'  # before minutes go into a build
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit("benchmarks/gpu.sh: torch sees no GPU (torch.cuda.is_available() is False)")
+CHECK
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+if [[ -n $wheels ]]; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$scratch" "$wheels"/*.whl
+  export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
+fi
+"$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
+"$python" -m benchmarks.gpu_stages "${arguments[@]}"

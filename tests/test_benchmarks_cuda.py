@@ -1,0 +1,186 @@
+"""`benchmarks --device cuda` without a GPU: refusals, processes that die alone, floors, errors, cases."""
+
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import cuda, cuda_run, gpu_report, gpu_stages, measure, overhead, peers, row_kernels
+from benchmarks.cases import OPS
+from benchmarks.implementations import EAGER
+from benchmarks.isolated import Lost, without_the_dead
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def cpu_in_its_place(monkeypatch):
+    """The CUDA harness over CPU tensors: wall clock for events, no counters of an allocator."""
+    monkeypatch.setattr(cuda, "DEVICE", CPU)
+    monkeypatch.setattr(cuda, "Instant", time.perf_counter)
+    monkeypatch.setattr(cuda, "FLUSH_BYTES", 16)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    held = iter([100, 350] * 99)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(held))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(held))
+
+
+def at(name):
+    del name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "cuda", "--quick"], "are for --device cpu"),
+        (["--op", "nitp_over_ntp"], "nitp_over_ntp is measured with --device cuda only"),
+        (["--implementation", "quack"], "quack is measured with --device cuda only"),
+    ],
+)
+def test_options_of_one_device_are_refused_on_the_other(arguments, message):
+    assert message in (command.check(command.parser().parse_args(arguments)) or "")
+
+
+def named(at, names):
+    """A task for `without_the_dead`: some names do to its process what they say."""
+    for name in names:
+        at(name)
+        if name == "breaks":
+            raise Lost("breaks broke the device")
+        if name == "exits":
+            sys.exit(7)
+        if name == "hangs":
+            time.sleep(60)
+        if name == "nobody":
+            at(None)
+            raise ValueError("of nobody")
+    return names
+
+
+def test_a_name_that_dies_hangs_or_breaks_the_device_costs_only_itself():
+    names = ["good", "breaks", "exits", "hangs", "last"]
+    done, reasons = without_the_dead(named, names, patience=2.0, deadline=time.monotonic() + 200)
+    assert done == ["good", "last"]
+    assert reasons["breaks"] == "breaks broke the device"
+    assert "ended with code 7" in reasons["exits"] and "stopped: no answer within 2 s" in reasons["hangs"]
+
+
+def test_a_failure_of_nobody_and_a_passed_deadline_are_errors():
+    with pytest.raises(measure.MeasurementError, match="ValueError: of nobody"):
+        without_the_dead(named, ["nobody"], patience=60, deadline=time.monotonic() + 60)
+    with pytest.raises(measure.MeasurementError, match="stopped"):
+        without_the_dead(named, ["good"], patience=60, deadline=time.monotonic() - 1)
+
+
+def test_a_case_that_nobody_survives_keeps_its_rows_and_says_why():
+    case = cuda_run.Case("swiglu", {"N": 2}, "float32", ["ours", "eager"], named)
+    kept = cuda_run.measured(case, case.names, {}, time.monotonic() - 1)
+    assert list(kept["rows"]) == ["ours", "eager"]
+    assert all("stopped" in row["skipped"] for row in kept["rows"].values())
+
+
+def test_an_implementation_that_hung_once_is_not_waited_for_again(monkeypatch):
+    asked = []
+
+    def fake(task, names, *, patience, deadline):
+        asked.append(list(names))
+        return {name: {} for name in names if name != "quack"}, {"quack": "stopped: no answer within 150 s"}
+
+    monkeypatch.setattr(cuda_run, "without_the_dead", fake)
+    case, hung = cuda_run.Case("swiglu", {}, "float32", ["ours", "quack"], named), {}
+    for _ in range(2):
+        kept = cuda_run.measured(case, case.names, hung, 0.0)
+        assert "stopped" in kept["rows"]["quack"]["skipped"]
+    assert asked == [["ours", "quack"], ["ours"]]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_case_has_time_floor_error_and_peak_of_everybody(cpu_in_its_place, op):
+    names = ["ours", "ours-triton", "eager"]
+    rows = cuda.measure_case(at, names, op=op, sizes=OPS[op].toy, dtype="float32", rounds=3, seconds=9)
+    assert list(rows) == ["floor", *names]
+    assert "skipped" in rows["ours-triton"]
+    for name in ("ours", "eager"):
+        assert rows[name]["rounds"] == 3 and rows[name]["peak_bytes"] == 250
+        assert 0 < max(rows[name]["error"].values()) < 1e-4
+        assert rows[name]["milliseconds"]["median"] > 0 and "times_floor" in rows[name]
+    assert rows["eager"]["times_eager"]["median"] == rows["floor"]["times_floor"]["median"] == 1
+
+
+def test_the_exact_values_in_chunks_are_those_of_the_whole(monkeypatch):
+    op = OPS["linear_cross_entropy"]
+    inputs = op.inputs({"N": 10, "d": 4, "V": 20}, torch.float32)
+    monkeypatch.setattr(cuda, "EXACT_ROWS", 3)
+    chunked = cuda.exact_values(op, inputs)
+    whole = measure.value_and_gradients(EAGER[op.name], inputs.to(torch.float64))
+    assert max(measure.relative(chunked, whole).values()) < 1e-12 and set(chunked) == set(whole)
+
+
+def test_an_implementation_with_wrong_results_has_no_time(cpu_in_its_place, monkeypatch):
+    monkeypatch.setattr(cuda, "function_of", lambda *_: lambda gate, up: (gate + 9) * up)
+    rows = cuda.measure_case(at, ["ours"], op="swiglu", sizes=OPS["swiglu"].toy, dtype="float32", rounds=2, seconds=9)
+    assert rows["ours"]["skipped"].startswith("ArithmeticError: value is wrong: relative error")
+    assert "milliseconds" not in rows["ours"]
+
+
+def test_a_broken_device_ends_the_process(monkeypatch):
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(cuda, "settle", broken)
+    with pytest.raises(Lost, match="quack broke the device: RuntimeError: CUDA error: an illegal"):
+        cuda.attempt("quack", broken)
+
+
+def test_the_floor_takes_each_product_in_its_faster_form():
+    times = {"output[0] bfloat16": [4.0, 4.0], "d_weight[0] bfloat16": [2.0, 9.0], "d_weight[0] float32": [3.0, 3.0]}
+    times["d_weight[0] bfloat16"] = [5.0, 5.0]
+    assert cuda.fastest(times) == [7.0, 7.0]
+    runs = cuda.product_runs([(4, 3, 5), (4, 5, 2)], torch.float32)
+    kinds = "output", "d_input", "d_weight"
+    assert list(runs) == [f"{kind}[{layer}] float32" for layer in (0, 1) for kind in kinds]
+
+
+@pytest.mark.parametrize("kernel", row_kernels.KERNELS)
+def test_a_row_kernel_moves_its_arguments_once_each(cpu_in_its_place, kernel):
+    make, _ = row_kernels.KERNELS[kernel]
+    numbers = {"swiglu_rows": 3, "swiglu_rows_backward_": 5, "alignment_rows_": 3, "cross_entropy_rows_": 2}
+    expected = 4 * 16 * (2 * 4 + 2) if kernel == "accumulate_rows_" else 4 * 16 * 2 * numbers[kernel]
+    assert make(4, 16, torch.bfloat16).moved == expected
+    rows = row_kernels.measure_kernel(
+        at, ["ours"], kernel=kernel, sizes={"N": 4, "D": 16}, dtype="bfloat16", rounds=2, seconds=9
+    )
+    assert rows["floor"]["bytes"] == expected and rows["ours"]["times_floor"]["median"] > 0
+
+
+def test_nitp_over_ntp_stands_beside_the_ratio_of_flops(cpu_in_its_place):
+    (sizes,) = overhead.CASES
+    assert overhead.prediction(sizes) == pytest.approx(1 + 12 * 1280 / 152064, rel=1e-12)
+    toy = {"N": 8, "d": 16, "V": 64}
+    rows = overhead.measure_overhead(at, ["ours", "ours-triton"], sizes=toy, dtype="float32", rounds=3, seconds=9)
+    assert rows["ours"]["over_ntp"]["median"] > 0 and rows["ours"]["rounds"] == 3
+    assert "skipped" in rows["ours-triton"]
+    case = {"op": overhead.NAME, "sizes": toy, "dtype": "float32", "rows": rows, "prediction": 1.25}
+    assert "1.250" in gpu_report.shown(case).splitlines()[3]
+
+
+def test_a_missing_peer_is_one_reason(monkeypatch):
+    for module in ("liger_kernel", "cut_cross_entropy", "quack"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in peers.PEERS:
+        with pytest.raises(ImportError):
+            peers.forward(name)
+
+
+def test_the_cases_are_those_of_the_plan():
+    found = [(case.op, *case.sizes.values(), case.dtype) for case in cuda_run.cases(list(cuda_run.SUBJECTS), None)]
+    assert ("linear_cross_entropy", 4096, 4096, 128256, "bfloat16") in found
+    assert ("implicit_token_loss", 8192, 4096, "bfloat16") in found
+    assert ("nitp_over_ntp", 16384, 1280, 152064, "bfloat16") in found
+    assert {dtype for op, *_, dtype in found if op == "alignment_rows_"} == {"bfloat16", "float32"}
+    assert {dtype for op, *_, dtype in found if op == "accumulate_rows_"} == {"bfloat16"}
+    stages = [subject for subjects in gpu_stages.SUBJECTS.values() for subject in subjects]
+    assert sorted(stages) == sorted(cuda_run.SUBJECTS)
