@@ -55,6 +55,7 @@ def _run(task: Task, names: list[str], patience: float, deadline: float) -> tupl
         while True:
             wait = min(allowed, deadline - time.monotonic())
             if wait <= 0 or not receiver.poll(wait):
+                child.kill()
                 return name, "failed", f"stopped: no answer within {max(0.0, wait):.0f} s"
             kind, value = receiver.recv()
             if kind != "at":

@@ -1,6 +1,7 @@
 """On a GPU every op gives what the equations give in float64, whoever serves its row kernels."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import test_implicit_token_loss as latent
@@ -171,7 +172,7 @@ def test_retained_graphs_and_any_upstream_agree(backend):
     hidden, weight, *_ = tensors(torch.float64)
     labels, _ = labels_and_target()
     for reduction in ("mean", "none"):
-        options = {"reduction": reduction, "backend": served(backend)}
+        options: dict[str, Any] = {"reduction": reduction, "backend": served(backend)}
         loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, **options).sum()
         first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
         second = torch.autograd.grad(loss * 3, (hidden, weight), retain_graph=True)
