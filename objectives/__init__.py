@@ -16,6 +16,7 @@ from .composite import CompositeObjective, Output, build
 from .counts import Counts
 from .metrics import Metrics
 from .model_info import ModelInfo
+from .mtp_shared import MTPShared
 from .nitp import NITP
 from .ntp import NTP
 from .registry import available, register
@@ -36,6 +37,7 @@ __all__ = [
     "HeadTerm",
     "LatentPart",
     "LatentTerm",
+    "MTPShared",
     "Metrics",
     "ModelInfo",
     "Objective",

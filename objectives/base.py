@@ -116,6 +116,10 @@ class Objective:
         """The module with the term's own parameters, or None; it needs a ``reset_parameters()``."""
         return None
 
+    def part_weight(self, part: str) -> float:
+        """Factor on `weight` for one part, > 0."""
+        return 1.0
+
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         """``{part: [B, T]}``, the rows that count (bool) or how often each counts (int64: pairs, say).
 

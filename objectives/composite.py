@@ -15,6 +15,7 @@ from .base import Context, HeadTerm, LatentPart, LatentTerm, Objective
 from .counts import Counts
 from .explain import explain
 from .guard import guarded
+from .head_parts import HeadPart
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .schedule import weight_at
@@ -132,7 +133,10 @@ class CompositeObjective(nn.Module):
         elif counts.keys() != local.keys():
             raise ValueError(f"objective: counts has parts {sorted(counts)}, expected {sorted(local)}")
         ranks = counts.group_size if gradient_reduction == "mean" else 1
-        weights = {name: weight_at(part.term.weight, step, streams.device) for name, part in parts.items()}
+        weights = {
+            name: weight_at(part.term.weight, step, streams.device) * part.term.part_weight(part.piece)
+            for name, part in parts.items()
+        }
         coefficients = {
             name: weights[name] * ranks / counts[part.denominator].to(streams.device).clamp(min=1)
             for name, part in parts.items()
@@ -177,14 +181,16 @@ class CompositeObjective(nn.Module):
         working = torch.float64 if wide else torch.float32
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
         streams = self._widened(streams)
-        head_parts: list[plan.HeadPart] = []
+        head_parts: list[HeadPart] = []
         latent: dict[str, LatentPart] = {}
         for term in self.spec.terms:
             own = {part.piece: coefficients[name] for name, part in parts.items() if part.term is term}
             context = self._context(term, own)
             if isinstance(term, HeadTerm):
                 for piece, rows in term.rows(streams, context).items():
-                    head_parts.append(plan.HeadPart(_joined(term, piece), rows, own[piece], streams.ignore_index))
+                    alone = None if _always_on(term) else str(term.label)
+                    name = _joined(term, piece)
+                    head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
             elif isinstance(term, LatentTerm):
                 for piece, part in term.sums(streams, context).items():
                     loss = torch.where(own[piece] == 0, 0, part.loss)
@@ -210,9 +216,8 @@ class CompositeObjective(nn.Module):
     def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
         label = str(term.label)
         module = dict(self.terms.items()).get(label)
-        # a constant weight that is not zero never needs the guard, which costs a pass over each gradient
-        constant = isinstance(term.weight, float) and term.weight != 0
-        guard = (lambda tensor: tensor) if constant else guarded(torch.stack(list(coefficients.values())).any())
+        # the guard costs a pass over each gradient
+        guard = (lambda tensor: tensor) if _always_on(term) else guarded(torch.stack(list(coefficients.values())).any())
         normalizer = {piece: 1 / coefficient for piece, coefficient in coefficients.items()}
         return Context(self.info, module, self.backend, normalizer, guard)
 
@@ -237,6 +242,11 @@ class CompositeObjective(nn.Module):
             )
         if step is not None and not isinstance(step, Tensor) and not (is_int(step) and step >= 0):
             raise ValueError(f"objective: step is {step!r}, expected an integer >= 0")
+
+
+def _always_on(term: Objective) -> bool:
+    """The weight is a constant other than zero."""
+    return isinstance(term.weight, float) and term.weight != 0
 
 
 def _joined(term: Objective, piece: str) -> str:

@@ -6,48 +6,17 @@ loss = sum over parts p of c_p * sum over rows i of p of token_weight_i * row_lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from nitp_ops import HeadJob, TokenStats, shared_linear_cross_entropy
+from nitp_ops import TokenStats, shared_linear_cross_entropy
 
-from .base import HeadRows
+from .head_parts import HeadPart, Sums, Together, rows_of
 from .heads import through_head
 from .model_info import ModelInfo
 
 
-@dataclass(frozen=True)
-class HeadPart:
-    """Rows of one part with their coefficient c_p, a 0-d tensor; `ignore_index` marks rows without a target."""
-
-    name: str
-    rows: HeadRows
-    coefficient: Tensor
-    ignore_index: int
-
-    def job(self, hidden: Tensor) -> HeadJob:
-        """The part as the op takes it; zero weights cost nothing there and let no NaN through."""
-        rows, weight = self.rows, self.coefficient
-        if rows.token_weight is not None:
-            weight = weight * rows.token_weight.to(weight.dtype)
-        return HeadJob(hidden, rows.labels, weight, rows.label_smoothing, rows.z_loss)
-
-    def sums(self, stats: TokenStats) -> dict[str, Tensor]:
-        """SUM (token weights included, the part's weight not) and the rows predicted right."""
-        counted = self.rows.labels != self.ignore_index
-        losses = stats.loss.double()
-        if self.rows.token_weight is not None:
-            weight = self.rows.token_weight
-            losses = torch.where(weight == 0, 0, losses * weight)
-        right = counted & (stats.prediction == self.rows.labels)
-        return {"loss": torch.where(counted, losses, 0).sum(), "accuracy": right.sum()}
-
-
-def run(
-    parts: Sequence[HeadPart], info: ModelInfo, backend: str | None
-) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
+def run(parts: Sequence[HeadPart], info: ModelInfo, backend: str | None) -> tuple[list[Tensor], Sums]:
     """(one loss a head, ``{part: sums}``). Parts that share a head share a pass, in declaration order.
 
     softcap and logit scale belong to the model, so the head alone (its matrix and its bias) makes a group.
@@ -56,24 +25,28 @@ def run(
     for part in parts:
         groups.setdefault(id(part.rows.head), []).append(part)
     losses: list[Tensor] = []
-    sums: dict[str, dict[str, Tensor]] = {}
+    sums: Sums = {}
     for group in groups.values():
-        loss, stats = _pass(group, info, backend)
+        jobs = rows_of(group)
+        loss, stats = _pass(jobs, group[0], info, backend)
         losses.append(loss)
-        sums |= {part.name: part.sums(own) for part, own in zip(group, stats, strict=True)}
+        for job, own in zip(jobs, stats, strict=True):
+            sums |= job.sums(own)
     return losses, {part.name: sums[part.name] for part in parts}
 
 
-def _pass(group: Sequence[HeadPart], info: ModelInfo, backend: str | None) -> tuple[Tensor, tuple[TokenStats, ...]]:
+def _pass(
+    jobs: Sequence[HeadPart | Together], first: HeadPart, info: ModelInfo, backend: str | None
+) -> tuple[Tensor, tuple[TokenStats, ...]]:
     def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[TokenStats, ...]]:
         return shared_linear_cross_entropy(
-            [part.job(own) for part, own in zip(group, hidden, strict=True)],
+            [job.job(own) for job, own in zip(jobs, hidden, strict=True)],
             weight,
             bias=bias,
-            ignore_index=group[0].ignore_index,
+            ignore_index=first.ignore_index,
             softcap=info.softcap,
             logit_scale=info.logit_scale,
             backend=backend,
         )
 
-    return through_head(group[0].rows.head, [part.rows.hidden for part in group], use)
+    return through_head(first.rows.head, [job.rows.hidden for job in jobs], use)

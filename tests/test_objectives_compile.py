@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from objectives_cases import INFO, gradients, make_batch
 from torch import Tensor
 
-from nitp_ops.objectives import build
+from nitp_ops.objectives import available, build
 
 
 def test_a_compiled_objective_equals_eager_and_is_not_compiled_again_as_its_weight_changes():
@@ -31,3 +32,20 @@ def test_a_compiled_objective_equals_eager_and_is_not_compiled_again_as_its_weig
     with torch.compiler.set_stance("fail_on_recompile"):
         for step in (1, 3, 4, 100):
             agree(step)
+
+
+@pytest.mark.parametrize("name", available())
+def test_every_objective_beside_ntp_is_one_graph(name: str):
+    batch = make_batch()
+    batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1]] * 3)
+    objective = build(f"main: ntp + extra: {name}", model=INFO)
+    tensors = [*batch.leaves, *objective.parameters()]
+
+    def loss(hidden: Tensor) -> Tensor:
+        return objective(batch.streams(last_hidden=hidden)).loss
+
+    torch.compiler.reset()  # the tests before it leave graphs of the same code, which count towards a limit
+    mine, expected = torch.compile(loss, backend="aot_eager", fullgraph=True)(batch.hidden), loss(batch.hidden)
+    torch.testing.assert_close(mine, expected, rtol=1e-13, atol=0)
+    for a, b in zip(gradients(mine, tensors), gradients(expected, tensors), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)

@@ -47,6 +47,16 @@ def test_it_needs_nothing_beyond_what_it_requires(name: str):
     torch.testing.assert_close(objective(batch.streams(**absent, hidden_states=states)).loss, objective(full).loss)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if issubclass(find(name), HeadTerm)])
+def test_the_gradients_of_a_head_term_reach_exactly_what_it_requires(name: str):
+    batch, objective = make_batch(), build(name, model=INFO)
+    objective(batch.streams()).loss.backward()
+    leaves = {"last_hidden": batch.hidden, "last_residual": batch.residual, "head": batch.head.weight}
+    leaves |= {f"hidden_states[{k}]": state for k, state in batch.states.items()}
+    reached = {stream for stream, leaf in leaves.items() if leaf.grad is not None and leaf.grad.any()}
+    assert reached == objective.requires - {"token_ids"}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_padding_and_masked_rows_change_nothing(name: str):
     batch, objective = make_batch(), build(name, model=INFO)

@@ -1,0 +1,109 @@
+"""Parts of head terms as the op takes them: one part a job, or several parts on the same rows of logits.
+
+Parts that read the same hidden states with the same smoothing e and z-loss c share rows: row i has a target of each
+such part p, S_i is the sum of their coefficients c_p, a_p = c_p / S_i, and the sum of their losses in row i is
+
+S_i [(1 - e) sum_p a_p (lse - z_p) + e (lse - mean z) + c lse^2]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from nitp_ops import HeadJob, TokenStats
+
+from .base import HeadRows
+
+Sums: TypeAlias = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class HeadPart:
+    """Rows of one part with their coefficient c_p, a 0-d tensor; `ignore_index` marks rows without a target.
+
+    term: the label of its term where that term's weight may be zero, else None. A part that may be silent shares rows
+    with parts of its own term only: its presence must not change how the others are cut into chunks and rounded.
+    """
+
+    name: str
+    rows: HeadRows
+    coefficient: Tensor
+    ignore_index: int
+    term: str | None
+
+    def joins(self, other: HeadPart) -> bool:
+        """Whether both can share rows. Token weights can not: where their signs differ S_i may vanish."""
+        mine, theirs = self.rows, other.rows
+        plain = mine.token_weight is None and theirs.token_weight is None
+        alike = (mine.label_smoothing, mine.z_loss) == (theirs.label_smoothing, theirs.z_loss)
+        return mine.hidden is theirs.hidden and self.term == other.term and plain and alike
+
+    def job(self, hidden: Tensor) -> HeadJob:
+        """The part as the op takes it; zero weights cost nothing there and let no NaN through."""
+        rows, weight = self.rows, self.coefficient
+        if rows.token_weight is not None:
+            weight = weight * rows.token_weight.to(weight.dtype)
+        return HeadJob(hidden, rows.labels, weight, rows.label_smoothing, rows.z_loss)
+
+    def sums(self, stats: TokenStats) -> Sums:
+        """SUM (token weights included, the part's weight not) and the rows predicted right."""
+        losses = stats.loss.double()
+        if self.rows.token_weight is not None:
+            weight = self.rows.token_weight
+            losses = torch.where(weight == 0, 0, losses * weight)
+        counted = self.rows.labels != self.ignore_index
+        right = counted & (stats.prediction == self.rows.labels)
+        return {self.name: {"loss": torch.where(counted, losses, 0).sum(), "accuracy": right.sum()}}
+
+
+class Together(NamedTuple):
+    """Several parts on the same rows; what they share is that of the first."""
+
+    parts: list[HeadPart]
+
+    @property
+    def rows(self) -> HeadRows:
+        return self.parts[0].rows
+
+    def job(self, hidden: Tensor) -> HeadJob:
+        labels, shares, weight = self._targets()
+        # beside other targets of a row a negative label would be absent; alone it is an error, so let it be one
+        unknown = (labels < 0) & (labels != self.parts[0].ignore_index)
+        labels = labels.masked_fill(unknown, torch.iinfo(torch.int64).max)
+        return HeadJob(hidden, labels, weight, self.rows.label_smoothing, self.rows.z_loss, shares)
+
+    def sums(self, stats: TokenStats) -> Sums:
+        """The row loss of part p is ``(1 - e) (lse - z_p)`` and what is left of the row's loss without its targets."""
+        _, shares, _ = self._targets()
+        losses = (1 - self.rows.label_smoothing) * (stats.log_sum_exp.unsqueeze(-1) - stats.target_logit)
+        if self.rows.label_smoothing or self.rows.z_loss:
+            left = stats.loss - (shares * losses.masked_fill(shares == 0, 0)).sum(-1)
+            losses = losses + left.unsqueeze(-1)
+        found = {}
+        for part, own in zip(self.parts, losses.unbind(-1), strict=True):
+            found |= part.sums(stats._replace(loss=own))
+        return found
+
+    def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(labels, a_p): [B, T, parts], S: [B, T]. Silent parts get even shares, so that they are measured too."""
+        labels = torch.stack([part.rows.labels for part in self.parts], dim=-1)
+        coefficients = torch.stack([part.coefficient for part in self.parts])
+        present = labels != self.parts[0].ignore_index
+        loud = torch.where(coefficients.any(), coefficients, 1)
+        shares = torch.where(present, loud, 0)
+        shares = shares / torch.where(present.any(-1), shares.sum(-1), 1).unsqueeze(-1)
+        return labels, shares, torch.where(present, coefficients, 0).sum(-1)
+
+
+def rows_of(group: Sequence[HeadPart]) -> list[HeadPart | Together]:
+    """The parts, joined where they share rows, in declaration order."""
+    found: list[list[HeadPart]] = []
+    for part in group:
+        home = next((own for own in found if own[0].joins(part)), None)
+        found.append([part]) if home is None else home.append(part)
+    return [own[0] if len(own) == 1 else Together(own) for own in found]
