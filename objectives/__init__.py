@@ -25,10 +25,12 @@ from .schedule import Piecewise, Ramp, schedule
 from .schema import SpecError
 from .spec import Spec, parse
 from .streams import Streams
+from .top import TOP
 
 __all__ = [
     "NITP",
     "NTP",
+    "TOP",
     "CompositeObjective",
     "Context",
     "CosineRegularizer",

@@ -39,7 +39,7 @@ class HeadPart:
     def joins(self, other: HeadPart) -> bool:
         """Whether both can share rows. Token weights can not: where their signs differ S_i may vanish."""
         mine, theirs = self.rows, other.rows
-        plain = mine.token_weight is None and theirs.token_weight is None
+        plain = all(w is None for rows in (mine, theirs) for w in (rows.token_weight, rows.target_weight))
         alike = (mine.label_smoothing, mine.z_loss) == (theirs.label_smoothing, theirs.z_loss)
         return mine.hidden is theirs.hidden and self.term == other.term and plain and alike
 
@@ -48,16 +48,21 @@ class HeadPart:
         rows, weight = self.rows, self.coefficient
         if rows.token_weight is not None:
             weight = weight * rows.token_weight.to(weight.dtype)
-        return HeadJob(hidden, rows.labels, weight, rows.label_smoothing, rows.z_loss)
+        labels = rows.labels if rows.target_weight is None else _several(rows.labels, self.ignore_index)
+        return HeadJob(hidden, labels, weight, rows.label_smoothing, rows.z_loss, rows.target_weight)
 
     def sums(self, stats: TokenStats) -> Sums:
-        """SUM (token weights included, the part's weight not) and the rows predicted right."""
+        """SUM (token weights included, the part's weight not) and the rows whose first target is predicted."""
         losses = stats.loss.double()
         if self.rows.token_weight is not None:
             weight = self.rows.token_weight
             losses = torch.where(weight == 0, 0, losses * weight)
-        counted = self.rows.labels != self.ignore_index
-        right = counted & (stats.prediction == self.rows.labels)
+        labels = self.rows.labels
+        if self.rows.target_weight is not None:
+            first = (labels != self.ignore_index).to(torch.uint8).argmax(-1, keepdim=True)
+            labels = labels.gather(-1, first).squeeze(-1)
+        counted = labels != self.ignore_index
+        right = counted & (stats.prediction == labels)
         return {self.name: {"loss": torch.where(counted, losses, 0).sum(), "accuracy": right.sum()}}
 
 
@@ -72,9 +77,7 @@ class Together(NamedTuple):
 
     def job(self, hidden: Tensor) -> HeadJob:
         labels, shares, weight = self._targets()
-        # beside other targets of a row a negative label would be absent; alone it is an error, so let it be one
-        unknown = (labels < 0) & (labels != self.parts[0].ignore_index)
-        labels = labels.masked_fill(unknown, torch.iinfo(torch.int64).max)
+        labels = _several(labels, self.parts[0].ignore_index)
         return HeadJob(hidden, labels, weight, self.rows.label_smoothing, self.rows.z_loss, shares)
 
     def sums(self, stats: TokenStats) -> Sums:
@@ -98,6 +101,11 @@ class Together(NamedTuple):
         shares = torch.where(present, loud, 0)
         shares = shares / torch.where(present.any(-1), shares.sum(-1), 1).unsqueeze(-1)
         return labels, shares, torch.where(present, coefficients, 0).sum(-1)
+
+
+def _several(labels: Tensor, ignore_index: int) -> Tensor:
+    """Labels [B, T, K] in which a negative label is an error, as it is alone: the op would take it for absent."""
+    return labels.masked_fill((labels < 0) & (labels != ignore_index), torch.iinfo(torch.int64).max)
 
 
 def rows_of(group: Sequence[HeadPart]) -> list[HeadPart | Together]:

@@ -27,15 +27,21 @@ def valid_pairs(streams: Streams, k: int, *, labelled: bool = False) -> Tensor:
 
 def token_targets(streams: Streams, k: int) -> Tensor:
     """``x[t+k]`` where V_k holds, else ignore_index: int64 [B, T]."""
-    tokens = streams.tokens.to(torch.int64)
-    if streams.shift_labels is not None:
-        unknown = tokens.new_full((streams.shape[0], 1), streams.ignore_index)
-        tokens = torch.cat([unknown, tokens], dim=1)
-    targets = _ahead(tokens, k, streams, streams.ignore_index)
-    valid = _same_document(streams, k)
-    if streams.target_mask is not None:
-        valid = valid & _ahead(_with_last(streams.target_mask, streams, True), k, streams, False)
-    return targets.masked_fill(~valid, streams.ignore_index)
+    targets = _ahead(_targets(streams), k, streams, streams.ignore_index)
+    return targets.masked_fill(~_same_document(streams, k), streams.ignore_index)
+
+
+def nearest_targets(streams: Streams, window: int) -> Tensor:
+    """``x[t+k]`` for k = 1 .. K = min(window, T): int64 [B, T, K].
+
+    ignore_index where V_k does not hold or where x[t+k] is already a target at a smaller k.
+    """
+    tokens, (here, known) = _targets(streams), _documents(streams)
+    valid = (_window(known, window, streams, -1) == here.unsqueeze(-1)) & (here >= 0).unsqueeze(-1)
+    place = torch.arange(streams.shape[1], device=streams.device).view(1, -1, 1)
+    first = _window(_previous(tokens, known), window, streams, -1) <= place
+    targets = _window(tokens, window, streams, streams.ignore_index)
+    return targets.masked_fill(~(valid & first), streams.ignore_index)
 
 
 def target_weights(streams: Streams, k: int) -> Tensor | None:
@@ -45,13 +51,46 @@ def target_weights(streams: Streams, k: int) -> Tensor | None:
     return _ahead(_with_last(streams.token_weight.detach(), streams, 1.0), k, streams, 0.0)
 
 
-def _same_document(streams: Streams, k: int) -> Tensor:
-    """doc[t+k] == doc[t] >= 0, also where t + k is the token that only shift_labels knows."""
+def window_weights(streams: Streams, window: int) -> Tensor | None:
+    """``token_weight[t+k]`` for k = 1 .. min(window, T): [B, T, K], as in `target_weights`."""
+    if streams.token_weight is None:
+        return None
+    return _window(_with_last(streams.token_weight.detach(), streams, 1.0), window, streams, 0.0)
+
+
+def _targets(streams: Streams) -> Tensor:
+    """x[t] where ok[t] holds, else ignore_index: int64 [B, T], or [B, T+1] under shift_labels (x[0] is unknown)."""
+    tokens = streams.tokens.to(torch.int64)
+    if streams.shift_labels is not None:
+        unknown = tokens.new_full((streams.shape[0], 1), streams.ignore_index)
+        tokens = torch.cat([unknown, tokens], dim=1)
+    if streams.target_mask is None:
+        return tokens
+    return tokens.masked_fill(~_with_last(streams.target_mask, streams, True), streams.ignore_index)
+
+
+def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
+    """Documents [B, T], and the same with the token that only shift_labels knows."""
     here = streams.documents
     if here is None:
         here = torch.zeros(streams.shape, dtype=torch.int64, device=streams.device)
-    known = here if streams.shift_labels is None else torch.cat([here, here[:, -1:]], dim=1)
+    return here, here if streams.shift_labels is None else torch.cat([here, here[:, -1:]], dim=1)
+
+
+def _same_document(streams: Streams, k: int) -> Tensor:
+    """doc[t+k] == doc[t] >= 0, also where t + k is the token that only shift_labels knows."""
+    here, known = _documents(streams)
     return (_ahead(known, k, streams, -1) == here) & (here >= 0)
+
+
+def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
+    """The largest s' < s with the token and the document of s, -1 where there is none: [B, S], by two stable sorts."""
+    order = tokens.argsort(dim=1, stable=True)
+    order = order.gather(1, documents.gather(1, order).argsort(dim=1, stable=True))
+    tokens, documents = tokens.gather(1, order), documents.gather(1, order)
+    same = (tokens[:, 1:] == tokens[:, :-1]) & (documents[:, 1:] == documents[:, :-1])
+    before = torch.where(same, order[:, :-1], -1)
+    return torch.full_like(order, -1).scatter_(1, order[:, 1:], before)
 
 
 def _with_last(values: Tensor, streams: Streams, last: float) -> Tensor:
@@ -65,3 +104,11 @@ def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
     batch, length = streams.shape
     shifted = values[:, k : k + length]
     return torch.cat([shifted, values.new_full((batch, length - shifted.shape[1]), fill)], dim=1)
+
+
+def _window(values: Tensor, window: int, streams: Streams, fill: float) -> Tensor:
+    """out[b, t, k - 1] = values[b, t+k] for k = 1 .. min(window, T), `fill` past the end; a view of one copy."""
+    batch, length = streams.shape
+    width = min(window, length)
+    missing = max(0, length + width - values.shape[1])
+    return torch.cat([values, values.new_full((batch, missing), fill)], dim=1)[:, 1:].unfold(1, width, 1)[:, :length]

@@ -1,0 +1,87 @@
+"""Token order prediction: rank the tokens ahead by how soon they come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .base import Context, HeadRows, HeadTerm
+from .model_info import ModelInfo
+from .own_parameters import OwnHead
+from .registry import register
+from .schema import number_problem
+from .shift import nearest_targets, window_weights
+from .streams import Streams
+
+
+@register("top")
+@dataclass(frozen=True, kw_only=True)
+class TOP(HeadTerm):
+    """``lse(U h_t) - sum_v w_v (U h_t)_v``, ``w = softmax(y)``, ``y_v = window - distance to the nearest v ahead``.
+
+    The list-net loss ``-sum_v softmax(y)_v log_softmax(U h_t)_v``. The distance of x_{t+1} is 0; y is -inf outside the
+    next `window` tokens, outside the document and for tokens that are no targets. A row without any target does not
+    count. U is an own, untied head ``[V, d]``, used in training only; the model's logit scale and softcap apply to it.
+    Accuracy is that of the nearest token. Streams.token_weight multiplies w_v by the weight of v's nearest occurrence.
+
+    Args:
+        window: how many tokens ahead, >= 1.
+        compat: "fp16_scores" rounds y to half precision, as the published data builders store it: from 2048 on y is
+            coarse, and at window 4096 the weights of the next four tokens become .456, .456, .062, .008 instead of
+            .632, .233, .086, .031.
+
+    Example:
+        >>> from nitp_ops.objectives import ModelInfo, build
+        >>> objective = build("ntp + 0.1*top", model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4))
+        >>> {name: tuple(p.shape) for name, p in objective.named_parameters()}
+        {'terms.top.weight': (32, 8)}
+
+    Source: arXiv 2508.19228.
+    """
+
+    window: int = 32
+    compat: Literal["none", "fp16_scores"] = "none"
+
+    def problems(self) -> list[str]:
+        found = number_problem("window", self.window, 1)
+        if found is None and self.compat == "fp16_scores" and self.window > torch.finfo(torch.float16).max:
+            found = f'window is {self.window}, expected at most 65504 with "fp16_scores"'
+        return [found] if found else []
+
+    def requires(self, info: ModelInfo) -> frozenset[str]:
+        return frozenset({"token_ids", "last_hidden"})
+
+    def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
+        return OwnHead(info, seed)
+
+    def valid(self, streams: Streams) -> dict[str, Tensor]:
+        return {"": (nearest_targets(streams, self.window) != streams.ignore_index).any(-1)}
+
+    def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
+        hidden, head = streams.last_hidden, context.module
+        assert hidden is not None and head is not None
+        labels = nearest_targets(streams, self.window)
+        weight = self.target_weights(labels != streams.ignore_index, hidden.dtype)
+        of_token, counts = window_weights(streams, self.window), None
+        if of_token is not None:
+            weight = weight * of_token.to(weight.dtype)
+            counts = (weight != 0).any(-1).to(weight.dtype)  # 0: nothing of the row reaches anything
+        return {"": HeadRows(hidden, labels, head, counts, target_weight=weight)}
+
+    def target_weights(self, present: Tensor, dtype: torch.dtype) -> Tensor:
+        """softmax(y) over the targets that are present, bool [B, T, K]; zeros in a row without any."""
+        y = self.window - torch.arange(present.shape[-1], device=present.device)
+        y = (y.half() if self.compat == "fp16_scores" else y).to(torch.promote_types(dtype, torch.float32))
+        weights = torch.softmax(y.expand(present.shape).masked_fill(~present, -torch.inf), dim=-1)
+        return weights.masked_fill(~present, 0)
+
+    def explain(self, info: ModelInfo) -> dict[str, Any]:
+        head = info.vocab_size * info.hidden_size
+        return {
+            "rows": f"h_t against the next {self.window} tokens, nearest first",
+            "parameters added": f"{head:,} (V d), dropped after training",
+            "training FLOPs a token": f"{6 * head:,} (6 V d)",
+        }
