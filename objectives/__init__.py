@@ -16,6 +16,7 @@ from .composite import CompositeObjective, Output, build
 from .counts import Counts
 from .metrics import Metrics
 from .model_info import ModelInfo
+from .mtp_parallel import MTPParallel
 from .mtp_shared import MTPShared
 from .nitp import NITP
 from .ntp import NTP
@@ -39,6 +40,7 @@ __all__ = [
     "HeadTerm",
     "LatentPart",
     "LatentTerm",
+    "MTPParallel",
     "MTPShared",
     "Metrics",
     "ModelInfo",

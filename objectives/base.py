@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -109,6 +109,10 @@ class Objective:
 
     def model_problems(self, info: ModelInfo) -> list[str]:
         """What is wrong with the options for this model, one line each."""
+        return []
+
+    def conflicts(self, others: Sequence[Objective]) -> list[str]:
+        """What is wrong with the term beside the other terms of its spec, one line each."""
         return []
 
     def requires(self, info: ModelInfo) -> frozenset[str]:

@@ -23,7 +23,10 @@ class ModelInfo:
         logit_scale: factor on the model's logits, before the softcap.
         dtype: dtype of parameters that objectives bring along.
         initializer_range: standard deviation of their initial values, > 0.
-        block_factory: makes one transformer block of the model, for objectives that own blocks.
+        block_factory: makes one transformer block of the model, for objectives that own blocks. The block is called as
+            ``block(hidden [B, T, d], mask)`` and returns ``[B, T, d]``; mask is a bool ``[B, 1, T, T]``, True where
+            position t (row) may look at s (column): s <= t, same document; None: one document a row, causal alone.
+            It keeps the initial values that the factory gives it. None: a plain block, see `blocks`.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.

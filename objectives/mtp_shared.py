@@ -10,9 +10,9 @@ from torch import Tensor
 from .base import Context, HeadRows
 from .model_info import ModelInfo
 from .registry import register
-from .schema import listing, number_problem
+from .schema import number_problem
 from .streams import Streams
-from .token_term import TokenTerm, offset_problems, valid_offsets
+from .token_term import TokenTerm, ahead, offset_problems, valid_offsets
 
 
 @register("mtp_shared")
@@ -54,6 +54,9 @@ class MTPShared(TokenTerm):
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "head"})
 
+    def predicted(self) -> frozenset[int]:
+        return frozenset(self.offsets)
+
     def part_weight(self, part: str) -> float:
         return 1.0 if self.weights is None else float(self.weights[self.offsets.index(int(part))])
 
@@ -67,7 +70,7 @@ class MTPShared(TokenTerm):
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         head = 6 * info.vocab_size * info.hidden_size
         return {
-            "rows": f"h_t against tokens {listing(f't+{k}' for k in self.offsets)}".replace('"', ""),
+            "rows": f"h_t against tokens {ahead(self.offsets)}",
             "parameters added": "0",
             "training FLOPs a token": f"{head:,} (6 V d) for all offsets; none of its own beside an equal ntp",
         }

@@ -37,6 +37,9 @@ class NTP(TokenTerm):
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "head"})
 
+    def predicted(self) -> frozenset[int]:
+        return frozenset({1})
+
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": token_targets(streams, 1) != streams.ignore_index}
 

@@ -25,7 +25,7 @@ class Spec:
 
     Raises:
         SpecError: no term, two terms of one label, a label that cannot name parameters, ``denominator="main"``
-            without an ntp term.
+            without an ntp term, terms that conflict.
     """
 
     terms: tuple[Objective, ...]
@@ -44,6 +44,7 @@ class Spec:
                 found.append(f'"{label}" is no label, expected an identifier that names no attribute of a module')
             if term.denominator == "main" and self.main_label is None:
                 found.append(f'{label}: denominator is "main", expected an ntp term to divide by')
+            found += [f"{label}: {line}" for line in term.conflicts([other for other in named if other is not term])]
         if found:
             raise SpecError(found)
 

@@ -32,6 +32,10 @@ class TokenTerm(HeadTerm):
             found.append(f"label_smoothing is {self.label_smoothing}, expected a number in [0, 1]")
         return [problem for problem in found if problem]
 
+    def predicted(self) -> frozenset[int]:
+        """The k of the tokens x_{t+k} that the term predicts from last_hidden at t alone."""
+        return frozenset()
+
     def against(self, streams: Streams, hidden: Tensor, k: int) -> HeadRows:
         """Rows ``hidden[t]`` against x_{t+k}, over V_k."""
         assert streams.head is not None
@@ -55,3 +59,8 @@ def offset_problems(offsets: tuple[int, ...]) -> list[str]:
     if offsets and min(offsets) >= 1 and len(set(offsets)) == len(offsets):
         return []
     return [f"offsets is {list(offsets)}, expected distinct integers >= 1"]
+
+
+def ahead(offsets: tuple[int, ...]) -> str:
+    """``t+2, t+3``"""
+    return ", ".join(f"t+{k}" for k in offsets)

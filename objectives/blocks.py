@@ -1,0 +1,78 @@
+"""Transformer blocks that an objective owns: the model's, or a plain one, and what their attention may look at."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .model_info import ModelInfo
+from .own_parameters import Matrix
+from .streams import Streams
+
+_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """``x / sqrt(mean x^2 + 1e-6) * weight``, ones at first."""
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(info.hidden_size, dtype=info.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, _EPS)
+
+
+class Block(nn.Module):
+    """``x <- x + Attention(RMSNorm(x)); x <- x + W_down (silu(W_gate u) * W_up u), u = RMSNorm(x)``.
+
+    Causal attention with heads of size gcd(d, 64), no bias and no positions of its own: the hidden states that it reads
+    carry them. The inner size is 8 d / 3, rounded up to a multiple of 64: about 12 d^2 parameters. Matrices start as
+    normal(0, initializer_range).
+    """
+
+    def __init__(self, info: ModelInfo) -> None:
+        super().__init__()
+        width = info.hidden_size
+        inner = 64 * math.ceil(8 * width / (3 * 64))
+        self.head_size = math.gcd(width, 64)
+        self.attention_norm, self.mlp_norm = RMSNorm(info), RMSNorm(info)
+        self.query_key_value, self.output = Matrix(3 * width, width, info), Matrix(width, width, info)
+        self.gate_up, self.down = Matrix(2 * inner, width, info), Matrix(width, inner, info)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, T, d] to [B, T, d]; mask: bool [B, 1, T, T], True where a position may look, None: causal alone."""
+        heads = self.query_key_value(self.attention_norm(hidden)).unflatten(-1, (3, -1, self.head_size))
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        hidden = hidden + self.output(seen.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
+        return hidden + self.down(F.silu(gate) * up)
+
+
+def make_block(info: ModelInfo) -> nn.Module:
+    """A block of the model's factory, or a plain one; its parameters in the model's dtype."""
+    block = Block(info) if info.block_factory is None else info.block_factory()
+    for parameter in block.parameters():  # buffers, such as rotary frequencies, keep their dtype
+        parameter.data = parameter.data.to(info.dtype)
+    return block
+
+
+def attention_mask(streams: Streams) -> Tensor | None:
+    """bool [B, 1, T, T]: s <= t and doc[s] == doc[t] (padding looks at padding, so no row is empty); None: causal."""
+    documents = streams.documents
+    if documents is None:
+        return None
+    place = torch.arange(streams.shape[1], device=streams.device)
+    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+    return (same & (place.unsqueeze(-1) >= place)).unsqueeze(1)
+
+
+def without_padding(hidden: Tensor, streams: Streams) -> Tensor:
+    """Zeros where there is no document: attention multiplies what it may not see by zero, and a NaN would stay one."""
+    if streams.documents is None:
+        return hidden
+    return hidden.masked_fill((streams.documents < 0).unsqueeze(-1), 0)
