@@ -17,6 +17,7 @@ from .counts import Counts
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .mtp_parallel import MTPParallel
+from .mtp_sequential import MTPSequential
 from .mtp_shared import MTPShared
 from .nitp import NITP
 from .ntp import NTP
@@ -41,6 +42,7 @@ __all__ = [
     "LatentPart",
     "LatentTerm",
     "MTPParallel",
+    "MTPSequential",
     "MTPShared",
     "Metrics",
     "ModelInfo",

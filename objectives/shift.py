@@ -31,6 +31,17 @@ def token_targets(streams: Streams, k: int) -> Tensor:
     return targets.masked_fill(~_same_document(streams, k), streams.ignore_index)
 
 
+def inputs_ahead(streams: Streams, k: int) -> Tensor:
+    """``token_ids[t+k]``, 0 past the end: int64 [B, T]. They are inputs: neither documents nor target_mask hide them.
+
+    Raises:
+        ValueError: no token_ids (labels are no inputs: some are absent).
+    """
+    if streams.token_ids is None:
+        raise ValueError("objective: streams lacks token_ids, expected the ids that embed reads")
+    return _ahead(streams.token_ids.to(torch.int64), k, streams, 0)
+
+
 def nearest_targets(streams: Streams, window: int) -> Tensor:
     """``x[t+k]`` for k = 1 .. K = min(window, T): int64 [B, T, K].
 

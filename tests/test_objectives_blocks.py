@@ -102,7 +102,7 @@ class Foreign(nn.Module):
 FOREIGN = ModelInfo(
     hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5, block_factory=Foreign
 )
-SPECS = ["mtp_parallel"]
+SPECS = ["mtp_parallel", "mtp_sequential(depth=2)"]
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -69,7 +69,9 @@ def test_a_residual_head_is_the_trunk_plus_silu_and_starts_as_the_trunk():
     own = heads(objective)
     expected = torch.zeros((), dtype=torch.float64)
     for k, head in zip((2, 4), own, strict=True):
-        expected = expected + mean_loss(batch, batch.hidden + F.silu(batch.hidden @ head.weight.T), k)
+        expected = expected + mean_loss(
+            batch, batch.hidden + F.silu(F.linear(batch.hidden, head.get_parameter("weight"))), k
+        )
     assert_same(objective(batch.streams()).loss, expected, [*batch.leaves, *objective.parameters()], 1e-11)
 
 

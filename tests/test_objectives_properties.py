@@ -52,6 +52,7 @@ def test_the_gradients_of_a_head_term_reach_exactly_what_it_requires(name: str):
     batch, objective = make_batch(), build(name, model=INFO)
     objective(batch.streams()).loss.backward()
     leaves = {"last_hidden": batch.hidden, "last_residual": batch.residual, "head": batch.head.weight}
+    leaves["embed"] = batch.embed.weight
     leaves |= {f"hidden_states[{k}]": state for k, state in batch.states.items()}
     reached = {stream for stream, leaf in leaves.items() if leaf.grad is not None and leaf.grad.any()}
     assert reached == objective.requires - {"token_ids"}
@@ -63,14 +64,16 @@ def test_padding_and_masked_rows_change_nothing(name: str):
     padded = make_batch(length=9)
     with torch.no_grad():
         padded.ids[:, :7] = batch.ids
-        for mine, other in zip(batch.leaves[:-2], padded.leaves[:-2], strict=True):
+        for mine, other in zip(batch.hidden_leaves, padded.hidden_leaves, strict=True):
             other[:, :7] = mine
             other[:, 7:] = torch.nan
     padded.head = batch.head
     padded.documents = torch.where(torch.arange(9) < 7, 0, -1).expand(3, 9)
     mine, other = objective(batch.streams()), objective(padded.streams())
     torch.testing.assert_close(other.loss, mine.loss, rtol=1e-12, atol=1e-12)
-    for a, b in zip(gradients(mine.loss, batch.leaves[:-2]), gradients(other.loss, padded.leaves[:-2]), strict=True):
+    for a, b in zip(
+        gradients(mine.loss, batch.hidden_leaves), gradients(other.loss, padded.hidden_leaves), strict=True
+    ):
         torch.testing.assert_close(b[:, :7], a, rtol=1e-12, atol=1e-12)
         assert not b[:, 7:].any()
 
