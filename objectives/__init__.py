@@ -16,6 +16,7 @@ from .composite import CompositeObjective, Output, build
 from .counts import Counts
 from .metrics import Metrics
 from .model_info import ModelInfo
+from .next_embedding import NextEmbedding
 from .nitp import NITP
 from .ntp import NTP
 from .registry import available, register
@@ -38,6 +39,7 @@ __all__ = [
     "LatentTerm",
     "Metrics",
     "ModelInfo",
+    "NextEmbedding",
     "Objective",
     "Output",
     "Piecewise",
