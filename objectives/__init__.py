@@ -14,6 +14,7 @@ if __name__ != "nitp_ops.objectives":
 from .base import Context, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
 from .composite import CompositeObjective, Output, build
 from .counts import Counts
+from .external import External
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .next_embedding import NextEmbedding
@@ -33,6 +34,7 @@ __all__ = [
     "Context",
     "CosineRegularizer",
     "Counts",
+    "External",
     "HeadRows",
     "HeadTerm",
     "LatentPart",

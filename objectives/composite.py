@@ -172,8 +172,9 @@ class CompositeObjective(nn.Module):
         self, streams: Streams, parts: dict[str, _Part], coefficients: dict[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         """(losses to be added, ``{part: sums}`` in declaration order)."""
-        read = [hidden for name, hidden in streams.hidden_streams().items() if name in self.requires]
-        wide = any(hidden.dtype == torch.float64 for hidden in read)
+        sums = {f"external[{name}]": total for name, (total, _) in streams.external_pairs.items()}
+        read = [x for name, x in (streams.hidden_streams() | sums).items() if name in self.requires]
+        wide = any(x.dtype == torch.float64 for x in read)
         working = torch.float64 if wide else torch.float32
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
         streams = self._widened(streams)

@@ -12,8 +12,9 @@ from .registry import register
 @register("next_embedding")
 @dataclass(frozen=True, kw_only=True)
 class NextEmbedding(NITP):
-    """``1 - cos(h_t, z_{t+1})``, ``z_{t+1} = stopgrad(s_0[t+1])``: `NITP` with the embedding output as its target and no
-    projector. It adds no parameter; every option of `NITP` is one here.
+    """``1 - cos(h_t, z_{t+1})``, ``z_{t+1} = stopgrad(s_0[t+1])``: `NITP` on the embedding output, without a projector.
+
+    It adds no parameter; every option of `NITP` is one here.
 
     Args:
         target_layer: 0, the embedding output. projector: "none".

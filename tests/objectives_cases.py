@@ -29,7 +29,13 @@ class Batch:
         """The batch as `Streams`, some of them exchanged."""
         given = {"token_ids": self.ids, "last_hidden": self.hidden, "last_residual": self.residual}
         given |= {"document_ids": self.documents, "hidden_states": self.states, "head": self.head, "embed": self.head}
-        return Streams(**{**given, **self.extra, **changes})  # type: ignore[arg-type]
+        external = dict.fromkeys(("external", "extra"), self.penalty())
+        return Streams(**{**given, "external": external, **self.extra, **changes})  # type: ignore[arg-type]
+
+    def penalty(self) -> tuple[Tensor, Tensor]:
+        """What a model might compute itself: (squared length of its real tokens, their number)."""
+        real = torch.ones_like(self.ids, dtype=torch.bool) if self.documents is None else self.documents >= 0
+        return self.hidden[real].square().sum(), real.sum()
 
     def part(self, rows: slice) -> Batch:
         """Some rows of the batch, connected to the same leaves."""
