@@ -18,6 +18,7 @@ from .external import External
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .next_embedding import NextEmbedding
+from .nextlat import NextLat
 from .nitp import NITP
 from .ntp import NTP
 from .registry import available, register
@@ -42,6 +43,7 @@ __all__ = [
     "Metrics",
     "ModelInfo",
     "NextEmbedding",
+    "NextLat",
     "Objective",
     "Output",
     "Piecewise",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -16,6 +17,7 @@ def through_head(
     head: nn.Module | Tensor,
     hidden: Sequence[Tensor],
     use: Callable[[Sequence[Tensor], Tensor, Tensor | None], _T],
+    name: str = "head",
 ) -> _T:
     """``use(hidden, weight, bias)`` of a module with weight ``[V, d]`` and perhaps a bias, or of a leaf ``[V, d]``.
 
@@ -30,21 +32,28 @@ def through_head(
     if isinstance(head, Tensor):
         if not head.is_leaf:
             raise ValueError(
-                "objective: head is a non-leaf tensor, expected the module that owns the weight, or a leaf"
+                f"objective: {name} is a non-leaf tensor, expected the module that owns the weight, or a leaf"
             )
-        return use(hidden, _checked(head), None)
+        return use(hidden, _checked(head, name), None)
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
-        raise TypeError(f"objective: head is a {type(head).__name__}, expected a module with a weight, or a tensor")
+        raise TypeError(f"objective: {name} is a {type(head).__name__}, expected a module with a weight, or a tensor")
     if next(head.children(), None) is not None:
         inside = ", ".join(name for name, _ in head.named_children())
         raise ValueError(
-            f"objective: head is a {type(head).__name__} with submodules {inside}, expected a plain linear"
+            f"objective: {name} is a {type(head).__name__} with submodules {inside}, expected a plain linear"
         )
 
     def read(*hidden: Tensor) -> _T:
-        return use(hidden, _checked(head.weight), getattr(head, "bias", None))  # type: ignore[arg-type]
+        return use(hidden, _checked(head.weight, name), getattr(head, "bias", None))  # type: ignore[arg-type]
 
     return _called(head, read, hidden) if _has_hooks(head) else read(*hidden)
+
+
+def through_embedding(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:
+    """E(ids), ``[..., d]``: an embedding module is called; a linear (a tied head) or a leaf ``[V, d]`` is a table."""
+    if isinstance(embed, nn.Module) and not isinstance(embed, nn.Linear):
+        return embed(ids)
+    return through_head(embed, [ids], lambda given, weight, _: F.embedding(given[0], weight), "embed")
 
 
 def _called(head: nn.Module, read: Callable[..., _T], hidden: Sequence[Tensor]) -> _T:
@@ -63,9 +72,9 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) or getattr(nn_module, f"_global{kind}") for kind in kinds)
 
 
-def _checked(weight: Tensor) -> Tensor:
+def _checked(weight: Tensor, name: str) -> Tensor:
     # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s (2 busy cores)
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(weight, distributed.DTensor):
-        raise TypeError("objective: head's weight is a DTensor, expected a plain tensor inside the module's forward")
+        raise TypeError(f"objective: {name}'s weight is a DTensor, expected a plain tensor inside the module's forward")
     return weight
