@@ -15,6 +15,7 @@ from .base import Context, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
 from .composite import CompositeObjective, Output, build
 from .counts import Counts
 from .external import External
+from .fsp_bow import FSPBagOfWords
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .next_embedding import NextEmbedding
@@ -36,6 +37,7 @@ __all__ = [
     "CosineRegularizer",
     "Counts",
     "External",
+    "FSPBagOfWords",
     "HeadRows",
     "HeadTerm",
     "LatentPart",

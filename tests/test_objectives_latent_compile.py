@@ -14,7 +14,7 @@ def test_a_composition_of_latent_terms_compiles_into_one_graph(monkeypatch: pyte
     monkeypatch.setattr(row_losses, "CHUNK_LOGITS", 5 * INFO.vocab_size)
     batch = make_batch()
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1]] * 3)
-    objective = build("ntp + next_embedding + 0.3*nextlat + schedule(to=2, warmup=2)*external", model=INFO)
+    objective = build("ntp + next_embedding + 0.3*nextlat + fsp_bow + schedule(to=2, warmup=2)*external", model=INFO)
 
     def loss(hidden: Tensor, state: Tensor, step: Tensor) -> Tensor:
         external = {"external": (hidden.square().sum(), 3)}

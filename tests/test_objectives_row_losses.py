@@ -93,6 +93,13 @@ def test_the_gradient_of_a_narrow_weight_is_summed_over_chunks_in_float32(monkey
     assert error(1) < 2 * error(512)
 
 
+def test_a_tiny_upstream_gradient_survives_a_float16_weight():
+    hidden, weight = leaf(ROWS, WIDTH, dtype=torch.float32), leaf(VOCABULARY, WIDTH, dtype=torch.float16)
+    loss, _ = sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)
+    (one,), (tiny,) = gradients(loss, [hidden]), gradients(1e-9 * loss, [hidden])
+    torch.testing.assert_close(1e9 * tiny, one, rtol=1e-6, atol=1e-6)
+
+
 def test_a_second_derivative_is_refused():
     hidden, weight = leaf(ROWS, WIDTH), leaf(VOCABULARY, WIDTH)
     (first,) = torch.autograd.grad(sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)[0], hidden, create_graph=True)
