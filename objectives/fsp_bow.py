@@ -28,7 +28,7 @@ class FSPBagOfWords(LatentTerm):
     """``(1/V) [sum_v softplus(z_v) - sum over v in B_t of z_v]``, ``z = U h_t``, ``B_t = {x_{t+2}, ..., x_{t+tau}}``.
 
     That is the mean over the vocabulary of the binary cross-entropy of "v comes soon". B_t is a set, where a token that
-    repeats counts once; it ends with the document and leaves out masked targets. A row with an empty B_t does not count.
+    repeats counts once; it ends with the document and leaves out masked targets. An empty B_t does not count.
     The head U ``[V, d]`` is the term's own, used in training only; the model's logit scale and softcap apply to it. It
     is computed a chunk of rows at a time. The metric "tokens" is the mean size of B_t.
 
