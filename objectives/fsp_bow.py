@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Context, LatentPart, LatentTerm
+from .heads import through_head
 from .model_info import ModelInfo
-from .parameters import OwnParameters
+from .parameters import OwnHead
 from .registry import register
 from .row_losses import sum_of_rows
 from .schema import number_problem
 from .shift import token_targets
 from .streams import Streams
-
-_T = TypeVar("_T")
 
 
 @register("fsp_bow")
@@ -63,7 +62,7 @@ class FSPBagOfWords(LatentTerm):
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, module, info = streams.last_hidden, context.module, context.info
-        assert h is not None and isinstance(module, OwnHead)
+        assert h is not None and module is not None
         tokens, inside = (x.flatten(0, 1) for x in self._bags(streams))
 
         def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
@@ -72,10 +71,10 @@ class FSPBagOfWords(LatentTerm):
             losses = F.softplus(z, threshold=40).sum(-1) - (z.gather(1, bag) * counted).sum(-1)
             return losses, z.sigmoid().scatter_add(1, bag, -counted)
 
-        def score(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return sum_of_rows(hidden, weight, None, inside.any(-1), info, formula)
+        def use(hidden: Sequence[Tensor], weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+            return sum_of_rows(hidden[0], context.guard(weight), None, inside.any(-1), info, formula)
 
-        total, rows = module(context.guard(h).flatten(0, 1), score, context.guard)
+        total, rows = through_head(module, [context.guard(h).flatten(0, 1)], use)
         loss = total / (info.vocab_size * context.normalizer[""])
         return {"": LatentPart(loss, rows.sum(dtype=torch.float64) / info.vocab_size, {"tokens": inside.sum()})}
 
@@ -95,16 +94,3 @@ class FSPBagOfWords(LatentTerm):
         )
         inside = first & (ahead != streams.ignore_index)
         return ahead.masked_fill(~inside, 0), inside
-
-
-class OwnHead(OwnParameters):
-    """U ``[V, d]``, read only inside its own call."""
-
-    weight: nn.Parameter
-
-    def __init__(self, info: ModelInfo, seed: int) -> None:
-        super().__init__(info, seed, weight=(info.vocab_size, info.hidden_size))
-
-    def forward(self, hidden: Tensor, use: Callable[[Tensor, Tensor], _T], guard: Callable[[Tensor], Tensor]) -> _T:
-        """``use(hidden, U)``: the caller's computation, run where the weight may be read."""
-        return use(hidden, guard(self.weight))

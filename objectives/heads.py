@@ -1,4 +1,4 @@
-"""Reading the weight of a head where it may be read: inside the ``__call__`` of the module that owns it."""
+"""Reading the weight of a head or an embedding where it may be read: inside the ``__call__`` of its module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ def through_head(
     head: nn.Module | Tensor,
     hidden: Sequence[Tensor],
     use: Callable[[Sequence[Tensor], Tensor, Tensor | None], _T],
-    name: str = "head",
 ) -> _T:
     """``use(hidden, weight, bias)`` of a module with weight ``[V, d]`` and perhaps a bias, or of a leaf ``[V, d]``.
 
@@ -30,30 +29,32 @@ def through_head(
             wrong without an error; a module with submodules, such as an adapter, whose weight is not what it computes.
     """
     if isinstance(head, Tensor):
-        if not head.is_leaf:
-            raise ValueError(
-                f"objective: {name} is a non-leaf tensor, expected the module that owns the weight, or a leaf"
-            )
-        return use(hidden, _checked(head, name), None)
+        return use(hidden, _leaf("head", head), None)
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
-        raise TypeError(f"objective: {name} is a {type(head).__name__}, expected a module with a weight, or a tensor")
+        raise TypeError(f"objective: head is a {type(head).__name__}, expected a module with a weight, or a tensor")
     if next(head.children(), None) is not None:
         inside = ", ".join(name for name, _ in head.named_children())
         raise ValueError(
-            f"objective: {name} is a {type(head).__name__} with submodules {inside}, expected a plain linear"
+            f"objective: head is a {type(head).__name__} with submodules {inside}, expected a plain linear"
         )
 
     def read(*hidden: Tensor) -> _T:
-        return use(hidden, _checked(head.weight, name), getattr(head, "bias", None))  # type: ignore[arg-type]
+        return use(hidden, _plain("head", head.weight), getattr(head, "bias", None))  # type: ignore[arg-type]
 
     return _called(head, read, hidden) if _has_hooks(head) else read(*hidden)
 
 
-def through_embedding(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:
-    """E(ids), ``[..., d]``: an embedding module is called; a linear (a tied head) or a leaf ``[V, d]`` is a table."""
-    if isinstance(embed, nn.Module) and not isinstance(embed, nn.Linear):
-        return embed(ids)
-    return through_head(embed, [ids], lambda given, weight, _: F.embedding(given[0], weight), "embed")
+def embedded(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:
+    """E(ids) ``[..., d]`` by the module's own ``__call__`` (its hooks run, a scale of its own counts), or of a leaf.
+
+    Raises:
+        TypeError, ValueError: no module and no tensor; a DTensor or a non-leaf tensor, as in `through_head`.
+    """
+    if isinstance(embed, Tensor):
+        return F.embedding(ids, _leaf("embed", embed))
+    if not isinstance(embed, nn.Module):
+        raise TypeError(f"objective: embed is a {type(embed).__name__}, expected a module, or a tensor")
+    return embed(ids)
 
 
 def _called(head: nn.Module, read: Callable[..., _T], hidden: Sequence[Tensor]) -> _T:
@@ -72,7 +73,13 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(getattr(module, kind) or getattr(nn_module, f"_global{kind}") for kind in kinds)
 
 
-def _checked(weight: Tensor, name: str) -> Tensor:
+def _leaf(name: str, weight: Tensor) -> Tensor:
+    if not weight.is_leaf:
+        raise ValueError(f"objective: {name} is a non-leaf tensor, expected the module that owns the weight, or a leaf")
+    return _plain(name, weight)
+
+
+def _plain(name: str, weight: Tensor) -> Tensor:
     # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s (2 busy cores)
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(weight, distributed.DTensor):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nitp_ops import alignment
 
 from .base import Context, LatentPart, LatentTerm
-from .heads import through_embedding, through_head
+from .heads import embedded, through_head
 from .model_info import ModelInfo
 from .parameters import OwnParameters
 from .registry import register
@@ -78,7 +78,7 @@ class NextLat(LatentTerm):
         keep = self.valid(streams)[""][:, :-1]
         # rows that do not count become zeros before anything reads them: a NaN there must not meet a zero gradient
         here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (context.guard(h[:, :-1]), h[:, 1:].detach()))
-        token = through_embedding(streams.embed, streams.token_ids[:, 1:].masked_fill(~keep, 0))
+        token = embedded(streams.embed, streams.token_ids[:, 1:].masked_fill(~keep, 0))
         token = context.guard(token).masked_fill(~keep.unsqueeze(-1), 0)
         prediction = module(here, token, context.guard)
         sums = {}

@@ -31,3 +31,12 @@ class OwnParameters(nn.Module):
             if not parameter.is_meta:
                 values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.copy_(values.normal_(0.0, self.initializer_range, generator=generator))
+
+
+class OwnHead(OwnParameters):
+    """An unembedding ``weight [V, d]`` beside the model's, without a bias; `through_head` reads it."""
+
+    weight: nn.Parameter
+
+    def __init__(self, info: ModelInfo, seed: int) -> None:
+        super().__init__(info, seed, weight=(info.vocab_size, info.hidden_size))

@@ -24,13 +24,14 @@ class Batch:
     head: nn.Linear
     documents: Tensor | None = None
     extra: dict[str, Tensor] = field(default_factory=dict)
+    embed: nn.Embedding = field(default_factory=lambda: make_embed())
 
     def streams(self, **changes: object) -> Streams:
         """The batch as `Streams`, some of them exchanged."""
         given = {"token_ids": self.ids, "last_hidden": self.hidden, "last_residual": self.residual}
-        given |= {"document_ids": self.documents, "hidden_states": self.states, "head": self.head, "embed": self.head}
+        given |= {"document_ids": self.documents, "hidden_states": self.states, "head": self.head}
         external = dict.fromkeys(("external", "extra"), self.penalty())
-        return Streams(**{**given, "external": external, **self.extra, **changes})  # type: ignore[arg-type]
+        return Streams(**{**given, "embed": self.embed, "external": external, **self.extra, **changes})  # type: ignore[arg-type]
 
     def penalty(self) -> tuple[Tensor, Tensor]:
         """What a model might compute itself: (squared length of its real tokens, their number)."""
@@ -47,11 +48,23 @@ class Batch:
             self.head,
             None if self.documents is None else self.documents[rows],
             {name: value[rows] for name, value in self.extra.items()},
+            self.embed,
         )
 
     @property
+    def hidden_leaves(self) -> list[Tensor]:
+        return [self.hidden, self.residual, *self.states.values()]
+
+    @property
     def leaves(self) -> list[Tensor]:
-        return [self.hidden, self.residual, *self.states.values(), *self.head.parameters()]
+        return [*self.hidden_leaves, self.embed.weight, *self.head.parameters()]
+
+
+def make_embed() -> nn.Embedding:
+    """Always the same values, so that batches of different lengths agree."""
+    draw = torch.Generator().manual_seed(1234)
+    values = torch.randn(INFO.vocab_size, INFO.hidden_size, generator=draw, dtype=torch.float64)
+    return nn.Embedding.from_pretrained(values, freeze=False)
 
 
 def make_batch(seed: int = 0, batch: int = 3, length: int = 7, *, bias: bool = True) -> Batch:

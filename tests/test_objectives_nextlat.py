@@ -19,9 +19,9 @@ def logits(batch: Batch, h: Tensor, info: ModelInfo) -> Tensor:
 def equation(
     objective: CompositeObjective, batch: Batch, info: ModelInfo = INFO, table: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(smooth-L1, KL), means over the pairs inside a document; E is the head's weight unless given."""
+    """(smooth-L1, KL), means over the pairs inside a document; E is the batch's unless given."""
     own = dict(objective.terms["nextlat"].named_parameters())
-    table = batch.head.weight if table is None else table
+    table = batch.embed.weight if table is None else table
     smooth, kl = [], []
     for b, t in pairs(batch, 1):
         x = torch.cat([batch.hidden[b, t], table[batch.ids[b, t + 1]]])
@@ -82,10 +82,9 @@ def test_an_exact_prediction_of_a_constant_state_costs_nothing():
 
 def test_the_head_gets_no_gradient_and_the_embedding_does():
     batch, objective = make_batch(), build("nextlat", model=INFO)
-    table = nn.Embedding(11, 6, dtype=torch.float64)
-    loss = objective(batch.streams(embed=table)).loss
+    loss = objective(batch.streams()).loss
     assert not any(g.any() for g in gradients(loss, list(batch.head.parameters())))
-    assert gradients(loss, [table.weight])[0].any()
+    assert gradients(loss, [batch.embed.weight])[0].any()
 
 
 def test_an_embedding_module_is_called_and_a_leaf_is_a_table():

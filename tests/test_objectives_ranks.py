@@ -45,7 +45,7 @@ class Model(nn.Module):
     def forward(self, part: Batch, **options: object):
         states = {0: part.hidden.detach(), 1: self.lower(part.hidden.detach())}
         hidden = self.upper(states[1])
-        streams = part.streams(last_hidden=hidden, hidden_states=states, head=self.head, embed=self.head)
+        streams = part.streams(last_hidden=hidden, hidden_states=states, head=self.head)
         return self.objective(streams, **options)
 
 
