@@ -37,6 +37,8 @@ class HeadRows:
     """Rows of a head term: hidden states ``[B, T, d]`` against labels ``[B, T]`` (ignore_index: no target).
 
     head is a module with weight ``[V, d]`` (and perhaps bias ``[V]``) or a leaf tensor; token_weight is ``[B, T]``.
+    With target_weight ``[B, T, K]`` the labels are ``[B, T, K]`` too: K weighted targets a row. Accuracy asks for the
+    first that is present.
     """
 
     hidden: Tensor
@@ -45,6 +47,7 @@ class HeadRows:
     token_weight: Tensor | None = None
     label_smoothing: float = 0.0
     z_loss: float = 0.0
+    target_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,20 @@ class HeadPart:
         rows, weight = self.rows, self.coefficient
         if rows.token_weight is not None:
             weight = weight * rows.token_weight.to(weight.dtype)
-        return HeadJob(hidden, rows.labels, weight, rows.label_smoothing, rows.z_loss)
+        return HeadJob(hidden, rows.labels, weight, rows.label_smoothing, rows.z_loss, rows.target_weight)
 
     def sums(self, stats: TokenStats) -> dict[str, Tensor]:
         """SUM (token weights included, the part's weight not) and the rows predicted right."""
-        counted = self.rows.labels != self.ignore_index
+        labels = self.rows.labels
+        if self.rows.target_weight is not None:
+            first = (labels != self.ignore_index).to(torch.uint8).argmax(-1, keepdim=True)
+            labels = labels.gather(-1, first).squeeze(-1)
+        counted = labels != self.ignore_index
         losses = stats.loss.double()
         if self.rows.token_weight is not None:
             weight = self.rows.token_weight
             losses = torch.where(weight == 0, 0, losses * weight)
-        right = counted & (stats.prediction == self.rows.labels)
+        right = counted & (stats.prediction == labels)
         return {"loss": torch.where(counted, losses, 0).sum(), "accuracy": right.sum()}
 
 
