@@ -155,9 +155,10 @@ class CompositeObjective(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
-    def explain(self) -> str:
-        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs a token."""
-        return explain(self.spec.terms, self.info, self.terms)
+    def explain(self, tokens: int = 8192) -> str:
+        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and bytes a token, and
+        how the passes over ``tokens`` rows are cut into chunks."""
+        return explain(self.spec.terms, self.info, self.terms, tokens)
 
     def _parts(self, streams: Streams) -> dict[str, _Part]:
         parts = {}
