@@ -9,7 +9,7 @@ import re
 from .base import HeadTerm, Objective
 from .explain import facts
 from .model_info import ModelInfo
-from .registry import available, find
+from .registry import available, find, plugin_of
 from .schema import field_types, spelled
 
 _INFO = ModelInfo(hidden_size=1280, vocab_size=152064, num_layers=24)
@@ -24,7 +24,7 @@ and a label. Costs are those of a float32 model with d = {_INFO.hidden_size}, V 
 
 def page() -> str:
     """docs/objectives.md: the objectives of this package, in the order of their names."""
-    classes = [find(name) for name in available()]
+    classes = [find(name) for name in available() if plugin_of(name) is None]
     return "\n".join([_HEAD, *(_section(cls) for cls in classes if cls.__module__.startswith(f"{__package__}."))])
 
 
