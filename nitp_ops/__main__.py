@@ -88,13 +88,13 @@ def doctor() -> int:
 
 
 def explain(arguments: argparse.Namespace) -> int:
-    """The resolved objective: layers, weights, parameters, FLOPs."""
+    """The resolved objective: layers, weights, parameters, FLOPs, bytes, passes."""
     objectives = nitp_ops.objectives
     try:
         sizes = {"hidden_size": arguments.hidden, "vocab_size": arguments.vocab, "num_layers": arguments.layers}
         info = objectives.ModelInfo(**sizes)
         with torch.device("meta"):
-            print(objectives.build(arguments.spec, model=info).explain())
+            print(objectives.build(arguments.spec, model=info).explain(arguments.tokens))
     except (TypeError, ValueError) as error:  # SpecError is a ValueError
         print(f"nitp_ops explain: {error}", file=sys.stderr)
         return 2
@@ -111,11 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
     spec.add_argument("spec", help='e.g. "ntp + 0.8*nitp(target_layer=0.2)"')
     for name, meaning in (("hidden", "hidden size"), ("vocab", "vocabulary size"), ("layers", "number of layers")):
         spec.add_argument(f"--{name}", type=int, required=True, help=meaning)
+    spec.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, for the plan of passes")
     chosen = parser.parse_args(arguments)
     if chosen.command == "explain":
         return explain(chosen)
     if chosen.command == "list":
-        print("\n".join(nitp_ops.objectives.available()))
+        print("\n".join(nitp_ops.objectives.explain.listing()))
         return 0
     return {"env": env, "doctor": doctor}[chosen.command]()
 

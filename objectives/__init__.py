@@ -14,11 +14,15 @@ if __name__ != "nitp_ops.objectives":
 from .base import Context, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
 from .composite import CompositeObjective, Output, build
 from .counts import Counts
+from .external import External
+from .fsp_bow import FSPBagOfWords
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .mtp_parallel import MTPParallel
 from .mtp_sequential import MTPSequential
 from .mtp_shared import MTPShared
+from .next_embedding import NextEmbedding
+from .nextlat import NextLat
 from .nitp import NITP
 from .ntp import NTP
 from .registry import available, register
@@ -37,6 +41,8 @@ __all__ = [
     "Context",
     "CosineRegularizer",
     "Counts",
+    "External",
+    "FSPBagOfWords",
     "HeadRows",
     "HeadTerm",
     "LatentPart",
@@ -46,6 +52,8 @@ __all__ = [
     "MTPShared",
     "Metrics",
     "ModelInfo",
+    "NextEmbedding",
+    "NextLat",
     "Objective",
     "Output",
     "Piecewise",

@@ -159,9 +159,10 @@ class CompositeObjective(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
-    def explain(self) -> str:
-        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs a token."""
-        return explain(self.spec.terms, self.info, self.terms)
+    def explain(self, tokens: int = 8192) -> str:
+        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and bytes a token, and
+        how the passes over ``tokens`` rows are cut into chunks."""
+        return explain(self.spec.terms, self.info, self.terms, tokens)
 
     def _parts(self, streams: Streams) -> dict[str, _Part]:
         parts = {}
@@ -176,8 +177,9 @@ class CompositeObjective(nn.Module):
         self, streams: Streams, parts: dict[str, _Part], coefficients: dict[str, Tensor]
     ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         """(losses to be added, ``{part: sums}`` in declaration order)."""
-        read = [hidden for name, hidden in streams.hidden_streams().items() if name in self.requires]
-        wide = any(hidden.dtype == torch.float64 for hidden in read)
+        sums = {f"external[{name}]": total for name, (total, _) in streams.external_pairs.items()}
+        read = [x for name, x in (streams.hidden_streams() | sums).items() if name in self.requires]
+        wide = any(x.dtype == torch.float64 for x in read)
         working = torch.float64 if wide else torch.float32
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
         streams = self._widened(streams)

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
 from torch import nn
 
+import nitp_ops
+
 from .base import HeadTerm, Objective
 from .model_info import ModelInfo
+from .registry import available, find, plugin_of
+
+_HIDDEN = ("last_hidden", "last_residual", "hidden_states[")
 
 
-def explain(terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict) -> str:
-    """One paragraph a term (weight, rows, resolved layers, parameters, FLOPs), then the totals."""
+def explain(terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict, tokens: int) -> str:
+    """One paragraph a term (weight, rows, resolved layers, parameters, FLOPs, bytes), the passes, the totals."""
     lines = []
     for term in terms:
         kind = "" if term.label == term.name else f" = {term.name}"
         pass_kind = "head term" if isinstance(term, HeadTerm) else "latent term"
         lines.append(f"{term.label}{kind} ({pass_kind})")
-        facts = {"weight": term.weight, "denominator": term.denominator, "reads": _reads(term, info)}
-        lines += [f"    {name}: {value}" for name, value in (facts | term.explain(info)).items()]
+        lines += [f"    {name}: {value}" for name, value in facts(term, info).items()]
+    lines += [f"passes over {tokens:,} tokens:", *(f"    {line}" for line in _passes(terms, info, tokens))]
     heads = sum(isinstance(term, HeadTerm) for term in terms)
     added = sum(parameter.numel() for parameter in modules.parameters())
     lines.append(
@@ -27,5 +33,47 @@ def explain(terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict)
     return "\n".join(lines)
 
 
-def _reads(term: Objective, info: ModelInfo) -> str:
-    return ", ".join(sorted(term.requires(info)))
+def facts(term: Objective, info: ModelInfo) -> dict[str, object]:
+    """What a term means for a model, in reading order."""
+    reads = sorted(term.requires(info))
+    found = {"weight": term.weight, "denominator": term.denominator, "reads": ", ".join(reads), **term.explain(info)}
+    states = sum(name.startswith(_HIDDEN) for name in reads)
+    if states:
+        size = info.dtype.itemsize
+        of = f"{states} hidden stream{'' if states == 1 else 's'} of d numbers of {size} bytes"
+        found["bytes a token"] = f"{states * info.hidden_size * size:,} read ({of})"
+    return found
+
+
+def summary(name: str) -> str:
+    """One line about a registered objective, or where a plugin that nobody named yet comes from."""
+    plugin = plugin_of(name)
+    if plugin is not None:
+        return f"plugin {plugin}"
+    return (inspect.getdoc(find(name)) or "").partition("\n")[0].replace("``", "")
+
+
+def listing() -> list[str]:
+    """One line an objective."""
+    width = max(len(name) for name in available())
+    return [f"{name:{width}}  {summary(name)}" for name in available()]
+
+
+def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[str]:
+    """Head terms of one head share a pass; every latent term has its own."""
+    groups: dict[str, list[str]] = {}
+    for term in terms:
+        shared = isinstance(term, HeadTerm) and "head" in term.requires(info)
+        groups.setdefault("" if shared else str(term.label), []).append(str(term.label))
+    own = {str(term.label) for term in terms if isinstance(term, HeadTerm)}
+    lines = []
+    for head, labels in groups.items():
+        if head and head not in own:
+            lines.append(f"{head}: a pass of its own")
+            continue
+        plan = nitp_ops.explain(
+            "linear_cross_entropy", rows=tokens, width=info.hidden_size, vocabulary=info.vocab_size, dtype=info.dtype
+        )
+        over = f"a head [V, d] of {head}" if head else "the unembedding"
+        lines.append(f"{', '.join(labels)}: one pass over {over}; each set of rows {plan}")
+    return lines

@@ -26,11 +26,11 @@ class MTPShared(TokenTerm):
     part of its own with its count, loss and accuracy. Smoothing and z-loss belong to each of the terms, so they count
     S times.
 
+    Streams.token_weight multiplies each target's loss; every offset then takes a pass of its own over the logits.
+
     Args:
         offsets: the k, distinct and >= 1. weights: one w_k > 0 for each offset; 1 where not given.
         label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
-
-    Streams.token_weight multiplies each target's loss; every offset then takes a pass of its own over the logits.
 
     Example:
         >>> from nitp_ops.objectives import parse

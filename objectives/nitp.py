@@ -156,11 +156,13 @@ class NITP(LatentTerm):
         square = info.hidden_size**2
         parameters = sum(parameter.numel() for parameter in module.parameters())
         flops = module.training_flops(info.hidden_size)
+        products = f"{6 * parameters / square:g} d^2 + " if parameters else ""
+        added = {"parameters added": f"{parameters:,} ({parameters / square:g} d^2), dropped after training"}
         return {
             "rows": f"{self.source} at t against token t+{self.shift}",
             "target": f"hidden_states[{self.layer(info)}] of {info.num_layers} blocks ({self.target_layer} asked for)",
-            "parameters added": f"{parameters:,} ({parameters / square:g} d^2), dropped after training",
-            "training FLOPs a token": f"{flops:,} ({6 * parameters / square:g} d^2 + 18 d)",
+            **(added if parameters else {}),
+            "training FLOPs a token": f"{flops:,} ({products}18 d)",
         }
 
 

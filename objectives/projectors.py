@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from .model_info import ModelInfo
+from .own_parameters import OwnParameters
 
 _T = TypeVar("_T")
 Kind: TypeAlias = Literal["swiglu", "linear", "none"]
 Matrices: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class Projector(nn.Module):
+class Projector(OwnParameters):
     """``P(h) = W_down (silu(W_gate h) * W_up h)`` (swiglu), ``W_down h`` (linear) or ``h`` (none); no bias, no norm.
 
     The gate and the up matrix are the halves of one parameter ``gate_up [2m, d]``, so that they are adjacent in memory;
-    ``down`` is ``[d, m]`` (linear: ``[d, d]``). Initial values: normal(0, initializer_range), drawn on the CPU by an
-    own generator, so that they depend on the seed alone: not on the device, not on the global generator.
+    ``down`` is ``[d, m]`` (linear: ``[d, d]``).
 
     Args:
         kind: of the projector. intermediate_size: m. seed: of the initial values.
@@ -30,27 +30,15 @@ class Projector(nn.Module):
             gradient, so the term would never learn.
     """
 
-    def __init__(self, kind: Kind, info: ModelInfo, intermediate_size: int, seed: int) -> None:
-        super().__init__()
-        self.kind, self.seed, self.initializer_range = kind, seed, info.initializer_range
-        self.register_parameter("gate_up", None)
-        self.register_parameter("down", None)
-        width, inner = info.hidden_size, intermediate_size if kind == "swiglu" else info.hidden_size
-        if kind == "swiglu":
-            self.gate_up = nn.Parameter(torch.empty(2 * inner, width, dtype=info.dtype))
-        if kind != "none":
-            self.down = nn.Parameter(torch.empty(width, inner, dtype=info.dtype))
-        self._down_checked = kind == "none"
-        self.reset_parameters()
+    gate_up: nn.Parameter | None
+    down: nn.Parameter | None
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw the initial values anew, always the same ones; on the meta device nothing happens."""
-        generator = torch.Generator().manual_seed(self.seed)
-        for parameter in self.parameters(recurse=False):
-            if not parameter.is_meta:
-                values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(values.normal_(0.0, self.initializer_range, generator=generator))
+    def __init__(self, kind: Kind, info: ModelInfo, intermediate_size: int, seed: int) -> None:
+        width, inner = info.hidden_size, intermediate_size if kind == "swiglu" else info.hidden_size
+        gate_up = (2 * inner, width) if kind == "swiglu" else None
+        super().__init__(info, seed, gate_up=gate_up, down=None if kind == "none" else (width, inner))
+        self.kind = kind
+        self._down_checked = kind == "none"
 
     def forward(
         self,

@@ -75,6 +75,12 @@ def find(name: str) -> type[Objective]:
     return _registered[name]
 
 
+def plugin_of(name: str) -> str | None:
+    """``module:class`` of a plugin that is not imported yet, else None."""
+    plugin = None if name in _registered else _plugins().get(name)
+    return None if plugin is None else plugin.value
+
+
 def _plugins() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 

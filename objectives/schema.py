@@ -63,7 +63,7 @@ def type_problem(name: str, value: object, expected: Any) -> str | None:
     choices = [choice for choice in _alternatives(expected) if get_origin(choice) is Literal]
     allowed = [word for choice in choices for word in get_args(choice)]
     hint = suggestion(value, [word for word in allowed if isinstance(word, str)]) if isinstance(value, str) else ""
-    return f"{name} is {came}, expected {_spelled(expected)}" + (f".{hint}" if hint else "")
+    return f"{name} is {came}, expected {spelled(expected)}" + (f".{hint}" if hint else "")
 
 
 def number_problem(name: str, value: float, low: float, *, inclusive: bool = True) -> str | None:
@@ -101,13 +101,14 @@ def _fits(value: object, expected: Any) -> bool:
     return isinstance(value, expected)
 
 
-def _spelled(expected: Any) -> str:
+def spelled(expected: Any) -> str:
+    """A type as error messages and pages name it."""
     origin = get_origin(expected)
     if origin is Literal:
         return f"one of {listing(get_args(expected))}"
     if origin is tuple:
-        return f"a list of {_spelled(get_args(expected)[0])}"
+        return f"a list of {spelled(get_args(expected)[0]).split(maxsplit=1)[-1]}s"  # "an integer" -> "integers"
     if origin in (Union, types.UnionType):
-        return " or ".join(_spelled(choice) for choice in get_args(expected))
+        return " or ".join(spelled(choice) for choice in get_args(expected))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
     return names.get(expected, getattr(expected, "__name__", str(expected)))

@@ -33,11 +33,12 @@ class Streams:
         last_hidden: final hidden state after the final norm. last_residual: the same before it.
         hidden_states: ``{k: residual stream after k blocks}``, 0 the embedding output.
         head, embed: the module (anything with ``weight [V, d]`` and perhaps ``bias [V]``) or a leaf tensor ``[V, d]``.
-        external: ``{name: (sum, count)}`` that the model computed itself.
+        external: ``{name: (sum, count)}`` that the model computed itself, or ``{name: sum}`` with a count of 1.
         ignore_index: the label that means "no target".
 
     Attributes:
         documents: document ids ``[B, T]`` after all derivations, or None: one document a row.
+        external_pairs: `external` with every count there, a 0-d int64 tensor.
 
     Raises:
         TypeError, ValueError: wrong dtypes or shapes, both kinds of labels, document sources that disagree.
@@ -62,7 +63,7 @@ class Streams:
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
     head: nn.Module | Tensor | None = None
     embed: nn.Module | Tensor | None = None
-    external: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    external: Mapping[str, Tensor | tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
@@ -76,6 +77,7 @@ class Streams:
         self.shape = self._check_shapes()
         self.device = self.tokens.device
         self._check_dtypes()
+        self.external_pairs = {name: self._pair(name) for name in self.external}
         self.documents = derive_documents(
             self.shape,
             self.device,
@@ -139,3 +141,18 @@ class Streams:
             raise TypeError(f"Streams: target_mask is {target_mask.dtype}, expected torch.bool")
         if weight is not None and not weight.is_floating_point():
             raise TypeError(f"Streams: token_weight is {weight.dtype}, expected a floating point dtype")
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        given = self.external[name]
+        total, count = given if isinstance(given, tuple) and len(given) == 2 else (given, 1)
+        if not isinstance(total, Tensor) or total.dim() > 0 or not total.is_floating_point():
+            raise TypeError(f"Streams: external[{name}] is {_came(given)}, expected a 0-d float sum, or (sum, count)")
+        if isinstance(count, int) and is_int(count):
+            return total.to(self.device), torch.full((), count, dtype=torch.int64, device=self.device)
+        if not isinstance(count, Tensor) or count.dim() > 0 or count.is_floating_point() or count.dtype == torch.bool:
+            raise TypeError(f"Streams: external[{name}] has the count {_came(count)}, expected an integer")
+        return total.to(self.device), count.detach().to(self.device, torch.int64)
+
+
+def _came(value: object) -> str:
+    return f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)

@@ -30,8 +30,13 @@ class Batch:
         """The batch as `Streams`, some of them exchanged."""
         given = {"token_ids": self.ids, "last_hidden": self.hidden, "last_residual": self.residual}
         given |= {"document_ids": self.documents, "hidden_states": self.states, "head": self.head}
-        given |= {"embed": self.embed}
-        return Streams(**{**given, **self.extra, **changes})  # type: ignore[arg-type]
+        external = dict.fromkeys(("external", "extra"), self.penalty())
+        return Streams(**{**given, "embed": self.embed, "external": external, **self.extra, **changes})  # type: ignore[arg-type]
+
+    def penalty(self) -> tuple[Tensor, Tensor]:
+        """What a model might compute itself: (squared length of its real tokens, their number)."""
+        real = torch.ones_like(self.ids, dtype=torch.bool) if self.documents is None else self.documents >= 0
+        return self.hidden[real].square().sum(), real.sum()
 
     def part(self, rows: slice) -> Batch:
         """Some rows of the batch, connected to the same leaves."""
@@ -110,11 +115,11 @@ def project(objective: CompositeObjective, h: Tensor, label: str = "nitp") -> Te
     return own["down"] @ (F.silu(gate @ h) * (up @ h))
 
 
-def gradients(loss: Tensor, tensors: list[Tensor]) -> list[Tensor]:
+def gradients(loss: Tensor, tensors: list[Tensor], retain_graph: bool = True) -> list[Tensor]:
     """Gradients of the loss; zeros where a tensor takes no part."""
     if not tensors:
         return []
-    found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=True)
+    found = torch.autograd.grad(loss, tensors, allow_unused=True, retain_graph=retain_graph)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(tensors, found, strict=True)]
 
 

@@ -173,7 +173,7 @@ def test_pre_shifted_labels_offer_every_offset_one_target_more():
         ("offsets=[]", "offsets is [], expected distinct integers >= 1"),
         ("offsets=[0, 1]", "offsets is [0, 1], expected distinct"),
         ("offsets=[2, 2]", "offsets is [2, 2], expected distinct"),
-        ("offsets=[2, 0.5]", "offsets is (2, 0.5), expected a list of an integer"),
+        ("offsets=[2, 0.5]", "offsets is (2, 0.5), expected a list of integers"),
         ("weights=[1]", "weights is [1], expected 2 numbers, one for each offset"),
         ("weights=[1, 0]", "weights is 0, expected a number > 0"),
         ("label_smoothing=2", "label_smoothing is 2.0, expected a number in [0, 1]"),

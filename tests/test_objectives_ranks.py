@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nitp_ops.objectives import Streams, build
 
 SPEC = "ntp + 0.8*nitp + early: 0.5*nitp(target_layer=0, denominator=main, mask=document+label)"
+SPEC += " + 0.3*nextlat + fsp_bow(tau=3) + 0.1*external"
+COUNTS = {"ntp": 9, "nitp": 9, "early": 9, "nextlat": 9, "fsp_bow": 7, "external": 12}
 RANKS = 2
 
 
@@ -43,7 +45,8 @@ class Model(nn.Module):
     def forward(self, part: Batch, **options: object):
         states = {0: part.hidden.detach(), 1: self.lower(part.hidden.detach())}
         hidden = self.upper(states[1])
-        return self.objective(part.streams(last_hidden=hidden, hidden_states=states, head=self.head), **options)
+        streams = part.streams(last_hidden=hidden, hidden_states=states, head=self.head)
+        return self.objective(streams, **options)
 
 
 def whole_gradients(spec: str, **options: object) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -61,7 +64,7 @@ def same(mine: Tensor, expected: Tensor, what: str) -> None:
 def reduced_counts_and_metrics(part: Batch) -> None:
     model = Model(SPEC, part.head)
     counts = model.objective.count(part.streams()).all_reduce()
-    assert {name: n.item() for name, n in counts.items()} == {"ntp": 9, "nitp": 9, "early": 9}
+    assert {name: n.item() for name, n in counts.items()} == COUNTS
     assert counts.group_size == RANKS
     summed = model(part, counts=counts, gradient_reduction="sum")
     loss = summed.loss.detach().clone()

@@ -1,0 +1,96 @@
+"""Future summary prediction, bag of words: which tokens come soon, in whatever order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Context, LatentPart, LatentTerm
+from .heads import through_head
+from .model_info import ModelInfo
+from .own_parameters import OwnHead
+from .registry import register
+from .row_losses import sum_of_rows
+from .schema import number_problem
+from .shift import token_targets
+from .streams import Streams
+
+
+@register("fsp_bow")
+@dataclass(frozen=True, kw_only=True)
+class FSPBagOfWords(LatentTerm):
+    """``(1/V) [sum_v softplus(z_v) - sum over v in B_t of z_v]``, ``z = U h_t``, ``B_t = {x_{t+2}, ..., x_{t+tau}}``.
+
+    That is the mean over the vocabulary of the binary cross-entropy of "v comes soon". B_t is a set, where a token that
+    repeats counts once; it ends with the document and leaves out masked targets. An empty B_t does not count.
+    The head U ``[V, d]`` is the term's own, used in training only; the model's logit scale and softcap apply to it. It
+    is computed a chunk of rows at a time. The metric "tokens" is the mean size of B_t.
+
+    Args:
+        tau: how far the window reaches, >= 2.
+
+    Example:
+        >>> from nitp_ops.objectives import ModelInfo, Streams, build
+        >>> term = build("fsp_bow(tau=4)", model=ModelInfo(hidden_size=2, vocab_size=8, num_layers=1))
+        >>> ids = torch.tensor([[3, 1, 4, 1, 5, 4]])  # the sets {4, 1, 5}, {1, 5, 4}, {5, 4}, {4}
+        >>> out = term(Streams(token_ids=ids, last_hidden=torch.zeros(1, 6, 2)))
+        >>> round(out.loss.item(), 4), out.metrics.compute()["fsp_bow/tokens"]  # (ln 2, 9 tokens in 4 rows)
+        (0.6931, 2.25)
+
+    Source: arXiv 2510.14751.
+    """
+
+    tau: int = 12
+
+    def problems(self) -> list[str]:
+        problem = number_problem("tau", self.tau, 2)
+        return [problem] if problem else []
+
+    def requires(self, info: ModelInfo) -> frozenset[str]:
+        return frozenset({"token_ids", "last_hidden"})
+
+    def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
+        return OwnHead(info, seed)
+
+    def valid(self, streams: Streams) -> dict[str, Tensor]:
+        return {"": self._bags(streams)[1].any(-1)}
+
+    def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
+        h, module, info = streams.last_hidden, context.module, context.info
+        assert h is not None and module is not None
+        tokens, inside = (x.flatten(0, 1) for x in self._bags(streams))
+
+        def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+            bag, counted = tokens[rows], inside[rows].to(z.dtype)
+            # above the threshold softplus(z) is z: at 40 also in float64
+            losses = F.softplus(z, threshold=40).sum(-1) - (z.gather(1, bag) * counted).sum(-1)
+            return losses, z.sigmoid().scatter_add(1, bag, -counted)
+
+        def use(hidden: Sequence[Tensor], weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+            return sum_of_rows(hidden[0], context.guard(weight), None, inside.any(-1), info, formula)
+
+        total, rows = through_head(module, [context.guard(h).flatten(0, 1)], use)
+        loss = total / (info.vocab_size * context.normalizer[""])
+        return {"": LatentPart(loss, rows.sum(dtype=torch.float64) / info.vocab_size, {"tokens": inside.sum()})}
+
+    def explain(self, info: ModelInfo) -> dict[str, Any]:
+        parameters = info.vocab_size * info.hidden_size
+        return {
+            "rows": f"last_hidden at t against the set of the tokens t+2 to t+{self.tau}",
+            "parameters added": f"{parameters:,} (V d), dropped after training",
+            "training FLOPs a token": f"{6 * parameters:,} (6 V d)",
+        }
+
+    def _bags(self, streams: Streams) -> tuple[Tensor, Tensor]:
+        """(tokens, which of them are there) of every window, [B, T, tau - 1] each; of equal tokens one is there."""
+        ahead = torch.stack([token_targets(streams, k) for k in range(2, self.tau + 1)], dim=-1).sort(dim=-1).values
+        first = torch.cat(
+            [torch.ones_like(ahead[..., :1], dtype=torch.bool), ahead[..., 1:] != ahead[..., :-1]], dim=-1
+        )
+        inside = first & (ahead != streams.ignore_index)
+        return ahead.masked_fill(~inside, 0), inside
