@@ -12,8 +12,10 @@ if __name__ != "nitp_ops.objectives":
     raise ImportError(f"objectives: imported as {__name__!r}, expected 'nitp_ops.objectives'")
 
 from .base import Context, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
+from .blocks import KeyValues
 from .composite import CompositeObjective, Output, build
 from .counts import Counts
+from .drafting import Drafting, Trunk
 from .external import External
 from .fsp_bow import FSPBagOfWords
 from .metrics import Metrics
@@ -41,10 +43,12 @@ __all__ = [
     "Context",
     "CosineRegularizer",
     "Counts",
+    "Drafting",
     "External",
     "FSPBagOfWords",
     "HeadRows",
     "HeadTerm",
+    "KeyValues",
     "LatentPart",
     "LatentTerm",
     "MTPParallel",
@@ -61,6 +65,7 @@ __all__ = [
     "Spec",
     "SpecError",
     "Streams",
+    "Trunk",
     "available",
     "build",
     "parse",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from .drafting import Drafter
 from .model_info import ModelInfo
 from .schedule import Weight, as_weight
 from .schema import SpecError, field_types, tidy, type_problem
@@ -132,6 +133,10 @@ class Objective:
 
         A term with one part calls it "". Reads no hidden stream."""
         raise NotImplementedError
+
+    def drafter(self, module: nn.Module | None, info: ModelInfo) -> Drafter | None:
+        """What guesses tokens ahead with the term's module for one sequence, or None where the term can not."""
+        return None
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         """Resolved facts for `CompositeObjective.explain`, in reading order."""

@@ -26,6 +26,38 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, _EPS)
 
 
+class KeyValues:
+    """Keys and values of the positions that attention has read, ``[B, heads, T, head_size]``: a cache for decoding."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, *, enable_gqa: bool = False) -> Tensor:
+        """Causal attention of the next n positions over all that came before and themselves; they are kept.
+
+        query, keys, values: ``[B, heads, n, head_size]``, with ``enable_gqa`` fewer heads of keys and values.
+        """
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
+        self.keys, self.values = keys, values
+        if query.shape[2] == self.length:
+            return F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=enable_gqa)
+        place = torch.arange(self.length, device=query.device)
+        mask = place[-query.shape[2] :].unsqueeze(-1) >= place
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=enable_gqa)
+
+    def cut(self, length: int) -> None:
+        """Forget everything after the first ``length`` positions."""
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+
 class Block(nn.Module):
     """``x <- x + Attention(RMSNorm(x)); x <- x + W_down (silu(W_gate u) * W_up u), u = RMSNorm(x)``.
 
@@ -33,6 +65,8 @@ class Block(nn.Module):
     carry them. The inner size is 8 d / 3, rounded up to a multiple of 64: about 12 d^2 parameters. Matrices start as
     normal(0, initializer_range).
     """
+
+    incremental = True
 
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()
@@ -43,11 +77,17 @@ class Block(nn.Module):
         self.query_key_value, self.output = Matrix(3 * width, width, info), Matrix(width, width, info)
         self.gate_up, self.down = Matrix(2 * inner, width, info), Matrix(width, inner, info)
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """[B, T, d] to [B, T, d]; mask: bool [B, 1, T, T], True where a position may look, None: causal alone."""
+    def forward(self, hidden: Tensor, mask: Tensor | None, past: KeyValues | None = None) -> Tensor:
+        """[B, T, d] to [B, T, d]; mask: bool [B, 1, T, T], True where a position may look, None: causal alone.
+
+        With ``past`` the T positions follow those that it holds, and there is no mask.
+        """
         heads = self.query_key_value(self.attention_norm(hidden)).unflatten(-1, (3, -1, self.head_size))
         query, key, value = heads.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        if past is None:
+            seen = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        else:
+            seen = past.attend(query, key, value)
         hidden = hidden + self.output(seen.transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(hidden)).chunk(2, dim=-1)
         return hidden + self.down(F.silu(gate) * up)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from . import plan
 from .base import Context, HeadTerm, LatentPart, LatentTerm, Objective
 from .counts import Counts
+from .drafting import Drafting, Trunk, choose, decode
 from .explain import explain
 from .guard import guarded
 from .head_parts import HeadPart
@@ -158,6 +159,49 @@ class CompositeObjective(nn.Module):
             for matrices in (True, False)
         ]
         return [group for group in groups if group["params"]]
+
+    def draft(
+        self,
+        trunk: Trunk,
+        prompt: Tensor,
+        new_tokens: int,
+        *,
+        label: str | None = None,
+        max_drafts: int | None = None,
+        stop_token: int | None = None,
+    ) -> Drafting:
+        """Greedy decoding, sped up: a multi-token head guesses tokens ahead, one call of the model checks them.
+
+        Every token is the model's own greedy choice: the text is that of plain greedy decoding, up to near ties that
+        rounding decides (several tokens at once go through other kernels than one). Nothing is differentiated.
+
+        Args:
+            trunk: the model with its cache, which has read nothing yet: ``extend(token_ids [1, n])`` reads n tokens and
+                returns their `Streams` (last_hidden, head, what the term reads), ``cut(length)`` forgets the end.
+            prompt: int64 [1, T], T >= 1. new_tokens: how many to add, >= 1.
+            label: of the term that drafts (an mtp_shared, mtp_parallel or mtp_sequential); not needed for the only one.
+            max_drafts: of a call; None: as many as the term makes, 0: plain greedy. stop_token: decoding ends with it.
+
+        Raises:
+            TypeError, ValueError: unfit arguments or streams; no such term, or one that can not draft.
+
+        Example:
+            >>> from nitp_ops.objectives import ModelInfo, Streams
+            >>> embed, head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
+            >>> class Bigram:  # its hidden state is the embedding of the last token: nothing to keep
+            ...     def extend(self, ids):
+            ...         return Streams(token_ids=ids, last_hidden=embed(ids), head=head, embed=embed)
+            ...     def cut(self, length): pass
+            >>> objective = build("ntp + mtp_sequential", model=ModelInfo(hidden_size=8, vocab_size=16, num_layers=1))
+            >>> found = objective.draft(Bigram(), torch.tensor([[1, 2, 3]]), 10)
+            >>> found.token_ids.shape[1], found.calls <= 10
+            (13, True)
+
+        Source: arXiv 2211.17192 at temperature zero, with the heads of arXiv 2404.19737 and 2412.19437.
+        """
+        modules, terms = dict(self.terms.items()), {str(term.label): term for term in self.spec.terms}
+        drafters = {name: term.drafter(modules.get(name), self.info) for name, term in terms.items()}
+        return decode(trunk, choose(drafters, label), self.info, prompt, new_tokens, max_drafts, stop_token)
 
     def explain(self, tokens: int = 8192) -> str:
         """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and bytes a token, and

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from .model_info import ModelInfo
+from .row_losses import logits_of
+
 _T = TypeVar("_T")
 
 
@@ -42,6 +45,11 @@ def through_head(
         return use(hidden, _plain("head", head.weight), getattr(head, "bias", None))  # type: ignore[arg-type]
 
     return _called(head, read, hidden) if _has_hooks(head) else read(*hidden)
+
+
+def logits(head: nn.Module | Tensor, hidden: Tensor, info: ModelInfo) -> Tensor:
+    """The model's logits ``[..., V]`` of hidden states ``[..., d]``, see `logits_of`."""
+    return through_head(head, [hidden], lambda hidden, weight, bias: logits_of(hidden[0], weight, bias, info))
 
 
 def embedded(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:

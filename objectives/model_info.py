@@ -26,7 +26,9 @@ class ModelInfo:
         block_factory: makes one transformer block of the model, for objectives that own blocks. The block is called as
             ``block(hidden [B, T, d], mask)`` and returns ``[B, T, d]``; mask is a bool ``[B, 1, T, T]``, True where
             position t (row) may look at s (column): s <= t, same document; None: one document a row, causal alone.
-            It keeps the initial values that the factory gives it. None: a plain block, see `blocks`.
+            It keeps the initial values that the factory gives it. With an attribute ``incremental = True`` it is called
+            as ``block(hidden, None, past)`` in `CompositeObjective.draft`, past a `KeyValues`; without, it reads the
+            whole sequence at each call there. None: a plain block, see `blocks`.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.

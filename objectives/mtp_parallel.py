@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Context, HeadRows, Objective
-from .blocks import attention_mask, make_block, without_padding
+from .blocks import KeyValues, attention_mask, make_block, without_padding
+from .drafters import ParallelDrafter
 from .model_info import ModelInfo
 from .own_parameters import redraw, seeded
 from .registry import register
@@ -77,6 +78,10 @@ class MTPParallel(TokenTerm):
         hidden = context.module(trunk, attention_mask(streams))
         return {str(k): self.against(streams, f, k) for k, f in zip(self.offsets, hidden, strict=True)}
 
+    def drafter(self, module: nn.Module | None, info: ModelInfo) -> ParallelDrafter | None:
+        assert isinstance(module, ParallelHeads)
+        return ParallelDrafter(list(module.heads), self.offsets, info) if max(self.offsets) > 1 else None  # type: ignore[arg-type]
+
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         with torch.device("meta"):
             own = sum(parameter.numel() for parameter in self.make_module(info, 0).parameters())
@@ -92,11 +97,13 @@ class MTPParallel(TokenTerm):
 class Residual(nn.Module):
     """``h + silu(W h)``, W zero at first: the head starts as the identity, and learns, for silu'(0) = 1/2."""
 
+    incremental = True  # no position looks at another
+
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(info.hidden_size, info.hidden_size, dtype=info.dtype))
 
-    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: Tensor | None, past: KeyValues | None = None) -> Tensor:
         return hidden + F.silu(F.linear(hidden, self.weight))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .base import Context, HeadRows
 from .blocks import RMSNorm, attention_mask, make_block, without_padding
+from .drafters import SequentialDrafter
 from .heads import embedded
 from .model_info import ModelInfo
 from .own_parameters import Matrix, redraw, seeded
@@ -83,6 +84,10 @@ class MTPSequential(TokenTerm):
         hidden = context.module(tokens, trunk, attention_mask(streams))
         return {str(k): self.against(streams, h, k) for k, h in zip(self.offsets, hidden, strict=True)}
 
+    def drafter(self, module: nn.Module | None, info: ModelInfo) -> SequentialDrafter:
+        assert isinstance(module, SequentialModules)
+        return SequentialDrafter(list(module.layers), self.source, info)  # type: ignore[arg-type]
+
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         with torch.device("meta"):
             own = sum(parameter.numel() for parameter in self.make_module(info, 0).parameters())
@@ -104,11 +109,15 @@ class SequentialModule(nn.Module):
         self.block = make_block(info)
         self.norm = RMSNorm(info)
 
-    def forward(self, token: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(h^k, norm_k(h^k)) of E(x_{t+k}) and h^{k-1}, all [B, T, d]."""
+    def enter(self, token: Tensor, hidden: Tensor) -> Tensor:
+        """What the block reads, of E(x_{t+k}) and h^{k-1}, all [B, T, d]."""
         dtype = self.eh_proj.weight.dtype
         both = torch.cat([self.enorm(token.to(dtype)), self.hnorm(hidden.to(dtype))], dim=-1)
-        hidden = self.block(self.eh_proj(both), mask)
+        return self.eh_proj(both)
+
+    def forward(self, token: Tensor, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(h^k, norm_k(h^k))."""
+        hidden = self.block(self.enter(token, hidden), mask)
         return hidden, self.norm(hidden)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context, HeadRows
+from .drafters import SharedDrafter
 from .model_info import ModelInfo
 from .registry import register
 from .schema import number_problem
@@ -66,6 +67,9 @@ class MTPShared(TokenTerm):
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None
         return {str(k): self.against(streams, streams.last_hidden, k) for k in self.offsets}
+
+    def drafter(self, module: nn.Module | None, info: ModelInfo) -> SharedDrafter | None:
+        return SharedDrafter(self.offsets, info) if max(self.offsets) > 1 else None
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         head = 6 * info.vocab_size * info.hidden_size
