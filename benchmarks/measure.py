@@ -175,16 +175,21 @@ def peak_memory(op: Op, sizes: Sizes, dtype: torch.dtype, name: str) -> dict[str
     """
     inputs = op.inputs(sizes, dtype)
     function = forward(op.name, name)
-    step(function, inputs)
-    inputs.clear()
+    peak = peak_of(lambda: step(function, inputs), inputs.clear)
+    gradients = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves.values())
+    return {"peak_bytes": peak, "gradient_bytes": gradients}
+
+
+def peak_of(run: Callable[[], object], clear: Callable[[], object]) -> int:
+    """Most bytes resident in a second run above those before it; `clear` drops what the first left."""
+    run()
+    clear()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_bytes("VmRSS")
-    step(function, inputs)
-    peak = resident_bytes("VmHWM") - before
-    gradients = sum(leaf.numel() * leaf.element_size() for leaf in inputs.leaves.values())
-    return {"peak_bytes": peak, "gradient_bytes": gradients}
+    run()
+    return resident_bytes("VmHWM") - before
 
 
 def resident_bytes(field: str) -> int:

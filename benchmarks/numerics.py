@@ -1,4 +1,4 @@
-"""`python -m benchmarks.numerics`: measures both fused losses, writes docs/numerics.md and docs/implicit-numerics.md.
+"""`python -m benchmarks.numerics`: measures the fused losses and the plan, writes the pages of numbers under docs/.
 
 Time against the products that each must form, memory, error against the number of chunks, the cost of a chunk's size,
 growth, and the row kernels. Every number of those pages comes from here.
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import latent_numerics, report
+from . import latent_numerics, plan_numerics, report
 from .products import DTYPES, Sizes
 from .token_numerics import chunk_sizes, error_against_chunks, figure, growth, parts, reach
 
@@ -107,18 +107,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.numerics", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--out", type=Path, default=report.ROOT / "docs", help="folder of the page (default docs/)")
-    parser.add_argument("--only", choices=("token", "latent"), help="one page: linear_cross_entropy's or the other")
+    parser.add_argument("--only", choices=("token", "latent", "plan"), help="one page")
     parser.add_argument("--toy", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args(arguments)
     if not options.out.is_dir():
         print(f"benchmarks.numerics: --out is {options.out}, expected an existing folder", file=sys.stderr)
         return 2
-    if options.only != "latent":
+    if options.only in (None, "token"):
         text = page(TOY if options.toy else FULL, options.threads, options.out)
         _written(options.out / "numerics.md", text)
-    if options.only != "token":
-        sizes = latent_numerics.TOY if options.toy else latent_numerics.FULL
-        _written(options.out / "implicit-numerics.md", latent_numerics.page(sizes, options.threads))
+    for name, module in (("implicit", latent_numerics), ("plan", plan_numerics)):
+        if options.only in (None, {"implicit": "latent"}.get(name, name)):
+            sizes = module.TOY if options.toy else module.FULL
+            _written(options.out / f"{name}-numerics.md", module.page(sizes, options.threads))
     return 0
 
 
