@@ -1,5 +1,6 @@
 """`benchmarks --device cuda` without a GPU: refusals, processes that die alone, floors, errors, cases."""
 
+import os
 import sys
 import time
 
@@ -51,7 +52,7 @@ def named(at, names):
         if name == "breaks":
             raise Lost("breaks broke the device")
         if name == "exits":
-            sys.exit(7)
+            os._exit(7)  # at once: a busy machine may take seconds to unload torch
         if name == "hangs":
             time.sleep(60)
         if name == "nobody":
@@ -62,10 +63,10 @@ def named(at, names):
 
 def test_a_name_that_dies_hangs_or_breaks_the_device_costs_only_itself():
     names = ["good", "breaks", "exits", "hangs", "last"]
-    done, reasons = without_the_dead(named, names, patience=2.0, deadline=time.monotonic() + 200)
+    done, reasons = without_the_dead(named, names, patience=5.0, deadline=time.monotonic() + 200)
     assert done == ["good", "last"]
     assert reasons["breaks"] == "breaks broke the device"
-    assert "ended with code 7" in reasons["exits"] and "stopped: no answer within 2 s" in reasons["hangs"]
+    assert "ended with code 7" in reasons["exits"] and "stopped: no answer within 5 s" in reasons["hangs"]
 
 
 def test_a_failure_of_nobody_and_a_passed_deadline_are_errors():
