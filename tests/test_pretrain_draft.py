@@ -74,6 +74,7 @@ def test_drafted_text_is_plain_text(spec, seed):
     assert torch.equal(found.drafts[0].token_ids, decoding.greedy(net, prompt, 24))
 
 
+@torch.no_grad()
 def test_texts_that_part_are_told_with_the_gap(monkeypatch):
     net, prompt = decoder(), torch.tensor([[1, 4, 2]])
     plain = decoding.greedy(net, prompt, 10)
