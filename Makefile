@@ -6,13 +6,14 @@ STAMP := $(if $(ACTIVE),build/installed$(subst /,-,$(ACTIVE)),.venv/installed)
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/*)
 
-.PHONY: help install demo test test-trainers test-ranks test-gpu-source lint format bench wheel doctor cuda-check clean
+.PHONY: help install demo test test-trainers test-ranks test-gpu-source mutants lint format bench wheel doctor cuda-check clean
 help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
 	@echo "make bench   the quick benchmark     make doctor  a one-second check of every backend"
 	@echo "make test-trainers  the trainers that people have, with their real packages    make test-ranks  on 2 and 4 processes"
 	@echo "make test-gpu-source  run the CUDA and Triton kernels on the CPU, compile Triton's for sm_80 and sm_90"
+	@echo "make mutants  one-line edits of kernels and objectives, each of which must turn tests red"
 	@echo "make cuda-check  compile the CUDA kernels for every architecture, print their registers, fail on a spill"
 	@echo "make format  rewrite the sources     make wheel   build dist/*.whl     make clean"
 
@@ -43,6 +44,9 @@ test-ranks: $(STAMP)
 
 test-gpu-source: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m gpu_source
+
+mutants: $(STAMP)
+	$(PYTHON) tests/mutants.py
 
 lint: $(STAMP)
 	$(PYTHON) -m ruff check .

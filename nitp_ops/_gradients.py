@@ -123,7 +123,7 @@ def deliver(
     is refused by name."""
     if not gradients:
         return []
-    eager, one = type(gradients[0]) is Tensor, upstream is None
+    one, eager = upstream is None, type(gradients[0]) is Tensor and gradients[0].device.type != "meta"
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)

@@ -39,7 +39,7 @@ class HeadRows:
 
     head is a module with weight ``[V, d]`` (and perhaps bias ``[V]``) or a leaf tensor; token_weight is ``[B, T]``.
     With target_weight ``[B, T, K]`` the labels are ``[B, T, K]`` too: K weighted targets a row. Accuracy asks for the
-    first that is present.
+    first that is present. class_weight is ``[V]``, not with target_weight.
     """
 
     hidden: Tensor
@@ -49,6 +49,7 @@ class HeadRows:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     target_weight: Tensor | None = None
+    class_weight: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,37 @@ class Block(nn.Module):
         return hidden + self.down(F.silu(gate) * up)
 
 
+def block_problems(info: ModelInfo) -> list[str]:
+    """What is wrong with the model's factory, one line at most: it makes a block, which reads two positions.
+
+    What else the block raises is left to its first step: it may need a device that it is moved to later.
+    """
+    if info.block_factory is None:
+        return []
+    if not callable(info.block_factory):
+        return [f"block_factory is {info.block_factory!r}, expected a function that makes a block"]
+    expected = (1, 2, info.hidden_size)
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        try:
+            block = info.block_factory()
+        except Exception as error:
+            return [f"block_factory raised {type(error).__name__}: {error}"]
+        if not isinstance(block, nn.Module):
+            return [f"block_factory returned a {type(block).__name__}, expected an nn.Module"]
+        like = next(block.parameters(), torch.zeros((), dtype=info.dtype))
+        try:
+            found = block(torch.zeros(expected, dtype=like.dtype, device=like.device), None)
+        except TypeError as error:
+            return [f"block_factory made a block that can not be called as block(hidden, mask): {error}"]
+        except Exception:
+            return []
+    if not isinstance(found, Tensor):
+        return [f"block_factory made a block that returns a {type(found).__name__}, expected a tensor [B, T, d]"]
+    if tuple(found.shape) != expected:
+        return [f"block_factory made a block that turns {expected} into {tuple(found.shape)}, expected {expected}"]
+    return []
+
+
 def make_block(info: ModelInfo) -> nn.Module:
     """A block of the model's factory, or a plain one; its parameters in the model's dtype."""
     block = Block(info) if info.block_factory is None else info.block_factory()

@@ -39,7 +39,8 @@ class HeadPart:
     def joins(self, other: HeadPart) -> bool:
         """Whether both can share rows. Token weights can not: where their signs differ S_i may vanish."""
         mine, theirs = self.rows, other.rows
-        plain = all(w is None for rows in (mine, theirs) for w in (rows.token_weight, rows.target_weight))
+        weights = [w for rows in (mine, theirs) for w in (rows.token_weight, rows.target_weight, rows.class_weight)]
+        plain = all(w is None for w in weights)
         alike = (mine.label_smoothing, mine.z_loss) == (theirs.label_smoothing, theirs.z_loss)
         return mine.hidden is theirs.hidden and self.term == other.term and plain and alike
 
@@ -49,7 +50,8 @@ class HeadPart:
         if rows.token_weight is not None:
             weight = weight * rows.token_weight.to(weight.dtype)
         labels = rows.labels if rows.target_weight is None else _several(rows.labels, self.ignore_index)
-        return HeadJob(hidden, labels, weight, rows.label_smoothing, rows.z_loss, rows.target_weight)
+        targets, classes = rows.target_weight, rows.class_weight
+        return HeadJob(hidden, labels, weight, rows.label_smoothing, rows.z_loss, targets, classes)
 
     def sums(self, stats: TokenStats) -> Sums:
         """SUM (token weights included, the part's weight not) and the rows whose first target is predicted."""

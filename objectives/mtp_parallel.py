@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Context, HeadRows, Objective
-from .blocks import KeyValues, attention_mask, make_block, without_padding
+from .blocks import KeyValues, attention_mask, block_problems, make_block, without_padding
 from .drafters import ParallelDrafter
 from .model_info import ModelInfo
 from .own_parameters import redraw, seeded
@@ -59,6 +59,9 @@ class MTPParallel(TokenTerm):
             if isinstance(other, TokenTerm)
             for k in sorted(self.predicted() & other.predicted())
         ]
+
+    def model_problems(self, info: ModelInfo) -> list[str]:
+        return block_problems(info) if self.heads == "block" else []
 
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "head"})

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Context, HeadRows
-from .blocks import RMSNorm, attention_mask, make_block, without_padding
+from .blocks import RMSNorm, attention_mask, block_problems, make_block, without_padding
 from .drafters import SequentialDrafter
 from .heads import embedded
 from .model_info import ModelInfo
@@ -62,6 +62,9 @@ class MTPSequential(TokenTerm):
     def offsets(self) -> tuple[int, ...]:
         """k + 1 of each depth k: the tokens that are predicted."""
         return tuple(range(2, self.depth + 2))
+
+    def model_problems(self, info: ModelInfo) -> list[str]:
+        return block_problems(info)
 
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", self.source, "head", "embed"})

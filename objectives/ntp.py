@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -21,21 +21,27 @@ class NTP(TokenTerm):
     """``(1 - e) (lse - z[x_{t+1}]) + e (lse - mean_v z_v) + c lse^2`` over V_1, with ``lse = log sum_v exp(z_v)``.
 
     z are the model's logits (its bias, logit scale and softcap included). Streams.token_weight multiplies a row's loss
-    and leaves the count alone.
+    and leaves the count alone. With ``class_weight=true`` so does Streams.class_weight u, and the row's loss is
+    ``(1 - e) u[x_{t+1}] (lse - z[x_{t+1}]) + e mean_v u_v (lse - z_v) + c lse^2``, as in PyTorch; unlike there COUNT
+    stays the number of rows: it is an integer that is known before the forward pass.
 
     Args:
-        label_smoothing: e, in [0, 1]. z_loss: c, >= 0.
+        label_smoothing: e, in [0, 1]. z_loss: c, >= 0. class_weight: whether Streams.class_weight applies.
 
     Example:
         >>> from nitp_ops.objectives import parse
         >>> parse("ntp(z_loss=1e-4)").terms[0]
-        NTP(label='ntp', weight=1.0, denominator='own', label_smoothing=0.0, z_loss=0.0001)
+        NTP(label='ntp', weight=1.0, denominator='own', label_smoothing=0.0, z_loss=0.0001,
+        class_weight=False)
 
     Source: z-loss as in PaLM, arXiv 2204.02311.
     """
 
+    class_weight: bool = False
+
     def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden", "head"})
+        own = {"class_weight"} if self.class_weight else set()
+        return frozenset({"token_ids", "last_hidden", "head", *own})
 
     def predicted(self) -> frozenset[int]:
         return frozenset({1})
@@ -45,7 +51,8 @@ class NTP(TokenTerm):
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None
-        return {"": self.against(streams, streams.last_hidden, 1)}
+        rows = self.against(streams, streams.last_hidden, 1)
+        return {"": replace(rows, class_weight=streams.class_weight) if self.class_weight else rows}
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         head = 6 * info.vocab_size * info.hidden_size

@@ -39,6 +39,9 @@ def _pass(
     jobs: Sequence[HeadPart | Together], first: HeadPart, info: ModelInfo, backend: str | None
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
     def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[TokenStats, ...]]:
+        if weight.shape != (info.vocab_size, info.hidden_size):
+            expected = f"{(info.vocab_size, info.hidden_size)} (ModelInfo's)"
+            raise ValueError(f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}")
         return shared_linear_cross_entropy(
             [job.job(own) for job, own in zip(jobs, hidden, strict=True)],
             weight,

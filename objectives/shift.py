@@ -118,8 +118,10 @@ def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
 
 
 def _window(values: Tensor, window: int, streams: Streams, fill: float) -> Tensor:
-    """out[b, t, k - 1] = values[b, t+k] for k = 1 .. min(window, T), `fill` past the end; a view of one copy."""
+    """out[b, t, k - 1] = values[b, t+k] for k = 1 .. min(window, T), `fill` past the end; a view of one copy.
+
+    k = 1 is there also where T = 0: a width of zero would be no row of targets."""
     batch, length = streams.shape
-    width = min(window, length)
-    missing = max(0, length + width - values.shape[1])
+    width = max(1, min(window, length))
+    missing = max(0, max(1, length) + width - values.shape[1])
     return torch.cat([values, values.new_full((batch, missing), fill)], dim=1)[:, 1:].unfold(1, width, 1)[:, :length]

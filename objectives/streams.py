@@ -30,6 +30,7 @@ class Streams:
             (``[B, T]`` or ``[1, T]``; a break wherever the position is not the previous + 1) or cu_seqlens (1-D).
         target_mask: bool; token t may be a target. It belongs to the target, not to the token that predicts it.
         token_weight: weight of token t as a target, in every head term; float.
+        class_weight: ``[V]`` float, weight of each token id as a target, for ``ntp(class_weight=true)``.
         last_hidden: final hidden state after the final norm. last_residual: the same before it.
         hidden_states: ``{k: residual stream after k blocks}``, 0 the embedding output.
         head, embed: the module (anything with ``weight [V, d]`` and perhaps ``bias [V]``) or a leaf tensor ``[V, d]``.
@@ -58,6 +59,7 @@ class Streams:
     cu_seqlens: Tensor | None = None
     target_mask: Tensor | None = None
     token_weight: Tensor | None = None
+    class_weight: Tensor | None = None
     last_hidden: Tensor | None = None
     last_residual: Tensor | None = None
     hidden_states: Mapping[int, Tensor] = field(default_factory=dict)
@@ -123,6 +125,9 @@ class Streams:
             raise ValueError(f"Streams: position_ids has shape {tuple(positions.shape)}, expected {shape} or (1, T)")
         if lengths is not None and (lengths.dim() != 1 or lengths.numel() < 2):
             raise ValueError(f"Streams: cu_seqlens has shape {tuple(lengths.shape)}, expected (documents + 1,)")
+        classes = self.class_weight
+        if classes is not None and classes.dim() != 1:
+            raise ValueError(f"Streams: class_weight has shape {tuple(classes.shape)}, expected (V,)")
         for name, value in self.hidden_streams().items():
             if value.dim() != 3 or tuple(value.shape[:2]) != shape:
                 raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {(*shape, 'd')}")
@@ -139,8 +144,9 @@ class Streams:
             raise TypeError(f"Streams: attention_mask is {mask.dtype}, expected bool or an integer dtype")
         if target_mask is not None and target_mask.dtype != torch.bool:
             raise TypeError(f"Streams: target_mask is {target_mask.dtype}, expected torch.bool")
-        if weight is not None and not weight.is_floating_point():
-            raise TypeError(f"Streams: token_weight is {weight.dtype}, expected a floating point dtype")
+        for name, given in (("token_weight", weight), ("class_weight", self.class_weight)):
+            if given is not None and not given.is_floating_point():
+                raise TypeError(f"Streams: {name} is {given.dtype}, expected a floating point dtype")
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         given = self.external[name]

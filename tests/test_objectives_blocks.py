@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from objectives_cases import INFO, make_batch
 from torch import Tensor, nn
 
-from nitp_ops.objectives import ModelInfo, Streams, build
+from nitp_ops.objectives import ModelInfo, SpecError, Streams, build
 from nitp_ops.objectives.blocks import Block, attention_mask, make_block, without_padding
 
 WIDE = ModelInfo(hidden_size=192, vocab_size=8, num_layers=1)
@@ -168,3 +170,50 @@ def test_narrow_blocks_read_wide_streams_and_the_other_way_round(spec: str):
             loss.backward()
             assert loss.isfinite() and hidden.grad is not None and hidden.grad.dtype == other
             assert loss.item() == pytest.approx(expected, rel=0.5)
+
+
+class Wide(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 7)
+
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(hidden)
+
+
+class Pair(nn.Module):
+    def forward(self, hidden: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        return hidden, None
+
+
+def broken() -> nn.Module:
+    raise OSError("no such layer")
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (Wide, r"made a block that turns (1, 2, 6) into (1, 2, 7), expected (1, 2, 6)"),
+        (Pair, r"made a block that returns a tuple, expected a tensor [B, T, d]"),
+        (lambda: nn.Linear(6, 6), r"made a block that can not be called as block(hidden, mask): "),
+        (lambda: None, r"returned a NoneType, expected an nn.Module"),
+        (broken, r"raised OSError: no such layer"),
+        ("Block", r"is 'Block', expected a function that makes a block"),
+    ],
+)
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_factory_that_makes_no_block_is_refused_at_build_beside_every_other_problem(spec, factory, message):
+    with pytest.raises(SpecError) as caught:
+        build(f"nitp(target_layer=5) + {spec}", model=replace(FOREIGN, block_factory=factory))
+    first, second = caught.value.problems
+    assert first.startswith("nitp: target_layer is 5") and second.startswith(f"{spec.partition('(')[0]}: block_factory")
+    assert message in second
+    if spec == "mtp_parallel":
+        build("mtp_parallel(heads=residual)", model=replace(FOREIGN, block_factory=factory))
+
+
+def test_a_block_that_waits_for_its_device_is_not_judged_at_build():
+    class Elsewhere(nn.Module):
+        def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
+            raise RuntimeError("this kernel needs a GPU")
+
+    build("mtp_parallel", model=replace(FOREIGN, block_factory=Elsewhere))

@@ -180,6 +180,8 @@ class Adapter(nn.Module):
         (lambda head: Adapter(head), "head is a Adapter with submodules base_layer"),
         (lambda head: nn.Identity(), "head is a Identity, expected a module with a weight"),
         (lambda head: "lm_head", "head is a str"),
+        (lambda head: nn.Linear(6, 12), r"^objective: head has a weight of shape \(12, 6\), expected \(11, 6\) \(Mo"),
+        (lambda head: nn.Linear(5, 11), r"^objective: head has a weight of shape \(11, 5\), expected \(11, 6\) \(Mo"),
     ],
 )
 def test_what_is_no_head_is_refused(make, message: str):

@@ -118,3 +118,13 @@ def test_retaining_the_graph_gives_the_same_gradient_twice(name: str):
     first = torch.autograd.grad(0.37 * loss, batch.hidden, retain_graph=True)[0]
     second = torch.autograd.grad(loss, batch.hidden)[0]
     torch.testing.assert_close(first, 0.37 * second, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3), (2, 1)])
+def test_a_batch_without_a_row_that_counts_has_no_loss_and_zero_gradients(name: str, batch: int, length: int):
+    streams, objective = make_batch(batch=batch, length=length), build(name, model=INFO)
+    out = objective(streams.streams(external={"external": (0 * streams.hidden.sum(), 0)}))
+    out.metrics.compute()
+    tensors = [*streams.leaves, *objective.parameters()]
+    assert out.loss == 0 and not any(g.any() for g in gradients(out.loss, tensors))

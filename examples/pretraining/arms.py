@@ -118,7 +118,7 @@ def arms_of(options: Options) -> list[Arm]:
     Raises:
         SpecError: what this model cannot serve, with the expression before each problem, all of them.
     """
-    arms = control_arms(model_info(options), options.steps) if options.controls else []
+    arms = control_arms(model_info(options.model), options.steps) if options.controls else []
     expressions = options.objectives or ([] if options.controls else DEFAULT_OBJECTIVES)
     found: list[str] = []
     for expression in expressions:
@@ -141,7 +141,7 @@ def check(spec: Spec, options: Options) -> None:
         SpecError: options outside the model, or a stream that a plain decoder does not have.
     """
     with torch.device("meta"):
-        objective = build(spec, model=model_info(options))
+        objective = build(spec, model=model_info(options.model))
     missing = sorted(r for r in objective.requires - PROVIDED if not r.startswith("hidden_states["))
     if missing:
         raise SpecError([f"it needs {', '.join(missing)}, which this decoder does not provide"])

@@ -11,6 +11,7 @@ from types import FrameType
 from .checkpoint import Table, export_weights, save_checkpoint
 from .evaluate import HeldOut, evaluate
 from .failure import Failure, Interrupted
+from .heads import export_heads
 from .run import Run
 
 
@@ -81,6 +82,8 @@ def train(run: Run, on_step: Callable[[dict[str, float]], None], on_look: Callab
             looks.add(final.row())
             on_look(final)
             export_weights(run.folder / "model.safetensors", run.model)
+            if run.options.keep_heads:
+                export_heads(run.folder / "heads.safetensors", run.objective)
             if ctrl_c.pressed:
                 raise _interrupted(run)
         return final

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from nitp_ops.objectives import KeyValues
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +79,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], past: KeyValues | None = None
+    ) -> torch.Tensor:
         batch, time, _ = x.shape
         q = self.q_proj(x).view(batch, time, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)
         q, k = rotate(q, *rotation), rotate(k, *rotation)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        grouped = self.kv_heads != self.heads
+        if past is None:
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:
+            mixed = past.attend(q, k, v, enable_gqa=grouped)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, time, -1))
 
 
@@ -110,8 +118,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
+    def forward(
+        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], past: KeyValues | None = None
+    ) -> torch.Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, past)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -154,14 +164,22 @@ class Decoder(nn.Module):
                 std /= math.sqrt(2 * self.config.layers)
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
-    def forward(self, token_ids: torch.Tensor, keep: Collection[int] = ()) -> Hidden:
-        """Hidden states of token_ids[B, T]; `keep` names the numbers of blocks whose output is returned."""
-        time = token_ids.shape[-1]
-        rotation = self.cosine[:time], self.sine[:time]
+    def forward(
+        self, token_ids: torch.Tensor, keep: Collection[int] = (), past: Sequence[KeyValues] | None = None
+    ) -> Hidden:
+        """Hidden states of token_ids[B, T]; `keep` names the numbers of blocks whose output is returned.
+
+        With `past`, one a block, the tokens follow those that it holds, and it then holds them too.
+        """
+        start = past[0].length if past else 0
+        stop = start + token_ids.shape[-1]
+        if stop > self.config.context:
+            raise ValueError(f"Decoder: {stop} tokens came, expected at most context = {self.config.context}")
+        rotation = self.cosine[start:stop], self.sine[start:stop]
         x = self.embed(token_ids)
         kept = {0: x} if 0 in keep else {}
         for index, block in enumerate(self.blocks, start=1):
-            x = block(x, rotation)
+            x = block(x, rotation, past[index - 1] if past else None)
             if index in keep:
                 kept[index] = x
         return Hidden(last_hidden=self.norm(x), last_residual=x, hidden_states=kept)

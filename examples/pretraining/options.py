@@ -68,6 +68,7 @@ class Options:
     eval_every: int
     eval_windows: int
     checkpoint_every: int
+    keep_heads: bool
     fused_head: bool
     seed: int
     """Of the run at hand: one of `seeds`."""
@@ -189,6 +190,7 @@ def parse(arguments: list[str] | None) -> Options:
     add("--objectives", nargs="+", metavar="EXPRESSION", help='a run each (default: "ntp" "ntp + nitp")')
     add("--controls", action="store_true", help="one run for each of the paper's control arms")
     add("--resume", action="store_true", help="continue the runs in --out from their checkpoints")
+    add("--keep-heads", action="store_true", help="export the objective's own weights too, beside the plain model")
     add(
         "--fused-head",
         action=argparse.BooleanOptionalAction,

@@ -62,7 +62,7 @@ def write(
     ]
     grids = [grid.results(arms, (*QUALITY, *COST)), grid.probes(arms)]
     said = sentences.about(arms)
-    info = model_info(options)
+    info = model_info(options.model)
     described = [group[0].arm for group in arms]
     if any(arm.tests for arm in described):
         grids.insert(0, grid.plan(described))

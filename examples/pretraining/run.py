@@ -18,16 +18,15 @@ from nitp_ops.rows import refusal
 from .checkpoint import load_checkpoint
 from .data import Corpus, Order
 from .failure import BadInput, Diverged
-from .model import Decoder
+from .model import Decoder, ModelConfig
 from .options import Options
 from .schedule import warmup_stable_decay
 
 PROVIDED = {"token_ids", "document_ids", "last_hidden", "last_residual", "head", "embed"}
 
 
-def model_info(options: Options) -> ModelInfo:
+def model_info(shapes: ModelConfig) -> ModelInfo:
     """What the objectives need to know about the decoder."""
-    shapes = options.model
     return ModelInfo(
         hidden_size=shapes.dim,
         vocab_size=shapes.vocab_size,
@@ -66,7 +65,7 @@ class Run:
         self.device = torch.device(options.device)
         self.model = Decoder(options.model, seed=options.seed).to(self.device)
         self.backend = backend or backend_for(options.device)
-        objective = build(spec, model=model_info(options), seed=options.seed, backend=self.backend)
+        objective = build(spec, model=model_info(options.model), seed=options.seed, backend=self.backend)
         self.objective = objective.to(self.device)
         self.keep = sorted(
             int(stream.removeprefix("hidden_states[").removesuffix("]"))

@@ -55,7 +55,7 @@ def parse(arguments: list[str] | None) -> Plan:
     values = vars(parser.parse_args(arguments))
     own = {name: values.pop(name) for name in ("studies", "document", "rounds")}
     dims = values.pop("overhead_dims")
-    values |= {"objectives": None, "controls": True, "resume": True, "fused_head": False}
+    values |= {"objectives": None, "controls": True, "resume": True, "keep_heads": False, "fused_head": False}
     return Plan(options_of(values), dims=dims, **own)
 
 
@@ -68,7 +68,7 @@ def experiment(plan: Plan) -> None:
     settings = {f"--{name.replace('_', '-')}": x for name, x in options.trajectory().items() if name != "seed"}
     settings |= {"--eval-windows": options.eval_windows, "device": options.device, "the text": corpus.fingerprint}
     records = Records(options.out / "records.jsonl", settings)
-    arms = control_arms(model_info(options), options.steps)
+    arms = control_arms(model_info(options.model), options.steps)
     if "arms" in plan.studies:
         for seed in options.seeds:
             for arm in arms:

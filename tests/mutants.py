@@ -1,0 +1,169 @@
+"""Mutants: one-line edits of kernels and objectives, each of which must turn the named tests red.
+
+    python tests/mutants.py [WORD ...]      # all, or those whose file or edit holds one of the words
+
+Every edit is made in a copy of the tree, so nothing here is ever wrong. A formula header is compiled by the tests that
+run the CUDA sources on the CPU. The named tests must be green before and red (exit code 1: failed, not broken) after.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("csrc", "nitp_ops", "objectives", "examples", "benchmarks", "tests", "docs", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """The file, its text (once in it), what stands there instead, and the tests that must fail."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = (
+    # what a row's loss and gradient are
+    Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source_rows"),
+    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source_rows"),
+    Mutant("csrc/alignment.h", "1 / (p * z))) : A(0)", "1 / p)) : A(0)", "cuda_source_rows"),
+    Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
+    Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
+    # the chunked algorithms
+    Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "token_semantics"),
+    Mutant(
+        "nitp_ops/_token_chunks.py",
+        "chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0)",
+        "chunk",
+        "linear_cross_entropy token_semantics objectives_plan",
+    ),
+    Mutant("nitp_ops/_token_chunks.py", "given & (labels >= 0) if many else", "given if many else", "token_semantics"),
+    Mutant(
+        "nitp_ops/_head_job.py", "torch.where(total == 0, 1, total)", "total", "linear_cross_entropy token_semantics"
+    ),
+    Mutant(
+        "nitp_ops/_head_job.py",
+        "torch.where(given, rows.target_weight.squeeze(1), 0).sum()",
+        "given.sum()",
+        "token_semantics",
+    ),
+    Mutant(
+        "nitp_ops/_latent_chunks.py", "slice(part.start + shift, part.stop + shift)", "part", "implicit_token_loss"
+    ),
+    Mutant("nitp_ops/_latent_chunks.py", "(part + shift).clamp_", "(part + shift - 1).clamp_", "implicit_token_loss"),
+    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else", "op_laws"),
+    Mutant("nitp_ops/_gradients.py", "elif not one and eager:", "elif False:", "op_laws"),
+    # which rows count, and what divides them
+    Mutant("objectives/shift.py", "+ k < length", "+ k <= length", "objectives_shift"),
+    Mutant("objectives/shift.py", "== here) & (here >= 0)", "== here)", "objectives_shift objectives_properties"),
+    Mutant("objectives/shift.py", "values[:, k : k + length]", "values.roll(-k, 1)[:, :length]", "objectives_shift"),
+    Mutant("objectives/shift.py", "streams, -1) <= place", "streams, -1) < place", "objectives_top"),
+    Mutant("objectives/documents.py", "positions[:, :-1] + 1", "positions[:, :-1]", "objectives_shift"),
+    Mutant("objectives/composite.py", '== "mean" else 1', '== "sum" else 1', "objectives_ranks"),
+    Mutant(
+        "objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name", "objectives_build"
+    ),
+    Mutant("objectives/composite.py", "torch.where(own[piece] == 0, 0, part.loss)", "part.loss", "objectives_plan"),
+    Mutant("objectives/guard.py", "torch.where(alive, gradients[0], 0)", "gradients[0]", "objectives_plan"),
+    Mutant("objectives/head_parts.py", "self.term == other.term and ", "", "objectives_mtp_shared objectives_plan"),
+    Mutant("objectives/head_parts.py", "(1 - self.rows.label_smoothing) * (", "(", "objectives_mtp_shared"),
+    # the objectives
+    Mutant("objectives/nitp.py", "* info.num_layers + 0.75", "* info.num_layers", "objectives_build"),
+    Mutant("objectives/nitp.py", "z.detach()\n", "z\n", "nitp_stop_gradient"),
+    Mutant("objectives/nitp.py", "z[:, self.shift :]", "z[:, : pairs]", "objectives_values"),
+    Mutant("objectives/floor.py", "math.nan, 1 - loss / floor", "math.nan, loss / floor",
+           "nitp_floor objectives_metrics"),
+    Mutant("objectives/floor.py", "begin + shift : end + shift", "begin : end", "nitp_floor objectives_metrics"),
+    Mutant("objectives/mtp_sequential.py", "return 1 / self.depth", "return 1.0", "objectives_mtp_sequential"),
+    Mutant("objectives/mtp_sequential.py", "normed if self.normed", "state if self.normed",
+           "objectives_mtp_sequential"),
+    Mutant("objectives/mtp_parallel.py", "streams, f, k)", "streams, f, 1)", "objectives_mtp_parallel"),
+    Mutant("objectives/top.py", "self.window - torch.arange", "torch.arange", "objectives_top"),
+    Mutant("objectives/regularizers.py", "- unit.square().sum()", "", "objectives_regularizers"),
+    Mutant("objectives/nextlat.py", "log_p.exp() - q", "q - log_p.exp()", "objectives_nextlat"),
+    Mutant("objectives/fsp_bow.py", "ahead[..., 1:] != ahead[..., :-1]", "ahead[..., 1:] >= 0", "objectives_fsp_bow"),
+    Mutant("objectives/ntp.py", "replace(rows, class_weight=", "replace(rows, token_weight=",
+           "objectives_class_weight"),
+    Mutant("objectives/schedule.py", "torch.where(step >= begin", "torch.where(step > begin", "objectives_schedule"),
+    Mutant("objectives/metrics.py", 'own["weighted"] / own', 'own["loss"] / own', "objectives_metrics"),
+    Mutant("objectives/counts.py", "self[part] + other[part]", "other[part]", "objectives_properties"),
+    # drafting and decoding
+    Mutant("objectives/drafting.py", "== drafts).cumprod(0)", "== drafts)", "objectives_draft"),
+    Mutant("objectives/drafters.py", "max(0, same - k)", "max(0, same)", "objectives_draft"),
+    Mutant("objectives/blocks.py", ".unsqueeze(-1) >= place\n        return", ".unsqueeze(-1) > -1\n        return",
+           "objectives_draft"),
+    Mutant("examples/pretraining/model.py", "self.cosine[start:stop]", "self.cosine[: stop - start]", "pretrain_draft"),
+)  # fmt: skip
+
+
+def files_of(mutant: Mutant) -> list[str]:
+    """Paths of the tests that must fail."""
+    return [f"tests/test_{name}.py" for name in mutant.tests.split()]
+
+
+def mutated(mutant: Mutant, text: str) -> str:
+    """The file's text with the edit.
+
+    Raises:
+        ValueError: the text does not hold the edit's place once.
+    """
+    if (found := text.count(mutant.old)) != 1:
+        raise ValueError(f"{mutant.file}: {mutant.old!r} stands there {found} times, expected once")
+    return text.replace(mutant.old, mutant.new)
+
+
+def copied(folder: Path) -> None:
+    """The tree, importable in place: the installed mapping of objectives/ becomes a link."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        else:
+            shutil.copy(source, folder / name)
+    (folder / "nitp_ops/objectives").symlink_to("../objectives")
+
+
+def run(folder: Path, files: list[str]) -> int:
+    """Exit code of the tests in the copy, up to the first that fails."""
+    command = [sys.executable, "-B", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode > 1:
+        print(done.stdout.decode(errors="replace")[-2000:])
+    return done.returncode
+
+
+def main(words: list[str]) -> int:
+    """Try every chosen mutant; 1 where one survives or its tests are broken."""
+    chosen = [m for m in MUTANTS if not words or any(word in " ".join(m) for word in words)]
+    if not chosen:
+        print(f"mutants: no mutant holds {' or '.join(words)}")
+        return 2
+    survivors = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copied(folder)
+        for file in dict.fromkeys(file for mutant in chosen for file in files_of(mutant)):
+            if (code := run(folder, [file])) != 0:
+                print(f"mutants: {file} ends with exit code {code} without any edit; make test comes first")
+                return 1
+        for number, mutant in enumerate(chosen, start=1):
+            path = folder / mutant.file
+            text = path.read_text()
+            path.write_text(mutated(mutant, text))
+            code = run(folder, files_of(mutant))
+            path.write_text(text)
+            verdict = {0: "SURVIVED", 1: "killed"}.get(code, f"BROKEN (exit code {code})")
+            survivors += [mutant] if code != 1 else []
+            print(f"{number:>2}/{len(chosen)} {verdict}: {mutant.file}: {mutant.old!r} -> {mutant.new!r}", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants killed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
