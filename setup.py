@@ -42,7 +42,7 @@ if missing:
     )
 
 setup(
-    packages=["nitp_ops", "nitp_ops.triton", "nitp_ops.objectives"],
+    packages=["nitp_ops", "nitp_ops.triton", "nitp_ops.integrations", "nitp_ops.objectives"],
     package_dir={"nitp_ops": "nitp_ops", "nitp_ops.objectives": "objectives"},
     package_data={"nitp_ops": ["py.typed"]},
     ext_modules=[] if missing else [Extension("nitp_ops._C", sources=[])],

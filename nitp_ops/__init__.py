@@ -49,6 +49,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # The one arrow that runs up: `import nitp_ops` must not pay for the registry and its plugins.
-    if name == "objectives":
-        return importlib.import_module("nitp_ops.objectives")
+    if name in ("objectives", "integrations"):
+        return importlib.import_module(f"nitp_ops.{name}")
+    if name == "attach":
+        return importlib.import_module("nitp_ops.integrations").attach
     raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}")

@@ -1,0 +1,114 @@
+"""Where the streams of a forward pass are found in a module tree: by name, or by structure in a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+ModuleLike: TypeAlias = "str | nn.Module"
+BlocksLike: TypeAlias = "ModuleLike | Iterable[ModuleLike]"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sites:
+    """Modules that the streams pass; None where not known.
+
+    blocks: in order; what block k + 1 receives is hidden_states[k]. norm: it receives last_residual. trunk: it returns
+    last_hidden (the final norm, or the body of a model that the head reads). embed, head: the modules themselves.
+    """
+
+    blocks: tuple[nn.Module, ...] | None = None
+    norm: nn.Module | None = None
+    trunk: nn.Module | None = None
+    embed: nn.Module | None = None
+    head: nn.Module | None = None
+
+
+def named_sites(
+    model: nn.Module,
+    *,
+    blocks: BlocksLike | None = None,
+    norm: ModuleLike | None = None,
+    embed: ModuleLike | None = None,
+    head: ModuleLike | None = None,
+) -> Sites:
+    """The modules that were given, by name or as such; the others by structure where the model is a Hugging Face one.
+
+    Raises:
+        TypeError, ValueError: a name that the model does not have, a thing that is no module.
+    """
+    found = hugging_face_sites(model) if is_hugging_face(model) else Sites()
+    if blocks is not None:
+        found = replace(found, blocks=_sequence(model, blocks))
+    if norm is not None:
+        final = _module(model, "norm", norm)
+        found = replace(found, norm=final, trunk=final)
+    if embed is not None:
+        found = replace(found, embed=_module(model, "embed", embed))
+    return found if head is None else replace(found, head=_module(model, "head", head))
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Whether the model offers what a Hugging Face model does."""
+    return all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings"))
+
+
+def hugging_face_sites(model: Any) -> Sites:
+    """By structure: the body is ``base_model``, the blocks are the outermost list of ``num_hidden_layers`` modules, the
+    final norm is the last module beside them with a weight of the hidden size."""
+    config = _text_config(model)
+    layers, width = config.num_hidden_layers, config.hidden_size
+    body = model.base_model
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    lists = [
+        (name, module)
+        for name, module in body.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    if not lists:
+        return Sites(trunk=body, embed=embed, head=head)
+    name, blocks = min(lists, key=lambda entry: entry[0].count("."))
+    owner = body.get_submodule(name.rpartition(".")[0])
+    norms = [child for child in owner.children() if child is not blocks and _is_norm(child, width)]
+    return Sites(blocks=tuple(blocks), norm=norms[-1] if norms else None, trunk=body, embed=embed, head=head)
+
+
+def _text_config(model: Any) -> Any:
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    if not own and next(module.children(), None) is None:
+        return "norm" in type(module).__name__.lower()  # without parameters, as OLMo's
+    weight = own.get("weight")
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and next(module.children(), None) is None
+
+
+def _module(model: nn.Module, argument: str, given: object) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    if not isinstance(given, str):
+        raise TypeError(f"tap: {argument} is a {type(given).__name__}, expected a module or its name")
+    try:
+        return model.get_submodule(given)
+    except AttributeError:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"tap: {argument} is {given!r}, expected a module of the {type(model).__name__} (which has {children})"
+        ) from None
+
+
+def _sequence(model: nn.Module, given: BlocksLike) -> tuple[nn.Module, ...]:
+    if isinstance(given, str):
+        given = _module(model, "blocks", given)
+    if isinstance(given, nn.ModuleDict):
+        return tuple(given.values())
+    if not isinstance(given, Iterable):
+        raise TypeError(f"tap: blocks is a {type(given).__name__}, expected a list of modules or its name")
+    return tuple(_module(model, "blocks", block) for block in given)

@@ -1,0 +1,41 @@
+"""The token streams of a Hugging Face batch: what a forward call is given, as `Streams` fields."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `Streams` from the keywords of a forward call; other keys are left alone.
+
+    input_ids are token_ids; shift_labels come before labels, as in the loss of Hugging Face. Documents derive from
+    attention_mask together with cu_seqlens (``cu_seq_lens_q`` or ``cu_seqlens``), or else with position_ids. Where a
+    batch carries both it is cu_seqlens that attention obeys; the two would have to be compared by value.
+
+    Raises:
+        ValueError: an attention_mask that is not ``[B, T]``, from which no padding can be read.
+    """
+    fields: dict[str, Any] = {"token_ids": batch.get("input_ids")}
+    if batch.get("shift_labels") is not None:
+        fields["shift_labels"] = batch["shift_labels"]
+    else:
+        fields["labels"] = batch.get("labels")
+    mask = batch.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+        came = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
+        raise ValueError(f"attach: attention_mask {came}, expected [B, T] (or position_ids, or cu_seqlens)")
+    fields["attention_mask"] = mask
+    lengths = batch.get("cu_seq_lens_q", batch.get("cu_seqlens"))
+    fields |= {"position_ids": batch.get("position_ids")} if lengths is None else {"cu_seqlens": lengths}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def label_count(fields: Mapping[str, Any]) -> Tensor:
+    """How many labels the batch adds to a Trainer's ``num_items_in_batch``: those that are targets, 0-d int64."""
+    labels = fields["shift_labels"] if "shift_labels" in fields else fields["labels"][..., 1:]
+    return (labels != IGNORE_INDEX).sum()
