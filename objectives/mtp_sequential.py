@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Context, HeadRows
-from .blocks import RMSNorm, attention_mask, make_block, without_padding
+from .blocks import RMSNorm, attention_mask, block_problems, make_block, without_padding
 from .drafters import SequentialDrafter
 from .heads import embedded
 from .model_info import ModelInfo
@@ -74,6 +74,9 @@ class MTPSequential(TokenTerm):
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return valid_offsets(streams, self.offsets)
+
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return block_problems(module)
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         trunk = getattr(streams, self.source)
