@@ -47,7 +47,8 @@ class Model(nn.Module):
 
     def forward(self, batch: Batch, shard: SequenceShard | None = None, **options: object) -> Output:
         mine = batch.ids if shard is None else shard.take(batch.ids)
-        x = self.embed(mine) + (batch.hidden if shard is None else shard.take(batch.hidden)).detach()
+        x = self.embed(mine)
+        x = x + (batch.hidden if shard is None else shard.take(batch.hidden)).detach().to(x.dtype)
         states = {0: x}
         for k, layer in enumerate(self.layers, start=1):
             states[k] = x = x + layer(x).tanh()
