@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -86,8 +87,8 @@ def whole(spec: str, batch: Batch, info: ModelInfo = INFO) -> tuple[dict[str, fl
     return out.metrics.compute(), gradients
 
 
-def same(mine: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12, msg=lambda text: f"{what}: {text}")
+def same(mine: Tensor, expected: Tensor, what: str, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}")
 
 
 def same_metrics(out: Output, expected: dict[str, float], what: str) -> None:
@@ -107,6 +108,7 @@ def start(worker: Callable[..., None], ranks: int, folder: Path, *arguments: obj
 
 def _enter(rank: int, worker: Callable[..., None], ranks: int, folder: str, arguments: tuple[object, ...]) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}  # DeepSpeed reads them
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
     store = f"file://{folder}/store-{ranks}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))

@@ -12,11 +12,14 @@ from objectives_cases import INFO, Batch
 from ranks_cases import SPECS, Model, packed_batch, start
 from torch import Tensor
 
+from nitp_ops.objectives import build
+
 pytestmark = [
     pytest.mark.ranks,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
 RANKS, RATE = 2, 0.5
+ZERO_3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 FLOAT32 = replace(INFO, dtype=torch.float32)
 # every objective under ZeRO-3, which hides parameters; all together where only optimizer state or gradients are cut
 CASES = [(3, spec) for spec in SPECS.values()] + [(1, SPECS["all at once"]), (2, SPECS["all at once"])]
@@ -53,6 +56,7 @@ def step(stage: int, spec: str, batch: Batch, rank: int) -> None:
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 2,
+            "gradient_clipping": 0.0,  # the default is 1
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             # 0: also the smallest parameter is cut
@@ -68,6 +72,7 @@ def step(stage: int, spec: str, batch: Batch, rank: int) -> None:
         if part is window[-1]:
             for parameter, name in names.items():
                 mine = deepspeed.utils.safe_get_full_grad(parameter)
+                assert mine is not None or not gradients[name].any(), f"{what}: {name} has no gradient"
                 if mine is not None:
                     close(mine, gradients[name], f"{what}: gradient of {name}")
         engine.step()
@@ -77,6 +82,20 @@ def step(stage: int, spec: str, batch: Batch, rank: int) -> None:
     engine.destroy()
 
 
+def built_where_parameters_are_cut_at_once(spec: str) -> None:
+    """Inside ``deepspeed.zero.Init`` the initial values are those of a plain build."""
+    import deepspeed
+
+    plain = build(spec, model=FLOAT32)
+    with deepspeed.zero.Init(config_dict_or_path=ZERO_3, dtype=torch.float32):
+        cut = build(spec, model=FLOAT32)
+    for name, parameter in plain.named_parameters():
+        mine = cut.get_parameter(name)
+        assert hasattr(mine, "ds_id"), f"{spec}: {name} is not cut"
+        with deepspeed.zero.GatheredParameters([mine]):
+            assert torch.equal(mine, parameter), f"{spec}: {name}"
+
+
 def worker(rank: int) -> None:
     import deepspeed
 
@@ -84,6 +103,8 @@ def worker(rank: int) -> None:
     batch = packed_batch()
     for stage, spec in CASES:
         step(stage, spec, batch, rank)
+    for spec in SPECS.values():
+        built_where_parameters_are_cut_at_once(spec)
 
 
 def test_every_objective_trains_under_zero_as_on_one_process(tmp_path: Path):
