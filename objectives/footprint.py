@@ -161,7 +161,7 @@ def _traffic(
     for name, shapes in groups.items():
         # FSDP2 cuts the first axis into n pieces of equal size
         whole = size * sum(n * math.ceil(shape[0] / n) * shape[1:].numel() for shape in shapes)
-        # before each call, and again before its backward
+        # before each call, and again before its backward, unless that of a later call still holds them
         yield Traffic(f"parameters of {name}", "all-gather", n, 2 * uses.calls[name] * whole, "microbatch")
         yield Traffic(f"gradients of {name}", "reduce-scatter", n, whole, "microbatch")
     if uses.shifts:
