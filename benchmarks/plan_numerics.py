@@ -85,8 +85,8 @@ Machine: {report.machine_line(report.machine(threads))}.
 ## Four heads, one pass
 
 Forward and backward of `ntp + mtp_parallel(offsets={list(OFFSETS)})` over hidden states that exist already. The heads
-of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the ratios
-within {sizes["rounds"]} interleaved rounds. Memory: the peak of a fresh process's second step, gradients included.
+of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the
+ratios within {sizes["rounds"]} interleaved rounds. Memory: the peak of a fresh process's second step, with gradients.
 
 {ways}
 

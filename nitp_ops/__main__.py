@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
 import time
@@ -90,11 +91,16 @@ def doctor() -> int:
 def explain(arguments: argparse.Namespace) -> int:
     """The resolved objective: layers, weights, parameters, FLOPs, bytes, passes."""
     objectives = nitp_ops.objectives
+    importlib.import_module("nitp_ops.objectives.footprint")
     try:
         sizes = {"hidden_size": arguments.hidden, "vocab_size": arguments.vocab, "num_layers": arguments.layers}
         info = objectives.ModelInfo(**sizes)
         with torch.device("meta"):
             print(objectives.build(arguments.spec, model=info).explain(arguments.tokens))
+        if arguments.mesh is not None:
+            shape = objectives.footprint.Mesh.parse(arguments.mesh)
+            cost = objectives.footprint.footprint(arguments.spec, info, shape, tokens=arguments.tokens)
+            print(f"on each rank of a mesh {arguments.mesh}:", *cost.lines(), sep="\n    ")
     except (TypeError, ValueError) as error:  # SpecError is a ValueError
         print(f"nitp_ops explain: {error}", file=sys.stderr)
         return 2
@@ -112,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, meaning in (("hidden", "hidden size"), ("vocab", "vocabulary size"), ("layers", "number of layers")):
         spec.add_argument(f"--{name}", type=int, required=True, help=meaning)
     spec.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, for the plan of passes")
+    spec.add_argument("--mesh", help="bytes sent and held by a rank that has these tokens, e.g. tp=8,dp=1024,cp=4")
     chosen = parser.parse_args(arguments)
     if chosen.command == "explain":
         return explain(chosen)

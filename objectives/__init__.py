@@ -31,6 +31,7 @@ from .registry import available, register
 from .regularizers import CosineRegularizer
 from .schedule import Piecewise, Ramp, schedule
 from .schema import SpecError
+from .sequence_shard import SequenceShard
 from .spec import Spec, parse
 from .streams import Streams
 from .top import TOP
@@ -62,6 +63,7 @@ __all__ = [
     "Output",
     "Piecewise",
     "Ramp",
+    "SequenceShard",
     "Spec",
     "SpecError",
     "Streams",

@@ -135,6 +135,11 @@ class Objective:
         A term with one part calls it "". Reads no hidden stream."""
         raise NotImplementedError
 
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        """What keeps the term from running where `Streams.shard` says that other ranks hold the rest of the sequence,
+        one line each; none where `rows` or `sums` reach other positions by `shift` alone."""
+        return ["it does not say that it can run on a part of the sequence, expected its own shard_problems"]
+
     def drafter(self, module: nn.Module | None, info: ModelInfo) -> Drafter | None:
         """What guesses tokens ahead with the term's module for one sequence, or None where the term can not."""
         return None
@@ -142,6 +147,19 @@ class Objective:
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         """Resolved facts for `CompositeObjective.explain`, in reading order."""
         return {}
+
+
+def check_shard(terms: Sequence[Objective], streams: Streams, info: ModelInfo, modules: nn.ModuleDict) -> None:
+    """
+    Raises:
+        ValueError: the sequence is sharded, and terms can not run on a part of it; each with its reason.
+    """
+    if streams.shard is None:
+        return
+    own = dict(modules.items())
+    found = [f"{t.label}: {problem}" for t in terms for problem in t.shard_problems(info, own.get(str(t.label)))]
+    if found:
+        raise ValueError(f"objective: streams has a shard of the sequence: {'; '.join(found)}")
 
 
 @dataclass(frozen=True, kw_only=True)

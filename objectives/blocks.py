@@ -93,7 +93,7 @@ class Block(nn.Module):
         return hidden + self.down(F.silu(gate) * up)
 
 
-def block_problems(info: ModelInfo) -> list[str]:
+def factory_problems(info: ModelInfo) -> list[str]:
     """What is wrong with the model's factory, one line at most: it makes a block, which reads two positions.
 
     What else the block raises is left to its first step: it may need a device that it is moved to later.
@@ -133,17 +133,31 @@ def make_block(info: ModelInfo) -> nn.Module:
 
 
 def attention_mask(streams: Streams) -> Tensor | None:
-    """bool [B, 1, T, T]: s <= t and doc[s] == doc[t] (padding looks at padding, so no row is empty); None: causal."""
+    """bool [B, 1, T, T]: s <= t and doc[s] == doc[t] (padding looks at padding, so no row is empty); None: causal.
+
+    Under context parallel [B, 1, T/p, T]: the rows that are here, against the whole sequence.
+    """
     documents = streams.documents
     if documents is None:
         return None
-    place = torch.arange(streams.shape[1], device=streams.device)
-    same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
-    return (same & (place.unsqueeze(-1) >= place)).unsqueeze(1)
+    place = torch.arange(documents.shape[1], device=streams.device)
+    same = streams.here(documents).unsqueeze(-1) == documents.unsqueeze(-2)
+    return (same & (streams.here(place.unsqueeze(0)).unsqueeze(-1) >= place)).unsqueeze(1)
+
+
+def whole_sequence_problems(module: nn.Module | None) -> list[str]:
+    """One line if a term's blocks, the children of a ModuleList or their ``block``, need the whole sequence."""
+    lists = [] if module is None else [each for each in module.children() if isinstance(each, nn.ModuleList)]
+    blocks = [getattr(each, "block", each) for layers in lists for each in layers]
+    whole = sorted({type(block).__name__ for block in blocks if not getattr(block, "context_parallel", False)})
+    if not whole:
+        return []
+    expected = "expected a block_factory whose blocks have context_parallel = True (see ModelInfo)"
+    return [f"its blocks ({', '.join(whole)}) attend over the whole sequence, {expected}"]
 
 
 def without_padding(hidden: Tensor, streams: Streams) -> Tensor:
     """Zeros where there is no document: attention multiplies what it may not see by zero, and a NaN would stay one."""
     if streams.documents is None:
         return hidden
-    return hidden.masked_fill((streams.documents < 0).unsqueeze(-1), 0)
+    return hidden.masked_fill((streams.here(streams.documents) < 0).unsqueeze(-1), 0)

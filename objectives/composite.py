@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import plan
-from .base import Context, HeadTerm, LatentPart, LatentTerm, Objective
+from .base import Context, HeadTerm, LatentPart, LatentTerm, Objective, check_shard
 from .counts import Counts
 from .drafting import Drafting, Trunk, choose, decode
 from .explain import explain
@@ -209,6 +209,7 @@ class CompositeObjective(nn.Module):
         return explain(self.spec.terms, self.info, self.terms, tokens)
 
     def _parts(self, streams: Streams) -> dict[str, _Part]:
+        check_shard(self.spec.terms, streams, self.info, self.terms)
         parts = {}
         for term in self.spec.terms:
             for piece, valid in term.valid(streams).items():
@@ -283,9 +284,8 @@ class CompositeObjective(nn.Module):
             raise ValueError(f'objective: gradient_reduction is {gradient_reduction!r}, expected "mean" or "sum"')
         scheduled = [str(term.label) for term in self.spec.terms if not isinstance(term.weight, float)]
         if step is None and scheduled:
-            raise ValueError(
-                f"objective: step is None, expected an integer (scheduled weights: {', '.join(scheduled)})"
-            )
+            names = ", ".join(scheduled)
+            raise ValueError(f"objective: step is None, expected an integer (scheduled weights: {names})")
         if step is not None and not isinstance(step, Tensor) and not (is_int(step) and step >= 0):
             raise ValueError(f"objective: step is {step!r}, expected an integer >= 0")
 

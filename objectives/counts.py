@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_reduce, is_distributed
+
 
 class Counts(dict[str, Tensor]):
     """``{part: 0-d int64 tensor}``: add them over the microbatches of a window, all-reduce them once.
@@ -42,8 +44,7 @@ class Counts(dict[str, Tensor]):
 
         Reducing over one group after another (data, then context parallel) multiplies their sizes.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return self
-        packed = torch.stack(list(self.values()))
-        dist.all_reduce(packed, group=group)
+        packed = all_reduce(torch.stack(list(self.values())), group, "counts")
         return Counts(dict(zip(self, packed.unbind(), strict=True)), self.group_size * dist.get_world_size(group))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context, LatentPart, LatentTerm
 from .model_info import ModelInfo
@@ -52,6 +52,9 @@ class External(LatentTerm):
         if self.key() not in streams.external_pairs:
             return {"": torch.ones((), dtype=torch.int64, device=streams.device)}
         return {"": streams.external_pairs[self.key()][1]}
+
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return []
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         total, _ = streams.external_pairs[self.key()]

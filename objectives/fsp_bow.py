@@ -60,6 +60,9 @@ class FSPBagOfWords(LatentTerm):
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": self._bags(streams)[1].any(-1)}
 
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return []
+
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, module, info = streams.last_hidden, context.module, context.info
         assert h is not None and module is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from .dtensor import is_dtensor
 from .model_info import ModelInfo
 from .row_losses import logits_of
 
@@ -88,8 +88,6 @@ def _leaf(name: str, weight: Tensor) -> Tensor:
 
 
 def _plain(name: str, weight: Tensor) -> Tensor:
-    # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s (2 busy cores)
-    distributed = sys.modules.get("torch.distributed.tensor")
-    if distributed is not None and isinstance(weight, distributed.DTensor):
+    if is_dtensor(weight):
         raise TypeError(f"objective: {name}'s weight is a DTensor, expected a plain tensor inside the module's forward")
     return weight

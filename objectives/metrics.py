@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_reduce, is_distributed
 from .floor import floor_and_skill
 
 _INTERNAL = ("weighted", "denominator", "loss", "count", "unit_target")
@@ -54,11 +55,10 @@ class Metrics:
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Metrics:
         """The sums over the ranks of ``group`` (None: all), in one collective. One process: unchanged."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not is_distributed():
             return self
         flat = [x.reshape(-1) for own in self.sums.values() for x in own.values()]
-        packed = torch.cat(flat)
-        dist.all_reduce(packed, group=group)
+        packed = all_reduce(torch.cat(flat), group, "metrics")
         pieces = iter(packed.split([x.numel() for x in flat]))
         return Metrics({p: {n: next(pieces).view(x.shape) for n, x in own.items()} for p, own in self.sums.items()})
 

@@ -28,7 +28,9 @@ class ModelInfo:
             position t (row) may look at s (column): s <= t, same document; None: one document a row, causal alone.
             It keeps the initial values that the factory gives it. With an attribute ``incremental = True`` it is called
             as ``block(hidden, None, past)`` in `CompositeObjective.draft`, past a `KeyValues`; without, it reads the
-            whole sequence at each call there. None: a plain block, see `blocks`.
+            whole sequence at each call there. With an attribute ``context_parallel = True`` it is called with a part of
+            the sequence too, ``hidden [B, T/p, d]`` and mask ``[B, 1, T/p, T]``, and finds the other keys and values by
+            itself. None: a plain block, which has the first and not the second, see `blocks`.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.

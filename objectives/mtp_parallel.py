@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Context, HeadRows, Objective
-from .blocks import KeyValues, attention_mask, block_problems, make_block, without_padding
+from .blocks import (
+    KeyValues,
+    attention_mask,
+    factory_problems,
+    make_block,
+    whole_sequence_problems,
+    without_padding,
+)
 from .drafters import ParallelDrafter
 from .model_info import ModelInfo
 from .own_parameters import redraw, seeded
@@ -61,7 +68,7 @@ class MTPParallel(TokenTerm):
         ]
 
     def model_problems(self, info: ModelInfo) -> list[str]:
-        return block_problems(info) if self.heads == "block" else []
+        return factory_problems(info) if self.heads == "block" else []
 
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "head"})
@@ -74,6 +81,9 @@ class MTPParallel(TokenTerm):
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return valid_offsets(streams, self.offsets)
+
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return whole_sequence_problems(module)
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None and context.module is not None
@@ -100,7 +110,7 @@ class MTPParallel(TokenTerm):
 class Residual(nn.Module):
     """``h + silu(W h)``, W zero at first: the head starts as the identity, and learns, for silu'(0) = 1/2."""
 
-    incremental = True  # no position looks at another
+    incremental = context_parallel = True  # no position looks at another
 
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .base import Context, HeadRows
-from .blocks import RMSNorm, attention_mask, block_problems, make_block, without_padding
+from .blocks import (
+    RMSNorm,
+    attention_mask,
+    factory_problems,
+    make_block,
+    whole_sequence_problems,
+    without_padding,
+)
 from .drafters import SequentialDrafter
 from .heads import embedded
 from .model_info import ModelInfo
@@ -64,7 +71,7 @@ class MTPSequential(TokenTerm):
         return tuple(range(2, self.depth + 2))
 
     def model_problems(self, info: ModelInfo) -> list[str]:
-        return block_problems(info)
+        return factory_problems(info)
 
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", self.source, "head", "embed"})
@@ -77,6 +84,9 @@ class MTPSequential(TokenTerm):
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return valid_offsets(streams, self.offsets)
+
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return whole_sequence_problems(module)
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         trunk = getattr(streams, self.source)

@@ -64,6 +64,9 @@ class MTPShared(TokenTerm):
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return valid_offsets(streams, self.offsets)
 
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return []
+
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None
         return {str(k): self.against(streams, streams.last_hidden, k) for k in self.offsets}

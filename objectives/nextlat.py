@@ -19,7 +19,7 @@ from .own_parameters import OwnParameters
 from .registry import register
 from .row_losses import logits_of, sum_of_rows
 from .schema import number_problem
-from .shift import valid_pairs
+from .shift import inputs_ahead, rows_ahead, valid_pairs
 from .streams import Streams
 
 
@@ -70,15 +70,20 @@ class NextLat(LatentTerm):
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": valid_pairs(streams, 1)}
 
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return []
+
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, module = streams.last_hidden, context.module
         assert h is not None and streams.embed is not None and isinstance(module, LatentDynamics)
         if streams.token_ids is None:
             raise ValueError(f"{self.label}: token_ids is missing, expected it beside the labels")
-        keep = self.valid(streams)[""][:, :-1]
+        target, shift = rows_ahead(streams, h, 1)
+        pairs = h.shape[1] - shift
+        keep = self.valid(streams)[""][:, :pairs]
         # rows that do not count become zeros before anything reads them: a NaN there must not meet a zero gradient
-        here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (context.guard(h[:, :-1]), h[:, 1:].detach()))
-        token = embedded(streams.embed, streams.token_ids[:, 1:].masked_fill(~keep, 0))
+        here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (context.guard(h[:, :pairs]), target[:, shift:]))
+        token = embedded(streams.embed, inputs_ahead(streams, 1)[:, :pairs].masked_fill(~keep, 0))
         token = context.guard(token).masked_fill(~keep.unsqueeze(-1), 0)
         prediction = module(here, token, context.guard)
         sums = {}

@@ -18,7 +18,7 @@ from .model_info import ModelInfo
 from .projectors import Kind, Matrices, Projector
 from .registry import register
 from .schema import is_int, number_problem
-from .shift import valid_pairs
+from .shift import rows_ahead, valid_pairs
 from .streams import Streams
 
 # (SUM / normalizer, row losses, |p|, |z|): 0-d with a gradient, then three [B, T], zero where a pair does not count
@@ -100,31 +100,38 @@ class NITP(LatentTerm):
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": valid_pairs(streams, self.shift, labelled=self.mask == "document+label")}
 
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        if self.stop_gradient or self.shift == 0:
+            return []
+        return ["stop_gradient is False, expected True: rows of other ranks bring no gradient back"]
+
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h = context.guard(getattr(streams, self.source))
         z = streams.hidden_states[self.layer(context.info)]
-        z = context.guard(z) if not self.stop_gradient else z.detach()
+        z, shift = rows_ahead(streams, z, self.shift) if self.stop_gradient else (context.guard(z), self.shift)
         z = _rms_normalised(z, self.eps) if self.target_norm == "rms" else z
         valid = self.valid(streams)[""]
 
         def distance(hidden: Tensor, *matrices: Tensor | None) -> _Outcome:
             score = self._one_sided if self.stop_gradient else self._two_sided
-            return score(hidden, z, matrices, valid, context)  # type: ignore[arg-type]
+            return score(hidden, z, shift, matrices, valid, context)  # type: ignore[arg-type]
 
         assert isinstance(context.module, Projector)
         loss, rows, prediction_norm, target_norm = context.module(h, distance, context.guard)
         means = {"prediction_norm": prediction_norm.sum(), "target_norm": target_norm.sum()}
         cosine = self.distance == "cosine"
-        units = unit_target_sum(z, target_norm, valid, self.shift, self.eps) if cosine else None
+        units = unit_target_sum(z, target_norm, valid, shift, self.eps) if cosine else None
         return {"": LatentPart(loss, rows.sum(dtype=torch.float64), means, units)}
 
-    def _one_sided(self, h: Tensor, z: Tensor, matrices: Matrices, valid: Tensor, context: Context) -> _Outcome:
+    def _one_sided(
+        self, h: Tensor, z: Tensor, shift: int, matrices: Matrices, valid: Tensor, context: Context
+    ) -> _Outcome:
         loss, stats = implicit_token_loss(
             h,
             z,
             *matrices,
             valid=valid,
-            shift=self.shift,
+            shift=shift,
             distance=self.distance,
             eps=self.eps,
             reduction="mean",
@@ -134,13 +141,15 @@ class NITP(LatentTerm):
         )
         return loss, stats.loss, stats.prediction_norm, stats.target_norm
 
-    def _two_sided(self, h: Tensor, z: Tensor, matrices: Matrices, valid: Tensor, context: Context) -> _Outcome:
+    def _two_sided(
+        self, h: Tensor, z: Tensor, shift: int, matrices: Matrices, valid: Tensor, context: Context
+    ) -> _Outcome:
         """The same pairs with gradients to both sides."""
-        pairs = max(0, h.shape[1] - self.shift)
+        pairs = max(0, h.shape[1] - shift)
         keep = valid[:, :pairs]
         # masked rows become zeros before anything reads them: a NaN there must not meet a zero gradient
         h = h[:, :pairs].masked_fill(~keep.unsqueeze(-1), 0)
-        z = z[:, self.shift :].masked_fill(~keep.unsqueeze(-1), 0)
+        z = z[:, shift:].masked_fill(~keep.unsqueeze(-1), 0)
         p = _project(h, matrices, context.backend)
         rows = alignment(p, z, distance=self.distance, eps=self.eps, backend=context.backend)
         rows = rows.masked_fill(~keep, 0)

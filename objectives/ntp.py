@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context, HeadRows
 from .model_info import ModelInfo
@@ -48,6 +48,9 @@ class NTP(TokenTerm):
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": token_targets(streams, 1) != streams.ignore_index}
+
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return []
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dtensor import fill
 from .model_info import ModelInfo
 
 
@@ -37,12 +38,15 @@ class OwnParameters(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial values anew, always the same ones; on the meta device nothing happens."""
+        """Draw the initial values anew, always the same ones; on the meta device nothing happens.
+
+        Where an engine has cut a parameter into DTensors each rank draws all of it and keeps its part.
+        """
         generator = torch.Generator().manual_seed(self.seed)
         for parameter in self.parameters(recurse=False):
             if not parameter.is_meta:
                 values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(values.normal_(0.0, self.initializer_range, generator=generator))
+                fill(parameter, values.normal_(0.0, self.initializer_range, generator=generator))
 
 
 class OwnHead(OwnParameters):
@@ -85,4 +89,4 @@ def redraw(module: nn.Module, make: Callable[[], nn.Module], seed: int) -> None:
         fresh = make()
     mine, values = ([*each.parameters(), *each.buffers()] for each in (module, fresh))
     for old, new in zip(mine, values, strict=True):
-        old.copy_(new)
+        fill(old, new)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Context, LatentPart, LatentTerm
 from .model_info import ModelInfo
@@ -50,6 +50,9 @@ class CosineRegularizer(LatentTerm):
         documents, inside = _documents(streams)
         size = torch.zeros_like(documents).scatter_add_(1, documents, inside.to(torch.int64)).gather(1, documents)
         return {"": torch.where(inside, size - 1, 0)}
+
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return ["it pairs all tokens of a document, which other ranks hold too, expected whole sequences"]
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         assert streams.last_hidden is not None

@@ -4,6 +4,9 @@
 
 With shift_labels a row knows one token more, token T. It has a label but no hidden state: token targets reach it, pairs
 of hidden states do not. Its document is unknown, so it counts as that of token T - 1 and its label alone decides.
+
+Under context parallel (`Streams.shard`) everything is shifted over the whole sequence, then cut to the positions that
+are here: [B, T] is then [B, T/p].
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sequence_shard import columns
 from .streams import Streams
 
 
@@ -19,9 +23,8 @@ def valid_pairs(streams: Streams, k: int, *, labelled: bool = False) -> Tensor:
 
     A token whose label is unknown (token 0 under shift_labels, which only ``k = 0`` can ask for) is not ok.
     """
-    length = streams.shape[1]
-    inside = torch.arange(length, device=streams.device) + k < length
-    valid = inside.expand(streams.shape) & _same_document(streams, k)
+    here, _ = _documents(streams)
+    valid = _equal_ahead(here, here, k, streams)
     return valid & (token_targets(streams, k) != streams.ignore_index) if labelled else valid
 
 
@@ -42,14 +45,23 @@ def inputs_ahead(streams: Streams, k: int) -> Tensor:
     return _ahead(streams.token_ids.to(torch.int64), k, streams, 0)
 
 
+def rows_ahead(streams: Streams, rows: Tensor, k: int) -> tuple[Tensor, int]:
+    """(x, s): the detached row of a hidden stream k tokens after t is ``x[:, t+s]``, [B, T, d].
+
+    Without a shard that is (rows, k), nothing is copied. With one the rows of other ranks come in, and s is 0.
+    """
+    return (rows.detach(), k) if streams.shard is None else (streams.shard.following(rows, k), 0)
+
+
 def nearest_targets(streams: Streams, window: int) -> Tensor:
     """``x[t+k]`` for k = 1 .. K = min(window, T): int64 [B, T, K].
 
     ignore_index where V_k does not hold or where x[t+k] is already a target at a smaller k.
     """
-    tokens, (here, known) = _targets(streams), _documents(streams)
-    valid = (_window(known, window, streams, -1) == here.unsqueeze(-1)) & (here >= 0).unsqueeze(-1)
-    place = torch.arange(streams.shape[1], device=streams.device).view(1, -1, 1)
+    tokens, (whole, known) = _targets(streams), _documents(streams)
+    here = streams.here(whole).unsqueeze(-1)
+    valid = (_window(known, window, streams, -1) == here) & (here >= 0)
+    place = streams.here(torch.arange(whole.shape[1], device=streams.device).unsqueeze(0)).unsqueeze(-1)
     first = _window(_previous(tokens, known), window, streams, -1) <= place
     targets = _window(tokens, window, streams, streams.ignore_index)
     return targets.masked_fill(~(valid & first), streams.ignore_index)
@@ -70,10 +82,11 @@ def window_weights(streams: Streams, window: int) -> Tensor | None:
 
 
 def _targets(streams: Streams) -> Tensor:
-    """x[t] where ok[t] holds, else ignore_index: int64 [B, T], or [B, T+1] under shift_labels (x[0] is unknown)."""
+    """x[t] where ok[t] holds, else ignore_index: int64 [B, T] of the whole sequence, or
+    [B, T+1] under shift_labels (x[0] is unknown)."""
     tokens = streams.tokens.to(torch.int64)
     if streams.shift_labels is not None:
-        unknown = tokens.new_full((streams.shape[0], 1), streams.ignore_index)
+        unknown = tokens.new_full((tokens.shape[0], 1), streams.ignore_index)
         tokens = torch.cat([unknown, tokens], dim=1)
     if streams.target_mask is None:
         return tokens
@@ -81,16 +94,20 @@ def _targets(streams: Streams) -> Tensor:
 
 
 def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
-    """Documents [B, T], and the same with the token that only shift_labels knows."""
+    """Documents of the whole sequence [B, T], and the same with the token that only shift_labels knows."""
     here = streams.documents
     if here is None:
-        here = torch.zeros(streams.shape, dtype=torch.int64, device=streams.device)
+        here = torch.zeros_like(streams.tokens, dtype=torch.int64)
     return here, here if streams.shift_labels is None else torch.cat([here, here[:, -1:]], dim=1)
 
 
 def _same_document(streams: Streams, k: int) -> Tensor:
     """doc[t+k] == doc[t] >= 0, also where t + k is the token that only shift_labels knows."""
-    here, known = _documents(streams)
+    return _equal_ahead(*_documents(streams), k, streams)
+
+
+def _equal_ahead(whole: Tensor, known: Tensor, k: int, streams: Streams) -> Tensor:
+    here = streams.here(whole)
     return (_ahead(known, k, streams, -1) == here) & (here >= 0)
 
 
@@ -107,21 +124,23 @@ def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
 def _with_last(values: Tensor, streams: Streams, last: float) -> Tensor:
     if streams.shift_labels is None:
         return values
-    return torch.cat([values, values.new_full((streams.shape[0], 1), last)], dim=1)
+    return torch.cat([values, values.new_full((values.shape[0], 1), last)], dim=1)
 
 
 def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
-    """out[b, t] = values[b, t+k], `fill` past the end; T columns whatever values has."""
-    batch, length = streams.shape
-    shifted = values[:, k : k + length]
-    return torch.cat([shifted, values.new_full((batch, length - shifted.shape[1]), fill)], dim=1)
+    """out[b, t] = values[b, t+k] at the positions t that are here, `fill` past the end; values: the whole sequence."""
+    return columns(_padded(values, k, streams, fill), streams.spans, k)
 
 
 def _window(values: Tensor, window: int, streams: Streams, fill: float) -> Tensor:
-    """out[b, t, k - 1] = values[b, t+k] for k = 1 .. min(window, T), `fill` past the end; a view of one copy.
+    """out[b, t, k - 1] = values[b, t+k] for k = 1 .. min(window, T), `fill` past the end; a view where t is every t.
 
     k = 1 is there also where T = 0: a width of zero would be no row of targets."""
-    batch, length = streams.shape
-    width = max(1, min(window, length))
-    missing = max(0, max(1, length) + width - values.shape[1])
-    return torch.cat([values, values.new_full((batch, missing), fill)], dim=1)[:, 1:].unfold(1, width, 1)[:, :length]
+    width = max(1, min(window, streams.tokens.shape[1]))
+    return columns(_padded(values, width, streams, fill)[:, 1:].unfold(1, width, 1), streams.spans)
+
+
+def _padded(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
+    """values [B, S], as many columns as t + k may ask for."""
+    missing = max(0, max(1, streams.spans[-1][1]) + k - values.shape[1])
+    return torch.cat([values, values.new_full((values.shape[0], missing), fill)], dim=1)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .documents import derive_documents
 from .schema import is_int
+from .sequence_shard import SequenceShard, columns
 
 _TOKEN_FIELDS = (
     "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
@@ -36,8 +37,11 @@ class Streams:
         head, embed: the module (anything with ``weight [V, d]`` and perhaps ``bias [V]``) or a leaf tensor ``[V, d]``.
         external: ``{name: (sum, count)}`` that the model computed itself, or ``{name: sum}`` with a count of 1.
         ignore_index: the label that means "no target".
+        shard: under context parallel, the part of the sequence that is here. Token streams and documents are then
+            of the whole sequence, ``[B, shard.length]``, hidden streams of the part, ``[B, shard.size, d]``.
 
     Attributes:
+        shape: (B, T) of the hidden streams. spans: which positions of the token streams they are.
         documents: document ids ``[B, T]`` after all derivations, or None: one document a row.
         external_pairs: `external` with every count there, a 0-d int64 tensor.
 
@@ -67,6 +71,7 @@ class Streams:
     embed: nn.Module | Tensor | None = None
     external: Mapping[str, Tensor | tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     ignore_index: int = -100
+    shard: SequenceShard | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.shift_labels is not None:
@@ -76,12 +81,16 @@ class Streams:
         if not isinstance(self.hidden_states, Mapping):
             came = type(self.hidden_states).__name__
             raise TypeError(f"Streams: hidden_states is a {came}, expected a mapping of block count to tensor")
-        self.shape = self._check_shapes()
+        if not (self.shard is None or isinstance(self.shard, SequenceShard)):
+            raise TypeError(f"Streams: shard is a {type(self.shard).__name__}, expected a SequenceShard")
+        whole = self._check_shapes()
+        self.spans = ((0, whole[1]),) if self.shard is None else self.shard.spans
+        self.shape = whole if self.shard is None else (whole[0], self.shard.size)
         self.device = self.tokens.device
         self._check_dtypes()
         self.external_pairs = {name: self._pair(name) for name in self.external}
         self.documents = derive_documents(
-            self.shape,
+            whole,
             self.device,
             document_ids=self.document_ids,
             attention_mask=self.attention_mask,
@@ -106,6 +115,10 @@ class Streams:
             return getattr(self, name, None) is not None
         return (int(key) if name == "hidden_states" else key) in getattr(self, name)
 
+    def here(self, values: Tensor) -> Tensor:
+        """Of a token stream ``[B, T, ...]`` the positions that the hidden streams have."""
+        return columns(values, self.spans)
+
     def hidden_streams(self) -> dict[str, Tensor]:
         """Every hidden stream that is here, under the name that objectives require it by."""
         named = {name: getattr(self, name) for name in _HIDDEN_FIELDS}
@@ -128,9 +141,12 @@ class Streams:
         classes = self.class_weight
         if classes is not None and classes.dim() != 1:
             raise ValueError(f"Streams: class_weight has shape {tuple(classes.shape)}, expected (V,)")
+        if self.shard is not None and shape[1] != self.shard.length:
+            raise ValueError(f"Streams: the token streams have shape {shape}, expected all {self.shard.length} tokens")
+        part = shape if self.shard is None else (shape[0], self.shard.size)
         for name, value in self.hidden_streams().items():
-            if value.dim() != 3 or tuple(value.shape[:2]) != shape:
-                raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {(*shape, 'd')}")
+            if value.dim() != 3 or tuple(value.shape[:2]) != part:
+                raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {(*part, 'd')}")
         return shape  # type: ignore[return-value]
 
     def _check_dtypes(self) -> None:

@@ -60,6 +60,9 @@ class TOP(HeadTerm):
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": (nearest_targets(streams, self.window) != streams.ignore_index).any(-1)}
 
+    def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
+        return []
+
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         hidden, head = streams.last_hidden, context.module
         assert hidden is not None and head is not None
