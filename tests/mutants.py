@@ -30,8 +30,8 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     # what a row's loss and gradient are
-    Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source_rows"),
-    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source_rows"),
+    Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source"),
+    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source"),
     Mutant("csrc/alignment.h", "1 / (p * z))) : A(0)", "1 / p)) : A(0)", "cuda_source_rows"),
     Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
     Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
