@@ -36,7 +36,7 @@ MUTANTS = (
     Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
     Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
     # the chunked algorithms
-    Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "token_semantics"),
+    Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),
     Mutant(
         "nitp_ops/_token_chunks.py",
         "chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0)",
@@ -57,7 +57,7 @@ MUTANTS = (
         "nitp_ops/_latent_chunks.py", "slice(part.start + shift, part.stop + shift)", "part", "implicit_token_loss"
     ),
     Mutant("nitp_ops/_latent_chunks.py", "(part + shift).clamp_", "(part + shift - 1).clamp_", "implicit_token_loss"),
-    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else", "op_laws"),
+    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else", "linear_cross_entropy"),
     Mutant("nitp_ops/_gradients.py", "elif not one and eager:", "elif False:", "op_laws"),
     # which rows count, and what divides them
     Mutant("objectives/shift.py", "+ k < length", "+ k <= length", "objectives_shift"),
