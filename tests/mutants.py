@@ -57,8 +57,10 @@ MUTANTS = (
         "nitp_ops/_latent_chunks.py", "slice(part.start + shift, part.stop + shift)", "part", "implicit_token_loss"
     ),
     Mutant("nitp_ops/_latent_chunks.py", "(part + shift).clamp_", "(part + shift - 1).clamp_", "implicit_token_loss"),
-    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else", "linear_cross_entropy"),
-    Mutant("nitp_ops/_gradients.py", "elif not one and eager:", "elif False:", "op_laws"),
+    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else",
+           "linear_cross_entropy"),
+    Mutant("nitp_ops/_gradients.py", "buffer.addcmul_(gradient, upstream.to(buffer.dtype))", "buffer.add_(gradient)",
+           "token_semantics"),
     # which rows count, and what divides them
     Mutant("objectives/shift.py", "+ k < length", "+ k <= length", "objectives_shift"),
     Mutant("objectives/shift.py", "== here) & (here >= 0)", "== here)", "objectives_shift objectives_properties"),
@@ -72,6 +74,7 @@ MUTANTS = (
     Mutant("objectives/composite.py", "torch.where(own[piece] == 0, 0, part.loss)", "part.loss", "objectives_plan"),
     Mutant("objectives/guard.py", "torch.where(alive, gradients[0], 0)", "gradients[0]", "objectives_plan"),
     Mutant("objectives/head_parts.py", "self.term == other.term and ", "", "objectives_mtp_shared objectives_plan"),
+    Mutant("objectives/head_parts.py", "torch.where(present, loud, 0)", "present.to(loud.dtype)", "objectives_sets"),
     Mutant("objectives/head_parts.py", "(1 - self.rows.label_smoothing) * (", "(", "objectives_mtp_shared"),
     # the objectives
     Mutant("objectives/nitp.py", "* info.num_layers + 0.75", "* info.num_layers", "objectives_build"),

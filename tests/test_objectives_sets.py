@@ -9,24 +9,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectives_cases import INFO, gradients, make_batch
 
-from nitp_ops.objectives import Ramp, available, build, parse
+from nitp_ops.objectives import HeadTerm, Ramp, available, build, parse
+from nitp_ops.objectives.registry import find
 
 # offsets that no other of the drawn terms predicts from the same hidden states with the same head
 OPTIONS = {"mtp_parallel": "(offsets=[4, 5])", "mtp_shared": "(offsets=[2, 3], weights=[1, 0.5])"}
 OPTIONS |= {"mtp_sequential": "(depth=2)", "top": "(window=3)", "nitp": "(target_layer=2)"}
-WEIGHTS = st.sampled_from([0.0, 0.3, 1.0, Ramp(to=0.8, begin=2, warmup=6), Ramp(to=2.0, begin=5)])
+HEAD_TERMS = [name for name in available() if issubclass(find(name), HeadTerm)]
+OTHERS = [name for name in available() if name not in HEAD_TERMS]
+WEIGHTS = st.sampled_from([0.3, 1.0, 0.0, Ramp(to=0.8, begin=2, warmup=6), Ramp(to=2.0, begin=5)])
 HEADS = {"softcap": [None, 4.0], "logit_scale": [1.0, 0.7]}
 
 
 @st.composite
 def sets(draw):
     """Terms of different objectives, each with a weight that may be zero or still rising."""
-    names = draw(st.lists(st.sampled_from(available()), min_size=1, max_size=5, unique=True))
+    heads = draw(st.lists(st.sampled_from(HEAD_TERMS), min_size=1, max_size=5, unique=True))
+    names = draw(st.permutations(heads + draw(st.lists(st.sampled_from(OTHERS), max_size=2, unique=True))))
     terms = parse(" + ".join(f"x_{name}: {name}{OPTIONS.get(name, '')}" for name in names)).terms
     return [replace(term, weight=draw(WEIGHTS)) for term in terms]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(
     terms=sets(),
     documents=st.lists(st.sampled_from([-1, 0, 1]), min_size=21, max_size=21),
