@@ -68,9 +68,8 @@ MUTANTS = (
     Mutant("objectives/shift.py", "streams, -1) <= place", "streams, -1) < place", "objectives_top"),
     Mutant("objectives/documents.py", "positions[:, :-1] + 1", "positions[:, :-1]", "objectives_shift"),
     Mutant("objectives/composite.py", '== "mean" else 1', '== "sum" else 1', "objectives_ranks"),
-    Mutant(
-        "objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name", "objectives_build"
-    ),
+    Mutant("objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name",
+           "objectives_properties"),
     Mutant("objectives/composite.py", "torch.where(own[piece] == 0, 0, part.loss)", "part.loss", "objectives_plan"),
     Mutant("objectives/guard.py", "torch.where(alive, gradients[0], 0)", "gradients[0]", "objectives_plan"),
     Mutant("objectives/head_parts.py", "self.term == other.term and ", "", "objectives_mtp_shared objectives_plan"),
