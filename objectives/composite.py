@@ -20,7 +20,7 @@ from .head_parts import HeadPart
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .schedule import weight_at
-from .schema import SpecError, is_int
+from .schema import is_int
 from .spec import Spec, SpecLike, parse
 from .streams import Streams
 
@@ -69,11 +69,7 @@ def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | Non
     """
     if not isinstance(model, ModelInfo):
         raise TypeError(f"build: model is a {type(model).__name__}, expected a ModelInfo")
-    parsed = parse(spec)
-    problems = [f"{term.label}: {problem}" for term in parsed.terms for problem in term.model_problems(model)]
-    if problems:
-        raise SpecError(problems)
-    return CompositeObjective(parsed, model, seed, backend)
+    return CompositeObjective(parse(spec, model), model, seed, backend)
 
 
 class CompositeObjective(nn.Module):

@@ -11,6 +11,7 @@ from torch import nn
 
 from .base import Objective
 from .expression import parse_expression
+from .model_info import ModelInfo
 from .registry import NAME, find
 from .schedule import Piecewise, Ramp
 from .schema import SpecError, suggestion
@@ -58,7 +59,7 @@ class Spec:
 
         Example:
             >>> parse("0.5*ntp(z_loss=1e-4)").to_dict()["ntp"]
-            {'weight': 0.5, 'denominator': 'own', 'label_smoothing': 0.0, 'z_loss': 0.0001}
+            {'weight': 0.5, 'denominator': 'own', 'label_smoothing': 0.0, 'z_loss': 0.0001, 'class_weight': False}
         """
         return {str(term.label): _options(term) for term in self.terms}
 
@@ -66,7 +67,7 @@ class Spec:
 SpecLike: TypeAlias = str | Mapping[str, Any] | Sequence[Objective] | Objective | Spec
 
 
-def parse(spec: SpecLike) -> Spec:
+def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
     """The frozen spec of any spelling.
 
     * expression: ``"ntp + 0.8*nitp(target_layer=0.2) + late: 0.1*nitp(target_layer=8)"``;
@@ -75,7 +76,7 @@ def parse(spec: SpecLike) -> Spec:
     * dataclasses: ``[NTP(), NITP(weight=0.8), NITP(label="late", weight=0.1, target_layer=8)]``.
 
     Raises:
-        SpecError: everything that is wrong with the spec, in its ``problems``.
+        SpecError: everything that is wrong with the spec, in its ``problems``; with a model also what does not fit it.
         TypeError: not a spec at all.
 
     Example:
@@ -83,7 +84,7 @@ def parse(spec: SpecLike) -> Spec:
         True
     """
     if isinstance(spec, Spec):
-        return spec
+        spec = spec.terms
     if isinstance(spec, Objective):
         spec = [spec]
     problems: list[str] = []
@@ -107,6 +108,8 @@ def parse(spec: SpecLike) -> Spec:
             terms.append(_construct(label, name, options))
         except SpecError as error:
             problems += error.problems
+    if model is not None:
+        problems += [f"{term.label or term.name}: {line}" for term in terms for line in term.model_problems(model)]
     try:
         whole = Spec(tuple(terms)) if terms or not problems else None
     except SpecError as error:

@@ -30,13 +30,13 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     # what a row's loss and gradient are
-    Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source_rows"),
-    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source_rows"),
+    Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source"),
+    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source"),
     Mutant("csrc/alignment.h", "1 / (p * z))) : A(0)", "1 / p)) : A(0)", "cuda_source_rows"),
     Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
     Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
     # the chunked algorithms
-    Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "token_semantics"),
+    Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),
     Mutant(
         "nitp_ops/_token_chunks.py",
         "chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0)",
@@ -57,8 +57,10 @@ MUTANTS = (
         "nitp_ops/_latent_chunks.py", "slice(part.start + shift, part.stop + shift)", "part", "implicit_token_loss"
     ),
     Mutant("nitp_ops/_latent_chunks.py", "(part + shift).clamp_", "(part + shift - 1).clamp_", "implicit_token_loss"),
-    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else", "op_laws"),
-    Mutant("nitp_ops/_gradients.py", "elif not one and eager:", "elif False:", "op_laws"),
+    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else",
+           "linear_cross_entropy"),
+    Mutant("nitp_ops/_gradients.py", "buffer.addcmul_(gradient, upstream.to(buffer.dtype))", "buffer.add_(gradient)",
+           "token_semantics"),
     # which rows count, and what divides them
     Mutant("objectives/shift.py", "+ k < length", "+ k <= length", "objectives_shift"),
     Mutant("objectives/shift.py", "== here) & (here >= 0)", "== here)", "objectives_shift objectives_properties"),
@@ -66,12 +68,12 @@ MUTANTS = (
     Mutant("objectives/shift.py", "streams, -1) <= place", "streams, -1) < place", "objectives_top"),
     Mutant("objectives/documents.py", "positions[:, :-1] + 1", "positions[:, :-1]", "objectives_shift"),
     Mutant("objectives/composite.py", '== "mean" else 1', '== "sum" else 1', "objectives_ranks"),
-    Mutant(
-        "objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name", "objectives_build"
-    ),
+    Mutant("objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name",
+           "objectives_properties"),
     Mutant("objectives/composite.py", "torch.where(own[piece] == 0, 0, part.loss)", "part.loss", "objectives_plan"),
     Mutant("objectives/guard.py", "torch.where(alive, gradients[0], 0)", "gradients[0]", "objectives_plan"),
     Mutant("objectives/head_parts.py", "self.term == other.term and ", "", "objectives_mtp_shared objectives_plan"),
+    Mutant("objectives/head_parts.py", "torch.where(present, loud, 0)", "present.to(loud.dtype)", "objectives_sets"),
     Mutant("objectives/head_parts.py", "(1 - self.rows.label_smoothing) * (", "(", "objectives_mtp_shared"),
     # the objectives
     Mutant("objectives/nitp.py", "* info.num_layers + 0.75", "* info.num_layers", "objectives_build"),

@@ -56,6 +56,14 @@ def test_a_target_layer_outside_the_model_is_refused_with_every_other_problem():
     )
 
 
+def test_what_does_not_fit_the_model_stands_beside_what_is_no_spec():
+    with pytest.raises(SpecError) as caught:
+        build("ntpp + nitp(target_layer=17) + top(window=0)", model=info())
+    unknown, window, layer = caught.value.problems
+    assert unknown.startswith('"ntpp" is no objective') and window.startswith("top: window is 0")
+    assert layer.startswith("nitp: target_layer is 17")
+
+
 def test_requires_names_exactly_the_streams_that_are_read():
     assert build("ntp", model=info()).requires == {"token_ids", "last_hidden", "head"}
     objective = build("nitp(source=last_residual, target_layer=3)", model=info())
