@@ -83,7 +83,8 @@ def stock_trainer(rank: int, folder: str) -> None:
             found = [by_hand.sums(share) for share in shares]
             items = sum(f["ntp"][1] for f in found)
             by_hand.step(
-                sum(f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items for f in found), RATE
+                sum(f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items for f in found),
+                RATE,
             )
         by_hand.check(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,15 @@ import nitp_ops
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from transformers import DataCollatorWithFlattening, Trainer  # noqa: E402
+from transformers import DataCollatorWithFlattening, Trainer
 
-from nitp_ops.integrations.transformers import NitpTrainer, NitpTrainerMixin  # noqa: E402
+from nitp_ops.integrations.transformers import NitpTrainer, NitpTrainerMixin
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5
 
 
-def make_trainer(folder: Path, cls: type[Trainer] = NitpTrainer, *, objective: str | None = SPEC, **options):
+def make_trainer(folder: Path, cls: Any = NitpTrainer, *, objective: Any = SPEC, **options: Any) -> Any:
     """A trainer of a new tiny Llama on eight ragged rows, and the same model by hand."""
     model, given = tiny_llama(), options.pop("given", {})
     collator = options.pop("data_collator", padded)
@@ -38,9 +39,7 @@ def logged(trainer: Trainer) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("size, accumulated", [(8, 1), (4, 2), (3, 3)])
 def test_every_cut_of_the_batch_takes_the_steps_of_the_formula(tmp_path, size, accumulated):
-    trainer, by_hand = make_trainer(
-        tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated
-    )
+    trainer, by_hand = make_trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
     trainer.train()
     for entry in logged(trainer):
         loss = by_hand.loss([padded(ragged_rows())])
@@ -58,7 +57,10 @@ def test_the_contributions_add_up_to_the_logged_loss_also_over_several_steps(tmp
         parts = {"ntp": 0.0, "nitp": 0.0}
         for _ in range(2):
             found = {term: total / count for term, (total, count) in by_hand.sums(batch).items()}
-            parts = {"ntp": parts["ntp"] + found["ntp"].item() / 2, "nitp": parts["nitp"] + WEIGHT * found["nitp"].item() / 2}
+            parts = {
+                "ntp": parts["ntp"] + found["ntp"].item() / 2,
+                "nitp": parts["nitp"] + WEIGHT * found["nitp"].item() / 2,
+            }
             by_hand.step(found["ntp"] + WEIGHT * found["nitp"], RATE)
         assert entry["loss/ntp"] == pytest.approx(parts["ntp"], rel=1e-9)
         assert entry["loss/nitp"] == pytest.approx(parts["nitp"], rel=1e-9)
@@ -69,7 +71,11 @@ def test_the_contributions_add_up_to_the_logged_loss_also_over_several_steps(tmp
 
 def test_the_stock_trainer_weighs_local_means_by_their_share_of_the_tokens(tmp_path):
     trainer, by_hand = make_trainer(
-        tmp_path, Trainer, per_device_train_batch_size=4, gradient_accumulation_steps=2, train_sampling_strategy="sequential"
+        tmp_path,
+        Trainer,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
     )
     trainer.train()
     rows = ragged_rows()
@@ -131,7 +137,11 @@ def test_evaluation_shows_the_loss_of_the_plain_model(tmp_path):
     rows = ragged_rows()
     trainer, by_hand = make_trainer(tmp_path, given={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1)
     plain = Trainer(
-        model=tiny_llama(), args=trainer_arguments(tmp_path), data_collator=padded, eval_dataset=rows, train_dataset=rows
+        model=tiny_llama(),
+        args=trainer_arguments(tmp_path),
+        data_collator=padded,
+        eval_dataset=rows,
+        train_dataset=rows,
     )
     assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
     trainer.train()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from trainer_cases import SPEC, ByHand, padded, ragged_rows, tiny_llama, trainer_arguments
@@ -10,17 +12,17 @@ import nitp_ops
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
-from datasets import Dataset  # noqa: E402
-from transformers import ByT5Tokenizer  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from datasets import Dataset
+from transformers import ByT5Tokenizer
+from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
-from nitp_ops.integrations.trl import NitpSFTTrainer  # noqa: E402
+from nitp_ops.integrations.trl import NitpSFTTrainer
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5
 
 
-def make_trainer(folder, cls=NitpSFTTrainer, *, given=None, **options):
+def make_trainer(folder, cls: Any = NitpSFTTrainer, *, given: Any = None, **options) -> Any:
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 64, **options}
     options = {"gradient_checkpointing": False, "bf16": False, **options}
     arguments = trainer_arguments(folder, SFTConfig, **options)
@@ -66,7 +68,9 @@ def test_ntp_alone_trains_and_logs_like_trl(tmp_path):
 
 def test_evaluation_is_that_of_trl(tmp_path):
     rows = Dataset.from_list(ragged_rows(4, seed=5))
-    found, expected = (make_trainer(tmp_path, cls, given={"eval_dataset": rows}).evaluate() for cls in (NitpSFTTrainer, SFTTrainer))
+    found, expected = (
+        make_trainer(tmp_path, cls, given={"eval_dataset": rows}).evaluate() for cls in (NitpSFTTrainer, SFTTrainer)
+    )
     assert found["eval_loss"] == expected["eval_loss"]
     assert found["eval_entropy"] == expected["eval_entropy"]
 

@@ -29,10 +29,10 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
         num_key_value_heads=1,
         max_position_embeddings=64,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(config).to(dtype=dtype)  # type: ignore[reportArgumentType]
 
 
-def ragged_rows(count: int = 8, seed: int = 1) -> list[dict[str, list[int]]]:
+def ragged_rows(count: int = 8, seed: int = 1) -> Any:
     """Rows of 4 to 11 tokens whose first tokens are a prompt, without labels; the last row has no label at all."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
@@ -70,7 +70,9 @@ class ByHand(nn.Module):
 
     def sums(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """``{term: (SUM, COUNT)}`` of one batch."""
-        inputs = {name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "position_ids")}
+        inputs = {
+            name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "position_ids")
+        }
         out = self.plain(**inputs, output_hidden_states=True, use_cache=False)
         document = document_ids(batch)
         joined = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
@@ -83,15 +85,15 @@ class ByHand(nn.Module):
         nitp = (1 - F.cosine_similarity(predicted, z, dim=-1))[joined].sum()
         return {"ntp": (ntp, (targets != -100).sum()), "nitp": (nitp, joined.sum())}
 
-    def loss(self, batches: Iterable[dict[str, Tensor]], weights: dict[str, float] | None = None) -> Tensor:
+    def loss(self, batches: Iterable[dict[str, Tensor]], weights: dict[str, float] | None = None) -> Any:
         """``sum of weight * SUM / COUNT`` over all batches."""
         weights = weights or {"ntp": 1.0, "nitp": WEIGHT}
         found = [self.sums(batch) for batch in batches]
         return sum(
             weight * sum(f[term][0] for f in found) / sum(f[term][1] for f in found) for term, weight in weights.items()
-        )  # type: ignore[return-value]
+        )
 
-    def step(self, loss: Tensor, rate: float) -> None:
+    def step(self, loss: Any, rate: float) -> None:
         """One step of gradient descent."""
         self.zero_grad()
         loss.backward()
@@ -100,15 +102,18 @@ class ByHand(nn.Module):
                 if parameter.grad is not None:
                     parameter -= rate * parameter.grad
 
-    def check(self, model: nn.Module, **tolerances: float) -> None:
+    def check(self, model: Any, rtol: float = 1e-9, atol: float = 1e-12) -> None:
         """The attached model has these parameters."""
-        tolerances = tolerances or {"rtol": 1e-9, "atol": 1e-12}
         mine = {name: p for name, p in model.named_parameters() if "nitp_objective" not in name}
         for name, parameter in self.plain.named_parameters():
-            torch.testing.assert_close(mine[name], parameter, **tolerances, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                mine[name], parameter, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
         own = {name.replace(".", "_"): p for name, p in model.nitp_objective.named_parameters()}
         for name, parameter in self.projector.items():
-            torch.testing.assert_close(own[name], parameter, **tolerances, msg=lambda text, n=name: f"{n}: {text}")
+            torch.testing.assert_close(
+                own[name], parameter, rtol=rtol, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+            )
 
 
 def document_ids(batch: dict[str, Tensor]) -> Tensor:

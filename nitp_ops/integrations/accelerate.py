@@ -1,12 +1,12 @@
 """A plain loop with Accelerate: the counts of each accumulation window before its first forward pass.
 
-    accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp + 0.8*nitp"))
-    accelerator.register_for_checkpointing(accumulation)
-    for batch in accumulation(loader):
-        with accelerator.accumulate(model):
-            accumulation.backward(model(**batch).loss)
-            optimizer.step()
-            optimizer.zero_grad()
+accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp + 0.8*nitp"))
+accelerator.register_for_checkpointing(accumulation)
+for batch in accumulation(loader):
+    with accelerator.accumulate(model):
+        accumulation.backward(model(**batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Accumulation:
     batches out one by one: losses of microbatches and ranks add up to that of the window. The last window of a loader
     may be short, as in Accelerate.
 
-    Register it with ``accelerator.register_for_checkpointing``: `save_state` then keeps the own parameters, the spec and
-    the step, and `load_state` refuses a folder without them, or of another spec.
+    Register it with ``accelerator.register_for_checkpointing``: `save_state` then keeps the own parameters, the spec
+    and the step, and `load_state` refuses a folder without them, or of another spec.
 
     Args:
         accelerator: one process or data parallel.
@@ -62,7 +62,7 @@ class Accumulation:
     def __init__(self, accelerator: Accelerator, handle: Handle) -> None:
         data_parallel_only(accelerator, "Accumulation")
         if not accelerator.gradient_state.sync_with_dataloader:
-            raise ValueError("Accumulation: sync_with_dataloader is False, expected True: a window ends with its loader")
+            raise ValueError("Accumulation: sync_with_dataloader is False, expected True (no window spans two loaders)")
         self.accelerator, self.handle, self.step = accelerator, handle, 0
         self._counts: Counts | None = None
         self._log, self._logged_step = StepLog(handle.objective.spec), 0
@@ -74,7 +74,7 @@ class Accumulation:
             TypeError: another loader, which does not say where it ends.
         """
         if not hasattr(loader, "end_of_dataloader"):
-            raise TypeError(f"Accumulation: loader is a {type(loader).__name__}, expected what accelerator.prepare returns")
+            raise TypeError(f"Accumulation: loader is a {type(loader).__name__}, expected one from accelerator.prepare")
         batches = iter(loader)
         try:
             while window := self._read_window(loader, batches):
@@ -100,17 +100,19 @@ class Accumulation:
         return window
 
     def backward(self, loss: Tensor) -> None:
-        """``accelerator.backward`` without its division by the accumulation steps: the counts are those of the window."""
+        """``accelerator.backward`` without its division by the accumulation steps: the counts are the window's."""
         if self._counts is None:
-            raise RuntimeError("Accumulation: backward is called outside of its loop, expected batches from accumulation(loader)")
+            raise RuntimeError(
+                "Accumulation: backward is called outside of the loop, expected batches of accumulation(loader)"
+            )
         self._log.add(self.handle.metrics, self._counts)
         self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
         self.step += self.accelerator.sync_gradients
 
     def take_log(self) -> dict[str, float]:
-        """``loss``, ``loss/ntp``, ... and what the terms measured since the last call, over all ranks, which all call it.
+        """``loss``, ``loss/ntp``, ... and what the terms measured since the last call, over all ranks: see `StepLog`.
 
-        See `StepLog`. To be called between two windows, for instance where ``accelerator.sync_gradients`` is true.
+        Every rank calls it, between two windows, for instance where ``accelerator.sync_gradients`` is true.
         """
         steps, self._logged_step = self.step - self._logged_step, self.step
         return self._log.take(steps)

@@ -49,7 +49,7 @@ def load(objective: CompositeObjective, folder: str | os.PathLike[str]) -> None:
 def state_dict(objective: CompositeObjective) -> dict[str, Any]:
     """``{"spec": the mapping that spells it, "parameters": {name: tensor}}``, whole tensors on the CPU."""
     if any(hasattr(parameter, "ds_id") for parameter in objective.parameters()):
-        raise NotImplementedError("sidecar: the own parameters are partitioned by ZeRO-3, expected whole ones or DTensors")
+        raise NotImplementedError("sidecar: the own parameters are partitioned by ZeRO-3, expected tensors or DTensors")
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {"spec": objective.spec.to_dict(), "parameters": get_model_state_dict(objective, options=whole)}
 

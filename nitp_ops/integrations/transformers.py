@@ -1,7 +1,7 @@
-"""The Hugging Face Trainer with objectives: counts of the whole window, contributions in the log, a sidecar a checkpoint.
+"""The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a sidecar a checkpoint.
 
-    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp")
-    trainer.train()
+trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp")
+trainer.train()
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class NitpTrainerMixin(_Base):
     the Trainer are refused.
 
     Args:
-        objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's own ``__init__``, thus
-            after PEFT and TRL. None: the model that came is attached already.
+        objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's own ``__init__``,
+            thus after PEFT and TRL. None: the model that came is attached already.
         *args, **kwargs: of the Trainer.
 
     Attributes:
@@ -67,12 +67,18 @@ class NitpTrainerMixin(_Base):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             smoothing = self.args.label_smoothing_factor
-            raise ValueError(f'{type(self).__name__}: label_smoothing_factor is {smoothing}, expected 0: write "ntp('
-                             f'label_smoothing={smoothing})"')
+            raise ValueError(
+                f'{type(self).__name__}: label_smoothing_factor is {smoothing}, expected 0: write "ntp('
+                f'label_smoothing={smoothing})"'
+            )
         if self.compute_loss_func is not None:
-            raise ValueError(f"{type(self).__name__}: compute_loss_func is given, expected None: the objective is the loss")
+            raise ValueError(
+                f"{type(self).__name__}: compute_loss_func is given, expected None: the objective is the loss"
+            )
         if self.args.n_gpu > 1:
-            raise ValueError(f"{type(self).__name__}: {self.args.n_gpu} GPUs in one process, expected one a process (torchrun)")
+            raise ValueError(
+                f"{type(self).__name__}: {self.args.n_gpu} GPUs in one process, expected one a process (torchrun)"
+            )
         data_parallel_only(self.accelerator, type(self).__name__)
         self._objective = objective
         assert isinstance(self.model, nn.Module)
@@ -106,8 +112,7 @@ class NitpTrainerMixin(_Base):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._optimizer_checked:
-            assert self.optimizer is not None
-            self.nitp.check(self.optimizer)
+            self.nitp.check(self.optimizer)  # type: ignore[reportArgumentType]
             self._logged_step, self._optimizer_checked = self.state.global_step, True
         self.nitp.set_step(self.state.global_step)
         outputs = model(**inputs)
@@ -139,6 +144,6 @@ class NitpTrainer(NitpTrainerMixin, transformers.Trainer):
     """`transformers.Trainer` with an objective: see `NitpTrainerMixin`.
 
     Example:
-        >>> trainer = NitpTrainer(model=model, args=args, train_dataset=rows, objective="ntp + 0.8*nitp")  # doctest: +SKIP
+        >>> trainer = NitpTrainer(model=model, args=args, objective="ntp + 0.8*nitp")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """

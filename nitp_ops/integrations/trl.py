@@ -1,6 +1,6 @@
 """TRL's SFTTrainer with objectives, packed rows included.
 
-    trainer = NitpSFTTrainer(model=model, args=SFTConfig(packing=True, ...), train_dataset=data, objective="ntp + 0.8*nitp")
+    trainer = NitpSFTTrainer(model=model, args=SFTConfig(packing=True), train_dataset=data, objective="ntp + 0.8*nitp")
 
 SFTTrainer builds a fused head of its own into the model in its ``__init__`` and computes its loss from that head's
 outputs. In training the objective takes the place of both; evaluation stays TRL's own.
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
 from .transformers import NitpTrainerMixin
 
@@ -35,8 +35,11 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        assert isinstance(self.args, SFTConfig)
         if self.args.loss_type != "nll":
-            raise ValueError(f'NitpSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the objective is the loss')
+            raise ValueError(
+                f'NitpSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the objective is the loss'
+            )
         if self.aux_loss_enabled:
             raise ValueError("NitpSFTTrainer: the router's auxiliary loss is on, expected router_aux_loss_coef=0.0")
         self._tokens: Tensor | None = None
@@ -57,7 +60,7 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._tokens is not None:
-            self._total_train_tokens += int(self.accelerator.reduce(self._tokens, "sum"))
+            self._total_train_tokens += int(self.accelerator.reduce(self._tokens, "sum"))  # type: ignore[reportArgumentType]
             self._tokens = None
             logs["num_tokens"] = self._total_train_tokens
         super().log(logs, start_time)

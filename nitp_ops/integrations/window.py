@@ -1,4 +1,4 @@
-"""The accumulation window: its counts before the first forward pass, and what its steps measured, until it is logged."""
+"""The accumulation window: its counts before the first forward pass, and what it measured, until it is logged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from nitp_ops.objectives import Counts, Metrics, Spec
 from .attaching import Handle
 
 
-def count_window(handle: Handle, batches: Iterable[Mapping[str, Any]], device: torch.device | str | None = None) -> Counts:
+def count_window(
+    handle: Handle, batches: Iterable[Mapping[str, Any]], device: torch.device | str | None = None
+) -> Counts:
     """Counts of every part over all microbatches of a window and all ranks; every rank calls it, one collective.
 
     Args:
@@ -30,8 +32,8 @@ def count_window(handle: Handle, batches: Iterable[Mapping[str, Any]], device: t
 class StepLog:
     """Contributions and metrics of the microbatches since the last `take`; on the device, detached.
 
-    Over N steps ``loss/p = 1/N sum of the steps' weight * SUM_p / COUNT_p``, so that the contributions of all parts add up
-    to the mean loss of the steps. Everything else is a mean over all rows of the N steps (see `Metrics`).
+    Over N steps ``loss/p = 1/N sum of the steps' weight * SUM_p / COUNT_p``, so that the contributions of all parts
+    add up to the mean loss of the steps. Everything else is a mean over all rows of the N steps (see `Metrics`).
 
     Args:
         spec: of the objective; says which count divides a part.
@@ -61,7 +63,9 @@ class StepLog:
         contributions = torch.stack(list(self._contributions.values())) / steps
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(contributions, group=group)
-        weighted = {f"loss/{part}": value for part, value in zip(self._contributions, contributions.tolist(), strict=True)}
+        weighted = {
+            f"loss/{part}": value for part, value in zip(self._contributions, contributions.tolist(), strict=True)
+        }
         rest = self._metrics.all_reduce(group).compute()
         self._contributions, self._metrics = {}, None
         total = {"loss": sum(weighted.values())}
