@@ -83,7 +83,7 @@ def test_the_stock_trainer_weighs_local_means_by_their_share_of_the_tokens(tmp_p
     for entry in logged(trainer):
         found = [by_hand.sums(half) for half in halves]
         items = sum(f["ntp"][1] for f in found)
-        loss = sum(f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items for f in found)
+        loss: Any = sum(f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items for f in found)
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-6)
         by_hand.step(loss, RATE)
     by_hand.check(trainer.model)

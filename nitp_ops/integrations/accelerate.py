@@ -1,12 +1,14 @@
 """A plain loop with Accelerate: the counts of each accumulation window before its first forward pass.
 
-accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp + 0.8*nitp"))
-accelerator.register_for_checkpointing(accumulation)
-for batch in accumulation(loader):
-    with accelerator.accumulate(model):
-        accumulation.backward(model(**batch).loss)
-        optimizer.step()
-        optimizer.zero_grad()
+    accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp + 0.8*nitp"))
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in accumulation(loader):
+        with accelerator.accumulate(model):
+            accumulation.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+Losses of microbatches and ranks add up to that of the window, for every term, however the masks fall.
 """
 
 from __future__ import annotations
@@ -19,8 +21,7 @@ from torch import Tensor
 
 from nitp_ops.objectives import Counts
 
-from . import sidecar
-from .attaching import Handle
+from .handle import Handle
 from .window import StepLog, count_window
 
 _PARALLEL = ("tp_size", "cp_size", "sp_size")
@@ -118,8 +119,20 @@ class Accumulation:
         return self._log.take(steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return sidecar.state_dict(self.handle.objective) | {"step": self.step}
+        """The own parameters, the spec and the step."""
+        objective = self.handle.objective
+        return {"spec": objective.spec.to_dict(), "parameters": objective.state_dict(), "step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        sidecar.load_state_dict(self.handle.objective, state)
+        """The inverse.
+
+        Raises:
+            ValueError: the state is of another spec.
+        """
+        objective = self.handle.objective
+        if state["spec"] != objective.spec.to_dict():
+            raise ValueError(
+                f"Accumulation: the state has the spec {state['spec']}, expected {objective.spec.to_dict()}"
+            )
+        objective.load_state_dict(state["parameters"])
         self.step = self._logged_step = state["step"]

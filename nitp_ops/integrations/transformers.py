@@ -1,7 +1,9 @@
 """The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a sidecar a checkpoint.
 
-trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp")
-trainer.train()
+    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp")
+    trainer.train()
+
+`NitpTrainerMixin` does the same for any subclass of Trainer.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nitp_ops.objectives.spec import SpecLike
 
-from . import sidecar
 from .accelerate import data_parallel_only
-from .attaching import Handle, attach, handle_of
+from .attaching import attach, handle_of
+from .handle import Handle
 from .window import StepLog, count_window
 
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
@@ -38,7 +40,7 @@ class NitpTrainerMixin(_Base):
     * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms measure: accuracy,
       skill, floor, counts, over all rows since the last log.
     * Scheduled weights follow ``state.global_step``, also after a resume.
-    * Own parameters are in ``nitp_objective.pt`` of each checkpoint. Resuming without it, or with that of another spec,
+    * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or with that of another spec,
       is an error.
     * Evaluation and prediction see the plain model.
 
@@ -128,16 +130,16 @@ class NitpTrainerMixin(_Base):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # first, so that what follows in the same folder (push, rotation, trainer_state.json) finds it there
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        sidecar.save(self.nitp.objective, os.path.join(self._get_output_dir(trial=trial), folder))
+        self.nitp.save(os.path.join(self._get_output_dir(trial=trial), folder))
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        sidecar.load(self.nitp.objective, resume_from_checkpoint)
+        self.nitp.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        sidecar.load(self.nitp.objective, str(self.state.best_model_checkpoint))
+        self.nitp.load(str(self.state.best_model_checkpoint))
 
 
 class NitpTrainer(NitpTrainerMixin, transformers.Trainer):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nitp_ops.objectives import Counts, Metrics, Spec
 
-from .attaching import Handle
+from .handle import Handle
 
 
 def count_window(
