@@ -40,8 +40,8 @@ class NitpTrainerMixin(_Base):
     * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms measure: accuracy,
       skill, floor, counts, over all rows since the last log.
     * Scheduled weights follow ``state.global_step``, also after a resume.
-    * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or with that of another spec,
-      is an error.
+    * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or with that of another
+      spec, is an error.
     * Evaluation and prediction see the plain model.
 
     Provides data parallelism (one process, DDP). Tensor, context and sequence parallelism, FSDP and DeepSpeed through
