@@ -54,10 +54,10 @@ class ShardRows:
         weights = job.class_weight
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = torch.tensor(self.sizes, dtype=torch.float64).to(job.labels.device, non_blocking=True)
+            masses = [job.row_weight.new_full((), size, dtype=torch.float64) for size in self.sizes]
         else:
-            masses = torch.stack([own.sum(dtype=torch.float64) for own in weights.split(self.sizes)])
-        self.masses = masses.unsqueeze(1)  # sum u of each rank
+            masses = [own.sum(dtype=torch.float64) for own in weights.split(self.sizes)]
+        self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
 
     def __call__(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, scale: Tensor, values: Any, gradient: bool
