@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nitp_ops import TokenStats, shared_linear_cross_entropy
 
+from .dtensor import is_dtensor
 from .head_parts import HeadPart, Sums, Together, rows_of
 from .heads import through_head
 from .model_info import ModelInfo
@@ -42,7 +43,11 @@ def _pass(
         if weight.shape != (info.vocab_size, info.hidden_size):
             expected = f"{(info.vocab_size, info.hidden_size)} (ModelInfo's)"
             raise ValueError(f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}")
-        return shared_linear_cross_entropy(
+        if is_dtensor(weight):  # its vocabulary is sharded
+            from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy as op
+        else:
+            op = shared_linear_cross_entropy
+        return op(
             [job.job(own) for job, own in zip(jobs, hidden, strict=True)],
             weight,
             bias=bias,
@@ -52,4 +57,4 @@ def _pass(
             backend=backend,
         )
 
-    return through_head(first.rows.head, [job.rows.hidden for job in jobs], use)
+    return through_head(first.rows.head, [job.rows.hidden for job in jobs], use, takes_shards=True)
