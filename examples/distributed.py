@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/distributed.py
 
 Three things make it exact. Counts are those of the whole window, summed over ranks in one collective. The head is
-read inside its own call, so its FSDP2 group gathers it and reduces its gradient. The objective, with its projector, is a
-part of the model that `fully_shard` wraps.
+read inside its own call, so its FSDP2 group gathers it and reduces its gradient. The objective, with its projector, is
+a part of the model that `fully_shard` wraps.
 """
 
 from __future__ import annotations
