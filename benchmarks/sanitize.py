@@ -82,6 +82,17 @@ def _cross_entropy() -> Iterator[tuple[Any, ...]]:
             yield logits, labels, weights, bias, *extras, scale, *values, best, -100, targets > 1, *loss, gradient
 
 
+def _cross_entropy_gradient() -> Iterator[tuple[Any, ...]]:
+    for dtype, columns, targets, plain in product(FLOATS, COLUMNS, (1, 4), (True, False)):
+        logits = _rows(3, columns, dtype, dense=plain)
+        work = _working(logits)
+        labels = torch.randint(-1, columns, (3, targets))
+        scale, at = torch.rand(3, targets, dtype=work), torch.rand(3, targets, dtype=work)
+        extras = [None if plain else torch.rand(columns, dtype=work) for _ in range(2)]
+        factors = torch.tensor([[99.0, 99.0, 99.0], [0.5, 0.0, 2.0], [0.0, 0.0, 0.1]], dtype=work)
+        yield logits, labels, scale, at, *extras, factors, 0.0 if plain else 5.0, 0.7
+
+
 def _accumulate() -> Iterator[tuple[Any, ...]]:
     for columns, dense in product(COLUMNS, (True, False)):
         yield _rows(3, columns, torch.float32, dense), _rows(3, columns, torch.bfloat16, dense)
@@ -99,6 +110,7 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "swiglu_rows_backward_": _swiglu_backward,
     "alignment_rows_": _alignment,
     "cross_entropy_rows_": _cross_entropy,
+    "cross_entropy_gradient_rows_": _cross_entropy_gradient,
     "accumulate_rows_": _accumulate,
     "scale_rows_": _scale,
 }

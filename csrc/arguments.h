@@ -61,10 +61,24 @@ struct CrossEntropyRows {
   A* stats;                // [2 or 3, rows]: loss, log-sum-exp and, where `entropy`, the entropy
   A* target_logit;         // [rows, targets]
   int64_t* prediction;
-  int64_t columns, targets, logits_stride, stats_stride, ignore_index;
+  A* parts;  // null, or [4, rows]: max, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z)
+  int64_t columns, targets, logits_stride, stats_stride, parts_stride, ignore_index;
   double class_mass;  // mean of class_weight, where the host may read it; CUDA kernels form it themselves
   A smoothing, z_loss, softcap, logit_scale;
   bool negative_is_absent, entropy, gradient;
+};
+
+template <class T, class A>
+struct CrossEntropyGradientRows {
+  T* logits;              // raw; overwritten with the gradient
+  const int64_t* labels;  // [rows, targets]; those outside [0, columns) are absent
+  const A* target_scale;  // [rows, targets]: at_k of SoftmaxGradient; zero adds nothing
+  const A* target_logit;  // [rows, targets], transformed
+  const A* bias;          // null: none
+  const A* class_weight;  // null: 1
+  const A* factors;       // [3, rows]: the fields of SoftmaxGradient; where nothing() the row becomes zeros
+  int64_t columns, targets, logits_stride, factors_stride;
+  A softcap, logit_scale;
 };
 
 }  // namespace nitp

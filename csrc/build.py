@@ -21,7 +21,7 @@ TARGET_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
 }
-KERNELS = ("accumulate", "alignment", "cross_entropy", "scale", "swiglu")
+KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
 # 2.11 is the oldest torch that the library loads into; newer ones keep the same binary interface.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = (

@@ -42,5 +42,19 @@ struct TokenLoss {
   NITP_HD A at_target() const { return A(1) - smoothing; }
 };
 
+// The gradient of a row whose maximum and sum of exponentials are known, w its weight:
+//
+//   w dloss/dz_v = probability exp(z_v - max) - off u_v - sum_k at_k [v = t_k]
+//
+// probability = w ((1 - e) S + e sum u + 2 c lse) / sum_v exp(z_v - max), off = w e / V (times S without class
+// weights), at_k = w (1 - e) w_k, u_v = 1 or class_weight_v.
+template <class A>
+struct SoftmaxGradient {
+  A max, probability, off;
+
+  NITP_HD bool nothing() const { return probability == A(0) && off == A(0); }
+  NITP_HD A at(A z, A weight) const { return probability * exp_nonpositive(z - max) - off * weight; }
+};
+
 }  // namespace NITP_TARGET
 }  // namespace nitp

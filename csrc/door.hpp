@@ -199,7 +199,8 @@ template <class Backend>
 void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> target_weight, std::optional<Tensor> bias,
                          std::optional<Tensor> class_weight, std::optional<Tensor> row_scale, Tensor stats,
                          Tensor target_logit, Tensor prediction, int64_t ignore_index, bool negative_is_absent,
-                         double label_smoothing, double z_loss, double softcap, double logit_scale, bool gradient) {
+                         double label_smoothing, double z_loss, double softcap, double logit_scale, bool gradient,
+                         std::optional<Tensor> parts) {
   const Door<Backend> door{logits};
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
@@ -214,6 +215,7 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
   door.list(target_logit, "target_logit", rows * targets, work);
   door.list(prediction, "prediction", rows, ScalarType::Long);
   door.stats(stats, fields == 3 ? 3 : 2, rows, work);
+  if (parts.has_value()) door.stats(*parts, 4, rows, work);
   STD_TORCH_CHECK(columns > 0 || rows == 0, "nitp_ops row kernel: logits has no columns");
   with_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
@@ -232,10 +234,12 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
                                             data<A>(stats),
                                             data<A>(target_logit),
                                             data<int64_t>(prediction),
+                                            data<A>(parts),
                                             columns,
                                             targets,
                                             logits.stride(0),
                                             stats.stride(0),
+                                            parts.has_value() ? parts->stride(0) : 0,
                                             ignore_index,
                                             class_mass,
                                             static_cast<A>(label_smoothing),
@@ -245,6 +249,42 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
                                             negative_is_absent,
                                             fields == 3,
                                             gradient};
+    Backend::run(args, rows, logits);
+  });
+}
+
+template <class Backend>
+void cross_entropy_gradient_rows_(Tensor logits, Tensor labels, Tensor target_scale, Tensor target_logit,
+                                  std::optional<Tensor> bias, std::optional<Tensor> class_weight, Tensor factors,
+                                  double softcap, double logit_scale) {
+  const Door<Backend> door{logits};
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
+  STD_TORCH_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
+  const int64_t targets = labels.size(1);
+  door.rows(logits, "logits", rows, columns);
+  door.list(labels, "labels", rows * targets, ScalarType::Long);
+  door.list(target_scale, "target_scale", rows * targets, work);
+  door.list(target_logit, "target_logit", rows * targets, work);
+  door.list(bias, "bias", columns, work);
+  door.list(class_weight, "class_weight", columns, work);
+  door.stats(factors, 3, rows, work);
+  with_dtype(logits, [&](auto zero) {
+    using T = decltype(zero);
+    using A = working_t<T>;
+    const nitp::CrossEntropyGradientRows<T, A> args{data<T>(logits),
+                                                    data<int64_t>(labels),
+                                                    data<A>(target_scale),
+                                                    data<A>(target_logit),
+                                                    data<A>(bias),
+                                                    data<A>(class_weight),
+                                                    data<A>(factors),
+                                                    columns,
+                                                    targets,
+                                                    logits.stride(0),
+                                                    factors.stride(0),
+                                                    static_cast<A>(softcap),
+                                                    static_cast<A>(logit_scale)};
     Backend::run(args, rows, logits);
   });
 }

@@ -1,6 +1,8 @@
 // Every row-kernel schema of nitp_ops. `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis
 // must be dense. A gradient argument that is None means in place. stats tensors are [fields, rows] in the working
-// precision (float64 for float64, else float32).
+// precision (float64 for float64, else float32). parts [4, rows] is what a row that continues on other devices has
+// here: max z, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present;
+// factors [3, rows] is what the whole row's gradient needs: max, probability, off (cross_entropy.h).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(nitp_ops, m) {
@@ -15,8 +17,11 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
       "cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor? target_weight, Tensor? bias, Tensor? "
       "class_weight, "
       "Tensor? row_scale, Tensor(b!) stats, Tensor(c!) target_logit, Tensor(d!) prediction, int ignore_index, "
-      "bool negative_is_absent, float label_smoothing, float z_loss, float softcap, float logit_scale, bool gradient) "
-      "-> ()");
+      "bool negative_is_absent, float label_smoothing, float z_loss, float softcap, float logit_scale, bool gradient, "
+      "Tensor(e!)? parts=None) -> ()");
+  m.def(
+      "cross_entropy_gradient_rows_(Tensor(a!) logits, Tensor labels, Tensor target_scale, Tensor target_logit, "
+      "Tensor? bias, Tensor? class_weight, Tensor factors, float softcap, float logit_scale) -> ()");
   m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
   m.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
   // Not row kernels: oneDNN's float32 product, where torch.mm would take a slower library, and advice to the kernel.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,22 @@ def name_of(dtype: torch.dtype) -> str:
 def is_tensor(op: str, argument: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {argument} is a {type(value).__name__}, expected a torch.Tensor")
+
+
+def is_dtensor(value: Any) -> bool:
+    # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s (2 busy cores)
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(value, distributed.DTensor)
+
+
+def is_plain(op: str, argument: str, value: Any) -> None:
+    """No DTensor: an op on its local part would be silently wrong, one on the whole would gather it."""
+    if is_dtensor(value):
+        placements = ", ".join(map(str, value.placements))
+        raise TypeError(
+            f"{op}: {argument} is a DTensor ({placements}), expected a plain tensor (or, for an unembedding with "
+            "Shard(0), nitp_ops.distributed.vocab_parallel_linear_cross_entropy)"
+        )
 
 
 def has_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]) -> None:

@@ -146,7 +146,7 @@ class WeightGradient:
         height, width = self.sum.shape
         rows = min(height, max(_EVEN_ROWS, BLOCK_BYTES // max(1, width * a.element_size()) // _EVEN_ROWS * _EVEN_ROWS))
         block = b.new_empty((rows, width))
-        for first in range(0, height, rows):
+        for first in range(0, height, max(1, rows)):  # a shard of a vocabulary may have no row
             into = self.sum[first : first + rows]
             product = matmul(a[:, first : first + rows].t(), b, block[: into.shape[0]])
             if self.empty:

@@ -12,6 +12,7 @@ from . import _check, reference
 from ._gemm import gemm_dtype
 from ._token_chunks import Job, RowValues, present
 from ._token_pass import Unembedding
+from ._vocab_shard import VocabShard
 
 
 class TokenStats(NamedTuple):
@@ -52,11 +53,14 @@ class HeadJob(NamedTuple):
 
 
 def head_of(
-    op, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, buffer
-) -> Unembedding:
-    """Checks the arguments that all jobs share."""
+    op, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, buffer,
+    shard: VocabShard | None = None,
+) -> Unembedding:  # fmt: skip
+    """Checks the arguments that all jobs share; of a sharded vocabulary they are the part of this rank."""
+    _check.is_plain(op, "unembedding", unembedding)
+    _check.is_plain(op, "bias", bias)
     _check.is_float(op, "unembedding", unembedding)
-    if unembedding.dim() != 2 or unembedding.shape[0] == 0:
+    if unembedding.dim() != 2 or (unembedding.shape[0] == 0 and shard is None):
         raise ValueError(f"{op}: unembedding has shape {tuple(unembedding.shape)}, expected [V, d] with V >= 1")
     if bias is not None:
         _check.is_float(op, "bias", bias)
@@ -72,7 +76,7 @@ def head_of(
         _check.integer(op, "chunk_bytes", chunk_bytes, least=1)
     if buffer is not None:
         _check.is_buffer(op, "weight_grad_out", buffer, "unembedding", unembedding)
-    return Unembedding(op, unembedding, bias, ignore_index, cap, scale, logits_dtype, chunk_bytes, buffer)
+    return Unembedding(op, unembedding, bias, ignore_index, cap, scale, logits_dtype, chunk_bytes, buffer, shard)
 
 
 def check_job(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
@@ -90,12 +94,13 @@ def check_job(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
         _check.is_buffer(op, f"{prefix}hidden_grad_out", job.hidden_grad_out, f"{prefix}hidden", job.hidden)
     if _check.plain(job.labels):  # by value, with the index in the caller's shape; while tracing the pass checks them
         several = job.target_weight is not None
-        classes = head.unembedding.shape[0]
-        _check.labels_inside(op, f"{prefix}labels", job.labels, head.ignore_index, classes, several)
+        _check.labels_inside(op, f"{prefix}labels", job.labels, head.ignore_index, head.vocabulary, several)
 
 
 def _check_rows(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
     hidden, labels = job.hidden, job.labels
+    for name in ("hidden", "labels", "token_weight", "target_weight", "class_weight"):
+        _check.is_plain(op, prefix + name, getattr(job, name))
     _check.is_float(op, f"{prefix}hidden", hidden)
     leading = hidden.shape[:-1]
     _check.is_tensor(op, f"{prefix}labels", labels)
@@ -142,7 +147,7 @@ def _check_weights(op: str, job: HeadJob, head: Unembedding, prefix: str) -> Non
         except RuntimeError:
             _check.has_shape(op, f"{prefix}token_weight", job.token_weight, leading, "one a row")
     if job.class_weight is not None:
-        _check.has_shape(op, f"{prefix}class_weight", job.class_weight, head.unembedding.shape[:1], "[V]")
+        _check.has_shape(op, f"{prefix}class_weight", job.class_weight, (head.vocabulary,), "[V]")
         if job.target_weight is not None:
             raise ValueError(f"{op}: {prefix}class_weight came with target_weight, expected one of them")
 

@@ -22,7 +22,7 @@ from ._head_job import (
     reference_stats,
     stats_of,
 )
-from ._token_pass import token_pass
+from ._token_pass import Unembedding, token_pass
 
 _OP = "linear_cross_entropy"
 REDUCTIONS = ("mean", "sum", "none")
@@ -112,33 +112,41 @@ def linear_cross_entropy(
     Source: cross-entropy with the chunking idea of the field; z-loss: PaLM, arXiv 2204.02311; softcap: Gemma 2,
     arXiv 2408.00118; weighted targets: TOP, arXiv 2508.19228.
     """
-    _check.one_of(_OP, "reduction", reduction, REDUCTIONS)
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"{_OP}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
-        _check.scalar(_OP, "normalizer", normalizer)
-    if not isinstance(return_stats, bool) and return_stats != "entropy":
-        raise ValueError(f"{_OP}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
     job = HeadJob(
         hidden, labels, token_weight, label_smoothing, z_loss, target_weight, class_weight, hidden_grad_out, max_rows
     )  # fmt: skip
     head = head_of(
         _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
     )
-    check_job(_OP, job, head, "")
-    flat = labelled(job, head)
+    return token_loss(job, head, reduction, normalizer, return_stats, backend)
+
+
+def token_loss(
+    job: HeadJob, head: Unembedding, reduction: str, normalizer: Any, return_stats: bool | str, backend: str | None
+) -> Any:
+    """`linear_cross_entropy` of arguments in their bundles."""
+    op = head.op
+    _check.one_of(op, "reduction", reduction, REDUCTIONS)
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(f"{op}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
+        _check.scalar(op, "normalizer", normalizer)
+    if not isinstance(return_stats, bool) and return_stats != "entropy":
+        raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
+    check_job(op, job, head, "")
     entropy = return_stats == "entropy"
-    chosen = rows.choose(_OP, hidden.device, backend)
+    chosen = rows.choose(op, job.hidden.device, backend)
     if chosen == "reference":
         widened, weight = for_reference(job, head)
-        terms = {name: getattr(job, name) for name in ("token_weight", "target_weight", "class_weight", "z_loss")}
-        terms |= {"label_smoothing": label_smoothing, "reduction": reduction, "normalizer": normalizer}
-        loss = reference.linear_cross_entropy(widened.hidden, weight, labels, **terms, **reference_options(head))
+        names = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
+        terms = {name: getattr(job, name) for name in names} | {"reduction": reduction, "normalizer": normalizer}
+        loss = reference.linear_cross_entropy(widened.hidden, weight, job.labels, **terms, **reference_options(head))
         return (loss, reference_stats(job, head, entropy)) if return_stats else loss
-    _check.plain_autograd(_OP, hidden, unembedding, bias)
+    _check.plain_autograd(op, job.hidden, head.unembedding, head.bias)
+    flat = labelled(job, head)
     if reduction == "mean":
-        count = counted(flat, ignore_index) if normalizer is None else normalizer
+        count = counted(flat, head.ignore_index) if normalizer is None else normalizer
         flat = flat._replace(row_weight=flat.row_weight / count)
     loss, values = token_pass([flat], head, chosen, per_row=reduction == "none", entropy=entropy)
-    loss = loss.view(hidden.shape[:-1]) if reduction == "none" else loss
+    loss = loss.view(job.hidden.shape[:-1]) if reduction == "none" else loss
     return (loss, stats_of(values, [job])[0]) if return_stats else loss

@@ -19,7 +19,7 @@ from ._head_job import (
     reference_stats,
     stats_of,
 )
-from ._token_pass import token_pass
+from ._token_pass import Unembedding, token_pass
 
 _OP = "shared_linear_cross_entropy"
 
@@ -63,21 +63,33 @@ def shared_linear_cross_entropy(
         >>> round(loss.item(), 4)  # 2 jobs * 3 rows * 0.5 * ln 16
         8.3178
     """
-    if not isinstance(jobs, Sequence):
-        raise TypeError(f"{_OP}: jobs is a {type(jobs).__name__}, expected a sequence of HeadJob")
-    if not jobs:
-        raise ValueError(f"{_OP}: jobs is empty, expected at least one HeadJob")
     head = head_of(
         _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
     )
-    for place, job in enumerate(jobs):
-        check_job(_OP, job, head, f"jobs[{place}].")
-    chosen = rows.choose(_OP, unembedding.device, backend)
+    return shared_token_loss(jobs, head, backend)
+
+
+def shared_token_loss(
+    jobs: Sequence[HeadJob], head: Unembedding, backend: str | None
+) -> tuple[Tensor, tuple[TokenStats, ...]]:
+    """`shared_linear_cross_entropy` of arguments in their bundles."""
+    op = head.op
+    check_jobs(jobs, head)
+    chosen = rows.choose(op, head.unembedding.device, backend)
     if chosen == "reference":
         widened = [for_reference(job, head) for job in jobs]
         weight = widened[0][1]
         loss = reference.shared_linear_cross_entropy([job for job, _ in widened], weight, **reference_options(head))
         return loss, tuple(reference_stats(job, head) for job in jobs)
-    _check.plain_autograd(_OP, unembedding, bias, *(job.hidden for job in jobs))
+    _check.plain_autograd(op, head.unembedding, head.bias, *(job.hidden for job in jobs))
     loss, values = token_pass([labelled(job, head, f"jobs[{place}].") for place, job in enumerate(jobs)], head, chosen)
     return loss, tuple(stats_of(values, jobs))
+
+
+def check_jobs(jobs: Sequence[HeadJob], head: Unembedding) -> None:
+    if not isinstance(jobs, Sequence):
+        raise TypeError(f"{head.op}: jobs is a {type(jobs).__name__}, expected a sequence of HeadJob")
+    if not jobs:
+        raise ValueError(f"{head.op}: jobs is empty, expected at least one HeadJob")
+    for place, job in enumerate(jobs):
+        check_job(head.op, job, head, f"jobs[{place}].")

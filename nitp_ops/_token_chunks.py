@@ -6,6 +6,9 @@ for each job, for each chunk of its labelled rows:
     dh = logits W                       GEMM 2
     dW += logits^T h                    GEMM 3, float32 sum
 
+Where the vocabulary is sharded over the ranks of a process group, W is the part that is here, the row kernel comes in
+two halves with one all-gather between them, and dh is summed over the ranks (`_vocab_shard.py`).
+
 Where the host must not read values (GPUs), every row takes part, or the first max_rows with the labelled ones first; a
 row without a label has the weight zero then.
 """
@@ -21,6 +24,7 @@ from . import _check, reference, rows
 from ._chunks import Rows, chunks, length_of, place, rows_per_chunk, select
 from ._gemm import Weight, WeightGradient, direct, fresh
 from ._gradients import formed_dtype, power_of_two, scale_in_place
+from ._vocab_shard import ReducedRows, ShardRows, VocabShard
 
 
 class Job(NamedTuple):
@@ -43,7 +47,9 @@ class Job(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The unembedding [V, d] and what belongs to it; softcap 0 means none; dtype of the products."""
+    """The unembedding [V, d] and what belongs to it; softcap 0 means none; dtype of the products.
+
+    shard: unembedding, bias and buffer are the part of this rank."""
 
     op: str
     backend: str
@@ -58,6 +64,12 @@ class Head(NamedTuple):
     entropy: bool
     want_weight: bool
     want_bias: bool
+    shard: VocabShard | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Columns on each rank."""
+        return (len(self.unembedding),) if self.shard is None else self.shard.sizes
 
 
 class RowValues(NamedTuple):
@@ -84,7 +96,9 @@ def form(jobs: list[Job], head: Head) -> Formed:
     scales = [_bounded(job, kept) for job, kept in zip(jobs, keep, strict=True)]
     unit = power_of_two(scales) if dtype == torch.float16 else None
     selected = [select(kept, job.max_rows if job.max_rows >= 0 else None) for job, kept in zip(jobs, keep, strict=True)]
-    row_bytes, weights = weight.shape[0] * dtype.itemsize, weight.numel() if head.want_weight else 0
+    # of the widest shard: all ranks must cut alike
+    columns = max(head.sizes)
+    row_bytes, weights = columns * dtype.itemsize, columns * weight.shape[1] if head.want_weight else 0
     lengths = [length_of(each) for each in selected]
     steps = [
         rows_per_chunk(length, row_bytes, head.chunk_bytes, weights, device=weight.device.type) for length in lengths
@@ -167,17 +181,20 @@ def _add_all(
     jobs: list[Job], head: Head, sums: _Sums, selected: list[Tensor | slice], steps: list[int], unit: Tensor | None
 ) -> None:
     """Every chunk of every job; the workspace is gone when this returns, so that a cast of dW can take its place."""
-    device, dtype, (vocabulary, width) = head.unembedding.device, head.dtype, head.unembedding.shape
+    device, dtype, (columns, width) = head.unembedding.device, head.dtype, head.unembedding.shape
+    vocabulary, shard, work = sum(head.sizes), head.shard, sums.stats.dtype
     reads, kernels, weight = _check.host_reads(device), rows.kernels(head.backend), Weight(head.unembedding, dtype)
     bias = None if head.bias is None else head.bias.to(sums.stats.dtype).contiguous()
     most = max(min(step, length_of(part)) for step, part in zip(steps, selected, strict=True))
-    buffer = fresh((most, vocabulary), dtype, device)
+    buffer = fresh((most, columns), dtype, device)
     rows_buffer = fresh((most, width), dtype, device)
+    reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
     for place_, (job, scale, d_hidden) in enumerate(zip(jobs, sums.scales, sums.d_hidden, strict=True)):
         if reads:
             _check.labels_inside(head.op, "labels", job.labels, head.ignore_index, vocabulary, job.many)
         source, targets = Rows(job.hidden), job.target_weight
         d_rows = None if d_hidden is None else d_hidden.view(len(job.labels), width)
+        rows_of_shard = None if shard is None else ShardRows(kernels, shard, job, head, bias, work)
         any_gradient = d_rows is not None or sums.d_weight is not None or sums.d_bias is not None
         for part in chunks(selected[place_], steps[place_]):
             chunk = source.take(part).to(dtype)
@@ -187,18 +204,25 @@ def _add_all(
             differentiate = any_gradient and (not reads or bool(live.any()))
             logits = weight.times(chunk, buffer[:n])
             values = sums.of_chunk(place_, n)
-            kernels.cross_entropy_rows_(
-                logits, job.labels[part].contiguous(), None if targets is None else targets[part].contiguous(), bias,
-                job.class_weight, part_scale if unit is None else part_scale / unit, values.stats, values.target_logit,
-                values.prediction, head.ignore_index, job.many, job.label_smoothing, job.z_loss, head.softcap,
-                head.logit_scale, differentiate,
-            )  # fmt: skip
+            labels, of_targets = job.labels[part].contiguous(), None if targets is None else targets[part].contiguous()
+            row_scale = part_scale if unit is None else part_scale / unit
+            if rows_of_shard is not None:
+                rows_of_shard(logits, labels, of_targets, row_scale, values, differentiate)
+            else:
+                kernels.cross_entropy_rows_(
+                    logits, labels, of_targets, bias, job.class_weight, row_scale, values.stats, values.target_logit,
+                    values.prediction, head.ignore_index, job.many, job.label_smoothing, job.z_loss, head.softcap,
+                    head.logit_scale, differentiate,
+                )  # fmt: skip
             sums.place(place_, part, values)
             sums.loss += torch.where(live, values.stats[0] * part_scale, 0).sum(dtype=torch.float64)
             if not differentiate:
                 continue
+            reduction = None
             if d_rows is not None:
-                if (own_rows := direct(d_rows, part, dtype)) is not None:
+                if reduced is not None:
+                    reduction, total = reduced.start(logits)
+                elif (own_rows := direct(d_rows, part, dtype)) is not None:
                     weight.back(logits, own_rows)
                 else:
                     place(d_rows, 0, part, weight.back(logits, rows_buffer[:n]))
@@ -208,3 +232,6 @@ def _add_all(
                 sums.d_weight.add(logits, chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0))
             if sums.d_bias is not None:
                 sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
+            if reduction is not None:
+                reduction.wait()
+                place(d_rows, 0, part, total)

@@ -12,10 +12,11 @@ from . import reference
 from ._gemm import gemm_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 from ._token_chunks import Head, Job, RowValues, form
+from ._vocab_shard import VocabShard
 
 
 class Unembedding(NamedTuple):
-    """The unembedding and what belongs to it; softcap 0 means none."""
+    """The unembedding and what belongs to it; softcap 0 means none; shard: both are the part of this rank."""
 
     op: str
     unembedding: Tensor
@@ -26,6 +27,12 @@ class Unembedding(NamedTuple):
     logits_dtype: torch.dtype | str
     chunk_bytes: int | None
     weight_grad_out: Tensor | None
+    shard: VocabShard | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """V, of all ranks."""
+        return len(self.unembedding) if self.shard is None else sum(self.shard.sizes)
 
 
 def token_pass(
@@ -56,6 +63,7 @@ def token_pass(
         head.logit_scale,
         head.chunk_bytes,
         gemm_dtype(head.op, head.unembedding, head.logits_dtype),
+        *((None, None, False) if head.shard is None else (head.shard.group, list(head.shard.sizes), head.shard.reduce)),
         backend,
         entropy,
         [torch.is_grad_enabled() and not per_row and each for each in wanted],
@@ -84,6 +92,9 @@ def _token_pass(
     logit_scale: float,
     chunk_bytes: int | None,
     dtype: torch.dtype,
+    group: str | None,
+    shard_sizes: Sequence[int] | None,
+    reduce: bool,
     backend: str,
     entropy: bool,
     wanted: list[bool],
@@ -97,7 +108,8 @@ def _token_pass(
     of_jobs = (hidden, labels, target_weight, row_weight, class_weight, hidden_buffers, many, label_smoothing, z_loss)
     jobs = [Job(*fields) for fields in zip(*of_jobs, max_rows, want_hidden, strict=True)]
     tensors, options = (unembedding, bias, weight_buffer), (ignore_index, softcap, logit_scale, chunk_bytes, dtype)
-    formed = form(jobs, Head(op, backend, *tensors, *options, entropy, want_weight, want_bias))
+    shard = None if group is None or shard_sizes is None else VocabShard(group, tuple(shard_sizes), reduce)
+    formed = form(jobs, Head(op, backend, *tensors, *options, entropy, want_weight, want_bias, shard))
     loss, row_weights, values, gradients = formed
     if per_row:
         loss = torch.where(row_weights == 0, 0, row_weights * values.stats[0])
@@ -106,8 +118,8 @@ def _token_pass(
 
 @_token_pass.register_fake
 def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, many, label_smoothing,
-      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, backend, entropy, wanted,
-      per_row):  # fmt: skip
+      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, group, shard_sizes, reduce, backend,
+      entropy, wanted, per_row):  # fmt: skip
     work = reference.working(unembedding)
     rows, targets = sum(each.shape[0] for each in labels), sum(each.numel() for each in labels)
     leaves = zip((*hidden, unembedding, bias), buffers, wanted, strict=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,17 +16,26 @@ from .row_losses import logits_of
 
 _T = TypeVar("_T")
 
+#: Where tensor-parallel styles come from: torch wraps a forward in hooks, transformers replaces it.
+_STYLES = ("torch.distributed.tensor._api", "transformers.distributed.tensor_parallel")
+
 
 def through_head(
     head: nn.Module | Tensor,
     hidden: Sequence[Tensor],
     use: Callable[[Sequence[Tensor], Tensor, Tensor | None], _T],
+    *,
+    takes_shards: bool = False,
 ) -> _T:
     """``use(hidden, weight, bias)`` of a module with weight ``[V, d]`` and perhaps a bias, or of a leaf ``[V, d]``.
 
     A module with hooks is called, its forward routed to ``use`` for that one call, so that the hooks run: FSDP gathers
     the weight before and reduces its gradient after, which it does for tensors that enter as arguments, hence
     ``hidden``. Hooks see what `use` returns, not logits. Without hooks ``use`` runs directly.
+
+    takes_shards: where a tensor-parallel style (torch's ColwiseParallel, or a ``tp_plan`` of transformers) sharded the
+    vocabulary of the module, ``use`` gets its weight and bias as DTensors with Shard(0). The style's own translation of
+    inputs and outputs is left out for that call: ``hidden`` is plain, and the same on all ranks of the mesh.
 
     Raises:
         TypeError, ValueError: no such head; a DTensor or a non-leaf tensor (a gathered copy), whose gradient would be
@@ -41,8 +51,13 @@ def through_head(
             f"objective: head is a {type(head).__name__} with submodules {inside}, expected a plain linear"
         )
 
+    sharded = takes_shards and _is_tensor_parallel(head)
+
     def read(*hidden: Tensor) -> _T:
-        return use(hidden, _plain("head", head.weight), getattr(head, "bias", None))  # type: ignore[arg-type]
+        weight: Tensor = head.weight  # type: ignore[assignment]
+        if not sharded:
+            _plain("head", weight)
+        return use(hidden, weight, getattr(head, "bias", None))
 
     return _called(head, read, hidden) if _has_hooks(head) else read(*hidden)
 
@@ -69,11 +84,39 @@ def _called(head: nn.Module, read: Callable[..., _T], hidden: Sequence[Tensor]) 
     own = head.__dict__.get("forward")
     head.forward = read
     try:
-        return head(*hidden)
+        with _without_styles(head):
+            return head(*hidden)
     finally:
         del head.__dict__["forward"]
         if own is not None:
             head.forward = own
+
+
+@contextmanager
+def _without_styles(head: nn.Module) -> Iterator[None]:
+    """torch's tensor-parallel styles translate between plain tensors and DTensors in hooks, around a product that is
+    not made here."""
+    registered: list[dict[int, Any]] = [head._forward_pre_hooks, head._forward_hooks]
+    kept = [dict(hooks) for hooks in registered]
+    for hooks in registered:
+        for key in [key for key, hook in hooks.items() if _is_style(hook)]:
+            del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, before in zip(registered, kept, strict=True):
+            hooks.clear()
+            hooks.update(before)
+
+
+def _is_style(hook: Callable[..., Any] | None) -> bool:
+    return getattr(hook, "__module__", None) in _STYLES
+
+
+def _is_tensor_parallel(head: nn.Module) -> bool:
+    """A sharded weight alone says nothing: FSDP's own shards look the same outside the forward that gathers them."""
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
+    return any(map(_is_style, hooks)) or _is_style(head.__dict__.get("forward"))
 
 
 def _has_hooks(module: nn.Module) -> bool:

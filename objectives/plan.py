@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nitp_ops import TokenStats, shared_linear_cross_entropy
 
+from .dtensor import is_dtensor
 from .head_parts import HeadPart, Sums, Together, rows_of
 from .heads import through_head
 from .model_info import ModelInfo
@@ -39,7 +40,11 @@ def _pass(
     jobs: Sequence[HeadPart | Together], first: HeadPart, info: ModelInfo, backend: str | None
 ) -> tuple[Tensor, tuple[TokenStats, ...]]:
     def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[TokenStats, ...]]:
-        return shared_linear_cross_entropy(
+        if is_dtensor(weight):  # its vocabulary is sharded
+            from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy as op
+        else:
+            op = shared_linear_cross_entropy
+        return op(
             [job.job(own) for job, own in zip(jobs, hidden, strict=True)],
             weight,
             bias=bias,
@@ -49,4 +54,4 @@ def _pass(
             backend=backend,
         )
 
-    return through_head(first.rows.head, [job.rows.hidden for job in jobs], use)
+    return through_head(first.rows.head, [job.rows.hidden for job in jobs], use, takes_shards=True)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("accumulate", "alignment", "cross_entropy", "scale", "swiglu")
+KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
 SOURCES = ("csrc/library.cpp", "csrc/cuda/entry.cpp", "tests/simt/simt.cpp", *(f"csrc/cuda/{k}.cu" for k in KERNELS))
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 H200_SHARED = 227 * 1024

@@ -1,11 +1,7 @@
 // Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
 // first-level cache between its max and its sum), one pass that overwrites the logits with their gradient. The first
 // keeps its exponentials, each block's relative to the maximum so far, and the second needs one factor a block.
-#include "../cross_entropy.h"
-
-#include <algorithm>
-#include <vector>
-
+#include "cross_entropy_row.h"
 #include "rows.h"
 
 namespace nitp {
@@ -15,25 +11,6 @@ namespace {
 
 // Columns between two additions to the float64 sums: a vector lane adds 32 numbers in float32, hardly any rounding.
 constexpr int64_t kBlock = 512;
-
-// What the smoothing term needs of each logit: nothing, its sum, or its sum weighted by class.
-enum class Smoothing { none, uniform, by_class };
-
-template <class T, class A, bool Biased, bool Capped, Smoothing Kind>
-struct RowReader {
-  static constexpr bool capped = Capped;
-  static constexpr Smoothing smoothing = Kind;
-  const T* logits;
-  const A* bias;
-  const A* class_weight;
-  LogitTransform<A, Capped> transform;
-
-  NITP_HD A operator()(int64_t j) const {
-    const A x = widen(logits[j]);
-    return transform.value(Biased ? x + bias[j] : x);
-  }
-  NITP_HD A weight(int64_t j) const { return Kind == Smoothing::by_class ? class_weight[j] : A(1); }
-};
 
 template <class A>
 struct RowSums {
@@ -122,41 +99,6 @@ void clear(T* row, int64_t columns) {
   for (int64_t j = 0; j < columns; ++j) store(row + j, A(0));
 }
 
-template <class A>
-struct Target {
-  int64_t label;
-  A weight, logit;
-};
-
-// The targets of one row that are present; after `merge` no label stands twice.
-template <class A>
-struct Targets {
-  std::vector<Target<A>> present;
-  double mass = 0;
-
-  // gap = sum_k w_k (lse - z_k), with lse = max + log_sum; a weight of zero adds nothing, even to an infinite gap
-  double gap(A max, double log_sum) const {
-    double sum = 0;
-    for (const auto& target : present) {
-      if (target.weight != A(0)) sum += target.weight * (log_sum + (static_cast<double>(max) - target.logit));
-    }
-    return sum;
-  }
-  void merge() {
-    if (present.size() < 2) return;
-    std::sort(present.begin(), present.end(), [](const auto& a, const auto& b) { return a.label < b.label; });
-    size_t kept = 0;
-    for (size_t k = 1; k < present.size(); ++k) {
-      if (present[k].label == present[kept].label) {
-        present[kept].weight += present[k].weight;
-      } else {
-        present[++kept] = present[k];
-      }
-    }
-    present.resize(kept + 1);
-  }
-};
-
 template <class T, class A, class Read>
 NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
                        const Exponentials<A>& exponentials, Targets<A>& targets, A scale, int64_t columns) {
@@ -213,11 +155,16 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
       targets.mass += weight;
     }
     const bool absent = targets.present.empty();
+    const double spread = a.entropy ? nitp::NITP_TARGET::spread(read, row.max, a.columns) : 0;
+    if (a.parts) {
+      const double parts[] = {row.max, row.sum, row.below, spread};
+      for (int64_t field = 0; field < 4; ++field) a.parts[field * a.parts_stride + i] = static_cast<A>(parts[field]);
+    }
     a.prediction[i] = row.argmax;
     a.stats[i] = A(0);
     a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
     if (a.entropy) {
-      const double entropy = log_sum + spread(read, row.max, a.columns) / row.sum;
+      const double entropy = log_sum + spread / row.sum;
       a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : static_cast<A>(entropy);
     }
     if (!absent) {

@@ -45,6 +45,7 @@ struct Cpu {
   NITP_SERVE(ScaleRows, scale_rows)
   NITP_SERVE(AlignmentRows, alignment_rows)
   NITP_SERVE(CrossEntropyRows, cross_entropy_rows)
+  NITP_SERVE(CrossEntropyGradientRows, cross_entropy_gradient_rows)
 };
 
 }  // namespace
@@ -56,4 +57,5 @@ STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
   m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_<Cpu>));
   m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_<Cpu>));
   m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_<Cpu>));
+  m.impl("cross_entropy_gradient_rows_", TORCH_BOX(&cross_entropy_gradient_rows_<Cpu>));
 }

@@ -7,20 +7,22 @@
 
 namespace nitp {
 
-#define NITP_DECLARE_ROWS(target)                                            \
-  namespace target {                                                         \
-  template <class T>                                                         \
-  void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t);                  \
-  template <class T>                                                         \
-  void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t); \
-  template <class P, class Z, class A>                                       \
-  void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);      \
-  template <class T, class A>                                                \
-  void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t, int64_t);  \
-  template <class T>                                                         \
-  void accumulate_rows(const AccumulateRows<T>&, int64_t, int64_t);          \
-  template <class T, class A>                                                \
-  void scale_rows(const ScaleRows<T, A>&, int64_t, int64_t);                 \
+#define NITP_DECLARE_ROWS(target)                                                            \
+  namespace target {                                                                         \
+  template <class T>                                                                         \
+  void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t);                                  \
+  template <class T>                                                                         \
+  void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t);                 \
+  template <class P, class Z, class A>                                                       \
+  void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);                      \
+  template <class T, class A>                                                                \
+  void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t, int64_t);                  \
+  template <class T, class A>                                                                \
+  void cross_entropy_gradient_rows(const CrossEntropyGradientRows<T, A>&, int64_t, int64_t); \
+  template <class T>                                                                         \
+  void accumulate_rows(const AccumulateRows<T>&, int64_t, int64_t);                          \
+  template <class T, class A>                                                                \
+  void scale_rows(const ScaleRows<T, A>&, int64_t, int64_t);                                 \
   }
 
 NITP_DECLARE_ROWS(portable)

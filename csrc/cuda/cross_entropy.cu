@@ -119,6 +119,13 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
       a.stats[i] = absent ? A(0) : token.loss(lse, targets.outside > 0 ? A(NAN) : gap, smooth_gap);
       a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
       if (a.entropy) a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : log_sum + sums.spread / sums.sum;
+      if (a.parts) {
+        a.parts[i] = sums.max;
+        a.parts[a.parts_stride + i] = sums.sum;
+        // nothing was weighed: not 0 times an infinite maximum
+        a.parts[2 * a.parts_stride + i] = row.smooth() ? sums.below - sums.mass * (sums.max - row.reference) : A(0);
+        a.parts[3 * a.parts_stride + i] = a.entropy ? sums.spread : A(0);
+      }
     }
   }
   if (!a.gradient) return;
@@ -126,8 +133,8 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
   // not 0 * gradient: a NaN under a zero weight stays out
   const A row_scale = a.row_scale ? a.row_scale[i] : A(1), scale = targets.outside > 0 ? A(NAN) : row_scale;
   const A mass = row.by_class() ? A(1) : targets.mass;
-  const Slopes<A> slopes{sums.max, scale * token.probability_factor(lse) / sums.sum,
-                         row.smooth() ? scale * a.smoothing * mass / A(a.columns) : A(0)};
+  const SoftmaxGradient<A> slopes{sums.max, scale * token.probability_factor(lse) / sums.sum,
+                                  row.smooth() ? scale * a.smoothing * mass / A(a.columns) : A(0)};
   const Writer<T, A, Plain> writer{row, slopes, !absent && row_scale != A(0)};
   for (k = R + in_shared; here(k); ++k)
     writer(logits, column(k), read<N>(logits + column(k)));  // the freshest in cache
@@ -153,7 +160,7 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
     }
     if (!first) continue;
     const A z = a.target_logit[i * a.targets + t];
-    const A everywhere = slopes.probability * exp_nonpositive(z - slopes.max) - slopes.off * row.weight(target.label);
+    const A everywhere = slopes.at(z, row.weight(target.label));
     store(logits + target.label, row.slope(z) * (everywhere - scale * token.at_target() * weight));
   }
 }

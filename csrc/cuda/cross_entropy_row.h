@@ -124,22 +124,13 @@ struct Row {
   }
 };
 
-// What the second pass needs of a row: dloss/dx_v = slope (probability exp(z_v - max) - off w_v).
-template <class A>
-struct Slopes {
-  A max, probability, off;
-};
-
 template <class T, class A, bool Plain>
 struct Writer {
   const Row<T, A, Plain>& row;
-  Slopes<A> slopes;
+  SoftmaxGradient<A> slopes;
   bool live;  // else the row is cleared
 
-  __device__ A gradient(A z, int64_t j) const {
-    const A g = slopes.probability * exp_nonpositive(z - slopes.max) - slopes.off * row.weight(j);
-    return row.slope(z) * g;
-  }
+  __device__ A gradient(A z, int64_t j) const { return row.slope(z) * slopes.at(z, row.weight(j)); }
   template <int W>
   __device__ void operator()(T* logits, int64_t j, const Pack<T, W>& in) const {
     Pack<T, W> out;

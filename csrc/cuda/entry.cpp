@@ -37,4 +37,5 @@ STABLE_TORCH_LIBRARY_IMPL(nitp_ops, NITP_DISPATCH_KEY, m) {
   m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_<Cuda>));
   m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_<Cuda>));
   m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_<Cuda>));
+  m.impl("cross_entropy_gradient_rows_", TORCH_BOX(&cross_entropy_gradient_rows_<Cuda>));
 }

@@ -17,6 +17,8 @@ template <class P, class Z, class A>
 void run(const AlignmentRows<P, Z, A>&, int64_t rows, void* stream);
 template <class T, class A>
 void run(const CrossEntropyRows<T, A>&, int64_t rows, void* stream);
+template <class T, class A>
+void run(const CrossEntropyGradientRows<T, A>&, int64_t rows, void* stream);
 
 }  // namespace cuda
 }  // namespace nitp

@@ -12,17 +12,27 @@ import torch
 from .accumulate import accumulate_rows_
 from .alignment import alignment_rows_
 from .cross_entropy import cross_entropy_rows_
+from .cross_entropy_gradient import cross_entropy_gradient_rows_
 from .scale import scale_rows_
 from .schemas import SCHEMAS
 from .swiglu import swiglu_rows, swiglu_rows_backward_
 
-KERNELS = (swiglu_rows, swiglu_rows_backward_, alignment_rows_, cross_entropy_rows_, accumulate_rows_, scale_rows_)
+KERNELS = (
+    swiglu_rows,
+    swiglu_rows_backward_,
+    alignment_rows_,
+    cross_entropy_rows_,
+    cross_entropy_gradient_rows_,
+    accumulate_rows_,
+    scale_rows_,
+)
 
 __all__ = [
     "KERNELS",
     "SCHEMAS",
     "accumulate_rows_",
     "alignment_rows_",
+    "cross_entropy_gradient_rows_",
     "cross_entropy_rows_",
     "scale_rows_",
     "swiglu_rows",

@@ -32,7 +32,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _read(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constexpr, A: tl.constexpr):
+def read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constexpr, A: tl.constexpr):
     """z = cap tanh(scale (x + bias) / cap), or scale (x + bias)."""
     x = tl.load(logits + column, mask=inside, other=0.0).to(A)
     if bias is not None:
@@ -45,8 +45,8 @@ def _read(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constex
 
 @triton.jit
 def _rows(
-    logits, labels, target_weight, bias, class_weight, row_scale, stats, target_logit, prediction,
-    columns, targets, logits_stride: tl.int64, stats_stride: tl.int64, ignore_index: tl.int64,
+    logits, labels, target_weight, bias, class_weight, row_scale, stats, target_logit, prediction, parts,
+    columns, targets, logits_stride: tl.int64, stats_stride: tl.int64, parts_stride: tl.int64, ignore_index: tl.int64,
     label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
     NEGATIVE_IS_ABSENT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
@@ -69,7 +69,7 @@ def _rows(
     for first in range(0, columns, BLOCK):
         column = first + lane
         inside = column < columns
-        z = _read(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+        z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
         z = tl.where(inside, z, float("-inf"))
         step = z - most
         if SMOOTHED:
@@ -107,7 +107,7 @@ def _rows(
         if NEGATIVE_IS_ABSENT:
             absent = absent | (label < 0)
         valid = (label >= 0) & (label < columns) & (absent == 0)
-        z = _read(logits, bias, label, valid, logit_scale, softcap, CAPPED, A)
+        z = read_logits(logits, bias, label, valid, logit_scale, softcap, CAPPED, A)
         z = tl.where(valid, z, float("nan"))
         tl.store(target_logit + at, z)
         w = tl.full((), 1.0, A)
@@ -121,9 +121,11 @@ def _rows(
 
     loss = (1 - e) * gap
     smooth_mass = sum_of_weights
+    all_below = tl.zeros([], tl.float64)
     if SMOOTHED:
         behind = weights.to(tl.float64) * (wide_maximum - most.to(tl.float64))
-        mean_below = tl.sum(tl.where(weights == 0, 0.0, below.to(tl.float64) - behind)) / columns
+        all_below = tl.sum(tl.where(weights == 0, 0.0, below.to(tl.float64) - behind))
+        mean_below = all_below / columns
         if class_weight is not None:
             smooth_mass = tl.sum(weights.to(tl.float64)) / columns
             loss += e * (smooth_mass * log_sum - mean_below)
@@ -134,10 +136,18 @@ def _rows(
     tl.store(prediction + row, best.to(tl.int64))
     tl.store(stats + row, tl.where(present > 0, loss, 0.0).to(A))
     tl.store(stats + stats_stride + row, tl.where(present > 0, lse, unknown).to(A))
+    all_spread = tl.zeros([], tl.float64)
     if ENTROPY:
         spread = tl.where(fraction > 0, fraction * (spread + (maximum - most) * total), 0.0)
-        entropy = log_sum + tl.sum(spread.to(tl.float64)) / mass
+        all_spread = tl.sum(spread.to(tl.float64))
+        entropy = log_sum + all_spread / mass
         tl.store(stats + 2 * stats_stride + row, tl.where(present > 0, entropy, unknown).to(A))
+    if parts is not None:
+        # a lane that met nothing but -inf keeps the finite LOWEST
+        tl.store(parts + row, tl.where(maximum > LOWEST, maximum, float("-inf")))
+        tl.store(parts + parts_stride + row, mass.to(A))
+        tl.store(parts + 2 * parts_stride + row, all_below.to(A))
+        tl.store(parts + 3 * parts_stride + row, all_spread.to(A))
 
     if GRADIENT:
         scale = tl.full((), 1.0, tl.float64)
@@ -156,7 +166,7 @@ def _rows(
             inside = column < columns
             g = tl.zeros([BLOCK], A)
             if live:  # else zeros, not 0 * gradient: a NaN under a zero weight stays out
-                z = _read(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+                z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
                 g = factor * tl.exp(z - maximum)
                 if SMOOTHED:
                     if class_weight is not None:
@@ -197,10 +207,12 @@ def cross_entropy_rows_(
     softcap: float,
     logit_scale: float,
     gradient: bool,
+    parts: Tensor | None = None,
 ) -> None:
     """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over the logits.
 
-    logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N]."""
+    logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N];
+    parts [4, N]."""
     rows, columns = size_of(_OP, "logits", logits)
     dtype, work = working(logits)
     if labels.dim() != 2:
@@ -216,11 +228,14 @@ def cross_entropy_rows_(
     check_values(_OP, "target_logit", target_logit, logits, rows * targets, dtype)
     check_values(_OP, "prediction", prediction, logits, rows)
     check_rows(_OP, "stats", stats, logits, (fields, rows), (dtype,))
+    if parts is not None:
+        check_rows(_OP, "parts", parts, logits, (4, rows), (dtype,))
     smoothed = label_smoothing > 0
     launch(
         _rows, (rows,), logits,
         logits, labels, target_weight, bias, class_weight if smoothed else None, row_scale, stats, target_logit,
-        prediction, columns, targets, logits.stride(0), stats.stride(0), ignore_index, label_smoothing, z_loss, softcap,
-        logit_scale, NEGATIVE_IS_ABSENT=negative_is_absent, SMOOTHED=smoothed, CAPPED=softcap > 0, ENTROPY=fields == 3,
+        prediction, parts, columns, targets, logits.stride(0), stats.stride(0),
+        0 if parts is None else parts.stride(0), ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+        NEGATIVE_IS_ABSENT=negative_is_absent, SMOOTHED=smoothed, CAPPED=softcap > 0, ENTROPY=fields == 3,
         GRADIENT=gradient, A=work, **blocks(columns, _BYTES // dtype.itemsize, a_thread=64 // dtype.itemsize),
     )  # fmt: skip

@@ -13,7 +13,11 @@ SCHEMAS = {
         "(Tensor(a!) logits, Tensor labels, Tensor? target_weight, Tensor? bias, Tensor? class_weight, "
         "Tensor? row_scale, Tensor(b!) stats, Tensor(c!) target_logit, Tensor(d!) prediction, int ignore_index, "
         "bool negative_is_absent, float label_smoothing, float z_loss, float softcap, float logit_scale, "
-        "bool gradient) -> ()"
+        "bool gradient, Tensor(e!)? parts=None) -> ()"
+    ),
+    "cross_entropy_gradient_rows_": (
+        "(Tensor(a!) logits, Tensor labels, Tensor target_scale, Tensor target_logit, Tensor? bias, "
+        "Tensor? class_weight, Tensor factors, float softcap, float logit_scale) -> ()"
     ),
     "accumulate_rows_": "(Tensor(a!) sum, Tensor addend) -> ()",
     "scale_rows_": "(Tensor(a!) rows, Tensor factor) -> ()",

@@ -1,0 +1,84 @@
+"""Sequence parallel rows: each rank of a group has its own rows of the hidden states and of their labels.
+
+Gathered in the order of ranks before a pass; backward, the ranks' parts of the gradient are summed and scattered back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import reference
+from ._head_job import HeadJob
+from ._vocab_shard import all_gather, reduce_scatter
+
+
+def gathered_job(job: HeadJob, group: dist.ProcessGroup) -> HeadJob:
+    """The job with the rows of all ranks, [rows, ...]; gradients of its hidden states come back to those given."""
+    leading = job.hidden.shape[:-1]
+    count, work = leading.numel(), reference.working(job.hidden)
+    many = job.target_weight is not None
+    # a weight that is one number is the same on all ranks
+    of_rows = job.token_weight is not None and job.token_weight.dim() > 0
+    columns = [job.labels.reshape(count, job.labels.shape[-1] if many else 1)]
+    if job.target_weight is not None:
+        columns.append(_as_integers(job.target_weight.reshape(columns[0].shape)))
+    if job.token_weight is not None and of_rows:
+        columns.append(_as_integers(job.token_weight.expand(leading).reshape(count, 1)))
+    packed = torch.cat(columns, 1)
+    whole = packed.new_empty(group.size() * count, packed.shape[1])
+    all_gather(whole, packed, group=group)
+    labels, *weights = (part.contiguous() for part in whole.split([column.shape[1] for column in columns], 1))
+    weights = [weight.view(torch.float64).to(work) for weight in weights]
+    hidden = GatheredRows.apply(job.hidden.reshape(count, job.hidden.shape[-1]), group, job.hidden_grad_out, work)
+    job = job._replace(hidden=hidden, labels=labels if many else labels.view(-1), hidden_grad_out=None, max_rows=None)
+    job = job._replace(target_weight=weights[0]) if many else job
+    return job._replace(token_weight=weights[-1].view(-1)) if of_rows else job
+
+
+def _as_integers(weight: Tensor) -> Tensor:
+    """The bits of float64: weights travel beside labels."""
+    return weight.to(torch.float64).contiguous().view(torch.int64)
+
+
+class GatheredRows(torch.autograd.Function):
+    """[n, d] of each rank -> [ranks n, d] in the working precision, so that the gradient is rounded after its sum."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, buffer: Tensor | None, work: torch.dtype) -> Tensor:
+        ctx.group, ctx.buffer, ctx.dtype = group, buffer, rows.dtype
+        whole = rows.new_empty(group.size() * len(rows), rows.shape[1])
+        all_gather(whole, rows.contiguous(), group=group)
+        return whole.to(work)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        own = upstream.new_empty(len(upstream) // ctx.group.size(), upstream.shape[1])
+        reduce_scatter(own, upstream.contiguous(), group=ctx.group)
+        if ctx.buffer is None:
+            return own.to(ctx.dtype), None, None, None
+        ctx.buffer.view(own.shape).add_(own)
+        return None, None, None, None
+
+
+class OwnRows(torch.autograd.Function):
+    """The rows of this rank; backward, the upstream of all rows goes to every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return own_rows(whole, group).clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        whole = upstream.new_empty(ctx.group.size() * len(upstream))
+        all_gather(whole, upstream.contiguous(), group=ctx.group)
+        return whole, None
+
+
+def own_rows(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    count = len(whole) // group.size()
+    return whole.narrow(0, dist.get_rank(group) * count, count)

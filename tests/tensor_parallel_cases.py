@@ -1,0 +1,206 @@
+"""What runs on every rank for tests/test_tensor_parallel_objectives.py: objectives on models whose head is sharded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from objectives_cases import INFO, Batch, make_batch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from vocab_parallel_cases import on_all_ranks, same
+
+import nitp_ops
+from nitp_ops.distributed import vocab_parallel_linear_cross_entropy
+from nitp_ops.objectives import Streams, build
+
+SPEC = "ntp + mtp_shared + 0.5*top + mtp_parallel(offsets=[4]) + mtp_sequential(depth=2) + 0.8*nitp"
+CASES: dict[str, Callable[[], None]] = {}
+
+
+def case(function: Callable[[], None]) -> Callable[[], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+class Model(nn.Module):
+    """An embedding, a trunk of one layer, a head and an objective, always of the same values."""
+
+    def __init__(self, part: Batch, spec: str = SPEC, *, tied: bool = False):
+        super().__init__()
+        self.trunk = nn.Linear(6, 6, dtype=torch.float64)
+        for parameter in self.trunk.parameters():
+            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view(parameter.shape)
+        self.embed, self.head = copy.deepcopy(part.embed), copy.deepcopy(part.head)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.objective = build(spec, model=INFO)
+
+    def forward(self, part: Batch, **options: object):
+        lower = self.embed(part.ids) + part.hidden.detach()
+        states = {k: lower for k in range(INFO.num_layers)}
+        streams = part.streams(last_hidden=self.trunk(lower), hidden_states=states, head=self.head, embed=self.embed)
+        return self.objective(streams, **options)
+
+
+def whole(batch: Batch, **options: object) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
+    model = Model(batch, **options)  # type: ignore[arg-type]
+    out = model(batch)
+    out.loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return found, out.loss.detach(), out.metrics.compute()
+
+
+def gradients_are(model: nn.Module, expected: dict[str, Tensor], *, replicated: bool = True) -> None:
+    for name, gradient in expected.items():
+        own = model.get_parameter(name).grad
+        assert own is not None, f"{name} has no gradient"
+        if isinstance(own, DTensor):
+            own = own.full_tensor()
+        elif replicated:
+            on_all_ranks(own, name)
+        same(own, gradient, name, 1e-10)
+
+
+def sharded(model: nn.Module, mesh, **layouts: object) -> nn.Module:
+    return parallelize_module(model, mesh, {"head": ColwiseParallel(**layouts)})  # type: ignore[arg-type]
+
+
+@case
+def every_head_term_through_a_sharded_head():
+    batch = make_batch(batch=4)
+    expected, loss, metrics = whole(batch)
+    for layouts in ({}, {"output_layouts": Replicate()}, {"use_local_output": False}):
+        model = sharded(Model(batch), init_device_mesh("cpu", (dist.get_world_size(),)), **layouts)
+        before = [dict(model.head._forward_pre_hooks), dict(model.head._forward_hooks)]  # type: ignore[union-attr]
+        out = model(batch)
+        assert before == [dict(model.head._forward_pre_hooks), dict(model.head._forward_hooks)]  # type: ignore[union-attr]
+        on_all_ranks(out.loss.detach(), "loss")
+        same(out.loss.detach(), loss, "loss")
+        assert out.metrics.compute() == pytest.approx(metrics, nan_ok=True)
+        out.loss.backward()
+        gradients_are(model, expected)
+
+
+@case
+def a_head_that_is_tied_to_its_embedding():
+    batch = make_batch(batch=4, bias=False)
+    expected, loss, _ = whole(batch, tied=True)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Model(batch, tied=True)
+    plan = {"head": ColwiseParallel(), "embed": RowwiseParallel(input_layouts=Replicate())}
+    model = parallelize_module(model, mesh, plan)  # type: ignore[arg-type]
+    model.embed.weight = model.head.weight  # the styles made two parameters of it
+    out = model(batch)
+    same(out.loss.detach(), loss, "loss")
+    out.loss.backward()
+    gradients_are(model, expected)
+
+
+@case
+def data_parallel_times_tensor_parallel():
+    """Pairs of ranks share a batch; each pair has its own, and unequal counts."""
+    if dist.get_world_size() < 4:
+        return
+    batch = make_batch(batch=4)
+    batch.documents = torch.where(torch.arange(7) < torch.tensor([[4], [7], [1], [0]]), 0, -1)
+    expected, _, _ = whole(batch)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mine = mesh.get_local_rank("dp")
+    part = batch.part(slice(2 * mine, 2 * mine + 2))
+    for fsdp in (False, True):
+        model = sharded(Model(batch), mesh["tp"])
+        if fsdp:
+            for owner in (model.head, model.embed, *model.objective.terms.values(), model):  # type: ignore[union-attr]
+                fully_shard(owner, mesh=mesh["dp"])
+            inner: nn.Module = model
+        else:
+            # replicated gradients only: a DTensor parameter is averaged by hand below
+            inner = model
+            local = [p for p in model.parameters() if not isinstance(p, DTensor)]
+        counts = model.objective.count(part.streams()).all_reduce(mesh.get_group("dp"))  # type: ignore[union-attr,operator]
+        out = inner(part, counts=counts)
+        out.loss.backward()
+        if not fsdp:
+            for p in [*local, *(p for p in model.parameters() if isinstance(p, DTensor))]:
+                if p.grad is not None:
+                    own = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                    dist.all_reduce(
+                        own,
+                        dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM,
+                        group=mesh.get_group("dp"),
+                    )
+                    own /= 2
+        gradients_are(model, expected, replicated=not fsdp)
+
+
+@case
+def transformers_models_under_a_tp_plan():
+    transformers = pytest.importorskip("transformers", "5.20")
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    for tied in (False, True):
+        config = transformers.LlamaConfig(
+            vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=4, tie_word_embeddings=tied,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        model = transformers.LlamaForCausalLM(config).double()
+        ids = torch.randint(0, 31, (2, 9))
+        plain = copy.deepcopy(model)
+        labels = plain(ids, labels=ids)
+        labels.loss.backward()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+        plan = {"lm_head": "colwise_gather_output", "lm_head.weight": "colwise_gather_output"}
+        apply_tensor_parallelism(model, mesh, plan)
+        if tied:
+            continue
+        info = nitp_ops.objectives.ModelInfo(hidden_size=16, vocab_size=31, num_layers=2, dtype=torch.float64)
+        objective = build("ntp", model=info)
+        hidden = model.model(ids).last_hidden_state
+        out = objective(Streams(token_ids=ids, last_hidden=hidden, head=model.lm_head))
+        same(out.loss.detach(), labels.loss.detach().double(), "loss", 1e-6)
+        out.loss.backward()
+        names = {name: p.grad for name, p in plain.named_parameters()}
+        for name, expected in names.items():
+            own = model.get_parameter(name).grad
+            same(own.full_tensor() if isinstance(own, DTensor) else own, expected, name, 1e-6)
+
+
+@case
+def dtensors_that_are_no_vocabulary_shards_are_refused():
+    batch = make_batch(batch=2)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    hidden, weight = torch.randn(4, 6), torch.randn(11, 6)
+    labels = torch.zeros(4, dtype=torch.int64)
+    for placement in (Replicate(), Shard(1)):
+        wrong = distribute_tensor(weight, mesh, [placement])
+        with pytest.raises(TypeError, match="expected Shard.0. once"):
+            vocab_parallel_linear_cross_entropy(hidden, wrong, labels)
+    shard = distribute_tensor(weight, mesh, [Shard(0)])
+    with pytest.raises(TypeError, match="unembedding is a DTensor.*vocab_parallel_linear_cross_entropy"):
+        nitp_ops.linear_cross_entropy(hidden, shard, labels)
+    for name, given in {"hidden": (hidden, labels), "labels": (hidden, labels)}.items():
+        given = [
+            distribute_tensor(x, mesh, [Replicate()]) if n == name else x
+            for n, x in zip(("hidden", "labels"), given, strict=True)
+        ]
+        with pytest.raises(TypeError, match=f"{name} is a DTensor"):
+            vocab_parallel_linear_cross_entropy(given[0], shard, given[1])
+        with pytest.raises(TypeError, match=f"{name} is a DTensor"):
+            nitp_ops.linear_cross_entropy(given[0], weight, given[1])
+    # FSDP's shard of a head, read outside of its forward, looks like a vocabulary shard
+    model = Model(batch, "ntp")
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(TypeError, match="head's weight is a DTensor"):
+        model.objective(batch.streams(head=model.head, last_hidden=batch.hidden.detach()))
+    model = sharded(Model(batch, "ntp + nextlat"), mesh)
+    with pytest.raises(TypeError, match="head's weight is a DTensor"):
+        model(batch)
