@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import HeadTerm
 from .composite import build
 from .model_info import ModelInfo
 from .sequence_shard import SequenceShard
@@ -24,12 +25,14 @@ class Uses:
     """What one microbatch does.
 
     Attributes:
-        parts: of the counts. numbers, vectors: in the metrics, 0-d sums and sums of width d.
+        parts: of the counts. head_parts: those against the model's head.
+        numbers, vectors: in the metrics, 0-d sums and sums of width d.
         calls: of head, embed and each term's module, by the name of the module. sets: of rows that the head reads.
         shifts: of the targets that are hidden states, in the order of their exchange.
     """
 
     parts: int = 0
+    head_parts: int = 0
     numbers: int = 0
     vectors: int = 0
     calls: Counter[str] = field(default_factory=Counter)
@@ -92,6 +95,8 @@ def dry_run(spec: SpecLike, info: ModelInfo, *, sharded: bool) -> Uses:
     with torch.no_grad():
         sums = objective(streams, step=0).metrics.sums
     uses.parts = len(sums)
+    shared = [str(t.label) for t in objective.spec.terms if isinstance(t, HeadTerm) and "head" in t.requires(small)]
+    uses.head_parts = sum(name.partition("/")[0] in shared for name in sums)
     for own in sums.values():
         uses.numbers += sum(x.dim() == 0 for x in own.values())
         uses.vectors += sum(x.dim() == 1 for x in own.values())

@@ -15,13 +15,15 @@ from typing import Literal
 import torch
 
 import nitp_ops
+from nitp_ops.distributed import bytes_per_pass, shard_rows
 
+from .base import LatentTerm
 from .composite import build
 from .dry_run import Uses, dry_run
 from .model_info import ModelInfo
 from .projectors import Projector
 from .schema import is_int
-from .spec import SpecLike
+from .spec import SpecLike, parse
 
 _CHUNKS_A_RANK = 2  # zigzag
 
@@ -122,8 +124,8 @@ def footprint(spec: SpecLike, info: ModelInfo, mesh: Mesh, *, tokens: int, seque
         tokens: hidden states of a rank's microbatch; sequences: how many sequences they are part of.
 
     Raises:
-        SpecError: unfit for the model. ValueError: a vocabulary that tp does not divide; with cp > 1 a term that can
-            not run on a part of the sequence.
+        SpecError: unfit for the model. ValueError: with tp > 1 a latent term that reads the head; with cp > 1 a term
+            that can not run on a part of the sequence.
 
     Example:
         >>> info = ModelInfo(hidden_size=64, vocab_size=512, num_layers=17)
@@ -131,8 +133,10 @@ def footprint(spec: SpecLike, info: ModelInfo, mesh: Mesh, *, tokens: int, seque
         >>> [(each.purpose, each.bytes) for each in cost.traffic if each.collective == "all-reduce"]
         [('counts', 16), ('metrics', 600)]
     """
-    if info.vocab_size % mesh.tp:
-        raise ValueError(f"mesh: tp is {mesh.tp}, expected a divisor of the vocabulary of {info.vocab_size}")
+    alone = [str(t.label) for t in parse(spec).terms if isinstance(t, LatentTerm) and "head" in t.requires(info)]
+    if mesh.tp > 1 and alone:
+        names = ", ".join(alone)
+        raise ValueError(f"mesh: tp is {mesh.tp}, expected 1 with {names}: it reads the head outside the shared pass")
     uses = dry_run(spec, info, sharded=mesh.cp > 1)
     groups = dict(_groups(spec, info, mesh, uses))
     return Footprint(
@@ -146,7 +150,7 @@ def _groups(spec: SpecLike, info: ModelInfo, mesh: Mesh, uses: Uses) -> Iterator
     """The shapes of every group of parameters that is read."""
     with torch.device("meta"):
         terms = dict(build(spec, model=info).terms.items())
-    by_vocabulary = torch.Size((info.vocab_size // mesh.tp, info.hidden_size))
+    by_vocabulary = torch.Size((shard_rows(info.vocab_size, mesh.tp)[0], info.hidden_size))
     for name in uses.calls:
         shapes = [by_vocabulary] if name in ("head", "embed") else [p.shape for p in terms[name].parameters()]
         if shapes:
@@ -167,15 +171,16 @@ def _traffic(
     if uses.shifts:
         rows = mesh.cp * _CHUNKS_A_RANK * sequences * sum(uses.shifts)
         yield Traffic("rows past the chunks", "all-gather", mesh.cp, rows * width * size, "microbatch")
-    rows = uses.sets * tokens
-    yield Traffic("softmax across the vocabulary", "all-gather", mesh.tp, mesh.tp * rows * _PER_ROW, "microbatch")
-    yield Traffic("hidden gradients across it", "all-reduce", mesh.tp, rows * width * size, "microbatch")
+    if mesh.tp > 1 and uses.sets:
+        first = 1 + uses.head_parts - uses.sets  # targets of the set that has several; which one does not matter
+        handed = [
+            bytes_per_pass(tokens, width, mesh.tp, targets=first if number == 0 else 1, dtype=info.dtype)
+            for number in range(uses.sets)
+        ]
+        statistics, gradient = (sum(getattr(each, name) for each in handed) for name in ("statistics", "gradient"))
+        yield Traffic("softmax across the vocabulary", "all-gather", mesh.tp, mesh.tp * statistics, "microbatch")
+        yield Traffic("hidden gradients across it", "all-reduce", mesh.tp, gradient, "microbatch")
     yield Traffic("metrics", "all-reduce", n, 8 * (uses.numbers + uses.vectors * width), "report")
-
-
-#: Of a row of logits every rank hands on its maximum, its sum of exponentials, its logit of the target if it has it, in
-#: float32, and its prediction, int64.
-_PER_ROW = 3 * 4 + 8
 
 
 def _memory(

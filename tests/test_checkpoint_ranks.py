@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as checkpoint
-from ranks_cases import SPECS, Model, packed_batch, same, start
+from engine_cases import SPECS, Model, packed_batch, same, start
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+from torch.distributed.checkpoint.state_dict_saver import save as save_checkpoint
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -50,7 +51,7 @@ def save(rank: int, folder: str) -> None:
     model, optimizer = sharded(4)
     train(model, optimizer, rank, 4)
     weights, state = get_state_dict(model, optimizer)
-    checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
+    save_checkpoint({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
     saved = everything(model, optimizer)
     train(model, optimizer, rank, 4)
     following = everything(model, optimizer)
@@ -61,7 +62,7 @@ def save(rank: int, folder: str) -> None:
 def load(rank: int, folder: str) -> None:
     model, optimizer = sharded(2)
     weights, state = get_state_dict(model, optimizer)
-    checkpoint.load({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
+    load_checkpoint({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/checkpoint")
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     saved, following = torch.load(f"{folder}/expected.pt", weights_only=True)
     mine = everything(model, optimizer)

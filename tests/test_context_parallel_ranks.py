@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from engine_cases import LENGTH, SPECS, Model, packed_batch, same, same_metrics, start, whole
 from objectives_cases import INFO, Batch
-from ranks_cases import LENGTH, SPECS, Model, packed_batch, same, same_metrics, start, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

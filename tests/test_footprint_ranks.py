@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from engine_cases import LENGTH, SPECS, packed_batch, start
 from objectives_cases import INFO, Batch
-from ranks_cases import LENGTH, SPECS, packed_batch, start
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from nitp_ops.objectives import SequenceShard, Streams, build
 from nitp_ops.objectives.dry_run import dry_run
@@ -41,7 +42,7 @@ class Traffic(TorchDispatchMode):
             # (what comes out, what goes in, ...): of an all-gather the first, of a reduce-scatter the second is whole
             kind = KINDS[func.__name__.partition(".")[0]]
             whole = args[1] if kind == "reduce-scatter" else args[0]
-            tensors = [x for x in torch.utils._pytree.tree_leaves(whole) if isinstance(x, Tensor)]
+            tensors = [x for x in tree_leaves(whole) if isinstance(x, Tensor)]
             self.bytes[kind] += sum(x.numel() * x.element_size() for x in tensors)
         return func(*args, **(kwargs or {}))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks_cases import same, start
+from engine_cases import same, start
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 from nitp_ops.objectives import Streams
@@ -28,7 +28,7 @@ def example():
     assert spec is not None and spec.loader is not None
     module = sys.modules["pipeline"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.INFO = replace(module.INFO, dtype=torch.float64)
+    module.INFO = replace(module.INFO, dtype=torch.float64)  # type: ignore[attr-defined]
     return module
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from engine_cases import SPECS, Model, packed_batch, start
 from objectives_cases import INFO, Batch
-from ranks_cases import SPECS, Model, packed_batch, start
 from torch import Tensor
 
 from nitp_ops.objectives import build
