@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "columns.h"
 #include "rows.h"
 
 namespace nitp {
@@ -21,6 +22,7 @@ enum class Smoothing { none, uniform, by_class };
 
 template <class T, class A, bool Biased, bool Capped, Smoothing Kind>
 struct RowReader {
+  using Stored = T;
   static constexpr bool capped = Capped;
   static constexpr Smoothing smoothing = Kind;
   const T* logits;
@@ -58,7 +60,7 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t n = columns - first < kBlock ? columns - first : kBlock;
     A* z = exponentials.values.data() + first;
-    A block_max = A(-INFINITY), block_below = A(0), block_mass = A(0), block_sum = A(0);
+    A block_max = A(-INFINITY), block_below = A(0), block_mass = A(0);
 #pragma omp simd reduction(max : block_max)
     for (int64_t j = 0; j < n; ++j) {
       const A x = read(first + j);
@@ -73,17 +75,18 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
     }
     exponentials.base[first / kBlock] = row.max;
     const A shift = row.max == A(-INFINITY) ? A(0) : row.max;
-#pragma omp simd reduction(+ : block_sum, block_below, block_mass)
-    for (int64_t j = 0; j < n; ++j) {
-      const A below = z[j] - shift;
-      if (Read::smoothing != Smoothing::none) {
-        block_below += read.weight(first + j) * below;
+    if (Read::smoothing != Smoothing::none) {
+#pragma omp simd reduction(+ : block_below, block_mass)
+      for (int64_t j = 0; j < n; ++j) {
+        block_below += read.weight(first + j) * (z[j] - shift);
         block_mass += read.weight(first + j);
       }
-      z[j] = exp_nonpositive(below);
-      block_sum += z[j];
     }
-    row.sum += block_sum;
+    row.sum += sum_over_columns<typename Read::Stored, A>(n, [=](auto at) NITP_INLINE {
+      const auto power = exp_nonpositive(at.load(z) - shift);
+      at.store(z, power);
+      return power;
+    });
     row.below += block_below;
     mass += block_mass;
   }
@@ -170,6 +173,11 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
     const int64_t last = columns - first < kBlock ? columns : first + kBlock;
     const A of_block = slope * factor * exp_nonpositive(exponentials.base[first / kBlock] - max);
     const A off = slope * uniform, *e = exponentials.values.data();
+    if (Read::smoothing == Smoothing::none && !Read::capped) {
+      over_columns<T>(last - first, [from = e + first, into = logits + first, of_block](auto at)
+                                        NITP_INLINE { at.store(into, at.load(from) * of_block); });
+      continue;
+    }
 #pragma omp simd
     for (int64_t j = first; j < last; ++j) {
       const A g = Read::smoothing == Smoothing::none ? of_block * e[j] : of_block * e[j] - off * read.weight(j);
@@ -260,10 +268,12 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
   rows<true, true>(biased, begin, end);
 }
 
+template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
+#ifndef __AVX512BF16__
 template void cross_entropy_rows(const CrossEntropyRows<double, double>&, int64_t, int64_t);
 template void cross_entropy_rows(const CrossEntropyRows<float, float>&, int64_t, int64_t);
-template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
 template void cross_entropy_rows(const CrossEntropyRows<float16, float>&, int64_t, int64_t);
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp
