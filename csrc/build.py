@@ -16,10 +16,13 @@ from pathlib import Path
 
 CSRC = Path(__file__).parent
 CUDA = runpy.run_path(str(CSRC / "build_cuda.py"))
+AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
+#: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there.
 TARGET_FLAGS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512",
+    "avx512": AVX512,
+    "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
 # 2.11 is the oldest torch that the library loads into; newer ones keep the same binary interface.

@@ -33,7 +33,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of nitp_ops. Import torch first: the operator library takes its symbols from torch.";
   m.def(
       "instruction_set", [] { return std::string(nitp_ops_instruction_set()); },
-      "The CPU instruction set that the row kernels use: 'avx512', 'avx2' or 'portable'.");
+      "The CPU instruction set that the row kernels use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
   m.def(
       "choose_instruction_set",
       [](const std::string& name) {

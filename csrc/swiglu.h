@@ -18,8 +18,8 @@ struct SwigluGradient {
 
 template <class A>
 NITP_HD SwigluGradient<A> swiglu_gradient(A g, A u, A upstream) {
-  const A s = sigmoid(g);
-  return {upstream * u * s * (A(1) + g * (A(1) - s)), upstream * g * s};
+  const A s = sigmoid(g), scaled = upstream * s;
+  return {scaled * u * (A(1) + g * (A(1) - s)), scaled * g};
 }
 
 }  // namespace NITP_TARGET

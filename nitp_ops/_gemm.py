@@ -16,7 +16,7 @@ _LARGE_BYTES = 4 * 2**20
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
 #: On CPU a product whose rows are no multiple of this takes up to 1.2 times as long (docs/log.md): MKL and oneDNN both.
-_EVEN_ROWS = 8
+_EVEN_ROWS = 16
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 

@@ -106,7 +106,7 @@ def test_the_package_imports_from_any_directory(tmp_path):
 def test_the_build_module_reports_the_build():
     from nitp_ops import _C
 
-    assert _C.instruction_set() in ("portable", "avx2", "avx512")
+    assert _C.instruction_set() in ("portable", "avx2", "avx512", "avx512_bf16")
     info = _C.build_info()
     assert info["torch"].startswith("2.") and "TORCH_TARGET_VERSION" in info["flags"]
     kernels = _C.kernels()

@@ -12,7 +12,8 @@ if rows.missing is not None:
 from nitp_ops import _C
 
 BEST = _C.instruction_set()
-SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]
+ALL = ("portable", "avx2", "avx512", "avx512_bf16")
+SETS = ALL[: ALL.index(BEST) + 1]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 EVERY_SET = pytest.mark.parametrize("name", SETS)
 
@@ -91,3 +92,43 @@ def test_cross_entropy_is_bitwise_the_same_at_any_thread_count(dtype):
             torch.set_num_threads(2)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+def every_bfloat16(columns: int) -> torch.Tensor:
+    """All 65536 of them in rows, so that vectors, and what is left of a row, hold each kind of number."""
+    return (
+        torch.arange(2**16, dtype=torch.int32)
+        .to(torch.int16)
+        .view(torch.bfloat16)[: 2**16 // columns * columns]
+        .view(-1, columns)
+    )
+
+
+@EVERY_SET
+@pytest.mark.parametrize("columns", [1, 64, 77])
+@pytest.mark.parametrize("factor", [1.0078125, 0.3333333, 3e-39, 3e38, float("nan"), float("inf")])
+def test_bfloat16_is_rounded_to_nearest_even_and_nan_stays_nan(name, columns, factor):
+    _C.choose_instruction_set(name)
+    x = every_bfloat16(columns)
+    exact = (x.float() * factor).bfloat16()
+    if name == "avx512_bf16":  # its rounding takes subnormal numbers for zero (docs/decisions/0028)
+        exact = torch.where((x.float() * factor).abs() < 2.0**-126, exact * 0, exact)
+    ours = x.clone()
+    torch.ops.nitp_ops.scale_rows_(ours, torch.tensor(factor))
+    assert torch.equal(ours.isnan(), exact.isnan())
+    assert torch.equal(ours.nan_to_num().view(torch.int16), exact.nan_to_num().view(torch.int16))
+
+
+@EVERY_SET
+@pytest.mark.parametrize("columns", [1, 64, 77])
+def test_swiglu_of_every_bfloat16_gate_is_right_to_a_rounding(name, columns):
+    _C.choose_instruction_set(name)
+    gate = every_bfloat16(columns).clone()
+    gate[~(gate.abs() < 2.0**126)] = 0  # infinity times zero is no number, and the product may overflow
+    inputs = [gate.requires_grad_(), torch.full_like(gate, -1.5, requires_grad=True)]
+    upstream = torch.full_like(gate, 0.75)
+    ours = outputs(nitp_ops.swiglu, inputs, upstream)
+    exact = outputs(reference.swiglu, widened(inputs), upstream.double())
+    for got, wide in zip(ours, exact, strict=True):
+        # 1e-6: where the derivative in the gate crosses zero, and far below
+        assert ((got.double() - wide).abs() <= 2.0**-8 * wide.abs() + 1e-6).all()

@@ -1,4 +1,5 @@
 // Alignment over pairs of rows: one pass for the sums, one pass that writes the gradients, also in place.
+#include "columns.h"
 #include "rows.h"
 
 namespace nitp {
@@ -44,15 +45,15 @@ template <bool OfPrediction, bool OfTarget, class P, class Z, class A>
 A squared_chord(const Pair<P, Z, A> pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
   const A of_p = row.unit_prediction, of_z = swapped.unit_prediction;
   const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction, d = swapped.of_target;
-  A chord(0);
-#pragma omp simd reduction(+ : chord)
-  for (int64_t j = 0; j < pair.columns; ++j) {
-    const A p = pair.prediction(j), z = pair.target(j), apart = of_p * p - of_z * z;
-    chord += apart * apart;
-    if (OfTarget) put(pair.dz + j, c * z + d * p);
-    if (OfPrediction) put(pair.dp + j, a * p + b * z);
-  }
-  return chord;
+  constexpr bool alike = std::is_same_v<Z, P> || std::is_same_v<Z, float>;
+  return sum_over_columns<std::conditional_t<alike, P, A>, A>(pair.columns, [=](auto at) NITP_INLINE {
+    const auto p = at.load(pair.p);
+    const auto z = at.load(pair.z);
+    const auto apart = of_p * p - of_z * z;
+    if (OfTarget) at.store(pair.dz, c * z + d * p);
+    if (OfPrediction) at.store(pair.dp, a * p + b * z);
+    return apart * apart;
+  });
 }
 
 // Half the squared chord is 1 - c, and near c = 1 it keeps the digits that 1 - c loses: an error of the norms enters it
@@ -174,6 +175,9 @@ void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end)
 }
 
 #define NITP_INSTANTIATE(P, Z, A) template void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);
+NITP_INSTANTIATE(bfloat16, float, float)
+NITP_INSTANTIATE(bfloat16, bfloat16, float)
+#ifndef __AVX512BF16__
 NITP_INSTANTIATE(double, double, double)
 NITP_INSTANTIATE(double, float, double)
 NITP_INSTANTIATE(double, bfloat16, double)
@@ -183,13 +187,12 @@ NITP_INSTANTIATE(float, float, float)
 NITP_INSTANTIATE(float, bfloat16, float)
 NITP_INSTANTIATE(float, float16, float)
 NITP_INSTANTIATE(bfloat16, double, double)
-NITP_INSTANTIATE(bfloat16, float, float)
-NITP_INSTANTIATE(bfloat16, bfloat16, float)
 NITP_INSTANTIATE(bfloat16, float16, float)
 NITP_INSTANTIATE(float16, double, double)
 NITP_INSTANTIATE(float16, float, float)
 NITP_INSTANTIATE(float16, bfloat16, float)
 NITP_INSTANTIATE(float16, float16, float)
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

@@ -1,6 +1,7 @@
 // Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
 // first-level cache between its max and its sum), one pass that overwrites the logits with their gradient. The first
 // keeps its exponentials, each block's relative to the maximum so far, and the second needs one factor a block.
+#include "columns.h"
 #include "cross_entropy_row.h"
 #include "rows.h"
 
@@ -35,7 +36,7 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t n = columns - first < kBlock ? columns - first : kBlock;
     A* z = exponentials.values.data() + first;
-    A block_max = A(-INFINITY), block_below = A(0), block_mass = A(0), block_sum = A(0);
+    A block_max = A(-INFINITY), block_below = A(0), block_mass = A(0);
 #pragma omp simd reduction(max : block_max)
     for (int64_t j = 0; j < n; ++j) {
       const A x = read(first + j);
@@ -50,17 +51,18 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
     }
     exponentials.base[first / kBlock] = row.max;
     const A shift = row.max == A(-INFINITY) ? A(0) : row.max;
-#pragma omp simd reduction(+ : block_sum, block_below, block_mass)
-    for (int64_t j = 0; j < n; ++j) {
-      const A below = z[j] - shift;
-      if (Read::smoothing != Smoothing::none) {
-        block_below += read.weight(first + j) * below;
+    if (Read::smoothing != Smoothing::none) {
+#pragma omp simd reduction(+ : block_below, block_mass)
+      for (int64_t j = 0; j < n; ++j) {
+        block_below += read.weight(first + j) * (z[j] - shift);
         block_mass += read.weight(first + j);
       }
-      z[j] = exp_nonpositive(below);
-      block_sum += z[j];
     }
-    row.sum += block_sum;
+    row.sum += sum_over_columns<typename Read::Stored, A>(n, [=](auto at) NITP_INLINE {
+      const auto power = exp_nonpositive(at.load(z) - shift);
+      at.store(z, power);
+      return power;
+    });
     row.below += block_below;
     mass += block_mass;
   }
@@ -112,6 +114,11 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
     const int64_t last = columns - first < kBlock ? columns : first + kBlock;
     const A of_block = slope * factor * exp_nonpositive(exponentials.base[first / kBlock] - max);
     const A off = slope * uniform, *e = exponentials.values.data();
+    if (Read::smoothing == Smoothing::none && !Read::capped) {
+      over_columns<T>(last - first, [from = e + first, into = logits + first, of_block](auto at)
+                                        NITP_INLINE { at.store(into, at.load(from) * of_block); });
+      continue;
+    }
 #pragma omp simd
     for (int64_t j = first; j < last; ++j) {
       const A g = Read::smoothing == Smoothing::none ? of_block * e[j] : of_block * e[j] - off * read.weight(j);
@@ -207,10 +214,12 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
   rows<true, true>(biased, begin, end);
 }
 
+template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
+#ifndef __AVX512BF16__
 template void cross_entropy_rows(const CrossEntropyRows<double, double>&, int64_t, int64_t);
 template void cross_entropy_rows(const CrossEntropyRows<float, float>&, int64_t, int64_t);
-template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
 template void cross_entropy_rows(const CrossEntropyRows<float16, float>&, int64_t, int64_t);
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

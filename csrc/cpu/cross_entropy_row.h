@@ -13,6 +13,7 @@ enum class Smoothing { none, uniform, by_class };
 
 template <class T, class A, bool Biased, bool Capped, Smoothing Kind>
 struct RowReader {
+  using Stored = T;
   static constexpr bool capped = Capped;
   static constexpr Smoothing smoothing = Kind;
   const T* logits;

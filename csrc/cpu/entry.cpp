@@ -10,18 +10,31 @@ namespace {
 constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work: below it threads cost more than they give
 
 #ifdef NITP_X86
+#define NITP_AVX512_BF16 avx512_bf16
 #define NITP_AVX512 avx512
 #define NITP_AVX2 avx2
 #else
+#define NITP_AVX512_BF16 portable
 #define NITP_AVX512 portable
 #define NITP_AVX2 portable
 #endif
+// What the set avx512_bf16 has kernels for; the others are avx512's.
+template <class First, class... Rest>
+constexpr bool rounds_to_bfloat16 =
+    std::is_same_v<First, bfloat16> && ((std::is_same_v<Rest, bfloat16> || std::is_same_v<Rest, float>) && ...);
+
 #define NITP_SERVE(Rows, function)                                                               \
   template <class... Types>                                                                      \
   static void run(const nitp::Rows<Types...>& args, int64_t rows, const Tensor&) {               \
     const int64_t grain = args.columns > 0 ? 1 + (kElementsPerTask - 1) / args.columns : 1;      \
     const auto over = [&](int64_t begin, int64_t end) {                                          \
       switch (nitp_instruction_set()) {                                                          \
+        case nitp::InstructionSet::avx512_bf16:                                                  \
+          if constexpr (rounds_to_bfloat16<Types...>) {                                          \
+            nitp::NITP_AVX512_BF16::function(args, begin, end);                                  \
+            break;                                                                               \
+          }                                                                                      \
+          [[fallthrough]];                                                                       \
         case nitp::InstructionSet::avx512: nitp::NITP_AVX512::function(args, begin, end); break; \
         case nitp::InstructionSet::avx2: nitp::NITP_AVX2::function(args, begin, end); break;     \
         case nitp::InstructionSet::portable: nitp::portable::function(args, begin, end); break;  \

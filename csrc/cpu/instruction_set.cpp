@@ -9,7 +9,7 @@ nitp::InstructionSet detect() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
-    return nitp::InstructionSet::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? nitp::InstructionSet::avx512_bf16 : nitp::InstructionSet::avx512;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return nitp::InstructionSet::avx2;
 #endif
@@ -19,7 +19,7 @@ nitp::InstructionSet detect() {
 const nitp::InstructionSet best = detect();
 nitp::InstructionSet chosen = best;
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 }  // namespace
 

@@ -1,5 +1,6 @@
 // The CPU row kernels as plain C++: one function over rows [begin, end) an op. Every .cpp beside this file is compiled
-// once for each instruction set into a namespace of its own; entry.cpp picks the namespace at run time.
+// once for each instruction set into a namespace of its own; entry.cpp picks the namespace at run time. avx512_bf16 has
+// instances for bfloat16 alone.
 #pragma once
 #include <cstdint>
 
@@ -28,9 +29,10 @@ namespace nitp {
 NITP_DECLARE_ROWS(portable)
 NITP_DECLARE_ROWS(avx2)
 NITP_DECLARE_ROWS(avx512)
+NITP_DECLARE_ROWS(avx512_bf16)
 #undef NITP_DECLARE_ROWS
 
-enum class InstructionSet { portable, avx2, avx512 };
+enum class InstructionSet { portable, avx2, avx512, avx512_bf16 };
 
 }  // namespace nitp
 

@@ -1,4 +1,5 @@
 // rows *= factor. A factor of one touches nothing, a factor of zero writes zeros, so that a NaN under it stays out.
+#include "columns.h"
 #include "rows.h"
 
 namespace nitp {
@@ -14,16 +15,17 @@ void scale_rows(const ScaleRows<T, A>& a, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t j = 0; j < a.columns; ++j) store(row + j, A(0));
     } else {
-#pragma omp simd
-      for (int64_t j = 0; j < a.columns; ++j) store(row + j, widen(row[j]) * factor);
+      over_columns<T>(a.columns, [=](auto at) NITP_INLINE { at.store(row, at.load(row) * factor); });
     }
   }
 }
 
+template void scale_rows(const ScaleRows<bfloat16, float>&, int64_t, int64_t);
+#ifndef __AVX512BF16__
 template void scale_rows(const ScaleRows<double, double>&, int64_t, int64_t);
 template void scale_rows(const ScaleRows<float, float>&, int64_t, int64_t);
-template void scale_rows(const ScaleRows<bfloat16, float>&, int64_t, int64_t);
 template void scale_rows(const ScaleRows<float16, float>&, int64_t, int64_t);
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

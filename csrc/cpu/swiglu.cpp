@@ -1,6 +1,7 @@
 // SwiGLU over rows: reads gate and up once, writes the product (or both gradients, also in place) once.
 #include "../swiglu.h"
 
+#include "columns.h"
 #include "rows.h"
 
 namespace nitp {
@@ -12,8 +13,7 @@ void swiglu_rows(const SwigluRows<T>& a, int64_t begin, int64_t end) {
     const T* gate = a.gate + row * a.gate_stride;
     const T* up = a.up + row * a.up_stride;
     T* out = a.out + row * a.out_stride;
-#pragma omp simd
-    for (int64_t j = 0; j < a.columns; ++j) store(out + j, swiglu(widen(gate[j]), widen(up[j])));
+    over_columns<T>(a.columns, [=](auto at) NITP_INLINE { at.store(out, swiglu(at.load(gate), at.load(up))); });
   }
 }
 
@@ -25,22 +25,23 @@ void swiglu_rows_backward(const SwigluRowsBackward<T>& a, int64_t begin, int64_t
     const T* upstream = a.upstream + row * a.upstream_stride;
     T* d_gate = a.d_gate + row * a.d_gate_stride;
     T* d_up = a.d_up + row * a.d_up_stride;
-#pragma omp simd
-    for (int64_t j = 0; j < a.columns; ++j) {
-      const auto gradient = swiglu_gradient(widen(gate[j]), widen(up[j]), widen(upstream[j]));
-      store(d_gate + j, gradient.gate);
-      store(d_up + j, gradient.up);
-    }
+    over_columns<T>(a.columns, [=](auto at) NITP_INLINE {
+      const auto gradient = swiglu_gradient(at.load(gate), at.load(up), at.load(upstream));
+      at.store(d_gate, gradient.gate);
+      at.store(d_up, gradient.up);
+    });
   }
 }
 
 #define NITP_INSTANTIATE(T)                                          \
   template void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t); \
   template void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t);
+NITP_INSTANTIATE(bfloat16)
+#ifndef __AVX512BF16__
 NITP_INSTANTIATE(double)
 NITP_INSTANTIATE(float)
-NITP_INSTANTIATE(bfloat16)
 NITP_INSTANTIATE(float16)
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp
