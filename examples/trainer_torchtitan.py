@@ -56,10 +56,10 @@ class Bytes(BaseDataLoader):
             yield {"input": rows[:, :-1], "positions": positions}, rows[:, 1:].contiguous()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"batch": self.batch}
+        return {"seen": self.batch * self.ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.batch = state_dict["batch"]
+        self.batch = state_dict["seen"] // self.ranks
 
 
 class ByteTokenizer(BaseTokenizer):
