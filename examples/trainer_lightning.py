@@ -1,9 +1,9 @@
-"""Lightning with an objective: a tiny Llama on the source of a module of the standard library, a minute on a CPU.
+"""Lightning with an objective: a tiny Llama on the source of a module of the standard library, seconds on a CPU.
 
     python examples/trainer_lightning.py
 
-The module knows nothing of objectives: the callback attaches one, counts the rows of the four batches of a step, logs the
-parts of the loss and keeps the own parameters in the checkpoint.
+The module knows nothing of objectives: the callback attaches one, counts the rows of the four batches of a step, logs
+the parts of the loss and keeps the own parameters in the checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LanguageModel(L.LightningModule):
 
 def byte_rows(length: int = 64) -> list[dict[str, Tensor]]:
     """The text as rows of bytes; the last one is shorter and padded."""
-    text = Path(argparse.__file__).read_bytes()[: 400 * length - length // 2]
+    text = Path(argparse.__file__).read_bytes()[: 136 * length - length // 2]
     rows = []
     for start in range(0, len(text), length):
         part = list(text[start : start + length])
@@ -64,14 +64,14 @@ def main() -> None:
         accelerator="cpu",
         callbacks=[objective],
         accumulate_grad_batches=4,
-        max_epochs=2,
-        log_every_n_steps=5,
+        max_epochs=4,
+        log_every_n_steps=4,
         logger=logger,
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(rows[40:], batch_size=4, shuffle=True), DataLoader(rows[:40], batch_size=8))
+    trainer.fit(module, DataLoader(rows[:120], batch_size=4, shuffle=True), DataLoader(rows[120:], batch_size=8))
     print(f"steps {trainer.global_step}  validation {trainer.callback_metrics['validation']:.4f}")
     for name in ("loss", "loss/ntp", "loss/nitp", "nitp/skill"):
         print(f"{name} {trainer.logged_metrics[f'objective/{name}']:.4f}")
