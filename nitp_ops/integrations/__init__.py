@@ -6,7 +6,8 @@
 No trainer package is imported before one of its adapters is asked for.
 """
 
-from .attaching import Handle, attach, handle_of
+from .attaching import attach, handle_of
+from .handle import Handle
 from .tapping import Tap, tap
 from .token_streams import token_streams
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from nitp_ops.objectives import ModelInfo
 
+from .head_transform import Transform
 from .sites import Sites, is_hugging_face
 
 
@@ -36,7 +37,16 @@ def unwrapped(model: nn.Module) -> Any:
     return plain
 
 
-def checked_head(head: nn.Module | None) -> nn.Module:
+def head_of(model: Any) -> nn.Module | None:
+    """The head that computes now: where PEFT trains a copy of it (modules_to_save), the copy."""
+    head = model.get_output_embeddings()
+    copies = getattr(head, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict) and not head.disable_adapters:
+        return copies[head.active_adapters[0]]
+    return head
+
+
+def checked_head(head: nn.Module | None) -> nn.Linear:
     """The head, if the objective can read its weight.
 
     Raises:
@@ -56,21 +66,20 @@ def checked_head(head: nn.Module | None) -> nn.Module:
     elif _is_dtensor(weight):
         reason = "has a DTensor weight, expected attach before fully_shard"
     else:
-        return head
+        return head  # type: ignore[return-value]
     raise ValueError(f"attach: the model's head {reason}")
 
 
-def model_info(model: Any, sites: Sites, softcap: float | None, logit_scale: float) -> ModelInfo:
+def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
     """Sizes from the head and the blocks; objectives get parameters of the head's dtype."""
     head, config = sites.head, model.config
     assert isinstance(head, nn.Linear)
-    layers = len(sites.blocks) if sites.blocks is not None else config.num_hidden_layers
     return ModelInfo(
         hidden_size=head.in_features,
         vocab_size=head.out_features,
-        num_layers=layers,
-        softcap=softcap,
-        logit_scale=logit_scale,
+        num_layers=len(sites.blocks) if sites.blocks is not None else config.num_hidden_layers,
+        softcap=transform.softcap,
+        logit_scale=transform.logit_scale,
         dtype=head.weight.dtype,
         initializer_range=float(getattr(config, "initializer_range", None) or 0.02),
     )

@@ -18,12 +18,14 @@ class Sites:
     """Modules that the streams pass; None where not known.
 
     blocks: in order; what block k + 1 receives is hidden_states[k]. norm: it receives last_residual. trunk: it returns
-    last_hidden (the final norm, or the body of a model that the head reads). embed, head: the modules themselves.
+    last_hidden (the final norm, or the body of a model that the head reads). owner: it holds the blocks. embed, head:
+    the modules themselves.
     """
 
     blocks: tuple[nn.Module, ...] | None = None
     norm: nn.Module | None = None
     trunk: nn.Module | None = None
+    owner: nn.Module | None = None
     embed: nn.Module | None = None
     head: nn.Module | None = None
 
@@ -60,34 +62,30 @@ def is_hugging_face(model: nn.Module) -> bool:
 def hugging_face_sites(model: Any) -> Sites:
     """By structure: the body is ``base_model``, the blocks are the outermost list of ``num_hidden_layers`` modules, the
     final norm is the last module beside them with a weight of the hidden size."""
-    config = _text_config(model)
-    layers, width = config.num_hidden_layers, config.hidden_size
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
     body = model.base_model
-    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    lists = [
-        (name, module)
-        for name, module in body.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
+    if body is model and hasattr(model, "get_decoder"):
+        body = model.get_decoder()
+    known = Sites(trunk=body, embed=model.get_input_embeddings(), head=model.get_output_embeddings())
+    lists = [(name, module) for name, module in body.named_modules() if isinstance(module, nn.ModuleList)]
+    lists = [(name, module) for name, module in lists if len(module) == layers]
     if not lists:
-        return Sites(trunk=body, embed=embed, head=head)
+        return known
     name, blocks = min(lists, key=lambda entry: entry[0].count("."))
     owner = body.get_submodule(name.rpartition(".")[0])
-    norms = [child for child in owner.children() if child is not blocks and _is_norm(child, width)]
-    return Sites(blocks=tuple(blocks), norm=norms[-1] if norms else None, trunk=body, embed=embed, head=head)
+    norms = [child for child in owner.children() if _is_norm(child, width)]
+    # where the body stands around the decoder, the head may read the decoder's output alone
+    return replace(known, blocks=tuple(blocks), norm=norms[-1] if norms else None, owner=owner)
 
 
-def _text_config(model: Any) -> Any:
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _is_norm(module: nn.Module, width: int) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    if not own and next(module.children(), None) is None:
-        return "norm" in type(module).__name__.lower()  # without parameters, as OLMo's
-    weight = own.get("weight")
-    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and next(module.children(), None) is None
+def _is_norm(module: nn.Module, width: int | None) -> bool:
+    if next(module.children(), None) is not None:
+        return False
+    weight = getattr(module, "weight", None)
+    if weight is None and next(module.parameters(), None) is None:
+        return "norm" in type(module).__name__.lower()  # one without parameters, such as OLMo's
+    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and width in (weight.numel(), None)
 
 
 def _module(model: nn.Module, argument: str, given: object) -> nn.Module:

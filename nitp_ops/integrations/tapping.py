@@ -58,9 +58,9 @@ def tap(
         >>> objective(tapped.streams(token_ids=ids)).loss.backward()
     """
     sites = named_sites(model, blocks=blocks, norm=norm, embed=embed, head=head)
-    if isinstance(requires, CompositeObjective):
-        return Tap(sites, requires.requires, differentiable_states(requires))
-    return Tap(sites, requires)  # type: ignore[arg-type]
+    if not isinstance(requires, CompositeObjective):
+        return Tap(sites, requires)
+    return Tap(sites, requires.requires, differentiable_states(requires))
 
 
 class Tap:

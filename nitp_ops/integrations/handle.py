@@ -1,0 +1,237 @@
+"""What `attach` leaves on a model: a forward that trains the objective, and the handle that steers it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
+
+from . import sidecar
+from .hugging_face import head_of
+from .tapping import Tap
+from .token_streams import label_count, token_streams
+
+OBJECTIVE, HANDLE = "nitp_objective", "nitp_handle"
+_BALANCE = "aux_loss"  # where Hugging Face models put the balance loss of their experts
+_REPLACED = ("forward", "_loss_function", "_keys_to_ignore_on_save")
+
+
+class Handle:
+    """What `attach` returns.
+
+    Attributes:
+        objective: also ``model.nitp_objective``.
+        metrics: of the last training pass, None before the first; add them up over a window, see `Metrics`.
+    """
+
+    def __init__(self, model: nn.Module, plain: Any, objective: CompositeObjective, tap: Tap) -> None:
+        self.objective = objective
+        self.metrics: Metrics | None = None
+        self._plain, self._tap = plain, tap
+        self._counts: Counts | None = None
+        self._gradient_reduction: Literal["mean", "sum"] = "mean"
+        self._step: Tensor | None = None
+        self._ran = False
+        self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
+        signature = inspect.signature(plain.forward)
+        self._names = tuple(signature.parameters)
+        self._external = [name[len("external[") : -1] for name in objective.requires if name.startswith("external[")]
+        setattr(plain, OBJECTIVE, objective)
+        plain.__dict__[HANDLE] = self
+        self._forward = _forward_of(plain.forward, signature)
+        plain.forward = MethodType(self._forward, plain)
+        plain.loss_function = self._loss
+        own = {f"{OBJECTIVE}.{name}" for name in objective.state_dict()}
+        plain._keys_to_ignore_on_save = {*(getattr(plain, "_keys_to_ignore_on_save", None) or ()), *own}
+        self._hooks = [
+            model.register_forward_pre_hook(self._before),
+            model.register_forward_hook(self._after, with_kwargs=True),
+            plain.register_state_dict_post_hook(_leave_out),
+            plain.register_load_state_dict_post_hook(_expect_none),
+        ]
+        tap.install()
+
+    def set_step(self, step: int) -> None:
+        """The number of the optimizer step, for scheduled weights.
+
+        Raises:
+            ValueError: no integer >= 0.
+        """
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"set_step: step is {step!r}, expected an integer >= 0")
+        self._step = torch.tensor(step)  # a tensor keeps torch.compile from recompiling
+
+    def set_counts(self, counts: Counts | None, *, gradient_reduction: Literal["mean", "sum"] = "mean") -> None:
+        """Counts of the window, for the training passes that follow.
+
+        Args:
+            counts: of all its microbatches (and ranks): the losses of the passes then add up to that of the window, so
+                do not divide by the number of passes. None: each pass counts itself, or is weighted by its share of
+                ``num_items_in_batch`` where the call brings it.
+            gradient_reduction: see `CompositeObjective.forward`.
+        """
+        self._counts, self._gradient_reduction = counts, gradient_reduction
+
+    def count(self, batch: Mapping[str, Any]) -> Counts:
+        """Counts of a batch, the keywords of a forward call; add them over the window, all-reduce them over ranks."""
+        return self.objective.count(Streams(**token_streams(batch)))
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """See that the optimizer trains the objective's own parameters.
+
+        Raises:
+            ValueError: an own parameter is frozen, or in no group of the optimizer.
+        """
+        self._check_trainable()
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in self.objective.named_parameters() if id(parameter) not in held]
+        if missing:
+            came = f"the optimizer holds no {', '.join(f'{OBJECTIVE}.{name}' for name in missing)}"
+            raise ValueError(f"check: {came}, expected one that is made of model.parameters() after attach")
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the own parameters and the spec into a folder, see `sidecar.save`."""
+        return sidecar.save(self.objective, folder)
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Read them back, see `sidecar.load`."""
+        sidecar.load(self.objective, folder)
+
+    def detach(self) -> None:
+        """Leave the plain model behind: no hook, no attribute, no parameter of ours.
+
+        A forward that someone wrapped around ours stays, and ours inside it becomes the plain one.
+        """
+        plain = self._plain
+        if plain.__dict__.get(HANDLE) is not self:
+            raise ValueError("detach: the objective is detached already, expected one detach an attach")
+        for hook in self._hooks:
+            hook.remove()
+        self._tap.remove()
+        wrapped = getattr(plain.__dict__.get("forward"), "__func__", None) is not self._forward
+        for name in _REPLACED[1:] if wrapped else _REPLACED:
+            plain.__dict__.pop(name, None)
+            if name in self._before_attach:
+                plain.__dict__[name] = self._before_attach[name]
+        del plain.__dict__[HANDLE]
+        delattr(plain, OBJECTIVE)
+
+    def _pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's forward: the plain one, or in training with labels the objective's."""
+        self._ran = True
+        call = dict(zip(self._names, args, strict=False)) | kwargs
+        if not self._plain.training or not _has_labels(call):
+            return self._plain_forward(*args, **kwargs)
+        if call.get("fused_lm_head"):
+            raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
+        self._check_trainable()
+        fields = token_streams(call)
+        labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
+        tuples = call.get("return_dict") is False
+        call |= {"labels": labels, "return_dict": True}
+        call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
+        call.setdefault("use_cache", False)
+        if _BALANCE in self._external:
+            call.setdefault("output_router_logits", True)
+        with self._tap:
+            out = self._plain_forward(**call)
+        streams = self._tap.streams(
+            **fields,
+            external={name: self._given(out, name) for name in self._external},
+            head=head_of(self._plain),
+            embed=self._plain.get_input_embeddings(),
+        )
+        counts = self._window(streams, fields, call.get("num_items_in_batch"))
+        loss, self.metrics = self.objective(
+            streams, counts=counts, step=self._step, gradient_reduction=self._gradient_reduction
+        )
+        # the loss of the plain forward is what the model adds to a cross-entropy of zero, see _loss
+        loss = loss if _BALANCE in self._external else loss + out.loss
+        out = type(out)(**{**out, "loss": loss, "logits": None})
+        return out.to_tuple() if tuples else out
+
+    def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
+        own = self._before_attach.get("forward")
+        return type(self._plain).forward(self._plain, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stands for ``model.loss_function``: zero in a training pass, where there are no logits."""
+        if self._tap.collecting:
+            return torch.zeros((), device=kwargs["labels"].device if "labels" in kwargs else args[1].device)
+        own = self._before_attach.get("_loss_function")
+        return (_class_loss(self._plain) if own is None else own)(*args, **kwargs)
+
+    def _given(self, out: Any, name: str) -> Tensor:
+        value = getattr(out, name, None)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"attach: the model returns no {name}, expected one (external[{name}] is required)")
+        return value
+
+    def _window(self, streams: Streams, fields: Mapping[str, Any], items: Tensor | int | None) -> Counts | None:
+        """Counts of the window. Where only its number of labels is known, the mean of each term is weighted by this
+        batch's share of them: COUNT = count * items / labels."""
+        if self._counts is not None or items is None:
+            return self._counts
+        labels = label_count(fields)
+        inverse = torch.as_tensor(items, device=labels.device) / labels
+        return Counts({part: count.clamp(min=1) * inverse for part, count in self.objective.count(streams).items()})
+
+    def _check_trainable(self) -> None:
+        for name, parameter in self.objective.named_parameters():
+            if not parameter.requires_grad:
+                expected = "expected it to be trained (PEFT freezes what it finds: attach after it)"
+                raise ValueError(f"attach: {OBJECTIVE}.{name} is frozen, {expected}")
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._ran = False
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self._ran and module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs):
+            name = getattr(self._plain.forward, "__qualname__", repr(self._plain.forward))
+            raise RuntimeError(f"attach: model.forward was replaced by {name}, expected attach after that replacement")
+
+
+def _has_labels(call: Mapping[str, Any]) -> bool:
+    return call.get("labels") is not None or call.get("shift_labels") is not None
+
+
+def _forward_of(forward: Any, signature: inspect.Signature) -> Any:
+    """A function that runs the handle's pass of whatever model it is bound to, so that a deep copy runs its own."""
+
+    def nitp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = self.__dict__.get(HANDLE)
+        return type(self).forward(self, *args, **kwargs) if handle is None else handle._pass(args, kwargs)
+
+    functools.update_wrapper(nitp_forward, forward)
+    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    nitp_forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])  # type: ignore[attr-defined]
+    # accelerate's unwrap_model(keep_fp32_wrapper=False) follows __wrapped__ to its end and installs what it finds there
+    del nitp_forward.__wrapped__  # type: ignore[attr-defined]
+    return nitp_forward
+
+
+def _class_loss(model: Any) -> Any:
+    """``model.loss_function`` as its class defines it."""
+    own = model.__dict__.pop("_loss_function")
+    try:
+        return model.loss_function
+    finally:
+        model.__dict__["_loss_function"] = own
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}{OBJECTIVE}.")]:
+        del state[name]
+
+
+def _expect_none(module: nn.Module, keys: Any) -> None:
+    keys.missing_keys[:] = [key for key in keys.missing_keys if f".{OBJECTIVE}." not in f".{key}"]
