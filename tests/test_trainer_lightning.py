@@ -186,8 +186,21 @@ def test_a_resumed_run_continues_to_the_bit_with_own_parameters_and_schedule(tmp
     for name, parameter in whole.named_parameters():
         assert torch.equal(second.get_parameter(name), parameter), name
     half, weights = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("half", "weights"))
-    assert set(half[SIDECAR]) == {f"terms.{t}.{p}" for t in ("nitp", "late") for p in ("gate_up", "down")}
+    own = {f"terms.{t}.{p}" for t in ("nitp", "late") for p in ("gate_up", "down")}
+    assert set(half[SIDECAR]["parameters"]) == own
     assert SIDECAR not in weights and not any("nitp" in key for key in [*weights["state_dict"], *half["state_dict"]])
+
+
+def test_a_checkpoint_of_another_objective_or_of_none_is_refused(tmp_path: Path):
+    module = Wrapped(llama())
+    fit(module, rows(), ObjectiveCallback(SPEC)).save_checkpoint(tmp_path / "spec.ckpt")
+    trainer = L.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
+    trainer.fit(Wrapped(llama()), DataLoader(rows(), batch_size=2))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match=r"the checkpoint has the spec \{'ntp'.*, expected \{'ntp'.*'late'"):
+        fit(Wrapped(llama()), rows(), ObjectiveCallback(LATE), ckpt_path=tmp_path / "spec.ckpt", max_epochs=2)
+    with pytest.raises(ValueError, match="the checkpoint has no nitp_objective, expected one"):
+        fit(Wrapped(llama()), rows(), ObjectiveCallback(SPEC), ckpt_path=tmp_path / "plain.ckpt", max_epochs=2)
 
 
 def test_logged_components_sum_to_the_logged_loss_of_the_window():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from .packages import check_streams, check_version
+from .packages import STREAMS, check_streams, check_version
 
 check_version("lightning", "2.4", "3.0")
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
 
-from .attaching import Handle, attach  # noqa: E402
+from .attaching import attach  # noqa: E402
+from .handle import Handle  # noqa: E402
 from .sites import is_hugging_face  # noqa: E402
 from .token_streams import token_streams  # noqa: E402
 
@@ -33,7 +34,7 @@ SIDECAR = "nitp_objective"
 class ObjectiveCallback(Callback):
     """Counts, steps, logs, checks and saves the objective of a LightningModule.
 
-    * Losses divide by the counts of the whole window of ``accumulate_grad_batches`` batches, over all ranks: the batches
+    * Losses divide by the counts of the window of ``accumulate_grad_batches`` batches, over all ranks: the batches
       of a window are read ahead of its first one. What ``training_step`` returns is ``accumulate_grad_batches`` times
       its contribution, since Lightning divides by that number.
     * Scheduled weights follow ``trainer.global_step``.
@@ -91,7 +92,7 @@ class ObjectiveCallback(Callback):
             inside = pl_module.get_submodule(self.model) if self.model else _hugging_face(pl_module)
             self.handle = attach(inside, self.spec, seed=self.seed, backend=self.backend)
             self.objective = self.handle.objective
-            check_streams("lightning", self.objective.requires)
+            check_streams("lightning", self.objective.requires, (*STREAMS, "external[aux_loss]"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -134,7 +135,8 @@ class ObjectiveCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.handle is not None:
-            checkpoint[SIDECAR] = dict(self.handle.objective.state_dict())
+            objective = self.handle.objective
+            checkpoint[SIDECAR] = {"spec": objective.spec.to_dict(), "parameters": dict(objective.state_dict())}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.handle is None:
@@ -143,7 +145,10 @@ class ObjectiveCallback(Callback):
             raise ValueError(
                 f"lightning: the checkpoint has no {SIDECAR}, expected one that this callback took part in"
             )
-        self.handle.objective.load_state_dict(checkpoint[SIDECAR])
+        came, expected = checkpoint[SIDECAR]["spec"], self.handle.objective.spec.to_dict()
+        if came != expected:
+            raise ValueError(f"lightning: the checkpoint has the spec {came}, expected {expected}")
+        self.handle.objective.load_state_dict(checkpoint[SIDECAR]["parameters"])
 
     def loss(self, trainer: Trainer, streams: Streams) -> Output:
         """Loss and metrics of one batch of the window that is being trained on."""

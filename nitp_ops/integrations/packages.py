@@ -27,6 +27,8 @@ def check_version(package: str, lowest: str, below: str) -> None:
 def check_streams(adapter: str, requires: Iterable[str], provided: Iterable[str] = STREAMS) -> None:
     """Refuse an objective that requires streams which an adapter does not provide, before any step.
 
+    A provided "hidden_states" stands for all of them, "external[aux_loss]" for that one.
+
     Raises:
         ValueError: names what is required and what is provided.
 
@@ -34,7 +36,7 @@ def check_streams(adapter: str, requires: Iterable[str], provided: Iterable[str]
         >>> check_streams("torchtitan", {"last_hidden", "hidden_states[3]"})
     """
     provided = tuple(provided)
-    lacking = sorted(name for name in requires if name.partition("[")[0] not in provided)
+    lacking = sorted(name for name in requires if not {name, name.partition("[")[0]} & set(provided))
     if lacking:
         raise ValueError(
             f"{adapter}: the objective requires {', '.join(lacking)}, expected only what the adapter provides: "
