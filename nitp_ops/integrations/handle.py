@@ -182,7 +182,7 @@ class Handle:
         if self._counts is not None or items is None:
             return self._counts
         labels = label_count(fields)
-        inverse = torch.as_tensor(items, device=labels.device) / labels
+        inverse = torch.as_tensor(items, dtype=torch.float64, device=labels.device) / labels
         return Counts({part: count.clamp(min=1) * inverse for part, count in self.objective.count(streams).items()})
 
     def _check_trainable(self) -> None:

@@ -1,0 +1,151 @@
+"""The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a sidecar a checkpoint.
+
+    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp")
+    trainer.train()
+
+`NitpTrainerMixin` does the same for any subclass of Trainer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from torch import Tensor, nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from nitp_ops.objectives.spec import SpecLike
+
+from .accelerate import data_parallel_only
+from .attaching import attach, handle_of
+from .handle import Handle
+from .window import StepLog, count_window
+
+if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
+    raise ImportError(
+        f"nitp_ops.integrations.transformers: transformers {transformers.__version__} has no "
+        "Trainer.loss_is_scaled_for_ga, expected a version that lets a trainer scale its own loss (5.24 does)"
+    )
+
+_Base = transformers.Trainer if TYPE_CHECKING else object
+
+
+class NitpTrainerMixin(_Base):
+    """``class MyTrainer(NitpTrainerMixin, Trainer)``: trains with an objective, one line beside a plain Trainer.
+
+    * Every term is divided by its count over the whole accumulation window of all ranks: a batch of 8, 2 x 4
+      accumulated and 2 ranks x 4 give the same gradients, for every term, however the masks fall.
+    * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms measure: accuracy,
+      skill, floor, counts, over all rows since the last log.
+    * Scheduled weights follow ``state.global_step``, also after a resume.
+    * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or with that of another
+      spec, is an error.
+    * Evaluation and prediction see the plain model.
+
+    Provides data parallelism (one process, DDP). Tensor, context and sequence parallelism, FSDP and DeepSpeed through
+    the Trainer are refused.
+
+    Args:
+        objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's own ``__init__``,
+            thus after PEFT and TRL. None: the model that came is attached already.
+        *args, **kwargs: of the Trainer.
+
+    Attributes:
+        nitp: the handle of the attached objective.
+
+    Raises:
+        ValueError: options that compute another loss (``label_smoothing_factor``, ``compute_loss_func``), several GPUs
+            in one process; a model without an objective. At the first step: an own parameter that the optimizer lacks.
+        NotImplementedError: a parallelism that is not provided.
+    """
+
+    # Trainer.training_step must not divide by the accumulation steps: the counts are those of the window
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, *args: Any, objective: SpecLike | None = None, **kwargs: Any) -> None:
+        self._objective: SpecLike | None = None
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            smoothing = self.args.label_smoothing_factor
+            raise ValueError(
+                f'{type(self).__name__}: label_smoothing_factor is {smoothing}, expected 0: write "ntp('
+                f'label_smoothing={smoothing})"'
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                f"{type(self).__name__}: compute_loss_func is given, expected None: the objective is the loss"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{type(self).__name__}: {self.args.n_gpu} GPUs in one process, expected one a process (torchrun)"
+            )
+        data_parallel_only(self.accelerator, type(self).__name__)
+        self._objective = objective
+        assert isinstance(self.model, nn.Module)
+        self._bind(self.model)
+
+    def _bind(self, model: nn.Module) -> None:
+        self.nitp: Handle = handle_of(model) if self._objective is None else attach(model, self._objective)
+        self._step_log = StepLog(self.nitp.objective.spec)
+        self._logged_step, self._optimizer_checked = 0, False
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        if hasattr(self, "nitp"):  # else __init__ does it, after the trainer's own changes to the model
+            self._bind(model)
+        return model
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._counts = count_window(self.nitp, batches, device)
+            self.nitp.set_counts(self._counts)
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self._optimizer_checked:
+            self.nitp.check(self.optimizer)  # type: ignore[reportArgumentType]
+            self._logged_step, self._optimizer_checked = self.state.global_step, True
+        self.nitp.set_step(self.state.global_step)
+        outputs = model(**inputs)
+        self._step_log.add(self.nitp.metrics, self._counts)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
+            logs |= {name: value for name, value in self._step_log.take(steps).items() if name != "loss"}
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # first, so that what follows in the same folder (push, rotation, trainer_state.json) finds it there
+        folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.nitp.save(os.path.join(self._get_output_dir(trial=trial), folder))
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.nitp.load(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.nitp.load(str(self.state.best_model_checkpoint))
+
+
+class NitpTrainer(NitpTrainerMixin, transformers.Trainer):
+    """`transformers.Trainer` with an objective: see `NitpTrainerMixin`.
+
+    Example:
+        >>> trainer = NitpTrainer(model=model, args=args, objective="ntp + 0.8*nitp")  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+    """
