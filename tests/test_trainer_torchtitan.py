@@ -23,6 +23,7 @@ from torchtitan.config import ConfigManager
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.llama3 import model_registry
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.trainer import Trainer
 
 from nitp_ops.integrations import torchtitan as adapter
@@ -123,7 +124,7 @@ def test_the_plain_model_is_untouched_and_the_objective_stays_out_of_its_state()
 
 
 def test_what_can_not_work_is_named_with_what_to_do():
-    config = adapter.with_objective(ConfigManager()._load_config(["--module=llama3", "--config=llama3_debugmodel"])[0], SPEC)  # fmt: skip # type: ignore[arg-type]
+    config = adapter.with_objective(llama3_debugmodel(), SPEC)
     config.parallelism.pipeline_parallel_degree = 2
     config.parallelism.tensor_parallel_degree = 4
     config.parallelism.context_parallel_degree = 2
@@ -172,8 +173,9 @@ class Runs:
         processes = []
         for rank in range(ranks):
             place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | place
             log = (folder / f"log{rank}").open("w")
-            processes.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=log, cwd=folder))
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
         codes = [process.wait(timeout=200) for process in processes]
         assert codes == [0] * ranks, (folder / "log0").read_text()[-3000:]
         return torch.load(folder / "result.pt")
@@ -223,8 +225,9 @@ def test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process(runs):
 
 
 def test_the_example_runs():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
     done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/trainer_torchtitan.py")], capture_output=True, text=True, timeout=250
+        [sys.executable, str(ROOT / "examples/trainer_torchtitan.py")], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]

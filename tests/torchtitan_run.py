@@ -1,4 +1,4 @@
-"""torchtitan's Trainer for a few steps on the CPU, with gloo: ``python torchtitan_run.py '{"folder": ..., "steps": ...}'``.
+"""torchtitan's Trainer for a few steps on the CPU: ``python torchtitan_run.py '{"folder": ..., "steps": ...}'``.
 
 torchtitan asks for a GPU where it reads memory counters and sets time-outs, and for NCCL where FSDP sums gradients with
 a factor; here nothing is counted, no time-out set, and the sum has no factor. Everything else is its own: config, meta
