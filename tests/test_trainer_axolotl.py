@@ -13,6 +13,7 @@ pytest.importorskip("nitp_ops.integrations.axolotl", exc_type=ImportError)
 
 from dataclasses import dataclass
 
+import datasets
 import transformers
 from axolotl.core.training_args_base import AxolotlTrainingMixins
 from axolotl.integrations.base import BasePlugin, PluginManager
@@ -75,8 +76,9 @@ def train(trainer_class: Any, arguments_class: Any, model: Any, folder: Path, **
         seed=5,
         report_to=[],
     )
+    data = datasets.Dataset.from_list(rows())
     trainer = trainer_class(
-        model=model, args=arguments, train_dataset=rows(), data_collator=transformers.default_data_collator, **options
+        model=model, args=arguments, train_dataset=data, data_collator=transformers.default_data_collator, **options
     )
     trainer.train()
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
