@@ -8,8 +8,9 @@ import sys
 from importlib import metadata
 
 import pytest
+import torch
 
-from nitp_ops.integrations.packages import check_streams, check_version
+from nitp_ops.integrations.packages import check_optimizers, check_streams, check_version
 
 ADAPTERS = {
     "lightning": ("lightning", "2.4", "3.0"),
@@ -71,3 +72,11 @@ def test_a_stream_that_is_not_provided_is_named_with_what_is():
     expected = r"loop: the objective requires embed, external\[other\], expected only what .*: token_ids, hidden_states"
     with pytest.raises(ValueError, match=expected):
         check_streams("loop", {"token_ids", "external[other]", "embed"}, provided)
+
+
+def test_a_parameter_that_no_optimizer_holds_is_named():
+    objective = torch.nn.Linear(2, 2)
+    held = [torch.optim.SGD([parameter], lr=0.1) for parameter in objective.parameters()]
+    check_optimizers("loop", objective, held)
+    with pytest.raises(ValueError, match=r"^loop: bias of the objective in no group of the optimizer, expected all"):
+        check_optimizers("loop", objective, held[:1])

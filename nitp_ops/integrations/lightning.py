@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from .packages import STREAMS, check_streams, check_version
+from .packages import STREAMS, check_optimizers, check_streams, check_version
 
 check_version("lightning", "2.4", "3.0")
 
@@ -95,13 +95,7 @@ class ObjectiveCallback(Callback):
             check_streams("lightning", self.objective.requires, (*STREAMS, "external[aux_loss]"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        lost = [name for name, parameter in self._own().named_parameters() if id(parameter) not in held]
-        if lost:
-            raise ValueError(
-                f"lightning: {', '.join(lost)} of the objective in no group of the optimizer, expected all: "
-                "configure_optimizers takes self.parameters(), or objective.param_groups() beside the model's"
-            )
+        check_optimizers("lightning", self._own(), trainer.optimizers)
         self._counts = self._metrics = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

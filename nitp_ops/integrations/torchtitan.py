@@ -143,8 +143,8 @@ class ObjectiveTrainer(Trainer):
     trainer, never with the model. The parts of the loss are logged as ``objective/<name>``.
 
     Raises:
-        ValueError: (when it is made) the config asks for what the objective can not run under; the message says what to
-            do instead.
+        ValueError: (when it is made) the config asks for what the objective can not run under; the message says what
+            to do instead.
     """
 
     @dataclass(kw_only=True, slots=True)
