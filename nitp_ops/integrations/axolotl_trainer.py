@@ -1,0 +1,11 @@
+"""Axolotl's trainer with an objective; the plugin hands it to Axolotl."""
+
+from __future__ import annotations
+
+from axolotl.core.trainers.base import AxolotlTrainer
+
+from .transformers import NitpTrainerMixin
+
+
+class NitpAxolotlTrainer(NitpTrainerMixin, AxolotlTrainer):
+    """`AxolotlTrainer`, whose model came with an objective: see `NitpTrainerMixin`."""

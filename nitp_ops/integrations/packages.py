@@ -1,0 +1,66 @@
+"""What the adapters ask of the packages that they adapt to, and what they offer to an objective."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from importlib import metadata
+
+from torch import nn
+from torch.optim import Optimizer
+
+STREAMS = ("token_ids", "last_hidden", "last_residual", "hidden_states", "head", "embed")
+
+
+def check_version(package: str, lowest: str, below: str) -> None:
+    """Refuse a package that is absent or outside ``lowest <= version < below``.
+
+    Raises:
+        ImportError: names the package, what is installed and what was expected.
+    """
+    expected = f"expected {package}>={lowest},<{below}"
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise ImportError(f"{package} is not installed, {expected}") from None
+    if not _numbers(lowest) <= _numbers(found) < _numbers(below):
+        raise ImportError(f"{package} is {found}, {expected}")
+
+
+def check_streams(adapter: str, requires: Iterable[str], provided: Iterable[str] = STREAMS) -> None:
+    """Refuse an objective that requires streams which an adapter does not provide, before any step.
+
+    A provided "hidden_states" stands for all of them, "external[aux_loss]" for that one.
+
+    Raises:
+        ValueError: names what is required and what is provided.
+
+    Example:
+        >>> check_streams("torchtitan", {"last_hidden", "hidden_states[3]"})
+    """
+    provided = tuple(provided)
+    lacking = sorted(name for name in requires if not {name, name.partition("[")[0]} & set(provided))
+    if lacking:
+        raise ValueError(
+            f"{adapter}: the objective requires {', '.join(lacking)}, expected only what the adapter provides: "
+            f"{', '.join(provided)}"
+        )
+
+
+def check_optimizers(adapter: str, objective: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that lack a parameter of the objective.
+
+    Raises:
+        ValueError: names the parameters.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    lost = [name for name, parameter in objective.named_parameters() if id(parameter) not in held]
+    if lost:
+        raise ValueError(
+            f"{adapter}: {', '.join(lost)} of the objective in no group of the optimizer, expected all: it is made of "
+            "the parameters of the model after the objective has joined it"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -1,0 +1,258 @@
+"""torchtitan: its Trainer with one flag more, ``--objective "ntp + 0.8*nitp(target_layer=0.2)"``.
+
+    def llama3_nitp():  # a config function, as --module and --config find it
+        return with_objective(llama3_8b(), "ntp + 0.8*nitp(target_layer=0.2)")
+
+Training computes the objective in place of the loss of the config, over the counts of all microbatches and ranks of a
+step; validation keeps the loss of the config. Labels are pre-shifted there and positions restart in every document, so
+that no target crosses a document: torchtitan's own loss has one such target a document more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .packages import check_streams, check_version
+
+check_version("torchtitan", "0.3", "0.4")
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
+from torchtitan.config import derive  # noqa: E402
+from torchtitan.models.common.decoder import Decoder  # noqa: E402
+from torchtitan.trainer import Trainer  # noqa: E402
+
+from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Output, Streams, build  # noqa: E402
+from nitp_ops.objectives.spec import SpecLike  # noqa: E402
+
+from .tapping import Tap, tap  # noqa: E402
+
+OBJECTIVE = "nitp_objective"
+_Batch = tuple[dict[str, Tensor], Tensor]
+
+
+def with_objective(config: Trainer.Config, spec: str) -> ObjectiveTrainer.Config:
+    """The config of an `ObjectiveTrainer` with everything that `config` says.
+
+    Args:
+        config: of torchtitan's Trainer, as a config function returns it. spec: an expression, see `parse`; the flag
+            ``--objective`` replaces it.
+    """
+    return derive(config, ObjectiveTrainer.Config, objective=spec)
+
+
+def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> CompositeObjective:
+    """Build the objective of a torchtitan decoder and register it as ``model.nitp_objective``; returns it.
+
+    It is left out of ``model.state_dict()``, which is what is exported. After the meta device, `draw` its parameters.
+
+    Raises:
+        TypeError: no decoder whose logits are ``lm_head(norm(h))``. ValueError: it has an objective already; a stream
+            is required that a decoder does not provide. SpecError: the spec is wrong, or wrong for this model.
+
+    Example:
+        >>> from torchtitan.models.llama3 import model_registry
+        >>> with torch.device("meta"):
+        ...     model = model_registry("debugmodel").model.build()
+        >>> sorted(attach_decoder(model, "ntp + 0.8*nitp(target_layer=0.2)").requires)
+        ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
+    """
+    if not isinstance(model, Decoder) or type(model).forward is not Decoder.forward:
+        raise TypeError(f"torchtitan: model is a {type(model).__name__}, expected a Decoder with its forward")
+    if hasattr(model, OBJECTIVE):
+        raise ValueError(f"torchtitan: model has a {OBJECTIVE} already, expected a model without")
+    weight = model.lm_head.weight
+    info = ModelInfo(
+        hidden_size=weight.shape[1], vocab_size=weight.shape[0], num_layers=len(model.layers), dtype=weight.dtype
+    )
+    with torch.device(weight.device):
+        objective = build(spec, model=info, seed=seed)
+    check_streams("torchtitan", objective.requires)
+    model.add_module(OBJECTIVE, objective)
+    model.register_state_dict_post_hook(_leave_out)
+    return objective
+
+
+def tap_decoder(model: Decoder) -> Tap:
+    """The tap of a decoder with an objective, its hooks installed: after activation checkpointing and compile were
+    applied, before the first forward pass."""
+    objective: Any = getattr(model, OBJECTIVE)
+    return tap(model, objective, blocks="layers", norm="norm", embed="tok_embeddings", head="lm_head").install()
+
+
+@torch.no_grad()
+def draw(objective: CompositeObjective, *, seed: int = 0) -> None:
+    """Give the own parameters their initial values, also where they are shards."""
+    fresh = build(objective.spec, model=objective.info, seed=seed)
+    mine, values = ([*each.parameters(), *each.buffers()] for each in (objective, fresh))
+    for old, new in zip(mine, values, strict=True):
+        new = new.to(old.device)
+        old.copy_(distribute_tensor(new, old.device_mesh, old.placements) if isinstance(old, DTensor) else new)
+
+
+def objective_loss(
+    model: Decoder,
+    tapped: Tap,
+    inputs: Tensor,
+    labels: Tensor,
+    *,
+    counts: Counts | None = None,
+    step: int | None = None,
+    **extra: Any,
+) -> Output:
+    """Loss and metrics of one microbatch; ranks and microbatches add up, as torchtitan's gradients do.
+
+    The objective runs inside the ``__call__`` of the model, where FSDP has gathered its parameters, and
+    no logits are built.
+
+    Args:
+        model: with an objective (`attach_decoder`). tapped: see `tap_decoder`.
+        inputs: token ids [B, T]. labels: [B, T], pre-shifted: ``labels[t]`` belongs to token t + 1.
+        counts: of the whole step. step: for scheduled weights. extra: of the decoder's forward; documents derive from
+            ``positions`` [B, T].
+    """
+    plain, own = model.forward, model.__dict__.get("forward")
+    objective: Any = getattr(model, OBJECTIVE)
+
+    def with_loss(inputs: Tensor, **extra: Any) -> Output:
+        skip, model._skip_lm_head = model._skip_lm_head, True
+        try:
+            with tapped:
+                plain(inputs, **extra)
+        finally:
+            model._skip_lm_head = skip
+        fields = _fields(inputs, labels, extra.get("positions"))
+        return objective(tapped.streams(**fields), counts=counts, step=step, gradient_reduction="sum")
+
+    model.forward = with_loss
+    try:
+        return model(inputs, **extra)
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
+
+
+class ObjectiveTrainer(Trainer):
+    """torchtitan's Trainer, with the loss that ``config.objective`` declares.
+
+    Own parameters are registered before FSDP and the optimizer see the model. They are saved with the state of the
+    trainer, never with the model. The parts of the loss are logged as ``objective/<name>``.
+
+    Raises:
+        ValueError: (when it is made) the config asks for what the objective can not run under; the message says what
+            to do instead.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Trainer.Config):
+        objective: str = "ntp"
+        """Training objective, for instance "ntp + 0.8*nitp(target_layer=0.2)"."""
+
+    def __init__(self, config: Config) -> None:
+        _refuse(config)
+        assert config.model_spec is not None
+        parallelize = config.model_spec.parallelize_fn
+
+        def with_own_parameters(model: Decoder, **options: Any) -> nn.Module:
+            attach_decoder(model, config.objective)
+            return parallelize(model, **options)
+
+        config.model_spec.parallelize_fn = with_own_parameters
+        try:
+            super().__init__(config)
+        finally:
+            config.model_spec.parallelize_fn = parallelize
+        self.objective: CompositeObjective = getattr(self.model_parts[0], OBJECTIVE)
+        draw(self.objective)
+        self._tap = tap_decoder(self.model_parts[0])  # type: ignore[arg-type]
+        self._counts: Counts | None = None
+        self._metrics: Metrics | None = None
+
+    def train_step(self, data_iterator: Iterator[_Batch]) -> None:
+        """One optimizer step; its microbatches are read ahead, because their counts come first."""
+        window = [next(data_iterator) for _ in range(self.gradient_accumulation_steps)]
+        counted = [
+            self.objective.count(Streams(**_fields(batch["input"], labels, batch.get("positions"))))
+            for batch, labels in window
+        ]
+        counts = Counts({part: n.to(self.device) for part, n in sum(counted[1:], start=counted[0]).items()})
+        if self.parallel_dims.dp_enabled:
+            counts = counts.all_reduce(self.parallel_dims.get_mesh("batch").get_group())
+        self._counts, self._metrics = counts, None
+        super().train_step(iter(window))
+        if self.metrics_processor.should_log(self.step):
+            self._log()
+
+    def _forward_backward_body(
+        self, inputs: Tensor, labels: Tensor, global_valid_tokens: Tensor, extra_kwargs: dict[str, Any]
+    ) -> Tensor:
+        with self.train_context():
+            model: Any = self.model_parts[0]
+            out = objective_loss(
+                model, self._tap, inputs, labels, counts=self._counts, step=self.step - 1, **extra_kwargs
+            )
+            out.loss.backward()
+        self._metrics = out.metrics if self._metrics is None else self._metrics + out.metrics
+        return out.loss
+
+    def _log(self) -> None:
+        assert self._metrics is not None
+        metrics = self._metrics
+        if self.parallel_dims.dp_cp_enabled:
+            metrics = metrics.all_reduce(self.parallel_dims.get_mesh("loss").get_group())
+        values = {f"objective/{name}": value for name, value in metrics.compute().items()}
+        self.metrics_processor.logger.log(values, self.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {OBJECTIVE: self.objective.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.objective.load_state_dict(state_dict[OBJECTIVE])
+
+
+def _fields(inputs: Tensor, labels: Tensor, positions: Tensor | None) -> dict[str, Tensor | None]:
+    return {"token_ids": inputs, "shift_labels": labels, "position_ids": positions}
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}{OBJECTIVE}.")]:
+        del state[name]
+
+
+def _refuse(config: ObjectiveTrainer.Config) -> None:
+    """Raises ValueError for everything in the config that an objective can not run under."""
+    parallelism, found = config.parallelism, []
+    if parallelism.pipeline_parallel_degree > 1:
+        found.append(
+            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, expected 1 (the hidden "
+            "states of a lower layer live on another stage than the loss; FSDP shards the same parameters)"
+        )
+    if parallelism.tensor_parallel_degree > 1:
+        found.append(
+            f"parallelism.tensor_parallel_degree is {parallelism.tensor_parallel_degree}, expected 1 (a rank holds a "
+            "slice of the vocabulary; FSDP shards the same parameters)"
+        )
+    if parallelism.context_parallel_degree > 1:
+        found.append(
+            f"parallelism.context_parallel_degree is {parallelism.context_parallel_degree}, expected 1 (the next token "
+            "of a position may live on another rank)"
+        )
+    if not config.training.disable_cuda_graphs:
+        found.append(
+            "training.disable_cuda_graphs is False, expected True (a captured step would replay the counts and the "
+            "weights of the first one)"
+        )
+    if parallelism.spmd_backend == "full_dtensor" or config.debug.spmd_typechecking:
+        found.append(
+            f'parallelism.spmd_backend is "{parallelism.spmd_backend}", debug.spmd_typechecking is '
+            f"{config.debug.spmd_typechecking}, expected local tensors and False (the ops take plain tensors)"
+        )
+    if config.checkpoint.create_seed_checkpoint:
+        found.append("checkpoint.create_seed_checkpoint is True, expected False (make it with torchtitan's Trainer)")
+    if found:
+        raise ValueError("; ".join(f"torchtitan: {problem}" for problem in found))

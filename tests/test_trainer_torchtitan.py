@@ -1,0 +1,234 @@
+"""torchtitan: its llama3 on the CPU, and its Trainer for a few steps, against the formula and against itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("torchtitan")
+pytest.importorskip("nitp_ops.integrations.torchtitan", exc_type=ImportError)
+
+from torchtitan.config import ConfigManager
+from torchtitan.models.common.attention import ScaledDotProductAttention
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.llama3 import model_registry
+from torchtitan.models.llama3.config_registry import llama3_debugmodel
+from torchtitan.trainer import Trainer
+
+from nitp_ops.integrations import torchtitan as adapter
+from nitp_ops.objectives import Streams
+
+pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
+ROOT = Path(__file__).parents[1]
+SPEC = "ntp + 0.8*nitp(target_layer=1) + late: 0.5*nitp(target_layer=2, source=last_residual)"
+
+
+def tiny_decoder(layers: int = 3) -> Decoder:
+    """torchtitan's debug llama3 with fewer blocks and plain causal attention, on the CPU."""
+    config: Any = model_registry("debugmodel").model
+    del config.layers[layers:]
+    for layer in config.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    model = config.build()
+    model.init_states()
+    return model
+
+
+def ragged_batch(seed: int = 0, rows: int = 2, length: int = 12) -> dict[str, Tensor]:
+    """Two documents a row, labels missing here and there."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(2048, (rows, length + 1), generator=draw)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=draw) < 0.3] = -100
+    positions = torch.cat([torch.arange(5), torch.arange(length - 5)]).repeat(rows, 1)
+    return {"inputs": tokens[:, :-1].contiguous(), "labels": labels, "positions": positions}
+
+
+def formula(model: Decoder, batch: dict[str, Tensor]) -> Tensor:
+    """NTP and the two NITP terms of SPEC, pair by pair, from the model's own forward pass."""
+    states, objective = {}, model.nitp_objective
+    hidden = model.tok_embeddings(batch["inputs"])
+    for k, layer in enumerate(model.layers.values(), 1):
+        hidden = states[k] = layer(hidden, None, batch["positions"])
+    last, logits = model.norm(hidden), model.lm_head(model.norm(hidden))
+    rows, length = batch["inputs"].shape
+    same = [(b, t) for b in range(rows) for t in range(length) if t + 1 == length or t + 1 != 5]
+    ntp = [F.cross_entropy(logits[b, t], y) for b, t in same if (y := batch["labels"][b, t]) != -100]
+    pairs = [(b, t) for b, t in same if t + 1 < length]
+
+    def nitp(label: str, source: Tensor, k: int) -> Tensor:
+        own: Any = objective.terms[label]
+        gate, up = own.gate_up.chunk(2)
+        p = [own.down @ (F.silu(gate @ source[b, t]) * (up @ source[b, t])) for b, t in pairs]
+        z = [states[k][b, t + 1].detach() for b, t in pairs]
+        return torch.stack([1 - F.cosine_similarity(x, y, dim=0) for x, y in zip(p, z, strict=True)]).mean()
+
+    return torch.stack(ntp).mean() + 0.8 * nitp("nitp", last, 1) + 0.5 * nitp("late", hidden, 2)
+
+
+def gradients(loss: Tensor, model: Decoder) -> dict[str, Tensor]:
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters, allow_unused=True), strict=True))
+
+
+def same(mine: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert mine.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (mine[name] - value).norm() <= tolerance * value.norm(), name
+
+
+def test_loss_and_gradients_are_those_of_the_formula():
+    model = tiny_decoder()
+    adapter.attach_decoder(model, SPEC)
+    tapped, batch = adapter.tap_decoder(model), ragged_batch()
+    out = adapter.objective_loss(model, tapped, **batch)
+    expected = formula(model, batch)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    same(gradients(out.loss, model), gradients(expected, model), 2e-5)
+
+
+def test_microbatches_with_unequal_counts_add_up_to_the_batch():
+    model = tiny_decoder()
+    objective = adapter.attach_decoder(model, SPEC)
+    tapped, batch = adapter.tap_decoder(model), ragged_batch(rows=4)
+    batch["labels"][0] = -100
+    whole = adapter.objective_loss(model, tapped, **batch)
+    parts = [{name: value[b : b + 1] for name, value in batch.items()} for b in range(4)]
+    streams = [Streams(token_ids=p["inputs"], shift_labels=p["labels"], position_ids=p["positions"]) for p in parts]
+    counts = sum((objective.count(s) for s in streams[1:]), start=objective.count(streams[0]))
+    losses = [adapter.objective_loss(model, tapped, **part, counts=counts).loss for part in parts]
+    torch.testing.assert_close(sum(losses), whole.loss, rtol=1e-6, atol=0)
+    same(gradients(sum(losses), model), gradients(whole.loss, model), 2e-5)  # type: ignore[arg-type]
+
+
+def test_the_plain_model_is_untouched_and_the_objective_stays_out_of_its_state():
+    model, batch = tiny_decoder(), ragged_batch()
+    before, keys = model(batch["inputs"]), list(model.state_dict())
+    adapter.attach_decoder(model, SPEC)
+    tapped = adapter.tap_decoder(model)
+    adapter.objective_loss(model, tapped, **batch)
+    assert torch.equal(model(batch["inputs"]), before)
+    assert list(model.state_dict()) == keys
+    assert "forward" not in vars(model) and model._skip_lm_head is False
+
+
+def test_what_can_not_work_is_named_with_what_to_do():
+    config = adapter.with_objective(llama3_debugmodel(), SPEC)
+    config.parallelism.pipeline_parallel_degree = 2
+    config.parallelism.tensor_parallel_degree = 4
+    config.parallelism.context_parallel_degree = 2
+    with pytest.raises(ValueError) as caught:
+        adapter.ObjectiveTrainer(config)
+    for line in (
+        "pipeline_parallel_degree is 2, expected 1 (the hidden states of a lower layer live on another stage",
+        "tensor_parallel_degree is 4, expected 1",
+        "context_parallel_degree is 2, expected 1",
+        "disable_cuda_graphs is False, expected True",
+    ):
+        assert line in str(caught.value)
+    with pytest.raises(ValueError, match=r"requires external\[balance\], expected only .* last_hidden"):
+        adapter.attach_decoder(tiny_decoder(1), "ntp + balance: external")
+    with pytest.raises(TypeError, match="model is a Linear, expected a Decoder"):
+        adapter.attach_decoder(torch.nn.Linear(2, 2), "ntp")  # type: ignore[arg-type]
+
+
+def test_the_flag_of_the_command_line_is_the_objective(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    args = ["--module", "examples.trainer_torchtitan", "--config", "tiny", "--objective", "ntp + 0.3*mtp_sequential"]
+    config = ConfigManager().parse_args(args)
+    assert isinstance(config, adapter.ObjectiveTrainer.Config) and isinstance(config, Trainer.Config)
+    assert config.objective == "ntp + 0.3*mtp_sequential"
+
+
+class Runs:
+    """The real Trainer in processes of its own, see torchtitan_run.py."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __call__(self, name: str, *, ranks: int = 1, start: str | None = None, **options: Any) -> dict[str, Any]:
+        folder = self.root / name
+        if start is not None:
+            shutil.copytree(self.root / start, folder)
+        folder.mkdir(exist_ok=True)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        command = [
+            sys.executable,
+            str(ROOT / "tests/torchtitan_run.py"),
+            json.dumps({"folder": str(folder), **options}),
+        ]
+        processes = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | place
+            log = (folder / f"log{rank}").open("w")
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
+        codes = [process.wait(timeout=200) for process in processes]
+        assert codes == [0] * ranks, (folder / "log0").read_text()[-3000:]
+        return torch.load(folder / "result.pt")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("torchtitan"))
+
+
+def losses(run: dict[str, Any]) -> dict[int, dict[str, float]]:
+    steps: dict[int, dict[str, float]] = {}
+    for row in run["log"]:
+        steps.setdefault(row["step"], {}).update(row)
+    return steps
+
+
+def test_its_trainer_with_ntp_alone_is_its_trainer(runs):
+    mine, plain = runs("ntp", spec="ntp", steps=3), runs("plain", plain=True, steps=3)
+    for step, row in losses(plain).items():
+        expected = pytest.approx(row["loss_metrics/global_avg_loss"], rel=1e-6)
+        assert losses(mine)[step]["loss_metrics/global_avg_loss"] == expected
+    same(mine["parameters"], plain["parameters"], 1e-3)  # Adam divides by the size of tiny gradients
+    assert mine["saved"] == plain["saved"]
+
+
+def test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process(runs):
+    spec = "ntp + 0.8*nitp(target_layer=1) + late: schedule(to=1, warmup=4)*nitp(target_layer=2)"
+    options = {"spec": spec, "ragged": True, "config": {"parallelism.spmd_backend": "partial_dtensor"}}
+    whole = runs("whole", steps=4, **options)
+    runs("half", steps=2, interval=2, **options)
+    resumed = runs("resumed", start="half", steps=4, **options)
+    two = runs("two", start="half", ranks=2, steps=4, **options)
+    assert any("nitp_objective" in name for name in whole["parameters"])
+    assert not any("nitp_objective" in name for name in whole["saved"])
+    for name, value in whole["parameters"].items():
+        assert torch.equal(resumed["parameters"][name], value), name
+    same(two["parameters"], whole["parameters"], 1e-3)
+    for step, row in losses(two).items():
+        assert row["objective/loss"] == pytest.approx(losses(whole)[step]["objective/loss"], rel=1e-5)
+        assert row["objective/ntp/count"] == losses(whole)[step]["objective/ntp/count"]
+    for step, row in losses(whole).items():
+        contributions = [row[f"objective/loss/{part}"] for part in ("ntp", "nitp", "late")]
+        assert sum(contributions) == pytest.approx(row["loss_metrics/global_avg_loss"], rel=1e-6)
+        # the weight of `late` at optimizer step n - 1
+        assert row["objective/loss/late"] == pytest.approx((step - 1) / 4 * row["objective/late/loss"], rel=1e-6)
+
+
+def test_the_example_runs():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/trainer_torchtitan.py")], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(rows) == 10 and float(rows[-1][3]) < float(rows[0][3])
