@@ -1,5 +1,6 @@
 """`benchmarks`: CSV, Markdown and HTML say what the JSON says; both reports open from the disk in a browser."""
 
+import argparse
 import csv
 import io
 import json
@@ -88,13 +89,7 @@ def test_the_html_holds_the_same_cells_escaped_and_loads_nothing(document):
 
 
 def test_every_format_is_written_where_the_option_says(document, tmp_path):
-    class Options:
-        save = False
-
-    options = Options()
-    for kind in run.WRITERS:
-        setattr(options, kind, tmp_path / f"a.{kind}")
-    run.write(options, document)
+    run.write(argparse.Namespace(save=False, **{kind: tmp_path / f"a.{kind}" for kind in run.WRITERS}), document)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.html", "a.json", "a.markdown"]
     assert json.loads((tmp_path / "a.json").read_text()) == document
 
