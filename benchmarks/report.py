@@ -157,6 +157,7 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 
 def legend(cases: list[dict[str, Any]]) -> str:
     """What the columns and rows mean, for the ops and settings that were measured."""
+    rows = max(op.error_rows for op in OPS.values())
     lines = [f"floor of {op}: {OPS[op].floor_name}" for op in dict.fromkeys(case["op"] for case in cases)]
     shown = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
     lines += [f"{name}: {NAMES[name]}" for name in shown]
@@ -165,8 +166,8 @@ def legend(cases: list[dict[str, Any]]) -> str:
         "forward is that of training: ours (and PyTorch's own, Liger-Kernel) form a scalar loss's gradients in it",
         "both: forward and backward; ratios: of both, median over rounds of the ratio within a round",
         "peak: most bytes resident in the second step of a fresh process, above those before it (malloc default)",
-        "error: largest |x - x64| / |x64| of the value and the gradients against the float64 reference,",
-        f"  on at most {max(op.error_rows for op in OPS.values())} rows and {ERROR_WORDS} words of the vocabulary",
+        f"error: largest |x - x64| / |x64| of value and gradients against float64, on at most {rows} rows and "
+        f"{ERROR_WORDS} words",
     ]
     return "\n".join(lines)
 

@@ -33,8 +33,7 @@ def test_every_head_names_its_source_and_is_a_case():
 @pytest.mark.parametrize(("op", "width"), [("linear_cross_entropy", "d"), ("implicit_token_loss", "d")])
 def test_the_flops_of_a_case_are_those_that_explain_states(op, width):
     for sizes in OPS[op].full.values():
-        vocabulary = {"vocabulary": sizes["V"]} if "V" in sizes else {}
-        plan = nitp_ops.explain(op, rows=sizes["N"], width=sizes[width], **vocabulary)
+        plan = nitp_ops.explain(op, rows=sizes["N"], width=sizes[width], vocabulary=sizes.get("V"))
         assert OPS[op].flops(sizes) == plan.flops
 
 
