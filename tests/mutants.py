@@ -77,7 +77,8 @@ MUTANTS = (
     Mutant("objectives/head_parts.py", "(1 - self.rows.label_smoothing) * (", "(", "objectives_mtp_shared"),
     # the objectives
     Mutant("objectives/nitp.py", "* info.num_layers + 0.75", "* info.num_layers", "objectives_build"),
-    Mutant("objectives/nitp.py", "z.detach()\n", "z\n", "nitp_stop_gradient"),
+    Mutant("objectives/nitp.py", "context.guard(z) if not self.stop_gradient else z.detach()", "z.detach()",
+           "nitp_stop_gradient"),
     Mutant("objectives/nitp.py", "z[:, self.shift :]", "z[:, : pairs]", "objectives_values"),
     Mutant("objectives/floor.py", "math.nan, 1 - loss / floor", "math.nan, loss / floor",
            "nitp_floor objectives_metrics"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from objectives_cases import INFO, gradients, make_batch
 
@@ -21,13 +21,17 @@ WEIGHTS = st.sampled_from([0.3, 1.0, 0.0, Ramp(to=0.8, begin=2, warmup=6), Ramp(
 HEADS = {"softcap": [None, 4.0], "logit_scale": [1.0, 0.7]}
 
 
+def terms_of(names):
+    """The terms under labels of their own."""
+    return list(parse(" + ".join(f"x_{name}: {name}{OPTIONS.get(name, '')}" for name in names)).terms)
+
+
 @st.composite
 def sets(draw):
     """Terms of different objectives, each with a weight that may be zero or still rising."""
     heads = draw(st.lists(st.sampled_from(HEAD_TERMS), min_size=1, max_size=5, unique=True))
     names = draw(st.permutations(heads + draw(st.lists(st.sampled_from(OTHERS), max_size=2, unique=True))))
-    terms = parse(" + ".join(f"x_{name}: {name}{OPTIONS.get(name, '')}" for name in names)).terms
-    return [replace(term, weight=draw(WEIGHTS)) for term in terms]
+    return [replace(term, weight=draw(WEIGHTS)) for term in terms_of(names)]
 
 
 @settings(deadline=None, max_examples=60)
@@ -38,6 +42,7 @@ def sets(draw):
     step=st.integers(0, 9),
     head=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in HEADS.items()}),
 )
+@example(terms=terms_of(available()), documents=[0] * 21, masked=[True, True, False] * 7, step=0, head={})
 def test_a_set_of_objectives_equals_the_sum_of_its_terms(terms, documents, masked, step, head):
     info, batch = replace(INFO, **head), make_batch()
     batch.documents = torch.tensor(documents).view(3, 7).sort(dim=1).values
