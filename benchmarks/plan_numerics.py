@@ -98,7 +98,7 @@ Machine: {report.machine_line(report.machine(threads))}.
 Forward and backward of `ntp + mtp_parallel(offsets={list(OFFSETS)})` over hidden states that exist already. The heads
 of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the
 ratios within {sizes["rounds"]} interleaved rounds. Memory: the peak of a fresh process's second step, gradients
-included.
+included; "heads alone" is what the forward pass of those heads keeps, a part of every way's peak.
 
 {ways}
 
@@ -121,6 +121,7 @@ def heads(sizes: Sizes, threads: int) -> str:
             setting = partial(Setting, spec, tuple(shape), sizes["length"], dtype)
             times = in_child(partial(_times, setting, sizes["rounds"]), threads, "raised")
             peaks = {way: in_child(partial(_peak, setting, way), threads) for way in times}
+            alone = in_child(partial(_heads_alone, setting), threads)
             first = [f"{kind} {' x '.join(map(str, shape))}", name]
             seconds = [f"{ratio(times['plan'], times[way]):.2f}" if way in times else "-" for way in list(WAYS)[1:]]
             memory = [f"{peaks['plan'] / peaks[way]:.2f}" if way in peaks else "-" for way in list(WAYS)[1:]]
@@ -129,6 +130,7 @@ def heads(sizes: Sizes, threads: int) -> str:
                     *first,
                     f"{1e3 * statistics.median(times['plan']):.0f}",
                     *seconds,
+                    f"{alone / 2**20:.0f}",
                     f"{peaks['plan'] / 2**20:.0f}",
                     *memory,
                 ]
@@ -136,7 +138,8 @@ def heads(sizes: Sizes, threads: int) -> str:
             print(rows[-1], flush=True)
     others = list(WAYS)[1:]
     header = ["heads, N x d x V", "dtype", "plan, ms", *(f"time / {way}" for way in others)]
-    return markdown([*header, "plan, MiB", *(f"memory / {way}" for way in others)], rows)
+    memory_header = ["heads alone, MiB", "plan, MiB", *(f"memory / {way}" for way in others)]
+    return markdown([*header, *memory_header], rows)
 
 
 def _times(setting: Callable[[], Setting], rounds: int) -> dict[str, list[float]]:
@@ -155,6 +158,16 @@ def _times(setting: Callable[[], Setting], rounds: int) -> dict[str, list[float]
 def _peak(setting: Callable[[], Setting], way: str) -> int:
     made = setting()
     return max(measure.peak_of(made.step(way), made.clear), 1)  # nothing at toy sizes
+
+
+def _heads_alone(setting: Callable[[], Setting]) -> int:
+    made = setting()
+    kept: list[list[Tensor]] = []
+
+    def run() -> None:
+        kept.append(made.objective.terms["mtp_parallel"](made.hidden, None))
+
+    return measure.peak_of(run, kept.clear)
 
 
 def terms(sizes: Sizes, threads: int) -> str:

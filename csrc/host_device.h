@@ -103,7 +103,8 @@ NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 6550
 }
 
 // exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6
-// Chebyshev fit of exp(r); relative error at most 8e-8 (measured at 2e7 points), 0 under -87.7, NaN stays NaN.
+// Chebyshev fit of exp(r); relative error at most 1e-7, 8e-8 by fused multiply-adds (measured at 2e7 points), 0 under
+// -87.7, NaN stays NaN.
 NITP_HD float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   // Two instructions where expf takes eight; the difference x - max is formed before, so that only its rounding counts.

@@ -15,8 +15,9 @@ BLOCK_BYTES_ON_GPU = 128 * 2**20
 _LARGE_BYTES = 4 * 2**20
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: On CPU a product whose rows are no multiple of this takes up to 1.2 times as long (docs/log.md): MKL and oneDNN both.
-_EVEN_ROWS = 16
+#: On CPU a product whose rows are no multiple of 8 takes up to 1.3 times as long, one of many rows that are no multiple
+#: of 16 up to 1.06 (docs/log.md): MKL and oneDNN both. What is left over goes apart, and reads the other matrix again.
+_EVEN_ROWS, _MANY_ROWS = 8, 2048
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 
@@ -68,7 +69,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    whole = a.shape[0] - a.shape[0] % _EVEN_ROWS
+    whole = a.shape[0] - a.shape[0] % (_EVEN_ROWS if a.shape[0] < _MANY_ROWS else 2 * _EVEN_ROWS)
     if a.device.type == "cpu" and 0 < whole < a.shape[0]:
         matmul(a[:whole], b, out[:whole], add=add)
         matmul(a[whole:], b, out[whole:], add=add)
