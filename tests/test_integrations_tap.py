@@ -103,6 +103,8 @@ def test_three_lines_train_the_formula_under_every_checkpointing(
         if inside:  # blocks run again inside backward, while the hooks are there
             loss = objective(tapped.streams(token_ids=ids)).loss
             loss.backward()
+            with pytest.raises(RuntimeError, match="did not pass"):  # the second run was not collected
+                tapped.streams(token_ids=ids)
     if not inside:
         loss = objective(tapped.streams(token_ids=ids)).loss
         loss.backward()
