@@ -142,8 +142,11 @@ class Handle:
         call.setdefault("use_cache", False)
         if _BALANCE in self._external:
             call.setdefault("output_router_logits", True)
-        with self._tap:
+        self._tap.start()
+        try:
             out = self._plain_forward(**call)
+        finally:
+            self._tap.stop()
         streams = self._tap.streams(
             **fields,
             external={name: self._given(out, name) for name in self._external},

@@ -80,6 +80,8 @@ class Tap:
         self._found: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._temporary = self._handed_out = False
+        matches = {name: _STATE.fullmatch(name) for name in self.requires}
+        self._states = {name: int(match[1]) for name, match in matches.items() if match is not None}
         self._points = [point for name in sorted(self.requires) if (point := self._point(name)) is not None]
 
     def install(self) -> Tap:
@@ -103,18 +105,26 @@ class Tap:
     def __enter__(self) -> Tap:
         self._temporary = not self._handles
         self.install()
-        self._found, self._handed_out = {}, False
-        self.collecting = True
+        self.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
-        self.collecting = False
+        self.stop()
         if self._temporary:
             found, self._found = self._found, {}
             self.remove()
             self._found = found
         if kind is None and not self._handed_out:
             self._check_complete()
+
+    def start(self) -> None:
+        """Collect what passes from now on; torch.compile traces this and `stop`, but no context."""
+        self._found, self._handed_out = {}, False
+        self.collecting = True
+
+    def stop(self) -> None:
+        """Collect no more."""
+        self.collecting = False
 
     def streams(self, **fields: Any) -> Streams:
         """`Streams` of the pass: what was collected, the modules, and the token streams given by keyword.
@@ -125,9 +135,9 @@ class Tap:
             RuntimeError: a stream did not pass.
         """
         self._check_complete()
-        states = {int(match[1]): found for name, found in self._found.items() if (match := _STATE.fullmatch(name))}
-        given: dict[str, Any] = {"hidden_states": states}
-        given |= {name: self._found[name] for name in ("last_hidden", "last_residual") if name in self._found}
+        found = self._found
+        given: dict[str, Any] = {"hidden_states": {k: found[name] for name, k in self._states.items()}}
+        given |= {name: found[name] for name in ("last_hidden", "last_residual") if name in found}
         given |= {name: getattr(self.sites, name) for name in ("head", "embed") if name in self.requires}
         self._found, self._handed_out = {}, True
         return Streams(**(given | fields))
@@ -142,11 +152,11 @@ class Tap:
 
     def _point(self, name: str) -> tuple[str, nn.Module, bool] | None:
         """(stream, module, whether it is what the module returns), or None where no hook is needed."""
-        state, sites = _STATE.fullmatch(name), self.sites
-        if state is not None:
+        sites = self.sites
+        if name in self._states:
             if sites.blocks is None:
                 raise ValueError(f"tap: blocks is None, expected the transformer blocks ({name} is required)")
-            k, count = int(state[1]), len(sites.blocks)
+            k, count = self._states[name], len(sites.blocks)
             if k > count:
                 raise ValueError(f"tap: {name} is required, expected at most {count} (the model has {count} blocks)")
             return (name, sites.blocks[k], False) if k < count else (name, self._needed("norm", name), False)
