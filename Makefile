@@ -6,7 +6,7 @@ STAMP := $(if $(ACTIVE),build/installed$(subst /,-,$(ACTIVE)),.venv/installed)
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/*)
 
-.PHONY: help install demo test test-trainers test-ranks test-gpu-source lint format bench wheel doctor cuda-check clean
+.PHONY: help install demo test test-trainers test-ranks test-gpu-source lint format bench plots evidence wheel doctor cuda-check clean
 help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
@@ -14,6 +14,7 @@ help:
 	@echo "make test-trainers  the trainers that people have, with their real packages    make test-ranks  on 2 and 4 processes"
 	@echo "make test-gpu-source  run the CUDA and Triton kernels on the CPU, compile Triton's for sm_80 and sm_90"
 	@echo "make cuda-check  compile the CUDA kernels for every architecture, print their registers, fail on a spill"
+	@echo "make plots   measure how cost grows and draw it         make evidence  whole trainings on two texts"
 	@echo "make format  rewrite the sources     make wheel   build dist/*.whl     make clean"
 
 install: $(STAMP)
@@ -57,6 +58,13 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks --quick
+
+plots: $(STAMP)
+	$(PYTHON) -m benchmarks --case scaling --save
+	$(PYTHON) -m benchmarks plot
+
+evidence: $(STAMP)
+	$(PYTHON) examples/evidence.py
 
 wheel: $(STAMP)
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .

@@ -7,13 +7,17 @@ memory-bound op is one `copy_` that moves as many bytes as forward and backward 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .heads import HEADS, PROJECTORS
+
 Sizes = dict[str, int]
 Floor = Callable[[], None]
+Forward = Callable[..., Tensor]
 #: (n, k, m) of each linear layer [n, k] -> [n, m].
 Layers = list[tuple[int, int, int]]
 Product = tuple[Tensor, Tensor, Tensor]
@@ -21,15 +25,20 @@ Product = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one op by name, and the gradient that backward starts from (None: 1)."""
+    """Arguments of one op by name, the gradient that backward starts from (None: 1), options that are no tensors."""
 
     arguments: dict[str, Tensor]
     upstream: Tensor | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         """The arguments that want a gradient."""
         return {name: tensor for name, tensor in self.arguments.items() if tensor.requires_grad}
+
+    def forward(self, function: Forward) -> Tensor:
+        """The value of `function` here."""
+        return function(**self.arguments, **self.options)
 
     def clear(self) -> None:
         """Drop the gradients of the last step."""
@@ -45,24 +54,34 @@ class Inputs:
             return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
         arguments = {name: converted(tensor) for name, tensor in self.arguments.items()}
-        return Inputs(arguments, None if self.upstream is None else converted(self.upstream))
+        return Inputs(arguments, None if self.upstream is None else converted(self.upstream), self.options)
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op: how to make its inputs and its floor on the default device, at which sizes (toy: for tests), and how
-    many rows the float64 check takes. layers: the products of a GEMM-bound op, None where it is memory-bound."""
+    """One op: how to make its inputs and its floor on the default device, at which sizes (case name -> sizes; toy: for
+    tests), and how many rows the float64 check takes. layers: the products of a GEMM-bound op, None where it is
+    memory-bound. moved: numbers that forward and backward must read or write, each once."""
 
     name: str
     floor_name: str
     inputs: Callable[[Sizes, torch.dtype], Inputs]
     floor: Callable[[Sizes, torch.dtype], Floor]
-    full: tuple[Sizes, ...]
-    quick: tuple[Sizes, ...]
-    cuda: tuple[Sizes, ...]
+    full: dict[str, Sizes]
+    quick: dict[str, Sizes]
+    cuda: dict[str, Sizes]
     toy: Sizes
     error_rows: int
+    moved: Callable[[Sizes], int]
     layers: Callable[[Sizes], Layers] | None = None
+
+    def flops(self, sizes: Sizes) -> int:
+        """Of the matrix products of forward and backward, two a multiply-add; 0 for a memory-bound op."""
+        return sum(6 * n * k * m for n, k, m in self.layers(sizes)) if self.layers else 0
+
+    def least_bytes(self, sizes: Sizes, dtype: torch.dtype) -> int:
+        """That forward and backward must read or write: inputs and gradients once each."""
+        return self.moved(sizes) * dtype.itemsize
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -117,7 +136,8 @@ def _linear_cross_entropy_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
             "hidden": _leaf((n, d), dtype, 0),
             "unembedding": _leaf((v, d), dtype, 1, d**-0.5),
             "labels": labels,
-        }
+        },
+        options={"softcap": float(sizes["softcap"])} if "softcap" in sizes else {},
     )
 
 
@@ -159,7 +179,7 @@ def _alignment_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
 
 
 def _alignment_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
-    return _copy(5 * sizes["N"] * sizes["D"], dtype)
+    return _copy(_alignment_moved(sizes), dtype)
 
 
 def _swiglu_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
@@ -168,8 +188,27 @@ def _swiglu_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
 
 
 def _swiglu_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
-    return _copy(8 * sizes["N"] * sizes["m"], dtype)
+    return _copy(_swiglu_moved(sizes), dtype)
 
+
+def _linear_cross_entropy_moved(sizes: Sizes) -> int:
+    return 2 * (sizes["N"] + sizes["V"]) * sizes["d"]
+
+
+def _implicit_token_loss_moved(sizes: Sizes) -> int:
+    return 3 * sizes["N"] * sizes["d"] + 2 * 12 * sizes["d"] ** 2
+
+
+def _alignment_moved(sizes: Sizes) -> int:
+    return 5 * sizes["N"] * sizes["D"]
+
+
+def _swiglu_moved(sizes: Sizes) -> int:
+    return 8 * sizes["N"] * sizes["m"]
+
+
+#: Rows of a head on CPU: enough that the products are bound by arithmetic.
+ROWS = 512
 
 OPS: dict[str, Op] = {
     op.name: op
@@ -179,37 +218,42 @@ OPS: dict[str, Op] = {
             "copy of the same bytes: 8 N m numbers (forward reads 2, writes 1; backward reads 3, writes 2)",
             _swiglu_inputs,
             _swiglu_floor,
-            full=({"N": 8192, "m": 4096},),
-            quick=({"N": 2048, "m": 2048},),
-            cuda=({"N": 2048, "m": 2048}, {"N": 16384, "m": 8192}),
+            full={name: {"N": 4096, "m": 4 * PROJECTORS[name].width} for name in ("NITP-MoE-3B", "NITP-MoE-9B")},
+            quick={"NITP-MoE-1.9B": {"N": 2048, "m": 2048}},
+            cuda={"NITP-MoE-1.9B": {"N": 2048, "m": 2048}, "d=2048": {"N": 16384, "m": 8192}},
             toy={"N": 6, "m": 8},
             error_rows=512,
+            moved=_swiglu_moved,
         ),
         Op(
             "alignment",
             "copy of the same bytes: 5 N D numbers (forward reads 2; backward reads 2, writes 1)",
             _alignment_inputs,
             _alignment_floor,
-            full=({"N": 8192, "D": 1024}, {"N": 8192, "D": 2048}, {"N": 8192, "D": 4096}),
-            quick=({"N": 4096, "D": 1024},),
-            cuda=({"N": 4096, "D": 1024}, {"N": 65536, "D": 4096}),
+            full={name: {"N": 8192, "D": PROJECTORS[name].width} for name in ("NITP-MoE-9B", "NITP-MoE-45B")},
+            quick={"NITP-MoE-9B": {"N": 4096, "D": 1280}},
+            cuda={"d=1024": {"N": 4096, "D": 1024}, "Llama-3-8B": {"N": 65536, "D": 4096}},
             toy={"N": 6, "D": 8},
             error_rows=512,
+            moved=_alignment_moved,
         ),
         Op(
             "linear_cross_entropy",
             "its 3 GEMMs",
             _linear_cross_entropy_inputs,
             _linear_cross_entropy_floor,
-            full=({"N": 2048, "d": 512, "V": 32768}, {"N": 1024, "d": 896, "V": 151936}),
-            quick=({"N": 512, "d": 256, "V": 32768},),
-            cuda=(
-                {"N": 4096, "d": 4096, "V": 128256},
-                {"N": 8192, "d": 4096, "V": 128256},
-                {"N": 16384, "d": 2048, "V": 151936},
-            ),
+            full={name: head.sizes(ROWS) for name, head in HEADS.items()},
+            quick={"GPT-2": HEADS["GPT-2"].sizes(256)},
+            cuda={
+                "Llama-3-8B, N=4096": HEADS["Llama-3-8B"].sizes(4096),
+                "Llama-3-8B": HEADS["Llama-3-8B"].sizes(8192),
+                "d=2048": {"N": 16384, "d": 2048, "V": 151936},
+                "Gemma-2-2B": HEADS["Gemma-2-2B"].sizes(8192),
+                "DeepSeek-V3": HEADS["DeepSeek-V3"].sizes(8192),
+            },
             toy={"N": 6, "d": 8, "V": 20},
             error_rows=256,
+            moved=_linear_cross_entropy_moved,
             layers=_linear_cross_entropy_layers,
         ),
         Op(
@@ -217,12 +261,23 @@ OPS: dict[str, Op] = {
             "its 9 GEMMs (m = 4 d)",
             _implicit_token_loss_inputs,
             _implicit_token_loss_floor,
-            full=({"N": 4096, "d": 512}, {"N": 2048, "d": 2048}),
-            quick=({"N": 1024, "d": 256},),
-            cuda=({"N": 16384, "d": 1280}, {"N": 16384, "d": 2048}, {"N": 8192, "d": 4096}),
+            full={name: {"N": 2048, "d": head.width} for name, head in PROJECTORS.items()},
+            quick={"NITP-MoE-1.9B": {"N": 512, "d": 512}},
+            cuda={
+                "NITP-MoE-9B": {"N": 16384, "d": 1280},
+                "d=2048": {"N": 16384, "d": 2048},
+                "Llama-3-8B": {"N": 8192, "d": 4096},
+            },
             toy={"N": 6, "d": 8},
             error_rows=512,
+            moved=_implicit_token_loss_moved,
             layers=_implicit_token_loss_layers,
         ),
     )
 }
+
+
+def heading(op: Op, name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
+    """What a result says about its case: op, name, sizes, dtype, FLOPs of the products, least bytes."""
+    kept = {"op": op.name, "name": name, "sizes": sizes, "dtype": str(dtype).removeprefix("torch.")}
+    return kept | {"flops": op.flops(sizes), "least_bytes": op.least_bytes(sizes, dtype)}

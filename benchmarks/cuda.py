@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import nitp_ops
 from nitp_ops import reference
 
-from . import implementations, measure, peers
+from . import measure
 from .cases import OPS, Inputs, Layers, Op, Sizes, products
-from .implementations import BACKENDS, CUDA_NAMES, Forward, step
+from .implementations import forward as function_of
+from .implementations import step
 from .isolated import At, Lost
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-NAMES = {**CUDA_NAMES, **peers.PEERS}
 DEVICE = torch.device("cuda")
 #: Written before every run: the inputs leave the L2 cache (60 MB on an H200), and at 4 TB/s the write lasts about half
 #: a millisecond, in which the host queues the run, so that its launches are not what is timed.
@@ -52,19 +51,6 @@ def settle() -> None:
     torch.cuda.empty_cache()
 
 
-def names_for(op: str) -> list[str]:
-    """The implementations of one op: fused cross-entropies of others beside linear_cross_entropy only."""
-    fused = ["torch", *peers.PEERS] if op == "linear_cross_entropy" else []
-    return [*BACKENDS, "eager", "compile", *fused]
-
-
-def function_of(op: str, name: str) -> Forward:
-    """The function behind a name, ours with its row kernels chosen by force."""
-    if name in BACKENDS:
-        return partial(getattr(nitp_ops, op), backend=BACKENDS[name])
-    return peers.forward(name) if name in peers.PEERS else implementations.forward(op, name)
-
-
 def measure_case(at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str, rounds: int, seconds: float) -> Any:
     """Rows by name: the floor and the implementations, {"skipped": reason} where one cannot run."""
     chosen, number = OPS[op], DTYPES[dtype]
@@ -78,12 +64,13 @@ def measure_case(at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str,
         results[name] = attempt(name, partial(first_steps, chosen, name, inputs, exact))
         inputs.clear()
         if "skipped" not in results[name]:
-            runs[name] = partial(step, function_of(op, name), inputs)
+            runs[name] = measure.Step(function_of(op, name), inputs, Instant)
     del exact
     at(None)
     times = timed(floor | runs, inputs.clear, rounds, seconds)
     results[measure.FLOOR] |= {"parts_ms": {each: 1e3 * statistics.median(times[each]) for each in floor}}
-    return described(results, times | {measure.FLOOR: fastest({each: times.pop(each) for each in floor})})
+    times |= {measure.FLOOR: fastest({each: times.pop(each) for each in floor})}
+    return measure.described(results, times, runs, chosen.flops(sizes))
 
 
 def attempt(name: str, task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -141,7 +128,9 @@ def exact_values(op: Op, inputs: Inputs) -> dict[str, Tensor]:
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for first in range(0, len(labels), EXACT_ROWS):
         part = slice(first, first + EXACT_ROWS)
-        loss = reference.linear_cross_entropy(hidden[part], unembedding, labels[part], normalizer=len(labels))
+        loss = reference.linear_cross_entropy(
+            hidden[part], unembedding, labels[part], normalizer=len(labels), **wide.options
+        )
         loss.backward()
         total += loss.detach()
     gradients = {f"gradient of {name}": leaf.grad for name, leaf in wide.leaves.items()}
@@ -205,14 +194,3 @@ def timed(
         return measure.interleave(runs, ready, rounds=rounds, seconds=seconds, clock=Instant)
     finally:
         gc.enable()
-
-
-def described(results: dict[str, dict[str, Any]], times: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
-    """Medians, quartiles and ratios within rounds beside what is known already."""
-    for name, values in times.items():
-        results[name]["milliseconds"] = measure.spread([1e3 * value for value in values])
-        results[name]["rounds"] = len(values)
-        results[name]["times_floor"] = measure.ratios(values, times[measure.FLOOR])
-        if "eager" in times:
-            results[name]["times_eager"] = measure.ratios(values, times["eager"])
-    return results

@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from . import cuda, gpu_report, overhead, row_kernels
-from .cases import OPS, Sizes
+from .cases import OPS, Sizes, heading
+from .implementations import names_for
 from .isolated import without_the_dead
 from .measure import FLOOR, MeasurementError
 from .report import machine_line, results_path
@@ -32,23 +33,25 @@ class Case:
     dtype: str
     names: list[str]
     measure: Callable[..., dict[str, dict[str, Any]]]
+    name: str = ""
 
 
 def cases(subjects: list[str], dtypes: list[str] | None) -> Iterator[Case]:
     """The cases of these subjects; GEMM-bound ones in bfloat16 unless `dtypes` says otherwise."""
     for subject in subjects:
+        named: dict[str, Sizes] = {}
         if subject in row_kernels.KERNELS:
-            names, task = list(cuda.BACKENDS), partial(row_kernels.measure_kernel, kernel=subject)
+            names, task = row_kernels.NAMES, partial(row_kernels.measure_kernel, kernel=subject)
             sizes, own = row_kernels.KERNELS[subject][1], row_kernels.dtypes_of(subject)
         elif subject == overhead.NAME:
             names, task, sizes, own = overhead.NAMES, overhead.measure_overhead, overhead.CASES, ["bfloat16"]
         else:
-            names, task, sizes = cuda.names_for(subject), partial(cuda.measure_case, op=subject), OPS[subject].cuda
-            own = ["bfloat16"] if OPS[subject].layers else list(cuda.DTYPES)
-        for size in sizes:
+            names, task, named = names_for(subject), partial(cuda.measure_case, op=subject), OPS[subject].cuda
+            sizes, own = tuple(named.values()), ["bfloat16"] if OPS[subject].layers else list(cuda.DTYPES)
+        for name, size in zip(named or ("",) * len(sizes), sizes, strict=True):
             for dtype in own if dtypes is None else dtypes:
                 if subject not in row_kernels.NARROW or dtype in own:
-                    yield Case(subject, size, dtype, names, task)
+                    yield Case(subject, size, dtype, names, task, name)
 
 
 def measured(case: Case, names: list[str], hung: dict[str, str], deadline: float) -> dict[str, Any]:
@@ -63,6 +66,8 @@ def measured(case: Case, names: list[str], hung: dict[str, str], deadline: float
     skipped = {name: {"skipped": reason} for name, reason in (hung | reasons).items() if name in names}
     ordered = {name: (rows | skipped)[name] for name in (FLOOR, *names) if name in rows | skipped}
     kept = {"op": case.op, "sizes": case.sizes, "dtype": case.dtype, "rows": ordered}
+    if case.op in OPS:
+        kept |= heading(OPS[case.op], case.name, case.sizes, cuda.DTYPES[case.dtype])
     return kept | ({"prediction": overhead.prediction(case.sizes)} if case.op == overhead.NAME else {})
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from . import cuda, overhead, row_kernels
+from . import overhead, row_kernels
 from .cases import OPS
+from .implementations import NAMES
 from .measure import FLOOR
 from .report import RESULTS, case_table, case_title, commit, machine_line, results_path, table, write_json
 
@@ -87,7 +88,7 @@ def legend(cases: list[dict[str, Any]]) -> str:
             "floor of a row kernel: a copy of the bytes that it must move; its share of the bandwidth is 1 / floor"
         )
     names = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
-    lines += [f"{name}: {cuda.NAMES[name]}" for name in names]
+    lines += [f"{name}: {NAMES[name]}" for name in names]
     return "\n".join(
         [
             *lines,

@@ -1,12 +1,13 @@
-"""Who computes: our op, the formula as one writes it in PyTorch, that formula compiled, and PyTorch's own op.
+"""Who computes: our op on each backend, the formula as one writes it in PyTorch, that formula compiled, PyTorch's own
+op, other projects (`peers`).
 
 Every function takes the arguments of `cases.Inputs` by name. Cosine losses are formed in float32, as the formula must
-be (bfloat16 numbers just below 1 are 0.004 apart); logits stay in the dtype of the product.
+be (bfloat16 numbers just below 1 are 0.004 apart); logits stay in the product's dtype unless the name says float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,8 @@ from torch import Tensor
 
 import nitp_ops
 
-from .cases import Inputs
-
-Forward = Callable[..., Tensor]
+from . import peers
+from .cases import Forward, Inputs
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -27,15 +27,18 @@ def _alignment(prediction: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1)
 
 
-def _linear_cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, unembedding), labels)
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _chunked_linear_cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:
-    if not hasattr(F, "linear_cross_entropy"):
-        raise NotImplementedError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
-    return F.linear_cross_entropy(hidden, unembedding, labels, options=options)
+def _linear_cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    return F.cross_entropy(_capped(F.linear(hidden, unembedding), softcap), labels)
+
+
+def _wide_linear_cross_entropy(
+    hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+) -> Tensor:
+    return F.cross_entropy(_capped(F.linear(hidden, unembedding).float(), softcap), labels)
 
 
 def _implicit_token_loss(hidden: Tensor, target: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -50,26 +53,30 @@ EAGER: dict[str, Forward] = {
     "linear_cross_entropy": _linear_cross_entropy,
     "implicit_token_loss": _implicit_token_loss,
 }
-
+#: Each of ours is one set of row kernels under the same algorithm.
+BACKENDS = {"ours": "native", "ours-triton": "triton", "ours-reference": "reference"}
 #: Name -> what it is, in the order of the table.
 NAMES = {
-    "ours": "nitp_ops",
+    "ours": "nitp_ops, row kernels in C++ (on a GPU CUDA C++)",
+    "ours-triton": "nitp_ops, row kernels in Triton (on a GPU)",
+    "ours-reference": "nitp_ops, backend='reference': its plain equations",
     "eager": "the formula in PyTorch",
-    "compile": "torch.compile of that formula",
-    "torch": "PyTorch's own fused op, with its automatic options",
+    "eager-float32": "the same with the logits cast to float32, as most training code does",
+    "compile": "torch.compile of eager",
+    **peers.PEERS,
 }
-#: On CUDA each of ours is one set of row kernels under the same algorithm.
-BACKENDS = {"ours": "native", "ours-triton": "triton"}
-CUDA_NAMES = {
-    "ours": "nitp_ops, row kernels in CUDA C++",
-    "ours-triton": "nitp_ops, row kernels in Triton",
-    **{name: NAMES[name] for name in ("eager", "compile", "torch")},
+#: What a quick run leaves out, and why.
+SLOW = {
+    "ours-reference": "eager and eager-float32 stand for it",
+    "torch": "its automatic options take up to a minute and a half a step on two cores",
+    "cce": "its form for CPU compiles for half a minute",
 }
 
 
-def names_for(op: str, quick: bool) -> list[str]:
-    """The implementations of one op; PyTorch's own takes seconds a step on CPU and stays out of a quick run."""
-    return [name for name in NAMES if name != "torch" or (op == "linear_cross_entropy" and not quick)]
+def names_for(op: str) -> list[str]:
+    """The implementations of one op: those of the cross-entropy alone beside linear_cross_entropy only."""
+    own = {"eager-float32", *peers.PEERS}
+    return [name for name in NAMES if name not in own or op == "linear_cross_entropy"]
 
 
 def forward(op: str, name: str) -> Forward:
@@ -77,20 +84,23 @@ def forward(op: str, name: str) -> Forward:
 
     Raises:
         ValueError: this implementation has no such op.
+        ImportError: a peer, or something that it needs, is not installed.
     """
-    if name == "ours":
-        return getattr(nitp_ops, op)
+    if name not in names_for(op):
+        raise ValueError(f"benchmarks: {name!r} has no {op}")
+    if name in BACKENDS:
+        return partial(getattr(nitp_ops, op), backend=BACKENDS[name])
     if name == "eager":
         return EAGER[op]
+    if name == "eager-float32":
+        return _wide_linear_cross_entropy
     if name == "compile":
         return torch.compile(EAGER[op], dynamic=False)
-    if name == "torch" and op == "linear_cross_entropy":
-        return _chunked_linear_cross_entropy
-    raise ValueError(f"benchmarks: {name!r} has no {op}")
+    return peers.forward(name)
 
 
 def step(function: Forward, inputs: Inputs) -> Tensor:
     """Forward and backward once; the gradients lie on the leaves."""
-    value = function(**inputs.arguments)
+    value = inputs.forward(function)
     value.backward(inputs.upstream)
     return value.detach()

@@ -15,7 +15,8 @@ import nitp_ops
 from . import measure, report
 from .cases import OPS
 from .implementations import forward, step
-from .products import DTYPES, Sizes, faster, in_child, interleaved, markdown, multiplied, ratio
+from .products import DTYPES, Sizes, faster, in_child, interleaved, multiplied, ratio
+from .report import markdown
 
 FULL: Sizes = {
     "reach": [(4096, 512), (4096, 896), (2048, 2048)],

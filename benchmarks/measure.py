@@ -26,7 +26,7 @@ import torch._inductor.compile_fx
 
 from nitp_ops import reference
 
-from .cases import Inputs, Op, Sizes
+from .cases import Forward, Inputs, Op, Sizes
 from .implementations import forward, step
 
 T = TypeVar("T")
@@ -130,6 +130,46 @@ def ratios(times: list[float], base: list[float]) -> dict[str, float]:
     return spread([a / b for a, b in zip(times, base, strict=False)])
 
 
+class Step:
+    """Forward and backward of one implementation; `moments` are readings of `clock` before and after each forward."""
+
+    def __init__(self, function: Forward, inputs: Inputs, clock: Callable[[], Any] = time.perf_counter) -> None:
+        self.function, self.inputs, self.clock = function, inputs, clock
+        self.moments: list[tuple[Any, Any]] = []
+
+    def __call__(self) -> None:
+        start = self.clock()
+        value = self.inputs.forward(self.function)
+        self.moments.append((start, self.clock()))
+        value.backward(self.inputs.upstream)
+
+
+def described(
+    results: dict[str, dict[str, Any]],
+    times: dict[str, list[float]],
+    runs: Mapping[str, Callable[[], object]],
+    flops: int = 0,
+) -> dict[str, dict[str, Any]]:
+    """Medians, quartiles, ratios within rounds and the rate of the products beside what is known already."""
+    for name, values in times.items():
+        row = results[name]
+        row |= {"milliseconds": _milliseconds(values), "rounds": len(values)}
+        row["times_floor"] = ratios(values, times[FLOOR])
+        if "eager" in times:
+            row["times_eager"] = ratios(values, times["eager"])
+        if isinstance(run := runs.get(name), Step):
+            forwards = [after - before for before, after in run.moments[-len(values) :]]
+            row["forward_ms"] = _milliseconds(forwards)
+            row["backward_ms"] = _milliseconds([max(0.0, a - b) for a, b in zip(values, forwards, strict=True)])
+        if flops:
+            row["gflop_per_s"] = 1e-6 * flops / row["milliseconds"]["median"]
+    return results
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, float]:
+    return spread([1e3 * value for value in seconds])
+
+
 def time_case(
     op: Op, sizes: Sizes, dtype: torch.dtype, names: list[str], *, rounds: int, seconds: float
 ) -> dict[str, dict[str, Any]]:
@@ -140,31 +180,23 @@ def time_case(
     for name in names:
         start = time.perf_counter()
         try:
-            run = _bound(op, name, inputs)
+            run = Step(forward(op.name, name), inputs)
             run()
         except Exception as error:
             results[name] = {"skipped": one_line(error)}
+            inputs.clear()
             continue
-        results[name] = {"first_call_s": time.perf_counter() - start}
+        first = time.perf_counter() - start
+        results[name] = {"first_call_s": first}
         runs[name] = run
-    for run in runs.values():
         inputs.clear()
-        run()
+        if first < seconds:  # one that takes longer is timed once: a warm-up would double its cost
+            run()
+    runs[FLOOR]()
     gc.collect()
     gc.disable()
     times = interleave(runs, inputs.clear, rounds=rounds, seconds=seconds)
-    for name, values in times.items():
-        milliseconds = spread([1e3 * value for value in values])
-        results[name] |= {"milliseconds": milliseconds, "rounds": len(values)}
-        results[name]["times_floor"] = ratios(values, times[FLOOR])
-        if "eager" in times:
-            results[name]["times_eager"] = ratios(values, times["eager"])
-    return results
-
-
-def _bound(op: Op, name: str, inputs: Inputs) -> Callable[[], object]:
-    function = forward(op.name, name)
-    return lambda: step(function, inputs)
+    return described(results, times, runs, op.flops(sizes))
 
 
 def peak_memory(op: Op, sizes: Sizes, dtype: torch.dtype, name: str) -> dict[str, int]:
@@ -200,12 +232,40 @@ def resident_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
+#: Words of the vocabulary that the float64 check takes: DeepSeek-V3's matrix and its gradient are 15 GB in float64.
+ERROR_WORDS = 32768
+
+
 def errors(op: Op, sizes: Sizes, dtype: torch.dtype, names: list[str]) -> dict[str, dict[str, float]]:
     """|x - x64| / |x64| (Frobenius) of the value and of each gradient, x64 from the float64 reference."""
     sizes = {**sizes, "N": min(sizes["N"], op.error_rows)}
+    if "V" in sizes:
+        sizes["V"] = min(sizes["V"], ERROR_WORDS)
     inputs = op.inputs(sizes, dtype)
     exact = value_and_gradients(getattr(reference, op.name), inputs.to(torch.float64))
     return {name: relative(value_and_gradients(forward(op.name, name), inputs), exact) for name in names}
+
+
+def lacking(op: Op, sizes: Sizes, dtype: torch.dtype, available: int) -> str | None:
+    """Why a case does not fit into `available` bytes, or None where it does.
+
+    The inputs and the floor's are there twice, gradients beside them, a float32 sum of the weight's; eager in float32
+    holds three times the logits.
+    """
+    need = 2 * op.least_bytes(sizes, dtype)
+    if "V" in sizes:
+        need += 4 * sizes["V"] * (sizes["d"] + 3 * sizes["N"])
+    if need <= available:
+        return None
+    return f"needs {need / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
+
+
+def available_bytes() -> int:
+    """What the kernel thinks a process can still take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def relative(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """`python -m benchmarks.numerics`: measures the fused losses and the plan, writes the pages of numbers under docs/.
 
-Time against the products that each must form, memory, error against the number of chunks, the cost of a chunk's size,
-growth, and the row kernels. Every number of those pages comes from here.
+Time against the products that each must form, memory, the cost of a chunk's size, and the row kernels. Every number of
+those pages comes from here; growth, and the error against the number of chunks: `python -m benchmarks --case scaling`.
 """
 
 from __future__ import annotations
@@ -13,37 +13,27 @@ from pathlib import Path
 
 from . import latent_numerics, plan_numerics, report
 from .products import DTYPES, Sizes
-from .token_numerics import chunk_sizes, error_against_chunks, figure, growth, parts, reach
+from .token_numerics import chunk_sizes, parts, reach
 
 FULL: Sizes = {
     "reach": [(4096, 512, 32000), (2048, 1024, 50304), (1024, 896, 151936)],
     "rounds": 5,
-    "error": (4096, 64, 4096, (1, 4, 16, 64, 256)),
     "chunk": (2048, 1024, 50304, (4, 8, 16, 32, 64, 128, 256)),
-    "rows": (256, 32768, (256, 512, 1024, 2048, 4096)),
-    "vocabulary": (512, 256, (8192, 16384, 32768, 65536, 131072)),
     "kernel": (2**24, (32000, 50304, 151936)),
     "gemm": (1024, 50304, (128, 256, 512, 1024)),
 }
 TOY: Sizes = {
     "reach": [(8, 4, 20)],
     "rounds": 1,
-    "error": (16, 4, 20, (1, 4)),
     "chunk": (16, 4, 20, (1, 2)),
-    "rows": (4, 20, (8, 16)),
-    "vocabulary": (8, 4, (20, 40)),
     "kernel": (200, (20,)),
     "gemm": (8, 40, (4, 8)),
 }
 
 
-def page(sizes: Sizes, threads: int, out: Path) -> str:
+def page(sizes: Sizes, threads: int) -> str:
     info = report.machine(threads)
-    errors, curves = error_against_chunks(sizes, threads)
-    figure(out / "error-against-chunks.svg", sizes["error"][3], curves)
     row_table, rate_table, roof = parts(sizes, threads)
-    growing, exponents = growth(sizes, threads)
-    n, d, v, _ = sizes["error"]
     excess = {name: roof[name]["kernel"] * roof[name]["rate"] / 6 for name in DTYPES}
     shares = "; ".join(
         f"{name}: {roof[name]['kernel']:.2f} ns and {roof[name]['rate']:.0f} GFLOP/s, so 1 + {excess[name]:.1f} / d, "
@@ -66,26 +56,12 @@ Extra MiB: the peak of a fresh process's second step beyond the gradients and th
 
 {reach(sizes, threads)}
 
-## Error against the number of chunks
-
-Relative error (Frobenius) against the float64 reference, bfloat16, N = {n}, d = {d}, V = {v}.
-
-![error against chunks](error-against-chunks.svg)
-
-{errors}
-
 ## Size of a chunk
 
 Time against the default's at N x d x V = {at}, malloc raised: small chunks read and write the weight
 gradient too often and starve the products, large ones gain nothing more.
 
 {chunk_sizes(sizes, threads)}
-
-## Growth
-
-Fitted exponents: {exponents["N"]:.2f} in N, {exponents["V"]:.2f} in V (1 is linear).
-
-{growing}
 
 ## Roofline
 
@@ -114,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.numerics: --out is {options.out}, expected an existing folder", file=sys.stderr)
         return 2
     if options.only in (None, "token"):
-        text = page(TOY if options.toy else FULL, options.threads, options.out)
+        text = page(TOY if options.toy else FULL, options.threads)
         _written(options.out / "numerics.md", text)
     for name, module in (("implicit", latent_numerics), ("plan", plan_numerics)):
         if options.only in (None, {"implicit": "latent"}.get(name, name)):

@@ -12,13 +12,12 @@ import nitp_ops
 
 from . import cuda, measure
 from .cases import OPS, Inputs, Sizes
-from .implementations import BACKENDS
 from .isolated import At
 
 NAME = "nitp_over_ntp"
 WEIGHT = 0.8
 CASES: tuple[Sizes, ...] = ({"N": 16384, "d": 1280, "V": 152064},)
-NAMES = [*BACKENDS, "eager", "compile"]
+NAMES = ["ours", "ours-triton", "eager", "compile"]
 NTP = ("hidden", "unembedding", "labels")
 NITP = ("hidden", "target", "gate", "up", "down")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,8 @@ from nitp_ops.objectives import CompositeObjective, ModelInfo, Streams, build
 
 from . import measure, report
 from .implementations import forward
-from .products import DTYPES, Sizes, in_child, interleaved, markdown, ratio
+from .products import DTYPES, Sizes, in_child, interleaved, ratio
+from .report import markdown
 
 OFFSETS = (2, 3, 4)
 WAYS = {
@@ -37,8 +38,16 @@ TOY: Sizes = {"heads": [("residual", 8, 4, 20)], "terms": [(8, 4, 20)], "length"
 class Setting:
     """A spec beside a head and hidden states that exist already, and one step over them."""
 
-    def __init__(self, spec: str, sizes: tuple[int, int, int], length: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        spec: str,
+        sizes: tuple[int, int, int],
+        length: int,
+        dtype: torch.dtype,
+        offsets: Sequence[int] = OFFSETS,
+    ) -> None:
         n, d, v = sizes
+        self.offsets = offsets
         torch.manual_seed(0)
         self.head = nn.Linear(d, v, bias=False, dtype=dtype)
         self.hidden = torch.randn(n // length, length, d).to(dtype).requires_grad_()
@@ -53,9 +62,11 @@ class Setting:
 
     def apart(self, loss: Callable[..., Tensor]) -> Tensor:
         """The same heads, a call of `loss` for each."""
-        states = [self.hidden, *self.objective.terms["mtp_parallel"](self.hidden, None)]
+        states = [self.hidden]
+        if self.offsets:
+            states += self.objective.terms["mtp_parallel"](self.hidden, None)
         losses = []
-        for k, hidden in zip((1, *OFFSETS), states, strict=True):
+        for k, hidden in zip((1, *self.offsets), states, strict=True):
             labels = F.pad(self.ids[:, k:], (0, k), value=-100)
             losses.append(loss(hidden=hidden.flatten(0, 1), unembedding=self.head.weight, labels=labels.flatten()))
         return torch.stack([each.float() for each in losses]).sum()
@@ -85,8 +96,9 @@ Machine: {report.machine_line(report.machine(threads))}.
 ## Four heads, one pass
 
 Forward and backward of `ntp + mtp_parallel(offsets={list(OFFSETS)})` over hidden states that exist already. The heads
-of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the ratios
-within {sizes["rounds"]} interleaved rounds. Memory: the peak of a fresh process's second step, gradients included.
+of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the
+ratios within {sizes["rounds"]} interleaved rounds. Memory: the peak of a fresh process's second step, gradients
+included.
 
 {ways}
 

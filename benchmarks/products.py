@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,6 @@ from . import measure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Sizes = dict[str, Any]
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    lines = [list(header), ["---"] * len(header), *([str(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

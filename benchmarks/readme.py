@@ -1,4 +1,4 @@
-"""`python -m benchmarks.readme`: writes README's table of numbers from the committed results."""
+"""`python -m benchmarks.readme`: writes README's table of numbers from the quick results that were kept last."""
 
 from __future__ import annotations
 
@@ -8,56 +8,70 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import RESULTS, ROOT, machine_line
+from .implementations import NAMES
+from .plots import newest
+from .report import ROOT, machine_line, markdown
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.readme -->", "<!-- end of numbers -->"
-COLUMNS = ("ours", "eager", "compile")
+ALWAYS = ("ours", "eager", "compile")
 
 
 def section(path: Path) -> str:
     """The text between the markers, from one JSON of a quick run."""
     document = json.loads(path.read_text())
+    cases = document["cases"]
+    ran = {name for case in cases for name, row in case["rows"].items() if "times_floor" in row}
+    names = [name for name in NAMES if name in ALWAYS or (name in ran and not name.startswith("ours"))]
     lines = [
         f"Forward and backward, `python -m benchmarks --quick` on {machine_line(document['machine'])}:",
         "time against the floor (the op's library GEMMs at the same shapes, or a copy of the same bytes) and peak",
-        "extra memory of a fresh process, gradients included. Every row, with spreads and errors:",
-        f"[the JSON]({path.relative_to(ROOT)}).",
+        "extra memory of a fresh process, gradients included. Every row, with spreads, errors and the reasons of those",
+        f"who cannot run there: [the JSON]({path.relative_to(ROOT)}).",
         "",
-        "| op | shape | dtype | ours | eager | torch.compile | ours, MiB | eager, MiB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        *(_line(case) for case in document["cases"]),
+        markdown(["op", "case", "dtype", *names, "ours, MiB", "eager, MiB"], [_line(case, names) for case in cases]),
     ]
-    slower = [case for case in document["cases"] if case["rows"]["ours"]["times_eager"]["median"] > 1]
-    slow = "; ".join(
-        f"{case['op']} in {case['dtype']} ({case['rows']['ours']['times_eager']['median']:.2f})" for case in slower
-    )
-    return "\n".join([*lines, "", f"Slower than eager: {slow or 'none'}."])
+    losing = []
+    for name in names[1:]:
+        pairs = [(case, _time(case, "ours"), _time(case, name)) for case in cases]
+        slower = [(case, ours / other) for case, ours, other in pairs if ours and other and ours > other]
+        listed = "; ".join(f"{case['op']} in {case['dtype']} ({ratio:.2f})" for case, ratio in slower)
+        losing.append(f"* Slower than {name}: {listed or 'none'}.")
+    return "\n".join([*lines, "", "\n".join(losing)])
 
 
-def _line(case: dict[str, Any]) -> str:
-    rows = case["rows"]
+def _time(case: dict[str, Any], name: str) -> float | None:
+    return case["rows"].get(name, {}).get("times_floor", {}).get("median")
+
+
+def _line(case: dict[str, Any], names: list[str]) -> list[str]:
     shape = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
-    times = [f"{rows[name]['times_floor']['median']:.2f}" for name in COLUMNS]
-    memory = [f"{rows[name]['peak_bytes'] / 2**20:.0f}" for name in ("ours", "eager")]
-    return f"| {case['op']} | {shape} | {case['dtype']} | {' | '.join([*times, *memory])} |"
+    times = [_time(case, name) for name in names]
+    memory = [case["rows"][name].get("peak_bytes") for name in ("ours", "eager")]
+    return [
+        case["op"],
+        f"{case.get('name', '')} {shape}".strip(),
+        case["dtype"],
+        *("-" if each is None else f"{each:.2f}" for each in times),
+        *("-" if each is None else f"{each / 2**20:.0f}" for each in memory),
+    ]
 
 
 def written(text: str, path: Path) -> str:
     """`text` with the section of `path` between its markers."""
-    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", f"{BEGIN}\n{section(path)}\n{END}", text, flags=re.DOTALL)
-
-
-def quick_results() -> list[Path]:
-    return sorted(RESULTS.glob("*/*-quick.json"))
+    new = f"{BEGIN}\n{section(path)}\n{END}"
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: new, text, flags=re.DOTALL)
 
 
 def main() -> int:
-    found = quick_results()
-    if len(found) != 1:
-        print(f"benchmarks.readme: {len(found)} quick results under {RESULTS}, expected one", file=sys.stderr)
+    """Write the table; 1 where no quick results are kept."""
+    path = newest("-quick")
+    if path is None:
+        print(
+            "benchmarks.readme: no quick results are kept, run `python -m benchmarks --quick --save`", file=sys.stderr
+        )
         return 1
-    README.write_text(written(README.read_text(), found[0]))
+    README.write_text(written(README.read_text(), path))
     return 0
 
 

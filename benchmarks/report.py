@@ -8,6 +8,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from .cases import OPS
 from .implementations import NAMES
-from .measure import FLOOR, MALLOC
+from .measure import ERROR_WORDS, FLOOR, MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -30,6 +31,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "torch": torch.__version__,
         "commit": commit(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -67,19 +69,35 @@ def machine_line(info: dict[str, Any]) -> str:
     )
 
 
-def results_path(info: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """folder/<device>/<commit>.json."""
+def results_path(info: dict[str, Any], folder: Path = RESULTS, kind: str = "") -> Path:
+    """folder/<device>/<commit>.json; `kind` ("-quick", "-scaling") stands behind the commit."""
     name = info["gpu"] if "gpu" in info else f"{info['cpu']} {info['cores']} cores"
     device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return folder / device / f"{info['commit']}.json"
+    return folder / device / f"{info['commit']}{kind}.json"
 
 
 def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write the results; a reader never sees half a file."""
+    """Write the results."""
+    write(path, as_json(document))
+
+
+def as_json(document: dict[str, Any]) -> str:
+    """The results as they are kept."""
+    return json.dumps(document, indent=1, allow_nan=False) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text; a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; a bar inside a cell is escaped."""
+    lines = [list(header), ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -94,7 +112,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([padded(lines[0]), "  ".join("-" * width for width in widths), *map(padded, lines[1:])])
 
 
-HEADER = ("", "median ms", "quartiles", "x floor", "x eager", "rounds", "peak MiB", "error")
+HEADER = ("", "forward ms", "backward", "both", "quartiles", "x floor", "x eager", "rounds", "peak MiB", "error")
 
 
 def case_title(case: dict[str, Any]) -> str:
@@ -102,7 +120,11 @@ def case_title(case: dict[str, Any]) -> str:
     sizes = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
     gradients = next((row["gradient_bytes"] for row in case["rows"].values() if "gradient_bytes" in row), 0)
     malloc = f"malloc {case['malloc']}  " if "malloc" in case else ""
-    return f"{case['op']}  {sizes}  {case['dtype']}  {malloc}(gradients: {gradients / 2**20:.0f} MiB of each peak)"
+    name = f"{case['name']}  " if case.get("name") else ""
+    work = f"{case['flops'] / 1e9:.1f} GFLOP, " if case.get("flops") else ""
+    work += f"at least {case['least_bytes'] / 2**20:.0f} MiB moved, " if "least_bytes" in case else ""
+    where = f"{case['op']}  {name}{sizes}  {case['dtype']}  {malloc}"
+    return f"{where}({work}gradients: {gradients / 2**20:.0f} MiB of each peak)"
 
 
 def case_table(case: dict[str, Any]) -> str:
@@ -122,7 +144,9 @@ def case_table(case: dict[str, Any]) -> str:
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:
     time = row["milliseconds"]
-    yield f"{time['median']:.3g}" if time["median"] < 100 else f"{time['median']:.0f}"
+    for key in ("forward_ms", "backward_ms", "milliseconds"):
+        value = row[key]["median"] if key in row else None
+        yield "-" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
     yield f"{time['q25']:.3g}-{time['q75']:.3g}"
     yield f"{row['times_floor']['median']:.2f}"
     yield f"{row['times_eager']['median']:.2f}" if "times_eager" in row else "-"
@@ -133,14 +157,17 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 
 def legend(cases: list[dict[str, Any]]) -> str:
     """What the columns and rows mean, for the ops and settings that were measured."""
+    rows = max(op.error_rows for op in OPS.values())
     lines = [f"floor of {op}: {OPS[op].floor_name}" for op in dict.fromkeys(case["op"] for case in cases)]
     shown = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
     lines += [f"{name}: {NAMES[name]}" for name in shown]
     lines += [f"malloc {name}: {MALLOC[name]}" for name in dict.fromkeys(case["malloc"] for case in cases)]
     lines += [
-        "time: forward and backward; ratios: median over rounds of the ratio within a round",
+        "forward is that of training: ours (and PyTorch's own, Liger-Kernel) form a scalar loss's gradients in it",
+        "both: forward and backward; ratios: of both, median over rounds of the ratio within a round",
         "peak: most bytes resident in the second step of a fresh process, above those before it (malloc default)",
-        "error: largest |x - x64| / |x64| of the value and the gradients against the float64 reference",
+        f"error: largest |x - x64| / |x64| of value and gradients against float64, on at most {rows} rows and "
+        f"{ERROR_WORDS} words",
     ]
     return "\n".join(lines)
 

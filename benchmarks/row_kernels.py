@@ -76,6 +76,8 @@ KERNELS: dict[str, tuple[Callable[[int, int, torch.dtype], Call], tuple[Sizes, .
     ),
     "accumulate_rows_": (_accumulate, ({"N": 32000, "D": 1024}, {"N": 128256, "D": 4096})),
 }
+#: Who has row kernels.
+NAMES = [name for name in BACKENDS if name != "ours-reference"]
 #: The sum takes narrower addends only.
 NARROW = {"accumulate_rows_"}
 
@@ -107,4 +109,4 @@ def measure_kernel(at: At, names: list[str], *, kernel: str, sizes: Sizes, dtype
         if "skipped" in results[name]:
             runs.pop(name, None)
     at(None)
-    return cuda.described(results, cuda.timed(runs, call.restore, rounds, seconds))
+    return measure.described(results, cuda.timed(runs, call.restore, rounds, seconds), runs)

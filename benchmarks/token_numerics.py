@@ -6,7 +6,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,8 @@ from nitp_ops import reference
 
 from . import measure
 from .cases import OPS
-from .products import DTYPES, Sizes, exponent, faster, in_child, interleaved, markdown, medians, multiplied, ratio
+from .products import DTYPES, Sizes, faster, in_child, interleaved, medians, multiplied, ratio
+from .report import markdown
 
 
 def problem(n: int, d: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,8 +90,8 @@ def reach(sizes: Sizes, threads: int) -> str:
     return markdown([*header, "half ignored / all", "extra MiB", "eager's"], rows)
 
 
-def error_against_chunks(sizes: Sizes, threads: int) -> tuple[str, dict[str, list[list[float]]]]:
-    n, d, v, counts = sizes["error"]
+def error_against_chunks(n: int, d: int, v: int, counts: Sequence[int], threads: int) -> dict[str, list[list[float]]]:
+    """Relative errors of loss, dh and dW in bfloat16 against float64, a line for each number of chunks."""
 
     def task() -> dict[str, list[list[float]]]:
         h, w, labels = problem(n, d, v, torch.bfloat16)
@@ -115,40 +115,11 @@ def error_against_chunks(sizes: Sizes, threads: int) -> tuple[str, dict[str, lis
             return F.linear_cross_entropy(h, w, labels, options=options)
 
         found = {"nitp_ops": [errors(partial(ours, chunks=c)) for c in counts]}
-        found["F.linear_cross_entropy"] = [errors(partial(torchs, chunks=c)) for c in counts]
+        if hasattr(F, "linear_cross_entropy"):
+            found["F.linear_cross_entropy"] = [errors(partial(torchs, chunks=c)) for c in counts]
         return found | {"eager": [errors(lambda h, w: F.cross_entropy(F.linear(h, w), labels))] * len(counts)}
 
-    found = in_child(task, threads)
-    rows = [
-        [name, c, *(f"{e:.1e}" for e in errors)]
-        for name, lines in found.items()
-        for c, errors in list(zip(counts, lines, strict=True))[: 1 if name == "eager" else None]
-    ]
-    return markdown(["who", "chunks", "loss", "dh", "dW"], rows), found
-
-
-def figure(path: Path, counts: Sequence[int], found: dict[str, list[list[float]]]) -> None:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "nitp_ops"  # the same numbers give the same file
-    import matplotlib.pyplot as plt
-
-    grey = "#808080"  # readable on light and on dark pages
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharey=True)
-    for place, (axis, title) in enumerate(zip(axes, ("loss", "dh", "dW"), strict=True)):
-        for (name, lines), colour in zip(found.items(), ("#2a9d5c", "#d1495b", grey), strict=True):
-            style = ":" if name == "eager" else "-"
-            axis.loglog(counts, [line[place] for line in lines], style, marker="o", ms=3, color=colour, label=name)
-        axis.set_title(title, color=grey)
-        axis.set_xlabel("chunks", color=grey)
-        axis.tick_params(colors=grey, which="both")
-        for spine in axis.spines.values():
-            spine.set_color(grey)
-    axes[0].set_ylabel("error against float64", color=grey)
-    axes[0].legend(labelcolor=grey, frameon=False, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, transparent=True, metadata={"Date": None})
+    return in_child(task, threads)
 
 
 def chunk_sizes(sizes: Sizes, threads: int) -> str:
@@ -171,25 +142,6 @@ def chunk_sizes(sizes: Sizes, threads: int) -> str:
         for name in times["float32"]
     ]
     return markdown(["chunk_bytes, MiB", *(f"{dtype}, time / default's" for dtype in DTYPES)], rows)
-
-
-def growth(sizes: Sizes, threads: int) -> tuple[str, dict[str, float]]:
-    d, v, ns = sizes["rows"]
-    n, width, vs = sizes["vocabulary"]
-
-    def task(shapes: list[tuple[int, int, int]]) -> list[float]:
-        runs: dict[str, Callable[[], object]] = {}
-        for place, shape in enumerate(shapes):
-            h, w, labels = problem(*shape, torch.float32)
-            runs[str(place)] = partial(step, partial(nitp_ops.linear_cross_entropy, h, w, labels), (h, w))
-        return list(medians(runs, 2 * sizes["rounds"] + 1).values())
-
-    by_n = in_child(partial(task, [(each, d, v) for each in ns]), threads, "raised")
-    by_v = in_child(partial(task, [(n, width, each) for each in vs]), threads, "raised")
-    rows = [[f"N = {x}, d = {d}, V = {v}", f"{1e3 * t:.1f}"] for x, t in zip(ns, by_n, strict=True)]
-    rows += [[f"N = {n}, d = {width}, V = {x}", f"{1e3 * t:.1f}"] for x, t in zip(vs, by_v, strict=True)]
-    exponents = {"N": exponent(ns, by_n), "V": exponent(vs, by_v)}
-    return markdown(["size, float32", "ms"], rows), exponents
 
 
 def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, float]]]:

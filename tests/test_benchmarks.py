@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
-from benchmarks import measure, report
+from benchmarks import gate, measure, report, run
 from benchmarks.cases import OPS
-from benchmarks.implementations import forward, names_for, step
+from benchmarks.implementations import forward, step
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,12 +76,6 @@ def test_a_wrong_implementation_has_a_large_error(monkeypatch):
     op = OPS["swiglu"]
     monkeypatch.setattr(measure, "forward", lambda *_: lambda gate, up: gate * up)
     assert measure.errors(op, op.toy, torch.float32, ["ours"])["ours"]["value"] > 0.1
-
-
-def test_pytorchs_own_op_stays_out_of_quick_runs_and_of_other_ops():
-    assert names_for("linear_cross_entropy", quick=False) == ["ours", "eager", "compile", "torch"]
-    assert names_for("linear_cross_entropy", quick=True) == ["ours", "eager", "compile"]
-    assert names_for("swiglu", quick=False) == ["ours", "eager", "compile"]
 
 
 def interleaved(durations: dict[str, float], rounds: int, seconds: float) -> tuple[dict[str, list[float]], str]:
@@ -211,7 +205,7 @@ def test_a_skipped_implementation_keeps_its_row_and_says_why():
 def test_a_case_whose_process_dies_keeps_its_rows_and_says_why(monkeypatch):
     monkeypatch.setattr(measure, "time_case", lambda *_, **__: os._exit(9))
     op = OPS["swiglu"]
-    (dead,) = command.measure_case(op, op.toy, "float32", ["ours"], 1, ["default"], command.QUICK)
+    (dead,) = run.measure_case(op, "toy", op.toy, "float32", ["ours"], 1, ["default"], run.QUICK)
     assert "ended with code 9" in dead["rows"]["ours"]["skipped"]
 
 
@@ -229,7 +223,7 @@ def test_results_are_one_file_a_device_and_commit(tmp_path):
 
 def test_red_or_missing_tests_print_no_numbers(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(command, "measure_case", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(run, "measure_case", lambda *_: pytest.fail("measured"))
     (tmp_path / "tests").mkdir()
     assert command.main(["--quick", "--op", "swiglu"]) == 1
     assert "no tests/test_*swiglu*.py" in capsys.readouterr().err
@@ -240,7 +234,7 @@ def test_red_or_missing_tests_print_no_numbers(monkeypatch, tmp_path, capsys):
     assert "red, no numbers: pytest ended with code 1" in shown.err
     assert "median" not in shown.out
     tests.write_text("def test_right():\n    assert 1 == 1\n")
-    assert command.failed_tests(["swiglu"]) is None
+    assert gate.failed_tests(["swiglu"]) is None
 
 
 @pytest.mark.parametrize(
@@ -248,7 +242,10 @@ def test_red_or_missing_tests_print_no_numbers(monkeypatch, tmp_path, capsys):
     [
         (["--op", "softmax"], "invalid choice: 'softmax'"),
         (["--threads", "0"], "--threads is 0, expected at least 1"),
-        (["--save", "--quick"], "--save keeps full runs only"),
+        (["--save", "--op", "swiglu"], "--save keeps whole runs only"),
+        (["--csv", "no/such/folder/a.csv"], "--csv is no/such/folder/a.csv, expected a file"),
+        (["--case", "scaling", "--base", "HEAD"], "--case scaling stands alone"),
+        (["--case", "GPT-5"], "invalid choice: 'GPT-5'"),
         (["--json", "no/such/folder/a.json"], "--json is no/such/folder/a.json, expected a file"),
     ],
 )
@@ -263,14 +260,14 @@ def test_bad_options_are_one_line_and_exit_code_two(arguments, message, capsys):
 
 TOY_RUN = """
 import dataclasses, sys
-from benchmarks import __main__ as command, implementations
+from benchmarks import __main__ as command, gate, implementations
 from benchmarks.cases import OPS
 
 def broken(gate, up):
     raise RuntimeError("cannot run here")
 
-OPS["swiglu"] = dataclasses.replace(OPS["swiglu"], quick=(OPS["swiglu"].toy,))
-command.failed_tests = lambda ops: None
+OPS["swiglu"] = dataclasses.replace(OPS["swiglu"], quick={"toy": OPS["swiglu"].toy})
+gate.failed_tests = lambda ops: None
 original = implementations.forward
 command.measure.forward = lambda op, name: broken if name == "compile" else original(op, name)
 sys.exit(command.main(["--quick", "--op", "swiglu", "--dtype", "float32", *sys.argv[1:]]))
@@ -284,7 +281,7 @@ def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_j
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
     assert done.stdout.splitlines()[0] == report.machine_line(document["machine"])
-    assert set(document["machine"]) == {"cpu", "instruction_set", "cores", "threads", "torch", "commit"}
+    assert set(document["machine"]) == {"cpu", "instruction_set", "cores", "threads", "torch", "commit", "date"}
     assert "slower than eager:" in done.stdout
     assert "compile skipped: RuntimeError: cannot run here" in done.stdout
     assert [(case["dtype"], case["malloc"]) for case in document["cases"]] == [
@@ -292,9 +289,12 @@ def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_j
         ("float32", "raised"),
     ]
     for measured in document["cases"]:
-        assert list(measured["rows"]) == ["floor", "ours", "eager", "compile"]
+        assert list(measured["rows"]) == ["floor", "ours", "ours-triton", "ours-reference", "eager", "compile"]
+        assert "BackendError" in measured["rows"]["ours-triton"]["skipped"]
+        assert measured["rows"]["ours-reference"]["skipped"].startswith("left out of --quick: ")
         ours = measured["rows"]["ours"]
         assert ours["milliseconds"]["q25"] <= ours["milliseconds"]["median"] <= ours["milliseconds"]["q75"]
         assert ours["peak_bytes"] >= 0
+        assert 0 < ours["forward_ms"]["median"] < ours["milliseconds"]["median"] + ours["forward_ms"]["q75"]
         assert set(ours["error"]) == {"value", "gradient of gate", "gradient of up"}
         assert measured["rows"]["compile"]["skipped"] == "RuntimeError: cannot run here"

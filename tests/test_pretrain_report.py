@@ -10,6 +10,7 @@ import statistics
 from html.parser import HTMLParser
 
 import pytest
+from browser import BROWSER, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretrain_cases import arguments, fake, pretrain, write_text
@@ -74,6 +75,11 @@ def test_the_page_loads_nothing_runs_nothing_and_every_tag_closes(page):
     assert style and "url(" not in style[0] and "@import" not in style[0] and "light dark" in style[0]
     assert not re.search(r"url\((?!#)", content)
     assert "currentColor" in content and "#0a0b0c" not in content
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium")
+def test_the_page_opens_from_the_disk_in_a_browser(page, tmp_path):
+    assert drawn(page[0], tmp_path / "report.png")
 
 
 def test_what_came_from_the_user_is_text_on_the_page(page):

@@ -1,24 +1,47 @@
-"""README's numbers are those of the committed results."""
+"""README's numbers are those of the results that were kept last."""
 
 import json
 
-from benchmarks import readme
+from benchmarks import plots, readme
+
+
+def kept():
+    path = plots.newest("-quick")
+    assert path is not None
+    return path
 
 
 def test_the_table_is_what_the_json_says():
-    (path,) = readme.quick_results()
-    text = readme.README.read_text()
+    path, text = kept(), readme.README.read_text()
     assert readme.written(text, path) == text
     document = json.loads(path.read_text())
     assert document["machine"]["commit"] in path.name and "dirty" not in path.name
 
 
 def test_another_result_would_change_the_table(tmp_path, monkeypatch):
-    (path,) = readme.quick_results()
+    path = kept()
     document = json.loads(path.read_text())
     document["cases"][0]["rows"]["ours"]["times_floor"]["median"] = 98.76
+    document["cases"][0]["rows"]["liger"] = {"times_floor": {"median": 54.32}}
     other = tmp_path / path.name
     other.write_text(json.dumps(document))
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     text = readme.README.read_text()
-    assert "98.76" in readme.written(text, other) != text
+    changed = readme.written(text, other)
+    assert "98.76" in changed != text
+    (row,) = [line for line in changed.splitlines() if "98.76" in line and line.startswith("|")]
+    assert "54.32" in row and "| liger |" in changed  # a peer that ran has a column
+    assert f"Slower than liger: {document['cases'][0]['op']} in {document['cases'][0]['dtype']} (1.82)." in changed
+
+
+def test_the_scaling_page_and_its_figures_are_what_the_json_says(tmp_path):
+    path = plots.newest("-scaling")
+    if path is None:
+        assert not (plots.DOCS / "scaling.md").exists()
+        return
+    source = f"../{path.relative_to(plots.report.ROOT)}"
+    for written in plots.draw(json.loads(path.read_text()), source, tmp_path):
+        if written.suffix == ".md":
+            assert written.read_text() == (plots.DOCS / written.name).read_text()
+        else:  # another matplotlib draws the same numbers with other bytes
+            assert (plots.DOCS / plots.FOLDER / written.name).exists()
