@@ -132,6 +132,9 @@ def table(case: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print, write; 1 when a model could not be measured or computes another loss."""
+    if options.csv or options.markdown or options.html:
+        print("benchmarks: --case trainer writes --json and --save", file=sys.stderr)
+        return 2
     info = report.machine(options.threads)
     print(report.machine_line(info), flush=True)
     cases = []
@@ -143,7 +146,9 @@ def run(options: argparse.Namespace) -> int:
                 print(f"benchmarks: trainer, {dtype}, {sizes}: {error}", file=sys.stderr)
                 return 1
             print(table(cases[-1]), flush=True)
-    if options.json:
-        report.write_json(options.json, {"machine": info, "quick": options.quick, "case": "trainer", "cases": cases})
-        print(f"written to {options.json}")
+    document = {"machine": info, "quick": options.quick, "study": "trainer", "cases": cases}
+    for path in (options.json, report.results_path(info, kind="-trainer") if options.save else None):
+        if path:
+            report.write_json(path, document)
+            print(f"written to {path}")
     return 0

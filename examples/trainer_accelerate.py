@@ -33,8 +33,15 @@ def byte_rows(length: int = 64, count: int = 160) -> Any:
 def main() -> None:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
-    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+        )
+    )
     handle = nitp_ops.attach(model, "ntp + schedule(to=0.8, warmup=10)*nitp(target_layer=0.2)")
     accumulation = Accumulation(accelerator, handle)
     accelerator.register_for_checkpointing(accumulation)

@@ -39,8 +39,15 @@ def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 def main() -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+        )
+    )
     rows, folder = byte_rows(), tempfile.mkdtemp()
     arguments = TrainingArguments(
         output_dir=folder,

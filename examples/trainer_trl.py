@@ -24,8 +24,15 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = ByT5Tokenizer()
     lines = [line for line in Path(argparse.__file__).read_text().splitlines() if line.strip()]
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+        )
+    )
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(),
         packing=True,

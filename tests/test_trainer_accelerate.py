@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ import nitp_ops
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from nitp_ops.integrations.accelerate import Accumulation
+from nitp_ops.integrations.accelerate import Accumulation, data_parallel_only
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5
@@ -122,3 +123,19 @@ def test_what_does_not_fit_is_refused():
     across = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     with pytest.raises(ValueError, match="sync_with_dataloader"):
         Accumulation(across, accumulation.handle)
+
+
+@pytest.mark.parametrize(
+    "kind, sizes, named",
+    [
+        (DistributedType.FSDP, {}, "FSDP"),
+        (DistributedType.DEEPSPEED, {}, "DEEPSPEED"),
+        (DistributedType.MULTI_GPU, {"tp_size": 2}, "tp_size"),
+        (DistributedType.MULTI_GPU, {"cp_size": 2}, "cp_size"),
+    ],
+)
+def test_ranks_that_share_more_than_the_batch_are_refused(kind, sizes, named):
+    config = SimpleNamespace(**{"tp_size": 1, "cp_size": 1, "sp_size": 1, **sizes})
+    accelerator: Any = SimpleNamespace(distributed_type=kind, parallelism_config=config)
+    with pytest.raises(NotImplementedError, match=named):
+        data_parallel_only(accelerator, "Accumulation")

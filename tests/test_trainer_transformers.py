@@ -48,6 +48,15 @@ def test_every_cut_of_the_batch_takes_the_steps_of_the_formula(tmp_path, size, a
     by_hand.check(trainer.model)
 
 
+def test_a_model_that_takes_no_loss_arguments_is_scaled_alike(tmp_path):
+    trainer, by_hand = make_trainer(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer.model_accepts_loss_kwargs = False  # Trainer would then divide by the accumulation steps
+    trainer.train()
+    for _ in logged(trainer):
+        by_hand.step(by_hand.loss([padded(ragged_rows())]), RATE)
+    by_hand.check(trainer.model)
+
+
 def test_the_contributions_add_up_to_the_logged_loss_also_over_several_steps(tmp_path):
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
     trainer, by_hand = make_trainer(tmp_path, logging_steps=2, **options)
