@@ -113,6 +113,10 @@ class Objective:
         """What is wrong with the options for this model, one line each."""
         return []
 
+    def farthest(self) -> int:
+        """k of the farthest target x_{t+k} that a row must have; 0 where the term takes what there is."""
+        return 0
+
     def conflicts(self, others: Sequence[Objective]) -> list[str]:
         """What is wrong with the term beside the other terms of its spec, one line each."""
         return []

@@ -31,6 +31,8 @@ class ModelInfo:
             whole sequence at each call there. With an attribute ``context_parallel = True`` it is called with a part of
             the sequence too, ``hidden [B, T/p, d]`` and mask ``[B, 1, T/p, T]``, and finds the other keys and values by
             itself. None: a plain block, which has the first and not the second, see `blocks`.
+        sequence_length: most tokens of a training sequence (with the one that only shift_labels knows): `build` then
+            refuses an offset that reaches past it. None: unknown.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its range.
@@ -48,10 +50,13 @@ class ModelInfo:
     dtype: torch.dtype = torch.float32
     initializer_range: float = 0.02
     block_factory: Callable[[], nn.Module] | None = None
+    sequence_length: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "num_layers"):
+        for name in ("hidden_size", "vocab_size", "num_layers", "sequence_length"):
             value = getattr(self, name)
+            if name == "sequence_length" and value is None:
+                continue
             if not is_int(value):
                 raise TypeError(f"ModelInfo: {name} is {value!r}, expected an integer")
             if value < 1:

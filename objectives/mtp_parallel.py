@@ -70,6 +70,9 @@ class MTPParallel(TokenTerm):
     def model_problems(self, info: ModelInfo) -> list[str]:
         return factory_problems(info) if self.heads == "block" else []
 
+    def farthest(self) -> int:
+        return max(self.offsets)
+
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "head"})
 

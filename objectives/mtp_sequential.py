@@ -73,6 +73,9 @@ class MTPSequential(TokenTerm):
     def model_problems(self, info: ModelInfo) -> list[str]:
         return factory_problems(info)
 
+    def farthest(self) -> int:
+        return max(self.offsets)
+
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", self.source, "head", "embed"})
 

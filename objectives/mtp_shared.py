@@ -52,6 +52,9 @@ class MTPShared(TokenTerm):
         found += [problem for w in weights if (problem := number_problem("weights", w, 0, inclusive=False))]
         return found
 
+    def farthest(self) -> int:
+        return max(self.offsets)
+
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "head"})
 

@@ -91,6 +91,9 @@ class NITP(LatentTerm):
             return int(self.target_layer)
         return min(info.num_layers - 1, max(1, math.floor(self.target_layer * info.num_layers + 0.75)))
 
+    def farthest(self) -> int:
+        return self.shift
+
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", self.source, f"hidden_states[{self.layer(info)}]"})
 

@@ -39,6 +39,9 @@ class NTP(TokenTerm):
 
     class_weight: bool = False
 
+    def farthest(self) -> int:
+        return 1
+
     def requires(self, info: ModelInfo) -> frozenset[str]:
         own = {"class_weight"} if self.class_weight else set()
         return frozenset({"token_ids", "last_hidden", "head", *own})

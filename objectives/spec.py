@@ -109,7 +109,9 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
         except SpecError as error:
             problems += error.problems
     if model is not None:
-        problems += [f"{term.label or term.name}: {line}" for term in terms for line in term.model_problems(model)]
+        for term in terms:
+            found = [*term.model_problems(model), *_past_the_end(term, model.sequence_length)]
+            problems += [f"{term.label or term.name}: {line}" for line in found]
     try:
         whole = Spec(tuple(terms)) if terms or not problems else None
     except SpecError as error:
@@ -159,3 +161,10 @@ def _options(term: Objective) -> dict[str, Any]:
     fields = [field.name for field in dataclasses.fields(term) if field.name != "label"]
     kind = {} if term.label == term.name else {"type": term.name}
     return kind | {name: plain(getattr(term, name)) for name in fields}
+
+
+def _past_the_end(term: Objective, length: int | None) -> list[str]:
+    k = term.farthest()
+    if length is None or k < length:
+        return []
+    return [f"the target x_(t+{k}) lies past every sequence, expected at most t+{length - 1} (T = {length})"]

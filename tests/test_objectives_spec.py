@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitp_ops.objectives import NITP, NTP, Piecewise, Ramp, Spec, SpecError, parse, schedule
+from nitp_ops.objectives import NITP, NTP, ModelInfo, Piecewise, Ramp, Spec, SpecError, build, parse, schedule
 
 EXPRESSION = "ntp(z_loss=1e-4) + 0.8*nitp(target_layer=0.2) + late: schedule(to=0.1, warmup=1000)*nitp(target_layer=8)"
 MAPPING = {
@@ -209,3 +209,16 @@ def test_any_text_is_a_spec_or_a_spec_error(text: str):
         assert isinstance(parse(text), Spec)
     except SpecError as error:
         assert error.problems and all("\n" not in line for line in error.problems)
+
+
+def test_a_target_past_every_sequence_is_refused_with_all_other_problems():
+    info = ModelInfo(hidden_size=4, vocab_size=8, num_layers=2, sequence_length=4)
+    with pytest.raises(SpecError) as caught:
+        build("ntp + mtp_shared(offsets=[2, 4]) + mtp_sequential(depth=3) + nitp(shift=9, target_layer=7)", model=info)
+    assert list(caught.value.problems) == [
+        "mtp_shared: the target x_(t+4) lies past every sequence, expected at most t+3 (T = 4)",
+        "mtp_sequential: the target x_(t+4) lies past every sequence, expected at most t+3 (T = 4)",
+        "nitp: target_layer is 7, expected an integer in [0, 1] (the model has 2 blocks)",
+        "nitp: the target x_(t+9) lies past every sequence, expected at most t+3 (T = 4)",
+    ]
+    build("ntp + mtp_shared(offsets=[2, 3]) + mtp_sequential(depth=2) + nitp(shift=3)", model=info)

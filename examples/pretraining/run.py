@@ -32,6 +32,7 @@ def model_info(shapes: ModelConfig) -> ModelInfo:
         vocab_size=shapes.vocab_size,
         num_layers=shapes.layers,
         initializer_range=shapes.initializer_range,
+        sequence_length=shapes.context,
     )
 
 

@@ -82,6 +82,7 @@ def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
         logit_scale=transform.logit_scale,
         dtype=head.weight.dtype,
         initializer_range=float(getattr(config, "initializer_range", None) or 0.02),
+        sequence_length=getattr(config, "max_position_embeddings", None),
     )
 
 
