@@ -149,11 +149,11 @@ def test_a_model_that_is_compiled_is_tapped_after_install_and_an_error_without(m
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager")
     compiled(ids)
-    with pytest.raises(
-        RuntimeError, match=r"torch.compile ignores hooks that come after it: install\(\) the tap first"
+    with (
+        pytest.raises(RuntimeError, match=r"torch.compile ignores hooks that come after it: install\(\) the tap first"),
+        late,
     ):
-        with late:
-            compiled(ids)
+        compiled(ids)
 
 
 def test_blocks_may_be_modules_in_any_container_and_take_keywords(ids: Tensor):
