@@ -137,6 +137,8 @@ def test_what_can_not_work_is_named_with_what_to_do():
         "disable_cuda_graphs is False, expected True",
     ):
         assert line in str(caught.value)
+    with pytest.raises(TypeError, match=r"config is a .*ObjectiveTrainer.Config, expected that of torchtitan's own"):
+        adapter.with_objective(config, "ntp")
     with pytest.raises(ValueError, match=r"requires external\[balance\], expected only .* last_hidden"):
         adapter.attach_decoder(tiny_decoder(1), "ntp + balance: external")
     with pytest.raises(TypeError, match="model is a Linear, expected a Decoder"):
