@@ -76,7 +76,7 @@ def written_out(
     projector: dict[str, Tensor] | None = None,
     stop_gradient: bool = True,
 ) -> Tensor:
-    """``mean CE over V_1 with labels + weight * mean (1 - cos(P(h_t), s_k[t+1])) over V_1``, from the model's outputs."""
+    """``mean CE over V_1 with labels + weight * mean (1 - cos(P(h_t), s_k[t+1])) over V_1`` of the model's outputs."""
     call = {name: value for name, value in given.items() if name != "labels"}
     out = model(**call, output_hidden_states=True, use_cache=False)
     labels = given["labels"]

@@ -52,7 +52,7 @@ def test_documents_of_a_packed_row_derive_from_position_ids_and_from_cu_seqlens(
 
 
 def test_shift_labels_come_before_labels():
-    model, handle = attached("ntp")
+    model, _ = attached("ntp")
     given = batch()
     shifted = torch.nn.functional.pad(given["labels"], (0, 1), value=-100)[:, 1:]
     expected = model(**given).loss
@@ -79,7 +79,7 @@ def test_counts_of_the_window_make_microbatches_add_up_to_the_batch():
 
 
 def test_num_items_in_batch_weights_local_means_by_the_share_of_labels():
-    model, handle = attached()
+    model, _ = attached()
     given = batch(rows=4)
     items = (given["labels"][:, 1:] != -100).sum()
     total = torch.zeros((), dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_a_batch_without_a_target_gives_zero_and_no_nan():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool, stop_gradient: bool):
     spec = f"ntp + 0.8*nitp(target_layer=1, stop_gradient={stop_gradient})"
-    model, handle = attached(spec)
+    model, _ = attached(spec)
     given = batch()
     reference = gradients(model(**given).loss, model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -149,7 +149,9 @@ def test_a_tuple_is_returned_where_a_tuple_is_asked_for_and_arguments_may_be_pos
 
 def test_the_signature_is_that_of_the_plain_model():
     model, _ = attached()
-    assert list(inspect.signature(model.forward).parameters) == list(inspect.signature(make("llama").forward).parameters)
+    assert list(inspect.signature(model.forward).parameters) == list(
+        inspect.signature(make("llama").forward).parameters
+    )
     assert model.forward.__name__ == "forward"
 
 
@@ -158,7 +160,9 @@ def test_no_logits_and_no_other_hidden_state_are_kept(monkeypatch: pytest.Monkey
     built = []
     model.lm_head.register_forward_hook(lambda module, args, output: built.append(output))
     out = model(**batch())
-    assert [x.numel() for x in built if isinstance(x, Tensor)] == [0] and out.hidden_states is None and out.cache is None
+    assert (
+        [x.numel() for x in built if isinstance(x, Tensor)] == [0] and out.hidden_states is None and out.cache is None
+    )
     assert handle._tap._found == {}
 
 
@@ -218,7 +222,7 @@ def test_detach_under_somebody_elses_wrapper_gives_the_plain_model():
 
 
 def test_the_formula_itself_can_fail():
-    model, handle = attached()
+    model, _ = attached()
     given = batch()
     expected = written_out(model, given, torch.zeros_like(given["input_ids"]), weight=0.0)
     assert abs(model(**given).loss - expected) > 0.1

@@ -136,7 +136,7 @@ def objective_loss(
         fields = _fields(inputs, labels, extra.get("positions"))
         return objective(tapped.streams(**fields), counts=counts, step=step, gradient_reduction="sum")
 
-    model.forward = with_loss
+    model.forward = with_loss  # type: ignore[method-assign, assignment]
     try:
         return model(inputs, **extra)
     finally:
