@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,7 +26,7 @@ from nitp_ops.integrations.lightning import ObjectiveCallback
 class LanguageModel(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
+        sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -57,7 +58,8 @@ def byte_rows(length: int = 64) -> list[dict[str, Tensor]]:
 
 def main() -> None:
     L.seed_everything(0, verbose=False)
-    rows, folder = byte_rows(), tempfile.mkdtemp()
+    rows: Any = byte_rows()
+    folder = tempfile.mkdtemp()
     objective = ObjectiveCallback("ntp + schedule(to=0.8, warmup=10)*nitp(target_layer=0.2)")
     module, logger = LanguageModel(), CSVLogger(folder, name="log")
     trainer = L.Trainer(

@@ -44,7 +44,7 @@ def manager(monkeypatch) -> PluginManager:
 
 def llama() -> Any:
     torch.manual_seed(1)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
 
 

@@ -33,12 +33,12 @@ QUIET |= {"accelerator": "cpu", "log_every_n_steps": 1}
 
 def llama() -> Any:
     torch.manual_seed(1)
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3)
     return transformers.LlamaForCausalLM(config).double()
 
 
-def rows(count: int = 8, length: int = 10) -> list[dict[str, Tensor]]:
+def rows(count: int = 8, length: int = 10) -> Any:
     """Rows of unequal lengths, labels missing here and there: other counts in every batch, and in NTP than in NITP."""
     draw = torch.Generator().manual_seed(2)
     ids = torch.randint(32, (count, length), generator=draw)
@@ -51,7 +51,7 @@ def rows(count: int = 8, length: int = 10) -> list[dict[str, Tensor]]:
 class Wrapped(L.LightningModule):
     """Wraps a Hugging Face model, with no word of objectives in it."""
 
-    def __init__(self, model: nn.Module, optimizer: type[torch.optim.Optimizer] = torch.optim.SGD) -> None:
+    def __init__(self, model: nn.Module, optimizer: Any = torch.optim.SGD) -> None:
         super().__init__()
         self.model, self.optimizer = model, optimizer
 

@@ -45,7 +45,7 @@ def tiny_decoder(layers: int = 3) -> Decoder:
     return model
 
 
-def ragged_batch(seed: int = 0, rows: int = 2, length: int = 12) -> dict[str, Tensor]:
+def ragged_batch(seed: int = 0, rows: int = 2, length: int = 12) -> dict[str, Any]:
     """Two documents a row, labels missing here and there."""
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(2048, (rows, length + 1), generator=draw)
@@ -57,7 +57,8 @@ def ragged_batch(seed: int = 0, rows: int = 2, length: int = 12) -> dict[str, Te
 
 def formula(model: Decoder, batch: dict[str, Tensor]) -> Tensor:
     """NTP and the two NITP terms of SPEC, pair by pair, from the model's own forward pass."""
-    states, objective = {}, model.nitp_objective
+    states: dict[int, Tensor] = {}
+    objective: Any = model.nitp_objective
     hidden = model.tok_embeddings(batch["inputs"])
     for k, layer in enumerate(model.layers.values(), 1):
         hidden = states[k] = layer(hidden, None, batch["positions"])
@@ -104,7 +105,7 @@ def test_microbatches_with_unequal_counts_add_up_to_the_batch():
     tapped, batch = adapter.tap_decoder(model), ragged_batch(rows=4)
     batch["labels"][0] = -100
     whole = adapter.objective_loss(model, tapped, **batch)
-    parts = [{name: value[b : b + 1] for name, value in batch.items()} for b in range(4)]
+    parts: list[dict[str, Any]] = [{name: value[b : b + 1] for name, value in batch.items()} for b in range(4)]
     streams = [Streams(token_ids=p["inputs"], shift_labels=p["labels"], position_ids=p["positions"]) for p in parts]
     counts = sum((objective.count(s) for s in streams[1:]), start=objective.count(streams[0]))
     losses = [adapter.objective_loss(model, tapped, **part, counts=counts).loss for part in parts]
@@ -137,6 +138,8 @@ def test_what_can_not_work_is_named_with_what_to_do():
         "disable_cuda_graphs is False, expected True",
     ):
         assert line in str(caught.value)
+    with pytest.raises(TypeError, match=r"config is a .*ObjectiveTrainer.Config, expected that of torchtitan's own"):
+        adapter.with_objective(config, "ntp")
     with pytest.raises(ValueError, match=r"requires external\[balance\], expected only .* last_hidden"):
         adapter.attach_decoder(tiny_decoder(1), "ntp + balance: external")
     with pytest.raises(TypeError, match="model is a Linear, expected a Decoder"):

@@ -76,7 +76,7 @@ class Log:
     """A logger of torchtitan's that writes into a list."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
 
     def log(self, values: dict[str, Any], step: int) -> None:
         self.rows.append({"step": step} | {k: v for k, v in values.items() if "loss" in k or "objective" in k})

@@ -92,7 +92,7 @@ class ObjectiveCallback(Callback):
             inside = pl_module.get_submodule(self.model) if self.model else _hugging_face(pl_module)
             self.handle = attach(inside, self.spec, seed=self.seed, backend=self.backend)
             self.objective = self.handle.objective
-            check_streams("lightning", self.objective.requires, (*STREAMS, "external[aux_loss]"))
+            check_streams("lightning", self.handle.objective.requires, (*STREAMS, "external[aux_loss]"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers("lightning", self._own(), trainer.optimizers)
@@ -123,7 +123,7 @@ class ObjectiveCallback(Callback):
         self._counts = None
         if self._metrics is None:
             raise RuntimeError("lightning: training_step computed no objective, expected model(**batch) with labels")
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = {f"objective/{name}": value for name, value in self._metrics.all_reduce().compute().items()}
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 

@@ -68,6 +68,7 @@ def attach_gpt(model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str |
     )
     objective = build(spec, model=info, seed=seed, backend=backend).to(head.weight.device)
     check_streams("megatron", objective.requires)
+    norm: Any = model.decoder.final_layernorm
     differentiable = differentiable_states(objective)
     if differentiable and model.config.recompute_granularity == "full":
         raise ValueError(
@@ -76,8 +77,8 @@ def attach_gpt(model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str |
         )
     sites = Sites(
         blocks=tuple(model.decoder.layers),
-        norm=model.decoder.final_layernorm,
-        trunk=model.decoder.final_layernorm,
+        norm=norm,
+        trunk=norm,
         embed=model.embedding.word_embeddings,
         head=head,
     )

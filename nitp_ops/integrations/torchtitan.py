@@ -40,7 +40,16 @@ def with_objective(config: Trainer.Config, spec: str) -> ObjectiveTrainer.Config
     Args:
         config: of torchtitan's Trainer, as a config function returns it. spec: an expression, see `parse`; the flag
             ``--objective`` replaces it.
+
+    Raises:
+        TypeError: the config of another Trainer, whose class would be lost.
     """
+    if type(config) is not Trainer.Config:
+        came = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise TypeError(
+            f"torchtitan: config is a {came}, expected that of torchtitan's own Trainer (another one: derive its class "
+            "from ObjectiveTrainer)"
+        )
     return derive(config, ObjectiveTrainer.Config, objective=spec)
 
 
@@ -127,7 +136,7 @@ def objective_loss(
         fields = _fields(inputs, labels, extra.get("positions"))
         return objective(tapped.streams(**fields), counts=counts, step=step, gradient_reduction="sum")
 
-    model.forward = with_loss
+    model.forward = with_loss  # type: ignore[method-assign, assignment]
     try:
         return model(inputs, **extra)
     finally:
