@@ -218,10 +218,10 @@ def _add_all(
             sums.loss += torch.where(live, values.stats[0] * part_scale, 0).sum(dtype=torch.float64)
             if not differentiate:
                 continue
-            reduction = None
+            under_way = None
             if d_rows is not None:
                 if reduced is not None:
-                    reduction, total = reduced.start(logits)
+                    under_way = reduced.start(logits)
                 elif (own_rows := direct(d_rows, part, dtype)) is not None:
                     weight.back(logits, own_rows)
                 else:
@@ -232,6 +232,5 @@ def _add_all(
                 sums.d_weight.add(logits, chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0))
             if sums.d_bias is not None:
                 sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
-            if reduction is not None:
-                reduction.wait()
-                place(d_rows, 0, part, total)
+            if under_way is not None and d_rows is not None:
+                place(d_rows, 0, part, under_way())

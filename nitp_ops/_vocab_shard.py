@@ -12,6 +12,7 @@ gradient of the columns that are here follows from `SoftmaxGradient` (csrc/cross
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,10 +55,10 @@ class ShardRows:
         weights = job.class_weight
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = torch.tensor(self.sizes, dtype=torch.float64).to(job.labels.device, non_blocking=True)
+            masses = [job.row_weight.new_full((), size, dtype=torch.float64) for size in self.sizes]
         else:
-            masses = torch.stack([own.sum(dtype=torch.float64) for own in weights.split(self.sizes)])
-        self.masses = masses.unsqueeze(1)  # sum u of each rank
+            masses = [own.sum(dtype=torch.float64) for own in weights.split(self.sizes)]
+        self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
 
     def __call__(
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, scale: Tensor, values: Any, gradient: bool
@@ -163,11 +164,18 @@ class ReducedRows:
         # where a product of narrow numbers can be written in float32 it is
         self.product = product if direct(self.sum, slice(0, 0), weight.dtype) is None else self.sum
 
-    def start(self, d_logits: Tensor) -> tuple[Any, Tensor]:
-        """(the reduction under way, what it will leave): the products of the weight gradient can run beside it."""
+    def start(self, d_logits: Tensor) -> Callable[[], Tensor]:
+        """What waits for the sum of this chunk and returns it: products of the weight gradient can run meanwhile."""
         count = len(d_logits)
         product, total = self.product[:count], self.sum[:count]
         self.weight.back(d_logits, product)
-        if total.data_ptr() != product.data_ptr():
+        if self.product is not self.sum:
             total.copy_(product)
-        return dist.all_reduce(total, group=self.group, async_op=True), total
+        reduction = dist.all_reduce(total, group=self.group, async_op=True)
+
+        def summed() -> Tensor:
+            assert reduction is not None  # it is for ranks outside the group only
+            reduction.wait()
+            return total
+
+        return summed

@@ -163,7 +163,7 @@ def vocab_parallel_linear_cross_entropy(
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"{op}: {unknown[0]} came, expected a keyword of linear_cross_entropy")
     given = {name: options.get(name, parameter.default) for name, parameter in known.items()}
-    of_head = [given[name] for name in _HEAD]
+    of_head = {name: given[name] for name in _HEAD}
     head = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
     job = HeadJob(hidden, labels, *(given[name] for name in HeadJob._fields[2:]))
     reduction, stats = given["reduction"], given["return_stats"]
@@ -211,7 +211,8 @@ def vocab_parallel_shared_linear_cross_entropy(
         As `vocab_parallel_linear_cross_entropy`.
     """
     op = "vocab_parallel_shared_linear_cross_entropy"
-    of_head = [ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes]
+    of_head = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    of_head |= {"logits_dtype": logits_dtype, "chunk_bytes": chunk_bytes}
     head = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
     backend = _backend(op, backend)
     if not sequence_parallel:
@@ -225,7 +226,7 @@ def vocab_parallel_shared_linear_cross_entropy(
 
 def _head(
     op: str, unembedding: Any, bias: Any, buffer: Tensor | None, group: dist.ProcessGroup | None,
-    vocab_size: int | None, sizes: Sequence[int] | None, sequence_parallel: bool, of_head: Sequence[Any],
+    vocab_size: int | None, sizes: Sequence[int] | None, sequence_parallel: bool, of_head: dict[str, Any],
 ) -> Unembedding:  # fmt: skip
     _check.is_tensor(op, "unembedding", unembedding)
     if _check.is_dtensor(unembedding):
@@ -251,7 +252,8 @@ def _head(
     if unembedding.dim() != 2 or unembedding.shape[0] != cut[rank]:
         came = tuple(unembedding.shape)
         raise ValueError(f"{op}: unembedding has shape {came}, expected [{cut[rank]}, d] on rank {rank} of sizes {cut}")
-    return head_of(op, unembedding, bias, *of_head, buffer, VocabShard(group.group_name, cut, not sequence_parallel))
+    shard = VocabShard(group.group_name, cut, reduce=not sequence_parallel)
+    return head_of(op, unembedding, bias, **of_head, buffer=buffer, shard=shard)
 
 
 def _group_of(op: str, argument: str, tensor: Any) -> dist.ProcessGroup:
