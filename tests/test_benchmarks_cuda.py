@@ -1,7 +1,6 @@
 """`benchmarks --device cuda` without a GPU: refusals, processes that die alone, floors, errors, cases."""
 
 import os
-import sys
 import time
 
 import pytest
