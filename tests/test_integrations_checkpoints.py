@@ -166,3 +166,41 @@ def test_an_adapter_on_the_head_is_refused():
     nitp_ops.attach(late, "ntp")
     with pytest.raises(ValueError, match="head is a Linear with submodules base_layer"):
         lora(late, target_modules=["q_proj", "lm_head"]).train()(**batch())
+
+
+def test_fully_shard_sees_the_objective_and_its_sidecar_gathers_it(tmp_path: Path):
+    """One rank, the head in a group of its own: DTensors everywhere, numbers that must not change."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model, given = make("llama"), batch()
+    handle = nitp_ops.attach(model, SPEC)
+    expected = model(**given).loss
+    reference, values = gradients(expected, model), own(handle)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for module in (*model.model.layers, model.lm_head, model):
+            fully_shard(module, mesh=mesh)
+        loss = model(**given).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        for name, value in gradients(loss, model).items():
+            assert isinstance(value, DTensor)
+            torch.testing.assert_close(value.full_tensor(), reference[name], rtol=1e-10, atol=1e-12)
+        whole = StateDictOptions(full_state_dict=True)
+        state = get_model_state_dict(model, options=whole)
+        assert not any("nitp" in name for name in state)
+        set_model_state_dict(model, state, options=whole)
+        handle.save(tmp_path)
+        with torch.no_grad():
+            for parameter in handle.objective.parameters():
+                parameter.zero_()
+        handle.load(tmp_path)
+        assert torch.equal(model(**given).loss, loss)
+    finally:
+        dist.destroy_process_group()
+    plain = nitp_ops.attach(make("llama"), SPEC, seed=5)
+    plain.load(tmp_path)
+    assert all(torch.equal(value, values[name]) for name, value in own(plain).items())

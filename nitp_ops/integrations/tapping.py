@@ -60,7 +60,7 @@ def tap(
     sites = named_sites(model, blocks=blocks, norm=norm, embed=embed, head=head)
     if not isinstance(requires, CompositeObjective):
         return Tap(sites, requires)
-    return Tap(sites, requires.requires, differentiable_states(requires))
+    return Tap(sites, requires.requires, differentiable_states(requires))  # type: ignore[union-attr]
 
 
 class Tap:
