@@ -238,7 +238,8 @@ def test_evaluation_is_that_of_the_plain_model():
     fit(module, rows(), callback, accumulate_grad_batches=4)
     plain = llama()
     plain.load_state_dict(module.model.state_dict())
-    module.eval(), plain.eval()
+    module.eval()
+    plain.eval()
     batch = {name: torch.stack([row[name] for row in rows()]) for name in rows()[0]}
     mine, theirs = module.model(**batch), plain(**batch)
     assert torch.equal(mine.loss, theirs.loss) and torch.equal(mine.logits, theirs.logits)
