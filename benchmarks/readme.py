@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .implementations import NAMES
-from .plots import newest
+from .plots import FOLDER, newest, picture
 from .report import ROOT, machine_line, markdown
 
 README = ROOT / "README.md"
@@ -37,7 +37,15 @@ def section(path: Path) -> str:
         slower = [(case, ours / other) for case, ours, other in pairs if ours and other and ours > other]
         listed = "; ".join(f"{case['op']} in {case['dtype']} ({ratio:.2f})" for case, ratio in slower)
         losing.append(f"* Slower than {name}: {listed or 'none'}.")
-    return "\n".join([*lines, "", "\n".join(losing)])
+    return "\n".join([*lines, "", *losing, *_growth()])
+
+
+def _growth() -> list[str]:
+    """The figure of growth, where results are kept that it is drawn from."""
+    if newest("-scaling") is None:
+        return []
+    drawn = picture("time", "time against the size of the problem", f"docs/{FOLDER}")
+    return ["", "How time and memory grow, errors against chunks, the roofline: [scaling](docs/scaling.md).", "", drawn]
 
 
 def _time(case: dict[str, Any], name: str) -> float | None:

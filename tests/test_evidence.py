@@ -61,7 +61,14 @@ def test_an_arm_has_the_tokens_of_the_baseline_and_the_steps_of_its_time(gathere
 
 def test_the_page_says_what_the_records_say_for_every_text(gathered):
     text = (gathered[0] / "evidence.md").read_text()
-    assert text.count("\n## ") == 2 and "* machine: " in text and "* time: " in text and "seeds 0, 1" in text
+    assert (
+        text.count("\n## ") == 2
+        and "With 2 seeds chance alone" in text
+        and "## one" in text
+        and "* machine: " in text
+        and "* time: " in text
+        and "seeds 0, 1" in text
+    )
     for fingerprint in {line["text"] for line in lines(gathered[0])}:
         for arm, budget in (("ntp", "equal tokens"), ("nitp", "equal tokens"), ("mtp", "equal time")):
             own = [

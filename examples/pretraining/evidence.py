@@ -91,19 +91,31 @@ def gather(plan: Plan) -> None:
                 for seed in options.seeds:
                     for budget, count in steps.items():
                         _train(name, budget, replace(options, steps=count, seed=seed), corpus, records, console)
-        records.add(study="session", seconds=time.perf_counter() - start)
+        said = {"command": command_line(), "machine": machine_line(options.device), "commit": commit()}
+        records.add(
+            study="session", trained=len(_of(records, study="run")), seconds=time.perf_counter() - start, **said
+        )
+    sessions = {line["trained"]: line for line in reversed(_of(records, study="session"))}.values()
     facts = [
-        f"command: `{command_line()}`",
-        f"machine: {machine_line(options.device)}",
-        f"commit: {commit().removeprefix('commit ')}",
-        f"time: {sum(line['seconds'] for line in _of(records, study='session')) / 60:.1f} minutes, evaluation included",
+        *(f"command: `{each}`" for each in dict.fromkeys(line["command"] for line in sessions)),
+        *(f"machine: {each}" for each in dict.fromkeys(line["machine"] for line in sessions)),
+        *(f"measured at: {each}" for each in dict.fromkeys(line["commit"] for line in sessions)),
+        f"time: {sum(line['seconds'] for line in sessions) / 60:.1f} minutes, evaluation included",
         f"budget: {options.steps} steps of {options.tokens_per_step:,} tokens, seeds "
         f"{', '.join(map(str, options.seeds))}; width {options.dim}, {options.layers} blocks, context "
         f"{options.context}, learning rate {options.lr:g}, {options.dtype}, bytes as tokens",
     ]
-    found = {corpus.description: _of(records, study="run", text=corpus.fingerprint) for corpus in corpora}
+    found = {
+        _title(text, corpus): _of(records, study="run", text=corpus.fingerprint)
+        for text, corpus in zip(plan.texts, corpora, strict=True)
+    }
     evidence_page.write(plan.page, {text: lines for text, lines in found.items() if lines}, facts)
     console.print(f"\nwritten: {plan.page}")
+
+
+def _title(text: Path | None, corpus: Corpus) -> str:
+    """What the text is, without the folders that it lies in."""
+    return corpus.description.replace(str(text), text.name, 1) if text else corpus.description
 
 
 def _of(records: Records, **key: Any) -> list[dict[str, Any]]:

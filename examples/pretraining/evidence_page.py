@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from .checkpoint import write_whole
 from .grid import Grid, spelled
-from .spread import Difference
+from .spread import Difference, chance
 
 #: Text and frames, then a colour an arm.
 THEMES = {
@@ -45,6 +45,11 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], facts: Sequence[st
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["# Evidence", "", INTRODUCTION, "", *(f"* {fact}" for fact in facts), "", READING]
+    seeds = len({run["seed"] for runs in found.values() for run in runs})
+    if seeds > 1:
+        lines += [
+            f"With {seeds} seeds chance alone puts {chance(seeds):.0%} of the differences outside two standard errors."
+        ]
     for place, (text, runs) in enumerate(found.items()):
         name = f"{path.stem}-{place + 1}"
         for theme, (ink, colours) in THEMES.items():
