@@ -33,8 +33,15 @@ def batch(seed: int) -> dict[str, Tensor]:
 def main(steps: int = 40) -> list[float]:
     """Train; the NTP loss of every step."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 256}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        vocab_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config)
     handle = nitp_ops.attach(model, "ntp + schedule(to=0.8, warmup=10)*nitp(target_layer=0.2)")
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     handle.check(optimizer)
@@ -59,7 +66,7 @@ def main(steps: int = 40) -> list[float]:
         model.save_pretrained(folder)  # the plain model
         plain = LlamaForCausalLM.from_pretrained(folder)
     prompt = torch.tensor([list(b"    def ")])
-    written = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
+    written = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)  # type: ignore[attr-defined]
     print("written by the exported model:", repr(bytes(written[0].tolist())))
     return losses
 

@@ -70,8 +70,8 @@ def test_counts_of_the_window_make_microbatches_add_up_to_the_batch():
     handle.set_counts(handle.count(parts[0]) + handle.count(parts[1]))
     model.zero_grad()
     losses = [model(**part, num_items_in_batch=7).loss for part in parts]  # ignored: the counts are known
-    sum(losses).backward()
-    torch.testing.assert_close(sum(losses), whole.loss, rtol=1e-12, atol=1e-12)
+    torch.stack(losses).sum().backward()
+    torch.testing.assert_close(torch.stack(losses).sum(), whole.loss, rtol=1e-12, atol=1e-12)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, reference[name], rtol=1e-9, atol=1e-11)
     handle.set_counts(None)

@@ -36,7 +36,7 @@ def test_save_pretrained_writes_the_plain_model_and_it_loads(tmp_path: Path, tie
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         written = set(file.keys())
     assert written == names - ({"lm_head.weight"} if tied else set())
-    loaded, report = LlamaForCausalLM.from_pretrained(
+    loaded, report = LlamaForCausalLM.from_pretrained(  # type: ignore[misc]
         tmp_path, output_loading_info=True, attn_implementation="eager", dtype=torch.float32
     )
     assert not report["unexpected_keys"] and not report["missing_keys"]
@@ -172,6 +172,7 @@ def test_fully_shard_sees_the_objective_and_its_sidecar_gathers_it(tmp_path: Pat
     """One rank, the head in a group of its own: DTensors everywhere, numbers that must not change."""
     import torch.distributed as dist
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
@@ -179,9 +180,9 @@ def test_fully_shard_sees_the_objective_and_its_sidecar_gathers_it(tmp_path: Pat
     handle = nitp_ops.attach(model, SPEC)
     expected = model(**given).loss
     reference, values = gradients(expected, model), own(handle)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
-        mesh = dist.init_device_mesh("cpu", (1,))
+        mesh = init_device_mesh("cpu", (1,))
         for module in (*model.model.layers, model.lm_head, model):
             fully_shard(module, mesh=mesh)
         loss = model(**given).loss

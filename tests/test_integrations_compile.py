@@ -23,7 +23,7 @@ def test_one_graph_holds_the_model_and_the_objective_and_serves_every_batch():
     reference = gradients(expected, model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     out = compiled(**given)
-    assert out.logits is None and handle_of(compiled) is handle
+    assert out.logits is None and handle_of(compiled) is handle  # type: ignore[arg-type]
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
     for name, value in gradients(out.loss, model).items():
         torch.testing.assert_close(value, reference[name], rtol=1e-10, atol=1e-12)

@@ -150,14 +150,16 @@ def test_a_loss_that_the_model_computes_from_logits_is_refused():
 
 def test_a_wrapped_model_is_refused():
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         wrapped = nn.parallel.DistributedDataParallel(make("llama"))
         with pytest.raises(ValueError, match="is a DistributedDataParallel, expected attach before it is wrapped"):
             nitp_ops.attach(wrapped, "ntp")
         sharded = make("llama")
-        torch.distributed.fsdp.fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (1,)))
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match="head has a DTensor weight, expected attach before fully_shard"):
             nitp_ops.attach(sharded, "ntp")
     finally:
