@@ -4,7 +4,7 @@ python -m benchmarks --quick                 every op against everybody, under t
 python -m benchmarks --case Llama-3-8B       one model's head        (--list names them all)
 python -m benchmarks --quick --base main     this checkout against a revision, two processes in turns
 python -m benchmarks --case scaling --save   how time and memory grow
-python -m benchmarks plot                    draws docs/plots and docs/scaling.md from the results kept
+python -m benchmarks plot                    draws docs/plots and docs/growth.md from the results kept
 """
 
 from __future__ import annotations

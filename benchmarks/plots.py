@@ -1,4 +1,4 @@
-"""`python -m benchmarks plot`: figures and docs/scaling.md from the newest scaling results that were kept.
+"""`python -m benchmarks plot`: figures and docs/growth.md from the newest scaling results that were kept.
 
 Every figure is two SVG files, one for a light and one for a dark page. The same results give the same bytes. Needs
 matplotlib.
@@ -173,7 +173,7 @@ def picture(name: str, alternative: str, folder: str = FOLDER) -> str:
 
 
 def page(document: dict[str, Any], source: str) -> str:
-    """docs/scaling.md."""
+    """docs/growth.md."""
     lines = [
         "# How it grows",
         "",
@@ -241,8 +241,8 @@ def draw(document: dict[str, Any], source: str, docs: Path) -> list[Path]:
         for theme, colours in THEMES.items():
             written.append(docs / FOLDER / f"{name}-{theme}.svg")
             report.write(written[-1], svg(make(document, colours)))
-    report.write(docs / "scaling.md", page(document, source))
-    return [*written, docs / "scaling.md"]
+    report.write(docs / "growth.md", page(document, source))
+    return [*written, docs / "growth.md"]
 
 
 def main() -> int:

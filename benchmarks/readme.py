@@ -45,7 +45,7 @@ def _growth() -> list[str]:
     if newest("-scaling") is None:
         return []
     drawn = picture("time", "time against the size of the problem", f"docs/{FOLDER}")
-    return ["", "How time and memory grow, errors against chunks, the roofline: [scaling](docs/scaling.md).", "", drawn]
+    return ["", "How time and memory grow, errors against chunks, the roofline: [growth](docs/growth.md).", "", drawn]
 
 
 def _time(case: dict[str, Any], name: str) -> float | None:

@@ -57,7 +57,7 @@ def test_a_study_has_every_axis_everybody_the_errors_and_the_roofline(study):
 def test_the_plots_are_svg_in_both_themes_and_the_page_names_them(study, tmp_path):
     written = plots.draw(study, "results.json", tmp_path)
     assert len(written) == 2 * len(plots.FIGURES) + 1
-    text = (tmp_path / "scaling.md").read_text()
+    text = (tmp_path / "growth.md").read_text()
     for path in written[:-1]:
         root = xml.fromstring(path.read_text())
         assert root.tag == f"{SVG}svg" and len(list(root.iter(f"{SVG}path"))) > 10

@@ -47,7 +47,7 @@ def test_the_figure_of_growth_stands_there_for_both_themes_once_it_is_measured(t
 def test_the_scaling_page_and_its_figures_are_what_the_json_says(tmp_path):
     path = plots.newest("-scaling")
     if path is None:
-        assert not (plots.DOCS / "scaling.md").exists()
+        assert not (plots.DOCS / "growth.md").exists()
         return
     source = f"../{path.relative_to(plots.report.ROOT)}"
     for written in plots.draw(json.loads(path.read_text()), source, tmp_path):
