@@ -16,6 +16,8 @@ from benchmarks import gate, measure, report, run
 from benchmarks.cases import OPS
 from benchmarks.implementations import forward, step
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -12,6 +12,8 @@ from benchmarks import base, gate, report
 from benchmarks.cases import OPS, heading
 from benchmarks.worker import Worker
 
+pytestmark = pytest.mark.programs
+
 ROOT = report.ROOT
 IN_GIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode == 0
 TOY = OPS["swiglu"].toy

@@ -12,6 +12,8 @@ from benchmarks.cases import OPS, heading
 from benchmarks.heads import HEADS
 from benchmarks.implementations import NAMES, SLOW, forward, names_for, step
 
+pytestmark = pytest.mark.programs
+
 CONFIGS = {"GPT-2": "GPT2Config", "Gemma-2-2B": "Gemma2Config", "DeepSeek-V3": "DeepseekV3Config"}
 
 

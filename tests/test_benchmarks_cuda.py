@@ -12,6 +12,8 @@ from benchmarks.cases import OPS
 from benchmarks.implementations import EAGER
 from benchmarks.isolated import Lost, without_the_dead
 
+pytestmark = pytest.mark.programs
+
 CPU = torch.device("cpu")
 
 

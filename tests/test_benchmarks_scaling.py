@@ -8,6 +8,8 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks import gate, plots, report, scaling
 
+pytestmark = pytest.mark.programs
+
 SVG = "{http://www.w3.org/2000/svg}"
 
 

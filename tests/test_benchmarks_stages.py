@@ -11,6 +11,8 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import gpu_report, gpu_stages, report, sanitize
 
+pytestmark = pytest.mark.programs
+
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"gpu": "NVIDIA H200", "multiprocessors": 132, "memory_gib": 139.8, "capability": "9.0"}
 GPU |= {"torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0", "commit": "0123456789ab"}

@@ -11,6 +11,8 @@ from browser import BROWSER, drawn
 
 from benchmarks import page, report, run, tables
 
+pytestmark = pytest.mark.programs
+
 MACHINE = {
     "cpu": "CPU <&> co.",
     "instruction_set": "AVX2",

@@ -11,6 +11,8 @@ import pytest
 import torch
 from pretrain_cases import write_text
 
+pytestmark = pytest.mark.programs
+
 evidence = importlib.import_module("evidence")
 module = importlib.import_module("pretraining.evidence")
 page = importlib.import_module("pretraining.evidence_page")

@@ -1,6 +1,10 @@
 """python -m benchmarks.numerics writes its pages and figure from what it measures."""
 
+import pytest
+
 from benchmarks import numerics, products
+
+pytestmark = pytest.mark.programs
 
 
 def test_the_pages_come_from_measurements_at_toy_sizes(tmp_path, capsys):

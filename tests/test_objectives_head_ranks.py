@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nitp_ops.objectives import build
 
+pytestmark = pytest.mark.ranks
+
 SPEC = "ntp + mtp_shared + 0.5*top + mtp_parallel(offsets=[4]) + mtp_sequential(depth=2)"
 
 

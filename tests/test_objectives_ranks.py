@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nitp_ops.objectives import Streams, build
 
+pytestmark = pytest.mark.ranks
+
 SPEC = "ntp + 0.8*nitp + early: 0.5*nitp(target_layer=0, denominator=main, mask=document+label)"
 SPEC += " + 0.3*nextlat + fsp_bow(tau=3) + 0.1*external"
 COUNTS = {"ntp": 9, "nitp": 9, "early": 9, "nextlat": 9, "fsp_bow": 7, "external": 12}

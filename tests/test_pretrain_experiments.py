@@ -12,6 +12,8 @@ import pytest
 import torch
 from pretrain_cases import arms, fake, write_text
 
+pytestmark = pytest.mark.programs
+
 experiments = importlib.import_module("experiments")
 claims = importlib.import_module("pretraining.claims")
 failure = importlib.import_module("pretraining.failure")

@@ -12,7 +12,8 @@ if rows.missing is not None:
 from nitp_ops import _C
 
 BEST = _C.instruction_set()
-SETS = ("portable", "avx2", "avx512")[: ("portable", "avx2", "avx512").index(BEST) + 1]
+ALL = ("portable", "avx2", "avx512", "avx512_bf16")
+SETS = ALL[: ALL.index(BEST) + 1]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 COLUMNS = pytest.mark.parametrize("columns", [1, 15, 512, 1537])
 

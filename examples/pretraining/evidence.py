@@ -71,7 +71,7 @@ def parse(arguments: list[str] | None) -> Plan:
     values = vars(parser.parse_args(arguments))
     own = {name: values.pop(name) for name in ("page", "rounds", "write_only")}
     texts = [None if text == "-" else Path(text) for text in values.pop("texts")]
-    values |= {"objectives": None, "controls": False, "resume": True, "fused_head": False}
+    values |= {"objectives": None, "controls": False, "resume": True, "keep_heads": False, "fused_head": False}
     return Plan(options_of(values), texts, **own)
 
 
