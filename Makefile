@@ -49,7 +49,7 @@ test-programs: $(STAMP)
 test-trainers: $(TRAINERS)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m trainers
 
-test-ranks: $(STAMP)
+test-ranks: $(TRAINERS)  # DeepSpeed among them
 	$(PYTHON) -m pytest -m ranks
 
 test-gpu-source: $(STAMP)

@@ -23,3 +23,4 @@ if dist.get_rank() == 1:
     if how == "hangs":
         time.sleep(60)
 (counts + objective.count(streams)).all_reduce()
+dist.destroy_process_group()
