@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
 	@echo "make bench   the quick benchmark     make doctor  a one-second check of every backend"
-	@echo "make test-programs  benchmarks and long examples at toy sizes"
+	@echo "make test-programs  the wheel, benchmarks and long examples at toy sizes"
 	@echo "make test-trainers  the trainers that people have, with their real packages    make test-ranks  on 2 and 4 processes"
 	@echo "make test-gpu-source  run the CUDA and Triton kernels on the CPU, compile Triton's for sm_80 and sm_90"
 	@echo "make mutants  one-line edits of kernels and objectives, each of which must turn tests red"
@@ -41,7 +41,7 @@ demo: $(STAMP)
 	$(PYTHON) examples/pretrain.py
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not (gpu_source or programs or trainers or ranks)"  # the wheel that a test builds compiles beside the rest
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not (gpu_source or programs or trainers or ranks)"
 
 test-programs: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m programs

@@ -17,7 +17,6 @@ from benchmarks.cases import OPS
 from benchmarks.implementations import forward, step
 
 pytestmark = pytest.mark.programs
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -32,8 +31,7 @@ class Work(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm"):
             left, right = args[-2:]
-            self.products += 1
-            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            self.products, self.flops = self.products + 1, self.flops + 2 * left.numel() * right.shape[1]
         if name == "copy_":
             self.moved += 2 * args[0].numel()
         return func(*args, **(kwargs or {}))

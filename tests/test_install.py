@@ -66,6 +66,7 @@ def source(tmp_path_factory):
     return folder
 
 
+@pytest.mark.programs
 def test_a_wheel_built_in_isolation_computes_a_gradient_in_a_clean_environment(source, tmp_path):
     wheel, _ = build(sys.executable, source, tmp_path / "dist")
     names = zipfile.ZipFile(wheel).namelist()
@@ -78,6 +79,7 @@ def test_a_wheel_built_in_isolation_computes_a_gradient_in_a_clean_environment(s
     assert "native     ok" in run(python, "-m", "nitp_ops", "doctor", cwd=tmp_path).stdout
 
 
+@pytest.mark.programs
 def test_without_torch_the_wheel_is_pure_python_and_says_so(source, tmp_path):
     python = environment(tmp_path / "bare", with_torch=False)
     wheel, log = build(python, source, tmp_path / "dist")
