@@ -16,7 +16,9 @@ torch.set_num_threads(2)
 
 @pytest.fixture(autouse=True)
 def poisoned_memory_and_fixed_seed():
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # torch.empty then holds NaN: reading what nobody wrote shows
     yield
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)  # programs that a test calls set their own

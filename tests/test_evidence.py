@@ -8,7 +8,6 @@ import statistics
 import xml.etree.ElementTree as xml
 
 import pytest
-import torch
 from pretrain_cases import write_text
 
 pytestmark = pytest.mark.programs
@@ -22,13 +21,6 @@ OPTIONS = """
     --threads 1 --dim 16 --layers 3 --heads 2 --context 16 --batch 4 --steps 6 --eval-every 3 --eval-windows 8
     --checkpoint-every 6 --seeds 0 1 --rounds 3
 """
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,20 +5,12 @@ from __future__ import annotations
 import importlib
 
 import pytest
-import torch
 from pretrain_cases import arguments, checkpoint, complaint, pretrain, steps_without_times, write_text
 
 from nitp_ops.objectives import NITP, ModelInfo, parse
 
 arms = importlib.import_module("pretraining.arms")
 options = importlib.import_module("pretraining.options")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

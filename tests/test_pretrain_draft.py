@@ -19,13 +19,6 @@ run = importlib.import_module("pretraining.run")
 SPECS = ("ntp + mtp_shared", "ntp + mtp_parallel", "ntp + mtp_sequential(depth=3)")
 
 
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))

@@ -9,7 +9,6 @@ import signal
 import statistics
 
 import pytest
-import torch
 from pretrain_cases import arms, fake, write_text
 
 pytestmark = pytest.mark.programs
@@ -26,13 +25,6 @@ OPTIONS = """
     --checkpoint-every 2 --seeds 0 1
 """
 KEPT = ("ntp", "nitp", "no stop-gradient")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,7 +12,6 @@ import sys
 import time
 
 import pytest
-import torch
 from pretrain_cases import (
     SCRIPT,
     arguments,
@@ -25,13 +24,6 @@ from pretrain_cases import (
 )
 
 run_module = importlib.import_module("pretraining.run")
-
-
-@pytest.fixture(autouse=True)
-def threads_as_before():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import nn
 
 from nitp_ops.objectives import ModelInfo
+from nitp_ops.objectives.dtensor import is_dtensor
 
 from .head_transform import Transform
 from .sites import Sites, is_hugging_face
@@ -63,7 +63,7 @@ def checked_head(head: nn.Module | None) -> nn.Linear:
     elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         came = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         reason = f"has a weight of {came}, expected a floating point dtype (a quantised head gets no gradient)"
-    elif _is_dtensor(weight):
+    elif is_dtensor(weight):
         reason = "has a DTensor weight, expected attach before fully_shard"
     else:
         return head  # type: ignore[return-value]
@@ -88,8 +88,3 @@ def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
 
 def _classes(model: nn.Module) -> set[str]:
     return {kind.__name__ for kind in type(model).__mro__}
-
-
-def _is_dtensor(weight: torch.Tensor) -> bool:
-    distributed = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there is no DTensor
-    return distributed is not None and isinstance(weight, distributed.DTensor)

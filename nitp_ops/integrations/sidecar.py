@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nitp_ops.objectives import CompositeObjective
+from nitp_ops.objectives.dtensor import is_dtensor
 
 FILE = "nitp_objective.safetensors"
 
@@ -77,21 +76,17 @@ def _checked(name: str, value: Tensor) -> Tensor:
 
 
 def _whole(name: str, value: Tensor) -> Tensor:
-    distributed = _dtensor()
-    if distributed is not None and isinstance(value, distributed.DTensor):
+    if is_dtensor(value):
         value = value.full_tensor()  # type: ignore[attr-defined]
     return _checked(name, value).detach().cpu().contiguous()
 
 
 def _like(own: Tensor, value: Tensor) -> Tensor:
-    distributed = _dtensor()
-    if distributed is None or not isinstance(own, distributed.DTensor):
+    if not is_dtensor(own):
         return value
-    return distributed.distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
+    from torch.distributed.tensor import distribute_tensor
 
-
-def _dtensor() -> Any:
-    return sys.modules.get("torch.distributed.tensor")  # where nobody imported it there is no DTensor
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
 
 
 def _distributed() -> bool:
