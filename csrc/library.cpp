@@ -26,5 +26,4 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
   m.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
   // Not row kernels: oneDNN's float32 product, where torch.mm would take a slower library, and advice to the kernel.
   m.def("onednn_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
-  m.def("use_huge_pages_(Tensor(a!) block) -> ()");
 }

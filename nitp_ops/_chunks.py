@@ -18,6 +18,9 @@ ENOUGH_ROWS = 512
 #: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
 #: least so many bytes (docs/decisions/0014).
 ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
+#: A product on CPU of rows that are no multiple of 8 takes up to 1.3 times as long, one of many rows that are no multiple
+#: of 16 up to 1.06 (docs/log.md): MKL and oneDNN both. Below 8 rows there is nothing to gain.
+EVEN_ROWS, MANY_ROWS = 8, 2048
 
 
 def rows_per_chunk(
@@ -32,7 +35,7 @@ def rows_per_chunk(
     else:
         default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
-    even = 8 if most >= 8 else 1
+    even = EVEN_ROWS if most >= EVEN_ROWS else 1
     chunks = max(1, -(-rows // (most // even * even)))
     return max(1, min(rows, -(-rows // (chunks * even)) * even))
 
@@ -96,6 +99,19 @@ def chunks(selected: Tensor | slice, step: int) -> Iterator[Tensor | slice]:
             yield slice(selected.start + first, min(selected.start + first + step, selected.stop))
         else:
             yield selected[first : first + step]
+
+
+def even_rows(rows: int, device: torch.device) -> int:
+    """As many rows as a product on `device` should have: up to 15 more."""
+    if device.type != "cpu" or rows < EVEN_ROWS:
+        return rows
+    multiple = EVEN_ROWS if rows < MANY_ROWS else 2 * EVEN_ROWS
+    return -(-rows // multiple) * multiple
+
+
+def with_zeros(chunk: Tensor, rows: int) -> Tensor:
+    """The chunk [n, d], followed by zeros where it has less than `rows` rows."""
+    return chunk if len(chunk) == rows else torch.constant_pad_nd(chunk, (0, 0, 0, rows - len(chunk)))
 
 
 def place(out: Tensor, dim: int, rows: Tensor | slice, values: Tensor) -> None:

@@ -11,13 +11,11 @@ from . import _check, rows
 BLOCK_BYTES = 2 * 2**20
 #: The same on a GPU, which needs large products to be busy.
 BLOCK_BYTES_ON_GPU = 128 * 2**20
-#: Blocks from here on come from fresh pages, a page fault for each 4 KiB unless the pages are large.
-_LARGE_BYTES = 4 * 2**20
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: On CPU a product whose rows are no multiple of 8 takes up to 1.3 times as long, one of many rows that are no multiple
-#: of 16 up to 1.06 (docs/log.md): MKL and oneDNN both. What is left over goes apart, and reads the other matrix again.
-_EVEN_ROWS, _MANY_ROWS = 8, 2048
+#: On CPU a bfloat16 weight gradient of so many rows, no multiple of 16, takes up to 1.15 times as long (docs/log.md): the
+#: rest goes apart. In float32 oneDNN would copy what is cut.
+_EVEN_ROWS, _MANY_ROWS = 16, 2048
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 
@@ -69,8 +67,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    whole = a.shape[0] - a.shape[0] % (_EVEN_ROWS if a.shape[0] < _MANY_ROWS else 2 * _EVEN_ROWS)
-    if a.device.type == "cpu" and 0 < whole < a.shape[0]:
+    whole = a.shape[0] // _EVEN_ROWS * _EVEN_ROWS
+    if a.device.type == "cpu" and a.dtype in _NARROW and _MANY_ROWS <= whole < a.shape[0]:
         matmul(a[:whole], b, out[:whole], add=add)
         matmul(a[whole:], b, out[whole:], add=add)
         return out
@@ -85,14 +83,6 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         torch.ops.nitp_ops.onednn_matmul_(out, a, b)
         return out
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-
-
-def fresh(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor; on CPU a large one asks for large pages."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and tensor.numel() * dtype.itemsize >= _LARGE_BYTES:
-        torch.ops.nitp_ops.use_huge_pages_(tensor)
-    return tensor
 
 
 class Weight:
@@ -134,7 +124,7 @@ class WeightGradient:
         widens = _widens(like.device)
         same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (1 if widens else 2))
         self.in_gemm = same or widens
-        self.sum = fresh(shape, gemm_dtype if same else torch.float32, like.device)
+        self.sum = torch.empty(shape, dtype=gemm_dtype if same else torch.float32, device=like.device)
 
     def add(self, a: Tensor, b: Tensor) -> None:
         if not self.in_gemm:

@@ -29,12 +29,14 @@ from ._chunks import (
     MOST_BYTES,
     Rows,
     chunks,
+    even_rows,
     length_of,
     place,
     rows_per_chunk,
     select,
+    with_zeros,
 )
-from ._gemm import WeightGradient, direct, fresh, matmul
+from ._gemm import WeightGradient, direct, matmul
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 
 
@@ -150,15 +152,18 @@ def _add_all(
     gate_up = None if gate is None or up is None else _fused_gate_up(gate, up, dtype)
     w_down = None if down is None else down.to(dtype)
     inner, out_width = 0 if gate is None else gate.shape[0], latent.width
-    buffer = fresh((min(step, length_of(selected)) * (3 * inner + out_width),), dtype, scale.device)
+    most = even_rows(min(step, length_of(selected)), scale.device)
+    buffer = torch.empty(most * (3 * inner + out_width), dtype=dtype, device=scale.device)
     for part in chunks(selected, step):
         h = source.take(part).to(dtype)
         if not reads:
             h = h.masked_fill(~pairs.keep[part].unsqueeze(1), 0)
         n = h.shape[0]
-        both = buffer[: n * 2 * inner].view(n, 2 * inner)
-        a = buffer[n * 2 * inner : n * 3 * inner].view(n, inner)
-        p = buffer[n * 3 * inner : n * (3 * inner + out_width)].view(n, out_width)
+        even = n if w_down is None else even_rows(n, scale.device)
+        h = with_zeros(h, even)
+        both = buffer[: even * 2 * inner].view(even, 2 * inner)
+        a = buffer[even * 2 * inner : even * 3 * inner].view(even, inner)
+        p = buffer[even * 3 * inner : even * (3 * inner + out_width)].view(even, out_width)
         g, u = both[:, :inner], both[:, inner:]
         if gate_up is not None:
             matmul(h, gate_up.t(), both)
@@ -172,8 +177,9 @@ def _add_all(
         z, index = _partners(latent, part, pairs.shift, by_index)
         part_scale = scale[part].contiguous()
         kernels.alignment_rows_(
-            p, z, index, part_scale, stats, None, None, options.distance, options.eps, differentiate
+            p[:n], z, index, part_scale, stats, None, None, options.distance, options.eps, differentiate
         )
+        p[n:].zero_()  # also where a weight is not finite
         if not isinstance(part, slice):
             place(sums.stats, 1, part, stats)
         if not differentiate:
@@ -186,14 +192,15 @@ def _add_all(
         if sums.d_gate_up is not None:
             sums.d_gate_up.add(both, h)
         if sums.d_hidden is not None:
-            d_rows = direct(sums.d_hidden, part, dtype)
+            d_rows = direct(sums.d_hidden, part, dtype) if n == even else None
             upstream, weight = (p, w_down) if gate_up is None else (both, gate_up)
             if weight is None:
                 place(sums.d_hidden, 0, part, upstream)
             elif d_rows is not None:
                 matmul(upstream, weight, d_rows)
             else:
-                place(sums.d_hidden, 0, part, matmul(upstream, weight, upstream.new_empty(n, weight.shape[1])))
+                d_h = matmul(upstream, weight, upstream.new_empty(even, weight.shape[1]))
+                place(sums.d_hidden, 0, part, d_h[:n])
 
 
 def _partners(latent: Rows, part: Tensor | slice, shift: int, by_index: bool) -> tuple[Tensor, Tensor | None]:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import Rows, chunks, length_of, place, rows_per_chunk, select
-from ._gemm import Weight, WeightGradient, direct, fresh
+from ._chunks import Rows, chunks, even_rows, length_of, place, rows_per_chunk, select, with_zeros
+from ._gemm import Weight, WeightGradient, direct
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._vocab_shard import ReducedRows, ShardRows, VocabShard
 
@@ -185,9 +185,9 @@ def _add_all(
     vocabulary, shard, work = sum(head.sizes), head.shard, sums.stats.dtype
     reads, kernels, weight = _check.host_reads(device), rows.kernels(head.backend), Weight(head.unembedding, dtype)
     bias = None if head.bias is None else head.bias.to(sums.stats.dtype).contiguous()
-    most = max(min(step, length_of(part)) for step, part in zip(steps, selected, strict=True))
-    buffer = fresh((most, columns), dtype, device)
-    rows_buffer = fresh((most, width), dtype, device)
+    most = max(even_rows(min(step, length_of(part)), device) for step, part in zip(steps, selected, strict=True))
+    buffer = torch.empty((most, columns), dtype=dtype, device=device)
+    rows_buffer = torch.empty((most, width), dtype=dtype, device=device)
     reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
     for place_, (job, scale, d_hidden) in enumerate(zip(jobs, sums.scales, sums.d_hidden, strict=True)):
         if reads:
@@ -197,12 +197,15 @@ def _add_all(
         rows_of_shard = None if shard is None else ShardRows(kernels, shard, job, head, bias, work)
         any_gradient = d_rows is not None or sums.d_weight is not None or sums.d_bias is not None
         for part in chunks(selected[place_], steps[place_]):
-            chunk = source.take(part).to(dtype)
-            n = len(chunk)
+            n = length_of(part)
+            even = even_rows(n, device)
+            chunk = with_zeros(source.take(part).to(dtype), even)
             part_scale = scale[part].contiguous()
             live = part_scale != 0
             differentiate = any_gradient and (not reads or bool(live.any()))
-            logits = weight.times(chunk, buffer[:n])
+            padded = weight.times(chunk, buffer[:even])
+            padded[n:].zero_()  # also where the unembedding is not finite
+            logits = padded[:n]
             values = sums.of_chunk(place_, n)
             labels, of_targets = job.labels[part].contiguous(), None if targets is None else targets[part].contiguous()
             row_scale = part_scale if unit is None else part_scale / unit
@@ -222,14 +225,15 @@ def _add_all(
             if d_rows is not None:
                 if reduced is not None:
                     under_way = reduced.start(logits)
-                elif (own_rows := direct(d_rows, part, dtype)) is not None:
+                elif n == even and (own_rows := direct(d_rows, part, dtype)) is not None:
                     weight.back(logits, own_rows)
                 else:
-                    place(d_rows, 0, part, weight.back(logits, rows_buffer[:n]))
+                    place(d_rows, 0, part, weight.back(padded, rows_buffer[:even])[:n])
             if sums.d_weight is not None:
                 # a NaN in a row of weight zero must not meet the zeros of its gradient
                 whole = reads and bool(live.all())
-                sums.d_weight.add(logits, chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0))
+                heard = chunk if whole else with_zeros(chunk[:n].masked_fill(~live.unsqueeze(1), 0), even)
+                sums.d_weight.add(padded, heard)
             if sums.d_bias is not None:
                 sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
             if under_way is not None and d_rows is not None:

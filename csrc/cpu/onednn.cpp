@@ -1,18 +1,13 @@
-// Two services of the CPU that ATen has but does not offer.
+// A service of the CPU that ATen has but does not offer.
 //
 // onednn_matmul_: float32 products by oneDNN. torch.mm hands float32 to MKL, which on AMD processors reached 142-197
 // GFLOP/s where oneDNN reached 202-217 (256 rows against [32000, 512] to [151936, 896], two cores). The public switch
 // (torch.backends.mkldnn.matmul.fp32_precision) is global and would mean real bfloat16 on some processors;
 // at::native::mkldnn_matmul, which libtorch_cpu exports, keeps no state and follows the user's own flags.
-//
-// use_huge_pages_: a fresh block of 100 MiB costs 25,000 page faults, 3-8 % of the products that fill it.
 #include <dlfcn.h>
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-
-#include <cstdint>
 
 namespace {
 
@@ -48,20 +43,10 @@ void onednn_matmul_(Tensor out, Tensor a, Tensor b) {
   onednn_matmul(a.get(), b.get(), out.get(), 0.0f, 1.0f);
 }
 
-void use_huge_pages_(Tensor block) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 4096;
-  const auto begin = (reinterpret_cast<uintptr_t>(block.data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto end = reinterpret_cast<uintptr_t>(block.data_ptr()) + block.numel() * block.element_size();
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: may be refused
-#endif
-}
-
 }  // namespace
 
 extern "C" __attribute__((visibility("default"))) bool nitp_ops_has_onednn_matmul() { return onednn_matmul != nullptr; }
 
 STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
   m.impl("onednn_matmul_", TORCH_BOX(&onednn_matmul_));
-  m.impl("use_huge_pages_", TORCH_BOX(&use_huge_pages_));
 }
