@@ -69,6 +69,11 @@ def choose(order: str = "forward", shared_bytes: int = H200_SHARED, cluster: int
     simt().simt_set(*map(ctypes.c_int64, (ORDERS[order], shared_bytes, cluster, threads)))
 
 
+def last_cluster() -> int:
+    """How many blocks the clusters of the last launch had; 1: no clusters."""
+    return simt().simt_last_cluster()
+
+
 def placed(values: torch.Tensor, offset: int, stride: int) -> torch.Tensor:
     """The same rows, `offset` elements after an aligned address and `stride` >= columns apart; NaN between them."""
     rows, columns = values.shape

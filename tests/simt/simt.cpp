@@ -11,6 +11,7 @@ namespace simt {
 
 Settings settings;
 Cluster* cluster = nullptr;
+int last_cluster = 0;
 
 namespace {
 std::vector<StaticShared*> every_static_shared;
@@ -30,6 +31,7 @@ Cluster::Cluster(int blocks, int threads, int64_t shared_bytes, std::function<vo
       shared_bytes_(shared_bytes),
       body_(std::move(body)),
       random_(0) {
+  last_cluster = blocks;
   all.members = blocks * threads;
   for (Block& block : blocks_) {
     block.fibers.resize(threads);
@@ -162,3 +164,5 @@ extern "C" __attribute__((visibility("default"))) void simt_set(int64_t order, i
                                                                 int64_t threads) {
   nitp::simt::settings = {static_cast<nitp::simt::Settings::Order>(order), shared_bytes, cluster, threads};
 }
+
+extern "C" __attribute__((visibility("default"))) int simt_last_cluster() { return nitp::simt::last_cluster; }
