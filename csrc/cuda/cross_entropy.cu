@@ -1,11 +1,12 @@
 // Cross-entropy over rows of logits, a block or a cluster of blocks a row. One pass for the maximum, the sum of
 // exponentials and the arg-max (each thread keeps its own maximum and rescales its sum when that grows), one barrier,
 // one pass that overwrites the logits with their gradient. Between the passes a thread keeps its packs of raw logits:
-// the first in registers, the next in shared memory, and what is left is read again. With 227 KB of shared memory one
-// block holds bfloat16 rows of up to 147,456 columns, so that they are read once and written once, a cluster of two
-// twice as many. Threads of a cluster take packs in turns, as if they were one block; a logit is overwritten only by
-// the thread that took it, behind the barrier before which the others have read what they need (the targets,
-// logits[0]).
+// the first in registers, the next in shared memory, and what is left is read again. On multiprocessors of 227 KB one
+// block holds plain bfloat16 rows of up to 147,456 columns, so that they are read once and written once; a cluster of n
+// holds n times as many (docs/decisions/0029-clusters.md). Its threads take packs in turns, as those of one block do.
+// Only the thread that took a logit overwrites it, behind the barrier before which all others read theirs: the targets'
+// logits, and logits[0] for smoothing.
+#include <algorithm>
 #include <stdexcept>
 
 #include "../cross_entropy.h"
@@ -183,6 +184,8 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
 struct Plan {
   int threads, in_shared;
   bool held;  // nothing is read again
+
+  int64_t shared_bytes() const { return static_cast<int64_t>(in_shared) * threads * kPackBytes; }
 };
 
 // The fewest threads with which the rows of a full multiprocessor stay on it; `reserved` is a block's static part.
@@ -201,26 +204,22 @@ Plan plan(int64_t packs_of_block, int in_registers, int max_threads, int64_t res
   }
 }
 
-// The smallest cluster that holds the row. A row that none holds takes the largest: of every row in flight the most is
-// then read once.
+// The smallest cluster that holds the row. Where none does, the largest: then the fewest rows are in flight, and the
+// largest part of each is read once.
 template <bool Plain, class T, class A>
 void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
-  const int limit = multiprocessor().threads_of_block, threads = limit < kMaxRowThreads<T> ? limit : kMaxRowThreads<T>;
-  const auto kernel = cross_entropy_rows<Cluster, T, A, Plain>;
-  const auto planned = [&](int cluster) {
-    const int64_t packs = (a.columns * sizeof(T) / kPackBytes + cluster - 1) / cluster;
-    return plan(packs, kInRegisters<Plain>, threads, sizeof(Scratch<A>));
+  const int max_threads = std::min(kMaxRowThreads<T>, multiprocessor().threads_of_block);
+  const auto by = [&](int blocks) {
+    const int64_t packs = a.columns * sizeof(T) / kPackBytes;
+    return plan((packs + blocks - 1) / blocks, kInRegisters<Plain>, max_threads, sizeof(Scratch<A>));
   };
-  int cluster = 1;
-  Plan p = planned(cluster);
-  if (!p.held) {
-    const int64_t bytes = static_cast<int64_t>(p.in_shared) * p.threads * kPackBytes;
-    const int largest = largest_cluster(kernel, p.threads, bytes);
-    while (!p.held && 2 * cluster <= largest) p = planned(cluster *= 2);
-  }
-  const int64_t bytes = static_cast<int64_t>(p.in_shared) * p.threads * kPackBytes;
-  launch(cluster > 1 ? kernel : cross_entropy_rows<OneBlock, T, A, Plain>, Blocks(rows * cluster, cluster), p.threads,
-         bytes, stream, a, p.in_shared);
+  const auto by_cluster = cross_entropy_rows<Cluster, T, A, Plain>;
+  int blocks = 1;
+  Plan p = by(blocks);
+  const int largest = p.held ? 1 : largest_cluster(by_cluster, p.threads, p.shared_bytes());
+  while (!p.held && 2 * blocks <= largest) p = by(blocks *= 2);
+  launch(blocks > 1 ? by_cluster : cross_entropy_rows<OneBlock, T, A, Plain>, Blocks(rows * blocks, blocks), p.threads,
+         p.shared_bytes(), stream, a, p.in_shared);
 }
 
 }  // namespace

@@ -112,8 +112,8 @@ void allow(void (*kernel)(Arguments...), int64_t shared_bytes) {
         "shared memory");
 }
 
-// How many blocks of this size a cluster of the kernel can have, at most kMaxCluster; 1 where the kernel is code for
-// sm_80, also as any later device translates it.
+// How many blocks of this size a cluster of the kernel can have, at most kMaxCluster. 1 where it is code for sm_80,
+// which has no clusters: also on a later device that translates the PTX of compute_80.
 template <class... Arguments>
 int largest_cluster(void (*kernel)(Arguments...), int threads, int64_t shared_bytes) {
   cudaFuncAttributes code;
@@ -136,9 +136,8 @@ void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t sh
   shape.id = cudaLaunchAttributeClusterDimension;
   shape.val.clusterDim.x = blocks.of_cluster, shape.val.clusterDim.y = 1, shape.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(blocks.count), config.blockDim = threads,
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.gridDim = static_cast<unsigned>(blocks.count), config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &shape, config.numAttrs = blocks.of_cluster > 1;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }

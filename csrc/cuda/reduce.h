@@ -43,7 +43,8 @@ __device__ V block_merge(V value, V none, V (&partials)[kWarp], WarpMerge warp_m
   return warp_merge(lane < warps ? partials[lane] : none);
 }
 
-// Who takes a row together: one block, or the blocks of a cluster.
+// Who takes a row together: one block, or the blocks of a cluster. of(rank, here) is what stands at `here` in the
+// shared memory of the block of that rank; kCompiled: the code may have the instructions for it.
 struct OneBlock {
   static constexpr bool kCompiled = true, kAlone = true;
   static __device__ int size() { return 1; }
