@@ -63,12 +63,18 @@ def test_the_smallest_cluster_that_holds_the_row(columns, largest, blocks):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "columns", "blocks"),
-    [(torch.bfloat16, 147456, 1), (torch.bfloat16, 151936, 2), (torch.float32, 73728, 1), (torch.float32, 151936, 4)],
+    ("dtype", "columns", "softcap", "blocks"),
+    [
+        *[(torch.bfloat16, 147456, 0.0, 1), (torch.bfloat16, 151936, 0.0, 2), (torch.bfloat16, 294912, 0.0, 2)],
+        *[(torch.float32, 73728, 0.0, 1), (torch.float32, 151936, 0.0, 4)],
+        *[(torch.bfloat16, 122880, 30.0, 1), (torch.bfloat16, 122888, 30.0, 2), (torch.bfloat16, 256000, 30.0, 4)],
+        *[(torch.float32, 61440, 30.0, 1), (torch.float32, 61444, 30.0, 2)],
+    ],
 )
-def test_heads_on_a_device_of_227_kb(dtype, columns, blocks):
+def test_heads_on_a_device_of_227_kb(dtype, columns, softcap, blocks):
     choose("forward", H200_SHARED, 8)
-    same(*ours_and_exact(torch.randn(1, columns).to(dtype), torch.tensor([[columns - 1]])))
+    logits, labels = torch.randn(1, columns).to(dtype), torch.tensor([[columns - 1]])
+    same(*ours_and_exact(logits, labels, softcap=softcap))
     assert last_cluster() == blocks
 
 
