@@ -17,7 +17,7 @@ from typing import NamedTuple
 FOLDER = Path(__file__).parent / "cuda"
 KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
 # Machine code for A100, H100/H200 and B200. A GPU of any other generation translates the PTX at its first launch: that
-# of compute_80, because code for an "a" target runs on that chip only, and nothing here needs more than sm_80 has.
+# of compute_80, because code for an "a" target runs on that chip only; rows of logits do without clusters there.
 ARCHITECTURES = {"sm_80": "[sm_80,compute_80]", "sm_90a": "sm_90a", "sm_100a": "sm_100a"}
 FLAGS = "-std=c++17 -O3 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 

@@ -64,9 +64,14 @@ def simt() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def choose(order: str = "forward", shared_bytes: int = H200_SHARED) -> None:
-    """In which order the threads of a block run, and how much shared memory a block may have."""
-    simt().simt_set(ctypes.c_int64(ORDERS[order]), ctypes.c_int64(shared_bytes))
+def choose(order: str = "forward", shared_bytes: int = H200_SHARED, cluster: int = 1, threads: int = 1024) -> None:
+    """In which order threads and blocks run, and what a block and a cluster may have."""
+    simt().simt_set(*map(ctypes.c_int64, (ORDERS[order], shared_bytes, cluster, threads)))
+
+
+def last_cluster() -> int:
+    """How many blocks the clusters of the last launch had; 1: no clusters."""
+    return simt().simt_last_cluster()
 
 
 def placed(values: torch.Tensor, offset: int, stride: int) -> torch.Tensor:

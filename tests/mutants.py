@@ -34,6 +34,12 @@ MUTANTS = (
     Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source"),
     Mutant("csrc/alignment.h", "1 / (p * z))) : A(0)", "1 / p)) : A(0)", "cuda_source_rows"),
     Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
+    # every barrier of a cluster's row: before the warps, then the blocks, read one another, before a block may end, and
+    # before the targets are written over what their blocks wrote
+    Mutant("csrc/cuda/reduce.h", "__syncthreads();\n  return warp_merge", "return warp_merge", "cuda_source_clusters"),
+    Mutant("csrc/cuda/reduce.h", "Team::sync();\n    const int lane", "const int lane", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();  // the peers have read", "", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();\n  if (rank", "if (rank", "cuda_source_clusters"),
     Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
     # the chunked algorithms
     Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),

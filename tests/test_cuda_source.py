@@ -46,12 +46,14 @@ def cross_entropy(
     scale=1.0,
     entropy=False,
     gradient=True,
+    parts=False,
 ):
-    """[gradient, stats, target logits, predictions] in the dtype of the kernel that `kernels` names."""
+    """[gradient, stats, target logits, predictions], with parts=True also the sums, in the dtype of the kernel."""
     work, count = working(logits.dtype), len(logits)
     stats = torch.full((3 if entropy else 2, count), NAN, dtype=work)
     target_logit = torch.full(labels.shape, 7.0, dtype=work)
     prediction = torch.full((count,), -7)
+    sums = torch.full((4, count), NAN, dtype=work)
     listed = [None if x is None else x.to(work) for x in (target_weight, bias, class_weight, row_scale)]
     kernels.cross_entropy_rows_(
         logits,
@@ -67,8 +69,9 @@ def cross_entropy(
         softcap,
         scale,
         gradient,
+        sums if parts else None,
     )
-    return [logits, stats, target_logit, prediction]
+    return [logits, stats, target_logit, prediction, *([sums] if parts else [])]
 
 
 def ours_and_exact(logits, labels, **options):
@@ -80,15 +83,16 @@ def ours_and_exact(logits, labels, **options):
 def same(ours, exact):
     """Equal up to rounding, NaN where the other is NaN; the predictions are the same columns."""
     assert torch.equal(ours[3], exact[3])
-    for name, a, b in zip(("gradient", "stats", "target_logit"), ours, exact, strict=False):
+    names = ("gradient", "stats", "target_logit", "parts")
+    for name, a, b in zip(names, ours[:3] + ours[4:], exact[:3] + exact[4:], strict=False):
         assert torch.equal(a.isnan(), b.isnan()), name
         near([a.nan_to_num(0, 0, 0)], [b.nan_to_num(0, 0, 0)], [name])
 
 
 @st.composite
-def case(draw):
+def case(draw, sizes=COLUMNS):
     """A job for the kernel with any options: everything a caller can choose."""
-    columns, dtype = draw(st.sampled_from(COLUMNS)), draw(st.sampled_from(DTYPES))
+    columns, dtype = draw(st.sampled_from(sizes)), draw(st.sampled_from(DTYPES))
     count, targets = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 3, 40]))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     logits = 3 * torch.randn(count, columns).to(dtype)
@@ -106,6 +110,7 @@ def case(draw):
         "entropy": draw(st.booleans()),
         "negative_is_absent": draw(st.booleans()),
         "gradient": draw(st.sampled_from([True, True, False])),
+        "parts": draw(st.booleans()),
     }
     place = draw(st.integers(0, 9)), columns + draw(st.sampled_from([0, 1, 8]))
     return logits, labels, options, place

@@ -15,10 +15,13 @@ if shutil.which("g++") is None:
     pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU", allow_module_level=True)
 
 EVERY_KERNEL = """
-import sys, torch
+import ctypes, itertools, sys, torch
 torch.ops.load_library(sys.argv[1])
-kernels = torch.ops.nitp_simt
-for columns in (1, 9, 33, 1000):
+kernels, library = torch.ops.nitp_simt, ctypes.CDLL(sys.argv[1])
+def device(shared_bytes, cluster, threads):
+    library.simt_set(*map(ctypes.c_int64, (2, shared_bytes, cluster, threads)))
+blocks = set()
+for columns in (1, 9, 33, 1000, 4103):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         work = torch.float64 if dtype == torch.float64 else torch.float32
         def rows():  # ends exactly where its memory ends, starts off any boundary
@@ -33,11 +36,15 @@ for columns in (1, 9, 33, 1000):
             kernels.alignment_rows_(rows(), rows(), index, None, torch.empty(4, 2, dtype=work), None, rows(),
                                     distance, 1e-6, True)
         options = torch.randn(columns, dtype=work)
-        for bias, cap, labels in ((None, 0.0, [0, -5]), (options, 3.0, [columns - 1, columns])):
+        cases = (None, 0.0, [0, -5]), (options, 3.0, [columns - 1, columns])
+        devices = (227 * 1024, 1, 1024), (8192, 2, 128), (8192, 8, 128)
+        for (bias, cap, labels), of_device in itertools.product(cases, devices):
+            device(*of_device)
             kernels.cross_entropy_rows_(rows(), torch.tensor([labels]).T.contiguous(), None, bias, None, None,
                                         torch.empty(3 if cap else 2, 2, dtype=work), torch.empty(2, 1, dtype=work),
                                         torch.empty(2, dtype=torch.int64), -100, False, 0.1, 0.1, cap, 1.0, True)
-print("done")
+            blocks.add(library.simt_last_cluster())
+print("done", *sorted(blocks))
 """
 
 
@@ -54,4 +61,4 @@ def sanitized(library: Path) -> subprocess.CompletedProcess:
 
 def test_no_kernel_touches_what_is_not_its_own(tmp_path):
     done = sanitized(build(tmp_path, sanitize=True))
-    assert done.returncode == 0 and "done" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "done 1 2 4 8" in done.stdout, done.stdout + done.stderr

@@ -68,6 +68,20 @@ def test_alignment_and_swiglu_equal_the_reference(backend, dtype, distance, rows
 
 @BACKENDS
 @NARROW
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-3}])
+@pytest.mark.parametrize("vocabulary", [128256, 151936, 256000, 500001, 1200003])  # clusters of 1 to 8, and beyond
+def test_cross_entropy_over_rows_longer_than_a_block_holds(backend, dtype, options, vocabulary):
+    hidden, weight = normal(40, 16, dtype=dtype), normal(vocabulary, 16, seed=1, scale=0.5, dtype=dtype)
+    inputs, labels = [hidden.requires_grad_(), weight.requires_grad_()], torch.arange(40, device=DEVICE)
+    labels[1], labels[2] = -100, vocabulary - 1
+    fused = {**options, "backend": served(backend)}
+    ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **fused), inputs, 1.0)
+    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels, **options), widened(inputs), 1.0)
+    near(ours, exact, ["loss", "d hidden", "d unembedding"])
+
+
+@BACKENDS
+@NARROW
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("chunk_rows", [64, 300, 777])
 def test_cross_entropy_keeps_the_error_budget_at_any_number_of_chunks(backend, dtype, reduction, chunk_rows):

@@ -1,8 +1,12 @@
-// Cross-entropy over rows of logits, a block a row. One pass for the maximum, the sum of exponentials and the arg-max
-// (each thread keeps its own maximum and rescales its sum when that grows), one barrier, one pass that overwrites the
-// logits with their gradient. Between the passes a thread keeps its packs of raw logits: the first in registers, the
-// next in shared memory, and what is left is read again. On a multiprocessor of 227 KB that holds bfloat16 rows of up
-// to 147,456 columns, so that they are read once and written once.
+// Cross-entropy over rows of logits, a block or a cluster of blocks a row. One pass for the maximum, the sum of
+// exponentials and the arg-max (each thread keeps its own maximum and rescales its sum when that grows), one barrier,
+// one pass that overwrites the logits with their gradient. Between the passes a thread keeps its packs of raw logits:
+// the first in registers, the next in shared memory, and what is left is read again. On multiprocessors of 227 KB one
+// block holds plain bfloat16 rows of up to 147,456 columns, so that they are read once and written once; a cluster of n
+// holds n times as many (docs/decisions/0029-clusters.md). Its threads take packs in turns, as those of one block do.
+// Only the thread that took a logit overwrites it, behind the barrier before which all others read theirs: the targets'
+// logits, and logits[0] for smoothing.
+#include <algorithm>
 #include <stdexcept>
 
 #include "../cross_entropy.h"
@@ -24,22 +28,23 @@ constexpr int kMaxRowThreads = sizeof(T) == 8 ? 256 : 1024;
 
 template <class A>
 struct Scratch {
-  RowSums<A> partials[kWarp];
+  RowSums<A> partials[kWarp], whole;
   RowTargets<A> targets;
 };
 
-template <class T, class A, bool Plain>
-__global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(CrossEntropyRows<T, A> a, int in_shared) {
+template <class Team, bool Plain, class T, class A>
+__device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& a, int in_shared) {
   constexpr int N = kPackBytes / sizeof(T), R = kInRegisters<Plain>;
   using Piece = Pack<T, N>;
-  auto& [partials, targets] = shared<Scratch<A>>();
+  Scratch<A>& scratch = shared<Scratch<A>>();
   Piece* held = dynamic_shared<Piece>() + threadIdx.x;
-  const int threads = blockDim.x, thread = threadIdx.x;
-  const int64_t i = blockIdx.x, step = static_cast<int64_t>(threads) * N;
+  const int threads = blockDim.x, thread = threadIdx.x, rank = Team::rank();
+  const int of_team = Team::size() * threads, place = rank * threads + thread;
+  const int64_t i = blockIdx.x / Team::size(), step = static_cast<int64_t>(of_team) * N;
   T* logits = a.logits + i * a.logits_stride;
   const Split<N> split = cuda::split<N>(a.columns, logits);
-  const auto here = [&](int k) { return thread + static_cast<int64_t>(k) * threads < split.packs; };
-  const auto column = [&](int k) { return split.pack(thread + static_cast<int64_t>(k) * threads); };
+  const auto here = [&](int k) { return place + static_cast<int64_t>(k) * of_team < split.packs; };
+  const auto column = [&](int k) { return split.pack(place + static_cast<int64_t>(k) * of_team); };
 
   Piece kept[R];
 #pragma unroll
@@ -48,7 +53,7 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
   }
   Row<T, A, Plain> row{a, A(0)};
   if (row.smooth()) row.reference = finite_or_zero(row.value(logits[0], 0));
-  if (thread < kWarp) {  // the target logits, before anybody overwrites them
+  if (place < kWarp) {  // the target logits, before anybody overwrites them
     A mass(0);
     int present = 0, outside = 0;
     for (int64_t k = i * a.targets + thread; k < (i + 1) * a.targets; k += kWarp) {
@@ -59,7 +64,7 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
       outside += target.present && !target.inside;
     }
     mass = warp_sum(mass), present = warp_sum(present), outside = warp_sum(outside);
-    if (thread == 0) targets = {mass, present, outside};
+    if (place == 0) scratch.targets = {mass, present, outside};
   }
 
   constexpr int U = Row<T, A, Plain>::kAtOnce;
@@ -85,13 +90,16 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
   int k = R;
   for (; here(k + U - 1); k += U) take(Width<U>{}, k);
   for (; here(k); ++k) take(Width<1>{}, k);
-  for (int64_t e = thread; e < split.edges; e += threads) {
+  for (int64_t e = place; e < split.edges; e += of_team) {
     const auto piece = read<1>(logits + split.edge(e));
     row.template add<1>(mine, &piece, split.edge(e), 0);
   }
 
   const RowSums<A> none{A(-INFINITY), A(0), A(0), A(0), A(0), kNoColumn};
-  const RowSums<A> sums = block_merge(mine, none, partials, [](const RowSums<A>& s) { return merge_warp(s); });
+  const auto merge = [](const RowSums<A>& s) { return merge_warp(s); };
+  const RowSums<A> of_block = block_merge(mine, none, scratch.partials, merge);
+  const RowSums<A> sums = team_merge<Team>(of_block, none, scratch.whole, merge);
+  const RowTargets<A>& targets = Team::of(0, scratch.targets);
   const bool absent = targets.present == 0;
   const A log_sum = std::log(sums.sum), lse = sums.max + log_sum;
   const A smooth_mass = row.by_class() ? sums.mass / A(a.columns) : targets.mass;
@@ -106,14 +114,14 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
     }
     a.prediction[i] = best;
   }
-  if (thread < kWarp) {
+  if (place < kWarp) {
     A gap(0);  // sum_k w_k (lse - z_k); a weight of zero adds nothing, even to an infinite gap
     for (int64_t t = i * a.targets + thread; t < (i + 1) * a.targets; t += kWarp) {
       const Target<T, A> target(a, t);
       if (target.inside && target.weight != A(0)) gap += target.weight * (log_sum + (sums.max - a.target_logit[t]));
     }
     gap = warp_sum(gap);
-    if (thread == 0) {
+    if (place == 0) {
       const A below = (row.by_class() ? sums.below : targets.mass * sums.below) / A(a.columns);
       const A smooth_gap = smooth_mass * ((sums.max - row.reference) + log_sum) - below;
       a.stats[i] = absent ? A(0) : token.loss(lse, targets.outside > 0 ? A(NAN) : gap, smooth_gap);
@@ -128,7 +136,10 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
       }
     }
   }
-  if (!a.gradient) return;
+  if (!a.gradient) {
+    Team::sync();  // the peers have read
+    return;
+  }
 
   // not 0 * gradient: a NaN under a zero weight stays out
   const A row_scale = a.row_scale ? a.row_scale[i] : A(1), scale = targets.outside > 0 ? A(NAN) : row_scale;
@@ -143,11 +154,11 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
   for (int r = 0; r < R; ++r) {
     if (here(r)) writer(logits, column(r), unseen(kept[r]));
   }
-  for (int64_t e = thread; e < split.edges; e += threads) {
+  for (int64_t e = place; e < split.edges; e += of_team) {
     writer(logits, split.edge(e), read<1>(logits + split.edge(e)));
   }
-  __syncthreads();
-  if (!writer.live || targets.outside > 0) return;
+  Team::sync();
+  if (rank != 0 || !writer.live || targets.outside > 0) return;
   for (int64_t t = thread; t < a.targets; t += threads) {  // over what the whole row got; duplicates add
     const Target<T, A> target(a, i * a.targets + t);
     A weight(0);
@@ -165,28 +176,50 @@ __global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(Cross
   }
 }
 
+template <class Team, class T, class A, bool Plain>
+__global__ void __launch_bounds__(kMaxRowThreads<T>, 1) cross_entropy_rows(CrossEntropyRows<T, A> a, int in_shared) {
+  if constexpr (Team::kCompiled) cross_entropy_row<Team, Plain>(a, in_shared);
+}
+
 struct Plan {
   int threads, in_shared;
+  bool held;  // nothing is read again
+
+  int64_t shared_bytes() const { return static_cast<int64_t>(in_shared) * threads * kPackBytes; }
 };
 
 // The fewest threads with which the rows of a full multiprocessor stay on it; `reserved` is a block's static part.
-Plan plan(int64_t packs, int in_registers, int max_threads, int64_t reserved) {
+Plan plan(int64_t packs_of_block, int in_registers, int max_threads, int64_t reserved) {
   constexpr int64_t kOfDriver = 1024;  // of each block
-  const SharedMemory memory = shared_memory();
+  const Multiprocessor memory = multiprocessor();
   for (int threads = kMinRowThreads;; threads *= 2) {
-    const int64_t share = memory.multiprocessor / (max_threads / threads) - kOfDriver;
-    const int64_t bytes = (memory.block < share ? memory.block : share) - reserved;
+    const int64_t share = memory.shared / (max_threads / threads) - kOfDriver;
+    const int64_t bytes = (memory.shared_of_block < share ? memory.shared_of_block : share) - reserved;
     const int64_t room = bytes > 0 ? bytes / (kPackBytes * threads) : 0;
-    const int64_t each = (packs + threads - 1) / threads, wanted = each > in_registers ? each - in_registers : 0;
-    if (wanted <= room || threads == max_threads) return {threads, static_cast<int>(wanted < room ? wanted : room)};
+    const int64_t each = (packs_of_block + threads - 1) / threads;
+    const int64_t wanted = each > in_registers ? each - in_registers : 0;
+    if (wanted <= room || threads == max_threads) {
+      return {threads, static_cast<int>(wanted < room ? wanted : room), wanted <= room};
+    }
   }
 }
 
+// The smallest cluster that holds the row. Where none does, the largest: then the fewest rows are in flight, and the
+// largest part of each is read once.
 template <bool Plain, class T, class A>
 void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
-  const Plan p = plan(a.columns * sizeof(T) / kPackBytes, kInRegisters<Plain>, kMaxRowThreads<T>, sizeof(Scratch<A>));
-  const int64_t bytes = static_cast<int64_t>(p.in_shared) * p.threads * kPackBytes;
-  launch(cross_entropy_rows<T, A, Plain>, rows, p.threads, bytes, stream, a, p.in_shared);
+  const int max_threads = std::min(kMaxRowThreads<T>, multiprocessor().threads_of_block);
+  const auto by = [&](int blocks) {
+    const int64_t packs = a.columns * sizeof(T) / kPackBytes;
+    return plan((packs + blocks - 1) / blocks, kInRegisters<Plain>, max_threads, sizeof(Scratch<A>));
+  };
+  const auto by_cluster = cross_entropy_rows<Cluster, T, A, Plain>;
+  int blocks = 1;
+  Plan p = by(blocks);
+  const int largest = p.held ? 1 : largest_cluster(by_cluster, p.threads, p.shared_bytes());
+  while (!p.held && 2 * blocks <= largest) p = by(blocks *= 2);
+  launch(blocks > 1 ? by_cluster : cross_entropy_rows<OneBlock, T, A, Plain>, Blocks(rows * blocks, blocks), p.threads,
+         p.shared_bytes(), stream, a, p.in_shared);
 }
 
 }  // namespace

@@ -1,7 +1,29 @@
 // The seam between the kernels and what runs them. nvcc: a launch on a stream. Any other C++ compiler:
-// tests/simt/simt.h, which has the same names and runs the same kernels on the CPU, block after block.
+// tests/simt/simt.h, which has the same names and runs the same kernels on the CPU, cluster after cluster.
 #pragma once
 #include <cstdint>
+
+namespace nitp {
+namespace cuda {
+
+constexpr int kMaxCluster = 8;  // blocks, on every device that has clusters
+
+// What a multiprocessor gives: the threads and the bytes of shared memory that one block may ask for, and the bytes
+// that all its blocks share.
+struct Multiprocessor {
+  int threads_of_block;
+  int64_t shared_of_block, shared;
+};
+
+// The blocks of a launch, of which each `of_cluster` that follow one another are a cluster.
+struct Blocks {
+  int64_t count;
+  int of_cluster;
+  Blocks(int64_t count, int of_cluster = 1) : count(count), of_cluster(of_cluster) {}
+};
+
+}  // namespace cuda
+}  // namespace nitp
 
 #ifdef __CUDACC__
 #include <stdexcept>
@@ -10,23 +32,22 @@
 namespace nitp {
 namespace cuda {
 
-struct SharedMemory {
-  int64_t block, multiprocessor;  // bytes that one block may ask for, and that the blocks of a multiprocessor share
-};
-
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // taken, so that the next call does not report it once more
   throw std::runtime_error(std::string("nitp_ops row kernel: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline SharedMemory shared_memory() {
-  int device = 0, block = 0, multiprocessor = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device attribute");
-  check(cudaDeviceGetAttribute(&multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-        "device attribute");
-  return {block, multiprocessor};
+  check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
+  return value;
+}
+
+inline Multiprocessor multiprocessor() {
+  return {device_attribute(cudaDevAttrMaxThreadsPerBlock), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 
 // One S in the block's shared memory, where no constructor runs.
@@ -42,19 +63,83 @@ __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(memory);
 }
 
+// Whether the code that is being compiled may have the instructions of clusters.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+
+__device__ inline int cluster_rank() {
+  unsigned rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return static_cast<int>(rank);
+}
+
+__device__ inline int cluster_size() {
+  unsigned blocks = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
+#endif
+  return static_cast<int>(blocks);
+}
+
+// A barrier of all threads of all blocks of the cluster, of global and shared memory.
+__device__ inline void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// What stands at this place of shared memory in another block of the cluster, which must have begun and not ended.
+template <class S>
+__device__ S& peer(S& here, int rank) {
+  S* there = &here;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(&here), "r"(rank));
+#endif
+  return *there;
+}
+
 template <class... Arguments>
-void launch(void (*kernel)(Arguments...), int64_t blocks, int threads, int64_t shared_bytes, void* stream,
+void allow(void (*kernel)(Arguments...), int64_t shared_bytes) {
+  if (shared_bytes == 0) return;  // more than 48 KB, or the larger share of the first-level cache, only on request
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "shared memory");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "shared memory");
+}
+
+// How many blocks of this size a cluster of the kernel can have, at most kMaxCluster. 1 where it is code for sm_80,
+// which has no clusters: also on a later device that translates the PTX of compute_80.
+template <class... Arguments>
+int largest_cluster(void (*kernel)(Arguments...), int threads, int64_t shared_bytes) {
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
+  if (code.ptxVersion < 90) return 1;
+  allow(kernel, shared_bytes);
+  cudaLaunchConfig_t config{};
+  config.gridDim = kMaxCluster, config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
+  int blocks = 0;  // fewer on a slice of a device
+  check(cudaOccupancyMaxPotentialClusterSize(&blocks, kernel, &config), "cluster size");
+  return blocks < kMaxCluster ? blocks : kMaxCluster;
+}
+
+template <class... Arguments>
+void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes, void* stream,
             Arguments... arguments) {
-  if (blocks > INT32_MAX) throw std::runtime_error("nitp_ops row kernel: more blocks than a grid has");
-  if (shared_bytes > 0) {  // more than 48 KB, or the larger share of the first-level cache, only on request
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          "shared memory");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-          "shared memory");
-  }
-  kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes),
-           static_cast<cudaStream_t>(stream)>>>(arguments...);
-  check(cudaGetLastError(), "launch");
+  if (blocks.count > INT32_MAX) throw std::runtime_error("nitp_ops row kernel: more blocks than a grid has");
+  allow(kernel, shared_bytes);
+  cudaLaunchAttribute shape{};
+  shape.id = cudaLaunchAttributeClusterDimension;
+  shape.val.clusterDim.x = blocks.of_cluster, shape.val.clusterDim.y = 1, shape.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(blocks.count), config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &shape, config.numAttrs = blocks.of_cluster > 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
 }
 
 }  // namespace cuda

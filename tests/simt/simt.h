@@ -1,9 +1,11 @@
-// Runs CUDA kernels on the CPU: every thread of a block is a fiber with a stack of its own, blocks follow one another.
+// Runs CUDA kernels on the CPU: every thread of a cluster of blocks is a fiber with a stack of its own, clusters follow
+// one another.
 //
-// A fiber runs until it meets a barrier or a shuffle, then the next one does. In which order is a setting: a kernel
-// that lacks a barrier gives other results in another order. Shared memory starts as NaN in every block, and ends where
-// the launch says (AddressSanitizer then sees an access beyond). Threads that wait for others which never come are an
-// error.
+// A fiber runs until it meets a barrier or a shuffle, then the next one of its block does; a block runs until all its
+// fibers wait, then the next one of its cluster does. In which order is a setting: a kernel that lacks a barrier gives
+// other results in another order. Shared memory starts as NaN in every block, is NaN again when the block has ended,
+// and ends where the launch says (AddressSanitizer then sees an access beyond). Threads that wait for others which
+// never come are an error, and so is the shared memory of a block that has not begun or has ended.
 #pragma once
 #include <ucontext.h>
 
@@ -36,15 +38,16 @@ constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kPoison = 0xff;  // a NaN in every floating-point type
 
-// What tests choose: the order in which the fibers of a block run, and how much shared memory a device seems to have.
+// What tests choose: the order in which fibers and blocks run, and what a device seems to have: bytes of shared memory,
+// blocks in a cluster (1: no clusters) and threads in a block.
 struct Settings {
   enum Order : int64_t { forward, backward, shuffled } order = forward;
-  int64_t shared_bytes = 227 * 1024;
+  int64_t shared_bytes = 227 * 1024, cluster = 1, threads = 1024;
 };
 extern Settings settings;
 
-// Threads that wait for one another: a warp or a block. Passing twice is safe, because nobody passes the second time
-// before everybody has arrived there, and so has left the first.
+// Threads that wait for one another: a warp, a block or a cluster. Passing twice is safe, because nobody passes the
+// second time before everybody has arrived there, and so has left the first.
 struct Meeting {
   int members = 0, arrived = 0;
   int64_t round = 0;
@@ -52,8 +55,6 @@ struct Meeting {
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
-  unsigned index = 0;
   Meeting* waits_for = nullptr;
   int64_t round = 0;
   bool done = false;
@@ -64,70 +65,103 @@ struct Warp {
   uint32_t slots[2][kWarpSize];  // of this shuffle and of the one before, which some lanes may still read
 };
 
-// A kernel's static shared memory; every block finds it poisoned.
+// A kernel's static shared memory, a piece for every block of a cluster.
 struct StaticShared {
   size_t size;
-  std::unique_ptr<char[]> bytes;
+  std::vector<std::unique_ptr<char[]>> of_block;
   explicit StaticShared(size_t size);
-  void poison();
 };
 
-class Block {
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Meeting all;
+  std::unique_ptr<char[]> shared;
+  size_t done = 0;  // fibers
+  bool begun = false;
+};
+
+class Cluster {
  public:
-  Block(int threads, int64_t shared_bytes, std::function<void()> body);
-  void run(unsigned index);
+  Cluster(int blocks, int threads, int64_t shared_bytes, std::function<void()> body);
+  void run(unsigned first_block);
   void meet(Meeting& meeting);
   uint32_t shuffle(uint32_t word, int lane);
-  void* shared() { return shared_.get(); }
+  void* peer(const void* here, int rank);  // the same place in another block's shared memory
+  [[noreturn]] void fail(const std::string& what);
+
+  int size() const { return static_cast<int>(blocks_.size()); }
+  int rank() const { return rank_; }
+  Block& block() { return blocks_[rank_]; }
   Meeting all;
 
  private:
   static void enter();
-  std::vector<unsigned> order();
-  std::vector<Fiber> fibers_;
-  std::vector<Warp> warps_;
-  std::unique_ptr<char[]> shared_;
+  std::vector<unsigned> order(size_t count);
+  bool run_block(unsigned rank, unsigned index);  // whether anything moved
+  void poison(unsigned rank);
+  std::vector<Block> blocks_;
+  std::unique_ptr<char[]> stacks_;
   int64_t shared_bytes_;
   std::function<void()> body_;
   ucontext_t scheduler_;
-  Fiber* now_ = nullptr;
+  int rank_ = 0;
+  std::string error_;
   std::mt19937 random_;
 };
-extern Block* block;
+extern Cluster* cluster;  // that runs
 
 }  // namespace simt
 
 namespace cuda {
 
-struct SharedMemory {
-  int64_t block, multiprocessor;
-};
-inline SharedMemory shared_memory() { return {simt::settings.shared_bytes, simt::settings.shared_bytes}; }
+inline Multiprocessor multiprocessor() {
+  const auto& s = simt::settings;
+  return {static_cast<int>(s.threads), s.shared_bytes, s.shared_bytes};
+}
 
 template <class S>
 S& shared() {
   static simt::StaticShared memory(sizeof(S));
-  return *reinterpret_cast<S*>(memory.bytes.get());
+  return *reinterpret_cast<S*>(memory.of_block[simt::cluster->rank()].get());
 }
 
 template <class T>
 T* dynamic_shared() {
-  return static_cast<T*>(simt::block->shared());
+  return reinterpret_cast<T*>(simt::cluster->block().shared.get());
+}
+
+constexpr bool kClusters = true;
+inline int cluster_rank() { return simt::cluster->rank(); }
+inline int cluster_size() { return simt::cluster->size(); }
+inline void cluster_sync() { simt::cluster->meet(simt::cluster->all); }
+
+template <class S>
+S& peer(S& here, int rank) {
+  return *static_cast<S*>(simt::cluster->peer(&here, rank));
 }
 
 template <class... Arguments>
-void launch(void (*kernel)(Arguments...), int64_t blocks, int threads, int64_t shared_bytes, void*,
+int largest_cluster(void (*)(Arguments...), int, int64_t) {
+  return static_cast<int>(simt::settings.cluster);
+}
+
+template <class... Arguments>
+void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes, void*,
             Arguments... arguments) {
   if (threads % simt::kWarpSize != 0 || threads > 1024) throw std::runtime_error("simt: no such block");
-  simt::Block block(threads, shared_bytes, [&] { kernel(arguments...); });
-  for (int64_t i = 0; i < blocks; ++i) block.run(static_cast<unsigned>(i));
+  if (blocks.of_cluster > kMaxCluster || blocks.count % blocks.of_cluster != 0) {
+    throw std::runtime_error("simt: no such cluster");
+  }
+  simt::Cluster cluster(blocks.of_cluster, threads, shared_bytes, [&] { kernel(arguments...); });
+  for (int64_t i = 0; i < blocks.count; i += blocks.of_cluster) cluster.run(static_cast<unsigned>(i));
 }
 
 }  // namespace cuda
 }  // namespace nitp
 
-inline void __syncthreads() { nitp::simt::block->meet(nitp::simt::block->all); }
+inline void __syncthreads() { nitp::simt::cluster->meet(nitp::simt::cluster->block().all); }
 inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t word, int lanes) {
-  if (mask != 0xffffffffu) throw std::runtime_error("simt: every lane takes part in a shuffle");
-  return nitp::simt::block->shuffle(word, static_cast<int>(threadIdx.x % nitp::simt::kWarpSize) ^ lanes);
+  if (mask != 0xffffffffu) nitp::simt::cluster->fail("every lane takes part in a shuffle");
+  return nitp::simt::cluster->shuffle(word, static_cast<int>(threadIdx.x % nitp::simt::kWarpSize) ^ lanes);
 }
