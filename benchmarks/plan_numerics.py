@@ -98,7 +98,8 @@ Machine: {report.machine_line(report.machine(threads))}.
 Forward and backward of `ntp + mtp_parallel(offsets={list(OFFSETS)})` over hidden states that exist already. The heads
 of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the
 ratios within {sizes["rounds"]} interleaved rounds. Memory: the peak of a fresh process's second step, gradients
-included; "heads alone" is what the forward pass of those heads keeps, a part of every way's peak.
+included; "heads alone" is what the forward pass of those heads keeps for their own backward pass, a part of every way's
+peak. The ratios of memory are those of what comes beyond it.
 
 {ways}
 
@@ -124,7 +125,8 @@ def heads(sizes: Sizes, threads: int) -> str:
             alone = in_child(partial(_heads_alone, setting), threads)
             first = [f"{kind} {' x '.join(map(str, shape))}", name]
             seconds = [f"{ratio(times['plan'], times[way]):.2f}" if way in times else "-" for way in list(WAYS)[1:]]
-            memory = [f"{peaks['plan'] / peaks[way]:.2f}" if way in peaks else "-" for way in list(WAYS)[1:]]
+            beyond = {way: max(1, peak - alone) for way, peak in peaks.items()}
+            memory = [f"{beyond['plan'] / beyond[way]:.2f}" if way in beyond else "-" for way in list(WAYS)[1:]]
             rows.append(
                 [
                     *first,
@@ -138,7 +140,7 @@ def heads(sizes: Sizes, threads: int) -> str:
             print(rows[-1], flush=True)
     others = list(WAYS)[1:]
     header = ["heads, N x d x V", "dtype", "plan, ms", *(f"time / {way}" for way in others)]
-    memory_header = ["heads alone, MiB", "plan, MiB", *(f"memory / {way}" for way in others)]
+    memory_header = ["heads alone, MiB", "plan, MiB", *(f"memory beyond / {way}" for way in others)]
     return markdown([*header, *memory_header], rows)
 
 

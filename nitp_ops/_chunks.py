@@ -15,23 +15,33 @@ LEAST_BYTES = 32 * 2**20
 MOST_BYTES = 120 * 2**20
 #: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
 ENOUGH_ROWS = 512
+#: Several jobs share a pass to save memory: their chunk is half as large as the gradient, or has so many rows.
+ENOUGH_SHARED_ROWS = 384
 #: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
 #: least so many bytes (docs/decisions/0014).
 ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
-#: A product on CPU of rows that are no multiple of 8 takes up to 1.3 times as long, one of many rows that are no multiple
-#: of 16 up to 1.06 (docs/log.md): MKL and oneDNN both. Below 8 rows there is nothing to gain.
+#: On CPU a product takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many and
+#: no multiple of 16 (docs/log.md): MKL and oneDNN both. Below 8 rows there is nothing to gain.
 EVEN_ROWS, MANY_ROWS = 8, 2048
 
 
 def rows_per_chunk(
-    rows: int, row_bytes: int, chunk_bytes: int | None, weights: int, least: int = LEAST_BYTES, *, device: str = "cpu"
+    rows: int,
+    row_bytes: int,
+    chunk_bytes: int | None,
+    weights: int,
+    least: int = LEAST_BYTES,
+    *,
+    shared: bool = False,
+    device: str = "cpu",
 ) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
-    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. Chunks of several
-    rows have a multiple of 8, which the products of a CPU are fastest at."""
+    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. shared: with other
+    jobs. Chunks of several rows have a multiple of 8, which the products of a CPU are fastest at."""
     if device == "cpu":
-        default = max(least, min(4 * weights, MOST_BYTES), min(ENOUGH_ROWS * row_bytes, 2 * MOST_BYTES))
+        gradient, enough = (2 * weights, ENOUGH_SHARED_ROWS) if shared else (4 * weights, ENOUGH_ROWS)
+        default = max(least, min(gradient, MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES))
     else:
         default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))

@@ -16,9 +16,9 @@ _OP = "explain"
 class ChunkPlan:
     """The plan of one call, forward and backward.
 
-    rows; chunk_rows: rows a chunk; chunks; workspace_bytes: the reused buffers of one chunk; accumulator_bytes: the
-    float32 sum of weight gradients that are returned in a narrower dtype, 0 where none is needed; flops: of all GEMMs,
-    two a multiply-add."""
+    jobs: sets of rows; rows of each; chunk_rows: rows a chunk; chunks of all jobs; workspace_bytes: the reused buffers
+    of one chunk; accumulator_bytes: the float32 sum of weight gradients that are returned in a narrower dtype, 0 where
+    none is needed; flops: of all GEMMs, two a multiply-add."""
 
     op: str
     rows: int
@@ -27,6 +27,7 @@ class ChunkPlan:
     workspace_bytes: int
     accumulator_bytes: int
     flops: int
+    jobs: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -34,8 +35,9 @@ class ChunkPlan:
         return self.workspace_bytes + self.accumulator_bytes
 
     def __str__(self) -> str:
+        rows = f"{self.jobs} x {self.rows}" if self.jobs > 1 else f"{self.rows}"
         return (
-            f"{self.op}: {self.rows} rows in {self.chunks} chunks of {self.chunk_rows}, workspace "
+            f"{self.op}: {rows} rows in {self.chunks} chunks of {self.chunk_rows}, workspace "
             f"{self.workspace_bytes / 2**20:.1f} MiB, accumulators {self.accumulator_bytes / 2**20:.1f} MiB, "
             f"{self.flops / 1e9:.2f} GFLOP"
         )
@@ -52,6 +54,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     chunk_bytes: int | None = None,
     device: torch.device | str = "cpu",
+    jobs: int = 1,
 ) -> ChunkPlan:
     """The chunk plan of `linear_cross_entropy` or `implicit_token_loss` with gradients for every input.
 
@@ -70,6 +73,7 @@ def explain(
         dtype: of the GEMMs.
         chunk_bytes: as given to the op.
         device: where the tensors are; the default chunks of a GPU are larger.
+        jobs: sets of N rows that share one pass (`shared_linear_cross_entropy`); for linear_cross_entropy.
 
     Returns:
         A `ChunkPlan`; printed, it is one line.
@@ -94,22 +98,27 @@ def explain(
     _check.integer(_OP, "width", width, least=1)
     if op == "linear_cross_entropy":
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
+        _check.integer(_OP, "jobs", jobs, least=1)
         row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
-        step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights, device=place)
+        step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights, shared=jobs > 1, device=place)
     else:
+        if jobs != 1:
+            raise ValueError(f"{_OP}: jobs is {jobs}, expected 1 (implicit_token_loss has a pass of its own)")
         inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
         weights = 2 * inner * width + out_width * inner
         step = _latent_chunks.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights, device=place)
     few = 2 if place == "cpu" else 1  # chunks whose sum needs no buffer beside the returned gradient
-    rounded = dtype.itemsize < 4 and rows > few * step
+    chunks = jobs * -(-rows // step)
+    rounded = dtype.itemsize < 4 and chunks > few
     return ChunkPlan(
         op=op,
         rows=rows,
         chunk_rows=step,
-        chunks=-(-rows // step),
+        chunks=chunks,
         workspace_bytes=min(rows, step) * row_bytes,
         accumulator_bytes=4 * weights if rounded else 0,
-        flops=6 * rows * weights,
+        flops=6 * jobs * rows * weights,
+        jobs=jobs,
     )

@@ -11,10 +11,13 @@ from . import _check, rows
 BLOCK_BYTES = 2 * 2**20
 #: The same on a GPU, which needs large products to be busy.
 BLOCK_BYTES_ON_GPU = 128 * 2**20
+#: A float32 sum that is rounded at the end stands in pieces of so many bytes or more, each given back once it is
+#: rounded: glibc maps blocks over 32 MiB one by one.
+_PIECE_BYTES = 40 * 2**20
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: On CPU a bfloat16 weight gradient of so many rows, no multiple of 16, takes up to 1.15 times as long (docs/log.md): the
-#: rest goes apart. In float32 oneDNN would copy what is cut.
+#: On CPU a bfloat16 weight gradient of so many rows, no multiple of 16, takes up to 1.15 times as long (docs/log.md):
+#: the rest goes apart. In float32 oneDNN would copy what is cut.
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
@@ -124,26 +127,45 @@ class WeightGradient:
         widens = _widens(like.device)
         same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (1 if widens else 2))
         self.in_gemm = same or widens
-        self.sum = torch.empty(shape, dtype=gemm_dtype if same else torch.float32, device=like.device)
+        self.shape, rows = shape, max(1, shape[0])
+        self.block_rows = rows
+        if not self.in_gemm:
+            fitting = BLOCK_BYTES // max(1, shape[1] * gemm_dtype.itemsize)
+            self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
+            pieces = 1 if dtype == torch.float32 else max(1, 4 * shape.numel() // _PIECE_BYTES)
+            rows = -(-rows // (pieces * self.block_rows)) * self.block_rows
+        sum_dtype = gemm_dtype if same else torch.float32
+        heights = [min(rows, shape[0] - first) for first in range(0, max(1, shape[0]), rows)]
+        self.sums = [torch.empty((height, shape[1]), dtype=sum_dtype, device=like.device) for height in heights]
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if not self.in_gemm:
-            self._add_rounded(a, b)
+        if self.in_gemm:
+            matmul(a.t(), b, self.sums[0], add=not self.empty)
         else:
-            matmul(a.t(), b, self.sum, add=not self.empty)
+            self._add_rounded(a, b)
         self.empty = False
 
     def _add_rounded(self, a: Tensor, b: Tensor) -> None:
-        height, width = self.sum.shape
-        rows = min(height, max(_EVEN_ROWS, BLOCK_BYTES // max(1, width * a.element_size()) // _EVEN_ROWS * _EVEN_ROWS))
-        block = b.new_empty((rows, width))
-        for first in range(0, height, max(1, rows)):  # a shard of a vocabulary may have no row
-            into = self.sum[first : first + rows]
-            product = matmul(a[:, first : first + rows].t(), b, block[: into.shape[0]])
-            if self.empty:
-                into.copy_(product)
-            else:
-                torch.ops.nitp_ops.accumulate_rows_(into, product)
+        block, first = b.new_empty((min(self.block_rows, self.shape[0]), self.shape[1])), 0
+        for piece in self.sums:
+            for into in piece.split(self.block_rows):
+                product = matmul(a[:, first : first + len(into)].t(), b, block[: len(into)])
+                if self.empty:
+                    into.copy_(product)
+                else:
+                    torch.ops.nitp_ops.accumulate_rows_(into, product)
+                first += len(into)
 
     def result(self) -> Tensor:
-        return (self.sum.zero_() if self.empty else self.sum).to(self.dtype)
+        """The gradient; the sum is gone."""
+        if self.empty:
+            for piece in self.sums:
+                piece.zero_()
+        if len(self.sums) == 1:
+            return self.sums.pop().to(self.dtype)
+        gradient, end = self.sums[0].new_empty(self.shape, dtype=self.dtype), self.shape[0]
+        while self.sums:
+            piece = self.sums.pop()
+            gradient[end - len(piece) : end] = piece
+            end -= len(piece)
+        return gradient

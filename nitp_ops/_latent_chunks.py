@@ -179,7 +179,6 @@ def _add_all(
         kernels.alignment_rows_(
             p[:n], z, index, part_scale, stats, None, None, options.distance, options.eps, differentiate
         )
-        p[n:].zero_()  # also where a weight is not finite
         if not isinstance(part, slice):
             place(sums.stats, 1, part, stats)
         if not differentiate:

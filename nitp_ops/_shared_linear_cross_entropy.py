@@ -48,7 +48,7 @@ def shared_linear_cross_entropy(
     Args:
         jobs: `HeadJob` s; token_weight may be a 0-d tensor, e.g. weight / count.
         unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out, backend: as
-            in `linear_cross_entropy`.
+            in `linear_cross_entropy`; the default of chunk_bytes for several jobs on CPU is half as large, or 384 rows.
 
     Returns:
         ``(loss, stats)``: a 0-d loss and one `TokenStats` a job.

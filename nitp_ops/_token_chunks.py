@@ -96,15 +96,13 @@ def form(jobs: list[Job], head: Head) -> Formed:
     scales = [_bounded(job, kept) for job, kept in zip(jobs, keep, strict=True)]
     unit = power_of_two(scales) if dtype == torch.float16 else None
     selected = [select(kept, job.max_rows if job.max_rows >= 0 else None) for job, kept in zip(jobs, keep, strict=True)]
-    # of the widest shard: all ranks must cut alike
-    columns = max(head.sizes)
-    row_bytes, weights = columns * dtype.itemsize, columns * weight.shape[1] if head.want_weight else 0
-    lengths = [length_of(each) for each in selected]
-    steps = [
-        rows_per_chunk(length, row_bytes, head.chunk_bytes, weights, device=weight.device.type) for length in lengths
-    ]
     # on CPU silent jobs count for nothing, so that they do not change how the others' gradient is rounded
     loud = [not reads or bool(scale.any()) for scale in scales]
+    # of the widest shard: all ranks must cut alike
+    columns = max(head.sizes)
+    sizes = columns * dtype.itemsize, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
+    lengths = [length_of(each) for each in selected]
+    steps = [rows_per_chunk(each, *sizes, shared=sum(loud) > 1, device=weight.device.type) for each in lengths]
     parts = sum(-(-length // step) for length, step, heard in zip(lengths, steps, loud, strict=True) if heard)
     sums = _Sums(jobs, head, scales, keep, parts)
     _add_all(jobs, head, sums, selected, steps, unit)

@@ -174,6 +174,10 @@ class HeadTerm(Objective):
         """``{part: rows}``, with the parts and the rows that `valid` counts."""
         raise NotImplementedError
 
+    def own_states(self) -> int:
+        """Sets of hidden states beside last_hidden that go through the head, for `explain`."""
+        return 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class LatentTerm(Objective):

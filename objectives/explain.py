@@ -62,18 +62,23 @@ def listing() -> list[str]:
 def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[str]:
     """Head terms of one head share a pass; every latent term has its own."""
     groups: dict[str, list[str]] = {}
+    states: dict[str, set[str]] = {}
     for term in terms:
         shared = isinstance(term, HeadTerm) and "head" in term.requires(info)
-        groups.setdefault("" if shared else str(term.label), []).append(str(term.label))
-    own = {str(term.label) for term in terms if isinstance(term, HeadTerm)}
+        head = "" if shared else str(term.label)
+        groups.setdefault(head, []).append(str(term.label))
+        if isinstance(term, HeadTerm):
+            # rows of last_hidden under equal options are one job
+            options = f"{getattr(term, 'label_smoothing', 0.0)} {getattr(term, 'z_loss', 0.0)}"
+            own = {f"{term.label} {place}" for place in range(term.own_states())}
+            states.setdefault(head, set()).update(own or {f"last_hidden {options}"})
     lines = []
     for head, labels in groups.items():
-        if head and head not in own:
+        if head not in states:
             lines.append(f"{head}: a pass of its own")
             continue
-        plan = nitp_ops.explain(
-            "linear_cross_entropy", rows=tokens, width=info.hidden_size, vocabulary=info.vocab_size, dtype=info.dtype
-        )
+        sizes = {"width": info.hidden_size, "vocabulary": info.vocab_size, "jobs": len(states[head])}
+        plan = nitp_ops.explain("linear_cross_entropy", rows=tokens, dtype=info.dtype, **sizes)
         over = f"a head [V, d] of {head}" if head else "the unembedding"
-        lines.append(f"{', '.join(labels)}: one pass over {over}; each set of rows {plan}")
+        lines.append(f"{', '.join(labels)}: one pass over {over}; {plan}")
     return lines

@@ -98,6 +98,9 @@ class MTPParallel(TokenTerm):
         assert isinstance(module, ParallelHeads)
         return ParallelDrafter(list(module.heads), self.offsets, info) if max(self.offsets) > 1 else None  # type: ignore[arg-type]
 
+    def own_states(self) -> int:
+        return len(self.offsets)
+
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         with torch.device("meta"):
             own = sum(parameter.numel() for parameter in self.make_module(info, 0).parameters())

@@ -104,6 +104,9 @@ class MTPSequential(TokenTerm):
         assert isinstance(module, SequentialModules)
         return SequentialDrafter(list(module.layers), self.source, info)  # type: ignore[arg-type]
 
+    def own_states(self) -> int:
+        return self.depth
+
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         with torch.device("meta"):
             own = sum(parameter.numel() for parameter in self.make_module(info, 0).parameters())

@@ -45,10 +45,12 @@ MUTANTS = (
     Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),
     Mutant(
         "nitp_ops/_token_chunks.py",
-        "chunk if whole else chunk.masked_fill(~live.unsqueeze(1), 0)",
+        "chunk if whole else with_zeros(chunk[:n].masked_fill(~live.unsqueeze(1), 0), even)",
         "chunk",
         "linear_cross_entropy token_semantics objectives_plan",
     ),
+    Mutant("nitp_ops/_token_chunks.py", "padded[n:].zero_()", "pass", "even_rows"),
+    Mutant("nitp_ops/_chunks.py", "rows - len(chunk)))", "rows - len(chunk)), 1)", "even_rows"),
     Mutant("nitp_ops/_token_chunks.py", "given & (labels >= 0) if many else", "given if many else", "token_semantics"),
     Mutant(
         "nitp_ops/_head_job.py", "torch.where(total == 0, 1, total)", "total", "linear_cross_entropy token_semantics"

@@ -5,7 +5,7 @@ import torch
 from budget import outputs, widened, within_budget
 
 import nitp_ops
-from nitp_ops import reference
+from nitp_ops import _gemm, reference
 
 
 def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
@@ -121,6 +121,32 @@ def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
     asked = plan(64, 1000, chunk_bytes=40_000)
     assert (asked.chunk_rows, asked.chunks) == (8, 512)
     assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2
+
+
+def test_jobs_that_share_a_pass_have_chunks_of_half_the_weight_gradient():
+    sizes = {"rows": 8192, "width": 1024, "vocabulary": 25_000, "dtype": torch.bfloat16}
+    one, four = (nitp_ops.explain("linear_cross_entropy", jobs=jobs, **sizes) for jobs in (1, 4))
+    assert one.workspace_bytes <= 4 * 1024 * 25_000 < 2 * one.workspace_bytes
+    assert four.workspace_bytes <= 2 * 1024 * 25_000 < 2 * four.workspace_bytes
+    assert (four.flops, four.accumulator_bytes) == (4 * one.flops, one.accumulator_bytes)
+    with pytest.raises(ValueError, match="jobs is 2, expected 1"):
+        nitp_ops.explain("implicit_token_loss", rows=1, width=8, jobs=2)
+
+
+@pytest.mark.parametrize("height", [1, 16, 100])
+def test_a_sum_in_pieces_is_the_sum(monkeypatch, height):
+    monkeypatch.setattr(_gemm, "BLOCK_BYTES", 1)  # 16 rows a block
+    chunks = [(torch.randn(24, height).bfloat16(), torch.randn(24, 8).bfloat16()) for _ in range(3)]
+    gradients, pieces = [], []
+    for bytes_of_one in (2**40, 1000):
+        monkeypatch.setattr(_gemm, "_PIECE_BYTES", bytes_of_one)
+        sum_ = _gemm.WeightGradient(torch.Size((height, 8)), torch.bfloat16, torch.bfloat16, chunks[0][0], chunks=3)
+        for a, b in chunks:
+            sum_.add(a, b)
+        pieces.append(len(sum_.sums))
+        gradients.append(sum_.result())
+    assert pieces == [1, {1: 1, 16: 1, 100: 3}[height]]
+    assert torch.equal(*gradients)
 
 
 def test_a_vocabulary_of_one_costs_nothing():

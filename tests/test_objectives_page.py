@@ -40,9 +40,22 @@ def test_explain_gives_bytes_and_the_plan_of_passes(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     assert f"bytes a token: {2 * 1280 * 4:,} read (2 hidden streams of d numbers of 4 bytes)" in text
     assert "passes over 4,096 tokens:" in text
-    assert "ntp, more: one pass over the unembedding; each set of rows linear_cross_entropy: 4096 rows" in text
+    assert "ntp, more: one pass over the unembedding; linear_cross_entropy: 2 x 4096 rows" in text
     assert "nitp: a pass of its own" in text
     assert "2 head terms of 4 terms, 26,214,400 parameters added" in text
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [
+        ("ntp + mtp_shared(offsets=[2, 3])", "64 rows"),
+        ("ntp + mtp_parallel(offsets=[2, 3])", "3 x 64 rows"),
+        ("mtp_sequential(depth=2)", "2 x 64 rows"),
+    ],
+)
+def test_explain_counts_the_sets_of_rows_that_share_a_pass(spec: str, rows: str):
+    text = build(spec, model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4)).explain(tokens=64)
+    assert f"one pass over the unembedding; linear_cross_entropy: {rows} in" in text
 
 
 def test_a_spec_that_is_wrong_is_explained_on_standard_error(capsys: pytest.CaptureFixture[str]):
