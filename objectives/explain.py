@@ -77,8 +77,14 @@ def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[st
         if head not in states:
             lines.append(f"{head}: a pass of its own")
             continue
-        sizes = {"width": info.hidden_size, "vocabulary": info.vocab_size, "jobs": len(states[head])}
-        plan = nitp_ops.explain("linear_cross_entropy", rows=tokens, dtype=info.dtype, **sizes)
+        plan = nitp_ops.explain(
+            "linear_cross_entropy",
+            rows=tokens,
+            width=info.hidden_size,
+            vocabulary=info.vocab_size,
+            dtype=info.dtype,
+            jobs=len(states[head]),
+        )
         over = f"a head [V, d] of {head}" if head else "the unembedding"
         lines.append(f"{', '.join(labels)}: one pass over {over}; {plan}")
     return lines
