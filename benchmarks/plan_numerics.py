@@ -99,9 +99,9 @@ Machine: {report.machine_line(report.machine(threads))}.
 
 Forward and backward of `ntp + mtp_parallel(offsets={list(OFFSETS)})` over hidden states that exist already. The heads
 of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the
-ratios within {sizes["rounds"]} interleaved rounds, fewer for a way that takes longer than {SECONDS:.0f} s. Memory: the peak of a fresh process's second step, gradients
-included; "heads alone" is what the forward pass of those heads keeps for their own backward pass, a part of every way's
-peak. The ratios of memory are those of what comes beyond it.
+ratios within {sizes["rounds"]} interleaved rounds; a way leaves them after {SECONDS:.0f} s. Memory: the peak of a fresh
+process's second step, gradients included; "heads alone" is what the forward pass of those heads keeps for their own
+backward pass, a part of every way's peak. The ratios of memory are those of what comes beyond it.
 
 {ways}
 
