@@ -47,6 +47,4 @@ void onednn_matmul_(Tensor out, Tensor a, Tensor b) {
 
 extern "C" __attribute__((visibility("default"))) bool nitp_ops_has_onednn_matmul() { return onednn_matmul != nullptr; }
 
-STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
-  m.impl("onednn_matmul_", TORCH_BOX(&onednn_matmul_));
-}
+STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) { m.impl("onednn_matmul_", TORCH_BOX(&onednn_matmul_)); }
