@@ -55,6 +55,16 @@ def _figure(ink: str, columns: int, height: float = 3.0) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _plain_ticks(axis: Any) -> None:
+    """1, 2 and 5 times each power of ten, written out: matplotlib's labels are formulas, which `svg` leaves alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        side.set_minor_locator(NullLocator())
+
+
 def growth(document: dict[str, Any], key: str, colours: tuple[str, ...]) -> Any:
     """A panel an axis: time or extra memory of each against the size."""
     label, unit = UNITS[key]
@@ -74,6 +84,7 @@ def growth(document: dict[str, Any], key: str, colours: tuple[str, ...]) -> Any:
             )
         fixed = ", ".join(f"{name} = {value}" for name, value in found["fixed"].items())
         axis.set_xlabel(f"{found['axis']}  ({fixed})")
+        _plain_ticks(axis)
         axis.legend(labelcolor=colours[0], frameon=False, fontsize=7)
     axes[0].set_ylabel(f"{label}, {document['sweeps'][0]['dtype']}")
     return figure
@@ -89,6 +100,7 @@ def errors(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
             values = [line[place] for line in lines]
             axis.loglog(found["chunks"], values, style, marker="o", ms=3, color=colours[PLACES[name]], label=name)
         axis.set_title(title, fontsize=9)
+        _plain_ticks(axis)
         axis.set_xlabel("chunks")
     axes[0].set_ylabel("error against float64, bfloat16")
     axes[0].legend(labelcolor=colours[0], frameon=False, fontsize=7)
@@ -113,6 +125,7 @@ def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
         axis.annotate(f"N={point['N']}", at, color=colours[0], fontsize=6, xytext=(3, -9), textcoords="offset points")
     axis.set_xlabel(f"FLOPs a byte that must move (d = {found['d']}, V = {found['V']})")
     axis.set_ylabel(f"GFLOP/s, {found['dtype']}")
+    _plain_ticks(axis)
     axis.legend(labelcolor=colours[0], frameon=False, fontsize=7)
     return figure
 

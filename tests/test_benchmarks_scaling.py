@@ -63,7 +63,7 @@ def test_the_plots_are_svg_in_both_themes_and_the_page_names_them(study, tmp_pat
     for path in written[:-1]:
         root = xml.fromstring(path.read_text())
         assert root.tag == f"{SVG}svg" and len(list(root.iter(f"{SVG}path"))) > 10
-        assert f"plots/{path.name}" in text
+        assert f"plots/{path.name}" in text and "mathdefault" not in path.read_text()
     light, dark = ((tmp_path / f"plots/time-{theme}.svg").read_text() for theme in ("light", "dark"))
     assert light != dark and plots.THEMES["light"][0] in light and plots.THEMES["dark"][0] in dark
     assert "prefers-color-scheme: dark" in text and report.machine_line(study["machine"]) in text
