@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _check, _latent_chunks
-from ._chunks import rows_per_chunk
+from ._chunks import even_rows, rows_per_chunk
 
 _OP = "explain"
 
@@ -117,7 +117,7 @@ def explain(
         rows=rows,
         chunk_rows=step,
         chunks=chunks,
-        workspace_bytes=min(rows, step) * row_bytes,
+        workspace_bytes=even_rows(min(rows, step), torch.device(device)) * row_bytes,
         accumulator_bytes=4 * weights if rounded else 0,
         flops=6 * jobs * rows * weights,
         jobs=jobs,

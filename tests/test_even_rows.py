@@ -4,7 +4,7 @@ import pytest
 import torch
 from budget import close, outputs
 
-from nitp_ops import implicit_token_loss, linear_cross_entropy
+from nitp_ops import explain, implicit_token_loss, linear_cross_entropy
 from nitp_ops._chunks import even_rows, with_zeros
 
 CPU = torch.device("cpu")
@@ -17,6 +17,10 @@ COUNTS = [1, 7, 8, 9, 15, 23, 2049]
 def test_a_product_has_a_multiple_of_eight_rows_and_of_sixteen_where_they_are_many(rows, even):
     assert even_rows(rows, CPU) == even
     assert even_rows(rows, torch.device("cuda")) == rows
+
+
+def test_explain_counts_the_zeros():
+    assert explain("linear_cross_entropy", rows=9, width=4, vocabulary=10).workspace_bytes == 16 * 10 * 4
 
 
 def test_a_chunk_that_is_even_is_not_copied():

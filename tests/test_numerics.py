@@ -1,11 +1,13 @@
 """Errors at sizes, offsets and chunk counts where other formulas lose them."""
 
+from functools import partial
+
 import pytest
 import torch
 from budget import outputs, widened, within_budget
 
 import nitp_ops
-from nitp_ops import _gemm, reference
+from nitp_ops import _chunks, _gemm, _token_chunks, reference
 
 
 def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
@@ -131,6 +133,21 @@ def test_jobs_that_share_a_pass_have_chunks_of_half_the_weight_gradient():
     assert (four.flops, four.accumulator_bytes) == (4 * one.flops, one.accumulator_bytes)
     with pytest.raises(ValueError, match="jobs is 2, expected 1"):
         nitp_ops.explain("implicit_token_loss", rows=1, width=8, jobs=2)
+
+
+def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
+    for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
+        monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or half as large
+    monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(_chunks.rows_per_chunk, least=1))
+    hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
+    labels = torch.randint(0, 64, (512,))
+
+    def gradient(*weights):
+        jobs = [nitp_ops.HeadJob(hidden, labels, torch.tensor(w)) for w in weights]
+        return torch.autograd.grad(nitp_ops.shared_linear_cross_entropy(jobs, weight)[0], weight)[0]
+
+    assert torch.equal(gradient(1.0), gradient(1.0, 0.0))
+    assert not torch.equal(gradient(1.0), gradient(0.5, 0.5))  # chunks of half the rows round in other places
 
 
 @pytest.mark.parametrize("height", [1, 16, 100])
