@@ -24,7 +24,7 @@ TARGET_FLAGS = {
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
+KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "gemm", "scale", "swiglu")
 # 2.11 is the oldest torch that the library loads into; newer ones keep the same binary interface.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 FLAGS = (
@@ -73,7 +73,12 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
     objects = [("instruction_set", CSRC / "cpu/instruction_set.cpp", flags)]
     objects += [
         (name, CSRC / f"{path}.cpp", f"{flags} {includes}")
-        for name, path in (("library", "library"), ("entry", "cpu/entry"), ("onednn", "cpu/onednn"))
+        for name, path in (
+            ("library", "library"),
+            ("entry", "cpu/entry"),
+            ("gemm_entry", "cpu/gemm_entry"),
+            ("onednn", "cpu/onednn"),
+        )
     ]
     for target in TARGET_FLAGS if x86 else ("portable",):
         for kernel in KERNELS:

@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
       "Tensor? bias, Tensor? class_weight, Tensor factors, float softcap, float logit_scale) -> ()");
   m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
   m.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
-  // Not row kernels: oneDNN's float32 product, where torch.mm would take a slower library, and advice to the kernel.
+  // Not row kernels: products, out = a b or (gemm_) out += a b, where torch.mm would take a slower library.
+  m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
   m.def("onednn_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
 }

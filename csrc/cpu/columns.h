@@ -9,10 +9,7 @@
 
 #include "../host_device.h"
 #ifdef __AVX512F__
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 about its own header
-#include <immintrin.h>
-#pragma GCC diagnostic pop
+#include "avx512.h"
 #endif
 
 #define NITP_INLINE __attribute__((always_inline))

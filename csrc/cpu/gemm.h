@@ -1,0 +1,41 @@
+// A matrix product: out[m, n] = a[m, k] b[k, n], or out += a b. Sums are float32, whatever the operands.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+#include "../host_device.h"
+
+namespace nitp {
+
+// Line i (a row of a, a column of b) at depth k lies at data[i * line + k * depth]; one of the strides is 1.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t line, depth;
+};
+
+template <class T, class O>
+struct Gemm {
+  Operand<T> a, b;
+  O* out;
+  int64_t m, n, k, stride;  // of the rows of out
+  bool add;
+};
+
+// Who works: run(count, task) calls task(i) once for each i below count, by up to `threads` threads.
+struct Team {
+  int64_t threads;
+  void (*run)(int64_t count, const std::function<void(int64_t)>& task);
+};
+
+namespace avx512 {
+void gemm(const Gemm<float, float>& product, Team team);
+}
+namespace avx512_bf16 {
+void gemm(const Gemm<bfloat16, bfloat16>& product, Team team);
+void gemm(const Gemm<bfloat16, float>& product, Team team);
+}  // namespace avx512_bf16
+}  // namespace nitp
+
+// Whether products of such numbers are this library's own here.
+extern "C" __attribute__((visibility("default"))) bool nitp_ops_has_gemm(bool of_bfloat16);

@@ -1,0 +1,85 @@
+// gemm_: products on CPU, by this library where it is faster than what torch.mm calls.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "gemm.h"
+#include "rows.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+bool of_intel() {
+#ifdef NITP_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");  // MKL is at home there, and has matrix instructions that this library has not
+#else
+  return false;
+#endif
+}
+
+const bool intel = of_intel();
+
+void run(int64_t count, const std::function<void(int64_t)>& task) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) task(i);
+  });
+}
+
+template <class T>
+nitp::Operand<T> operand(const Tensor& t, int line, int depth) {
+  return {static_cast<const T*>(t.data_ptr()), t.stride(line), t.stride(depth)};
+}
+
+template <class T, class O>
+nitp::Gemm<T, O> product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  return {operand<T>(a, 0, 1),
+          operand<T>(b, 1, 0),
+          static_cast<O*>(out.data_ptr()),
+          a.size(0),
+          b.size(1),
+          a.size(1),
+          out.stride(0),
+          add};
+}
+
+// One stride is 1; of a single line, or a single depth, the other may be anything.
+bool is_matrix(const Tensor& t) {
+  return t.is_cpu() && t.dim() == 2 && t.numel() > 0 && (t.stride(0) == 1 || t.stride(1) == 1);
+}
+
+void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
+  STD_TORCH_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && out.stride(1) == 1,
+                  "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a and b with dense "
+                  "rows or columns");
+  STD_TORCH_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),
+                  "nitp_ops::gemm_: shapes do not match");
+  const ScalarType of = a.scalar_type(), into = out.scalar_type();
+  const bool narrow = of == ScalarType::BFloat16;
+  STD_TORCH_CHECK(
+      b.scalar_type() == of && (into == of || into == ScalarType::Float) && (narrow || of == ScalarType::Float),
+      "nitp_ops::gemm_: expected float32, or bfloat16 into bfloat16 or float32");
+  STD_TORCH_CHECK(nitp_ops_has_gemm(narrow), "nitp_ops::gemm_: not for this processor");
+#ifdef NITP_X86
+  const nitp::Team team{static_cast<int64_t>(torch::stable::get_num_threads()), run};
+  if (!narrow) {
+    nitp::avx512::gemm(product<float, float>(out, a, b, add), team);
+  } else if (into == of) {
+    nitp::avx512_bf16::gemm(product<nitp::bfloat16, nitp::bfloat16>(out, a, b, add), team);
+  } else {
+    nitp::avx512_bf16::gemm(product<nitp::bfloat16, float>(out, a, b, add), team);
+  }
+#endif
+}
+
+}  // namespace
+
+extern "C" bool nitp_ops_has_gemm(bool of_bfloat16) {
+  const nitp::InstructionSet least = of_bfloat16 ? nitp::InstructionSet::avx512_bf16 : nitp::InstructionSet::avx512;
+  return !intel && nitp_instruction_set() >= least;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) { m.impl("gemm_", TORCH_BOX(&gemm_)); }
