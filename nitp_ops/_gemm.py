@@ -19,6 +19,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 #: On CPU a bfloat16 weight gradient of so many rows, no multiple of 16, takes up to 1.15 times as long (docs/log.md):
 #: the rest goes apart. In float32 oneDNN would copy what is cut.
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
+#: Of a product of this library's own; smaller ones have no use for its packing (docs/log.md).
+_LEAST_SIDE = 16
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 
@@ -42,30 +44,39 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
     return torch.float32 if dtype == torch.float16 and device == "cpu" else dtype
 
 
-def _has_onednn() -> bool:
-    if rows.missing is not None:
-        return False
+if rows.missing is None:
     from . import _C  # links against the operator library, which `rows` has loaded
 
-    return _C.has_onednn_matmul()
+    _ONEDNN = _C.has_onednn_matmul()
+else:
+    _C, _ONEDNN = None, False
 
 
-_ONEDNN = _has_onednn()
+def has_own(device: str, dtype: torch.dtype) -> bool:
+    """Whether this library multiplies such numbers itself: on CPUs with AVX-512 that MKL is not made for."""
+    own = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _C is not None
+    return own and _C.has_gemm(dtype == torch.bfloat16)
 
 
 def direct(out: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
     """The rows of `out` as a view that `matmul` of `dtype` numbers can write into, or None: then `place` them."""
-    fits = out.dtype == dtype or (_widens(out.device) and dtype in _NARROW and out.dtype == torch.float32)
+    fits = out.dtype == dtype or (dtype in _NARROW and out.dtype == torch.float32 and _widens(out.device, dtype))
     return out[rows] if isinstance(rows, slice) and fits else None
 
 
-def _widens(device: torch.device) -> bool:
+def _widens(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a product of bfloat16 or float16 numbers can be written, and summed, in float32 without a rounding."""
-    return device.type == "cuda"
+    return device.type == "cuda" or has_own(device.type, dtype)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b (there MKL is as fast as oneDNN, and its sums round half as much)."""
+    if has_own(a.device.type, a.dtype) and (
+        out.dtype != a.dtype or min(a.shape[0], a.shape[1], b.shape[1]) >= _LEAST_SIDE
+    ):
+        if out.numel():
+            torch.ops.nitp_ops.gemm_(out, _dense(a), _dense(b), add)
+        return out
     if out.dtype != a.dtype:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -86,6 +97,11 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         torch.ops.nitp_ops.onednn_matmul_(out, a, b)
         return out
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """With dense rows or dense columns."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 class Weight:
@@ -118,43 +134,43 @@ class Weight:
 class WeightGradient:
     """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to `dtype`.
 
-    On CUDA the product itself adds to the float32 sum. ATen has no bfloat16 x bfloat16 -> float32 product on CPU: there
-    a chunk's product rounds to bfloat16 before it is added, one block of rows at a time. A single chunk needs no
-    float32 sum, nor do two on CPU: the second product is added to the first before its own rounding."""
+    On CUDA, and where the CPU's products are this library's own, the product itself adds to the float32 sum. ATen has no
+    bfloat16 x bfloat16 -> float32 product on CPU: there a chunk's product rounds to bfloat16 before it is added, one
+    block of rows at a time. A single chunk needs no float32 sum, nor do two on CPU: the second product is added to the
+    first before its own rounding."""
 
     def __init__(self, shape: torch.Size, gemm_dtype: torch.dtype, dtype: torch.dtype, like: Tensor, chunks: int):
-        self.dtype, self.empty = dtype, True
-        widens = _widens(like.device)
-        same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (1 if widens else 2))
-        self.in_gemm = same or widens
-        self.shape, rows = shape, max(1, shape[0])
-        self.block_rows = rows
-        if not self.in_gemm:
-            fitting = BLOCK_BYTES // max(1, shape[1] * gemm_dtype.itemsize)
-            self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
-            pieces = 1 if dtype == torch.float32 else max(1, 4 * shape.numel() // _PIECE_BYTES)
-            rows = -(-rows // (pieces * self.block_rows)) * self.block_rows
+        self.dtype, self.empty, self.shape = dtype, True, shape
+        on_cpu = like.device.type == "cpu"
+        same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (2 if on_cpu else 1))
+        self.in_gemm = same or _widens(like.device, gemm_dtype)
         sum_dtype = gemm_dtype if same else torch.float32
+        fitting = BLOCK_BYTES // max(1, shape[1] * gemm_dtype.itemsize)
+        self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
+        pieces = max(1, 4 * shape.numel() // _PIECE_BYTES) if on_cpu and sum_dtype != dtype else 1
+        rows = -(-max(1, shape[0]) // (pieces * self.block_rows)) * self.block_rows
         heights = [min(rows, shape[0] - first) for first in range(0, max(1, shape[0]), rows)]
         self.sums = [torch.empty((height, shape[1]), dtype=sum_dtype, device=like.device) for height in heights]
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        if self.in_gemm:
-            matmul(a.t(), b, self.sums[0], add=not self.empty)
-        else:
-            self._add_rounded(a, b)
+        first = 0
+        for piece in self.sums:
+            of_piece = a[:, first : first + len(piece)].t()
+            if self.in_gemm:
+                matmul(of_piece, b, piece, add=not self.empty)
+            else:
+                self._add_rounded(of_piece, b, piece)
+            first += len(piece)
         self.empty = False
 
-    def _add_rounded(self, a: Tensor, b: Tensor) -> None:
-        block, first = b.new_empty((min(self.block_rows, self.shape[0]), self.shape[1])), 0
-        for piece in self.sums:
-            for into in piece.split(self.block_rows):
-                product = matmul(a[:, first : first + len(into)].t(), b, block[: len(into)])
-                if self.empty:
-                    into.copy_(product)
-                else:
-                    torch.ops.nitp_ops.accumulate_rows_(into, product)
-                first += len(into)
+    def _add_rounded(self, a: Tensor, b: Tensor, sum_: Tensor) -> None:
+        block = b.new_empty((min(self.block_rows, len(sum_)), self.shape[1]))
+        for part, into in zip(a.split(self.block_rows), sum_.split(self.block_rows), strict=True):
+            product = matmul(part, b, block[: len(into)])
+            if self.empty:
+                into.copy_(product)
+            else:
+                torch.ops.nitp_ops.accumulate_rows_(into, product)
 
     def result(self) -> Tensor:
         """The gradient; the sum is gone."""

@@ -16,8 +16,10 @@ namespace NITP_TARGET {
 
 // Depth of a part, in words: a tile of it takes about 8 us and reads and writes `out` once.
 constexpr int64_t kPart = 1024;
-constexpr int64_t kBlockBytes = 256 << 10;
-constexpr int64_t kCellHeight = 1024, kCellWidth = 512;
+// Packed rows stay in the second-level cache, packed columns in the last-level one.
+constexpr int64_t kBlockBytes = 256 << 10, kColumnBytes = 2 << 20;
+// Cells are high, so that their columns are packed once; less high where their sums wait in float32.
+constexpr int64_t kHeightAtMost = 8192, kHeightOfSums = 1024;
 
 // The depth in parts of equal size, whole words.
 struct Depth {
@@ -50,14 +52,14 @@ class Scratch {
   std::unique_ptr<uint32_t, Free> memory_;
 };
 
-// [rows, columns] cells of at most kCellHeight x kCellWidth, the same number for each thread; among such grids the one
+// [rows, columns] cells of at most `highest` x `widest`, the same number for each thread; among such grids the one
 // that packs least, which is m once for every column of cells, n once for every row.
 struct Grid {
   int64_t height, width, columns, cells;
 
-  Grid(int64_t m, int64_t n, int64_t threads) : columns(0) {
+  Grid(int64_t m, int64_t n, int64_t highest, int64_t widest, int64_t threads) : columns(0) {
     int64_t rows = 0;
-    const int64_t least_rows = parts_of(m, kCellHeight), least_columns = parts_of(n, kCellWidth);
+    const int64_t least_rows = parts_of(m, highest), least_columns = parts_of(n, widest);
     for (int64_t r = least_rows; r < least_rows + threads; ++r) {
       int64_t c = least_columns;
       while (r * c % threads != 0) ++c;
@@ -108,10 +110,11 @@ void fetch(Ahead& ahead, Operand<T> x, int64_t begin, int64_t end, int64_t from,
 template <class T, class O>
 void by_cells(const Gemm<T, O>& g, Team team) {
   const Depth depth = Depth::of(g.a, g.k);
-  const Grid grid(g.m, g.n, team.threads);
   const int64_t words = depth.size / in_word<T>;
-  const int64_t block = std::min(grid.height, std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight);
   const bool waits = sizeof(O) < 4 && depth.cut();  // the sums, in float32, for the rounding at their end
+  const int64_t widest = std::max<int64_t>(kWidth, kColumnBytes / (4 * words));
+  const Grid grid(g.m, g.n, waits ? kHeightOfSums : kHeightAtMost, widest, team.threads);
+  const int64_t block = std::min(grid.height, std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight);
   const int64_t of_columns = grid.width * words, of_rows = Scratch::lines(block * words);
   const Scratch scratch(of_columns + of_rows + (waits ? grid.height * grid.width : 0), team.threads);
   team.run(team.threads, [&](int64_t thread) {
