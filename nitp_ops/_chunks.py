@@ -20,9 +20,8 @@ ENOUGH_SHARED_ROWS = 384
 #: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
 #: least so many bytes (docs/decisions/0014).
 ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
-#: On CPU a product takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many and
-#: no multiple of 16 (docs/log.md): MKL and oneDNN both. Below 8 rows there is nothing to gain.
-EVEN_ROWS, MANY_ROWS = 8, 2048
+#: Rows of a chunk are a multiple of so many, which the products of MKL and oneDNN are fastest at.
+EVEN_ROWS = 8
 
 
 def rows_per_chunk(
@@ -109,14 +108,6 @@ def chunks(selected: Tensor | slice, step: int) -> Iterator[Tensor | slice]:
             yield slice(selected.start + first, min(selected.start + first + step, selected.stop))
         else:
             yield selected[first : first + step]
-
-
-def even_rows(rows: int, device: torch.device) -> int:
-    """As many rows as a product on `device` should have: up to 15 more."""
-    if device.type != "cpu" or rows < EVEN_ROWS:
-        return rows
-    multiple = EVEN_ROWS if rows < MANY_ROWS else 2 * EVEN_ROWS
-    return -(-rows // multiple) * multiple
 
 
 def with_zeros(chunk: Tensor, rows: int) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, rows
+from ._chunks import EVEN_ROWS
 
 #: A block of a weight that is cast, or of a product that is summed, at a time: it stays in the second-level cache.
 BLOCK_BYTES = 2 * 2**20
@@ -16,11 +17,10 @@ BLOCK_BYTES_ON_GPU = 128 * 2**20
 _PIECE_BYTES = 40 * 2**20
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: On CPU a bfloat16 weight gradient of so many rows, no multiple of 16, takes up to 1.15 times as long (docs/log.md):
-#: the rest goes apart. In float32 oneDNN would copy what is cut.
+#: A product by MKL or oneDNN takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are
+#: many and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md). In
+#: float32 oneDNN would copy what is cut.
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
-#: Of a product of this library's own; smaller ones have no use for its packing (docs/log.md).
-_LEAST_SIDE = 16
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 
@@ -58,6 +58,14 @@ def has_own(device: str, dtype: torch.dtype) -> bool:
     return own and _C.has_gemm(dtype == torch.bfloat16)
 
 
+def even_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """As many rows as a product on `device` should have: up to 15 more, or none where products are our own."""
+    if device.type != "cpu" or rows < EVEN_ROWS or has_own(device.type, dtype):
+        return rows
+    multiple = EVEN_ROWS if rows < _MANY_ROWS else 2 * EVEN_ROWS
+    return -(-rows // multiple) * multiple
+
+
 def direct(out: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
     """The rows of `out` as a view that `matmul` of `dtype` numbers can write into, or None: then `place` them."""
     fits = out.dtype == dtype or (dtype in _NARROW and out.dtype == torch.float32 and _widens(out.device, dtype))
@@ -71,11 +79,10 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b (there MKL is as fast as oneDNN, and its sums round half as much)."""
-    if has_own(a.device.type, a.dtype) and (
-        out.dtype != a.dtype or min(a.shape[0], a.shape[1], b.shape[1]) >= _LEAST_SIDE
-    ):
-        if out.numel():
-            torch.ops.nitp_ops.gemm_(out, _dense(a), _dense(b), add)
+    if has_own(a.device.type, a.dtype):
+        if min(*a.shape, *b.shape) == 0:
+            return out if add else out.zero_()
+        torch.ops.nitp_ops.gemm_(out, _dense(a), _dense(b), add)
         return out
     if out.dtype != a.dtype:
         if add:
@@ -101,7 +108,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
 
 def _dense(matrix: Tensor) -> Tensor:
     """With dense rows or dense columns."""
-    return matrix if 1 in matrix.stride() else matrix.contiguous()
+    return matrix if 1 in (*matrix.shape, *matrix.stride()) else matrix.contiguous()
 
 
 class Weight:
@@ -134,10 +141,10 @@ class Weight:
 class WeightGradient:
     """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to `dtype`.
 
-    On CUDA, and where the CPU's products are this library's own, the product itself adds to the float32 sum. ATen has no
-    bfloat16 x bfloat16 -> float32 product on CPU: there a chunk's product rounds to bfloat16 before it is added, one
-    block of rows at a time. A single chunk needs no float32 sum, nor do two on CPU: the second product is added to the
-    first before its own rounding."""
+    On CUDA, and where products on CPU are this library's own, the product itself adds to the float32 sum. ATen has no
+    bfloat16 x bfloat16 -> float32 product on CPU: elsewhere a chunk's product rounds to bfloat16 before it is added,
+    one block of rows at a time. A single chunk needs no float32 sum, nor do two on CPU: the second product is added to
+    the first before its own rounding."""
 
     def __init__(self, shape: torch.Size, gemm_dtype: torch.dtype, dtype: torch.dtype, like: Tensor, chunks: int):
         self.dtype, self.empty, self.shape = dtype, True, shape

@@ -29,14 +29,13 @@ from ._chunks import (
     MOST_BYTES,
     Rows,
     chunks,
-    even_rows,
     length_of,
     place,
     rows_per_chunk,
     select,
     with_zeros,
 )
-from ._gemm import WeightGradient, direct, matmul
+from ._gemm import WeightGradient, direct, even_rows, matmul
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 
 
@@ -152,14 +151,14 @@ def _add_all(
     gate_up = None if gate is None or up is None else _fused_gate_up(gate, up, dtype)
     w_down = None if down is None else down.to(dtype)
     inner, out_width = 0 if gate is None else gate.shape[0], latent.width
-    most = even_rows(min(step, length_of(selected)), scale.device)
+    most = even_rows(min(step, length_of(selected)), scale.device, dtype)
     buffer = torch.empty(most * (3 * inner + out_width), dtype=dtype, device=scale.device)
     for part in chunks(selected, step):
         h = source.take(part).to(dtype)
         if not reads:
             h = h.masked_fill(~pairs.keep[part].unsqueeze(1), 0)
         n = h.shape[0]
-        even = n if w_down is None else even_rows(n, scale.device)
+        even = n if w_down is None else even_rows(n, scale.device, dtype)
         h = with_zeros(h, even)
         both = buffer[: even * 2 * inner].view(even, 2 * inner)
         a = buffer[even * 2 * inner : even * 3 * inner].view(even, inner)

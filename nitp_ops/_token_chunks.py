@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import Rows, chunks, even_rows, length_of, place, rows_per_chunk, select, with_zeros
-from ._gemm import Weight, WeightGradient, direct
+from ._chunks import Rows, chunks, length_of, place, rows_per_chunk, select, with_zeros
+from ._gemm import Weight, WeightGradient, direct, even_rows
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._vocab_shard import ReducedRows, ShardRows, VocabShard
 
@@ -183,7 +183,7 @@ def _add_all(
     vocabulary, shard, work = sum(head.sizes), head.shard, sums.stats.dtype
     reads, kernels, weight = _check.host_reads(device), rows.kernels(head.backend), Weight(head.unembedding, dtype)
     bias = None if head.bias is None else head.bias.to(sums.stats.dtype).contiguous()
-    most = max(even_rows(min(step, length_of(part)), device) for step, part in zip(steps, selected, strict=True))
+    most = max(even_rows(min(step, length_of(part)), device, dtype) for step, part in zip(steps, selected, strict=True))
     buffer = torch.empty((most, columns), dtype=dtype, device=device)
     rows_buffer = torch.empty((most, width), dtype=dtype, device=device)
     reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
@@ -196,7 +196,7 @@ def _add_all(
         any_gradient = d_rows is not None or sums.d_weight is not None or sums.d_bias is not None
         for part in chunks(selected[place_], steps[place_]):
             n = length_of(part)
-            even = even_rows(n, device)
+            even = even_rows(n, device, dtype)
             chunk = with_zeros(source.take(part).to(dtype), even)
             part_scale = scale[part].contiguous()
             live = part_scale != 0

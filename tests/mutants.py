@@ -52,8 +52,13 @@ MUTANTS = (
     Mutant("nitp_ops/_token_chunks.py", "padded[n:].zero_()", "pass", "even_rows"),
     Mutant("nitp_ops/_token_chunks.py", "shared=sum(loud) > 1", "shared=len(jobs) > 1", "numerics"),
     Mutant("nitp_ops/_gemm.py", "gradient[end - len(piece) : end]", "gradient[: len(piece)]", "numerics"),
-    Mutant("nitp_ops/_gemm.py", "first += len(into)", "first += 0", "numerics"),
-    Mutant("nitp_ops/_explain.py", "even_rows(min(rows, step), torch.device(device))", "min(rows, step)", "even_rows"),
+    Mutant("nitp_ops/_gemm.py", "first += len(piece)", "first += 0", "numerics"),
+    Mutant(
+        "nitp_ops/_explain.py",
+        "even_rows(min(rows, step), torch.device(device), dtype)",
+        "min(rows, step)",
+        "even_rows",
+    ),
     Mutant("nitp_ops/_chunks.py", "rows - len(chunk)))", "rows - len(chunk)), 1)", "even_rows"),
     Mutant("nitp_ops/_token_chunks.py", "given & (labels >= 0) if many else", "given if many else", "token_semantics"),
     Mutant(

@@ -5,7 +5,8 @@ import torch
 from budget import close, outputs
 
 from nitp_ops import explain, implicit_token_loss, linear_cross_entropy
-from nitp_ops._chunks import even_rows, with_zeros
+from nitp_ops._chunks import with_zeros
+from nitp_ops._gemm import even_rows, has_own
 
 CPU = torch.device("cpu")
 COUNTS = [1, 7, 8, 9, 15, 23, 2049]
@@ -15,12 +16,15 @@ COUNTS = [1, 7, 8, 9, 15, 23, 2049]
     ("rows", "even"), [(0, 0), (3, 3), (8, 8), (9, 16), (511, 512), (2047, 2048), (2049, 2064), (4096, 4096)]
 )
 def test_a_product_has_a_multiple_of_eight_rows_and_of_sixteen_where_they_are_many(rows, even):
-    assert even_rows(rows, CPU) == even
-    assert even_rows(rows, torch.device("cuda")) == rows
+    assert even_rows(rows, CPU, torch.float64) == even
+    assert even_rows(rows, torch.device("cuda"), torch.float64) == rows
+    for dtype in (torch.float32, torch.bfloat16):
+        assert even_rows(rows, CPU, dtype) == (rows if has_own("cpu", dtype) else even)
 
 
 def test_explain_counts_the_zeros():
-    assert explain("linear_cross_entropy", rows=9, width=4, vocabulary=10).workspace_bytes == 16 * 10 * 4
+    plan = explain("linear_cross_entropy", rows=9, width=4, vocabulary=10, dtype=torch.float64)
+    assert plan.workspace_bytes == 16 * 10 * 8
 
 
 def test_a_chunk_that_is_even_is_not_copied():

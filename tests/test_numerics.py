@@ -139,6 +139,7 @@ def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
     for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
         monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or half as large
     monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(_chunks.rows_per_chunk, least=1))
+    monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)  # libraries round the product of every chunk
     hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
     labels = torch.randint(0, 64, (512,))
 
@@ -192,14 +193,17 @@ def test_the_graph_keeps_no_copy_of_the_weight_gradient_after_backward():
     assert node.formed.gradients is None  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("deviation", [1.0, 3.0, 14.0])
-def test_float32_logits_of_any_size_stay_within_budget_by_mkl_and_usual_ones_by_onednn(deviation):
-    """Decision 0008: large logits keep the budget where PyTorch's switch asks for its own products."""
+@pytest.mark.parametrize("deviation", [1.0, 3.0, 14.0, 45.0])
+@pytest.mark.parametrize("own", [True, False])
+def test_float32_logits_stay_within_budget_but_large_ones_by_onednn(monkeypatch, deviation, own):
+    """Decision 0008: without products of our own, large logits keep the budget by PyTorch's switch to its own."""
+    if not own:
+        monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)
     hidden = torch.randn(128, 256).requires_grad_()
     weight = (deviation / 16 * torch.randn(3000, 256)).requires_grad_()
     labels = torch.randint(0, 3000, (128,))
     inputs = [hidden, weight]
-    with torch.backends.mkldnn.flags(enabled=deviation <= 3):  # type: ignore[attr-defined]
+    with torch.backends.mkldnn.flags(enabled=own or deviation <= 3):  # type: ignore[attr-defined]
         in_budget(
             lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels),
             lambda h, w: reference.linear_cross_entropy(h, w, labels),

@@ -31,7 +31,7 @@ void run(int64_t count, const std::function<void(int64_t)>& task) {
 
 template <class T>
 nitp::Operand<T> operand(const Tensor& t, int line, int depth) {
-  return {static_cast<const T*>(t.data_ptr()), t.stride(line), t.stride(depth)};
+  return {static_cast<const T*>(t.data_ptr()), t.stride(line), t.size(depth) == 1 ? 1 : t.stride(depth)};
 }
 
 template <class T, class O>
@@ -46,13 +46,13 @@ nitp::Gemm<T, O> product(const Tensor& out, const Tensor& a, const Tensor& b, bo
           add};
 }
 
-// One stride is 1; of a single line, or a single depth, the other may be anything.
-bool is_matrix(const Tensor& t) {
-  return t.is_cpu() && t.dim() == 2 && t.numel() > 0 && (t.stride(0) == 1 || t.stride(1) == 1);
-}
+// The stride of a dimension of size 1 means nothing.
+bool dense(const Tensor& t, int dim) { return t.size(dim) == 1 || t.stride(dim) == 1; }
+
+bool is_matrix(const Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.numel() > 0 && (dense(t, 0) || dense(t, 1)); }
 
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
-  STD_TORCH_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && out.stride(1) == 1,
+  STD_TORCH_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && dense(out, 1),
                   "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a and b with dense "
                   "rows or columns");
   STD_TORCH_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),

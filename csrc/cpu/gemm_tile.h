@@ -59,9 +59,9 @@ class Ahead {
   Rectangle now_{}, next_{};
 };
 
-// Sums of so many words of depth are added to `out` where that is float32: a longer chain would round more than the
-// sums of MKL do.
-constexpr int64_t kChain = 512;
+// Sums of so many words of depth are added to `out` where that is float32: the error is 1.0 to 1.2 times that of MKL's
+// sums (1.4 at a depth of 256), where one chain of 512 makes it 1.3 to 1.7 times, at the same speed.
+constexpr int64_t kChain = 256;
 
 template <int Rows, class T, class O>
 void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows, int64_t columns,
