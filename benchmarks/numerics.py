@@ -70,12 +70,13 @@ writes the gradients once; it is bound by arithmetic, not by memory.
 
 {row_table}
 
-The products, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
+The products by each library and by nitp_ops itself, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
 
 {rate_table}
 
-With R FLOP/s in the products and k seconds a logit in the row kernel the ratio to the products is at least
-`1 + k R / (6 d)`. {shares}. What lies above that is the weight gradient's sum over chunks, and fresh pages.
+With R FLOP/s in the products and k seconds a logit in the row kernel the op takes at least `1 + k R / (6 d)` times as
+long as products at that rate. {shares}. Above that are the weight gradient's sum over chunks and fresh pages;
+below it a ratio to libraries can lie whose products are slower than those of nitp_ops.
 """
 
 

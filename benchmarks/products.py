@@ -41,6 +41,15 @@ def multiplied(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callab
     return runs
 
 
+def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
+    """out = a b by nitp_ops itself, where it has such products."""
+    from nitp_ops import _gemm
+
+    if not _gemm.has_own("cpu", a.dtype):
+        return {}
+    return {f"nitp_ops {name}": partial(torch.ops.nitp_ops.gemm_, out, a, b, False)}
+
+
 def faster(times: dict[str, list[float]]) -> list[float]:
     """In each round the sum over the products, each by the library whose median is less."""
     total = [0.0] * min(len(each) for each in times.values())

@@ -16,7 +16,7 @@ from nitp_ops import reference
 
 from . import measure
 from .cases import OPS
-from .products import DTYPES, Sizes, faster, in_child, interleaved, medians, multiplied, ratio
+from .products import DTYPES, Sizes, faster, in_child, interleaved, medians, multiplied, own, ratio
 from .report import markdown
 
 
@@ -31,12 +31,14 @@ def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
     loss().backward()
 
 
-def products(h: Tensor, w: Tensor) -> dict[str, Callable[[], object]]:
-    """The three products alone, by each library, into outputs that exist already."""
+def products(
+    h: Tensor, w: Tensor, *by: Callable[[str, Tensor, Tensor, Tensor], dict[str, Callable[[], object]]]
+) -> dict[str, Callable[[], object]]:
+    """The three products alone, into outputs that exist already."""
     h, w = h.detach(), w.detach()
     logits, d_h, d_w = h.new_empty(len(h), len(w)), torch.empty_like(h), torch.empty_like(w)
     calls = {"logits": (h, w.t(), logits), "dh": (logits, w, d_h), "dW": (logits.t(), h, d_w)}
-    return {name: run for product, call in calls.items() for name, run in multiplied(product, *call).items()}
+    return {name: run for product, call in calls.items() for each in by for name, run in each(product, *call).items()}
 
 
 def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
@@ -44,7 +46,7 @@ def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> 
     h, w, labels = problem(*shape, dtype)
     half = labels.clone()
     half[torch.randperm(len(half), generator=torch.Generator().manual_seed(3))[: len(half) // 2]] = -100
-    runs = products(h, w)
+    runs = products(h, w, multiplied)
     transposed, hidden = runs["mm dW"].args  # type: ignore[attr-defined]
     runs["fresh dW"] = lambda: torch.mm(transposed, hidden)
     runs["ours"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, labels), (h, w))
@@ -170,7 +172,7 @@ def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, flo
         found = {}
         for n in chunk_rows:
             h, w, _ = problem(n, d, v, dtype)
-            times = medians(products(h, w), 5)
+            times = medians(products(h, w, multiplied, own), 5)
             found[n] = {name: 2e-9 * n * d * v / t for name, t in times.items()}
         return found
 

@@ -54,8 +54,9 @@ else:
 
 def has_own(device: str, dtype: torch.dtype) -> bool:
     """Whether this library multiplies such numbers itself: on CPUs with AVX-512 that MKL is not made for."""
-    own = device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _C is not None
-    return own and _C.has_gemm(dtype == torch.bfloat16)
+    if _C is None or device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return _C.has_gemm(dtype == torch.bfloat16)
 
 
 def even_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:
