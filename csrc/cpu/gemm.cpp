@@ -25,30 +25,42 @@ constexpr int64_t kHeightAtMost = 8192, kHeightOfSums = 1024;
 struct Depth {
   int64_t whole, size;
 
-  template <class T>
-  static Depth of(const Operand<T>&, int64_t whole) {
-    const int64_t words = parts_of(whole, in_word<T>);
-    return {whole, parts_of(words, parts_of(words, kPart)) * in_word<T>};
-  }
   int64_t at(int64_t from) const { return std::max<int64_t>(0, std::min(size, whole - from)); }
   bool cut() const { return size < whole; }
 };
 
-// Memory at cache lines, a piece for each thread.
+template <class T>
+Depth depth_of(int64_t whole) {
+  const int64_t words = parts_of(whole, in_word<T>);
+  return {whole, parts_of(words, parts_of(words, kPart)) * in_word<T>};
+}
+
+// Memory at cache lines, a piece for each thread. It stays with the thread that asks for products: given back after
+// each, it would cut the heap where chunks as large as megabytes come and go (35 MiB more at the peak of a plan of four
+// heads).
 class Scratch {
  public:
-  Scratch(int64_t words, int64_t threads)
-      : words_(lines(words)),
-        memory_(
-            static_cast<uint32_t*>(::operator new(static_cast<size_t>(words_ * threads) * 4, std::align_val_t(64)))) {}
+  void reserve(int64_t words, int64_t threads) {
+    words_ = lines(words);
+    if (words_ * threads <= capacity_) return;
+    memory_.reset();  // before there is more
+    capacity_ = 0;
+    memory_.reset(static_cast<uint32_t*>(::operator new(static_cast<size_t>(words_ * threads) * 4, kLine)));
+    capacity_ = words_ * threads;
+  }
+  static Scratch& of_this_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
   uint32_t* of(int64_t thread) const { return memory_.get() + words_ * thread; }
   static int64_t lines(int64_t words) { return parts_of(words, 16) * 16; }
 
  private:
+  static constexpr std::align_val_t kLine{64};
   struct Free {
-    void operator()(uint32_t* memory) const { ::operator delete(memory, std::align_val_t(64)); }
+    void operator()(uint32_t* memory) const { ::operator delete(memory, kLine); }
   };
-  int64_t words_;
+  int64_t words_ = 0, capacity_ = 0;
   std::unique_ptr<uint32_t, Free> memory_;
 };
 
@@ -109,14 +121,15 @@ void fetch(Ahead& ahead, Operand<T> x, int64_t begin, int64_t end, int64_t from,
 
 template <class T, class O>
 void by_cells(const Gemm<T, O>& g, Team team) {
-  const Depth depth = Depth::of(g.a, g.k);
+  const Depth depth = depth_of<T>(g.k);
   const int64_t words = depth.size / in_word<T>;
   const bool waits = sizeof(O) < 4 && depth.cut();  // the sums, in float32, for the rounding at their end
   const int64_t widest = std::max<int64_t>(kWidth, kColumnBytes / (4 * words));
   const Grid grid(g.m, g.n, waits ? kHeightOfSums : kHeightAtMost, widest, team.threads);
   const int64_t block = std::min(grid.height, std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight);
   const int64_t of_columns = grid.width * words, of_rows = Scratch::lines(block * words);
-  const Scratch scratch(of_columns + of_rows + (waits ? grid.height * grid.width : 0), team.threads);
+  Scratch& scratch = Scratch::of_this_thread();
+  scratch.reserve(of_columns + of_rows + (waits ? grid.height * grid.width : 0), team.threads);
   team.run(team.threads, [&](int64_t thread) {
     uint32_t *const columns = scratch.of(thread), *const rows = columns + of_columns;
     float* const sums = reinterpret_cast<float*>(rows + of_rows);

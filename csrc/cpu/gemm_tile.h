@@ -71,8 +71,9 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t s
     _mm_prefetch(reinterpret_cast<const char*>(out + std::min<int64_t>(i, rows - 1) * stride), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(out + std::min<int64_t>(i, rows - 1) * stride) + 64, _MM_HINT_T0);
   }
-  for (int64_t begin = 0; begin < words; begin += kChain) {
-    const int64_t end = sizeof(O) < 4 ? words : std::min(words, begin + kChain);
+  const int64_t chain = sizeof(O) < 4 ? words : kChain;
+  for (int64_t begin = 0; begin < words; begin += chain) {
+    const int64_t end = std::min(words, begin + chain);
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int64_t word = begin; word < end; ++word, a += kHeight, b += kWidth) {
       const __m512i left = _mm512_load_si512(b), right = _mm512_load_si512(b + 16);
@@ -89,7 +90,6 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t s
     for (int i = 0; i < Rows; ++i) {
       if (i < rows) put(out + i * stride, sums[i][0], sums[i][1], columns, add || begin > 0);
     }
-    if (end == words) break;
   }
 }
 
