@@ -79,7 +79,9 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = a b, or out += a b (there MKL is as fast as oneDNN, and its sums round half as much)."""
+    """out = a b, or out += a b: by this library, else float32 by oneDNN, else by torch.
+
+    A sum is never oneDNN's: MKL is as fast there and rounds half as much."""
     if has_own(a.device.type, a.dtype):
         if min(*a.shape, *b.shape) == 0:
             return out if add else out.zero_()

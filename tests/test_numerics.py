@@ -10,6 +10,15 @@ import nitp_ops
 from nitp_ops import _chunks, _gemm, _token_chunks, reference
 
 
+@pytest.fixture(scope="module", autouse=True, params=["own", "libraries"])
+def products(request):
+    """Every test with the CPU's products by nitp_ops, where it has them, and by the libraries that others use."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "libraries":
+            patch.setattr(_gemm, "has_own", lambda device, dtype: False)
+        yield request.param
+
+
 def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
     weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
@@ -194,11 +203,9 @@ def test_the_graph_keeps_no_copy_of_the_weight_gradient_after_backward():
 
 
 @pytest.mark.parametrize("deviation", [1.0, 3.0, 14.0, 45.0])
-@pytest.mark.parametrize("own", [True, False])
-def test_float32_logits_stay_within_budget_but_large_ones_by_onednn(monkeypatch, deviation, own):
+def test_float32_logits_stay_within_budget_but_large_ones_by_onednn(products, deviation):
     """Decision 0008: without products of our own, large logits keep the budget by PyTorch's switch to its own."""
-    if not own:
-        monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)
+    own = products == "own" and _gemm.has_own("cpu", torch.float32)
     hidden = torch.randn(128, 256).requires_grad_()
     weight = (deviation / 16 * torch.randn(3000, 256)).requires_grad_()
     labels = torch.randint(0, 3000, (128,))
