@@ -123,7 +123,7 @@ def test_a_lesser_instruction_set_leaves_products_to_torch():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_matmul_takes_any_stride_and_any_size(dtype):
-    for m, k, n in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (40, 50, 60)):
+    for m, k, n in ((0, 3, 4), (3, 0, 4), (1, 1, 1), (5, 1, 6), (1, 5, 6), (5, 6, 1), (40, 50, 60)):
         a, b = torch.randn(m, 2 * k)[:, ::2].to(dtype), torch.randn(k, 2 * n)[:, ::2].to(dtype)
         strided = torch.randn(2 * m, 2 * k).to(dtype)[::2, ::2]
         for left in (a, strided):

@@ -12,16 +12,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool of_intel() {
-#ifdef NITP_X86
-  __builtin_cpu_init();
-  return __builtin_cpu_is("intel");  // MKL is at home there, and has matrix instructions that this library has not
-#else
-  return false;
-#endif
-}
-
-const bool intel = of_intel();
+const bool intel = nitp_processor_is_intel();
 
 void run(int64_t count, const std::function<void(int64_t)>& task) {
   torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {

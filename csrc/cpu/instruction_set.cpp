@@ -25,6 +25,15 @@ constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
 
 nitp::InstructionSet nitp_instruction_set() { return chosen; }
 
+bool nitp_processor_is_intel() {
+#ifdef NITP_X86
+  __builtin_cpu_init();
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
 extern "C" const char* nitp_ops_instruction_set() { return kNames[static_cast<int>(chosen)]; }
 
 extern "C" bool nitp_ops_choose_instruction_set(const char* name) {

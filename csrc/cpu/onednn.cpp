@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "rows.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -20,8 +22,7 @@ using Matmul = void (*)(const void* a, const void* b, const void* out, float add
 
 Matmul find_matmul() {
 #ifdef NITP_X86
-  __builtin_cpu_init();
-  if (__builtin_cpu_is("intel")) return nullptr;  // MKL is at home there
+  if (nitp_processor_is_intel()) return nullptr;
   void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
   if (torch != nullptr) {
     return reinterpret_cast<Matmul>(dlsym(torch, "_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff"));
