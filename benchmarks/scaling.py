@@ -17,7 +17,7 @@ from . import gate, measure, report
 from .cases import OPS, Sizes
 from .implementations import forward
 from .plan_numerics import Setting
-from .products import exponent, in_child, interleaved
+from .products import exponent, in_child, interleaved, multiplied, own
 from .token_numerics import error_against_chunks, problem
 from .token_numerics import products as products_of
 
@@ -139,7 +139,7 @@ def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers:
         steps = {name: measure.Step(forward(op.name, name), inputs) for name in ("ours", "eager")}
         runs = {name: _cleared(each, inputs.clear) for name, each in steps.items()}
         h, w, _ = problem(n, d, vocabulary, dtype)
-        times = interleaved(runs | products_of(h, w), rounds)
+        times = interleaved(runs | products_of(h, w, multiplied, own), rounds)
         rates = {name: 1e-9 * op.flops(sizes) / statistics.median(times[name]) for name in runs}
         single = [2e-9 * n * d * vocabulary / statistics.median(times[name]) for name in times if name not in runs]
         best = max(best, *single)
