@@ -46,8 +46,7 @@ def test_implicit_token_loss_equals_the_reference(problem):
     ours = latent.call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk})
     with without_reading(torch.ops.nitp_simt):
         ours = outputs(ours, inputs, upstream)
-    exact = outputs(latent.call(reference.implicit_token_loss, options), widened(inputs), upstream)
-    near(ours, exact, ["loss", "d hidden", "d gate", "d up", "d down"])
+    latent.near_the_reference(ours, inputs, options, upstream)
 
 
 @settings(max_examples=15)

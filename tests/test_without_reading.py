@@ -45,8 +45,7 @@ def test_implicit_token_loss_equals_the_reference(problem, kind):
     ours = latent.call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "max_rows": most})
     with without_reading():
         ours = outputs(ours, inputs, upstream)
-    exact = outputs(latent.call(reference.implicit_token_loss, options), widened(inputs), upstream)
-    near(ours, exact, ["loss", "d hidden", "d gate", "d up", "d down"])
+    latent.near_the_reference(ours, inputs, options, upstream)
 
 
 def head(rows=9, width=5, vocabulary=33, dtype=torch.float64):
