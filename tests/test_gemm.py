@@ -50,7 +50,9 @@ def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(m, n, k, 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "n", "k"), [(9000, 40, 30), (40, 20000, 30), (1100, 600, 2100), (30, 30, 70000)])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(9000, 40, 30), (40, 20000, 30), (1100, 600, 2100), (30, 30, 70000), (60, 9000, 600)]
+)
 def test_more_than_one_cell_or_part_a_thread(dtype, m, n, k):
     a, b = matrix(m, k, dtype), matrix(k, n, dtype, seed=1)
     out = gemm(torch.empty(m, n, dtype=dtype), a, b)
@@ -71,6 +73,18 @@ def test_a_number_of_the_product_depends_on_its_row_and_column_alone(dtype, k):
         torch.set_num_threads(threads)
     assert all(torch.equal(each, found[0]) for each in found)
     assert torch.equal(gemm(torch.empty(29, 7, dtype=dtype), a[50:79], b[:, 13:20]), found[0][50:79, 13:20])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_all_cells_share_give_the_same_numbers(dtype):
+    """8200 rows are two cells high, 4400 columns three cells wide or more; one row of cells alone shares nothing."""
+    k = 120 * 4 // dtype.itemsize
+    a, b = matrix(8200, k, dtype), matrix(k, 9000, dtype, seed=1)
+    out = gemm(torch.empty(8200, 9000, dtype=dtype), a, b)
+    for rows in (slice(0, 20), slice(4090, 4130), slice(8180, 8200)):
+        for columns in (slice(0, 40), slice(2970, 3030), slice(4350, 4410), slice(8970, 9000)):
+            apart = gemm(torch.empty_like(out[rows, columns].contiguous()), a[rows], b[:, columns])
+            assert torch.equal(out[rows, columns], apart)
 
 
 @pytest.mark.parametrize(("k", "most"), [(128, 1.1), (256, 1.5), (512, 1.3), (2048, 1.3), (8192, 1.3)])
