@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ LEAST_BYTES = 32 * 2**20
 MOST_BYTES = 120 * 2**20
 #: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
 ENOUGH_ROWS = 512
-#: Several jobs share a pass to save memory: their chunk is half as large as the gradient, or has so many rows.
-ENOUGH_SHARED_ROWS = 384
+#: Several jobs share a pass to save memory: their chunk is at most this share of the gradient, or has so many rows.
+SHARED_PART, ENOUGH_SHARED_ROWS = 0.7, 448
 #: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
 #: least so many bytes (docs/decisions/0014).
 ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
@@ -31,16 +32,20 @@ def rows_per_chunk(
     weights: int,
     least: int = LEAST_BYTES,
     *,
-    shared: bool = False,
+    longest: int | None = None,
     device: str = "cpu",
 ) -> int:
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
-    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. shared: with other
-    jobs. Chunks of several rows have a multiple of 8, which the products of a CPU are fastest at."""
+    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. longest: rows of
+    the longest of several jobs that these are. Chunks of several rows have a multiple of 8, which the products of a CPU
+    are fastest at."""
     if device == "cpu":
-        gradient, enough = (2 * weights, ENOUGH_SHARED_ROWS) if shared else (4 * weights, ENOUGH_ROWS)
-        default = max(least, min(gradient, MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES))
+        part, enough = (1.0, ENOUGH_ROWS) if longest is None else (SHARED_PART, ENOUGH_SHARED_ROWS)
+        default = max(min(int(part * 4 * weights), MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES))
+        if longest is not None:  # no more than a call for that job would need
+            default = min(default, -(-longest // EVEN_ROWS) * EVEN_ROWS * row_bytes)
+        default = max(least, default)
     else:
         default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
@@ -103,11 +108,36 @@ def length_of(rows: Tensor | slice) -> int:
 
 def chunks(selected: Tensor | slice, step: int) -> Iterator[Tensor | slice]:
     """The selected rows, at most `step` at a time."""
-    for first in range(0, length_of(selected), step):
-        if isinstance(selected, slice):
-            yield slice(selected.start + first, min(selected.start + first + step, selected.stop))
-        else:
-            yield selected[first : first + step]
+    for (piece,) in packed([selected], step):
+        yield piece.rows
+
+
+class Piece(NamedTuple):
+    """Rows of one job in a chunk."""
+
+    job: int
+    rows: Tensor | slice
+
+
+def packed(selected: Sequence[Tensor | slice], step: int, jobs: Sequence[int] | None = None) -> Iterator[list[Piece]]:
+    """The selected rows of each job, one job after the other, at most `step` of them a chunk."""
+    chunk, room = list[Piece](), step
+    for job in range(len(selected)) if jobs is None else jobs:
+        rows, first = selected[job], 0
+        while first < length_of(rows):
+            last = min(first + room, length_of(rows))
+            chunk.append(Piece(job, _between(rows, first, last)))
+            room -= last - first
+            first = last
+            if room == 0:
+                yield chunk
+                chunk, room = [], step
+    if chunk:
+        yield chunk
+
+
+def _between(rows: Tensor | slice, first: int, last: int) -> Tensor | slice:
+    return slice(rows.start + first, rows.start + last) if isinstance(rows, slice) else rows[first:last]
 
 
 def with_zeros(chunk: Tensor, rows: int) -> Tensor:

@@ -101,24 +101,26 @@ def explain(
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
         _check.integer(_OP, "jobs", jobs, least=1)
         row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
-        step = rows_per_chunk(rows, row_bytes, chunk_bytes, weights, shared=jobs > 1, device=place)
+        longest = rows if jobs > 1 else None
+        together = jobs * rows if place == "cpu" else rows  # what is cut into chunks at once
+        step = rows_per_chunk(together, row_bytes, chunk_bytes, weights, longest=longest, device=place)
     else:
         if jobs != 1:
             raise ValueError(f"{_OP}: jobs is {jobs}, expected 1 (implicit_token_loss has a pass of its own)")
         inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
-        weights = 2 * inner * width + out_width * inner
+        weights, together = 2 * inner * width + out_width * inner, rows
         step = _latent_chunks.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights, device=place)
     few = 2 if place == "cpu" else 1  # chunks whose sum needs no buffer beside the returned gradient
-    chunks = jobs * -(-rows // step)
+    chunks = jobs * rows // max(1, together) * -(-together // step)
     rounded = dtype.itemsize < 4 and chunks > few
     return ChunkPlan(
         op=op,
         rows=rows,
         chunk_rows=step,
         chunks=chunks,
-        workspace_bytes=even_rows(min(rows, step), torch.device(device), dtype) * row_bytes,
+        workspace_bytes=even_rows(min(together, step), torch.device(device), dtype) * row_bytes,
         accumulator_bytes=4 * weights if rounded else 0,
         flops=6 * jobs * rows * weights,
         jobs=jobs,

@@ -1,6 +1,6 @@
 """The chunked algorithm behind every token loss: rows of logits exist one chunk at a time, on every device.
 
-for each job, for each chunk of its labelled rows:
+for each chunk of labelled rows, of one job or of several:
     logits = h W^T                      GEMM 1
     logits <- w dloss/dlogits           row kernel, in place
     dh = logits W                       GEMM 2
@@ -10,18 +10,19 @@ Where the vocabulary is sharded over the ranks of a process group, W is the part
 two halves with one all-gather between them, and dh is summed over the ranks (`_vocab_shard.py`).
 
 Where the host must not read values (GPUs), every row takes part, or the first max_rows with the labelled ones first; a
-row without a label has the weight zero then.
+row without a label has the weight zero then, and jobs have chunks of their own (docs/decisions/0031).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import Rows, chunks, length_of, place, rows_per_chunk, select, with_zeros
+from ._chunks import Piece, Rows, length_of, packed, place, rows_per_chunk, select, with_zeros
 from ._gemm import Weight, WeightGradient, direct, even_rows
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._vocab_shard import ReducedRows, ShardRows, VocabShard
@@ -91,22 +92,34 @@ class Formed(NamedTuple):
 
 def form(jobs: list[Job], head: Head) -> Formed:
     """loss = sum of row_weight * row loss over jobs, with the wanted gradients."""
-    reads, dtype, weight = _check.host_reads(head.unembedding.device), head.dtype, head.unembedding
+    reads, dtype = _check.host_reads(head.unembedding.device), head.dtype
     keep = [present(job.labels, head.ignore_index, job.many) for job in jobs]
     scales = [_bounded(job, kept) for job, kept in zip(jobs, keep, strict=True)]
     unit = power_of_two(scales) if dtype == torch.float16 else None
     selected = [select(kept, job.max_rows if job.max_rows >= 0 else None) for job, kept in zip(jobs, keep, strict=True)]
     # on CPU silent jobs count for nothing, so that they do not change how the others' gradient is rounded
     loud = [not reads or bool(scale.any()) for scale in scales]
-    # of the widest shard: all ranks must cut alike
-    columns = max(head.sizes)
-    sizes = columns * dtype.itemsize, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
-    lengths = [length_of(each) for each in selected]
-    steps = [rows_per_chunk(each, *sizes, shared=sum(loud) > 1, device=weight.device.type) for each in lengths]
-    parts = sum(-(-length // step) for length, step, heard in zip(lengths, steps, loud, strict=True) if heard)
-    sums = _Sums(jobs, head, scales, keep, parts)
-    _add_all(jobs, head, sums, selected, steps, unit)
+    cut = _cut(jobs, head, selected, loud)
+    sums = _Sums(jobs, head, scales, keep, parts=sum(loud[chunk[0].job] for chunk in cut))
+    _add_all(jobs, head, sums, cut, unit)
     return sums.formed(jobs, head, unit)
+
+
+def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list[bool]) -> list[list[Piece]]:
+    """Chunks: of all jobs whose rows add to the same gradients; of one job where it is silent, or nobody may know."""
+    weight, columns = head.unembedding, max(head.sizes)  # of the widest shard: all ranks must cut alike
+    device = weight.device.type
+    sizes = columns * head.dtype.itemsize, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
+    groups = [[job] for job in range(len(jobs))]
+    if _check.host_reads(weight.device):
+        alike = [[job for (job,) in groups if loud[job] and jobs[job].wanted == wanted] for wanted in (True, False)]
+        groups = alike + [[job] for (job,) in groups if not loud[job]]
+    cut = list[list[Piece]]()
+    for group in groups:
+        lengths = [length_of(selected[job]) for job in group]
+        longest = max(lengths, default=0) if sum(loud) > 1 else None
+        cut += packed(selected, rows_per_chunk(sum(lengths), *sizes, longest=longest, device=device), group)
+    return cut
 
 
 def present(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
@@ -175,64 +188,93 @@ class _Sums:
         return Formed(self.loss.to(self.stats.dtype), torch.cat(self.scales), values, gradients)
 
 
-def _add_all(
-    jobs: list[Job], head: Head, sums: _Sums, selected: list[Tensor | slice], steps: list[int], unit: Tensor | None
-) -> None:
-    """Every chunk of every job; the workspace is gone when this returns, so that a cast of dW can take its place."""
+class _JobRows:
+    """The rows of one job: their hidden states, their values and the gradient over their logits, that of the states."""
+
+    def __init__(self, place_: int, job: Job, head: Head, sums: _Sums, bias: Tensor | None, unit: Tensor | None):
+        if _check.host_reads(job.labels.device):
+            _check.labels_inside(head.op, "labels", job.labels, head.ignore_index, sum(head.sizes), job.many)
+        self.place, self.job, self.head, self.sums, self.bias, self.unit = place_, job, head, sums, bias, unit
+        self.source, self.scale, d_hidden = Rows(job.hidden), sums.scales[place_], sums.d_hidden[place_]
+        self.d_rows = None if d_hidden is None else d_hidden.view(len(job.labels), self.source.width)
+        self.kernels, shard = rows.kernels(head.backend), head.shard
+        self.of_shard = None if shard is None else ShardRows(self.kernels, shard, job, head, bias, sums.stats.dtype)
+
+    def __call__(self, logits: Tensor, part: Tensor | slice, differentiate: bool) -> None:
+        """The row kernel over the logits of `part`: the gradient in their place."""
+        job, head, sums = self.job, self.head, self.sums
+        values, scale = sums.of_chunk(self.place, len(logits)), self.scale[part].contiguous()
+        labels, weight = job.labels[part].contiguous(), job.target_weight
+        weight = None if weight is None else weight[part].contiguous()
+        row_scale = scale if self.unit is None else scale / self.unit
+        if self.of_shard is not None:
+            self.of_shard(logits, labels, weight, row_scale, values, differentiate)
+        else:
+            self.kernels.cross_entropy_rows_(
+                logits, labels, weight, self.bias, job.class_weight, row_scale, values.stats, values.target_logit,
+                values.prediction, head.ignore_index, job.many, job.label_smoothing, job.z_loss, head.softcap,
+                head.logit_scale, differentiate,
+            )  # fmt: skip
+        sums.place(self.place, part, values)
+        sums.loss += torch.where(scale != 0, values.stats[0] * scale, 0).sum(dtype=torch.float64)
+
+
+def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], unit: Tensor | None) -> None:
+    """Every chunk; the workspace is gone when this returns, so that a cast of dW can take its place."""
     device, dtype, (columns, width) = head.unembedding.device, head.dtype, head.unembedding.shape
-    vocabulary, shard, work = sum(head.sizes), head.shard, sums.stats.dtype
-    reads, kernels, weight = _check.host_reads(device), rows.kernels(head.backend), Weight(head.unembedding, dtype)
-    bias = None if head.bias is None else head.bias.to(sums.stats.dtype).contiguous()
-    most = max(even_rows(min(step, length_of(part)), device, dtype) for step, part in zip(steps, selected, strict=True))
+    reads, weight, work = _check.host_reads(device), Weight(head.unembedding, dtype), sums.stats.dtype
+    bias = None if head.bias is None else head.bias.to(work).contiguous()
+    rows_of = [_JobRows(place_, job, head, sums, bias, unit) for place_, job in enumerate(jobs)]
+    d_rows = [each.d_rows for each in rows_of if each.d_rows is not None]
+    most = max((even_rows(sum(length_of(part) for _, part in chunk), device, dtype) for chunk in cut), default=0)
     buffer = torch.empty((most, columns), dtype=dtype, device=device)
-    rows_buffer = torch.empty((most, width), dtype=dtype, device=device)
+    # in float32 where a product can be written in it and somebody wants it
+    wider = [each.dtype for each in d_rows if direct(each, slice(0, 0), dtype) is not None and each.dtype != dtype]
+    rows_buffer = torch.empty((most, width), dtype=wider[0] if wider else dtype, device=device)
+    shard = head.shard
     reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
-    for place_, (job, scale, d_hidden) in enumerate(zip(jobs, sums.scales, sums.d_hidden, strict=True)):
-        if reads:
-            _check.labels_inside(head.op, "labels", job.labels, head.ignore_index, vocabulary, job.many)
-        source, targets = Rows(job.hidden), job.target_weight
-        d_rows = None if d_hidden is None else d_hidden.view(len(job.labels), width)
-        rows_of_shard = None if shard is None else ShardRows(kernels, shard, job, head, bias, work)
-        any_gradient = d_rows is not None or sums.d_weight is not None or sums.d_bias is not None
-        for part in chunks(selected[place_], steps[place_]):
-            n = length_of(part)
-            even = even_rows(n, device, dtype)
-            chunk = with_zeros(source.take(part).to(dtype), even)
-            part_scale = scale[part].contiguous()
-            live = part_scale != 0
-            differentiate = any_gradient and (not reads or bool(live.any()))
-            padded = weight.times(chunk, buffer[:even])
-            padded[n:].zero_()  # also where the unembedding is not finite
-            logits = padded[:n]
-            values = sums.of_chunk(place_, n)
-            labels, of_targets = job.labels[part].contiguous(), None if targets is None else targets[part].contiguous()
-            row_scale = part_scale if unit is None else part_scale / unit
-            if rows_of_shard is not None:
-                rows_of_shard(logits, labels, of_targets, row_scale, values, differentiate)
+    any_gradient = bool(d_rows) or sums.d_weight is not None or sums.d_bias is not None
+    for chunk in cut:
+        pieces = [(rows_of[job], part) for job, part in chunk]
+        lengths = [length_of(part) for _, part in pieces]
+        n = sum(lengths)
+        even = even_rows(n, device, dtype)
+        hidden = with_zeros(_joined([of_job.source.take(part).to(dtype) for of_job, part in pieces]), even)
+        live = _joined([of_job.scale[part] for of_job, part in pieces]) != 0
+        differentiate = any_gradient and (not reads or bool(live.any()))
+        padded = weight.times(hidden, buffer[:even])
+        padded[n:].zero_()  # also where the unembedding is not finite
+        logits = padded[:n]
+        for (of_job, part), of_part in zip(pieces, logits.split(lengths), strict=True):
+            of_job(of_part, part, differentiate)
+        if not differentiate:
+            continue
+        under_way = None
+        first, part = pieces[0]
+        if first.d_rows is not None:  # then all of the chunk have one
+            whole = len(pieces) == 1 and n == even
+            if reduced is not None:
+                under_way = reduced.start(logits)
+            elif whole and (in_place := direct(first.d_rows, part, dtype)) is not None:
+                weight.back(logits, in_place)
             else:
-                kernels.cross_entropy_rows_(
-                    logits, labels, of_targets, bias, job.class_weight, row_scale, values.stats, values.target_logit,
-                    values.prediction, head.ignore_index, job.many, job.label_smoothing, job.z_loss, head.softcap,
-                    head.logit_scale, differentiate,
-                )  # fmt: skip
-            sums.place(place_, part, values)
-            sums.loss += torch.where(live, values.stats[0] * part_scale, 0).sum(dtype=torch.float64)
-            if not differentiate:
-                continue
-            under_way = None
-            if d_rows is not None:
-                if reduced is not None:
-                    under_way = reduced.start(logits)
-                elif n == even and (own_rows := direct(d_rows, part, dtype)) is not None:
-                    weight.back(logits, own_rows)
-                else:
-                    place(d_rows, 0, part, weight.back(padded, rows_buffer[:even])[:n])
-            if sums.d_weight is not None:
-                # a NaN in a row of weight zero must not meet the zeros of its gradient
-                whole = reads and bool(live.all())
-                heard = chunk if whole else with_zeros(chunk[:n].masked_fill(~live.unsqueeze(1), 0), even)
-                sums.d_weight.add(padded, heard)
-            if sums.d_bias is not None:
-                sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
-            if under_way is not None and d_rows is not None:
-                place(d_rows, 0, part, under_way())
+                _place(pieces, weight.back(padded, rows_buffer[:even])[:n].split(lengths))
+        if sums.d_weight is not None:
+            # a NaN in a row of weight zero must not meet the zeros of its gradient
+            all_live = reads and bool(live.all())
+            heard = hidden if all_live else with_zeros(hidden[:n].masked_fill(~live.unsqueeze(1), 0), even)
+            sums.d_weight.add(padded, heard)
+        if sums.d_bias is not None:
+            sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
+        if under_way is not None:
+            _place(pieces, under_way().split(lengths))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _place(pieces: list[tuple[_JobRows, Tensor | slice]], values: Sequence[Tensor]) -> None:
+    for (of_job, part), of_part in zip(pieces, values, strict=True):
+        assert of_job.d_rows is not None
+        place(of_job.d_rows, 0, part, of_part)
