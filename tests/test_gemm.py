@@ -9,7 +9,8 @@ from nitp_ops import _C, _gemm
 
 pytestmark = pytest.mark.skipif(not _gemm.has_own("cpu", torch.float32), reason="products are another library's here")
 DTYPES = [torch.float32] + [torch.bfloat16] * _gemm.has_own("cpu", torch.bfloat16)
-CHAIN = 256  # words of depth that are summed before they are added to the rest
+#: Terms that are summed before they are added to the rest.
+CHAIN = {torch.float32: 256, torch.bfloat16: 2048}
 sides = st.one_of(st.integers(1, 70), st.sampled_from([111, 112, 113, 511, 530]))
 depths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 1030, 2048, 2050, 4100]))
 
@@ -29,9 +30,8 @@ def matrix(rows, columns, dtype, transposed=False, seed=0):
 
 def bound(a, b, out_dtype, of=0.0):
     """Of the error: one rounding a term of a chain, one a chain, one of the result."""
-    chain = CHAIN * 4 // a.element_size()
-    most = a.shape[1] if out_dtype == torch.bfloat16 else min(a.shape[1], chain)
-    terms = most + a.shape[1] // chain + 3
+    chain = CHAIN[a.dtype]
+    terms = min(a.shape[1], chain) + a.shape[1] // chain + 3
     magnitude = a.double().abs() @ b.double().abs() + abs(of)
     return 2.0**-24 * terms * magnitude + torch.finfo(out_dtype).eps / 2 * (a.double() @ b.double() + of).abs()
 
