@@ -78,6 +78,7 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
             ("entry", "cpu/entry"),
             ("gemm_entry", "cpu/gemm_entry"),
             ("onednn", "cpu/onednn"),
+            ("populate", "cpu/populate"),
         )
     ]
     for target in TARGET_FLAGS if x86 else ("portable",):

@@ -27,4 +27,6 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
   // Not row kernels: products, out = a b or (gemm_) out += a b, where torch.mm would take a slower library.
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
   m.def("onednn_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
+  // Fetches the pages of a block that is about to be written; its numbers stay what they are.
+  m.def("populate_(Tensor(a!) block) -> ()");
 }

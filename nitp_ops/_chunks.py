@@ -17,10 +17,12 @@ MOST_BYTES = 120 * 2**20
 #: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
 ENOUGH_ROWS = 512
 #: Several jobs share a pass to save memory: their chunk is at most this share of the gradient, or has so many rows.
-SHARED_PART, ENOUGH_SHARED_ROWS = 0.7, 448
+SHARED_PART, ENOUGH_SHARED_ROWS = 0.6, 448
 #: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
 #: least so many bytes (docs/decisions/0014).
 ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
+#: glibc maps larger blocks one by one.
+_MAPPED_BYTES = 32 * 2**20
 #: Rows of a chunk are a multiple of so many, which the products of MKL and oneDNN are fastest at.
 EVEN_ROWS = 8
 
@@ -52,6 +54,14 @@ def rows_per_chunk(
     even = EVEN_ROWS if most >= EVEN_ROWS else 1
     chunks = max(1, -(-rows // (most // even * even)))
     return max(1, min(rows, -(-rows // (chunks * even)) * even))
+
+
+def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory that will be written as a whole: on CPU the pages of a block that glibc maps afresh come at once."""
+    block = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and block.nbytes > _MAPPED_BYTES:
+        torch.ops.nitp_ops.populate_(block)
+    return block
 
 
 class Rows:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check, rows
-from ._chunks import EVEN_ROWS
+from ._chunks import EVEN_ROWS, workspace
 
 #: A block of a weight that is cast, or of a product that is summed, at a time: it stays in the second-level cache.
 BLOCK_BYTES = 2 * 2**20
@@ -160,7 +160,7 @@ class WeightGradient:
         pieces = max(1, 4 * shape.numel() // _PIECE_BYTES) if on_cpu and sum_dtype != dtype else 1
         rows = -(-max(1, shape[0]) // (pieces * self.block_rows)) * self.block_rows
         heights = [min(rows, shape[0] - first) for first in range(0, max(1, shape[0]), rows)]
-        self.sums = [torch.empty((height, shape[1]), dtype=sum_dtype, device=like.device) for height in heights]
+        self.sums = [workspace((height, shape[1]), sum_dtype, like.device) for height in heights]
 
     def add(self, a: Tensor, b: Tensor) -> None:
         first = 0

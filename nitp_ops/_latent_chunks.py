@@ -34,6 +34,7 @@ from ._chunks import (
     rows_per_chunk,
     select,
     with_zeros,
+    workspace,
 )
 from ._gemm import WeightGradient, direct, even_rows, matmul
 from ._gradients import formed_dtype, power_of_two, scale_in_place
@@ -152,7 +153,7 @@ def _add_all(
     w_down = None if down is None else down.to(dtype)
     inner, out_width = 0 if gate is None else gate.shape[0], latent.width
     most = even_rows(min(step, length_of(selected)), scale.device, dtype)
-    buffer = torch.empty(most * (3 * inner + out_width), dtype=dtype, device=scale.device)
+    buffer = workspace((most * (3 * inner + out_width),), dtype, scale.device)
     for part in chunks(selected, step):
         h = source.take(part).to(dtype)
         if not reads:

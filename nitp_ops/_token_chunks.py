@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import Piece, Rows, length_of, packed, place, rows_per_chunk, select, with_zeros
+from ._chunks import Piece, Rows, length_of, packed, place, rows_per_chunk, select, with_zeros, workspace
 from ._gemm import Weight, WeightGradient, direct, even_rows
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._vocab_shard import ReducedRows, ShardRows, VocabShard
@@ -227,7 +227,7 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
     rows_of = [_JobRows(place_, job, head, sums, bias, unit) for place_, job in enumerate(jobs)]
     d_rows = [each.d_rows for each in rows_of if each.d_rows is not None]
     most = max((even_rows(sum(length_of(part) for _, part in chunk), device, dtype) for chunk in cut), default=0)
-    buffer = torch.empty((most, columns), dtype=dtype, device=device)
+    buffer = workspace((most, columns), dtype, device)
     # in float32 where a product can be written in it and somebody wants it
     wider = [each.dtype for each in d_rows if direct(each, slice(0, 0), dtype) is not None and each.dtype != dtype]
     rows_buffer = torch.empty((most, width), dtype=wider[0] if wider else dtype, device=device)
