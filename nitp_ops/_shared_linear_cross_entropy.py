@@ -42,13 +42,14 @@ def shared_linear_cross_entropy(
     ``loss = sum over jobs, over rows with a label, of token_weight * row_loss``
 
     with the row loss of `linear_cross_entropy`. The matrix's gradient is summed over all jobs in float32 and rounded
-    once. A chunk never spans two jobs, and a row whose weight is zero adds exactly nothing to loss and gradients (even
-    if it holds NaN): a job of weight zero leaves the others bit-identical. Its stats are computed all the same.
+    once. A row whose weight is zero adds exactly nothing to loss and gradients (even if it holds NaN): a job of weight
+    zero leaves the others bit-identical. Its stats are computed all the same.
 
     Args:
         jobs: `HeadJob` s; token_weight may be a 0-d tensor, e.g. weight / count.
         unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out, backend: as
-            in `linear_cross_entropy`; the default of chunk_bytes for several jobs on CPU is half as large, or 384 rows.
+            in `linear_cross_entropy`. On CPU a chunk holds rows of several jobs; the default of chunk_bytes is then 0.6
+            of the float32 gradient, or 448 rows, but no more than the longest job's.
 
     Returns:
         ``(loss, stats)``: a 0-d loss and one `TokenStats` a job.

@@ -156,7 +156,7 @@ def test_jobs_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
 
 def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
     for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
-        monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or half as large
+        monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
     monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(_chunks.rows_per_chunk, least=1))
     monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)  # libraries round the product of every chunk
     hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
