@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nitp_ops
-from nitp_ops import reference
+from nitp_ops import _gemm, reference
 
 
 def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
@@ -40,6 +40,58 @@ def test_a_longer_job_of_weight_zero_does_not_move_the_chunks_of_the_others(dtyp
     )
     for a, b in zip(alone, beside, strict=True):
         assert torch.equal(a, b)
+
+
+def rows_of_products(monkeypatch, name):
+    """Rows of every product h W^T ("times") or dlogits W ("back") from here on."""
+    seen, real = [], getattr(_gemm.Weight, name)
+
+    def spy(self, x, out):
+        seen.append(len(x))
+        return real(self, x, out)
+
+    monkeypatch.setattr(_gemm.Weight, name, spy)
+    return seen
+
+
+def job_of(rows, weight=1.0, grad=True):
+    return nitp_ops.HeadJob(
+        torch.randn(rows, 6, requires_grad=grad), torch.randint(0, 31, (rows,)), torch.tensor(weight)
+    )
+
+
+def test_a_chunk_holds_rows_of_several_jobs_and_silent_ones_stay_apart(monkeypatch):
+    jobs = [job_of(5), job_of(4, weight=0.0), job_of(7), job_of(10)]
+    seen = rows_of_products(monkeypatch, "times")
+    weight = torch.randn(31, 6, requires_grad=True)
+    nitp_ops.shared_linear_cross_entropy(jobs, weight, chunk_bytes=8 * 31 * 4)
+    assert seen == [8, 8, 6, 4] or seen == [8, 8, 8, 8]  # libraries get rows of zeros
+
+
+def test_no_product_is_made_for_hidden_states_that_want_no_gradient(monkeypatch):
+    jobs = [job_of(16), job_of(24, grad=False), job_of(8)]
+    seen = rows_of_products(monkeypatch, "back")
+    weight = torch.randn(31, 6, requires_grad=True)
+    loss, _ = nitp_ops.shared_linear_cross_entropy(jobs, weight)
+    assert seen == [24]
+    assert len(torch.autograd.grad(loss, [weight, jobs[0].hidden, jobs[2].hidden])) == 3
+
+
+@pytest.mark.skipif(not _gemm.has_own("cpu", torch.bfloat16), reason="no bfloat16 product is written in float32 here")
+def test_a_float32_buffer_takes_hidden_gradients_of_a_shared_chunk_without_a_rounding():
+    hidden = [torch.randn(8, 64).bfloat16().requires_grad_() for _ in range(2)]
+    buffers, labels = [torch.zeros(8, 64) for _ in range(2)], torch.randint(0, 33, (8,))
+    weight = torch.randn(33, 64).bfloat16()
+    jobs = [
+        nitp_ops.HeadJob(h, labels, torch.tensor(0.1), hidden_grad_out=buffer)
+        for h, buffer in zip(hidden, buffers, strict=True)
+    ]
+    nitp_ops.shared_linear_cross_entropy(jobs, weight)[0].backward()
+    for h, buffer in zip(hidden, buffers, strict=True):
+        apart = torch.zeros(8, 64)
+        job = nitp_ops.HeadJob(h, labels, torch.tensor(0.1), hidden_grad_out=apart)
+        nitp_ops.shared_linear_cross_entropy([job], weight)[0].backward()
+        assert torch.equal(buffer, apart) and not torch.equal(buffer, buffer.bfloat16().float())
 
 
 @given(st.integers(1, 4), st.integers(0, 2**20))
