@@ -60,7 +60,7 @@ def explain(
     """The chunk plan of `linear_cross_entropy` or `implicit_token_loss` with gradients for every input.
 
     Weights in the GEMMs' dtype and no gradient buffers: a copy that autocast makes, the float32 gradient that waits for
-    a buffer or for float16, come on top; so does what a product on CPU packs of its operands, up to 4.3 MiB a thread
+    a buffer or for float16, come on top; so does what a product on CPU packs of its operands, up to 6.4 MiB a thread
     and 4 MiB for all.
 
     linear_cross_entropy: ``6 N d V`` FLOPs (three GEMMs). implicit_token_loss with a SwiGLU projector:

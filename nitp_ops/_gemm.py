@@ -73,6 +73,11 @@ def direct(out: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | No
     return out[rows] if isinstance(rows, slice) and fits else None
 
 
+def widest(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In which `matmul` of `dtype` numbers can be written: float32 where that spares narrow ones a rounding."""
+    return torch.float32 if dtype in _NARROW and _widens(device, dtype) else dtype
+
+
 def _widens(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a product of bfloat16 or float16 numbers can be written, and summed, in float32 without a rounding."""
     return device.type == "cuda" or has_own(device.type, dtype)

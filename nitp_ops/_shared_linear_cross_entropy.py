@@ -49,7 +49,7 @@ def shared_linear_cross_entropy(
         jobs: `HeadJob` s; token_weight may be a 0-d tensor, e.g. weight / count.
         unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out, backend: as
             in `linear_cross_entropy`. On CPU a chunk holds rows of several jobs; the default of chunk_bytes is then 0.6
-            of the float32 gradient, or 448 rows, but no more than the longest job's.
+            of the float32 gradient up to 120 MiB, or 448 rows up to 240, no more than the longest job's, at least 32.
 
     Returns:
         ``(loss, stats)``: a 0-d loss and one `TokenStats` a job.

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _check, reference, rows
 from ._chunks import Piece, Rows, length_of, packed, place, rows_per_chunk, select, with_zeros, workspace
-from ._gemm import Weight, WeightGradient, direct, even_rows
+from ._gemm import Weight, WeightGradient, direct, even_rows, widest
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._vocab_shard import ReducedRows, ShardRows, VocabShard
 
@@ -106,7 +106,7 @@ def form(jobs: list[Job], head: Head) -> Formed:
 
 
 def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list[bool]) -> list[list[Piece]]:
-    """Chunks: of all jobs whose rows add to the same gradients; of one job where it is silent, or nobody may know."""
+    """Chunks: of all jobs that want the same gradients; of one job where it is silent, or where nobody may know."""
     weight, columns = head.unembedding, max(head.sizes)  # of the widest shard: all ranks must cut alike
     device = weight.device.type
     sizes = columns * head.dtype.itemsize, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
@@ -225,15 +225,12 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
     reads, weight, work = _check.host_reads(device), Weight(head.unembedding, dtype), sums.stats.dtype
     bias = None if head.bias is None else head.bias.to(work).contiguous()
     rows_of = [_JobRows(place_, job, head, sums, bias, unit) for place_, job in enumerate(jobs)]
-    d_rows = [each.d_rows for each in rows_of if each.d_rows is not None]
     most = max((even_rows(sum(length_of(part) for _, part in chunk), device, dtype) for chunk in cut), default=0)
     buffer = workspace((most, columns), dtype, device)
-    # in float32 where a product can be written in it and somebody wants it
-    wider = [each.dtype for each in d_rows if direct(each, slice(0, 0), dtype) is not None and each.dtype != dtype]
-    rows_buffer = torch.empty((most, width), dtype=wider[0] if wider else dtype, device=device)
+    rows_buffer = torch.empty((most, width), dtype=widest(device, dtype), device=device)
     shard = head.shard
     reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
-    any_gradient = bool(d_rows) or sums.d_weight is not None or sums.d_bias is not None
+    of_head = sums.d_weight is not None or sums.d_bias is not None
     for chunk in cut:
         pieces = [(rows_of[job], part) for job, part in chunk]
         lengths = [length_of(part) for _, part in pieces]
@@ -241,7 +238,9 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
         even = even_rows(n, device, dtype)
         hidden = with_zeros(_joined([of_job.source.take(part).to(dtype) for of_job, part in pieces]), even)
         live = _joined([of_job.scale[part] for of_job, part in pieces]) != 0
-        differentiate = any_gradient and (not reads or bool(live.any()))
+        first, part = pieces[0]
+        wanted = first.d_rows is not None  # then all of the chunk have one
+        differentiate = (of_head or wanted) and (not reads or bool(live.any()))
         padded = weight.times(hidden, buffer[:even])
         padded[n:].zero_()  # also where the unembedding is not finite
         logits = padded[:n]
@@ -250,8 +249,7 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
         if not differentiate:
             continue
         under_way = None
-        first, part = pieces[0]
-        if first.d_rows is not None:  # then all of the chunk have one
+        if first.d_rows is not None:
             whole = len(pieces) == 1 and n == even
             if reduced is not None:
                 under_way = reduced.start(logits)

@@ -1,4 +1,4 @@
-"""Rows of logits whose columns lie on several ranks: what each has, gathered once a chunk, and what follows from it.
+"""Rows of logits whose columns lie on several ranks: what each has, gathered once, and what follows from it.
 
 Over the columns of rank r: m_r = max z, s_r = sum exp(z - m_r), b_r = sum u (z - m_r), h_r = sum exp(z - m_r) (m_r - z)
 
@@ -105,7 +105,7 @@ class ShardRows:
         )  # fmt: skip
 
     def _gathered(self, logits: Tensor, local: Tensor, owned: Tensor, values: Any) -> dict[str, Tensor]:
-        """The one collective of a chunk. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of m_r."""
+        """The one collective of these rows. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of m_r."""
         rows, targets = local.shape
         parts, best = values.stats.new_zeros(4, rows), values.prediction.new_zeros(rows)
         at = values.target_logit.new_zeros(rows, targets)

@@ -3,8 +3,9 @@
     loss = vocab_parallel_linear_cross_entropy(hidden, shard, labels, group=group, vocab_size=V)
     loss = vocab_parallel_linear_cross_entropy(hidden, lm_head.weight, labels)        # a DTensor with Shard(0)
 
-Each chunk of rows costs one all-gather of a few numbers a row and one sum of its hidden gradients; the gradients of
-unembedding and bias stay on their ranks. Loss, stats and hidden gradients are equal on all ranks to the last bit.
+Each chunk of rows costs one all-gather of a few numbers a row (one for each job that has rows in it) and one sum of its
+hidden gradients; the gradients of unembedding and bias stay on their ranks. Loss, stats and hidden gradients are equal
+on all ranks to the last bit.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant("nitp_ops/_token_chunks.py", "padded[n:].zero_()", "pass", "even_rows"),
     Mutant("nitp_ops/_token_chunks.py", "if sum(loud) > 1 else None", "if len(jobs) > 1 else None", "numerics"),
     Mutant("nitp_ops/_token_chunks.py", "and jobs[job].wanted == wanted]", "and wanted]", "shared_pass"),
-    Mutant("nitp_ops/_token_chunks.py", "wider[0] if wider else dtype", "dtype", "shared_pass"),
+    Mutant("nitp_ops/_token_chunks.py", "dtype=widest(device, dtype)", "dtype=dtype", "shared_pass"),
     Mutant("nitp_ops/_chunks.py", "if longest is not None:  # no more", "if False:  # no more", "numerics"),
     Mutant("nitp_ops/_chunks.py", "block.nbytes > _MAPPED_BYTES", "block.nbytes < 0", "workspace"),
     Mutant("nitp_ops/_gemm.py", "gradient[end - len(piece) : end]", "gradient[: len(piece)]", "numerics"),

@@ -65,11 +65,11 @@ def test_a_chunk_holds_rows_of_several_jobs_and_silent_ones_stay_apart(monkeypat
     seen = rows_of_products(monkeypatch, "times")
     weight = torch.randn(31, 6, requires_grad=True)
     nitp_ops.shared_linear_cross_entropy(jobs, weight, chunk_bytes=8 * 31 * 4)
-    assert seen == [8, 8, 6, 4] or seen == [8, 8, 8, 8]  # libraries get rows of zeros
+    assert seen == [8, 8, 6, 4]
 
 
 def test_no_product_is_made_for_hidden_states_that_want_no_gradient(monkeypatch):
-    jobs = [job_of(16), job_of(24, grad=False), job_of(8)]
+    jobs = [job_of(16), job_of(40, grad=False), job_of(8)]
     seen = rows_of_products(monkeypatch, "back")
     weight = torch.randn(31, 6, requires_grad=True)
     loss, _ = nitp_ops.shared_linear_cross_entropy(jobs, weight)

@@ -87,9 +87,9 @@ struct Grid {
   }
 };
 
-// The panels of a block of rows times the panels of columns: row by row of tiles where `out` comes from memory and goes
-// back to it, whose lines lie along rows (the weight gradient gained 2 to 4 %), else column by column, which reads less
-// of the packed numbers.
+// The panels of a block of rows times the panels of columns: row by row of tiles where `out` is visited once, whose
+// lines lie along rows in memory (the weight gradient gained 2 to 4 %), else column by column, which reads less of the
+// packed numbers.
 template <class T, class O>
 void multiply(const uint32_t* rows, int64_t height, const uint32_t* columns, int64_t width, int64_t words, O* out,
               int64_t stride, bool add, bool along_rows, Ahead ahead) {
