@@ -105,7 +105,7 @@ class ShardRows:
         )  # fmt: skip
 
     def _gathered(self, logits: Tensor, local: Tensor, owned: Tensor, values: Any) -> dict[str, Tensor]:
-        """The one collective of these rows. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of m_r."""
+        """One collective. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of m_r."""
         rows, targets = local.shape
         parts, best = values.stats.new_zeros(4, rows), values.prediction.new_zeros(rows)
         at = values.target_logit.new_zeros(rows, targets)
