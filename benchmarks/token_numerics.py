@@ -19,6 +19,9 @@ from .cases import OPS
 from .products import DTYPES, Sizes, faster, in_child, interleaved, medians, multiplied, own, ratio
 from .report import markdown
 
+#: `multiplied` or `own` (products.py).
+Library = Callable[[str, Tensor, Tensor, Tensor], dict[str, Callable[[], object]]]
+
 
 def problem(n: int, d: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     inputs = OPS["linear_cross_entropy"].inputs({"N": n, "d": d, "V": vocabulary}, dtype).arguments
@@ -31,14 +34,13 @@ def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
     loss().backward()
 
 
-def products(
-    h: Tensor, w: Tensor, *by: Callable[[str, Tensor, Tensor, Tensor], dict[str, Callable[[], object]]]
-) -> dict[str, Callable[[], object]]:
-    """The three products alone, into outputs that exist already."""
+def products(h: Tensor, w: Tensor, library: Library, *others: Library) -> dict[str, Callable[[], object]]:
+    """The three products alone, by each of the libraries, into outputs that exist already."""
     h, w = h.detach(), w.detach()
     logits, d_h, d_w = h.new_empty(len(h), len(w)), torch.empty_like(h), torch.empty_like(w)
     calls = {"logits": (h, w.t(), logits), "dh": (logits, w, d_h), "dW": (logits.t(), h, d_w)}
-    return {name: run for product, call in calls.items() for each in by for name, run in each(product, *call).items()}
+    made = [each(product, *call) for product, call in calls.items() for each in (library, *others)]
+    return {name: run for runs in made for name, run in runs.items()}
 
 
 def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:

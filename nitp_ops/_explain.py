@@ -103,7 +103,7 @@ def explain(
         _check.integer(_OP, "jobs", jobs, least=1)
         row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
         longest = rows if jobs > 1 else None
-        together = jobs * rows if place == "cpu" else rows  # what is cut into chunks at once
+        cuts, together = (1, jobs * rows) if place == "cpu" else (jobs, rows)  # a GPU's jobs are cut one by one
         step = rows_per_chunk(together, row_bytes, chunk_bytes, weights, longest=longest, device=place)
     else:
         if jobs != 1:
@@ -111,10 +111,10 @@ def explain(
         inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
-        weights, together = 2 * inner * width + out_width * inner, rows
+        weights, cuts, together = 2 * inner * width + out_width * inner, 1, rows
         step = _latent_chunks.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights, device=place)
     few = 2 if place == "cpu" else 1  # chunks whose sum needs no buffer beside the returned gradient
-    chunks = jobs * rows // max(1, together) * -(-together // step)
+    chunks = cuts * -(-together // step)
     rounded = dtype.itemsize < 4 and chunks > few
     return ChunkPlan(
         op=op,

@@ -191,11 +191,11 @@ class _Sums:
 class _JobRows:
     """The rows of one job: their hidden states, their values and the gradient over their logits, that of the states."""
 
-    def __init__(self, place_: int, job: Job, head: Head, sums: _Sums, bias: Tensor | None, unit: Tensor | None):
+    def __init__(self, index: int, job: Job, head: Head, sums: _Sums, bias: Tensor | None, unit: Tensor | None):
         if _check.host_reads(job.labels.device):
             _check.labels_inside(head.op, "labels", job.labels, head.ignore_index, sum(head.sizes), job.many)
-        self.place, self.job, self.head, self.sums, self.bias, self.unit = place_, job, head, sums, bias, unit
-        self.source, self.scale, d_hidden = Rows(job.hidden), sums.scales[place_], sums.d_hidden[place_]
+        self.index, self.job, self.head, self.sums, self.bias, self.unit = index, job, head, sums, bias, unit
+        self.source, self.scale, d_hidden = Rows(job.hidden), sums.scales[index], sums.d_hidden[index]
         self.d_rows = None if d_hidden is None else d_hidden.view(len(job.labels), self.source.width)
         self.kernels, shard = rows.kernels(head.backend), head.shard
         self.of_shard = None if shard is None else ShardRows(self.kernels, shard, job, head, bias, sums.stats.dtype)
@@ -203,7 +203,7 @@ class _JobRows:
     def __call__(self, logits: Tensor, part: Tensor | slice, differentiate: bool) -> None:
         """The row kernel over the logits of `part`: the gradient in their place."""
         job, head, sums = self.job, self.head, self.sums
-        values, scale = sums.of_chunk(self.place, len(logits)), self.scale[part].contiguous()
+        values, scale = sums.of_chunk(self.index, len(logits)), self.scale[part].contiguous()
         labels, weight = job.labels[part].contiguous(), job.target_weight
         weight = None if weight is None else weight[part].contiguous()
         row_scale = scale if self.unit is None else scale / self.unit
@@ -215,7 +215,7 @@ class _JobRows:
                 values.prediction, head.ignore_index, job.many, job.label_smoothing, job.z_loss, head.softcap,
                 head.logit_scale, differentiate,
             )  # fmt: skip
-        sums.place(self.place, part, values)
+        sums.place(self.index, part, values)
         sums.loss += torch.where(scale != 0, values.stats[0] * scale, 0).sum(dtype=torch.float64)
 
 
@@ -224,7 +224,7 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
     device, dtype, (columns, width) = head.unembedding.device, head.dtype, head.unembedding.shape
     reads, weight, work = _check.host_reads(device), Weight(head.unembedding, dtype), sums.stats.dtype
     bias = None if head.bias is None else head.bias.to(work).contiguous()
-    rows_of = [_JobRows(place_, job, head, sums, bias, unit) for place_, job in enumerate(jobs)]
+    rows_of = [_JobRows(index, job, head, sums, bias, unit) for index, job in enumerate(jobs)]
     most = max((even_rows(sum(length_of(part) for _, part in chunk), device, dtype) for chunk in cut), default=0)
     buffer = workspace((most, columns), dtype, device)
     rows_buffer = torch.empty((most, width), dtype=widest(device, dtype), device=device)

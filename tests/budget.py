@@ -46,7 +46,7 @@ def near(
 ) -> None:
     """For outputs of any size: equal up to the rounding of the coarsest dtype, with room for cancellation.
 
-    room: how far the formula itself is off in these dtypes (`rounded`); twice that is allowed beside."""
+    room: how far the formula itself is off in these dtypes (`formula_error`); twice that is allowed beside."""
     tolerance = max(NEAR[x.dtype] for x in ours)
     for place, (a, ref) in enumerate(zip(ours, exact, strict=True)):
         name = names[place] if place < len(names) else f"output {place}"
@@ -55,7 +55,7 @@ def near(
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def rounded(function: Callable[..., Any], inputs: Sequence[Tensor], upstream: Tensor | float) -> list[float]:
+def formula_error(function: Callable[..., Any], inputs: Sequence[Tensor], upstream: Tensor | float) -> list[float]:
     """How far the formula, op by op in the inputs' dtypes, is from float64, at most over eight inputs beside these.
 
     Where the width is 1 a direction hardly turns: gradients through it are small differences of large terms."""

@@ -66,6 +66,11 @@ def test_a_chunk_holds_rows_of_several_jobs_and_silent_ones_stay_apart(monkeypat
     weight = torch.randn(31, 6, requires_grad=True)
     nitp_ops.shared_linear_cross_entropy(jobs, weight, chunk_bytes=8 * 31 * 4)
     assert seen == [8, 8, 6, 4]
+    size = 8 * 31 * 4
+    plan = nitp_ops.explain("linear_cross_entropy", rows=11, width=6, vocabulary=31, chunk_bytes=size, jobs=2)
+    seen.clear()
+    nitp_ops.shared_linear_cross_entropy([job_of(11), job_of(11)], weight, chunk_bytes=size)
+    assert (plan.chunks, plan.chunk_rows) == (len(seen), seen[0]) == (3, 8)
 
 
 def test_no_product_is_made_for_hidden_states_that_want_no_gradient(monkeypatch):
