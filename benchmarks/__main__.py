@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch
 
-from . import base, cuda_run, measure, plots, report, run
+from . import base, cuda_run, gpu_report, measure, plots, report, run
 from .cases import OPS
 from .gate import pytest_failure
 from .heads import HEADS
@@ -75,11 +75,12 @@ def listing() -> str:
 
 
 def run_cuda(options: argparse.Namespace) -> int:
-    """The same on a GPU, after the values of every op there (the rest of its tests: benchmarks/gpu.sh test)."""
-    reason = pytest_failure([report.ROOT / "tests/test_gpu_values.py"])
-    if reason:
-        print(f"benchmarks: the tests on CUDA are red, no numbers: {reason}", file=sys.stderr)
-        return 1
+    """The same on a GPU, after the values of every op there, or benchmarks/gpu.sh's stage `test` of this commit."""
+    if not gpu_report.tests_are_green(options.commit, options.out):
+        reason = pytest_failure([report.ROOT / "tests/test_gpu_values.py"])
+        if reason:
+            print(f"benchmarks: the tests on CUDA are red, no numbers: {reason}", file=sys.stderr)
+            return 1
     print("the values on CUDA are green", flush=True)
     return cuda_run.run(options)
 

@@ -25,9 +25,10 @@ from .isolated import At, Lost
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE = torch.device("cuda")
-#: Written before every run: the inputs leave the L2 cache (60 MB on an H200), and at 4 TB/s the write lasts about half
-#: a millisecond, in which the host queues the run, so that its launches are not what is timed.
-FLUSH_BYTES = 2**31
+#: Written before every run, FLUSHES times: the inputs leave the L2 cache (50 MB on an H100), and at 3 TB/s the writes last
+#: 6 ms, in which the host queues the run, so that its launches are not what is timed. One write was too short: an op that
+#: takes 0.1 ms of an H100 seemed to take 0.5.
+FLUSH_BYTES, FLUSHES = 2**31, 8
 #: Rows a chunk of the float64 cross-entropy: 2.5 GB of logits at a vocabulary of 151936.
 EXACT_ROWS = 2048
 
@@ -68,8 +69,9 @@ def measure_case(at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str,
     del exact
     at(None)
     times = timed(floor | runs, inputs.clear, rounds, seconds)
-    results[measure.FLOOR] |= {"parts_ms": {each: 1e3 * statistics.median(times[each]) for each in floor}}
-    times |= {measure.FLOOR: fastest({each: times.pop(each) for each in floor})}
+    forms = {form: times.pop(form) for form in floor}
+    results[measure.FLOOR] |= {"forms_ms": {form: 1e3 * statistics.median(values) for form, values in forms.items()}}
+    times[measure.FLOOR] = min(forms.values(), key=statistics.median)
     return measure.described(results, times, runs, chosen.flops(sizes))
 
 
@@ -138,21 +140,28 @@ def exact_values(op: Op, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def floor_of(op: Op, sizes: Sizes, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The floor's parts, "product form" each: every product of the op with its output in the working dtype and, where
-    the device can, in float32; or one copy."""
+    """The floor by the form of its weight gradients: every product of the op, one after the other, with their output in
+    the working dtype and, where the device can, in float32; or one copy.
+
+    One after the other, as the op runs them: a product alone, behind idle time, has the higher clock to itself."""
     if op.layers is None:
-        return {"copy copy": op.floor(sizes, dtype)}
+        return {"copy": op.floor(sizes, dtype)}
     return product_runs(op.layers(sizes), dtype)
 
 
 def product_runs(layers: Layers, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    runs: dict[str, Callable[[], object]] = {}
-    for place, (left, right, out) in enumerate(products(layers, dtype)):
-        layer, kind = divmod(place, 3)
-        name = f"{('output', 'd_input', 'd_weight')[kind]}[{layer}]"
-        runs[f"{name} {str(dtype).removeprefix('torch.')}"] = partial(torch.mm, left, right, out=out)
-        if dtype != torch.float32 and kind == 2 and widens(left, right):
-            runs[f"{name} float32"] = partial(torch.mm, left, right, out_dtype=torch.float32)
+    calls = products(layers, dtype)
+
+    def run(wide: bool) -> None:
+        for place, (left, right, out) in enumerate(calls):
+            if wide and place % 3 == 2:
+                torch.mm(left, right, out_dtype=torch.float32)
+            else:
+                torch.mm(left, right, out=out)
+
+    runs: dict[str, Callable[[], object]] = {str(dtype).removeprefix("torch."): partial(run, False)}
+    if dtype != torch.float32 and widens(*calls[2][:2]):
+        runs["float32"] = partial(run, True)
     return runs
 
 
@@ -165,15 +174,6 @@ def widens(left: Tensor, right: Tensor) -> bool:
     return True
 
 
-def fastest(times: dict[str, list[float]]) -> list[float]:
-    """In each round the sum over the parts, each in the form whose median is less."""
-    forms: dict[str, list[list[float]]] = {}
-    for name, values in times.items():
-        forms.setdefault(name.split(" ")[0], []).append(values)
-    best = [min(each, key=statistics.median) for each in forms.values()]
-    return [sum(part) for part in zip(*best, strict=True)]
-
-
 def timed(
     runs: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
@@ -182,7 +182,8 @@ def timed(
 
     def ready() -> None:
         prepare()
-        flush.zero_()
+        for _ in range(FLUSHES):
+            flush.zero_()
 
     for run in runs.values():
         ready()

@@ -37,6 +37,15 @@ def machine(known_commit: str | None) -> dict[str, Any]:
     }
 
 
+def tests_are_green(known_commit: str | None, out: Path) -> bool:
+    """Whether the stage `test` of this machine and commit, clean, is kept under `out` and was green."""
+    info = machine(known_commit)
+    path = results_path(info, out)
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    clean = "dirty" not in info["commit"]
+    return clean and kept.get("machine") == info and kept["stages"].get("test", {}).get("code") == 0
+
+
 def merged(kept: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
     """`new` over `kept`: of the same machine and commit, a case measured again or a stage run again replaces the last.
 
@@ -92,7 +101,7 @@ def legend(cases: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             *lines,
-            "floor of products: each alone, in the same rounds; weight gradients by the faster of two output dtypes",
+            "floor of products: one after the other, in the same rounds; weight gradients in the faster of two output dtypes",
             "time: between events, forward and backward, L2 cold, work queued ahead; medians of interleaved rounds",
             "peak: most bytes allocated in one step beyond those before it; error: of every row against float64",
         ]

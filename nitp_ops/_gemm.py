@@ -21,6 +21,8 @@ _NARROW = (torch.bfloat16, torch.float16)
 #: many and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md). In
 #: float32 oneDNN would copy what is cut.
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
+#: Asked once: torch 2.11 cannot trace the question.
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device))
 #: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
 _LEAST_PRODUCTS = 16**3
 
@@ -30,7 +32,7 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
 
     float16 runs in float32 on CPU, where no library has a fast product for it."""
     device, dtype = weight.device.type, weight.dtype
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if device in _AUTOCAST and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         if dtype not in _check.FLOATS:
             raise TypeError(f"{op}: autocast is {_check.name_of(dtype)}, expected bfloat16 or float16 (or no autocast)")

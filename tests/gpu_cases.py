@@ -65,21 +65,23 @@ def calls(backend: str, labels: Tensor, target: Tensor) -> dict[str, Call]:
     """Name -> loss of `tensors()`; chunks are smaller than the rows, so that every loop turns more than once."""
     token = {"chunk_bytes": 30 * VOCABULARY * 4, "backend": backend}
     latent = {"chunk_bytes": 30 * (3 * INNER + 3 * WIDTH) * 4, "backend": backend}
-    several = torch.stack([labels, labels.flip(0)], -1)
-    weights = torch.full(several.shape, 0.5, device=labels.device)
+    weights = torch.full((*labels.shape, 2), 0.5, device=labels.device)
     classes = torch.linspace(0.1, 1, VOCABULARY, device=labels.device)
     scale = torch.linspace(0.5, 2, labels.numel(), device=labels.device).view(labels.shape)
-    count = torch.tensor(50.0, device=labels.device)
+    count, tenth = torch.tensor(50.0, device=labels.device), torch.tensor(0.1, device=labels.device)
     rich = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "logit_scale": 0.9, "class_weight": classes}
 
     def head(x: Sequence[Tensor], chosen: Tensor = labels, **options: Any) -> Any:
         return nitp_ops.linear_cross_entropy(x[0], x[1], chosen, **{**token, **options})
 
+    def several() -> Tensor:  # in the call: a captured one must follow the labels
+        return torch.stack([labels, labels.flip(0)], -1)
+
     def nitp(x: Sequence[Tensor], weights: Sequence[Tensor | None], **options: Any) -> Any:
         return nitp_ops.implicit_token_loss(x[0], target.to(x[0].dtype), *weights, **{**latent, **options})
 
     def shared(*x: Tensor) -> Tensor:
-        jobs = [nitp_ops.HeadJob(x[0], labels, torch.tensor(0.1, device=labels.device))]
+        jobs = [nitp_ops.HeadJob(x[0], labels, tenth)]
         jobs.append(nitp_ops.HeadJob(x[0] * 2, labels.flip(0), scale, label_smoothing=0.1))
         return nitp_ops.shared_linear_cross_entropy(jobs, x[1], chunk_bytes=token["chunk_bytes"], backend=backend)[0]
 
@@ -87,7 +89,7 @@ def calls(backend: str, labels: Tensor, target: Tensor) -> dict[str, Call]:
         "cross-entropy": lambda *x: head(x),
         "cross-entropy, none": lambda *x: head(x, reduction="none"),
         "cross-entropy, every option": lambda *x: head(x, token_weight=scale, normalizer=count, **rich),
-        "cross-entropy, weighted targets": lambda *x: head(x, several, target_weight=weights, z_loss=0.1),
+        "cross-entropy, weighted targets": lambda *x: head(x, several(), target_weight=weights, z_loss=0.1),
         "cross-entropy, max_rows": lambda *x: head(x, max_rows=70),
         "cross-entropy, statistics": lambda *x: head(x, return_stats="entropy")[0],
         "shared cross-entropy": shared,

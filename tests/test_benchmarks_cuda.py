@@ -137,13 +137,18 @@ def test_a_broken_device_ends_the_process(monkeypatch):
         cuda.attempt("quack", broken)
 
 
-def test_the_floor_takes_each_product_in_its_faster_form():
-    times = {"output[0] bfloat16": [4.0, 4.0], "d_weight[0] bfloat16": [2.0, 9.0], "d_weight[0] float32": [3.0, 3.0]}
-    times["d_weight[0] bfloat16"] = [5.0, 5.0]
-    assert cuda.fastest(times) == [7.0, 7.0]
-    runs = cuda.product_runs([(4, 3, 5), (4, 5, 2)], torch.float32)
-    kinds = "output", "d_input", "d_weight"
-    assert list(runs) == [f"{kind}[{layer}] float32" for layer in (0, 1) for kind in kinds]
+def test_the_floor_runs_every_product_and_is_its_faster_form(cpu_in_its_place, monkeypatch):
+    called, product = [], torch.mm
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "mm", lambda a, b, out: called.append((len(a), b.shape[1])) or product(a, b, out=out))
+        (form,) = runs = cuda.product_runs([(4, 3, 5), (4, 5, 2)], torch.float32)
+        runs[form]()
+    assert called == [(4, 5), (4, 3), (5, 3), (4, 2), (4, 5), (2, 5)] and form == "float32"
+    forms = {"bfloat16": lambda: time.sleep(0.02), "float32": lambda: time.sleep(0.001)}
+    monkeypatch.setattr(cuda, "floor_of", lambda *_: forms)
+    rows = cuda.measure_case(at, [], op="swiglu", sizes=OPS["swiglu"].toy, dtype="float32", rounds=3, seconds=9)
+    found = rows["floor"]["forms_ms"]
+    assert found["bfloat16"] > found["float32"] == rows["floor"]["milliseconds"]["median"]
 
 
 @pytest.mark.parametrize("kernel", row_kernels.KERNELS)
