@@ -25,9 +25,9 @@ from .isolated import At, Lost
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE = torch.device("cuda")
-#: Written before every run, FLUSHES times: the inputs leave the L2 cache (50 MB on an H100), and at 3 TB/s the writes last
-#: 6 ms, in which the host queues the run, so that its launches are not what is timed. One write was too short: an op that
-#: takes 0.1 ms of an H100 seemed to take 0.5.
+#: Written before every run, FLUSHES times: the inputs leave the L2 cache (50 MB on an H100), and at 3 TB/s the writes
+#: last 6 ms, in which the host queues the run, so that its launches are not what is timed. One write was too short: an
+#: alignment that takes 0.9 ms seemed to take 1.4.
 FLUSH_BYTES, FLUSHES = 2**31, 8
 #: Rows a chunk of the float64 cross-entropy: 2.5 GB of logits at a vocabulary of 151936.
 EXACT_ROWS = 2048

@@ -102,15 +102,23 @@ NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 6550
 #endif
 }
 
+#ifdef __CUDA_ARCH__
+constexpr float kLog2e = 1.44269504f;
+
+__device__ __forceinline__ float power_of_two(float x) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+  return power;
+}
+#endif
+
 // exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6
 // Chebyshev fit of exp(r); relative error at most 1e-7, 8e-8 by fused multiply-adds (measured at 2e7 points), 0 under
 // -87.7, NaN stays NaN.
 NITP_HD float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
   // Two instructions where expf takes eight; the difference x - max is formed before, so that only its rounding counts.
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
-  return power;
+  return power_of_two(x * kLog2e);
 #else
   const float clamped = -88.0f > x ? -88.0f : x;
   const float shifted = clamped * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127: the sum rounds to an integer

@@ -104,7 +104,8 @@ def explain(
         row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
         longest = rows if jobs > 1 else None
         cuts, together = (1, jobs * rows) if place == "cpu" else (jobs, rows)  # a GPU's jobs are cut one by one
-        step = rows_per_chunk(together, row_bytes, chunk_bytes, weights, longest=longest, device=place)
+        sizes = row_bytes, chunk_bytes, weights
+        step = rows_per_chunk(together, *sizes, longest=longest, device=place, itemsize=dtype.itemsize)
     else:
         if jobs != 1:
             raise ValueError(f"{_OP}: jobs is {jobs}, expected 1 (implicit_token_loss has a pass of its own)")

@@ -222,7 +222,8 @@ def latent_rows(
     """Rows a chunk. A projector's row is small beside its products: its chunks are few and large (decision 0007)."""
     size = row_bytes(width, inner, out_width, dtype)
     large = MOST_BYTES if device == "cpu" else LEAST_BYTES_ON_GPU
-    return rows_per_chunk(rows, size, chunk_bytes, weights, large if inner else LEAST_BYTES, device=device)
+    least, itemsize = large if inner else LEAST_BYTES, dtype.itemsize
+    return rows_per_chunk(rows, size, chunk_bytes, weights, least, device=device, itemsize=itemsize)
 
 
 def _fused_gate_up(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:

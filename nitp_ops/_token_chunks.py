@@ -118,7 +118,8 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     for group in groups:
         lengths = [length_of(selected[job]) for job in group]
         longest = max(lengths, default=0) if sum(loud) > 1 else None
-        cut += packed(selected, rows_per_chunk(sum(lengths), *sizes, longest=longest, device=device), group)
+        options = {"longest": longest, "device": device, "itemsize": head.dtype.itemsize}
+        cut += packed(selected, rows_per_chunk(sum(lengths), *sizes, **options), group)
     return cut
 
 

@@ -40,6 +40,7 @@ MUTANTS = (
     Mutant("csrc/cuda/reduce.h", "Team::sync();\n    const int lane", "const int lane", "cuda_source_clusters"),
     Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();  // the peers have read", "", "cuda_source_clusters"),
     Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();\n  if (rank", "if (rank", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "  wait_for_copies();\n", "", "cuda_source_clusters"),
     Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
     # the chunked algorithms
     Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),

@@ -65,10 +65,12 @@ def test_the_smallest_cluster_that_holds_the_row(columns, largest, blocks):
 @pytest.mark.parametrize(
     ("dtype", "columns", "softcap", "blocks"),
     [
-        *[(torch.bfloat16, 147456, 0.0, 1), (torch.bfloat16, 151936, 0.0, 2), (torch.bfloat16, 294912, 0.0, 2)],
-        *[(torch.float32, 73728, 0.0, 1), (torch.float32, 151936, 0.0, 4)],
-        *[(torch.bfloat16, 122880, 30.0, 1), (torch.bfloat16, 122888, 30.0, 2), (torch.bfloat16, 256000, 30.0, 4)],
-        *[(torch.float32, 61440, 30.0, 1), (torch.float32, 61444, 30.0, 2)],
+        *[(torch.bfloat16, columns, 0.0, 1) for columns in (32000, 50304)],
+        *[(torch.bfloat16, columns, 0.0, 4) for columns in (128256, 151936)],
+        *[(torch.bfloat16, columns, 0.0, 8) for columns in (202048, 262144)],
+        *[(torch.float32, 32000, 0.0, 1), (torch.float32, 50304, 0.0, 4), (torch.float32, 151936, 0.0, 8)],
+        *[(torch.bfloat16, 50304, 30.0, 1), (torch.bfloat16, 128256, 30.0, 4), (torch.bfloat16, 256000, 30.0, 8)],
+        (torch.float32, 128256, 30.0, 8),
     ],
 )
 def test_heads_on_a_device_of_227_kb(dtype, columns, softcap, blocks):

@@ -134,6 +134,17 @@ def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
     assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2
 
 
+def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_sum():
+    def plan(rows, dtype=torch.bfloat16):
+        return nitp_ops.explain("implicit_token_loss", rows=rows, width=4096, dtype=dtype, device="cuda")
+
+    some, whole, narrow = plan(6553), plan(8191), plan(16384)
+    assert some.chunks == whole.chunks == 1 and whole.accumulator_bytes == 0
+    assert narrow.chunks > 1 and narrow.workspace_bytes <= 4 * 12 * 4096**2 < whole.workspace_bytes
+    assert whole.workspace_bytes <= narrow.workspace_bytes + narrow.accumulator_bytes
+    assert plan(8191, torch.float32).chunks > 1  # whose sum is the gradient itself
+
+
 def test_jobs_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
     def plan(jobs, rows):
         sizes = {"width": 1024, "vocabulary": 25_000, "dtype": torch.bfloat16}

@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks)
   columns.class_weight = a.class_weight;
   columns.softcap = a.softcap;
   columns.logit_scale = a.logit_scale;
-  const Row<T, A, false> row{columns, A(0)};
+  const Row<T, A, false> row(columns);
   const Writer<T, A, false> writer{row, slopes, !slopes.nothing()};
   const Split<N> split = cuda::split<N>(a.columns, logits);
   for (int64_t p = thread; p < split.packs; p += threads) {

@@ -11,10 +11,27 @@ namespace cuda {
 
 constexpr int kNoColumn = INT32_MAX;
 
-// Every sum is relative to `max`, but for `below`, which is relative to the row's reference logit.
+// exp(factor x) for x <= 0, by one multiplication.
+template <class A>
+struct ScaledExp {
+  A factor;
+  __device__ explicit ScaledExp(A factor) : factor(factor) {}
+  __device__ A operator()(A x) const { return exp_nonpositive(factor * x); }
+};
+#ifdef __CUDA_ARCH__
+template <>
+struct ScaledExp<float> {
+  float rate;
+  __device__ explicit ScaledExp(float factor) : rate(factor * kLog2e) {}
+  __device__ float operator()(float x) const { return power_of_two(rate * x); }
+};
+#endif
+
+// Of the values that a Row sees. Every sum is relative to `max`, but for `below`, which is relative to the row's
+// reference.
 template <class A>
 struct RowSums {
-  A max, sum;     // sum exp(z - max)
+  A max, sum;     // sum exp(unit (z - max))
   A below, mass;  // sum w_v (z_v - reference) and sum w_v, w_v = 1 or class_weight_v: for smoothing
   A spread;       // sum exp(z - max) (max - z): for the entropy
   int first;      // first column of the first piece that reaches max; kNoColumn: none does
@@ -25,17 +42,17 @@ __device__ A finite_or_zero(A x) {
   return x - x == A(0) ? x : A(0);
 }
 
-// exp(max - to) for a sum that moves to another maximum; both may be -inf.
+// The sums move to another maximum; both may be -inf.
 template <class A>
-__device__ void rebase(RowSums<A>& s, A to) {
-  const A shift = to == A(-INFINITY) ? A(0) : to, factor = exp_nonpositive(s.max - shift);
+__device__ void rebase(RowSums<A>& s, A to, const ScaledExp<A>& exp) {
+  const A shift = to == A(-INFINITY) ? A(0) : to, factor = exp(s.max - shift);
   if (s.max != A(-INFINITY)) s.spread = factor > A(0) ? factor * (s.spread + (shift - s.max) * s.sum) : A(0);
   s.sum *= factor;
   s.max = to;
 }
 
 template <class A>
-__device__ RowSums<A> merge_warp(RowSums<A> s) {
+__device__ RowSums<A> merge_warp(RowSums<A> s, const ScaledExp<A>& exp) {
   struct Best {
     A max;
     int first, unused;  // a multiple of four bytes without padding
@@ -43,7 +60,7 @@ __device__ RowSums<A> merge_warp(RowSums<A> s) {
   const Best best = warp_merge(Best{s.max, s.first, 0}, [](const Best& a, const Best& b) {
     return a.max > b.max || (a.max == b.max && a.first < b.first) ? a : b;
   });
-  rebase(s, best.max);
+  rebase(s, best.max, exp);
   s.first = best.first;
   s.sum = warp_sum(s.sum);
   s.below = warp_sum(s.below);
@@ -59,13 +76,19 @@ struct RowTargets {
   int present, outside;
 };
 
-// One row as its threads see it. Plain: no bias, no softcap, no class weights, no entropy; then two packs are taken
-// at once, so that a maximum is settled once for both. Four cost more registers than there are.
+// One row as its threads see it. Plain: no bias, no softcap, no class weights, no entropy; then its values are the raw
+// logits, whose scale (`unit`) goes into the exponential, and two packs are taken at once, so that a maximum is settled
+// once for both. Four cost more registers than there are.
 template <class T, class A, bool Plain>
 struct Row {
   static constexpr int kAtOnce = Plain ? 2 : 1;
   const CrossEntropyRows<T, A>& a;
+  A unit;  // transformed logits are so many times the values
+  ScaledExp<A> exp;
   A reference;
+
+  __device__ explicit Row(const CrossEntropyRows<T, A>& a)
+      : a(a), unit(Plain ? a.logit_scale : A(1)), exp(unit), reference(0) {}
 
   __device__ bool smooth() const { return a.smoothing > A(0); }
   __device__ bool by_class() const { return !Plain && a.class_weight != nullptr; }
@@ -73,7 +96,7 @@ struct Row {
 
   __device__ A value(T logit, int64_t j) const {
     const A x = widen(logit);
-    if (Plain) return LogitTransform<A, false>{a.logit_scale, A(0)}.value(x);
+    if (Plain) return x;
     const A biased = a.bias ? x + a.bias[j] : x;
     return a.softcap > A(0) ? LogitTransform<A, true>{a.logit_scale, a.softcap}.value(biased)
                             : LogitTransform<A, false>{a.logit_scale, A(0)}.value(biased);
@@ -99,14 +122,14 @@ struct Row {
     if (top > s.max || (top == s.max && j < s.first)) {
 #pragma unroll
       for (int u = U - 1; u >= 0; --u) s.first = tops[u] == top ? static_cast<int>(j + u * step) : s.first;
-      rebase(s, top);
+      rebase(s, top, exp);
     }
     const A shift = s.max == A(-INFINITY) ? A(0) : s.max;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const A below = z[u][i] - shift, e = exp_nonpositive(below);
+        const A below = z[u][i] - shift, e = exp(below);
         s.sum += e;
         if (!Plain && a.entropy) s.spread -= e > A(0) ? e * below : A(0);
       }
@@ -127,10 +150,13 @@ struct Row {
 template <class T, class A, bool Plain>
 struct Writer {
   const Row<T, A, Plain>& row;
-  SoftmaxGradient<A> slopes;
-  bool live;  // else the row is cleared
+  SoftmaxGradient<A> slopes;  // of the row's values
+  bool live;                  // else the row is cleared
 
-  __device__ A gradient(A z, int64_t j) const { return row.slope(z) * slopes.at(z, row.weight(j)); }
+  __device__ A gradient(A z, int64_t j) const {
+    if (Plain) return slopes.probability * row.exp(z - slopes.max) - slopes.off;
+    return row.slope(z) * slopes.at(z, row.weight(j));
+  }
   template <int W>
   __device__ void operator()(T* logits, int64_t j, const Pack<T, W>& in) const {
     Pack<T, W> out;

@@ -63,6 +63,18 @@ __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(memory);
 }
 
+// Begins to copy a pack of 16 bytes from global memory to the block's shared memory, without a register in between: all
+// packs of a row can be under way at once. Its thread has it behind wait_for_copies.
+template <class P>
+__device__ void begin_copy(P* to, const void* from) {
+  static_assert(sizeof(P) == 16, "in one piece");
+  const unsigned there = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  const auto address = __cvta_generic_to_global(from);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(there), "l"(address) : "memory");
+}
+
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // Whether the code that is being compiled may have the instructions of clusters.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr bool kClusters = false;

@@ -71,6 +71,7 @@ void Cluster::run(unsigned first_block) {
     for (Fiber& fiber : blocks_[rank].fibers) {
       fiber.done = false;
       fiber.waits_for = nullptr;
+      fiber.copies.clear();
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = stack;
       fiber.context.uc_stack.ss_size = kStackBytes;

@@ -55,6 +55,7 @@ struct Meeting {
 
 struct Fiber {
   ucontext_t context;
+  std::vector<std::function<void()>> copies;  // begun, and done only once the thread waits for them
   Meeting* waits_for = nullptr;
   int64_t round = 0;
   bool done = false;
@@ -129,6 +130,17 @@ S& shared() {
 template <class T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(simt::cluster->block().shared.get());
+}
+
+template <class P>
+void begin_copy(P* to, const void* from) {
+  simt::cluster->block().fibers[threadIdx.x].copies.push_back([=] { std::memcpy(to, from, sizeof(P)); });
+}
+
+inline void wait_for_copies() {
+  auto& copies = simt::cluster->block().fibers[threadIdx.x].copies;
+  for (const auto& copy : copies) copy();
+  copies.clear();
 }
 
 constexpr bool kClusters = true;
