@@ -47,7 +47,7 @@ def steps(stage: str, out: Path, commit: str | None) -> list[Step]:
         tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu_*.py"))]
         if stage == "large":  # one after the other: a test takes up to 30 GB
             return [_python("-m", "pytest", "-m", "gpu and large", *tests)]
-        return [_python("-m", "pytest", "-n", "4", "-m", "gpu and not large", *tests)]
+        return [_python("-m", "pytest", "-n", "8", "-m", "gpu and not large", *tests)]
     if stage == "sanitize":
         return [
             *(_sanitized("memcheck", backend, "--ops") for backend in ("native", "triton")),
