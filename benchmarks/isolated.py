@@ -10,7 +10,7 @@ from typing import Any
 
 from .measure import MeasurementError, one_line
 
-#: Seconds that a process may take to start: the first one waits until torch and its compiler are imported.
+#: Seconds that a process may take to start: torch and its compiler are imported in it.
 START = 120.0
 #: Called with the name whose code runs next, None for code that is nobody's.
 At = Callable[[str | None], None]
@@ -45,9 +45,8 @@ def without_the_dead(
 
 def _run(task: Task, names: list[str], patience: float, deadline: float) -> tuple[str | None, str, Any]:
     """(name that ran last, "done" | "failed", result or reason)."""
-    # a GPU cannot be used on both sides of a fork: the server imports torch and its compiler, once, and touches none
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.cuda"])
+    # not from a fork server with torch in it: importing inductor asks for devices, after which no fork may use one
+    context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(task, names, sender))
     child.start()
