@@ -43,9 +43,10 @@ Machine: {report.machine_line(report.machine(threads))}.
 
 ## Time
 
-Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection,
-outputs that exist already), each by the faster of MKL and oneDNN; the same for the formula in PyTorch and for
-torch.compile of it. Medians of the ratios within {sizes["rounds"]} interleaved rounds, freed memory kept ("raised").
+Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection),
+each by the faster of torch.mm, into an output that exists already, and, in float32, oneDNN, which torch lets write into
+new memory alone; the same for the formula in PyTorch and for torch.compile of it. Medians of the ratios within
+{sizes["rounds"]} interleaved rounds, freed memory kept ("raised").
 
 {reach(sizes, threads)}
 

@@ -1,6 +1,7 @@
 """python -m benchmarks.numerics writes its pages and figure from what it measures."""
 
 import pytest
+import torch
 
 from benchmarks import numerics, products
 
@@ -25,6 +26,19 @@ def test_a_missing_folder_is_one_line(tmp_path, capsys):
 
 def test_the_exponent_of_a_quadratic_is_two():
     assert abs(products.exponent([1, 2, 4], [3.0, 12.0, 48.0]) - 2) < 1e-12
+
+
+def test_every_library_that_is_timed_forms_the_product():
+    for dtype in products.DTYPES.values():
+        rows, gradient, weight = (torch.randn(shape).to(dtype) for shape in ((24, 16), (24, 40), (40, 16)))
+        for a, b in ((rows, weight.t()), (gradient, weight), (gradient.t(), rows)):
+            out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+            exact = (a.double() @ b.double()).to(dtype)
+            for run in (products.multiplied("", a, b, out) | products.own("", a, b, out)).values():
+                out.zero_()
+                written = run()
+                found = written if isinstance(written, torch.Tensor) else out
+                torch.testing.assert_close(found, exact, rtol=2.0**-7, atol=1e-4)
 
 
 def test_the_faster_library_is_chosen_a_product_and_its_rounds_are_added():
