@@ -77,7 +77,6 @@ def build(torch: Path, compiler: str, work: Path, package: Path, module_name: st
             ("library", "library"),
             ("entry", "cpu/entry"),
             ("gemm_entry", "cpu/gemm_entry"),
-            ("onednn", "cpu/onednn"),
             ("populate", "cpu/populate"),
         )
     ]

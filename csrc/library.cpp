@@ -24,9 +24,8 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
       "Tensor? bias, Tensor? class_weight, Tensor factors, float softcap, float logit_scale) -> ()");
   m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
   m.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
-  // Not row kernels: products, out = a b or (gemm_) out += a b, where torch.mm would take a slower library.
+  // Not a row kernel: out = a b or out += a b where torch.mm would take a slower library.
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
-  m.def("onednn_matmul_(Tensor(a!) out, Tensor a, Tensor b) -> ()");
   // Fetches the pages of a block that is about to be written; its numbers stay what they are.
   m.def("populate_(Tensor(a!) block) -> ()");
 }

@@ -23,7 +23,7 @@ SHARED_PART, ENOUGH_SHARED_ROWS = 0.6, 448
 ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
 #: glibc maps larger blocks one by one.
 _MAPPED_BYTES = 32 * 2**20
-#: Rows of a chunk are a multiple of so many, which the products of MKL and oneDNN are fastest at.
+#: Rows of a chunk are a multiple of so many, which the products of libraries are fastest at.
 EVEN_ROWS = 8
 
 

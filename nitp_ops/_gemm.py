@@ -17,14 +17,11 @@ BLOCK_BYTES_ON_GPU = 128 * 2**20
 _PIECE_BYTES = 40 * 2**20
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: A product by MKL or oneDNN takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are
-#: many and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md). In
-#: float32 oneDNN would copy what is cut.
+#: A product by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many
+#: and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md).
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
 #: Asked once: torch 2.11 cannot trace the question.
 _AUTOCAST = frozenset(device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device))
-#: oneDNN is asked from 16^3 multiply-adds on, as ATen does.
-_LEAST_PRODUCTS = 16**3
 
 
 def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto") -> torch.dtype:
@@ -48,10 +45,8 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
 
 if rows.missing is None:
     from . import _C  # links against the operator library, which `rows` has loaded
-
-    _ONEDNN = _C.has_onednn_matmul()
 else:
-    _C, _ONEDNN = None, False
+    _C = None
 
 
 def has_own(device: str, dtype: torch.dtype) -> bool:
@@ -86,9 +81,7 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
-    """out = a b, or out += a b: by this library, else float32 by oneDNN, else by torch.
-
-    A sum is never oneDNN's: MKL is as fast there and rounds half as much."""
+    """out = a b, or out += a b: by this library, else by torch."""
     if has_own(a.device.type, a.dtype):
         if min(*a.shape, *b.shape) == 0:
             return out if add else out.zero_()
@@ -102,16 +95,6 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     if a.device.type == "cpu" and a.dtype in _NARROW and _MANY_ROWS <= whole < a.shape[0]:
         matmul(a[:whole], b, out[:whole], add=add)
         matmul(a[whole:], b, out[whole:], add=add)
-        return out
-    if (
-        _ONEDNN
-        and not add
-        and a.dtype == torch.float32
-        and a.device.type == "cpu"
-        and a.shape[0] * a.shape[1] * b.shape[1] > _LEAST_PRODUCTS
-        and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
-    ):
-        torch.ops.nitp_ops.onednn_matmul_(out, a, b)
         return out
     return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
 

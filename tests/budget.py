@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# float32: a whole unit in the last place, because oneDNN's sums round up to 2.2 times as much as MKL's, which eager
-# takes (docs/decisions/0008); the others: half a unit, which the ops keep.
+# float32: a whole unit in the last place, because sums of this library's products round up to 1.4 times as much as
+# MKL's, which eager takes (docs/decisions/0030); the others: half a unit, which the ops keep.
 EPS = {torch.float64: 2.0**-53, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
