@@ -225,7 +225,7 @@ def test_the_graph_keeps_no_copy_of_the_weight_gradient_after_backward():
 
 @pytest.mark.parametrize("deviation", [1.0, 3.0, 14.0, 45.0])
 def test_float32_logits_stay_within_budget_however_large(deviation):
-    """Whose products round like oneDNN's (decision 0008) misses it from a deviation of 14 on."""
+    """Those of deviation 45 missed it while oneDNN formed them with AVX-512 (decision 0008)."""
     hidden = torch.randn(128, 256).requires_grad_()
     weight = (deviation / 16 * torch.randn(3000, 256)).requires_grad_()
     labels = torch.randint(0, 3000, (128,))
