@@ -43,9 +43,9 @@ Machine: {report.machine_line(report.machine(threads))}.
 
 ## Time
 
-Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection),
-each by the faster of torch.mm, into an output that exists already, and, in float32, oneDNN, which torch lets write into
-new memory alone; the same for the formula in PyTorch and for torch.compile of it. Medians of the ratios within
+Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection,
+outputs that exist already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors
+without AVX-512); the same for the formula in PyTorch and for torch.compile of it. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds, freed memory kept ("raised").
 
 {reach(sizes, threads)}

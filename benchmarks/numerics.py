@@ -48,8 +48,8 @@ Machine: {report.machine_line(info)}.
 
 ## Time and memory
 
-Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`), each by the faster of
-torch.mm, into an output that exists already, and, in float32, oneDNN, which torch lets write into new memory alone; the
+Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
+already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors without AVX-512); the
 same with dW into new memory, as the op must return it; and all by `torch.mm`. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.

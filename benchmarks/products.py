@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,16 +37,34 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 def multiplied(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
-    """out = a b by each library, oneDNN's in new memory: runs for `faster`."""
+    """out = a b by each library: runs for `faster`."""
     runs: dict[str, Callable[[], object]] = {f"mm {name}": partial(torch.mm, a, b, out=out)}
     if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        runs[f"onednn {name}"] = partial(onednn, a, b)
+        runs[f"onednn {name}"] = partial(onednn, a, b, out)
     return runs
 
 
-def onednn(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32 by oneDNN, where torch.mm takes MKL: torch.compile's linear layer, which takes no output."""
-    return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+def onednn(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """a b in float32 by oneDNN, where torch.mm takes MKL: into `out` by what torch.mm calls for narrower numbers, which
+    serves float32 too where the processor has those; else into new memory by torch.compile's linear layer."""
+    matmul = _mkldnn_matmul()
+    if matmul is None:
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    # an at::Tensor is a pointer to what _cdata names, and a reference the address of that pointer
+    matmul(*(ctypes.byref(ctypes.c_void_p(x._cdata)) for x in (a, b, out)), 0.0, 1.0)
+    return out
+
+
+@functools.cache
+def _mkldnn_matmul() -> Callable[..., None] | None:
+    """ATen's mkldnn_matmul(a, b, out, beta, alpha); None where it would refuse, or has another signature."""
+    library = ctypes.CDLL(str(Path(torch.__path__[0]) / "lib/libtorch_cpu.so"))
+    name = "_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not hasattr(library, name):
+        return None
+    matmul = library[name]
+    matmul.restype, matmul.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2]
+    return matmul
 
 
 def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
