@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from copy import copy
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -249,12 +248,12 @@ class CompositeObjective(nn.Module):
     def _widened(self, streams: Streams) -> Streams:
         """Narrow streams that several terms send gradients to, in float32: their gradients add up there and are rounded
         once. The ops still form their products in the weights' dtype, from the same values."""
-        wide = copy(streams)
+        wide = {}
         for name in ("last_hidden", "last_residual"):
             hidden, readers = getattr(streams, name), sum(name in term.requires(self.info) for term in self.spec.terms)
             if readers > 1 and hidden.requires_grad and hidden.dtype in (torch.bfloat16, torch.float16):
-                setattr(wide, name, hidden.float())
-        return wide
+                wide[name] = hidden.float()
+        return streams.with_hidden(**wide) if wide else streams
 
     def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
         label = str(term.label)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,11 @@ class Streams:
     external: Mapping[str, Tensor | tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     ignore_index: int = -100
     shard: SequenceShard | None = None
+    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
+    shape: tuple[int, int] = field(init=False, repr=False, compare=False)
+    device: torch.device = field(init=False, repr=False, compare=False)
+    external_pairs: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False, compare=False)
+    documents: Tensor | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.shift_labels is not None:
@@ -124,6 +129,15 @@ class Streams:
         named = {name: getattr(self, name) for name in _HIDDEN_FIELDS}
         named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items()}
         return {name: value for name, value in named.items() if value is not None}
+
+    def with_hidden(self, **streams: Tensor) -> Streams:
+        """The same with some hidden streams replaced by others of their shapes: nothing is checked or derived again.
+
+        By fields, those of a subclass among them, as torch 2.11 traces neither ``copy`` nor ``vars``."""
+        other = object.__new__(type(self))
+        for each in fields(self):
+            setattr(other, each.name, streams.get(each.name, getattr(self, each.name)))
+        return other
 
     def _check_shapes(self) -> tuple[int, int]:
         shape = tuple((self.tokens if self.token_ids is None else self.token_ids).shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -233,3 +233,18 @@ def test_terms_that_read_one_narrow_stream_share_a_float32_gradient():
     rounded = sum(gradient(spec, torch.bfloat16) for spec in specs)  # as autograd adds them
     assert isinstance(rounded, Tensor)
     assert (together.float() - apart).norm() < (rounded.float() - apart).norm()
+
+
+def test_other_hidden_states_leave_the_rest_of_the_streams_as_it_is():
+    @dataclass(kw_only=True)
+    class More(Streams):
+        teacher: Tensor | None = None
+
+    batch = make_batch()
+    streams = More(token_ids=batch.ids, document_ids=batch.ids, last_hidden=batch.hidden, teacher=batch.residual)
+    wide = batch.hidden.detach()
+    other = streams.with_hidden(last_hidden=wide)
+    # the same objects: tensors are not compared by value
+    assert type(other) is More and {k: id(v) for k, v in vars(other).items()} == {
+        k: id(v) for k, v in (vars(streams) | {"last_hidden": wide}).items()
+    }
