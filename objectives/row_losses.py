@@ -90,7 +90,9 @@ class _RowLosses(torch.autograd.Function):
         rows_of_all = torch.cat(losses)
         ctx.save_for_backward(hidden, weight, torch.cat(d_hidden) if wanted[0] else None, d_weight)
         ctx.mark_non_differentiable(rows_of_all)
-        return rows_of_all.sum(dtype=torch.float64).to(work), rows_of_all
+        # copied: an output that is also an intermediate result loses its gradient to it under torch.compile of torch
+        # 2.11 (pytorch issue 180642)
+        return rows_of_all.sum(dtype=torch.float64).to(work, copy=True), rows_of_all
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

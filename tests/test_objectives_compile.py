@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from objectives_cases import INFO, gradients, make_batch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nitp_ops.objectives import available, build
 
@@ -50,3 +52,20 @@ def test_every_objective_beside_ntp_is_one_graph(name: str):
     # a compiled backward may overwrite what it saved, so its graph serves once
     for a, b in zip(gradients(mine, tensors, retain_graph=False), gradients(expected, tensors), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
+def test_a_narrow_stream_that_several_terms_read_is_widened_inside_the_graph():
+    batch = make_batch()
+    head = nn.Linear(INFO.hidden_size, INFO.vocab_size, dtype=torch.bfloat16)
+    state, hidden = (x.detach().bfloat16().requires_grad_() for x in (batch.states[1], batch.hidden))
+    objective = build("ntp + nitp + fsp_bow", model=replace(INFO, dtype=torch.bfloat16))
+
+    def loss(hidden: Tensor) -> Tensor:
+        streams = batch.streams(last_hidden=hidden, last_residual=None, hidden_states={1: state}, head=head)
+        return objective(streams).loss
+
+    torch.compiler.reset()
+    mine, expected = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden), loss(hidden)
+    torch.testing.assert_close(mine, expected)
+    for a, b in zip(gradients(mine, [hidden], retain_graph=False), gradients(expected, [hidden]), strict=True):
+        torch.testing.assert_close(a, b)
