@@ -52,7 +52,9 @@ class GatheredRows(torch.autograd.Function):
         ctx.group, ctx.buffer, ctx.dtype = group, buffer, rows.dtype
         whole = rows.new_empty(group.size() * len(rows), rows.shape[1])
         all_gather(whole, rows.contiguous(), group=group)
-        return whole.to(work)
+        # torch.compile of torch 2.11 gives no gradient to an output that is also an intermediate result (pytorch issue
+        # 180642)
+        return whole.to(work, copy=torch.compiler.is_compiling())
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
