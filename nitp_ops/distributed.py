@@ -165,15 +165,13 @@ def vocab_parallel_linear_cross_entropy(
         raise TypeError(f"{op}: {unknown[0]} came, expected a keyword of linear_cross_entropy")
     given = {name: options.get(name, parameter.default) for name, parameter in known.items()}
     of_head = {name: given[name] for name in _HEAD}
-    head = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
+    head, ranks = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
     job = HeadJob(hidden, labels, *(given[name] for name in HeadJob._fields[2:]))
     reduction, stats = given["reduction"], given["return_stats"]
     rest = reduction, given["normalizer"], stats, _backend(op, given["backend"])
     if not sequence_parallel:
         return token_loss(job, head, *rest)
     check_job(op, job, head, "")
-    assert head.shard is not None
-    ranks = head.shard.process_group
     found = token_loss(gathered_job(job, ranks), head, *rest)
     loss = found[0] if stats else found
     if reduction == "none":
@@ -214,13 +212,11 @@ def vocab_parallel_shared_linear_cross_entropy(
     op = "vocab_parallel_shared_linear_cross_entropy"
     of_head = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
     of_head |= {"logits_dtype": logits_dtype, "chunk_bytes": chunk_bytes}
-    head = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
+    head, ranks = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
     backend = _backend(op, backend)
     if not sequence_parallel:
         return shared_token_loss(jobs, head, backend)
     check_jobs(jobs, head)
-    assert head.shard is not None
-    ranks = head.shard.process_group
     loss, stats = shared_token_loss([gathered_job(job, ranks) for job in jobs], head, backend)
     return loss, tuple(_own_stats(own, job, ranks) for own, job in zip(stats, jobs, strict=True))
 
@@ -228,7 +224,8 @@ def vocab_parallel_shared_linear_cross_entropy(
 def _head(
     op: str, unembedding: Any, bias: Any, buffer: Tensor | None, group: dist.ProcessGroup | None,
     vocab_size: int | None, sizes: Sequence[int] | None, sequence_parallel: bool, of_head: dict[str, Any],
-) -> Unembedding:  # fmt: skip
+) -> tuple[Unembedding, dist.ProcessGroup]:  # fmt: skip
+    """With the group itself, as torch.compile of torch 2.11 can not look it up by its name."""
     _check.is_tensor(op, "unembedding", unembedding)
     if _check.is_dtensor(unembedding):
         if group is not None or vocab_size is not None or sizes is not None:
@@ -254,7 +251,7 @@ def _head(
         came = tuple(unembedding.shape)
         raise ValueError(f"{op}: unembedding has shape {came}, expected [{cut[rank]}, d] on rank {rank} of sizes {cut}")
     shard = VocabShard(group.group_name, cut, reduce=not sequence_parallel)
-    return head_of(op, unembedding, bias, **of_head, buffer=buffer, shard=shard)
+    return head_of(op, unembedding, bias, **of_head, buffer=buffer, shard=shard), group
 
 
 def _group_of(op: str, argument: str, tensor: Any) -> dist.ProcessGroup:
