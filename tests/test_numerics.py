@@ -170,6 +170,7 @@ def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
         monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
     monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(_chunks.rows_per_chunk, least=1))
     monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)  # libraries round the product of every chunk
+    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", set())
     hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
     labels = torch.randint(0, 64, (512,))
 
@@ -179,6 +180,17 @@ def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
 
     assert torch.equal(gradient(1.0), gradient(1.0, 0.0))
     assert not torch.equal(gradient(1.0), gradient(0.5, 0.5))  # chunks of half the rows round in other places
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_the_cpu_has_no_product_of_a_dtype_it_is_formed_in_float32(monkeypatch, dtype):
+    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", {torch.float16, torch.bfloat16})
+    hidden, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 24), (90, 24)))
+    loss = partial(nitp_ops.linear_cross_entropy, labels=torch.arange(40), chunk_bytes=90 * 4 * 16)
+    ours, exact = outputs(loss, [hidden, weight]), outputs(loss, widened([hidden, weight]))
+    assert (ours[0] - exact[0]).abs() < 1e-6 * exact[0]  # 1e-3 by rounded logits
+    for a, b in zip(ours[1:], exact[1:], strict=True):
+        assert a.dtype == dtype and (a - b).norm() < torch.finfo(dtype).eps / 4 * b.norm()  # one rounding
 
 
 @pytest.mark.parametrize("height", [1, 16, 100])
