@@ -1,11 +1,11 @@
 // Cross-entropy over rows of logits, a block or a cluster of blocks a row. One pass for the maximum, the sum of
 // exponentials and the arg-max (each thread keeps its own maximum and rescales its sum when that grows), one barrier,
 // one pass that overwrites the logits with their gradient. Between the passes a thread keeps its packs of raw logits:
-// the first in registers, the next in shared memory, and what is left is read again. A row that is held is read once and
-// written once; on multiprocessors of 227 KB one block holds plain bfloat16 rows of up to 147,456 columns, a cluster of n
-// n times as many (docs/decisions/0029-clusters.md). Its threads take packs in turns, as those of one block do.
-// Only the thread that took a logit overwrites it, behind the barrier before which all others read theirs: the targets'
-// logits, and logits[0] for smoothing.
+// the first in registers, the next in shared memory, and what is left is read again. A row that is held is read once
+// and written once; on multiprocessors of 227 KB one block holds plain bfloat16 rows of up to 147,456 columns, a
+// cluster of n n times as many (docs/decisions/0029-clusters.md). Its threads take packs in turns, as those of one
+// block do. Only the thread that took a logit overwrites it, behind the barrier before which all others read theirs:
+// the targets' logits, and logits[0] for smoothing.
 #include <algorithm>
 #include <stdexcept>
 
