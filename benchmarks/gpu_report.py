@@ -43,7 +43,7 @@ def tests_are_green(known_commit: str | None, out: Path) -> bool:
     path = results_path(info, out)
     kept = json.loads(path.read_text()) if path.exists() else {}
     clean = "dirty" not in info["commit"]
-    return clean and kept.get("machine") == info and kept["stages"].get("test", {}).get("code") == 0
+    return clean and kept.get("machine") == info and kept.get("stages", {}).get("test", {}).get("code") == 0
 
 
 def merged(kept: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:

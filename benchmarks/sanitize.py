@@ -76,7 +76,7 @@ def _cross_entropy() -> Iterator[tuple[Any, ...]]:
         extras = [None if plain or targets > 1 else torch.rand(columns, dtype=work)]
         bias, scale = (None if plain else torch.rand(size, dtype=work) for size in (columns, 3))
         values = torch.zeros(2 if plain else 3, 3, dtype=work), torch.zeros(3, targets, dtype=work)
-        loss = (0.0, 0.0, 0.0, 1.0) if plain else (0.1, 1e-3, 5.0, 0.7)
+        loss = (0.0, 0.0, 0.0, 0.7) if plain else (0.1, 1e-3, 5.0, 0.7)
         best = torch.zeros(3, dtype=torch.int64)
         for gradient in (True, False):
             yield logits, labels, weights, bias, *extras, scale, *values, best, -100, targets > 1, *loss, gradient

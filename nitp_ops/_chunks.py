@@ -41,8 +41,8 @@ def rows_per_chunk(
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
     weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. longest: rows of
-    the longest of several jobs that these are. itemsize: of a number of the products. Chunks of several rows have a
-    multiple of 8, which the products of a CPU are fastest at."""
+    the longest of several jobs that these are. itemsize: of a number of the products, or of the gradient where that is
+    wider. Chunks of several rows have a multiple of 8, which the products of a CPU are fastest at."""
     if device == "cpu":
         part, enough = (1.0, ENOUGH_ROWS) if longest is None else (SHARED_PART, ENOUGH_SHARED_ROWS)
         default = max(min(int(part * 4 * weights), MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES))
@@ -52,7 +52,7 @@ def rows_per_chunk(
     else:
         default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
         whole, spared = -(-rows // EVEN_ROWS) * EVEN_ROWS * row_bytes, max(0, 4 - itemsize) * weights
-        # one chunk needs no float32 sum of a narrow gradient
+        # one chunk needs no float32 sum of a narrow gradient; with it, the largest chunk would take as much
         if longest is None and default < whole <= default + spared:
             default = whole
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))

@@ -72,7 +72,8 @@ def explain(
         width: d.
         vocabulary: V, for linear_cross_entropy.
         inner, out_width: m and D for implicit_token_loss; None: 4 d and d.
-        dtype: of the GEMMs.
+        dtype: of the GEMMs. On a CPU without products of it (float16 everywhere, bfloat16 on x86 without AVX-512) they
+            run in float32: ask for that; the float32 sum of a narrower gradient comes on top.
         chunk_bytes: as given to the op.
         device: where the tensors are; the default chunks of a GPU are larger.
         jobs: sets of N rows that share one pass (`shared_linear_cross_entropy`); for linear_cross_entropy.
@@ -98,6 +99,7 @@ def explain(
     _check.integer(_OP, "rows", rows, least=0)
     place = torch.device(device).type
     _check.integer(_OP, "width", width, least=1)
+    itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # of a gradient before its upstream (`formed_dtype`)
     if op == "linear_cross_entropy":
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
         _check.integer(_OP, "jobs", jobs, least=1)
@@ -105,7 +107,7 @@ def explain(
         longest = rows if jobs > 1 else None
         cuts, together = (1, jobs * rows) if place == "cpu" else (jobs, rows)  # a GPU's jobs are cut one by one
         sizes = row_bytes, chunk_bytes, weights
-        step = rows_per_chunk(together, *sizes, longest=longest, device=place, itemsize=dtype.itemsize)
+        step = rows_per_chunk(together, *sizes, longest=longest, device=place, itemsize=itemsize)
     else:
         if jobs != 1:
             raise ValueError(f"{_OP}: jobs is {jobs}, expected 1 (implicit_token_loss has a pass of its own)")
@@ -113,7 +115,8 @@ def explain(
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
         weights, cuts, together = 2 * inner * width + out_width * inner, 1, rows
-        step = _latent_chunks.latent_rows(rows, width, inner, out_width, dtype, chunk_bytes, weights, device=place)
+        sizes = width, inner, out_width, dtype, chunk_bytes, weights, itemsize
+        step = _latent_chunks.latent_rows(rows, *sizes, device=place)
     few = 2 if place == "cpu" else 1  # chunks whose sum needs no buffer beside the returned gradient
     chunks = cuts * -(-together // step)
     rounded = dtype.itemsize < 4 and chunks > few

@@ -101,8 +101,9 @@ def form(
     shared = ((gate, wanted.inner), (up, wanted.inner), (down, wanted.down))
     weights = sum(w.numel() for w, flag in shared if flag and w is not None)
     width, inner, out_width = hidden.shape[-1], 0 if gate is None else gate.shape[0], pairs.target.shape[-1]
-    sizes = width, inner, out_width, dtype
-    step = latent_rows(rows, *sizes, options.chunk_bytes, weights, device=hidden.device.type)
+    itemsize = max([formed_dtype(w, None).itemsize for w, flag in shared if flag and w is not None], default=0)
+    sizes = width, inner, out_width, dtype, options.chunk_bytes, weights, max(itemsize, dtype.itemsize)
+    step = latent_rows(rows, *sizes, device=hidden.device.type)
     parts = -(-rows // step)
     work, device = reference.working(hidden, pairs.target), hidden.device
     sums = _Sums(
@@ -217,12 +218,14 @@ def row_bytes(width: int, inner: int, out_width: int, dtype: torch.dtype) -> int
 
 def latent_rows(
     rows: int, width: int, inner: int, out_width: int, dtype: torch.dtype, chunk_bytes: int | None, weights: int,
-    *, device: str = "cpu",
+    itemsize: int, *, device: str = "cpu",
 ) -> int:  # fmt: skip
-    """Rows a chunk. A projector's row is small beside its products: its chunks are few and large (decision 0007)."""
+    """Rows a chunk. A projector's row is small beside its products: its chunks are few and large (decision 0007).
+
+    weights, itemsize: numbers of the weight gradients, and the bytes of one as `rows_per_chunk` wants them."""
     size = row_bytes(width, inner, out_width, dtype)
     large = MOST_BYTES if device == "cpu" else LEAST_BYTES_ON_GPU
-    least, itemsize = large if inner else LEAST_BYTES, dtype.itemsize
+    least = large if inner else LEAST_BYTES
     return rows_per_chunk(rows, size, chunk_bytes, weights, least, device=device, itemsize=itemsize)
 
 

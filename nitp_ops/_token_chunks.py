@@ -118,7 +118,8 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     for group in groups:
         lengths = [length_of(selected[job]) for job in group]
         longest = max(lengths, default=0) if sum(loud) > 1 else None
-        options = {"longest": longest, "device": device, "itemsize": head.dtype.itemsize}
+        itemsize = max(head.dtype.itemsize, formed_dtype(weight, head.buffer).itemsize)
+        options = {"longest": longest, "device": device, "itemsize": itemsize}
         cut += packed(selected, rows_per_chunk(sum(lengths), *sizes, **options), group)
     return cut
 

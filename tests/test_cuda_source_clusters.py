@@ -66,6 +66,7 @@ def test_the_smallest_cluster_that_holds_the_row(columns, largest, blocks):
     ("dtype", "columns", "softcap", "blocks"),
     [
         *[(torch.bfloat16, columns, 0.0, 1) for columns in (32000, 50304)],
+        (torch.bfloat16, 80000, 0.0, 2),
         *[(torch.bfloat16, columns, 0.0, 4) for columns in (128256, 151936)],
         *[(torch.bfloat16, columns, 0.0, 8) for columns in (202048, 262144)],
         *[(torch.float32, 32000, 0.0, 1), (torch.float32, 50304, 0.0, 4), (torch.float32, 151936, 0.0, 8)],

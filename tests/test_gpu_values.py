@@ -67,8 +67,16 @@ def test_alignment_and_swiglu_equal_the_reference(backend, dtype, distance, rows
 
 @BACKENDS
 @NARROW
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-3}])
-@pytest.mark.parametrize("vocabulary", [128256, 151936, 256000, 500001, 1200003])  # clusters of 4 and 8, of 1024 threads, and beyond
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"logit_scale": 0.5, "label_smoothing": 0.1, "z_loss": 1e-3},
+        {"softcap": 30.0, "label_smoothing": 0.1, "z_loss": 1e-3},
+    ],
+)
+# clusters of 2, 4 and 8, and rows that no cluster holds
+@pytest.mark.parametrize("vocabulary", [80000, 128256, 151936, 256000, 500001, 1200003])
 def test_cross_entropy_over_rows_longer_than_a_block_holds(backend, dtype, options, vocabulary):
     hidden, weight = normal(40, 16, dtype=dtype), normal(vocabulary, 16, seed=1, scale=0.5, dtype=dtype)
     inputs, labels = [hidden.requires_grad_(), weight.requires_grad_()], torch.arange(40, device=DEVICE)

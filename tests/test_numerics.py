@@ -142,7 +142,11 @@ def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_
     assert some.chunks == whole.chunks == 1 and whole.accumulator_bytes == 0
     assert narrow.chunks > 1 and narrow.workspace_bytes <= 4 * 12 * 4096**2 < whole.workspace_bytes
     assert whole.workspace_bytes <= narrow.workspace_bytes + narrow.accumulator_bytes
-    assert plan(8191, torch.float32).chunks > 1  # whose sum is the gradient itself
+    for dtype in (torch.float32, torch.float16):  # whose sum is, or waits as, a float32 gradient
+        assert plan(8191, dtype).chunks > 1
+    sizes = 8192 * 2, None, 4096 * 4096
+    assert _chunks.rows_per_chunk(6000, *sizes, device="cuda", itemsize=2) == 6000
+    assert _chunks.rows_per_chunk(6000, *sizes, device="cuda", itemsize=4) == 3000
 
 
 def test_jobs_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():

@@ -203,11 +203,12 @@ Plan plan(const Multiprocessor& memory, int64_t packs, int in_registers, int64_t
 }
 
 // The smallest cluster that holds the row, in blocks that share their multiprocessor with others: while one waits for
-// its peers or for memory, another computes. Of one block half of the threads that fit, of a cluster a quarter, which
-// wait less for one another; with more where those do not hold the row. A multiprocessor of which three quarters of the
-// threads are busy will do. Times of 4096 bfloat16 rows of 128256 columns on an H100, over that of a copy: 1.14 by one
-// block, 1.17 by clusters of two of 512 threads, 1.12 by four of 256. Where no cluster holds the row, the largest: then
-// the fewest rows are in flight, and the largest part of each is read once.
+// its peers or for memory, another computes. One block takes at most half of a multiprocessor's threads, those of a
+// cluster a quarter, because the fewer they are the less they wait for one another; where that does not hold the row,
+// clusters may have blocks of half, then of all. Three quarters of a multiprocessor's threads are enough to be busy.
+// Time of 4096 bfloat16 rows of 128256 columns on an H100, over that of a copy: 1.14 by one block, 1.17 by clusters of
+// two of 512 threads, 1.12 by four of 256. Where no cluster holds the row, the largest: then the fewest rows are in
+// flight, and the largest part of each is read once.
 template <bool Plain, class T, class A>
 void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
   const Multiprocessor memory = multiprocessor();

@@ -64,7 +64,7 @@ __device__ T* dynamic_shared() {
 }
 
 // Begins to copy a pack of 16 bytes from global memory to the block's shared memory, without a register in between: all
-// packs of a row can be under way at once. Its thread has it behind wait_for_copies.
+// packs of a row can be under way at once. The thread that began it sees it after wait_for_copies.
 template <class P>
 __device__ void begin_copy(P* to, const void* from) {
   static_assert(sizeof(P) == 16, "in one piece");
