@@ -225,7 +225,7 @@ def _head(
     op: str, unembedding: Any, bias: Any, buffer: Tensor | None, group: dist.ProcessGroup | None,
     vocab_size: int | None, sizes: Sequence[int] | None, sequence_parallel: bool, of_head: dict[str, Any],
 ) -> tuple[Unembedding, dist.ProcessGroup]:  # fmt: skip
-    """With the group itself, as torch.compile of torch 2.11 can not look it up by its name."""
+    """With the group itself, as torch.compile of torch 2.11 cannot look it up by its name."""
     _check.is_tensor(op, "unembedding", unembedding)
     if _check.is_dtensor(unembedding):
         if group is not None or vocab_size is not None or sizes is not None:
