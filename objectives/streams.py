@@ -16,6 +16,8 @@ _TOKEN_FIELDS = (
     "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
 )  # fmt: skip
 _HIDDEN_FIELDS = ("last_hidden", "last_residual")
+#: What `Streams` sets for itself. No fields: FSDP2 makes its inputs anew from theirs, all of which must be arguments.
+_DERIVED = ("spans", "shape", "device", "external_pairs", "documents")
 
 
 @dataclass(kw_only=True)
@@ -72,11 +74,6 @@ class Streams:
     external: Mapping[str, Tensor | tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     ignore_index: int = -100
     shard: SequenceShard | None = None
-    spans: tuple[tuple[int, int], ...] = field(init=False, repr=False, compare=False)
-    shape: tuple[int, int] = field(init=False, repr=False, compare=False)
-    device: torch.device = field(init=False, repr=False, compare=False)
-    external_pairs: dict[str, tuple[Tensor, Tensor]] = field(init=False, repr=False, compare=False)
-    documents: Tensor | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.shift_labels is not None:
@@ -133,10 +130,10 @@ class Streams:
     def with_hidden(self, **streams: Tensor) -> Streams:
         """The same with some hidden streams replaced by others of their shapes: nothing is checked or derived again.
 
-        By fields, those of a subclass among them, as torch 2.11 traces neither ``copy`` nor ``vars``."""
+        By the names of fields, also of a subclass, and of what was derived: torch 2.11 traces neither copy nor vars."""
         other = object.__new__(type(self))
-        for each in fields(self):
-            setattr(other, each.name, streams.get(each.name, getattr(self, each.name)))
+        for name in (*(each.name for each in fields(self)), *_DERIVED):
+            setattr(other, name, streams.get(name, getattr(self, name)))
         return other
 
     def _check_shapes(self) -> tuple[int, int]:

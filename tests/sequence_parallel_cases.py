@@ -16,7 +16,7 @@ from torch import Tensor
 from vocab_parallel_cases import cuts, on_all_ranks, own, problem, same
 
 import nitp_ops
-from nitp_ops import HeadJob, _sequence_rows, _vocab_shard
+from nitp_ops import HeadJob, _gemm, _sequence_rows, _vocab_shard
 from nitp_ops.distributed import (
     bytes_per_pass,
     vocab_parallel_linear_cross_entropy,
@@ -164,6 +164,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             inputs, labels = problem(rows=rows, dtype=dtype, several=several)
             labels = labels.clamp(min=0)
             work = torch.float64 if dtype == torch.float64 else torch.float32
+            products = torch.float32 if dtype in _gemm._WITHOUT_PRODUCTS else dtype
             weight = torch.ones(rows, several, dtype=work) if several else None
             options: dict[str, Any] = {"label_smoothing": smoothing, "return_stats": "entropy" if entropy else True}
             wanted = {"targets": several or 1, "label_smoothing": smoothing > 0, "entropy": entropy, "dtype": dtype}
@@ -171,7 +172,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             for chunk_rows, chunks in ((1, rows), (4, ranks), (rows, 1)):
                 with counted() as calls:
                     shard = own(inputs[1].detach(), cut).clone().requires_grad_()
-                    size = chunk_rows * max(cut) * dtype.itemsize
+                    size = chunk_rows * max(cut) * products.itemsize
                     loss, _ = vocab_parallel_linear_cross_entropy(
                         inputs[0], shard, labels, sizes=cut, target_weight=weight, chunk_bytes=size, **options
                     )
