@@ -101,8 +101,9 @@ def form(
     shared = ((gate, wanted.inner), (up, wanted.inner), (down, wanted.down))
     weights = sum(w.numel() for w, flag in shared if flag and w is not None)
     width, inner, out_width = hidden.shape[-1], 0 if gate is None else gate.shape[0], pairs.target.shape[-1]
-    itemsize = max([formed_dtype(w, None).itemsize for w, flag in shared if flag and w is not None], default=0)
-    sizes = width, inner, out_width, dtype, options.chunk_bytes, weights, max(itemsize, dtype.itemsize)
+    formed = [formed_dtype(w, None) for w, flag in shared if flag and w is not None]
+    itemsize = max(each.itemsize for each in (dtype, *formed))
+    sizes = width, inner, out_width, dtype, options.chunk_bytes, weights, itemsize
     step = latent_rows(rows, *sizes, device=hidden.device.type)
     parts = -(-rows // step)
     work, device = reference.working(hidden, pairs.target), hidden.device

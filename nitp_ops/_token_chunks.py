@@ -110,6 +110,7 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     weight, columns = head.unembedding, max(head.sizes)  # of the widest shard: all ranks must cut alike
     device = weight.device.type
     sizes = columns * head.dtype.itemsize, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
+    itemsize = max(head.dtype.itemsize, formed_dtype(weight, head.buffer).itemsize)
     groups = [[job] for job in range(len(jobs))]
     if _check.host_reads(weight.device):
         alike = [[job for (job,) in groups if loud[job] and jobs[job].wanted == wanted] for wanted in (True, False)]
@@ -118,9 +119,8 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     for group in groups:
         lengths = [length_of(selected[job]) for job in group]
         longest = max(lengths, default=0) if sum(loud) > 1 else None
-        itemsize = max(head.dtype.itemsize, formed_dtype(weight, head.buffer).itemsize)
-        options = {"longest": longest, "device": device, "itemsize": itemsize}
-        cut += packed(selected, rows_per_chunk(sum(lengths), *sizes, **options), group)
+        step = rows_per_chunk(sum(lengths), *sizes, longest=longest, device=device, itemsize=itemsize)
+        cut += packed(selected, step, group)
     return cut
 
 

@@ -174,6 +174,25 @@ def test_nitp_over_ntp_stands_beside_the_ratio_of_flops(cpu_in_its_place):
     assert "1.250" in gpu_report.shown(case).splitlines()[3]
 
 
+@pytest.mark.parametrize(
+    ("commit", "stages", "green"),
+    [
+        ("abc", {"test": {"code": 0}}, True),
+        ("abc", {"test": {"code": 1}}, False),
+        ("abc", {"build": {"code": 0}}, False),
+        ("abc-dirty", {"test": {"code": 0}}, False),  # who knows what the tree was then
+    ],
+)
+def test_tests_that_were_green_on_this_commit_are_not_run_again(tmp_path, monkeypatch, commit, stages, green):
+    info = {"gpu": "Some GPU", "commit": commit, "torch": "2"}
+    monkeypatch.setattr(gpu_report, "machine", lambda known: dict(info))
+    assert not gpu_report.tests_are_green(None, tmp_path)
+    gpu_report.keep(gpu_report.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []})
+    assert gpu_report.tests_are_green(None, tmp_path) is green
+    monkeypatch.setattr(gpu_report, "machine", lambda known: info | {"torch": "3"})
+    assert not gpu_report.tests_are_green(None, tmp_path)
+
+
 def test_the_cases_are_those_of_the_plan():
     found = [(case.op, *case.sizes.values(), case.dtype) for case in cuda_run.cases(list(cuda_run.SUBJECTS), None)]
     assert ("linear_cross_entropy", 4096, 4096, 128256, "bfloat16") in found

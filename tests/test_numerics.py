@@ -7,7 +7,7 @@ import torch
 from budget import outputs, widened, within_budget
 
 import nitp_ops
-from nitp_ops import _chunks, _gemm, _token_chunks, reference
+from nitp_ops import _chunks, _gemm, _latent_chunks, _token_chunks, reference
 
 
 @pytest.fixture(scope="module", autouse=True, params=["own", "libraries"])
@@ -147,6 +147,26 @@ def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_
     sizes = 8192 * 2, None, 4096 * 4096
     assert _chunks.rows_per_chunk(6000, *sizes, device="cuda", itemsize=2) == 6000
     assert _chunks.rows_per_chunk(6000, *sizes, device="cuda", itemsize=4) == 3000
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_products(monkeypatch, narrow):
+    seen = []
+
+    def spy(rows, *sizes, itemsize, **options):
+        seen.append(itemsize)
+        return _chunks.rows_per_chunk(rows, *sizes, itemsize=itemsize, **options)
+
+    monkeypatch.setattr(_token_chunks, "rows_per_chunk", spy)
+    monkeypatch.setattr(_latent_chunks, "rows_per_chunk", spy)
+    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", set())
+    hidden, weight = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
+    if narrow:
+        hidden, weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # bfloat16 products in either case
+        nitp_ops.linear_cross_entropy(hidden, weight, torch.arange(8))
+        nitp_ops.implicit_token_loss(hidden, hidden.detach(), None, None, weight)
+    assert set(seen) == {2 if narrow else 4}
 
 
 def test_jobs_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
