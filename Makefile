@@ -5,7 +5,7 @@ PYTHON := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
 STAMP := $(if $(ACTIVE),build/installed$(subst /,-,$(ACTIVE)),.venv/installed)
 TRAINERS := $(STAMP)-trainers
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/* tests/avx512/*)
 
 .PHONY: help install demo test test-programs test-trainers test-ranks test-gpu-source mutants lint format bench plots evidence wheel
 .PHONY: doctor cuda-check clean

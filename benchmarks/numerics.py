@@ -49,8 +49,9 @@ Machine: {report.machine_line(info)}.
 ## Time and memory
 
 Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
-already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors without AVX-512); the
-same with dW into new memory, as the op must return it; and all by `torch.mm`. Medians of the ratios within
+already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors without AVX-512).
+Where no library has products of bfloat16, those of float32 stand for them, in eager too. The same with dW into new
+memory, as the op must return it; and all by `torch.mm`. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
 Extra MiB: the peak of a fresh process's second step beyond the gradients and the float32 accumulator (default malloc).

@@ -36,8 +36,19 @@ def ratio(times: list[float], base: list[float]) -> float:
     return measure.ratios(times, base)["median"]
 
 
+def served(dtype: torch.dtype) -> bool:
+    """Whether a library behind torch has products of such numbers here, and torch.mm does not multiply one by one."""
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """In float32 where no library serves them; tensors that want a gradient stay such."""
+    return [x if served(x.dtype) else x.detach().float().requires_grad_(x.requires_grad) for x in tensors]
+
+
 def multiplied(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
-    """out = a b by each library: runs for `faster`."""
+    """out = a b by each library, of numbers widened beforehand where none serves them: runs for `faster`."""
+    a, b, out = widened(a, b, out)
     runs: dict[str, Callable[[], object]] = {f"mm {name}": partial(torch.mm, a, b, out=out)}
     if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         runs[f"onednn {name}"] = partial(onednn, a, b, out)
@@ -60,7 +71,7 @@ def _mkldnn_matmul() -> Callable[..., None] | None:
     """ATen's mkldnn_matmul(a, b, out, beta, alpha); None where it would refuse, or has another signature."""
     library = ctypes.CDLL(str(Path(torch.__path__[0]) / "lib/libtorch_cpu.so"))
     name = "_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff"
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or not hasattr(library, name):
+    if not served(torch.bfloat16) or not hasattr(library, name):
         return None
     matmul = library[name]
     matmul.restype, matmul.argtypes = None, [*[ctypes.c_void_p] * 3, *[ctypes.c_float] * 2]

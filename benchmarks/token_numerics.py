@@ -16,7 +16,7 @@ from nitp_ops import reference
 
 from . import measure
 from .cases import OPS
-from .products import DTYPES, Sizes, faster, in_child, interleaved, medians, multiplied, own, ratio
+from .products import DTYPES, Sizes, faster, in_child, interleaved, medians, multiplied, own, ratio, served, widened
 from .report import markdown
 
 #: `multiplied` or `own` (products.py).
@@ -53,7 +53,8 @@ def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> 
     runs["fresh dW"] = lambda: torch.mm(transposed, hidden)
     runs["ours"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, labels), (h, w))
     runs["half"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, half), (h, w))
-    runs["eager"] = partial(step, lambda: F.cross_entropy(F.linear(h, w), labels), (h, w))
+    eager = widened(h, w)
+    runs["eager"] = partial(step, lambda: F.cross_entropy(F.linear(*eager), labels), eager)
     times = interleaved(runs, rounds)
     mm = [sum(each) for each in zip(*(times[f"mm {k}"] for k in ("logits", "dh", "dW")), strict=True)]
     # what the op cannot spare: the gradient that it returns is new memory
@@ -69,7 +70,8 @@ def reach(sizes: Sizes, threads: int) -> str:
         n, d, v = shape
         for name, dtype in DTYPES.items():
             op, where = OPS["linear_cross_entropy"], {"N": n, "d": d, "V": v}
-            peak = {k: in_child(partial(measure.peak_memory, op, where, dtype, k), threads) for k in ("ours", "eager")}
+            who = ("ours", "eager") if served(dtype) else ("ours",)  # eager would multiply one by one, for minutes
+            peak = {k: in_child(partial(measure.peak_memory, op, where, dtype, k), threads) for k in who}
             plan = nitp_ops.explain("linear_cross_entropy", rows=n, width=d, vocabulary=v, dtype=dtype)
             extra = {k: (p["peak_bytes"] - p["gradient_bytes"]) / 2**20 for k, p in peak.items()}
             extra["ours"] -= plan.accumulator_bytes / 2**20
@@ -77,7 +79,7 @@ def reach(sizes: Sizes, threads: int) -> str:
                 t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, malloc)
                 pairs = ("ours", "products"), ("ours", "new"), ("ours", "mm"), ("eager", "products"), ("half", "ours")
                 ratios = [f"{ratio(t[a], t[b]):.2f}" for a, b in pairs]
-                memory = [f"{extra['ours']:.0f}", f"{extra['eager']:.0f}"]
+                memory = [f"{extra[k]:.0f}" if k in extra else "-" for k in ("ours", "eager")]
                 milliseconds = f"{1e3 * statistics.median(t['ours']):.0f}"
                 rows.append([f"{n} x {d} x {v}", name, malloc, milliseconds, *ratios, *memory])
                 print(rows[-1], flush=True)

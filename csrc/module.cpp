@@ -6,7 +6,7 @@
 
 extern "C" const char* nitp_ops_instruction_set();
 extern "C" bool nitp_ops_choose_instruction_set(const char* name);
-extern "C" bool nitp_ops_has_gemm(bool of_bfloat16);
+extern "C" bool nitp_ops_has_gemm();
 
 namespace {
 
@@ -43,8 +43,7 @@ PYBIND11_MODULE(_C, m) {
         }
       },
       "Row kernels of a lesser instruction set, for the whole process: to test and to compare them.");
-  m.def("has_gemm", &nitp_ops_has_gemm, pybind11::arg("of_bfloat16"),
-        "Whether products of bfloat16 (else float32) numbers on CPU are this library's own.");
+  m.def("has_gemm", &nitp_ops_has_gemm, "Whether products of float32 and of bfloat16 on CPU are this library's own.");
   m.def(
       "build_info",
       [] {

@@ -50,10 +50,10 @@ else:
 
 
 def has_own(device: str, dtype: torch.dtype) -> bool:
-    """Whether this library multiplies such numbers itself: on CPUs with AVX-512 that MKL is not made for."""
+    """Whether this library multiplies such numbers itself: on CPUs with AVX2 or AVX-512 that MKL is not made for."""
     if _C is None or device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
-    return _C.has_gemm(dtype == torch.bfloat16)
+    return _C.has_gemm()
 
 
 def _has_bfloat16() -> bool:

@@ -3,9 +3,7 @@
 //
 // The sum of a number of `out` is cut at the same depths whatever the threads and the other rows are: a row's product
 // is the same in every chunk.
-#ifdef __AVX512F__
-#include "gemm.h"
-
+#ifdef __AVX2__
 #include <memory>
 #include <new>
 
@@ -14,10 +12,6 @@
 namespace nitp {
 namespace NITP_TARGET {
 
-// Depth of a part, in words: a tile of it takes about 8 us and reads and writes `out` once.
-constexpr int64_t kPart = 1024;
-// Packed rows stay in the second-level cache, packed columns in the last-level one.
-constexpr int64_t kBlockBytes = 256 << 10, kColumnBytes = 2 << 20;
 // Rows that are packed once for all threads stay in the last-level cache too.
 constexpr int64_t kSharedBytes = 4 << 20;
 // Cells are high, so that their columns are packed once; less high where their sums wait in float32.
@@ -29,6 +23,7 @@ struct Depth {
 
   int64_t at(int64_t from) const { return std::max<int64_t>(0, std::min(size, whole - from)); }
   bool cut() const { return size < whole; }
+  int64_t parts() const { return parts_of(whole, size); }
 };
 
 template <class T>
@@ -99,11 +94,9 @@ void multiply(const uint32_t* rows, int64_t height, const uint32_t* columns, int
                std::min<int64_t>(kWidth, width - j * kWidth), add, ahead);
   };
   const int64_t down = parts_of(height, kHeight), across = parts_of(width, kWidth);
-  for (int64_t place = 0; place < down * across; ++place) {
-    if (along_rows) {
-      at(place / across, place % across);
-    } else {
-      at(place % down, place / down);
+  for (int64_t outer = 0; outer < (along_rows ? down : across); ++outer) {
+    for (int64_t inner = 0; inner < (along_rows ? across : down); ++inner) {
+      along_rows ? at(outer, inner) : at(inner, outer);
     }
   }
 }
@@ -115,8 +108,7 @@ void round_sums(const float* sums, int64_t sums_stride, O* out, int64_t stride, 
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += kWidth) {
       const float* at = sums + i * sums_stride + j;
-      put(out + i * stride + j, _mm512_load_ps(at), _mm512_load_ps(at + 16), std::min<int64_t>(kWidth, columns - j),
-          add);
+      put(out + i * stride + j, sums_at(at), sums_at(at + kLanes), std::min<int64_t>(kWidth, columns - j), add);
     }
   }
 }
@@ -143,13 +135,17 @@ struct Cell {
   bool empty() const { return top >= bottom || left >= right; }
 };
 
-// All rows of a at all depths, packed once for every thread.
+// All rows of a, packed once for every thread: one part of the depth after another, `of_part` words each.
 template <class T>
-void pack_rows(Operand<T> a, int64_t m, int64_t k, uint32_t* out, Team team) {
+void pack_rows(Operand<T> a, int64_t m, Depth depth, uint32_t* out, int64_t of_part, Team team) {
   const int64_t share = parts_of(parts_of(m, kHeight), team.threads) * kHeight;
   team.run(team.threads, [&](int64_t thread) {
     const int64_t begin = std::min(m, share * thread), end = std::min(m, begin + share);
-    pack<kHeight>(a, begin, end, 0, k, out + begin / kHeight * panel<kHeight>(parts_of(k, in_word<T>)));
+    for (int64_t part = 0; part < depth.parts(); ++part) {
+      const int64_t from = part * depth.size, here = depth.at(from);
+      const int64_t place = begin / kHeight * panel<kHeight>(parts_of(here, in_word<T>));
+      pack<kHeight>(a, begin, end, from, here, out + part * of_part + place);
+    }
   });
 }
 
@@ -160,17 +156,19 @@ void by_cells(const Gemm<T, O>& g, Team team) {
   const bool waits = sizeof(O) < 4 && depth.cut();  // the sums, in float32, for the rounding at their end
   const int64_t widest = std::max<int64_t>(kWidth, kColumnBytes / (4 * words));
   const Grid grid(g.m, g.n, waits ? kHeightOfSums : kHeightAtMost, widest, team.threads);
-  const int64_t block = std::min(grid.height, std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight);
+  const int64_t highest = std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight;
+  const int64_t block = parts_of(grid.height / kHeight, parts_of(grid.height, highest)) * kHeight;
   // each thread would pack the same rows for each of its columns of cells
-  const int64_t of_all_rows = parts_of(g.m, kHeight) * panel<kHeight>(words);
-  const bool shares = !depth.cut() && grid.columns > team.threads && 4 * of_all_rows <= kSharedBytes;
+  const int64_t of_part_of_rows = parts_of(g.m, kHeight) * panel<kHeight>(words);
+  const int64_t of_all_rows = depth.parts() * of_part_of_rows;
+  const bool shares = grid.columns > team.threads && 4 * of_all_rows <= kSharedBytes;
   const int64_t of_columns = grid.width / kWidth * panel<kWidth>(words);
   const int64_t of_rows = shares ? 0 : Scratch::lines(block / kHeight * panel<kHeight>(words));
   Scratch& scratch = Scratch::of_this_thread();
   scratch.reserve(shares ? of_all_rows : 0, of_columns + of_rows + (waits ? grid.height * grid.width : 0),
                   team.threads);
   uint32_t* const all_rows = scratch.shared();
-  if (shares) pack_rows(g.a, g.m, g.k, all_rows, team);
+  if (shares) pack_rows(g.a, g.m, depth, all_rows, of_part_of_rows, team);
   team.run(team.threads, [&](int64_t thread) {
     uint32_t *const columns = scratch.of(thread), *const rows = columns + of_columns;
     float* const sums = reinterpret_cast<float*>(rows + of_rows);
@@ -199,13 +197,14 @@ void by_cells(const Gemm<T, O>& g, Team team) {
           } else if (i < last) {
             come_next(ahead, g.b, after.left, after.right, 0, depth.at(0), j, blocks);
           }
-          const uint32_t* const packed = shares ? all_rows + begin / kHeight * panel<kHeight>(words) : rows;
-          const int64_t of_part = parts_of(here, in_word<T>);
+          const int64_t deep = parts_of(here, in_word<T>);
+          const uint32_t* const of_part = all_rows + from / depth.size * of_part_of_rows;
+          const uint32_t* const packed = shares ? of_part + begin / kHeight * panel<kHeight>(deep) : rows;
           if (waits) {
-            multiply<T>(packed, end - begin, columns, right - left, of_part, sums + (begin - top) * grid.width,
-                        grid.width, from > 0, false, ahead);
+            multiply<T>(packed, end - begin, columns, right - left, deep, sums + (begin - top) * grid.width, grid.width,
+                        from > 0, false, ahead);
           } else {
-            multiply<T>(packed, end - begin, columns, right - left, of_part, g.out + begin * g.stride + left, g.stride,
+            multiply<T>(packed, end - begin, columns, right - left, deep, g.out + begin * g.stride + left, g.stride,
                         g.add || from > 0, !depth.cut(), ahead);
           }
         }
@@ -217,11 +216,12 @@ void by_cells(const Gemm<T, O>& g, Team team) {
   });
 }
 
-#ifdef __AVX512BF16__
+#ifdef NITP_GEMM_OF_FLOAT
+void gemm(const Gemm<float, float>& product, Team team) { by_cells(product, team); }
+#endif
+#ifdef NITP_GEMM_OF_BFLOAT16
 void gemm(const Gemm<bfloat16, bfloat16>& product, Team team) { by_cells(product, team); }
 void gemm(const Gemm<bfloat16, float>& product, Team team) { by_cells(product, team); }
-#else
-void gemm(const Gemm<float, float>& product, Team team) { by_cells(product, team); }
 #endif
 
 }  // namespace NITP_TARGET

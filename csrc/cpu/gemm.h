@@ -28,14 +28,20 @@ struct Team {
   void (*run)(int64_t count, const std::function<void(int64_t)>& task);
 };
 
-namespace avx512 {
-void gemm(const Gemm<float, float>& product, Team team);
-}
-namespace avx512_bf16 {
-void gemm(const Gemm<bfloat16, bfloat16>& product, Team team);
-void gemm(const Gemm<bfloat16, float>& product, Team team);
-}  // namespace avx512_bf16
+#define NITP_DECLARE_GEMM(target, of, into)            \
+  namespace target {                                   \
+  void gemm(const Gemm<of, into>& product, Team team); \
+  }
+
+NITP_DECLARE_GEMM(avx2, float, float)
+NITP_DECLARE_GEMM(avx2, bfloat16, bfloat16)
+NITP_DECLARE_GEMM(avx2, bfloat16, float)
+NITP_DECLARE_GEMM(avx512, float, float)
+NITP_DECLARE_GEMM(avx512_bf16, bfloat16, bfloat16)
+NITP_DECLARE_GEMM(avx512_bf16, bfloat16, float)
+#undef NITP_DECLARE_GEMM
+
 }  // namespace nitp
 
-// Whether products of such numbers are this library's own here.
-extern "C" __attribute__((visibility("default"))) bool nitp_ops_has_gemm(bool of_bfloat16);
+// Whether products of float32 and of bfloat16 are this library's own here.
+extern "C" __attribute__((visibility("default"))) bool nitp_ops_has_gemm();

@@ -9,6 +9,8 @@
 
 namespace {
 
+using nitp::bfloat16;
+using nitp::InstructionSet;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -42,6 +44,14 @@ bool dense(const Tensor& t, int dim) { return t.size(dim) == 1 || t.stride(dim) 
 
 bool is_matrix(const Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.numel() > 0 && (dense(t, 0) || dense(t, 1)); }
 
+#ifdef NITP_X86
+template <class O>
+void of_bfloat16(const nitp::Gemm<bfloat16, O>& wanted, nitp::Team team) {
+  const bool pairs = nitp_instruction_set() >= InstructionSet::avx512_bf16;
+  pairs ? nitp::avx512_bf16::gemm(wanted, team) : nitp::avx2::gemm(wanted, team);
+}
+#endif
+
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   STD_TORCH_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && dense(out, 1),
                   "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a and b with dense "
@@ -53,24 +63,23 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   STD_TORCH_CHECK(
       b.scalar_type() == of && (into == of || into == ScalarType::Float) && (narrow || of == ScalarType::Float),
       "nitp_ops::gemm_: expected float32, or bfloat16 into bfloat16 or float32");
-  STD_TORCH_CHECK(nitp_ops_has_gemm(narrow), "nitp_ops::gemm_: not for this processor");
+  STD_TORCH_CHECK(nitp_ops_has_gemm(), "nitp_ops::gemm_: not for this processor");
 #ifdef NITP_X86
   const nitp::Team team{static_cast<int64_t>(torch::stable::get_num_threads()), run};
+  const InstructionSet set = nitp_instruction_set();
   if (!narrow) {
-    nitp::avx512::gemm(product<float, float>(out, a, b, add), team);
+    const auto wanted = product<float, float>(out, a, b, add);
+    set >= InstructionSet::avx512 ? nitp::avx512::gemm(wanted, team) : nitp::avx2::gemm(wanted, team);
   } else if (into == of) {
-    nitp::avx512_bf16::gemm(product<nitp::bfloat16, nitp::bfloat16>(out, a, b, add), team);
+    of_bfloat16(product<bfloat16, bfloat16>(out, a, b, add), team);
   } else {
-    nitp::avx512_bf16::gemm(product<nitp::bfloat16, float>(out, a, b, add), team);
+    of_bfloat16(product<bfloat16, float>(out, a, b, add), team);
   }
 #endif
 }
 
 }  // namespace
 
-extern "C" bool nitp_ops_has_gemm(bool of_bfloat16) {
-  const nitp::InstructionSet least = of_bfloat16 ? nitp::InstructionSet::avx512_bf16 : nitp::InstructionSet::avx512;
-  return !intel && nitp_instruction_set() >= least;
-}
+extern "C" bool nitp_ops_has_gemm() { return !intel && nitp_instruction_set() >= InstructionSet::avx2; }
 
 STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) { m.impl("gemm_", TORCH_BOX(&gemm_)); }
