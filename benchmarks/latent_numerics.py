@@ -15,7 +15,7 @@ import nitp_ops
 from . import measure, report
 from .cases import OPS
 from .implementations import forward, step
-from .products import DTYPES, Sizes, faster, in_child, interleaved, multiplied, ratio
+from .products import DTYPES, Sizes, faster, in_child, interleaved, multiplied, ratio, served
 from .report import markdown
 
 FULL: Sizes = {
@@ -45,7 +45,8 @@ Machine: {report.machine_line(report.machine(threads))}.
 
 Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection,
 outputs that exist already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors
-without AVX-512); the same for the formula in PyTorch and for torch.compile of it. Medians of the ratios within
+without AVX-512; float32's for bfloat16 where no library has those); the same for the formula in PyTorch and for
+torch.compile of it. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds, freed memory kept ("raised").
 
 {reach(sizes, threads)}
@@ -69,7 +70,8 @@ float32 to bfloat16 the kernel is bound by exponentials, divisions and roundings
 
 
 def time_shape(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds in each round: the nine products by the faster library, ours, eager, torch.compile."""
+    """Seconds in each round: the nine products by the faster library, ours, eager, torch.compile; those last two not
+    where torch.mm would multiply one by one, for minutes."""
     n, d = shape
     op = OPS["implicit_token_loss"]
     inputs = op.inputs({"N": n, "d": d}, dtype)
@@ -89,8 +91,9 @@ def time_shape(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[
 
         return once
 
-    times = interleaved(floors | {name: run(name) for name in ("ours", "eager", "compile")}, rounds)
-    return {name: times[name] for name in ("ours", "eager", "compile")} | {"products": faster(times)}
+    who = ("ours", "eager", "compile") if served(dtype) else ("ours",)
+    times = interleaved(floors | {name: run(name) for name in who}, rounds)
+    return {name: times[name] for name in who} | {"products": faster(times)}
 
 
 def reach(sizes: Sizes, threads: int) -> str:
@@ -98,7 +101,8 @@ def reach(sizes: Sizes, threads: int) -> str:
     for shape in sizes["reach"]:
         for name, dtype in DTYPES.items():
             t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, "raised")
-            ratios = [f"{ratio(t[who], t['products']):.2f}" for who in ("ours", "eager", "compile")]
+            who = ("ours", "eager", "compile")
+            ratios = [f"{ratio(t[each], t['products']):.2f}" if each in t else "-" for each in who]
             rows.append([f"{shape[0]} x {shape[1]}", name, f"{1e3 * statistics.median(t['ours']):.0f}", *ratios])
             print(rows[-1], flush=True)
     header = ["N x d", "dtype", "ours, ms", "ours / products", "eager / products", "compile / products"]
@@ -111,7 +115,7 @@ def peaks(sizes: Sizes, threads: int) -> tuple[str, str]:
     extra: dict[str, dict[str, list[float]]] = {}
     for name, dtype in DTYPES.items():
         plan = nitp_ops.explain("implicit_token_loss", rows=counts[-1], width=d, inner=4 * d, dtype=dtype)
-        extra[name] = {"ours": [], "eager": []}
+        extra[name] = {"ours": [], "eager": []} if served(dtype) else {"ours": []}
         for n in counts:
             for who in extra[name]:
                 task = partial(measure.peak_memory, OPS["implicit_token_loss"], {"N": n, "d": d}, dtype, who)
@@ -119,10 +123,10 @@ def peaks(sizes: Sizes, threads: int) -> tuple[str, str]:
                 own = found["peak_bytes"] - found["gradient_bytes"] - (plan.accumulator_bytes if who == "ours" else 0)
                 extra[name][who].append(max(own, 2**20) / 2**20)
     rows = [
-        [n, *(f"{extra[name][who][place]:.0f}" for name in DTYPES for who in ("ours", "eager"))]
+        [n, *(f"{values[place]:.0f}" for each in extra.values() for values in each.values())]
         for place, n in enumerate(counts)
     ]
-    header = ["N", *(f"{name}, {who}" for name in DTYPES for who in ("ours", "eager"))]
+    header = ["N", *(f"{name}, {who}" for name, each in extra.items() for who in each)]
     slopes = [
         f"{who} N^{math.log(values[-1] / values[0]) / math.log(counts[-1] / counts[0]):.2f} in {name}"
         for name, each in extra.items()

@@ -33,7 +33,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of nitp_ops. Import torch first: the operator library takes its symbols from torch.";
   m.def(
       "instruction_set", [] { return std::string(nitp_ops_instruction_set()); },
-      "The CPU instruction set that the row kernels use: 'avx512_bf16', 'avx512', 'avx2' or 'portable'.");
+      "The CPU instruction set that the row kernels and the products use: 'avx512_bf16', 'avx512', 'avx2' or "
+      "'portable'.");
   m.def(
       "choose_instruction_set",
       [](const std::string& name) {
@@ -42,7 +43,7 @@ PYBIND11_MODULE(_C, m) {
                                       "', expected 'portable' or one that this CPU has");
         }
       },
-      "Row kernels of a lesser instruction set, for the whole process: to test and to compare them.");
+      "Row kernels and products of a lesser instruction set, for the whole process: to test and to compare them.");
   m.def("has_gemm", &nitp_ops_has_gemm, "Whether products of float32 and of bfloat16 on CPU are this library's own.");
   m.def(
       "build_info",

@@ -72,8 +72,8 @@ def explain(
         width: d.
         vocabulary: V, for linear_cross_entropy.
         inner, out_width: m and D for implicit_token_loss; None: 4 d and d.
-        dtype: of the GEMMs. On a CPU without products of it (float16 everywhere, bfloat16 on x86 without AVX-512) they
-            run in float32: ask for that; the float32 sum of a narrower gradient comes on top.
+        dtype: of the GEMMs. On a CPU without fast products of it (float16 everywhere, bfloat16 on Intel's without
+            AVX-512) they run in float32: ask for that; the float32 sum of a narrower gradient comes on top.
         chunk_bytes: as given to the op.
         device: where the tensors are; the default chunks of a GPU are larger.
         jobs: sets of N rows that share one pass (`shared_linear_cross_entropy`); for linear_cross_entropy.

@@ -65,7 +65,7 @@ def linear_cross_entropy(
     Args:
         hidden: ``[..., d]`` float64, float32, bfloat16 or float16.
         unembedding: ``[V, d]``. GEMMs run in the autocast dtype if autocast is on, else in this dtype;
-            on a CPU without products of that (float16; bfloat16 on x86 without AVX-512) in float32.
+            on a CPU without fast products of that (float16; bfloat16 on Intel's without AVX-512) in float32.
         labels: ``[...]`` int64 in ``[0, V)``, or `ignore_index`: an ignored row is skipped and reaches nothing. With
             target_weight ``[..., K]``: negative ones are absent too, duplicates add, a row without any is ignored.
         bias: ``[V]``, added to the logits in float32.

@@ -28,6 +28,8 @@ constexpr int kLanes = 16, kHeight = 14, kWidth = 32;
 constexpr int64_t kPart = 1024;
 // Packed rows stay in the second-level cache (1 MiB), packed columns in the last-level one.
 constexpr int64_t kBlockBytes = 256 << 10, kColumnBytes = 2 << 20;
+// Height of cells whose sums wait in float32.
+constexpr int64_t kHeightOfSums = 1024;
 // Words of a tile to one line that is fetched for later.
 constexpr int64_t kFetchEvery = 4;
 
@@ -121,6 +123,7 @@ NITP_HD void put(bfloat16* out, Sums left, Sums right, int64_t columns, bool add
 constexpr int kLanes = 8, kHeight = 6, kWidth = 16;
 constexpr int64_t kPart = 256;
 constexpr int64_t kBlockBytes = 192 << 10, kColumnBytes = 1 << 20;
+constexpr int64_t kHeightOfSums = 512;
 constexpr int64_t kFetchEvery = 64;
 
 template <class T>

@@ -54,6 +54,7 @@ template <int Rows, class T, class O>
 NITP_HD void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows,
                   int64_t columns, bool add, Ahead& ahead) {
   Sums sums[Rows][2];
+#pragma GCC unroll 14
   for (int i = 0; i < Rows; ++i) {
     const O* row = out + std::min<int64_t>(i, rows - 1) * stride;
     _mm_prefetch(reinterpret_cast<const char*>(row), _MM_HINT_T0);
@@ -62,14 +63,16 @@ NITP_HD void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, i
   const int64_t chain = sizeof(T) < 4 ? words : kChain;
   for (int64_t begin = 0; begin < words; begin += chain) {
     const int64_t end = std::min(words, begin + chain);
+#pragma GCC unroll 14
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = no_sums();
     for (int64_t word = begin; word < end; word += kFetchEvery) {
       ahead.fetch();
-      // no branch among the products: with one in 16 words, AVX2 lost a fifth beside a busy sibling of the core
+      // no branch among the products: with one in 16 words, AVX2 lost a sixth beside a busy sibling of the core
       const int64_t count = std::min(end - word, kFetchEvery);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < count; ++i, a += kHeight, b += kWidth) multiply_add<Rows, T>(sums, a, b);
     }
+#pragma GCC unroll 14
     for (int i = 0; i < Rows; ++i) {
       if (i < rows) put(out + i * stride, sums[i][0], sums[i][1], columns, add || begin > 0);
     }

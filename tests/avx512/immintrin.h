@@ -2,8 +2,6 @@
 // watched by sanitizers, on a processor without them. Loads and stores touch the lanes of their mask alone; an aligned
 // load of an address that is not ends the run.
 #pragma once
-#include <xmmintrin.h>
-
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -16,6 +14,9 @@ typedef uint16_t __mmask16;
 typedef uint32_t __mmask32;
 
 #define TWIN static inline
+#define _MM_HINT_T0 3
+#define _MM_HINT_T1 2
+#define _mm_prefetch(address, hint) static_cast<void>(address)
 
 template <class To, class From>
 To bits_of(const From& x, size_t offset = 0) {
