@@ -45,8 +45,8 @@ Machine: {report.machine_line(report.machine(threads))}.
 
 Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection,
 outputs that exist already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors
-without AVX-512; float32's for bfloat16 where no library has those); the same for the formula in PyTorch and for
-torch.compile of it. Medians of the ratios within
+without AVX-512); the same for the formula in PyTorch and for torch.compile of it. Where no library has products of
+bfloat16, those of float32 stand for them, and the formula is left out. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds, freed memory kept ("raised").
 
 {reach(sizes, threads)}
@@ -101,8 +101,8 @@ def reach(sizes: Sizes, threads: int) -> str:
     for shape in sizes["reach"]:
         for name, dtype in DTYPES.items():
             t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, "raised")
-            who = ("ours", "eager", "compile")
-            ratios = [f"{ratio(t[each], t['products']):.2f}" if each in t else "-" for each in who]
+            whose = ("ours", "eager", "compile")
+            ratios = [f"{ratio(t[who], t['products']):.2f}" if who in t else "-" for who in whose]
             rows.append([f"{shape[0]} x {shape[1]}", name, f"{1e3 * statistics.median(t['ours']):.0f}", *ratios])
             print(rows[-1], flush=True)
     header = ["N x d", "dtype", "ours, ms", "ours / products", "eager / products", "compile / products"]

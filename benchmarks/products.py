@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nitp_ops import _gemm
+
 from . import measure
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -37,8 +39,8 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 def served(dtype: torch.dtype) -> bool:
-    """Whether a library behind torch has products of such numbers here, and torch.mm does not multiply one by one."""
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether a library behind torch has products of such numbers here: else torch.mm multiplies one by one."""
+    return dtype == torch.float32 or _gemm.torch_has_bfloat16()
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
@@ -80,8 +82,6 @@ def _mkldnn_matmul() -> Callable[..., None] | None:
 
 def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
     """out = a b by nitp_ops itself, where it has such products."""
-    from nitp_ops import _gemm
-
     if not _gemm.has_own("cpu", a.dtype):
         return {}
     return {f"nitp_ops {name}": partial(torch.ops.nitp_ops.gemm_, out, a, b, False)}

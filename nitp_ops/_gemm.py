@@ -56,17 +56,17 @@ def has_own(device: str, dtype: torch.dtype) -> bool:
     return _C.has_gemm()
 
 
-def _has_bfloat16() -> bool:
-    """Whether anybody here has a fast product of bfloat16 numbers; a torch without oneDNN is taken to have its own.
+def torch_has_bfloat16() -> bool:
+    """Whether torch.mm has a fast product of bfloat16 numbers on CPU; one without oneDNN is taken to have its own.
 
     Where oneDNN has none torch.mm multiplies one by one: dh took 120 times as long as in float32 (AMD EPYC, AVX2)."""
-    if has_own("cpu", torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return True
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-#: On CPU.
-_WITHOUT_PRODUCTS = frozenset({torch.float16} if _has_bfloat16() else {torch.float16, torch.bfloat16})
+#: On CPU, fast ones by anybody.
+_WITHOUT_PRODUCTS = frozenset(
+    {torch.float16} if has_own("cpu", torch.bfloat16) or torch_has_bfloat16() else {torch.float16, torch.bfloat16}
+)
 
 
 def even_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:

@@ -14,8 +14,8 @@ namespace NITP_TARGET {
 
 // Rows that are packed once for all threads stay in the last-level cache too.
 constexpr int64_t kSharedBytes = 4 << 20;
-// Cells are high, so that their columns are packed once.
-constexpr int64_t kHeightAtMost = 8192;
+// Cells are high, so that their columns are packed once; less high where their sums wait in float32.
+constexpr int64_t kHeightAtMost = 8192, kHeightOfSums = 1024;
 
 // The depth in parts of equal size, whole words.
 struct Depth {

@@ -51,8 +51,8 @@ NITP_HD void multiply_add(Sums (&sums)[Rows][2], const uint32_t* a, const uint32
 }
 
 template <int Rows, class T, class O>
-NITP_HD void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows,
-                  int64_t columns, bool add, Ahead& ahead) {
+void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows, int64_t columns,
+          bool add, Ahead& ahead) {
   Sums sums[Rows][2];
 #pragma GCC unroll 14
   for (int i = 0; i < Rows; ++i) {
@@ -79,25 +79,14 @@ NITP_HD void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, i
   }
 }
 
-template <int Rows, class T, class O>
-void tile_at_an_edge(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows,
-                     int64_t columns, bool add, Ahead& ahead) {
-  if constexpr (Rows > 2) {
-    if (rows <= Rows - 2) return tile_at_an_edge<Rows - 2, T>(a, b, words, out, stride, rows, columns, add, ahead);
-  }
-  tile<Rows, T>(a, b, words, out, stride, rows, columns, add, ahead);
-}
-
-// rows [1, kHeight] and columns [1, kWidth] of the tile belong to out. A whole one has no branch for its edges: AVX2,
-// with parts of 256 words, spent 5 % on them.
-template <class T, class O>
+// rows [1, kHeight] and columns [1, kWidth] of the tile belong to out.
+template <class T, int Rows = kHeight, class O>
 void tile_of(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows, int64_t columns,
              bool add, Ahead& ahead) {
-  if (rows == kHeight && columns == kWidth) {
-    tile<kHeight, T>(a, b, words, out, stride, kHeight, kWidth, add, ahead);
-  } else {
-    tile_at_an_edge<kHeight, T>(a, b, words, out, stride, rows, columns, add, ahead);
+  if constexpr (Rows > 2) {
+    if (rows <= Rows - 2) return tile_of<T, Rows - 2>(a, b, words, out, stride, rows, columns, add, ahead);
   }
+  tile<Rows, T>(a, b, words, out, stride, rows, columns, add, ahead);
 }
 
 }  // namespace NITP_TARGET
