@@ -99,15 +99,17 @@ def interleave(
     seconds: float,
     clock: Callable[[], Any] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in each round (the difference of two readings of `clock`), every round starting with another.
+    """Seconds of each run in each round (the difference of two readings of `clock`).
 
-    A run leaves after the round in which its own total passes `seconds`, and has at least one time.
+    Every round starts with another and every second one goes backwards: what a run finds in caches and in freed memory
+    is not always left by the same one. A run leaves after the round in which its own total passes `seconds`, and has at
+    least one time.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for turn in range(rounds):
-        first = turn % len(order)
-        for name in order[first:] + order[:first]:
+        step = -1 if turn % 2 else 1
+        for name in (order[(turn + step * place) % len(order)] for place in range(len(order))):
             if sum(times[name]) > seconds:
                 continue
             prepare()

@@ -30,10 +30,10 @@ FULL: Sizes = {
     "heads": [("block", 1024, 512, 32000), ("residual", 512, 896, 50304)],
     "terms": [(1024, 512, 32000), (512, 896, 50304)],
     "length": 512,
-    "rounds": 5,
+    "rounds": 7,
 }
 #: One way leaves the rounds after so many: PyTorch's op takes up to six times as long as the others.
-SECONDS = 15.0
+SECONDS = 20.0
 TOY: Sizes = {"heads": [("residual", 8, 4, 20)], "terms": [(8, 4, 20)], "length": 8, "rounds": 1}
 
 
@@ -99,9 +99,11 @@ Machine: {report.machine_line(report.machine(threads))}.
 
 Forward and backward of `ntp + mtp_parallel(offsets={list(OFFSETS)})` over hidden states that exist already. The heads
 of mtp_parallel (transformer blocks, or residual ones) are included and the same in every way. Time: medians of the
-ratios within {sizes["rounds"]} interleaved rounds; a way leaves them after {SECONDS:.0f} s. Memory: the peak of a fresh
-process's second step, gradients included; "heads alone" is what the forward pass of those heads keeps for their own
-backward pass, a part of every way's peak. The ratios of memory are those of what comes beyond it.
+ratios within {sizes["rounds"]} interleaved rounds; a way leaves them after {SECONDS:.0f} s.
+malloc "default" gives blocks over 32 MiB back to the system after each use and maps fresh ones, "raised" keeps them.
+Memory (default malloc): the peak of a fresh process's second step, gradients included; "heads alone" is what the
+forward pass of those heads keeps for their own backward pass, a part of every way's peak. The ratios of memory are
+those of what comes beyond it.
 
 {ways}
 
@@ -109,39 +111,34 @@ backward pass, a part of every way's peak. The ratios of memory are those of wha
 
 ## More targets of the same rows
 
-Time against `ntp` alone: `ntp + mtp_shared` with three offsets reads one row of logits against four tokens; `top` alone
-has a head of its own and up to 32 weighted targets a row, so it is one more pass.
+Time against `ntp` alone, malloc raised: `ntp + mtp_shared` with three offsets reads one row of logits against four
+tokens; `top` alone has a head of its own and up to 32 weighted targets a row, so it is one more pass.
 
 {terms(sizes, threads)}
 """
 
 
 def heads(sizes: Sizes, threads: int) -> str:
-    rows = []
+    rows, others = [], list(WAYS)[1:]
     for kind, *shape in sizes["heads"]:
         for name, dtype in DTYPES.items():
             spec = f"ntp + mtp_parallel(offsets={list(OFFSETS)}, heads={kind})"
             setting = partial(Setting, spec, tuple(shape), sizes["length"], dtype)
-            times = in_child(partial(_times, setting, sizes["rounds"]), threads, "raised")
-            peaks = {way: in_child(partial(_peak, setting, way), threads) for way in times}
+            timed = partial(_times, setting, sizes["rounds"])
+            times = {malloc: in_child(timed, threads, malloc) for malloc in measure.MALLOC}
+            ways = times["default"]
             alone = in_child(partial(_heads_alone, setting), threads)
-            first = [f"{kind} {' x '.join(map(str, shape))}", name]
-            seconds = [f"{ratio(times['plan'], times[way]):.2f}" if way in times else "-" for way in list(WAYS)[1:]]
+            peaks = {way: in_child(partial(_peak, setting, way), threads) for way in ways}
             beyond = {way: max(1, peak - alone) for way, peak in peaks.items()}
-            memory = [f"{beyond['plan'] / beyond[way]:.2f}" if way in beyond else "-" for way in list(WAYS)[1:]]
-            rows.append(
-                [
-                    *first,
-                    f"{1e3 * statistics.median(times['plan']):.0f}",
-                    *seconds,
-                    f"{alone / 2**20:.0f}",
-                    f"{peaks['plan'] / 2**20:.0f}",
-                    *memory,
-                ]
-            )
-            print(rows[-1], flush=True)
-    others = list(WAYS)[1:]
-    header = ["heads, N x d x V", "dtype", "plan, ms", *(f"time / {way}" for way in others)]
+            memory = [f"{beyond['plan'] / beyond[way]:.2f}" if way in ways else "-" for way in others]
+            for malloc, t in times.items():
+                first = [f"{kind} {' x '.join(map(str, shape))}", name, malloc]
+                milliseconds = f"{1e3 * statistics.median(t['plan']):.0f}"
+                seconds = [f"{ratio(t['plan'], t[way]):.2f}" if way in ways else "-" for way in others]
+                mebibytes = [f"{each / 2**20:.0f}" for each in (alone, peaks["plan"])]
+                rows.append([*first, milliseconds, *seconds, *mebibytes, *memory])
+                print(rows[-1], flush=True)
+    header = ["heads, N x d x V", "dtype", "malloc", "plan, ms", *(f"time / {way}" for way in others)]
     memory_header = ["heads alone, MiB", "plan, MiB", *(f"memory beyond / {way}" for way in others)]
     return markdown([*header, *memory_header], rows)
 

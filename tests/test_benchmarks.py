@@ -93,9 +93,9 @@ def interleaved(durations: dict[str, float], rounds: int, seconds: float) -> tup
     return times, order
 
 
-def test_every_round_starts_with_another_implementation():
+def test_every_round_starts_with_another_implementation_and_every_second_one_goes_backwards():
     times, order = interleaved({"a": 1.0, "b": 2.0, "c": 4.0}, rounds=4, seconds=99)
-    assert order == "abc" + "bca" + "cab" + "abc"
+    assert order == "abc" + "bac" + "cab" + "acb"
     assert times == {"a": [1.0] * 4, "b": [2.0] * 4, "c": [4.0] * 4}
 
 

@@ -17,6 +17,7 @@ def test_the_pages_come_from_measurements_at_toy_sizes(tmp_path, capsys):
     latent = (tmp_path / "implicit-numerics.md").read_text()
     for line in ("| 8 x 4 | float32 |", "| 8 x 4 | bfloat16 |", "| 16 |", "| alignment 8 x 4 |", "| swiglu 8 x 4 |"):
         assert latent.count(line) == 1
+    assert (tmp_path / "plan-numerics.md").read_text().count("| residual 8 x 4 x 20 |") == 4
 
 
 def test_a_missing_folder_is_one_line(tmp_path, capsys):
