@@ -46,6 +46,9 @@ def page(sizes: Sizes, threads: int) -> str:
 Written by `python -m benchmarks.numerics --only token`; nothing here is typed by hand.
 Machine: {report.machine_line(info)}.
 
+How time and memory grow with N and V, and the error at up to 256 chunks beside PyTorch's own op:
+[growth](growth.md).
+
 ## Time and memory
 
 Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
