@@ -27,7 +27,7 @@ class Effort:
     seconds: float
 
 
-QUICK, FULL = Effort(rounds=30, seconds=1.2), Effort(rounds=50, seconds=15.0)
+QUICK, FULL = Effort(rounds=30, seconds=0.9), Effort(rounds=50, seconds=15.0)
 #: Option -> what it writes, and how a document becomes that text.
 WRITERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "json": ("JSON", report.as_json),
