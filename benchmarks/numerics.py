@@ -57,7 +57,8 @@ Where no library has products of bfloat16, those of float32 stand for them, in e
 memory, as the op must return it; and all by `torch.mm`. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
-Extra MiB: the peak of a fresh process's second step beyond the gradients and the float32 accumulator (default malloc).
+Extra MiB: the peak of a fresh process's second step beyond the gradients and the float32 accumulator (default malloc);
+a bfloat16 gradient that has one comes after that peak, so that as much more than is printed lies beside it.
 
 {reach(sizes, threads)}
 
@@ -79,8 +80,9 @@ The products by each library and by nitp_ops itself, by rows a chunk at d = {siz
 
 {rate_table}
 
-With R FLOP/s in the products and k seconds a logit in the row kernel the op takes at least `1 + k R / (6 d)` times as
-long as products at that rate. {shares}. Above that are the weight gradient's sum over chunks and fresh pages;
+With R FLOP/s in the products (the fastest of each size of a chunk above, their median) and k seconds a logit in the row
+kernel (the median over V) the op takes at least `1 + k R / (6 d)` times as long as products at that rate.
+{shares}. Above that are the weight gradient's sum over chunks and fresh pages;
 below it a ratio to libraries can lie whose products are slower than those of nitp_ops.
 """
 

@@ -34,7 +34,7 @@ def section(path: Path) -> str:
     losing = []
     for name in names[1:]:
         pairs = [(case, _time(case, "ours"), _time(case, name)) for case in cases]
-        slower = [(case, ours / other) for case, ours, other in pairs if ours and other and ours > other]
+        slower = [(case, ours / other) for case, ours, other in pairs if ours and other and round(ours / other, 2) > 1]
         listed = "; ".join(f"{case['op']} in {case['dtype']} ({ratio:.2f})" for case, ratio in slower)
         losing.append(f"* Slower than {name}: {listed or 'none'}.")
     return "\n".join([*lines, "", *losing, *_growth()])

@@ -12,14 +12,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: The kernels take numbers in float32, the operators integers of 64 bits.
+_LEAST, _MOST, _LARGEST_INT64 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, 2**63 - 1
 
 
 class BackendError(RuntimeError):
     """No backend can run this call; the message lists every backend with its reason."""
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def name_of(kind: torch.dtype | torch.layout) -> str:
+    return str(kind).removeprefix("torch.")
 
 
 def is_tensor(op: str, argument: str, value: object) -> None:
@@ -50,9 +52,11 @@ def has_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dt
 
 
 def is_float(op: str, argument: str, value: object) -> None:
-    """A tensor of a dtype that the row kernels serve."""
+    """A dense tensor of a dtype that the row kernels serve."""
     is_tensor(op, argument, value)
     assert isinstance(value, Tensor)
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {argument} has the layout {name_of(value.layout)}, expected strided")
     has_dtype(op, argument, value, FLOATS)
 
 
@@ -78,20 +82,22 @@ def one_of(op: str, argument: str, value: object, allowed: Sequence[str]) -> Non
 
 
 def number(op: str, argument: str, value: object, *, least: float, open_end: bool = False) -> float:
-    """A finite real number `>= least` (`> least` with open_end), as float."""
+    """A finite real number `>= least` (`> least` with open_end), as float; zero or in the range of float32."""
     expected = f"a number {'>' if open_end else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
-    if not (float(value) > least if open_end else float(value) >= least) or float(value) == float("inf"):
+    if not (value > least if open_end else value >= least) or value == float("inf"):
         raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
+    if value != 0 and not _LEAST <= abs(value) <= _MOST:
+        raise ValueError(f"{op}: {argument} is {value!r}, expected {expected} in the range of float32")
     return float(value)
 
 
 def integer(op: str, argument: str, value: object, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{op}: {argument} is {value!r}, expected an integer >= {least}")
-    if value < least:
-        raise ValueError(f"{op}: {argument} is {value}, expected an integer >= {least}")
+    if not least <= value <= _LARGEST_INT64:
+        raise ValueError(f"{op}: {argument} is {value}, expected an integer >= {least}, of 64 bits")
     return value
 
 

@@ -68,6 +68,8 @@ def head_of(
         _check.same_device(op, "bias", bias, "unembedding", unembedding)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"{op}: ignore_index is {ignore_index!r}, expected an integer")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"{op}: ignore_index is {ignore_index}, expected an integer of 64 bits")
     if logits_dtype != "auto" and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
     cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Objective:
     denominator: Literal["own", "main"] = "own"
 
     def __post_init__(self) -> None:
-        found = []
+        found, defaults = [], {each.name: each.default for each in fields(self)}
         for name, expected in field_types(type(self)).items():
             value = getattr(self, name)
             if name == "weight":
@@ -98,10 +98,12 @@ class Objective:
                     found.append(str(error))
             elif problem := type_problem(name, value, expected):
                 found.append(problem)
+                object.__setattr__(self, name, defaults[name])
             else:
                 object.__setattr__(self, name, tidy(value, expected))
-        # ranges can only be asked of values of the right type
-        found = found or self.problems()
+        # ranges can only be asked of values of the right type: the defaults, where another came
+        if not any(getattr(self, name) is MISSING for name in defaults):
+            found += self.problems()
         if found:
             raise SpecError(f"{self.label or self.name or type(self).__name__}: {problem}" for problem in found)
 

@@ -20,6 +20,7 @@ from .metrics import Metrics
 from .model_info import ModelInfo
 from .schedule import weight_at
 from .schema import is_int
+from .shift import check_targets
 from .spec import Spec, SpecLike, parse
 from .streams import Streams
 
@@ -275,6 +276,8 @@ class CompositeObjective(nn.Module):
             if name in self.requires and hidden.shape[-1] != self.info.hidden_size:
                 expected = (*streams.shape, self.info.hidden_size)
                 raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
+        if any(isinstance(term, HeadTerm) for term in self.spec.terms):
+            check_targets(streams, self.info.vocab_size)
         if gradient_reduction not in ("mean", "sum"):
             raise ValueError(f'objective: gradient_reduction is {gradient_reduction!r}, expected "mean" or "sum"')
         scheduled = [str(term.label) for term in self.spec.terms if not isinstance(term.weight, float)]

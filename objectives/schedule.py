@@ -25,7 +25,7 @@ class Ramp:
         shape: "linear" x; "cosine" ``(1 - cos(pi x)) / 2``; "step" 0 until the end of the warmup.
 
     Raises:
-        ValueError: a value outside its range.
+        ValueError: values outside their ranges, all in one message.
 
     Example:
         >>> [float(Ramp(to=0.8, begin=10, warmup=4).at(step)) for step in (0, 10, 12, 14, 99)]
@@ -38,12 +38,15 @@ class Ramp:
     shape: Literal["linear", "cosine", "step"] = "linear"
 
     def __post_init__(self) -> None:
+        found = []
         for name, expected in field_types(type(self)).items():
-            if problem := type_problem(name, getattr(self, name), expected):
-                raise ValueError(f"schedule: {problem}")
-        for name in ("to", "begin", "warmup"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"schedule: {name} is {getattr(self, name)}, expected a number >= 0")
+            value = getattr(self, name)
+            if problem := type_problem(name, value, expected):
+                found.append(problem)
+            elif name != "shape" and value < 0:
+                found.append(f"{name} is {value}, expected a number >= 0")
+        if found:
+            raise ValueError(f"schedule: {'; '.join(found)}")
         object.__setattr__(self, "to", float(self.to))
 
     def at(self, step: int | Tensor) -> Tensor:

@@ -18,6 +18,28 @@ from .sequence_shard import columns
 from .streams import Streams
 
 
+def check_targets(streams: Streams, vocabulary: int) -> None:
+    """Refuses a target outside [0, vocabulary), by the name and the place that it came with.
+
+    On CPU, where values may be read, and outside torch.compile; else the ops meet it, who know neither.
+
+    Raises:
+        IndexError: the token of a document that another one precedes is such a target.
+    """
+    if torch.compiler.is_compiling() or type(streams.tokens) is not Tensor or streams.tokens.device.type != "cpu":
+        return
+    targets, (_, documents) = _targets(streams), _documents(streams)
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != streams.ignore_index)
+    reached = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
+    for row, place in (wrong[:, 1:] & reached).nonzero()[:1].tolist():
+        name = next(name for name in ("shift_labels", "labels", "token_ids") if getattr(streams, name) is not None)
+        at = place if name == "shift_labels" else place + 1
+        raise IndexError(
+            f"objective: {name}[{row}, {at}] is {int(targets[row, place + 1])}, expected a value in [0, {vocabulary}) "
+            f"or ignore_index={streams.ignore_index}"
+        )
+
+
 def valid_pairs(streams: Streams, k: int, *, labelled: bool = False) -> Tensor:
     """V_k for pairs of hidden states, bool [B, T]; `ok` only counts with ``labelled``.
 

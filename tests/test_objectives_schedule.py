@@ -66,6 +66,13 @@ def test_a_wrong_schedule_is_refused_with_its_reason(weight: object, message: st
         NTP(weight=weight)  # type: ignore[arg-type]
 
 
+def test_all_that_is_wrong_with_a_schedule_comes_in_one_message():
+    with pytest.raises(
+        ValueError, match=r"^schedule: to is -1, .*; begin is 0.5, .*; shape is \"foo\", expected one of"
+    ):
+        schedule(to=-1, begin=0.5, shape="foo")  # type: ignore[arg-type]
+
+
 def test_a_schedule_comes_from_keywords_or_points_but_not_from_both():
     with pytest.raises(ValueError, match="expected exactly one"):
         schedule([[0, 1]], to=1)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectives_cases import INFO, assert_same, make_batch, ntp_sum, pairs
+from torch import nn
 
-from nitp_ops.objectives import Streams, build
+from nitp_ops.objectives import ModelInfo, Streams, build
 from nitp_ops.objectives.shift import token_targets, valid_pairs
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
@@ -184,3 +185,29 @@ def test_packed_documents_train_like_separate_rows():
     assert_same(loss, ntp_sum(batch, positions) / 3, batch.leaves)
     separate = [F.cross_entropy(batch.head(batch.hidden[0, t]), batch.ids[0, t + 1]) for _, t in positions]
     torch.testing.assert_close(loss, torch.stack(separate).mean())
+
+
+@pytest.mark.parametrize("name", ["token_ids", "labels", "shift_labels"])
+@pytest.mark.parametrize("wrong", [-1, 11])
+@pytest.mark.parametrize("spec", ["ntp", "ntp + mtp_shared(offsets=[2])", "top", "mtp_parallel", "fsp_bow"])
+def test_a_target_outside_the_vocabulary_is_named_as_it_came(spec: str, wrong: int, name: str):
+    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5)
+    tokens = torch.zeros(2, 7, dtype=torch.int64)
+    streams = {"token_ids": tokens, "last_hidden": torch.zeros(2, 7, 6), "head": nn.Linear(6, 11, bias=False)}
+    objective = build(spec, model=info)
+    objective(Streams(**streams | {name: tokens.index_put((torch.tensor(0), torch.tensor(3)), torch.tensor(-100))}))
+    tokens = tokens.index_put((torch.tensor(1), torch.tensor(4)), torch.tensor(wrong))
+    with pytest.raises(IndexError, match=rf"^objective: {name}\[1, 4\] is {wrong}, expected a value in \[0, 11\) or"):
+        objective(Streams(**streams | {name: tokens}))
+    unmasked = (tokens == 0).roll(int(name == "shift_labels"), 1)
+    objective(Streams(**streams | {name: tokens, "target_mask": unmasked}))
+
+
+def test_a_token_that_nothing_predicts_may_be_anything():
+    streams = Streams(
+        token_ids=torch.tensor([[99, 1, 2, 99, 3]]),
+        document_ids=torch.tensor([[0, 0, 0, 1, 1]]),
+        last_hidden=torch.zeros(1, 5, 6),
+        head=nn.Linear(6, 11, bias=False),
+    )
+    assert build("ntp", model=ModelInfo(hidden_size=6, vocab_size=11, num_layers=5))(streams).loss.isfinite()

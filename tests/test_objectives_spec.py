@@ -211,6 +211,14 @@ def test_any_text_is_a_spec_or_a_spec_error(text: str):
         assert error.problems and all("\n" not in line for line in error.problems)
 
 
+def test_an_option_of_the_wrong_type_hides_none_of_the_others():
+    assert [line.split(", expected")[0] for line in problems("ntp + nitp(distance=foo, eps=0, shift=-1)")] == [
+        'nitp: distance is "foo"',
+        "nitp: shift is -1",
+        "nitp: eps is 0.0",
+    ]
+
+
 def test_a_target_past_every_sequence_is_refused_with_all_other_problems():
     info = ModelInfo(hidden_size=4, vocab_size=8, num_layers=2, sequence_length=4)
     with pytest.raises(SpecError) as caught:
