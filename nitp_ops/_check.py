@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from collections.abc import Sequence
@@ -86,11 +87,15 @@ def number(op: str, argument: str, value: object, *, least: float, open_end: boo
     expected = f"a number {'>' if open_end else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
-    if not (value > least if open_end else value >= least) or value == float("inf"):
+    try:
+        real = float(value)
+    except OverflowError:
+        real = math.inf
+    if not (real > least if open_end else real >= least) or real == math.inf:
         raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
-    if value != 0 and not _LEAST <= abs(value) <= _MOST:
+    if real != 0 and not _LEAST <= abs(real) <= _MOST:
         raise ValueError(f"{op}: {argument} is {value!r}, expected {expected} in the range of float32")
-    return float(value)
+    return real
 
 
 def integer(op: str, argument: str, value: object, *, least: int) -> int:

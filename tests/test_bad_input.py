@@ -43,7 +43,7 @@ WRONG = [
     (ValueError, r"ignore_index is \d+, expected an integer of 64 bits", lambda: lce(H, W, Y, ignore_index=2**70)),
     (ValueError, "softcap is 1e-46, expected a number > 0 in the range of", lambda: lce(H, W, Y, softcap=1e-46)),
     (ValueError, r"logit_scale is 1e\+39, expected a number > 0 in", lambda: lce(H, W, Y, logit_scale=1e39)),
-    (ValueError, "normalizer is 10+, expected a number > 0 in", lambda: lce(H, W, Y, normalizer=10**400)),
+    (ValueError, "normalizer is 10+, expected a number > 0", lambda: lce(H, W, Y, normalizer=10**400)),
     (TypeError, "hidden has the layout sparse_coo, expected strided", lambda: lce(H.detach().to_sparse(), W, Y)),
     (ValueError, "token_weight requires a gradient", lambda: lce(H, W, Y, token_weight=LEARNED)),
     (ValueError, r"token_weight has shape \(2,\), expected \(3,\)", lambda: lce(H, W, Y, token_weight=torch.ones(2))),
