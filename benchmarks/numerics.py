@@ -58,7 +58,7 @@ memory, as the op must return it; and all by `torch.mm`. Medians of the ratios w
 {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
 Extra MiB: the peak of a fresh process's second step beyond the gradients and the float32 accumulator (default malloc);
-a bfloat16 gradient that has one comes after that peak, so that as much more than is printed lies beside it.
+a bfloat16 gradient is rounded from its accumulator after that peak, so that its bytes have to be added there.
 
 {reach(sizes, threads)}
 

@@ -73,7 +73,7 @@ def alignment(
     _check.has_shape(_OP, "target", target, prediction.shape, "prediction's")
     _check.same_device(_OP, "target", target, "prediction", prediction)
     _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
-    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True)
+    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target))
     chosen = rows.choose(_OP, prediction.device, backend)
     if chosen == "reference":
         return reference.alignment(prediction, target, distance=distance, eps=eps)

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-#: The kernels take numbers in float32, the operators integers of 64 bits.
-_LEAST, _MOST, _LARGEST_INT64 = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max, 2**63 - 1
+_INT64 = torch.iinfo(torch.int64)
 
 
 class BackendError(RuntimeError):
@@ -82,8 +81,19 @@ def one_of(op: str, argument: str, value: object, allowed: Sequence[str]) -> Non
         raise ValueError(f"{op}: {argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
-def number(op: str, argument: str, value: object, *, least: float, open_end: bool = False) -> float:
-    """A finite real number `>= least` (`> least` with open_end), as float; zero or in the range of float32."""
+def number(
+    op: str,
+    argument: str,
+    value: object,
+    *,
+    least: float,
+    open_end: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> float:
+    """A finite real number `>= least` (`> least` with open_end), as float.
+
+    dtype: of the arithmetic that takes it; there it must not be infinite, nor zero with open_end (a softcap of zero
+    means none)."""
     expected = f"a number {'>' if open_end else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
@@ -93,28 +103,33 @@ def number(op: str, argument: str, value: object, *, least: float, open_end: boo
         real = math.inf
     if not (real > least if open_end else real >= least) or real == math.inf:
         raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
-    if real != 0 and not _LEAST <= abs(real) <= _MOST:
-        raise ValueError(f"{op}: {argument} is {value!r}, expected {expected} in the range of float32")
+    range_ = torch.finfo(dtype)
+    if real > range_.max or (open_end and abs(real) < range_.tiny):
+        raise ValueError(f"{op}: {argument} is {value!r}, expected {expected} in the range of {name_of(dtype)}")
     return real
 
 
-def integer(op: str, argument: str, value: object, *, least: int) -> int:
+def integer(op: str, argument: str, value: object, *, least: int = _INT64.min) -> int:
+    """An integer `>= least` that int64 holds."""
+    expected = "an integer" if least == _INT64.min else f"an integer >= {least}"
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {argument} is {value!r}, expected an integer >= {least}")
-    if not least <= value <= _LARGEST_INT64:
-        raise ValueError(f"{op}: {argument} is {value}, expected an integer >= {least}, of 64 bits")
+        raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
+    if not _INT64.min <= value <= _INT64.max:
+        raise ValueError(f"{op}: {argument} is {value}, expected {expected} of 64 bits")
+    if value < least:
+        raise ValueError(f"{op}: {argument} is {value}, expected {expected}")
     return value
 
 
-def scalar(op: str, argument: str, value: object) -> None:
-    """A positive number or a 0-d tensor without gradient (its value is never read on the host)."""
+def scalar(op: str, argument: str, value: object, dtype: torch.dtype) -> None:
+    """A positive number for arithmetic in dtype, or a 0-d tensor without gradient (never read on the host)."""
     if isinstance(value, Tensor):
         has_shape(op, argument, value, ())
         no_gradient(op, argument, value)
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{op}: {argument} is {name_of(value.dtype)}, expected a real number")
     else:
-        number(op, argument, value, least=0.0, open_end=True)
+        number(op, argument, value, least=0.0, open_end=True, dtype=dtype)
 
 
 def no_gradient(op: str, argument: str, tensor: Tensor) -> None:

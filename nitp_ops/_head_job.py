@@ -66,14 +66,12 @@ def head_of(
         _check.is_float(op, "bias", bias)
         _check.has_shape(op, "bias", bias, unembedding.shape[:1], "[V]")
         _check.same_device(op, "bias", bias, "unembedding", unembedding)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"{op}: ignore_index is {ignore_index!r}, expected an integer")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"{op}: ignore_index is {ignore_index}, expected an integer of 64 bits")
+    _check.integer(op, "ignore_index", ignore_index)
     if logits_dtype != "auto" and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
-    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True)
-    scale = _check.number(op, "logit_scale", logit_scale, least=0.0, open_end=True)
+    work = reference.working(unembedding)
+    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
+    scale = _check.number(op, "logit_scale", logit_scale, least=0.0, open_end=True, dtype=work)
     if chunk_bytes is not None:
         _check.integer(op, "chunk_bytes", chunk_bytes, least=1)
     if buffer is not None:
@@ -89,7 +87,7 @@ def check_job(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
     smoothing = _check.number(op, f"{prefix}label_smoothing", job.label_smoothing, least=0.0)
     if smoothing > 1:
         raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
-    _check.number(op, f"{prefix}z_loss", job.z_loss, least=0.0)
+    _check.number(op, f"{prefix}z_loss", job.z_loss, least=0.0, dtype=reference.working(head.unembedding))
     if job.max_rows is not None:
         _check.integer(op, f"{prefix}max_rows", job.max_rows, least=0)
     if job.hidden_grad_out is not None:

@@ -89,13 +89,13 @@ def implicit_token_loss(
     _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
     _check.one_of(_OP, "reduction", reduction, REDUCTIONS)
     _check.integer(_OP, "shift", shift, least=0)
-    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True)
+    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(hidden))
     if chunk_bytes is not None:
         _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"{_OP}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
-        _check.scalar(_OP, "normalizer", normalizer)
+        _check.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
     if valid is not None:
         _check.is_tensor(_OP, "valid", valid)
         _check.has_dtype(_OP, "valid", valid, (torch.bool,))

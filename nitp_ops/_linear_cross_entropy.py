@@ -131,7 +131,7 @@ def token_loss(
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"{op}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
-        _check.scalar(op, "normalizer", normalizer)
+        _check.scalar(op, "normalizer", normalizer, reference.working(head.unembedding))
     if not isinstance(return_stats, bool) and return_stats != "entropy":
         raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
     check_job(op, job, head, "")

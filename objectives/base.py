@@ -82,6 +82,8 @@ class Objective:
     """
 
     name: ClassVar[str] = ""
+    #: Tokens are its targets, among V: one outside is refused before anything runs.
+    predicts_tokens: ClassVar[bool] = False
 
     label: str | None = None
     weight: Weight = 1.0
@@ -171,6 +173,8 @@ def check_shard(terms: Sequence[Objective], streams: Streams, info: ModelInfo, m
 @dataclass(frozen=True, kw_only=True)
 class HeadTerm(Objective):
     """A cross-entropy against the unembedding: declares rows, the plan computes them together with the others'."""
+
+    predicts_tokens: ClassVar[bool] = True
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         """``{part: rows}``, with the parts and the rows that `valid` counts."""

@@ -276,7 +276,7 @@ class CompositeObjective(nn.Module):
             if name in self.requires and hidden.shape[-1] != self.info.hidden_size:
                 expected = (*streams.shape, self.info.hidden_size)
                 raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
-        if any(isinstance(term, HeadTerm) for term in self.spec.terms):
+        if any(term.predicts_tokens for term in self.spec.terms):
             check_targets(streams, self.info.vocab_size)
         if gradient_reduction not in ("mean", "sum"):
             raise ValueError(f'objective: gradient_reduction is {gradient_reduction!r}, expected "mean" or "sum"')

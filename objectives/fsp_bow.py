@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from .own_parameters import OwnHead
 from .registry import register
 from .row_losses import sum_of_rows
 from .schema import number_problem
-from .shift import check_targets, token_targets
+from .shift import token_targets
 from .streams import Streams
 
 
@@ -45,6 +45,8 @@ class FSPBagOfWords(LatentTerm):
     Source: arXiv 2510.14751.
     """
 
+    predicts_tokens: ClassVar[bool] = True
+
     tau: int = 12
 
     def problems(self) -> list[str]:
@@ -66,7 +68,6 @@ class FSPBagOfWords(LatentTerm):
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, module, info = streams.last_hidden, context.module, context.info
         assert h is not None and module is not None
-        check_targets(streams, info.vocab_size)
         tokens, inside = (x.flatten(0, 1) for x in self._bags(streams))
 
         def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .schema import field_types, is_int, suggestion, type_problem
+from .schema import field_types, is_int, number_problem, suggestion, type_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,11 @@ class Ramp:
         found = []
         for name, expected in field_types(type(self)).items():
             value = getattr(self, name)
-            if problem := type_problem(name, value, expected):
+            problem = type_problem(name, value, expected)
+            if problem is None and name != "shape":
+                problem = number_problem(name, value, 0)
+            if problem:
                 found.append(problem)
-            elif name != "shape" and value < 0:
-                found.append(f"{name} is {value}, expected a number >= 0")
         if found:
             raise ValueError(f"schedule: {'; '.join(found)}")
         object.__setattr__(self, "to", float(self.to))

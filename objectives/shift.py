@@ -21,22 +21,25 @@ from .streams import Streams
 def check_targets(streams: Streams, vocabulary: int) -> None:
     """Refuses a target outside [0, vocabulary), by the name and the place that it came with.
 
-    On CPU, where values may be read, and outside torch.compile; else the ops meet it, who know neither.
+    On CPU, where values may be read, and outside torch.compile; else only the ops meet it, which know neither.
 
     Raises:
-        IndexError: the token of a document that another one precedes is such a target.
+        IndexError: such a token follows another one of its document, and target_mask lets it be a target.
     """
-    if torch.compiler.is_compiling() or type(streams.tokens) is not Tensor or streams.tokens.device.type != "cpu":
+    tokens = streams.tokens
+    if torch.compiler.is_compiling() or type(tokens) is not Tensor or tokens.device.type != "cpu":
         return
     targets, (_, documents) = _targets(streams), _documents(streams)
     wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != streams.ignore_index)
     reached = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-    for row, place in (wrong[:, 1:] & reached).nonzero()[:1].tolist():
-        name = next(name for name in ("shift_labels", "labels", "token_ids") if getattr(streams, name) is not None)
-        at = place if name == "shift_labels" else place + 1
+    wrong[:, 1:] &= reached
+    wrong[:, :1] = False  # nothing predicts the first token
+    if bool(wrong.any()):
+        row, place = wrong.nonzero()[0].tolist()
+        place -= targets.shape[1] - tokens.shape[1]  # shift_labels lack the first
         raise IndexError(
-            f"objective: {name}[{row}, {at}] is {int(targets[row, place + 1])}, expected a value in [0, {vocabulary}) "
-            f"or ignore_index={streams.ignore_index}"
+            f"objective: {streams.tokens_name}[{row}, {place}] is {int(tokens[row, place])}, expected a value in "
+            f"[0, {vocabulary}) or ignore_index={streams.ignore_index}"
         )
 
 

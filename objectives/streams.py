@@ -103,9 +103,14 @@ class Streams:
     @property
     def tokens(self) -> Tensor:
         """The stream that says which token comes next: shift_labels, labels or token_ids."""
-        for stream in (self.shift_labels, self.labels, self.token_ids):
-            if stream is not None:
-                return stream
+        return getattr(self, self.tokens_name)
+
+    @property
+    def tokens_name(self) -> str:
+        """The field that `tokens` is."""
+        for name in ("shift_labels", "labels", "token_ids"):
+            if getattr(self, name) is not None:
+                return name
         raise ValueError("Streams: token_ids, labels and shift_labels are all missing, expected one of them")
 
     def offers(self, stream: str) -> bool:

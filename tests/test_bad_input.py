@@ -39,7 +39,7 @@ WRONG = [
     (TypeError, "z_loss is 'x', expected a number >= 0", lambda: lce(H, W, Y, z_loss=A_WORD)),
     (ValueError, "softcap is -1, expected a number > 0", lambda: lce(H, W, Y, softcap=-1)),
     (ValueError, "chunk_bytes is 0, expected an integer >= 1", lambda: lce(H, W, Y, chunk_bytes=0)),
-    (ValueError, r"chunk_bytes is \d+, expected an integer >= 1, of 64 bits", lambda: lce(H, W, Y, chunk_bytes=2**70)),
+    (ValueError, r"chunk_bytes is \d+, expected an integer >= 1 of 64 bits", lambda: lce(H, W, Y, chunk_bytes=2**70)),
     (ValueError, r"ignore_index is \d+, expected an integer of 64 bits", lambda: lce(H, W, Y, ignore_index=2**70)),
     (ValueError, "softcap is 1e-46, expected a number > 0 in the range of", lambda: lce(H, W, Y, softcap=1e-46)),
     (ValueError, r"logit_scale is 1e\+39, expected a number > 0 in", lambda: lce(H, W, Y, logit_scale=1e39)),
@@ -94,3 +94,14 @@ def test_bad_input_is_answered_by_one_line_that_names_the_argument(kind, message
     with pytest.raises(kind, match=message) as caught:
         wrong()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", [{"softcap": 1e-46}, {"logit_scale": 1e39}])
+def test_float64_takes_numbers_that_float32_cannot_hold(option):
+    torch.manual_seed(0)
+    h, w = torch.randn(3, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    torch.testing.assert_close(lce(h, w, Y, **option), nitp_ops.reference.linear_cross_entropy(h, w, Y, **option))
+
+
+def test_a_z_loss_that_float32_rounds_to_zero_is_none():
+    assert lce(H, W, Y, z_loss=1e-46) == lce(H, W, Y)

@@ -204,10 +204,13 @@ def test_a_target_outside_the_vocabulary_is_named_as_it_came(spec: str, wrong: i
 
 
 def test_a_token_that_nothing_predicts_may_be_anything():
+    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5)
     streams = Streams(
         token_ids=torch.tensor([[99, 1, 2, 99, 3]]),
         document_ids=torch.tensor([[0, 0, 0, 1, 1]]),
         last_hidden=torch.zeros(1, 5, 6),
         head=nn.Linear(6, 11, bias=False),
     )
-    assert build("ntp", model=ModelInfo(hidden_size=6, vocab_size=11, num_layers=5))(streams).loss.isfinite()
+    assert build("ntp", model=info)(streams).loss.isfinite()
+    streams = Streams(token_ids=torch.tensor([[1, 99, 2]]), last_hidden=torch.ones(1, 3, 6))
+    assert build("cosine_regularizer", model=info)(streams).loss.isfinite()
