@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nitp_ops.objectives import registry
+
 ROOT = Path(__file__).parents[1]
 SKIPPED = {"__main__", "_C"}
 
@@ -23,7 +25,8 @@ def modules() -> list[str]:
 
 
 @pytest.mark.parametrize("name", modules())
-def test_its_examples_print_what_they_say(name):
+def test_its_examples_print_what_they_say(name, monkeypatch):
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # an example registers an objective
     module = importlib.import_module(name)
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     result = doctest.testmod(module, optionflags=options)
