@@ -33,8 +33,9 @@ endif
 	@mkdir -p $(dir $@)
 	@touch $@
 
-$(TRAINERS): $(STAMP)
+$(TRAINERS): $(STAMP) tests/trainers.txt
 	$(PYTHON) -m pip install -q torch==$(TORCH) $$(sed -n 's/^trainers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	$(PYTHON) -m pip install -q --no-deps -r tests/trainers.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -43,7 +44,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not (gpu_source or programs or trainers or ranks)"
 
-test-programs: $(STAMP)
+test-programs: $(TRAINERS)  # models and peers that benchmarks compare with
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m programs
 
 test-trainers: $(TRAINERS)

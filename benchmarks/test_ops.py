@@ -11,8 +11,6 @@ import torch
 from .cases import OPS
 from .implementations import forward, step
 
-pytest.importorskip("pytest_benchmark")
-
 
 @pytest.mark.parametrize("name", ["floor", "ours", "eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])

@@ -7,7 +7,6 @@ from nitp_ops import rows
 
 from .row_kernels import KERNELS, dtypes_of
 
-pytest.importorskip("pytest_benchmark")
 #: Sizes at which calling costs more than computing.
 TOY = 8, 32
 #: Kernels that a CPU has.

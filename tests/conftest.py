@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import skips
 import torch
 from hypothesis import settings
 
@@ -12,6 +13,10 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 settings.register_profile("nitp_ops", deadline=None, max_examples=30, print_blob=True)
 settings.load_profile("nitp_ops")
 torch.set_num_threads(2)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(skips)  # for benchmarks/ too, which this file does not stand above
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processor import parameters
 
 from nitp_ops import _C, _gemm
 
@@ -17,7 +18,7 @@ sides = st.one_of(st.integers(1, 70), st.sampled_from([111, 112, 113, 511, 530])
 depths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 1030, 2048, 2050, 4100]))
 
 
-@pytest.fixture(autouse=True, scope="module", params=SETS[: SETS.index(BEST) + 1 if BEST in SETS else 0])
+@pytest.fixture(autouse=True, scope="module", params=parameters(SETS))
 def instruction_set(request):
     _C.choose_instruction_set(request.param)
     yield request.param

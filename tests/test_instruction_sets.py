@@ -3,6 +3,7 @@
 import pytest
 import torch
 from budget import near, outputs, widened, within_budget
+from processor import SETS, parameters
 
 import nitp_ops
 from nitp_ops import reference, rows
@@ -13,15 +14,18 @@ from nitp_ops import _C
 
 BEST = _C.instruction_set()
 ALL = ("portable", "avx2", "avx512", "avx512_bf16")
-SETS = ALL[: ALL.index(BEST) + 1]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-EVERY_SET = pytest.mark.parametrize("name", SETS)
+EVERY_SET = pytest.mark.parametrize("name", parameters(ALL))
 
 
 @pytest.fixture(autouse=True)
 def _back_to_the_best():
     yield
     _C.choose_instruction_set(BEST)
+
+
+def test_the_best_that_the_processor_has_is_chosen():
+    assert SETS[-1] == BEST
 
 
 @EVERY_SET

@@ -125,7 +125,8 @@ def test_check_names_what_the_optimizer_does_not_hold():
 
 
 def lora(model: Any, **options: Any) -> Any:
-    peft = pytest.importorskip("peft")
+    import peft
+
     options = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_dropout": 0.0} | options
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
 

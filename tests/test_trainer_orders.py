@@ -27,7 +27,8 @@ def make_trainer(folder, model, cls: Any = NitpTrainer, objective: str | None = 
 
 
 def lora(model, **options) -> Any:
-    peft = pytest.importorskip("peft")
+    import peft
+
     chosen: Any = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 2, **options}
     return peft.get_peft_model(model, peft.LoraConfig(**chosen))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -154,39 +153,26 @@ def test_the_flag_of_the_command_line_is_the_objective(monkeypatch):
     assert config.objective == "ntp + 0.3*mtp_sequential"
 
 
-class Runs:
-    """The real Trainer in processes of its own, see torchtitan_run.py."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def __call__(self, name: str, *, ranks: int = 1, start: str | None = None, **options: Any) -> dict[str, Any]:
-        folder = self.root / name
-        if start is not None:
-            shutil.copytree(self.root / start, folder)
-        folder.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        command = [
-            sys.executable,
-            str(ROOT / "tests/torchtitan_run.py"),
-            json.dumps({"folder": str(folder), **options}),
-        ]
-        processes = []
-        for rank in range(ranks):
-            place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+def trained(root: Path, runs: dict[str, dict[str, Any]], ranks: int = 1) -> dict[str, dict[str, Any]]:
+    """The real Trainer, run after run, in a process for each rank, see torchtitan_run.py."""
+    listed = []
+    for name, options in runs.items():
+        (root / name).mkdir()
+        start = {"start": str(root / options["start"])} if "start" in options else {}
+        listed.append({**options, "folder": str(root / name), **start})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, str(ROOT / "tests/torchtitan_run.py"), json.dumps(listed)]
+    processes, logs = [], [root / f"log-{ranks}-{rank}" for rank in range(ranks)]
+    for rank, log in enumerate(logs):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_PORT": port}
+        with log.open("w") as out:
             environment = os.environ | {"OMP_NUM_THREADS": "1"} | place
-            log = (folder / f"log{rank}").open("w")
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder))
-        codes = [process.wait(timeout=200) for process in processes]
-        assert codes == [0] * ranks, (folder / "log0").read_text()[-3000:]
-        return torch.load(folder / "result.pt")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("torchtitan"))
+            processes.append(subprocess.Popen(command, env=environment, stdout=out, stderr=out, cwd=root))
+    codes = [process.wait(timeout=200) for process in processes]
+    assert codes == [0] * ranks, logs[0].read_text()[-3000:]
+    return {name: torch.load(root / name / "result.pt") for name in runs}
 
 
 def losses(run: dict[str, Any]) -> dict[int, dict[str, float]]:
@@ -196,8 +182,8 @@ def losses(run: dict[str, Any]) -> dict[int, dict[str, float]]:
     return steps
 
 
-def test_its_trainer_with_ntp_alone_is_its_trainer(runs):
-    mine, plain = runs("ntp", spec="ntp", steps=3), runs("plain", plain=True, steps=3)
+def test_its_trainer_with_ntp_alone_is_its_trainer(tmp_path):
+    mine, plain = trained(tmp_path, {"ntp": {"spec": "ntp", "steps": 3}, "plain": {"plain": True, "steps": 3}}).values()
     for step, row in losses(plain).items():
         expected = pytest.approx(row["loss_metrics/global_avg_loss"], rel=1e-6)
         assert losses(mine)[step]["loss_metrics/global_avg_loss"] == expected
@@ -205,13 +191,13 @@ def test_its_trainer_with_ntp_alone_is_its_trainer(runs):
     assert mine["saved"] == plain["saved"]
 
 
-def test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process(runs):
+def test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process(tmp_path):
     spec = "ntp + 0.8*nitp(target_layer=1) + late: schedule(to=1, warmup=4)*nitp(target_layer=2)"
     options = {"spec": spec, "ragged": True, "config": {"parallelism.spmd_backend": "partial_dtensor"}}
-    whole = runs("whole", steps=4, **options)
-    runs("half", steps=2, interval=2, **options)
-    resumed = runs("resumed", start="half", steps=4, **options)
-    two = runs("two", start="half", ranks=2, steps=4, **options)
+    goes_on = {"start": "half", "steps": 4, **options}
+    runs = {"whole": {"steps": 4, **options}, "half": {"steps": 2, "interval": 2, **options}, "resumed": goes_on}
+    whole, _, resumed = trained(tmp_path, runs).values()
+    two = trained(tmp_path, {"two": goes_on}, ranks=2)["two"]
     assert any("nitp_objective" in name for name in whole["parameters"])
     assert not any("nitp_objective" in name for name in whole["saved"])
     for name, value in whole["parameters"].items():

@@ -96,7 +96,8 @@ def test_another_loss_is_refused(tmp_path, option):
 
 
 def test_lora_trains_its_adapter_and_the_projector(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = make_trainer(tmp_path, given={"peft_config": adapter, "model": tiny_llama(torch.float32)})
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}

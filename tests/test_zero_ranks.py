@@ -109,5 +109,4 @@ def worker(rank: int) -> None:
 
 
 def test_every_objective_trains_under_zero_as_on_one_process(tmp_path: Path):
-    pytest.importorskip("deepspeed", minversion="0.16")
     start(worker, RANKS, tmp_path)

@@ -1,4 +1,6 @@
-"""torchtitan's Trainer for a few steps on the CPU: ``python torchtitan_run.py '{"folder": ..., "steps": ...}'``.
+"""torchtitan's Trainer for a few steps on the CPU: ``python torchtitan_run.py '[{"folder": ..., "steps": ...}, ...]'``.
+
+The runs follow one another in this process; one with a "start" goes on in a copy of that run's folder.
 
 torchtitan asks for a GPU where it reads memory counters and sets time-outs, and for NCCL where FSDP sums gradients with
 a factor; here nothing is counted, no time-out set, and the sum has no factor. Everything else is its own: config, meta
@@ -7,6 +9,7 @@ device, FSDP, optimizer, checkpoints.
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +18,6 @@ from typing import Any
 
 import torch
 
-options: dict[str, Any] = json.loads(sys.argv[1])
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": os.environ.get("RANK", "0")}
 torch.set_num_threads(1)
 torch._utils._get_available_device_type = lambda: "cpu"  # type: ignore[attr-defined]
@@ -85,7 +87,7 @@ class Log:
         pass
 
 
-def run() -> dict[str, Any]:
+def run(options: dict[str, Any]) -> dict[str, Any]:
     config = example.tiny()
     assert config.model_spec is not None
     model = config.model_spec.model
@@ -126,7 +128,10 @@ def run() -> dict[str, Any]:
     return {"log": log.rows, "parameters": parameters, "saved": saved}
 
 
-result = run()
-if torch.distributed.get_rank() == 0:
-    torch.save(result, Path(options["folder"]) / "result.pt")
-torch.distributed.destroy_process_group()
+for options in json.loads(sys.argv[1]):
+    if "start" in options and os.environ["RANK"] == "0":
+        shutil.copytree(options["start"], options["folder"], dirs_exist_ok=True)
+    result = run(options)
+    if torch.distributed.get_rank() == 0:
+        torch.save(result, Path(options["folder"]) / "result.pt")
+    torch.distributed.destroy_process_group()
