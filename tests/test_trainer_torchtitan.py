@@ -183,12 +183,17 @@ def losses(run: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def test_its_trainer_with_ntp_alone_is_its_trainer(tmp_path):
-    mine, plain = trained(tmp_path, {"ntp": {"spec": "ntp", "steps": 3}, "plain": {"plain": True, "steps": 3}}).values()
-    for step, row in losses(plain).items():
-        expected = pytest.approx(row["loss_metrics/global_avg_loss"], rel=1e-6)
-        assert losses(mine)[step]["loss_metrics/global_avg_loss"] == expected
-    same(mine["parameters"], plain["parameters"], 1e-3)  # Adam divides by the size of tiny gradients
-    assert mine["saved"] == plain["saved"]
+    families, kinds = ("llama3", "deepseek_v3"), {"ntp": {"spec": "ntp"}, "plain": {"plain": True}}
+    options = {f"{f} {kind}": {"family": f, "steps": 3, **own} for f in families for kind, own in kinds.items()}
+    found = trained(tmp_path, options)
+    for family in families:
+        mine, plain = found[f"{family} ntp"], found[f"{family} plain"]
+        assert len(losses(plain)) == 3
+        for step, row in losses(plain).items():
+            expected = pytest.approx(row["loss_metrics/global_avg_loss"], rel=1e-6)
+            assert losses(mine)[step]["loss_metrics/global_avg_loss"] == expected
+        same(mine["parameters"], plain["parameters"], 1e-3)  # Adam divides by the size of tiny gradients
+        assert mine["saved"] == plain["saved"]
 
 
 def test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process(tmp_path):

@@ -13,6 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ distributed.set_pg_timeouts = lambda **_: None
 fsdp.disable_fsdp_gradient_division = sum_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from torchtitan.models.llama3 import Llama3Model  # noqa: E402
+from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
 from examples import trainer_torchtitan as example  # noqa: E402
@@ -89,9 +90,11 @@ class Log:
 
 def run(options: dict[str, Any]) -> dict[str, Any]:
     config = example.tiny()
-    assert config.model_spec is not None
-    model = config.model_spec.model
-    assert isinstance(model, Llama3Model.Config)
+    family = import_module(f"torchtitan.models.{options.get('family', 'llama3')}")
+    spec: Any = family.model_registry("debugmodel")
+    config.model_spec, model = spec, spec.model
+    for layer in model.layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()  # FlexAttention has no backward on a CPU
     del model.layers[options.get("layers", 3) :]
     config.objective = options.get("spec", config.objective)
     config.dump_folder = options["folder"]

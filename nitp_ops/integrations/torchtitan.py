@@ -23,6 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 from torchtitan.config import derive  # noqa: E402
 from torchtitan.models.common.decoder import Decoder  # noqa: E402
+from torchtitan.models.deepseek_v3.mtp import MTPDecoder  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Output, Streams, build  # noqa: E402
@@ -59,8 +60,9 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
     It is left out of ``model.state_dict()``, which is what is exported. After the meta device, `draw` its parameters.
 
     Raises:
-        TypeError: no decoder whose logits are ``lm_head(norm(h))``. ValueError: it has an objective already; a stream
-            is required that a decoder does not provide. SpecError: the spec is wrong, or wrong for this model.
+        TypeError: no decoder whose logits are ``lm_head(norm(h))``. ValueError: it has MTP layers or an objective
+            already; a stream is required that a decoder does not provide. SpecError: the spec is wrong, or wrong for
+            this model.
 
     Example:
         >>> from torchtitan.models.llama3 import model_registry
@@ -69,8 +71,7 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
         >>> sorted(attach_decoder(model, "ntp + 0.8*nitp(target_layer=0.2)").requires)
         ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
     """
-    if not isinstance(model, Decoder) or type(model).forward is not Decoder.forward:
-        raise TypeError(f"torchtitan: model is a {type(model).__name__}, expected a Decoder with its forward")
+    _check_decoder(model)
     if hasattr(model, OBJECTIVE):
         raise ValueError(f"torchtitan: model has a {OBJECTIVE} already, expected a model without")
     weight = model.lm_head.weight
@@ -222,6 +223,21 @@ class ObjectiveTrainer(Trainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.objective.load_state_dict(state_dict[OBJECTIVE])
+
+
+def _check_decoder(model: nn.Module) -> None:
+    """Refuse what has other logits than ``lm_head(norm(h))`` of one pass over the blocks."""
+    name = type(model).__name__
+    if not isinstance(model, Decoder):
+        raise TypeError(f"torchtitan: model is a {name}, expected a Decoder")
+    # MTPDecoder's forward is Decoder's where it has no MTP layers
+    if type(model).forward not in (Decoder.forward, MTPDecoder.forward):
+        raise TypeError(f"torchtitan: model is a {name} with a forward of its own, expected that of Decoder")
+    if depth := len(getattr(model, "mtp_layers", None) or ()):
+        raise ValueError(
+            f"torchtitan: model is a {name} with {depth} MTP layers, expected num_mtp_layers=0: the objective has such "
+            f'layers of its own, "ntp + 0.3*mtp_sequential(depth={depth}, source=last_residual)"'
+        )
 
 
 def _fields(inputs: Tensor, labels: Tensor, positions: Tensor | None) -> dict[str, Tensor | None]:
