@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
@@ -81,8 +84,21 @@ def plugin_of(name: str) -> str | None:
     return None if plugin is None else plugin.value
 
 
-def _plugins() -> dict[str, EntryPoint]:
+def _plugins() -> Mapping[str, EntryPoint]:
+    return _plugins_in(tuple((folder, _changed(folder)) for folder in sys.path))
+
+
+@functools.lru_cache(maxsize=1)
+def _plugins_in(path: tuple[tuple[str, int], ...]) -> Mapping[str, EntryPoint]:
+    """Those on sys.path, read again where a folder has changed: every installed package is asked, which takes long."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _load(name: str, plugin: EntryPoint) -> None:
@@ -90,6 +106,8 @@ def _load(name: str, plugin: EntryPoint) -> None:
         loaded = plugin.load()
         if name not in _registered:
             register(name)(loaded)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit too: a plugin does not end the program that names it
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise SpecError([f'"{name}" is a plugin ({plugin.value}) that does not load: {reason}']) from error
