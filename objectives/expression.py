@@ -24,6 +24,11 @@ _TOKEN = re.compile(
 )
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _CLOSING = {"(": ")", "[": "]"}
+_SPACE = re.compile(r"\s*", re.ASCII)
+#: Of a number without a point: more than any option takes, fewer than `int` refuses.
+_MOST_DIGITS = 100
+#: Lists inside one another: more than any option takes, fewer than Python's stack.
+_DEEPEST = 20
 
 
 class Token(NamedTuple):
@@ -61,12 +66,12 @@ def parse_expression(text: str) -> tuple[list[ParsedTerm], list[str]]:
 
 
 def _tokens(text: str) -> list[Token]:
-    tokens, position = [], 0
-    while text[position:].strip():
+    tokens, position, end = [], 0, len(text.rstrip())
+    while position < end:
         match = _TOKEN.match(text, position)
         if match is None:
-            column = position + len(text[position:]) - len(text[position:].lstrip()) + 1
-            raise SpecError([f"expression: {text[column - 1 :][:1]!r} at column {column} is not part of the grammar"])
+            place = _end_of_space(text, position)
+            raise SpecError([f"expression: {text[place]!r} at column {place + 1} is not part of the grammar"])
         kind = str(match.lastgroup)
         start = match.start(kind)
         # in "ntp +0.8*nitp" and "1+2" the sign joins two terms, it belongs to no number
@@ -75,6 +80,11 @@ def _tokens(text: str) -> list[Token]:
         tokens.append(Token(kind, piece, start + 1))
         position = start + len(piece)
     return [*tokens, Token("end", "the end", len(text) + 1)]
+
+
+def _end_of_space(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
 
 
 def _split(tokens: list[Token]) -> list[list[Token]]:
@@ -97,6 +107,7 @@ class _Reader:
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
         self.place = 0
+        self.depth = 0
 
     def term(self) -> ParsedTerm:
         label = None
@@ -143,7 +154,7 @@ class _Reader:
             return self.items(_CLOSING[token.text])
         self.place += 1
         if token.kind == "number":
-            return int(token.text) if re.fullmatch(r"[-+]?\d+", token.text) else float(token.text)
+            return self.number(token)
         if token.kind == "string":
             return token.text[1:-1]
         if token.kind != "word":
@@ -154,7 +165,18 @@ class _Reader:
             text += "+" + self.take("word", "a word").text
         return _WORDS.get(text, text)
 
+    def number(self, token: Token) -> int | float:
+        if not re.fullmatch(r"[-+]?\d+", token.text):
+            return float(token.text)
+        if len(token.text) > _MOST_DIGITS:
+            digits = f"a number of {len(token.text)} digits at column {token.column}"
+            raise SpecError([f"expression: {digits}, expected at most {_MOST_DIGITS}"])
+        return int(token.text)
+
     def items(self, closing: str) -> list[Any]:
+        if self.depth == _DEEPEST:
+            self.refuse(self.peek(), f"at most {_DEEPEST} lists inside one another")
+        self.depth += 1
         self.place += 1
         items = []
         while self.peek().text != closing:
@@ -162,6 +184,7 @@ class _Reader:
             if self.peek().text != closing:
                 self.mark(",")
         self.mark(closing)
+        self.depth -= 1
         return items
 
     def peek(self) -> Token:

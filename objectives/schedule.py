@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .schema import field_types, is_int, number_problem, suggestion, type_problem
+from .schema import field_types, is_int, number_problem, shown, suggestion, type_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +88,7 @@ class Piecewise:
         for pair in self.points:
             known = isinstance(pair, list | tuple) and len(pair) == 2 and is_int(pair[0])
             if not known or type_problem("weight", pair[1], float) or min(pair) < 0:
-                raise ValueError(f"schedule: points holds {pair!r}, {expected}")
+                raise ValueError(f"schedule: points holds {shown(pair)}, {expected}")
             pairs.append((pair[0], float(pair[1])))
         steps = [step for step, _ in pairs]
         if not steps or any(later <= step for step, later in itertools.pairwise(steps)):
@@ -131,7 +131,7 @@ def schedule(
         Piecewise(points=((0, 0.3), (200000, 0.1)))
     """
     if (points is None) == (to is None):
-        raise ValueError(f"schedule: points is {points} and to is {to}, expected exactly one of them")
+        raise ValueError(f"schedule: points is {shown(points)} and to is {shown(to)}, expected exactly one of them")
     if points is not None:
         return Piecewise(tuple(points))
     assert to is not None
@@ -150,14 +150,14 @@ def as_weight(value: object) -> Weight:
         known = [field.name for field in fields(Ramp)]
         for key in value:
             if key not in known:
-                raise ValueError(
-                    f"schedule: {key} is no option, expected {', '.join(known)}.{suggestion(str(key), known)}"
-                )
+                word = key if isinstance(key, str) else shown(key)
+                offered = f"{', '.join(known)}.{suggestion(key, known)}"
+                raise ValueError(f"schedule: {word} is no option, expected {offered}")
         return schedule(**value)
     if isinstance(value, list | tuple):
         return Piecewise(tuple(value))
     if type_problem("weight", value, float) or value < 0:  # type: ignore[operator]
-        raise ValueError(f"weight is {value!r}, expected a number >= 0 or a schedule")
+        raise ValueError(f"weight is {shown(value)}, expected a number >= 0 or a schedule")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
+import reprlib
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,14 +25,43 @@ class SpecError(ValueError):
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(one_line, problems))
         head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in the spec:\n  "
         super().__init__(head + "\n  ".join(self.problems))
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
+class _Bounded(reprlib.Repr):
+    """repr that ends: of long, deep and recursive values, and of integers that Python refuses to write out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 4, 100, 100
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 16
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 300 else f"an integer of {x.bit_length()} bits"
+
+
+def one_line(text: str) -> str:
+    """The text as a line of a terminal: what cannot be printed (line breaks, lone surrogates) is escaped, words of more
+    than 120 letters are cut."""
+    printed = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return re.sub(r"\S{120,}", lambda word: f"{word[0][:100]}...{word[0][-1]}", printed)
+
+
+def shown(value: object) -> str:
+    """Any value as a message names it: its repr, on one line, cut where it is long or deep.
+
+    Example:
+        >>> shown([[[[[[1]]]]]]), shown(10**5000)
+        ('[[[[[...]]]]]', 'an integer of 16610 bits')
+    """
+    return one_line(" ".join(_Bounded().repr(value).split()))
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
     """`` Did you mean "..."?`` or, where nothing is close, the empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
     return f' Did you mean "{close[0]}"?' if close else ""
 
 
@@ -40,8 +71,8 @@ def listing(values: Iterable[object]) -> str:
 
 
 def is_int(value: object) -> bool:
-    """An int that is not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """An int that is not a bool, and that a tensor of int64 holds."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 @functools.cache
@@ -59,7 +90,7 @@ def type_problem(name: str, value: object, expected: Any) -> str | None:
     """
     if _fits(value, expected):
         return None
-    came = f'"{value}"' if isinstance(value, str) else repr(value)
+    came = f'"{value}"' if isinstance(value, str) else shown(value)
     choices = [choice for choice in _alternatives(expected) if get_origin(choice) is Literal]
     allowed = [word for choice in choices for word in get_args(choice)]
     hint = suggestion(value, [word for word in allowed if isinstance(word, str)]) if isinstance(value, str) else ""
@@ -89,7 +120,7 @@ def _fits(value: object, expected: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(_fits(value, choice) for choice in get_args(expected))
     if origin is Literal:
-        return any(value == word and type(value) is type(word) for word in get_args(expected))
+        return any(type(value) is type(word) and value == word for word in get_args(expected))
     if origin is tuple:
         return isinstance(value, list | tuple) and all(_fits(item, get_args(expected)[0]) for item in value)
     if expected is float:

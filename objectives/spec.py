@@ -14,7 +14,10 @@ from .expression import parse_expression
 from .model_info import ModelInfo
 from .registry import NAME, find
 from .schedule import Piecewise, Ramp
-from .schema import SpecError, suggestion
+from .schema import SpecError, shown, suggestion
+
+#: Its own attributes are no labels: terms with parameters are its entries.
+_MODULES = nn.ModuleDict()
 
 
 @dataclass(frozen=True)
@@ -32,20 +35,22 @@ class Spec:
     terms: tuple[Objective, ...]
 
     def __post_init__(self) -> None:
-        named = tuple(term if term.label else dataclasses.replace(term, label=term.name) for term in self.terms)
+        named = tuple(
+            term if term.label is not None else dataclasses.replace(term, label=term.name) for term in self.terms
+        )
         object.__setattr__(self, "terms", named)
         found = [] if named else ["the spec is empty, expected at least one objective"]
         seen: set[str | None] = set()
-        for term in named:
+        for place, term in enumerate(named):
             label = str(term.label)
             if label in seen:
                 found.append(f'{label}: the label is given twice, expected "other: {term.name}" for one of them')
             seen.add(label)
-            if not NAME.fullmatch(label) or label == "loss" or hasattr(nn.ModuleDict, label):
+            if not NAME.fullmatch(label) or label == "loss" or hasattr(_MODULES, label):
                 found.append(f'"{label}" is no label, expected an identifier that names no attribute of a module')
             if term.denominator == "main" and self.main_label is None:
                 found.append(f'{label}: denominator is "main", expected an ntp term to divide by')
-            found += [f"{label}: {line}" for line in term.conflicts([other for other in named if other is not term])]
+            found += [f"{label}: {line}" for line in term.conflicts(named[:place] + named[place + 1 :])]
         if found:
             raise SpecError(found)
 
@@ -93,14 +98,15 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
         parsed, problems = parse_expression(spec)
         entries = [(term.label, term.name, term.options) for term in parsed]
     elif isinstance(spec, Mapping):
-        entries = [_entry(key, value, problems) for key, value in spec.items()]
+        found = [_entry(key, value, problems) for key, value in spec.items()]
+        entries = [entry for entry in found if entry is not None]
     elif isinstance(spec, Sequence):
         entries = []
         for item in spec:
             if isinstance(item, Objective) and item.name and find(item.name) is type(item):
                 terms.append(item)
             else:
-                problems.append(f"{item!r} is no registered objective, expected dataclasses like NTP()")
+                problems.append(f"{shown(item)} is no registered objective, expected dataclasses like NTP()")
     else:
         raise TypeError(f"parse: spec is a {type(spec).__name__}, expected an expression, a mapping or a list")
     for label, name, options in entries:
@@ -122,13 +128,25 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
     return whole
 
 
-def _entry(key: object, value: object, problems: list[str]) -> tuple[str | None, str, dict[str, Any]]:
+def _entry(key: object, value: object, problems: list[str]) -> tuple[str | None, str, dict[str, Any]] | None:
+    """(label, name, options); problems go to the list, None where there is no label or no name."""
+    if not isinstance(key, str):
+        problems.append(f"{shown(key)} is no label, expected a string")
+        return None
     options = dict(value) if isinstance(value, Mapping) else {}
     if value is not None and not isinstance(value, Mapping):
-        problems.append(f"{key}: the options are {value!r}, expected a mapping")
+        problems.append(f"{key}: the options are {shown(value)}, expected a mapping")
     if "label" in options:
-        problems.append(f"{key}: label is {options.pop('label')!r}, expected it as the key")
-    return str(key), str(options.pop("type", key)), options
+        problems.append(f"{key}: label is {shown(options.pop('label'))}, expected it as the key")
+    name = options.pop("type", key)
+    if not isinstance(name, str):
+        problems.append(f"{key}: type is {shown(name)}, expected the name of an objective")
+        return None
+    return key, name, options
+
+
+def _word(key: object) -> str:
+    return f'"{key}"' if isinstance(key, str) else shown(key)
 
 
 def _construct(label: str | None, name: str, options: dict[str, Any]) -> Objective:
@@ -139,12 +157,13 @@ def _construct(label: str | None, name: str, options: dict[str, Any]) -> Objecti
     known = [field.name for field in dataclasses.fields(cls)]
     offered = [option for option in known if option != "label"]
     problems = [
-        f'{label or name}: "{key}" is no option, expected one of {", ".join(offered)}.{suggestion(key, offered)}'
+        f"{label or name}: {_word(key)} is no option, expected one of {', '.join(offered)}.{suggestion(key, offered)}"
         for key in options
         if key not in known
     ]
+    given = {key: value for key, value in options.items() if key in known}
     try:
-        term = cls(label=label or name, **{key: value for key, value in options.items() if key in known})
+        term = cls(label=name if label is None else label, **given)
     except SpecError as error:
         raise SpecError([*problems, *error.problems]) from None
     if problems:
