@@ -66,6 +66,21 @@ class LatentPart:
     unit_target: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class HeadReading:
+    """A part of a latent term that reads a head of the model: ``finish(use(hidden, weight, bias))``.
+
+    It waits for the pass that all readers of that head share: an engine that gathers the weight does so once a step.
+
+    head: as in `HeadRows`, its weight unsharded. hidden: what gets a gradient through ``use``, see `through_head`.
+    """
+
+    head: nn.Module | Tensor
+    hidden: Sequence[Tensor]
+    use: Callable[[Sequence[Tensor], Tensor, Tensor | None], Tensor]
+    finish: Callable[[Tensor], LatentPart]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Objective:
     """``weight * SUM / COUNT``, one for each part; the fields of a subclass are its options.
@@ -189,6 +204,6 @@ class HeadTerm(Objective):
 class LatentTerm(Objective):
     """A loss outside the vocabulary: computes its own sums, never an ``[N, V]`` tensor."""
 
-    def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
+    def sums(self, streams: Streams, context: Context) -> Mapping[str, LatentPart | HeadReading]:
         """``{part: what it computed}``, with the parts that `valid` counts."""
         raise NotImplementedError

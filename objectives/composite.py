@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import plan
-from .base import Context, HeadTerm, LatentPart, LatentTerm, Objective, check_shard
+from .base import Context, HeadReading, HeadTerm, LatentPart, LatentTerm, Objective, check_shard
 from .counts import Counts
 from .drafting import Drafting, Trunk, choose, decode
 from .explain import explain
@@ -225,7 +224,7 @@ class CompositeObjective(nn.Module):
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
         streams = self._widened(streams)
         head_parts: list[HeadPart] = []
-        latent: dict[str, LatentPart] = {}
+        latent: dict[str, LatentPart | HeadReading] = {}
         for term in self.spec.terms:
             own = {part.piece: coefficients[name] for name, part in parts.items() if part.term is term}
             context = self._context(term, own)
@@ -235,12 +234,10 @@ class CompositeObjective(nn.Module):
                     name = _joined(term, piece)
                     head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
             elif isinstance(term, LatentTerm):
-                for piece, part in term.sums(streams, context).items():
-                    loss = torch.where(own[piece] == 0, 0, part.loss)
-                    latent[_joined(term, piece)] = replace(part, loss=loss)
-        losses, sums = plan.run(head_parts, self.info, self.backend)
-        for name, part in latent.items():
-            losses.append(part.loss)
+                latent |= {_joined(term, piece): part for piece, part in term.sums(streams, context).items()}
+        losses, sums, computed = plan.run(head_parts, latent, self.info, self.backend)
+        for name, part in computed.items():
+            losses.append(torch.where(coefficients[name] == 0, 0, part.loss))
             sums[name] = {"loss": part.total, **part.means}
             if part.unit_target is not None:
                 sums[name]["unit_target"] = part.unit_target

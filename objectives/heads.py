@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.nn.modules import module as nn_module
 
 from .dtensor import is_dtensor
 from .model_info import ModelInfo
+from .module_call import inside_call
 from .row_losses import logits_of
 
 _T = TypeVar("_T")
@@ -29,9 +30,9 @@ def through_head(
 ) -> _T:
     """``use(hidden, weight, bias)`` of a module with weight ``[V, d]`` and perhaps a bias, or of a leaf ``[V, d]``.
 
-    A module with hooks is called, its forward routed to ``use`` for that one call, so that the hooks run: FSDP gathers
-    the weight before and reduces its gradient after, which it does for tensors that enter as arguments, hence
-    ``hidden``. Hooks see what `use` returns, not logits. Without hooks ``use`` runs directly.
+    A module with hooks is called, so that they run, and ``use`` runs where its forward would: FSDP gathers the weight
+    before and reduces its gradient after. Hooks see neither hidden states nor results, see `inside_call`. A group of
+    modules such as [norm, head] counts calls: whatever reads a head in a step does so in one call of this function.
 
     takes_shards: where a tensor-parallel style (torch's ColwiseParallel, or a ``tp_plan`` of transformers) sharded the
     vocabulary of the module, ``use`` gets its weight and bias as DTensors with Shard(0). The style's own translation of
@@ -51,7 +52,8 @@ def through_head(
             f"objective: head is a {type(head).__name__} with submodules {inside}, expected a plain linear"
         )
 
-    sharded = takes_shards and _is_tensor_parallel(head)
+    styled = _is_tensor_parallel(head)
+    sharded = takes_shards and styled
 
     def read(*hidden: Tensor) -> _T:
         weight: Tensor = head.weight  # type: ignore[assignment]
@@ -59,7 +61,10 @@ def through_head(
             _plain("head", weight)
         return use(hidden, weight, getattr(head, "bias", None))
 
-    return _called(head, read, hidden) if _has_hooks(head) else read(*hidden)
+    if not _has_hooks(head):
+        return read(*hidden)
+    with _without_styles(head) if styled else nullcontext():
+        return inside_call(head, hidden, read)
 
 
 def logits(head: nn.Module | Tensor, hidden: Tensor, info: ModelInfo) -> Tensor:
@@ -78,18 +83,6 @@ def embedded(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:
     if not isinstance(embed, nn.Module):
         raise TypeError(f"objective: embed is a {type(embed).__name__}, expected a module, or a tensor")
     return embed(ids)
-
-
-def _called(head: nn.Module, read: Callable[..., _T], hidden: Sequence[Tensor]) -> _T:
-    own = head.__dict__.get("forward")
-    head.forward = read
-    try:
-        with _without_styles(head):
-            return head(*hidden)
-    finally:
-        del head.__dict__["forward"]
-        if own is not None:
-            head.forward = own
 
 
 @contextmanager

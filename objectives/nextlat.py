@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from nitp_ops import alignment
 
-from .base import Context, LatentPart, LatentTerm
-from .heads import embedded, through_head
+from .base import Context, HeadReading, LatentPart, LatentTerm
+from .heads import embedded
 from .model_info import ModelInfo
 from .own_parameters import OwnParameters
 from .registry import register
@@ -73,7 +74,7 @@ class NextLat(LatentTerm):
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return []
 
-    def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
+    def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart | HeadReading]:
         h, module = streams.last_hidden, context.module
         assert h is not None and streams.embed is not None and isinstance(module, LatentDynamics)
         if streams.token_ids is None:
@@ -86,15 +87,23 @@ class NextLat(LatentTerm):
         token = embedded(streams.embed, inputs_ahead(streams, 1)[:, :pairs].masked_fill(~keep, 0))
         token = context.guard(token).masked_fill(~keep.unsqueeze(-1), 0)
         prediction = module(here, token, context.guard)
-        sums = {}
+        smooth: dict[str, Tensor] = {}
         if self.smooth_l1_weight:
             rows = alignment(prediction, target, distance="smooth_l1", backend=context.backend)
-            sums["smooth_l1"] = self.smooth_l1_weight, rows.sum()
-        if self.kl_weight:
-            sums["kl"] = self.kl_weight, _kl(prediction, target, keep, streams.head, context.info)
-        total = torch.stack([weight * loss for weight, loss in sums.values()]).sum()
-        means = {name: loss.detach() for name, (_, loss) in sums.items()}
-        return {"": LatentPart(total / context.normalizer[""], total.detach().double(), means)}
+            smooth["smooth_l1"] = rows.sum()
+
+        def finish(kl: Tensor | None = None) -> LatentPart:
+            sums = smooth if kl is None else smooth | {"kl": kl}
+            weighted = [getattr(self, f"{name}_weight") * loss for name, loss in sums.items()]
+            total = torch.stack(weighted).sum()
+            means = {name: loss.detach() for name, loss in sums.items()}
+            return LatentPart(total / context.normalizer[""], total.detach().double(), means)
+
+        if not self.kl_weight:
+            return {"": finish()}
+        assert streams.head is not None
+        both = [prediction.flatten(0, 1), target.flatten(0, 1)]
+        return {"": HeadReading(streams.head, both, partial(_kl, keep.flatten(), context.info), finish)}
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         d, m = info.hidden_size, self.intermediate_size or info.hidden_size
@@ -123,21 +132,17 @@ class LatentDynamics(OwnParameters):
         return hidden + F.linear(F.gelu(F.linear(F.gelu(F.linear(x, enter)), middle)), leave)
 
 
-def _kl(prediction: Tensor, target: Tensor, keep: Tensor, head: nn.Module | Tensor | None, info: ModelInfo) -> Tensor:
+def _kl(keep: Tensor, info: ModelInfo, hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """Sum over the kept rows of ``KL(softmax W target || softmax W prediction)``, its gradient to the prediction."""
-    assert head is not None
+    prediction, target = hidden
+    frozen = weight.detach()
 
-    def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-        frozen = weight.detach()
+    def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        log_p = z.log_softmax(-1)
+        log_q = logits_of(target[rows], frozen, bias, info).log_softmax(-1)
+        q = log_q.exp()
+        # 0 log 0 = 0, also for a token that the model's bias rules out
+        losses = (q * (log_q - log_p)).masked_fill(q == 0, 0).sum(-1)
+        return losses, log_p.exp() - q
 
-        def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            log_p = z.log_softmax(-1)
-            log_q = logits_of(hidden[1][rows], frozen, bias, info).log_softmax(-1)
-            q = log_q.exp()
-            # 0 log 0 = 0, also for a token that the model's bias rules out
-            losses = (q * (log_q - log_p)).masked_fill(q == 0, 0).sum(-1)
-            return losses, log_p.exp() - q
-
-        return sum_of_rows(hidden[0], frozen, bias, keep.flatten(), info, formula)[0]
-
-    return through_head(head, [prediction.flatten(0, 1), target.flatten(0, 1)], use)
+    return sum_of_rows(prediction, frozen, bias, keep, info, formula)[0]

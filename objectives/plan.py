@@ -5,56 +5,85 @@ loss = sum over parts p of c_p * sum over rows i of p of token_weight_i * row_lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from nitp_ops import TokenStats, shared_linear_cross_entropy
+from nitp_ops import HeadJob, TokenStats, shared_linear_cross_entropy
 
+from .base import HeadReading, LatentPart
 from .dtensor import is_dtensor
 from .head_parts import HeadPart, Sums, Together, rows_of
 from .heads import through_head
 from .model_info import ModelInfo
 
 
-def run(parts: Sequence[HeadPart], info: ModelInfo, backend: str | None) -> tuple[list[Tensor], Sums]:
-    """(one loss a head, ``{part: sums}``). Parts that share a head share a pass, in declaration order.
+def run(
+    parts: Sequence[HeadPart], latent: Mapping[str, LatentPart | HeadReading], info: ModelInfo, backend: str | None
+) -> tuple[list[Tensor], Sums, dict[str, LatentPart]]:
+    """(one loss a head, ``{part: sums}``, the latent parts, all of them computed). One call of a head serves them all.
 
-    softcap and logit scale belong to the model, so the head alone (its matrix and its bias) makes a group.
+    softcap and logit scale belong to the model, so the head alone (its matrix and its bias) makes a group. Parts that
+    share it share a pass, in declaration order.
     """
-    groups: dict[int, list[HeadPart]] = {}
-    for part in parts:
-        groups.setdefault(id(part.rows.head), []).append(part)
+    readings = {name: part for name, part in latent.items() if isinstance(part, HeadReading)}
+    heads = {id(each.head): each.head for each in (*(part.rows for part in parts), *readings.values())}
     losses: list[Tensor] = []
     sums: Sums = {}
-    for group in groups.values():
+    computed = dict(latent)
+    for head in heads.values():
+        group = [part for part in parts if part.rows.head is head]
+        others = {name: reading for name, reading in readings.items() if reading.head is head}
         jobs = rows_of(group)
-        loss, stats = _pass(jobs, group[0], info, backend)
-        losses.append(loss)
-        for job, own in zip(jobs, stats, strict=True):
-            sums |= job.sums(own)
-    return losses, {part.name: sums[part.name] for part in parts}
+        outcome, values = _read(head, jobs, group, list(others.values()), info, backend)
+        if outcome is not None:
+            losses.append(outcome[0])
+            for job, own in zip(jobs, outcome[1], strict=True):
+                sums |= job.sums(own)
+        computed |= {name: own.finish(value) for (name, own), value in zip(others.items(), values, strict=True)}
+    return losses, {part.name: sums[part.name] for part in parts}, computed  # type: ignore[return-value]
 
 
-def _pass(
-    jobs: Sequence[HeadPart | Together], first: HeadPart, info: ModelInfo, backend: str | None
-) -> tuple[Tensor, tuple[TokenStats, ...]]:
-    def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, tuple[TokenStats, ...]]:
+def _read(
+    head: nn.Module | Tensor,
+    jobs: Sequence[HeadPart | Together],
+    group: Sequence[HeadPart],
+    readings: Sequence[HeadReading],
+    info: ModelInfo,
+    backend: str | None,
+) -> tuple[tuple[Tensor, tuple[TokenStats, ...]] | None, list[Tensor]]:
+    def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Any:
         if weight.shape != (info.vocab_size, info.hidden_size):
             expected = f"{(info.vocab_size, info.hidden_size)} (ModelInfo's)"
             raise ValueError(f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}")
-        if is_dtensor(weight):  # its vocabulary is sharded
-            from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy as op
-        else:
-            op = shared_linear_cross_entropy
-        return op(
-            [job.job(own) for job, own in zip(jobs, hidden, strict=True)],
-            weight,
-            bias=bias,
-            ignore_index=first.ignore_index,
-            softcap=info.softcap,
-            logit_scale=info.logit_scale,
-            backend=backend,
-        )
+        own = iter(hidden)
+        mine = [job.job(next(own)) for job in jobs]
+        outcome = _pass(mine, weight, bias, group[0].ignore_index, info, backend) if mine else None
+        return outcome, [each.use([next(own) for _ in each.hidden], weight, bias) for each in readings]
 
-    return through_head(first.rows.head, [job.rows.hidden for job in jobs], use, takes_shards=True)
+    hidden = [*(job.rows.hidden for job in jobs), *(x for each in readings for x in each.hidden)]
+    return through_head(head, hidden, use, takes_shards=not readings)
+
+
+def _pass(
+    jobs: Sequence[HeadJob],
+    weight: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    info: ModelInfo,
+    backend: str | None,
+) -> tuple[Tensor, tuple[TokenStats, ...]]:
+    if is_dtensor(weight):  # its vocabulary is sharded
+        from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy as op
+    else:
+        op = shared_linear_cross_entropy
+    return op(
+        jobs,
+        weight,
+        bias=bias,
+        ignore_index=ignore_index,
+        softcap=info.softcap,
+        logit_scale=info.logit_scale,
+        backend=backend,
+    )

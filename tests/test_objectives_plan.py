@@ -141,11 +141,15 @@ def test_the_weight_of_a_hooked_head_is_read_between_its_hooks():
     assert "forward" not in head.__dict__ and head.weight.isnan().all()
 
 
-def test_hooks_see_the_hidden_states_as_arguments():
+@pytest.mark.parametrize("spec", ["ntp", "nextlat", "ntp + mtp_shared + mtp_sequential + nextlat + last: 0*nextlat"])
+def test_all_readers_of_the_head_share_one_call_and_hooks_see_nothing_of_it(spec: str):
     batch, seen = make_batch(), []
+    expected = build(spec, model=INFO)
+    plain = expected(batch.streams()).loss
     batch.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
-    build("ntp", model=INFO)(batch.streams())
-    assert len(seen) == 1 and seen[0] is batch.hidden
+    batch.head.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert_same(expected(batch.streams()).loss, plain, batch.leaves)
+    assert [x.tolist() for x in seen] == [[0.0], [0.0]]
 
 
 def test_a_head_that_fails_gets_its_own_forward_back():

@@ -118,13 +118,21 @@ class Tap:
             self._check_complete()
 
     def start(self) -> None:
-        """Collect what passes from now on; torch.compile traces this and `stop`, but no context."""
+        """Collect what passes from now on; torch.compile traces this and `stop`, but no context.
+
+        A head that is called on no rows, so that no logits are built, runs no hook until `stop`: the objective calls it
+        once more, and an engine that sees two calls in a step frees parameters of its group after the first.
+        """
         self._found, self._handed_out = {}, False
         self.collecting = True
+        if self.sites.head is not None:
+            self.sites.head._call_impl = partial(_unless_empty, self.sites.head)
 
     def stop(self) -> None:
         """Collect no more."""
         self.collecting = False
+        if self.sites.head is not None:
+            self.sites.head.__dict__.pop("_call_impl", None)
 
     def streams(self, **fields: Any) -> Streams:
         """`Streams` of the pass: what was collected, the modules, and the token streams given by keyword.
@@ -193,6 +201,14 @@ class Tap:
         if name in self._found:
             raise RuntimeError(f"tap: {name} passed twice, expected one forward pass inside the context")
         self._found[name] = value if name in self.differentiable else value.detach()
+
+
+def _unless_empty(head: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """The ``_call_impl`` of a head while a tap collects: no hook and no GEMM for no rows."""
+    if isinstance(hidden, Tensor) and not hidden.numel():
+        vocabulary = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]
+        return hidden.new_empty((*hidden.shape[:-1], vocabulary))
+    return type(head)._call_impl(head, hidden, *args, **kwargs)
 
 
 def differentiable_states(objective: CompositeObjective) -> set[str]:
