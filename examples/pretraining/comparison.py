@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 
 import torch
@@ -11,12 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import grid, page, picture, sentences
 from .arms import Arm, arms_of
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, stored_checkpoint
 from .data import Corpus, load_corpus
 from .evaluate import HeldOut
 from .failure import BadInput, Failure
 from .fused_head import HeadCost
 from .fused_head import compare as compare_heads
+from .lock import alone_in
 from .loop import prepare, train
 from .options import Options
 from .outcome import BRIEF, COST, QUALITY, Outcome
@@ -34,6 +36,11 @@ def compare(options: Options) -> None:
     corpus = load_corpus(options.data, options.context, options.batch * options.accumulate)
     if options.resume:
         check_resumable(options, corpus, arms)
+    with alone_in(options.out):
+        _compare(options, console, arms, corpus)
+
+
+def _compare(options: Options, console: Console, arms: list[Arm], corpus: Corpus) -> None:
     console.print(corpus.description)
     if backend_for(options.device) is not None:
         console.print(f"no row kernels serve {options.device} here: the objectives run as plain PyTorch equations")
@@ -57,28 +64,32 @@ def compare(options: Options) -> None:
             console.print(f"sampled from {group[0].arm.name}:\n{group[0].sample}\n")
         for sentence in sentences.about(groups):
             console.print(sentence)
-    costs = _head_costs(options, console) if options.fused_head else []
+    costs, failure = _head_costs(options, console) if options.fused_head else ([], None)
     image, report = options.out / "comparison.png", options.out / "report.html"
     page.write(report, options, corpus, groups, costs, picture.draw(image, groups, costs))
     console.print(
         f"\ncurves: {image}; everything on one page: {report}; tables and weights: {options.out}/<objective>/"
     )
+    if failure is not None:
+        raise failure
 
 
 def terminal() -> Console:
     """Where a command prints: plain text, nothing reinterpreted."""
-    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    # The file by name: rich asks no other for its encoding.
+    return Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def check_resumable(options: Options, corpus: Corpus, arms: list[Arm]) -> None:
     """Refuse to resume, before anything trains, where a checkpoint is missing, damaged or of another run."""
     runs = [(arm, options.of_seed(seed)) for arm in arms for seed in options.seeds]
     paths = [(arm, own, arm.run_folder(own) / "checkpoint.pt") for arm, own in runs]
-    if not any(path.exists() for _, _, path in paths):
+    stored = [(arm, own, stored_checkpoint(path)) for arm, own, path in paths]
+    if not any(path for _, _, path in stored):
         names = " or ".join(arm.folder for arm in arms)
         raise BadInput(f"--resume: {options.out} holds no checkpoint of {names}; start without it")
-    for arm, own, path in paths:
-        if path.exists():
+    for arm, own, path in stored:
+        if path is not None:
             refuse_another_run(path, load_checkpoint(path), arm.spec, own, corpus)
 
 
@@ -112,12 +123,13 @@ def _looker(show: Callable[[str], None]) -> Callable[[HeldOut], None]:
     return on_look
 
 
-def _head_costs(options: Options, console: Console) -> list[HeadCost]:
+def _head_costs(options: Options, console: Console) -> tuple[list[HeadCost], Failure | None]:
+    """The costs, or why there are none: the report of what was trained is written all the same."""
     try:
         device = options.device if backend_for(options.device) is None else "cpu"
         costs = compare_heads(**HEAD_SHAPE, device=device, threads=torch.get_num_threads())
     except RuntimeError as error:
-        raise Failure(str(error)) from error
+        return [], Failure(str(error))
     console.print(grid.head_grid(costs).for_terminal())
     console.print(sentences.about_head(costs))
-    return costs
+    return costs, None

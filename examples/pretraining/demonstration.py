@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from nitp_ops.objectives import CompositeObjective
 
-from .arms import arms_of
+from .arms import Arm, arms_of
 from .comparison import terminal, train_shown
 from .data import Corpus, load_corpus
 from .decoding import Comparison, compare
 from .failure import BadInput
 from .grid import Grid
 from .heads import load_exported
+from .lock import alone_in
 from .loop import prepare
 from .options import Options, options_of, training_parser, whole
 
@@ -65,19 +67,23 @@ def demonstrate(plan: Plan) -> None:
         torch.set_num_threads(options.threads)
     corpus = load_corpus(options.data, options.context, options.batch * options.accumulate)
     console.print(corpus.description)
-    trained: list[tuple[str, Path]] = [(str(folder), folder) for folder in plan.folders]
+    trained = [(str(folder), folder) for folder in plan.folders]
     if not plan.folders:
         _check_room(plan, options.context)
-        for arm in arms_of(options):
-            run = arm.run(options, corpus)
-            _check_heads(run.objective, f'--objectives "{arm.expression}"')
-            console.print(f"\n{prepare(run, resume=True)}")
-            train_shown(run, console)
-            trained.append((arm.name, run.folder))
+        with alone_in(options.out):
+            trained = [_trained(arm, options, corpus, console) for arm in arms_of(options)]
     found = [_decoded(name, folder, plan, corpus) for name, folder in trained]
     console.print(table(found).for_terminal())
     for comparison in found:
         console.print(sentence(comparison))
+
+
+def _trained(arm: Arm, options: Options, corpus: Corpus, console: Console) -> tuple[str, Path]:
+    run = arm.run(options, corpus)
+    _check_heads(run.objective, f'--objectives "{arm.expression}"')
+    console.print(f"\n{prepare(run, resume=True)}")
+    train_shown(run, console)
+    return arm.name, run.folder
 
 
 def _decoded(name: str, folder: Path, plan: Plan, corpus: Corpus) -> Comparison:

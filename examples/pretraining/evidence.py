@@ -17,10 +17,11 @@ from nitp_ops.objectives import parse as parse_spec
 
 from . import evidence_page
 from .arms import Arm
-from .checkpoint import read_table
+from .checkpoint import read_table, remove_checkpoints
 from .command import command_line
 from .comparison import terminal, train_shown
 from .data import Corpus, load_corpus
+from .lock import alone_in
 from .loop import prepare
 from .machine import commit, machine_line
 from .options import Options, options_of, training_parser, whole
@@ -77,13 +78,18 @@ def parse(arguments: list[str] | None) -> Plan:
 
 def gather(plan: Plan) -> None:
     """Train what is not trained yet, then write the page from everything that is."""
-    options, console, start = plan.options, terminal(), time.perf_counter()
+    options = plan.options
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = {f"--{name.replace('_', '-')}": x for name, x in options.trajectory().items() if name != "seed"}
     settings |= {"--eval-windows": options.eval_windows, "device": options.device}
-    records = Records(options.out / "records.jsonl", settings)
     corpora = [load_corpus(text, options.context, options.batch * options.accumulate) for text in plan.texts]
+    with alone_in(options.out):
+        _gather(plan, corpora, Records(options.out / "records.jsonl", settings))
+
+
+def _gather(plan: Plan, corpora: list[Corpus], records: Records) -> None:
+    options, console, start = plan.options, terminal(), time.perf_counter()
     if not plan.write_only:
         for corpus in corpora:
             console.print(corpus.description)
@@ -175,7 +181,7 @@ def _train(name: str, budget: str, options: Options, corpus: Corpus, records: Re
         mean_cosine=final.mean_cosine,
         curve=_curve(run, seconds),
     )
-    run.checkpoint.unlink(missing_ok=True)
+    remove_checkpoints(run.checkpoint)
 
 
 def _curve(run: Run, seconds: Sequence[float]) -> list[list[float]]:

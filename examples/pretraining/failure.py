@@ -20,6 +20,8 @@ class Diverged(Failure):
 
 
 class Interrupted(Failure):
-    """Ctrl-C: the step in hand was finished and saved."""
+    """A signal: the step in hand was finished and saved."""
 
-    exit_code = 130
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number

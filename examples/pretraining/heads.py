@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-
-import safetensors
-import safetensors.torch
 
 from nitp_ops.objectives import CompositeObjective, SpecError, build
 
-from .checkpoint import load_weights, write_whole
+from .checkpoint import load_weights, read_tensors, write_tensors
 from .failure import BadInput
 from .model import Decoder
 from .run import model_info
@@ -18,8 +14,7 @@ from .run import model_info
 
 def export_heads(path: Path, objective: CompositeObjective) -> None:
     """The objective's own weights as safetensors, its spec in the metadata; nothing of the model is in it."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in objective.state_dict().items()}
-    write_whole(path, safetensors.torch.save(weights, metadata={"spec": json.dumps(objective.spec.to_dict())}))
+    write_tensors(path, objective.state_dict(), {"spec": objective.spec.to_dict()})
 
 
 def load_exported(folder: Path) -> tuple[Decoder, CompositeObjective]:
@@ -32,13 +27,12 @@ def load_exported(folder: Path) -> tuple[Decoder, CompositeObjective]:
         if not (folder / name).is_file():
             raise BadInput(f"{folder / name}: no such file; train with examples/pretrain.py --keep-heads")
     try:
-        model, path = load_weights(folder / "model.safetensors"), folder / "heads.safetensors"
-        with safetensors.safe_open(path, framework="pt") as file:
-            spec = json.loads(file.metadata()["spec"])
-        objective = build(spec, model=model_info(model.config))
-        objective.load_state_dict(safetensors.torch.load_file(path))
+        model = load_weights(folder / "model.safetensors")
+        weights, about = read_tensors(folder / "heads.safetensors")
+        objective = build(about["spec"], model=model_info(model.config))
+        objective.load_state_dict(weights)
     except SpecError:
         raise
-    except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{folder}: its exported weights do not fit: {' '.join(str(error).split())}") from error
     return model, objective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,7 +40,9 @@ class Outcome:
     def of(cls, arm: Arm, run: Run, final: HeldOut) -> Outcome:
         """Measure what a trained run still has to tell."""
         steps = read_table(run.folder / "steps.csv")
-        seconds = torch.tensor([float(row["seconds"]) for row in steps], dtype=torch.float64)
+        # A run whose table was lost has no times, and everything else.
+        times = [float(row["seconds"]) for row in steps] or [math.nan]
+        seconds = torch.tensor(times, dtype=torch.float64)
         quartiles = seconds.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
         latent = {f"{label}/{name}": x for label, y in final.latent.items() for name, x in y._asdict().items()}
         norms = {name: x for name, x in final.metrics.items() if name.endswith("_norm")}

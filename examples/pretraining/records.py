@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -14,14 +15,17 @@ from .failure import BadInput
 from .options import Options
 from .outcome import Outcome
 
+CHECKSUM = "sha256"
+
 
 class Records:
     """A file of JSON lines: the settings that all lines share, then a line for each finished measurement.
 
-    A last line that a crash cut short is dropped. NaN and infinity are written as null and read as NaN.
+    A last line that a crash cut short is dropped. NaN and infinity are written as null and read as NaN. Each line ends
+    with a checksum of what stands before it.
 
     Raises:
-        BadInput: the file was written with other settings, or is no such file.
+        BadInput: the file was written with other settings, or a line is damaged or no record.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -46,14 +50,20 @@ class Records:
         return next((line for line in self.lines if key.items() <= line.items()), None)
 
     def _read(self) -> list[dict[str, Any]]:
-        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
+        whole, _, _ = self.path.read_bytes().rpartition(b"\n")
+        return [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            lines = [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise BadInput(f"{self.path}: not a file of records ({error}); choose another --out") from error
-        if not all(isinstance(line, dict) for line in lines):
-            raise BadInput(f"{self.path}: not a file of records; choose another --out")
-        return lines
+            record = json.loads(line)
+            if record.pop(CHECKSUM, None) in (_checksum(record), None):  # lines of an earlier version have none
+                return record
+            reason = "its checksum does not match"
+        except (ValueError, TypeError, AttributeError):
+            reason = "not a record"
+        if number == 1:
+            raise BadInput(f"{self.path}: not a file of records (line 1: {reason}); choose another --out")
+        raise BadInput(f"{self.path}: line {number} is damaged ({reason}); remove it to measure that once more")
 
 
 def outcome_record(outcome: Outcome) -> dict[str, Any]:
@@ -76,7 +86,12 @@ def _refuse_other_settings(path: Path, stored: dict[str, Any], settings: dict[st
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(_strict(record), allow_nan=False) + "\n"
+    strict = _strict(record)
+    return json.dumps({**strict, CHECKSUM: _checksum(strict)}, allow_nan=False) + "\n"
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, allow_nan=False).encode()).hexdigest()[:16]
 
 
 def _strict(value: Any) -> Any:

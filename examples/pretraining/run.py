@@ -15,7 +15,7 @@ import torch
 from nitp_ops.objectives import ModelInfo, Spec, Streams, build
 from nitp_ops.rows import refusal
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, stored_checkpoint
 from .data import Corpus, Order
 from .failure import BadInput, Diverged
 from .model import Decoder, ModelConfig
@@ -86,6 +86,8 @@ class Run:
         self.order = Order(len(corpus.train), options.seed)
         self.done = 0
         self.position = 0
+        self.tables: dict[str, str] = {}
+        """Digests of the tables beside the checkpoint that was restored, by the names of their files."""
 
     @property
     def checkpoint(self) -> Path:
@@ -160,6 +162,7 @@ class Run:
             "spec": self.spec.to_dict(),
             "options": self.options.trajectory(),
             "corpus": self.corpus.fingerprint,
+            "tables": self.tables,
             "model": self.model.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -172,19 +175,20 @@ class Run:
         Raises:
             BadInput: it is damaged or belongs to another run.
         """
-        state = load_checkpoint(self.checkpoint)
-        refuse_another_run(self.checkpoint, state, self.spec, self.options, self.corpus)
+        path = stored_checkpoint(self.checkpoint) or self.checkpoint
+        state = load_checkpoint(path)
+        refuse_another_run(path, state, self.spec, self.options, self.corpus)
         try:
             self.model.load_state_dict(state["model"])
             self.objective.load_state_dict(state["objective"])
             self.optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise BadInput(f"{self.checkpoint}: damaged, its tensors do not fit this run: {reason}") from error
+            raise BadInput(f"{path}: damaged, its tensors do not fit this run: {reason}") from error
         torch.set_rng_state(state["rng"]["cpu"])
         if state["rng"]["cuda"]:
             torch.cuda.set_rng_state_all(state["rng"]["cuda"])
-        self.done, self.position = state["step"], state["position"]
+        self.done, self.position, self.tables = state["step"], state["position"], state["tables"]
 
     def _parameters(self) -> list[torch.Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]

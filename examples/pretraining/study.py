@@ -11,10 +11,12 @@ from rich.console import Console
 
 from . import document, grid, overhead, page, picture
 from .arms import Arm, control_arms
+from .checkpoint import remove_checkpoints
 from .command import command_line
 from .comparison import terminal, train_shown
 from .data import Corpus, load_corpus
 from .failure import Diverged
+from .lock import alone_in
 from .loop import prepare
 from .machine import commit, machine_line
 from .options import Options, options_of, training_parser, whole
@@ -67,7 +69,12 @@ def experiment(plan: Plan) -> None:
     corpus = load_corpus(options.data, options.context, options.batch * options.accumulate)
     settings = {f"--{name.replace('_', '-')}": x for name, x in options.trajectory().items() if name != "seed"}
     settings |= {"--eval-windows": options.eval_windows, "device": options.device, "the text": corpus.fingerprint}
-    records = Records(options.out / "records.jsonl", settings)
+    with alone_in(options.out):
+        _experiment(plan, corpus, Records(options.out / "records.jsonl", settings), console)
+
+
+def _experiment(plan: Plan, corpus: Corpus, records: Records, console: Console) -> None:
+    options = plan.options
     arms = control_arms(model_info(options.model), options.steps)
     if "arms" in plan.studies:
         for seed in options.seeds:
@@ -95,7 +102,7 @@ def _arm(arm: Arm, options: Options, corpus: Corpus, records: Records, console: 
     else:
         records.add(**key, **outcome_record(outcome), seconds=time.perf_counter() - start, **common)
     # Only a run that is not finished needs its checkpoint, and some fifty would fill the disk.
-    run.checkpoint.unlink(missing_ok=True)
+    remove_checkpoints(run.checkpoint)
 
 
 def _overheads(plan: Plan, corpus: Corpus, records: Records, console: Console) -> None:

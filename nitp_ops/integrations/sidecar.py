@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nitp_ops._files import checksum, write_whole
 from nitp_ops.objectives import CompositeObjective
+from nitp_ops.objectives.collectives import agree, is_distributed
 from nitp_ops.objectives.dtensor import is_dtensor
 
 FILE = "nitp_objective.safetensors"
@@ -22,47 +24,66 @@ def save(objective: CompositeObjective, folder: str | os.PathLike[str]) -> Path:
     On several ranks every rank must call: sharded parameters are gathered, rank 0 writes. A crash leaves the old file.
 
     Raises:
+        OSError: the file cannot be written. On the ranks that do not write: RuntimeError with the same reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialized
 
-    path = Path(folder) / FILE
+    path, spec = Path(folder) / FILE, _spec(objective)
     state = {name: _whole(name, value) for name, value in objective.state_dict().items()}
-    if not _distributed() or dist.get_rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        save_file(state, unfinished, metadata={"format": "pt", "spec": _spec(objective)})
-        os.replace(unfinished, path)
-    if _distributed():
-        dist.barrier()
+    failure = None
+    if not is_distributed() or dist.get_rank() == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            metadata = {"format": "pt", "spec": spec, "sha256": checksum(state, spec)}
+            write_whole(path, serialized(state, metadata=metadata))
+        except Exception as error:
+            failure = error
+    agree("save", failure)
     return path
 
 
 @torch.no_grad()
 def load(objective: CompositeObjective, folder: str | os.PathLike[str]) -> None:
-    """Read the own parameters back; every rank must call.
+    """Read the own parameters back; every rank must call. Nothing is changed where anything is wrong, on any rank.
 
     Raises:
         FileNotFoundError: no sidecar in the folder.
-        ValueError: it belongs to another spec or to a model of other sizes.
+        ValueError: it is damaged, belongs to another spec or to a model of other sizes. On the other ranks, and where
+            ranks read different files: RuntimeError with the reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
     """
-    from safetensors import safe_open
+    state, found, failure = {}, "", None
+    try:
+        state, found = _read(objective, Path(folder) / FILE)
+    except Exception as error:
+        failure = error
+    agree("load", failure, found)
+    for name, value in objective.state_dict().items():
+        value.copy_(_like(value, state[name]))
 
-    path = Path(folder) / FILE
+
+def _read(objective: CompositeObjective, path: Path) -> tuple[dict[str, Tensor], str]:
+    from safetensors import SafetensorError, safe_open
+
     if not path.is_file():
         raise FileNotFoundError(f"load: {path} does not exist, expected the sidecar that handle.save(folder) writes")
-    with safe_open(path, framework="pt") as file:
-        came, expected = (file.metadata() or {}).get("spec", "none"), _spec(objective)
-        if came != expected:
-            raise ValueError(f"load: {path} has the spec {came}, expected {expected}")
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    own = objective.state_dict()
-    shapes = {name: tuple(_checked(name, value).shape) for name, value in own.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"load: {path} is damaged ({' '.join(str(error).split())}), expected another copy") from error
+    got, expected = metadata.get("spec", "none"), _spec(objective)
+    found = checksum(state, got)
+    if metadata.get("sha256", found) != found:  # a file of an earlier version has none
+        raise ValueError(f"load: {path} is damaged (its checksum does not match), expected another copy")
+    if got != expected:
+        raise ValueError(f"load: {path} has the spec {got}, expected {expected}")
+    shapes = {name: tuple(_checked(name, value).shape) for name, value in objective.state_dict().items()}
     if shapes != (there := {name: tuple(value.shape) for name, value in state.items()}):
         raise ValueError(f"load: {path} holds {there}, expected {shapes}")
-    for name, value in own.items():
-        value.copy_(_like(value, state[name]))
+    return state, found
 
 
 def _spec(objective: CompositeObjective) -> str:
@@ -87,7 +108,3 @@ def _like(own: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(own.device), own.device_mesh, own.placements)  # type: ignore[attr-defined]
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
