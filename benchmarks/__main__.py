@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -115,6 +117,28 @@ def check(options: argparse.Namespace) -> str | None:
     return None
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a program as Ctrl-C does: children and temporary folders go with it."""
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside the context SIGTERM and SIGHUP raise Stopped, unless they are ignored, as under nohup."""
+
+    def stop(number: int, _: object) -> NoReturn:
+        raise Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number, handler in before.items() if handler is signal.SIG_DFL]
+    for number in heeded:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in heeded:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, check what can be checked before minutes are spent, run."""
     command = parser()
@@ -123,23 +147,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         command.error(wrong)
     try:
-        if options.list:
-            print(listing())
-            return 0
-        if options.command == "plot":
-            return plots.main()
-        if options.device == "cuda":
-            return run_cuda(options)
-        for name in options.case or ():
-            if name in EXTRA:
-                return importlib.import_module(f".{EXTRA[name]}", __package__).run(options)
-        return base.run_against(options) if options.base else run.run(options)
-    except KeyboardInterrupt:
+        with stoppable():
+            return _run(options)
+    except KeyboardInterrupt as error:
         print("benchmarks: interrupted, nothing written", file=sys.stderr)
-        return 130
+        return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)
     except OSError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.list:
+        print(listing())
+        return 0
+    if options.command == "plot":
+        return plots.main()
+    if options.device == "cuda":
+        return run_cuda(options)
+    for name in options.case or ():
+        if name in EXTRA:
+            return importlib.import_module(f".{EXTRA[name]}", __package__).run(options)
+    return base.run_against(options) if options.base else run.run(options)
 
 
 if __name__ == "__main__":

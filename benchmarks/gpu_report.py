@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from . import overhead, row_kernels
 from .cases import OPS
 from .implementations import NAMES
 from .measure import FLOOR
-from .report import RESULTS, case_table, case_title, commit, machine_line, results_path, table, write_json
+from .report import RESULTS, case_table, case_title, commit, machine_line, read, results_path, table, write_json
 
 
 def machine(known_commit: str | None) -> dict[str, Any]:
@@ -41,7 +40,7 @@ def tests_are_green(known_commit: str | None, out: Path) -> bool:
     """Whether the stage `test` of this machine and commit, clean, is kept under `out` and was green."""
     info = machine(known_commit)
     path = results_path(info, out)
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = read(path) if path.exists() else {}
     clean = "dirty" not in info["commit"]
     return clean and kept.get("machine") == info and kept.get("stages", {}).get("test", {}).get("code") == 0
 
@@ -66,7 +65,7 @@ def identity(case: dict[str, Any]) -> tuple[Any, ...]:
 
 def keep(path: Path, document: dict[str, Any]) -> dict[str, Any]:
     """Adds `document` to the JSON at `path`, and returns all of it."""
-    whole = merged(json.loads(path.read_text()) if path.exists() else None, document)
+    whole = merged(read(path) if path.exists() else None, document)
     write_json(path, whole)
     return whole
 
@@ -148,10 +147,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not found:
         print(f"benchmarks.gpu_report: {options.folder} holds no <device>/<commit>.json", file=sys.stderr)
         return 2
-    for path in found:
-        document = json.loads(path.read_text())
-        into = results_path(document["machine"], options.out)
-        print(f"{summary(keep(into, document))}\nwritten to {into}")
+    try:
+        for path in found:
+            document = read(path)
+            into = results_path(document["machine"], options.out)
+            print(f"{summary(keep(into, document))}\nwritten to {into}")
+    except OSError as error:
+        print(f"benchmarks.gpu_report: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _written(path: Path, text: str) -> None:
-    path.write_text(text)
+    report.write(path, text)
     print(f"written to {path}")
 
 

@@ -7,7 +7,6 @@ matplotlib.
 from __future__ import annotations
 
 import io
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -31,10 +30,7 @@ PLACES = {"ours": 1, "nitp_ops": 1, "eager": 2, "torch-best": 3, "F.linear_cross
 
 def newest(kind: str) -> Path | None:
     """The kept results of this kind ("-quick", "-scaling") that were measured last."""
-    found = [
-        (json.loads(path.read_text())["machine"].get("date", ""), path)
-        for path in report.RESULTS.glob(f"*/*{kind}.json")
-    ]
+    found = [(report.read(path)["machine"].get("date", ""), path) for path in report.RESULTS.glob(f"*/*{kind}.json")]
     return max(found)[1] if found else None
 
 
@@ -266,6 +262,6 @@ def main() -> int:
             "benchmarks: no scaling results are kept, run `python -m benchmarks --case scaling --save`", file=sys.stderr
         )
         return 1
-    for written in draw(json.loads(path.read_text()), f"../{path.relative_to(report.ROOT)}", DOCS):
+    for written in draw(report.read(path), f"../{path.relative_to(report.ROOT)}", DOCS):
         print(f"written to {written.relative_to(report.ROOT)}")
     return 0

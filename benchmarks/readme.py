@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from .implementations import NAMES
 from .plots import FOLDER, newest, picture
-from .report import ROOT, machine_line, markdown
+from .report import ROOT, machine_line, markdown, read, write
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.readme -->", "<!-- end of numbers -->"
@@ -19,7 +18,7 @@ ALWAYS = ("ours", "eager", "compile")
 
 def section(path: Path) -> str:
     """The text between the markers, from one JSON of a quick run."""
-    document = json.loads(path.read_text())
+    document = read(path)
     cases = document["cases"]
     ran = {name for case in cases for name, row in case["rows"].items() if "times_floor" in row}
     names = [name for name in NAMES if name in ALWAYS or (name in ran and not name.startswith("ours"))]
@@ -72,15 +71,17 @@ def written(text: str, path: Path) -> str:
 
 
 def main() -> int:
-    """Write the table; 1 where no quick results are kept."""
-    path = newest("-quick")
-    if path is None:
-        print(
-            "benchmarks.readme: no quick results are kept, run `python -m benchmarks --quick --save`", file=sys.stderr
-        )
-        return 1
-    README.write_text(written(README.read_text(), path))
-    return 0
+    """Write the table; 1 where no quick results are kept, or where they are damaged."""
+    try:
+        path = newest("-quick")
+        if path is not None:
+            write(README, written(README.read_text(), path))
+            return 0
+        reason = "no quick results are kept, run `python -m benchmarks --quick --save`"
+    except OSError as error:
+        reason = str(error)
+    print(f"benchmarks.readme: {reason}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -14,12 +14,18 @@ from typing import Any
 
 import torch
 
+from nitp_ops._files import write_whole
+
 from .cases import OPS
 from .implementations import NAMES
 from .measure import ERROR_WORDS, FLOOR, MALLOC
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+class DamagedResults(OSError):
+    """A file of results cannot be read; the message is one line."""
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -87,11 +93,25 @@ def as_json(document: dict[str, Any]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text; a reader never sees half a file."""
+    """Write a text; nobody ever sees half a file, and a full disk leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_whole(path, text.encode())
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results that were kept.
+
+    Raises:
+        DamagedResults: the file holds no results.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+        if isinstance(document, dict) and "machine" in document:
+            return document
+        reason = "no object with a machine"
+    except ValueError as error:
+        reason = str(error)
+    raise DamagedResults(f"{path}: not readable results ({reason}); restore or remove it")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
