@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
 import os
@@ -87,6 +88,57 @@ def test_a_directory_gives_its_text_in_sorted_order_and_counts_what_it_skips(tmp
     assert documents.skipped == ["image.png (binary, not text (a NUL byte at offset 4))"]
 
 
+def test_whatever_is_left_out_of_a_directory_is_named(tmp_path, monkeypatch):
+    (tmp_path / "good.txt").write_text("text")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret/a.txt").write_text("never seen")
+    (tmp_path / "locked.txt").write_text("never read")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "self").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    scandir, read_bytes = os.scandir, Path.read_bytes
+
+    def forbidden(function, name):
+        """The permissions of a user, whoever runs the tests."""
+
+        def guarded(path):
+            if Path(path).name == name:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return function(path)
+
+        return guarded
+
+    monkeypatch.setattr(os, "scandir", forbidden(scandir, "secret"))
+    monkeypatch.setattr(Path, "read_bytes", forbidden(read_bytes, "locked.txt"))
+    documents = data.read_documents(tmp_path)
+    assert documents.texts == [b"text"]
+    assert documents.skipped == [
+        "gone (No such file or directory)",
+        "locked.txt (Permission denied)",
+        "loop (Too many levels of symbolic links)",
+        "pipe (not a regular file)",
+        "secret (Permission denied)",
+        "self (a link to a folder)",
+    ]
+    (tmp_path / "good.txt").write_text("text and so on. " * 50)
+    said = data.load_corpus(tmp_path, 4, 1).description
+    assert "6 skipped: gone (No such file or directory), locked.txt (Permission denied), loop (" in said
+    assert "and 3 more; held out" in said
+    (tmp_path / "good.txt").unlink()
+    with pytest.raises(failure.BadInput, match="none of them non-empty UTF-8 text; 6 skipped: gone"):
+        data.load_corpus(tmp_path, 4, 1)
+
+
+def test_a_folder_whose_every_part_is_forbidden_says_so(tmp_path, monkeypatch):
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    with pytest.raises(failure.BadInput, match=r"no files; 1 skipped: \. \(Permission denied\)"):
+        data.load_corpus(tmp_path, 4, 1)
+
+
 def _no_text(folder: Path, name: str) -> Path:
     path = folder / name
     if name == "empty.txt":
@@ -102,6 +154,10 @@ def _no_text(folder: Path, name: str) -> Path:
         (path / "a.bin").write_bytes(b"\0")
     elif name == "pipe":
         os.mkfifo(path)
+    elif name == "single bytes":
+        path.mkdir()
+        for number in range(200):
+            (path / str(number)).write_text("x")
     elif name == "short.txt":
         path.write_text("too short")
     return path
@@ -117,6 +173,7 @@ def _no_text(folder: Path, name: str) -> Path:
         ("folder", "no files"),
         ("binaries", "1 files, none of them"),
         ("pipe", "neither a file nor a directory"),
+        ("single bytes", "every file is one byte, none has a next byte to predict"),
         ("short.txt", "9 bytes are too short"),
     ],
 )
@@ -126,6 +183,18 @@ def test_what_is_no_text_is_refused_in_one_line_that_names_it(tmp_path, name, sa
         data.load_corpus(path, 32, 4)
     message = str(caught.value)
     assert message.startswith(str(path)) and said in message and "\n" not in message
+
+
+def test_a_text_that_memory_does_not_hold_is_refused_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "huge.txt").write_text("text")
+
+    def full(_):
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", full)
+    for path in (tmp_path / "huge.txt", tmp_path, None):
+        with pytest.raises(failure.BadInput, match="the text does not fit into memory; --data takes less text"):
+            data.load_corpus(path, 32, 4)
 
 
 @settings(deadline=None, max_examples=50)

@@ -88,7 +88,7 @@ def test_the_document_holds_every_arm_its_spread_the_claims_and_the_overhead(str
     assert (straight / "report.html").exists() and not list(straight.rglob("checkpoint.pt"))
 
 
-@pytest.mark.parametrize("code", [130, None], ids=["Ctrl-C", "crash"])
+@pytest.mark.parametrize("code", [143, None], ids=["SIGTERM", "crash"])
 def test_a_stopped_experiment_goes_on_where_it_stood_and_measures_nothing_twice(
     text, straight, tmp_path, monkeypatch, capsys, code
 ):
@@ -100,7 +100,7 @@ def test_a_stopped_experiment_goes_on_where_it_stood_and_measures_nothing_twice(
         if len(calls) == 8 and code is None:
             raise RuntimeError("the machine went away")
         if len(calls) == 7 and code:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
         return original(run)
 
     monkeypatch.setattr(run_module.Run, "step", step)

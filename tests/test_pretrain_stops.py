@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import io
 import os
 import shutil
 import signal
@@ -24,6 +25,19 @@ from pretrain_cases import (
 )
 
 run_module = importlib.import_module("pretraining.run")
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
+
+
+@pytest.fixture(autouse=True)
+def heeded():
+    """Every signal as a shell leaves it, whatever started the tests (nohup, a job in the background)."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +70,9 @@ def crash():
 
 
 @pytest.mark.parametrize(
-    ("action", "code"), [(lambda: signal.raise_signal(signal.SIGINT), 130), (crash, None)], ids=["Ctrl-C", "crash"]
+    ("action", "code"),
+    [(lambda: signal.raise_signal(signal.SIGTERM), 143), (crash, None)],
+    ids=["SIGTERM", "crash"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, straight, tmp_path, monkeypatch, action, code):
     with monkeypatch.context() as interrupted:
@@ -73,12 +89,48 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, straight, t
     assert_same_run(tmp_path / "ntp-nitp", straight / "ntp-nitp")
 
 
-def test_ctrl_c_says_how_to_go_on(text, tmp_path, monkeypatch, capsys):
-    before_step(monkeypatch, 7, "ntp", lambda: signal.raise_signal(signal.SIGINT))
-    assert pretrain.main(arguments(text, tmp_path)) == 130
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_saved_and_says_how_to_go_on(text, tmp_path, monkeypatch, capsys, number):
+    before = signal.getsignal(number)
+    before_step(monkeypatch, 7, "ntp", lambda: signal.raise_signal(number))
+    assert pretrain.main(arguments(text, tmp_path)) == CODES[number]
     line = complaint(capsys)
     assert "stopped after step 8 of 20" in line and line.endswith("--resume")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert checkpoint.load_checkpoint(tmp_path / "ntp" / "checkpoint.pt")["step"] == 8
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGHUP)])
+def test_a_second_signal_acts_at_once(text, tmp_path, monkeypatch, capsys, first, second):
+    def twice():
+        signal.raise_signal(first)
+        signal.raise_signal(second)
+
+    before_step(monkeypatch, 7, "ntp", twice)
+    assert pretrain.main(arguments(text, tmp_path)) == CODES[second]
+    assert "stopped at once" in complaint(capsys)
+    assert checkpoint.load_checkpoint(tmp_path / "ntp" / "checkpoint.pt")["step"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_is_ignored_stays_ignored(text, tmp_path, monkeypatch, number):
+    """As nohup leaves SIGHUP, and a shell SIGINT for a job in the background."""
+    signal.signal(number, signal.SIG_IGN)
+    before_step(monkeypatch, 1, "ntp", lambda: signal.raise_signal(number))
+    assert pretrain.main(arguments(text, tmp_path, "--steps", "2", "--objectives", "ntp")) == 0
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_a_terminal_that_hung_up_takes_no_line_and_the_exit_code_stays(text, tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, _):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    before_step(monkeypatch, 7, "ntp", lambda: signal.raise_signal(signal.SIGHUP))
+    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert pretrain.main(arguments(text, tmp_path)) == 129
+    assert checkpoint.load_checkpoint(tmp_path / "ntp" / "checkpoint.pt")["step"] == 8
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint(text, straight, tmp_path, monkeypatch, capsys):
@@ -113,23 +165,25 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(text, straig
     assert checkpoint.load_checkpoint(kept)["step"] == 5
 
 
-def test_sigint_from_outside_ends_with_130_and_a_checkpoint(text, tmp_path):
+def test_a_signal_from_outside_ends_with_its_code_and_a_checkpoint(text, tmp_path):
     command = [sys.executable, SCRIPT, *arguments(text, tmp_path), "--steps", "1000000", "--objectives", "ntp + nitp"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        give_up = time.monotonic() + 60
+        give_up = time.monotonic() + 240
         while len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) < 3 and time.monotonic() < give_up:
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        (line,) = process.communicate(timeout=60)[1].splitlines()
-    assert process.returncode == 130
+        process.send_signal(signal.SIGTERM)
+        (line,) = process.communicate(timeout=240)[1].splitlines()
+    assert process.returncode == 143
     done = checkpoint.load_checkpoint(tmp_path / "ntp-nitp" / "checkpoint.pt")["step"]
     assert f"stopped after step {done} of 1000000" in line and line.endswith("--resume")
     assert len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) == done
 
 
-@pytest.mark.parametrize("script", ["pretrain", "experiments"])
-def test_ctrl_c_while_torch_is_still_loading_ends_with_one_line(tmp_path, script):
-    (tmp_path / "torch.py").write_text("import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)")
+@pytest.mark.parametrize(
+    ("script", "number"), [("pretrain", signal.SIGINT), ("experiments", signal.SIGTERM), ("evidence", signal.SIGHUP)]
+)
+def test_a_signal_while_torch_is_still_loading_ends_with_one_line(tmp_path, script, number):
+    (tmp_path / "torch.py").write_text(f"import os, time; os.kill(os.getpid(), {number}); time.sleep(9)")
     # The folder of the script comes first on the path, this one before the installed packages.
     done = subprocess.run(
         [sys.executable, SCRIPT.with_stem(script)],
@@ -138,7 +192,7 @@ def test_ctrl_c_while_torch_is_still_loading_ends_with_one_line(tmp_path, script
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (130, f"{script}: stopped before anything began\n")
+    assert (done.returncode, done.stderr) == (CODES[number], f"{script}: stopped before anything began\n")
 
 
 def test_starting_anew_keeps_the_earlier_run_beside_it(text, straight, tmp_path):
