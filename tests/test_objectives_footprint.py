@@ -26,6 +26,12 @@ def test_the_page_is_what_the_calculator_says():
     assert PAGE.read_text() == scaling.page(), "run python -m nitp_ops.objectives.scaling > docs/scaling.md"
 
 
+def test_the_page_has_the_papers_widths():
+    """arXiv 2605.24956, table 4 and appendix C."""
+    widths = {setting.name: setting.width for setting in scaling._settings()}
+    assert widths["MoE 9B-A1B"] == 1280 and widths["MoE 45B-A5.5B"] == 3072
+
+
 def test_what_a_rank_sends_is_the_formula_written_out():
     found = by_purpose("ntp + 0.8*nitp", Mesh(tp=4, dp=8, cp=2))
     head, projector, rows = 512 // 4 * 64 * 2, 12 * 64**2 * 2, 4096
