@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("transformers")
 
 from hugging_face_cases import assert_equal_training, batch, gradients, make, written_out
-from torch import Tensor
+from torch import Tensor, nn
 
 import nitp_ops
 from nitp_ops.integrations import handle_of
@@ -158,7 +158,12 @@ def test_the_signature_is_that_of_the_plain_model():
 def test_no_logits_and_no_other_hidden_state_are_kept(monkeypatch: pytest.MonkeyPatch):
     model, handle = attached()
     calls = []
-    model.lm_head.register_forward_hook(lambda module, args, output: calls.append(output.numel()))
+
+    def of_engine(module: nn.Module, args: Any, output: Tensor) -> None:
+        calls.append(output.numel())
+
+    of_engine.__module__ = "torch.distributed.fsdp"
+    model.lm_head.register_forward_hook(of_engine)
     out = model(**batch())
     assert calls == [1], "an engine's hooks on the head run once, around the objective's own reading of it"
     assert out.logits is None and out.hidden_states is None and "_call_impl" not in model.lm_head.__dict__

@@ -9,9 +9,10 @@ from torch import nn
 from nitp_ops.objectives import build
 from nitp_ops.objectives.spec import SpecLike
 
+from .block_pass import check_required, checked_blocks
 from .handle import HANDLE, Handle
 from .head_transform import head_transform
-from .hugging_face import checked_head, head_of, model_info, unwrapped
+from .hugging_face import checked_head, head_of, model_info, refuse_hooks_on_head, unwrapped
 from .sites import hugging_face_sites
 from .tapping import Tap, differentiable_states
 
@@ -55,10 +56,13 @@ def attach(model: nn.Module, spec: SpecLike, *, seed: int = 0, backend: str | No
     """
     plain = unwrapped(model)
     sites = hugging_face_sites(plain)
+    refuse_hooks_on_head(plain)
     head = checked_head(head_of(plain))
     sites = replace(sites, head=head)
     transform = head_transform(plain, plain.forward, sites)
+    sites, reasons = checked_blocks(plain, sites)
     objective = build(spec, model=model_info(plain, sites, transform), seed=seed, backend=backend)
+    check_required(objective.requires, objective.info.num_layers, reasons, type(plain).__name__)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)
     return Handle(model, plain, objective, Tap(sites, objective.requires, differentiable_states(objective)))

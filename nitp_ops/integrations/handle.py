@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 
 from . import sidecar
-from .hugging_face import head_of
+from .hugging_face import head_of, refuse_hooks_on_head, virtual_tokens
 from .tapping import Tap
-from .token_streams import label_count, token_streams
+from .token_streams import label_count, token_streams, with_prompt
 
 OBJECTIVE, HANDLE = "nitp_objective", "nitp_handle"
 _BALANCE = "aux_loss"  # where Hugging Face models put the balance loss of their experts
@@ -36,7 +36,7 @@ class Handle:
     def __init__(self, model: nn.Module, plain: Any, objective: CompositeObjective, tap: Tap) -> None:
         self.objective = objective
         self.metrics: Metrics | None = None
-        self._plain, self._tap = plain, tap
+        self._model, self._plain, self._tap = model, plain, tap
         self._counts: Counts | None = None
         self._gradient_reduction: Literal["mean", "sum"] = "mean"
         self._step: Tensor | None = None
@@ -83,7 +83,9 @@ class Handle:
 
     def count(self, batch: Mapping[str, Any]) -> Counts:
         """Counts of a batch, the keywords of a forward call; add them over the window, all-reduce them over ranks."""
-        return self.objective.count(Streams(**token_streams(batch)))
+        fields = token_streams(batch)
+        prompt = virtual_tokens(self._model)
+        return self.objective.count(Streams(**(with_prompt(fields, prompt) if prompt else fields)))
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """See that the optimizer trains the objective's own parameters.
@@ -134,6 +136,8 @@ class Handle:
         if call.get("fused_lm_head"):
             raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
         self._check_trainable()
+        if not torch.compiler.is_compiling():
+            refuse_hooks_on_head(self._plain)
         fields = token_streams(call)
         labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
         tuples = call.get("return_dict") is False

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .sites import Sites
+from .routing import routed
+from .sites import Sites, head_shape
 
 _SMALL, _LARGE = 2.0**-10, 1e30
 _VALUES = [sign * value for value in (_SMALL, 0.1, 0.5, 1.0, 2.0, 7.0, 30.0, 100.0, 1000.0, _LARGE) for sign in (1, -1)]
@@ -43,6 +44,18 @@ class Transform(NamedTuple):
     logit_scale: float
 
 
+class _Seen(NamedTuple):
+    """One call: its output, what the head was given, and the logits and labels that the loss was given."""
+
+    out: Any
+    hidden: list[Tensor]
+    losses: list[tuple[Any, Any]]
+
+
+class _AnotherBody(ValueError):
+    """The head does not read what this body returns."""
+
+
 def head_transform(model: Any, forward: Callable[..., Any], sites: Sites) -> Transform:
     """The transform of the model's own code. A factor on h before a head without bias is part of logit_scale.
 
@@ -51,50 +64,93 @@ def head_transform(model: Any, forward: Callable[..., Any], sites: Sites) -> Tra
 
     Raises:
         ValueError: the head does not read what the body returns; the logits are another function of what the head
-            returns; the forward can not leave the logits out; its loss does not go through ``model.loss_function``.
+            returns, or of each column another one; the forward can not leave the logits out; its loss does not go
+            through ``model.loss_function``, on the logits and labels of the call, or is none of next tokens.
     """
     assert sites.trunk is not None and isinstance(sites.head, nn.Linear)
-    try:
-        return _measured(model, forward, sites.trunk, sites.head)
-    except ValueError:
-        if sites.owner is None or sites.owner is sites.trunk:
-            raise
-        # the forward reaches past a body that stands around the decoder (OPT, Llama 4)
-        return _measured(model, forward, sites.owner, sites.head)
+    # a forward may reach past a body that stands around the decoder (OPT, Llama 4, Bart)
+    bodies = [sites.trunk, sites.owner, model.get_decoder() if hasattr(model, "get_decoder") else None]
+    refusals: list[ValueError] = []
+    for body in dict.fromkeys(body for body in bodies if isinstance(body, nn.Module)):
+        try:
+            return _measured(model, forward, body, sites.head)
+        except _AnotherBody as error:
+            refusals.append(error)
+    raise ValueError(str(refusals[0])) from refusals[0]
 
 
 def _measured(model: Any, forward: Callable[..., Any], body: nn.Module, head: nn.Linear) -> Transform:
+    def probed(rows: int, z: Tensor, **kwargs: Any) -> _Seen:
+        """A call on so many rows; the head returns the first rows of z."""
+        hidden: list[Tensor] = []
+        losses: list[tuple[Any, Any]] = []
+
+        def of_head(given: Tensor) -> Tensor:
+            hidden.append(given)
+            return z[:, : given.shape[-2]].clone()
+
+        def of_body(*args: Any, **kwargs: Any) -> _Body:
+            return _Body(h[:, :rows])
+
+        def of_loss(logits: Any = None, labels: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+            losses.append((logits, labels))
+            return torch.zeros(())
+
+        with torch.no_grad(), routed(body, of_body), routed(head, of_head), _loss(model, of_loss):
+            return _Seen(_called(model, forward, input_ids=ids[:, :rows], **kwargs), hidden, losses)
+
     z = torch.tensor(_VALUES, dtype=torch.float64).view(1, -1, 1)
-    h = _distinct(len(_VALUES), head.in_features)
-    ids = torch.zeros(1, len(_VALUES), dtype=torch.long)
-    seen: list[Tensor] = []
-
-    def of_head(hidden: Tensor) -> Tensor:
-        seen.append(hidden)
-        return z[:, : hidden.shape[-2]].clone()
-
-    def of_body(*args: Any, **kwargs: Any) -> _Body:
-        return _Body(h)
-
-    def of_loss(*args: Any, **kwargs: Any) -> Tensor:
-        seen.append(torch.empty(0))
-        return torch.zeros(())
-
-    with torch.no_grad(), _routed(body, of_body), _routed(head, of_head):
-        logits = _called(model, forward, input_ids=ids).logits
-        factor = _factor(h, seen, head)
-        softcap, scale = _fitted(z.flatten(), logits)
-        seen.clear()
-        with _loss(model, of_loss):
-            nothing = torch.empty(0, dtype=torch.long)
-            out = _called(model, forward, input_ids=ids, labels=ids, logits_to_keep=nothing)
-    if out.logits.numel() or seen[0].numel():
+    vocab, width = head_shape(head)
+    h, ids = _distinct(len(_VALUES), width), torch.zeros(1, len(_VALUES), dtype=torch.long)
+    seen = probed(len(_VALUES), z)
+    factor = _factor(h, seen.hidden, head)
+    softcap, scale = _fitted(z.flatten(), seen.out.logits)
+    # whole rows: a column that is masked, and a loss that is computed in the forward
+    seen = probed(2, torch.ones(1, 2, vocab, dtype=torch.float64), labels=ids[:, :2])
+    _check_loss(model, seen, vocab)
+    _check_columns(seen.out.logits, (1, 2, vocab), scale if softcap is None else softcap * math.tanh(scale / softcap))
+    seen = probed(len(_VALUES), z, labels=ids, logits_to_keep=torch.empty(0, dtype=torch.long))
+    if seen.out.logits.numel() or seen.hidden[0].numel():
         raise ValueError("attach: the model's forward builds logits without logits_to_keep, expected none for no rows")
-    if len(seen) != 2:
-        raise ValueError("attach: the model's loss does not go through model.loss_function, expected one that does")
-    if not torch.isfinite(out.loss).all():
+    if not torch.isfinite(seen.out.loss).all():
         raise ValueError("attach: the model adds a loss of its logits to its loss, expected none (no logits are built)")
     return Transform(body, softcap, scale * factor)
+
+
+def _check_loss(model: Any, seen: _Seen, vocab: int) -> None:
+    if not seen.losses:
+        raise ValueError(
+            f"attach: the {type(model).__name__}'s loss does not go through model.loss_function, expected one that "
+            "does (its forward computes it)"
+        )
+    logits, labels = seen.losses[0]
+    if [getattr(logits, "shape", ())[-1:], getattr(labels, "shape", None)] != [(vocab,), (1, 2)] or len(logits[0]) != 2:
+        came = [tuple(value.shape) if isinstance(value, Tensor) else value for value in (logits, labels)]
+        raise ValueError(
+            f"attach: the {type(model).__name__}'s loss gets logits {came[0]} and labels {came[1]}, expected those of "
+            f"the call, {(1, 2, vocab)} and (1, 2)"
+        )
+    one = torch.tensor([[0, -100]])
+    try:
+        loss = float(model.loss_function(logits=torch.zeros(1, 2, 4), labels=one, vocab_size=4))
+    except Exception:
+        return  # one of more arguments, of which nothing can be said
+    if math.isfinite(loss) and loss > 0:
+        raise ValueError(
+            f"attach: the {type(model).__name__}'s loss_function counts the label of the first token, expected a "
+            "loss of next tokens, whose labels are shifted by one"
+        )
+
+
+def _check_columns(logits: Tensor, shape: tuple[int, ...], expected: float) -> None:
+    if tuple(logits.shape) != shape:
+        raise ValueError(f"attach: the model's logits have shape {tuple(logits.shape)}, expected {shape}")
+    wrong = ~torch.isclose(logits[0, 0].double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-4)
+    if wrong.any():
+        raise ValueError(
+            f"attach: the model's forward masks or shifts {int(wrong.sum())} columns of its logits, the first "
+            f"{int(wrong.nonzero()[0])}, expected the same function of every column"
+        )
 
 
 def _called(model: Any, forward: Callable[..., Any], **kwargs: Any) -> Any:
@@ -104,7 +160,7 @@ def _called(model: Any, forward: Callable[..., Any], **kwargs: Any) -> Any:
         return forward(**kwargs, use_cache=False, return_dict=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        raise ValueError(
+        raise _AnotherBody(
             f"attach: model is a {type(model).__name__} whose forward fails on a body's output alone ({reason}), "
             "expected logits that are a function of the body's last hidden state"
         ) from error
@@ -120,11 +176,13 @@ def _distinct(rows: int, width: int) -> Tensor:
 def _factor(h: Tensor, seen: list[Tensor], head: nn.Linear) -> float:
     if len(seen) != 1 or seen[0].shape != h.shape or seen[0].is_meta:
         came = f"{len(seen)} calls" if len(seen) != 1 else f"a hidden state of shape {tuple(seen[0].shape)}"
-        raise ValueError(f"attach: the model's head gets {came}, expected one call with what the model's body returns")
+        raise _AnotherBody(
+            f"attach: the model's head gets {came}, expected one call with what the model's body returns"
+        )
     ratio = seen[0].double() / h
     factor = ratio.flatten()[0].item()
     if not torch.allclose(ratio, ratio.new_tensor(factor), rtol=1e-2) or factor <= 0:
-        raise ValueError("attach: the model's head reads something else than its body returns, expected the same")
+        raise _AnotherBody("attach: the model's head reads something else than its body returns, expected the same")
     if factor != 1 and head.bias is not None:
         raise ValueError(f"attach: the model's head has a bias and reads {factor:g} h, expected h")
     return factor
@@ -134,8 +192,9 @@ def _fitted(z: Tensor, logits: Tensor) -> tuple[float | None, float]:
     def at(value: float) -> float:
         return logits.flatten()[_VALUES.index(value)].item()
 
-    if logits.shape[:2] != (1, len(_VALUES)):
-        raise ValueError(f"attach: the model's logits have shape {tuple(logits.shape)}, expected [B, T, V]")
+    if tuple(logits.shape) != (1, len(_VALUES), 1):
+        came = tuple(logits.shape)
+        raise ValueError(f"attach: the model's logits have shape {came} of a head of one column, expected [B, T, 1]")
     softcap = at(_LARGE) if abs(at(_LARGE)) < math.sqrt(_LARGE) else None
     scale = at(1.0)
     if softcap is not None and 0 < at(_SMALL) < softcap:
@@ -148,19 +207,6 @@ def _fitted(z: Tensor, logits: Tensor) -> tuple[float | None, float]:
             "softcap * tanh(logit_scale * head(h) / softcap)"
         )
     return softcap, scale
-
-
-@contextmanager
-def _routed(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """`module` computes `function`; whatever stood in its place comes back."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = function
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
 
 
 @contextmanager

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nitp_ops.objectives import ModelInfo
 from nitp_ops.objectives.dtensor import is_dtensor
 
+from .foreign_hooks import refuse_foreign_hooks
 from .head_transform import Transform
-from .sites import Sites, is_hugging_face
+from .sites import Sites, head_shape, is_hugging_face
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -32,25 +34,57 @@ def unwrapped(model: nn.Module) -> Any:
         raise TypeError(
             f"attach: model is a {type(plain).__name__}, expected a Hugging Face causal language model (any other: tap)"
         )
+    if getattr(plain.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"attach: model is a {type(plain).__name__}, an encoder-decoder whose labels are those of their own "
+            "position, expected a causal language model"
+        )
+    for module in model.modules():
+        if module is not plain and getattr(module.__dict__.get("forward"), "__self__", None) is plain:
+            raise ValueError(
+                f"attach: the {type(module).__name__} around the model calls a forward of it that it has kept, "
+                "expected one that calls the model"
+            )
     if hasattr(plain, "nitp_objective"):
         raise ValueError("attach: model has an objective already, expected handle.detach() first")
     return plain
 
 
 def head_of(model: Any) -> nn.Module | None:
-    """The head that computes now: where PEFT trains a copy of it (modules_to_save), the copy."""
+    """The head that computes now: where PEFT trains a copy of it (modules_to_save), the copy of the active adapter."""
     head = model.get_output_embeddings()
     copies = getattr(head, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict) and not head.disable_adapters:
-        return copies[head.active_adapters[0]]
-    return head
+    if not isinstance(copies, nn.ModuleDict):
+        return head
+    active = head.active_adapters
+    off = head.disable_adapters or not active or any(name not in copies for name in active)
+    return head.original_module if off else copies[active[0]]
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many virtual tokens a PeftModel puts before each row now; those of prefix tuning are keys of a cache."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
+        return 0
+    return config.num_virtual_tokens
+
+
+def refuse_hooks_on_head(model: Any) -> None:
+    """See that nobody but an engine has hooks on the head, or on what PEFT put in its place.
+
+    Raises:
+        ValueError: somebody has; the hook is named.
+    """
+    for module in (model.get_output_embeddings(), head_of(model)):
+        if module is not None:
+            refuse_foreign_hooks(module)
 
 
 def checked_head(head: nn.Module | None) -> nn.Linear:
     """The head, if the objective can read its weight.
 
     Raises:
-        ValueError: no head, an adapter, a quantised, sharded or replaced one: the reason is named.
+        ValueError: no head, an adapter, a quantised, sharded, offloaded or replaced one: the reason is named.
     """
     if head is None:
         raise ValueError("attach: model has no output embeddings, expected a causal language model with a head")
@@ -58,25 +92,47 @@ def checked_head(head: nn.Module | None) -> nn.Linear:
     inside = ", ".join(name for name, _ in head.named_children())
     if inside:
         reason = f"is a {kind} with submodules {inside}, expected a plain linear (an adapter is more than its weight)"
-    elif type(head).forward is not nn.Linear.forward or "forward" in head.__dict__:
+    elif _is_offloaded(head):
+        reason = "is offloaded by accelerate (device_map), expected its weight on the device that it computes on"
+    elif type(head).forward is not nn.Linear.forward or ("forward" in head.__dict__ and not _is_aligned(head)):
         reason = f"is a {kind} with a forward of its own, expected a plain linear (quantised heads differ)"
     elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         came = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
         reason = f"has a weight of {came}, expected a floating point dtype (a quantised head gets no gradient)"
     elif is_dtensor(weight):
         reason = "has a DTensor weight, expected attach before fully_shard"
+    elif is_traceable_wrapper_subclass(weight):
+        reason = f"has a weight that is a {type(weight).__name__}, expected a plain tensor (quantised heads differ)"
     else:
         return head  # type: ignore[return-value]
     raise ValueError(f"attach: the model's head {reason}")
+
+
+def _device_hooks(head: nn.Module) -> list[Any]:
+    """accelerate's, which replace the forward of every module under a device_map."""
+    hook = head.__dict__.get("_hf_hook")
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _is_offloaded(head: nn.Module) -> bool:
+    return any(getattr(hook, "offload", False) for hook in _device_hooks(head))
+
+
+def _is_aligned(head: nn.Module) -> bool:
+    """Whether the forward was replaced by what moves inputs to the weight's device, and by nothing else."""
+    hooks = _device_hooks(head)
+    own = getattr(head.__dict__.get("_old_forward"), "__func__", None)
+    return own is nn.Linear.forward and all(type(hook).__name__ == "AlignDevicesHook" for hook in hooks)
 
 
 def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
     """Sizes from the head and the blocks; objectives get parameters of the head's dtype."""
     head, config = sites.head, model.config
     assert isinstance(head, nn.Linear)
+    vocab, width = head_shape(head)
     return ModelInfo(
-        hidden_size=head.in_features,
-        vocab_size=head.out_features,
+        hidden_size=width,
+        vocab_size=vocab,
         num_layers=len(sites.blocks) if sites.blocks is not None else config.num_hidden_layers,
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,

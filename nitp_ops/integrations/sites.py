@@ -60,23 +60,58 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def hugging_face_sites(model: Any) -> Sites:
-    """By structure: the body is ``base_model``, the blocks are the outermost list of ``num_hidden_layers`` modules, the
-    final norm is the last module beside them with a weight of the hidden size."""
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    """By structure: the body is ``base_model``, the blocks are the first of `block_lists` that has
+    ``num_hidden_layers`` modules, the final norm is that beside them."""
     body = model.base_model
     if body is model and hasattr(model, "get_decoder"):
         body = model.get_decoder()
     known = Sites(trunk=body, embed=model.get_input_embeddings(), head=model.get_output_embeddings())
-    lists = [(name, module) for name, module in body.named_modules() if isinstance(module, nn.ModuleList)]
-    lists = [(name, module) for name, module in lists if len(module) == layers]
-    if not lists:
-        return known
-    name, blocks = min(lists, key=lambda entry: entry[0].count("."))
-    owner = body.get_submodule(name.rpartition(".")[0])
+    layers = getattr(text_config(model), "num_hidden_layers", None)
+    for owner, blocks in block_lists(model):
+        if len(blocks) == layers:
+            # where the body stands around the decoder, the head may read the decoder's output alone
+            return replace(known, blocks=blocks, norm=final_norm(model, owner), owner=owner)
+    return known
+
+
+def block_lists(model: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
+    """``(module that holds the list, list)`` of every list of modules that may be the blocks, the likeliest first.
+
+    Those of the text decoder (a tower for images may be as deep) before any other, those of ``num_hidden_layers``
+    modules before any other, the outermost first.
+    """
+    layers = getattr(text_config(model), "num_hidden_layers", None)
+    found: dict[int, tuple[nn.Module, tuple[nn.Module, ...]]] = {}
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for root in (decoder, model.base_model):
+        if not isinstance(root, nn.Module):
+            continue
+        lists = []
+        for name, module in root.named_modules():
+            if isinstance(module, nn.ModuleList) and len(module) and id(module) not in found:
+                owner = root.get_submodule(name.rpartition(".")[0])
+                lists.append(((len(module) != layers, name.count(".")), owner, module))
+        for _, owner, module in sorted(lists, key=lambda entry: entry[0]):
+            found[id(module)] = (owner, tuple(module))
+    return list(found.values())
+
+
+def final_norm(model: Any, owner: nn.Module) -> nn.Module | None:
+    """The last module beside the blocks with a weight of the hidden size."""
+    width = getattr(text_config(model), "hidden_size", None)
     norms = [child for child in owner.children() if _is_norm(child, width)]
-    # where the body stands around the decoder, the head may read the decoder's output alone
-    return replace(known, blocks=tuple(blocks), norm=norms[-1] if norms else None, owner=owner)
+    return norms[-1] if norms else None
+
+
+def head_shape(head: nn.Linear) -> tuple[int, int]:
+    """(V, d) of a head's weight. in_features may say V (PEFT's copy of a tied head); ZeRO-3 leaves a weight empty."""
+    vocab, width = getattr(head.weight, "ds_shape", head.weight.shape)
+    return vocab, width
+
+
+def text_config(model: Any) -> Any:
+    """Of a model of text and images the config of its text decoder."""
+    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
 
 
 def _is_norm(module: nn.Module, width: int | None) -> bool:

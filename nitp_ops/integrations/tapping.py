@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nitp_ops.objectives import CompositeObjective, Streams
 
+from .routing import first_tensor
 from .sites import BlocksLike, ModuleLike, Sites, named_sites
 
 _STATE = re.compile(r"hidden_states\[(\d+)\]")
@@ -123,10 +124,19 @@ class Tap:
         A head that is called on no rows, so that no logits are built, runs no hook until `stop`: the objective calls it
         once more, and an engine that sees two calls in a step frees parameters of its group after the first.
         """
+        if not torch.compiler.is_compiling():
+            self._see_last()
         self._found, self._handed_out = {}, False
         self.collecting = True
         if self.sites.head is not None:
             self.sites.head._call_impl = partial(_unless_empty, self.sites.head)
+
+    def _see_last(self) -> None:
+        """A hook that came after ours may change what the head, or the next block, reads."""
+        for handle in self._handles:
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None:
+                hooks.move_to_end(handle.id)
 
     def stop(self) -> None:
         """Collect no more."""
@@ -185,7 +195,7 @@ class Tap:
 
     def _received(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.collecting:
-            self._keep(name, next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None))
+            self._keep(name, first_tensor(args, kwargs))
 
     def _returned(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.collecting:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -14,8 +15,9 @@ def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Streams` from the keywords of a forward call; other keys are left alone.
 
     input_ids are token_ids; shift_labels come before labels, as in the loss of Hugging Face. Documents derive from
-    attention_mask together with cu_seqlens (``cu_seq_lens_q`` or ``cu_seqlens``), or else with position_ids. Where a
-    batch carries both it is cu_seqlens that attention obeys; the two would have to be compared by value.
+    attention_mask (as wide as the tokens, or with the columns of cached keys before) together with cu_seqlens
+    (``cu_seq_lens_q`` or ``cu_seqlens``), or else with position_ids. Where a batch carries both it is cu_seqlens that
+    attention obeys; the two would have to be compared by value.
 
     Raises:
         ValueError: an attention_mask that is not ``[B, T]``, from which no padding can be read.
@@ -29,10 +31,25 @@ def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         came = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise ValueError(f"attach: attention_mask {came}, expected [B, T] (or position_ids, or cu_seqlens)")
-    fields["attention_mask"] = mask
+    fields["attention_mask"] = None if mask is None else _of_tokens(mask, fields)
     lengths = batch.get("cu_seq_lens_q", batch.get("cu_seqlens"))
     fields |= {"position_ids": batch.get("position_ids")} if lengths is None else {"cu_seqlens": lengths}
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _of_tokens(mask: Tensor, fields: Mapping[str, Any]) -> Tensor:
+    """The columns of the tokens, the last ones: keys of a cache, or of PEFT's prefix, come before. A float mask, as
+    PEFT's prompts make it, counts by whether it is 0, as in attention."""
+    length = next(value.shape[-1] for value in fields.values() if value is not None)
+    mask = mask[:, -length:]
+    return mask.ceil().long() if mask.is_floating_point() else mask
+
+
+def with_prompt(fields: Mapping[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """`fields` as PEFT's prompt tuning hands them on: so many virtual tokens before each row, without ids or labels."""
+    kept = {name: fields[name] for name in ("labels", "attention_mask", "cu_seqlens") if name in fields}
+    before = {"labels": IGNORE_INDEX, "attention_mask": 1}
+    return {name: F.pad(kept[name], (tokens, 0), value=before[name]) if name in before else kept[name] for name in kept}
 
 
 def label_count(fields: Mapping[str, Any]) -> Tensor:
