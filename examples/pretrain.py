@@ -4,8 +4,9 @@
     python examples/pretrain.py --data my.txt --objectives "ntp" "ntp + 0.5*nitp(target_layer=2)" --seeds 0 1 2
     python examples/pretrain.py --controls                         # the paper's control arms, as short runs
 
-Each run leaves checkpoint.pt, model.safetensors (the plain model), steps.csv and validation.csv in a folder of
-its own under --out; report.html and comparison.png lie beside them. Needs rich, matplotlib and safetensors.
+Each run leaves checkpoint.pt, the checkpoint before it, model.safetensors (the plain model), steps.csv and
+validation.csv in a folder of its own under --out; report.html and comparison.png lie beside them. Ctrl-C, SIGTERM and
+SIGHUP save the step in hand, a second one stops at once; --resume goes on. Needs rich, matplotlib and safetensors.
 """
 
 from __future__ import annotations

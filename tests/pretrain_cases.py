@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +58,12 @@ def complaint(capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pretrain: ")
     return line
+
+
+def verdicts(text):
+    """Words by which a page would call a difference real, or not."""
+    words = r"(?:in|out)side the spread|outside what|differs at|reproduces|opposite at|seeds needed|tell them apart"
+    return re.findall(rf"{words}|± [\d.]+ \*", text)
 
 
 def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):

@@ -13,7 +13,7 @@ import pytest
 from browser import BROWSER, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pretrain_cases import arguments, fake, pretrain, write_text
+from pretrain_cases import ROOT, arguments, fake, pretrain, verdicts, write_text
 
 from nitp_ops.objectives import parse
 
@@ -150,14 +150,19 @@ def test_a_difference_is_paired_by_seed_and_its_spread_knows_no_common_part(comm
     assert found.deviation == pytest.approx(statistics.stdev(noise), abs=1e-9)
 
 
-def test_the_pairs_needed_bring_two_standard_errors_down_to_the_difference():
-    found = spread.Difference(mean=0.01, deviation=0.05, pairs=3)
-    assert not found.outside and found.pairs_needed == 100
-    assert spread.Difference(0.01, 0.05, 100).two_errors == pytest.approx(0.01)
-    assert spread.Difference(0.01, 0.05, 101).outside
-    assert spread.Difference(0.0, 0.05, 3).pairs_needed == math.inf
+def test_from_five_pairs_on_a_difference_has_students_interval_and_below_none():
+    assert spread.ninety_five(3) == pytest.approx(4.302653, abs=1e-6)
+    assert spread.ninety_five(5) == pytest.approx(2.776445, abs=1e-6)
+    assert spread.ninety_five(30) == pytest.approx(2.045230, abs=1e-6)
+    five = spread.Difference(mean=0.5, deviation=1.0, pairs=5)
+    assert five.half_width == pytest.approx(2.776445 / 5**0.5, abs=1e-6) and five.spelled(".2f") == "+0.50 ± 1.24"
+    assert spread.shown_as(5) == "95 % interval" and spread.no_verdict(5) == ""
+    four = spread.Difference(mean=0.5, deviation=1.0, pairs=4)
+    assert four.half_width == 1.0 and spread.shown_as(4) == "two standard errors"
+    assert "with 4 a 95 % interval (Student's t) is ± 3.2 standard errors" in spread.no_verdict(4)
+    assert spread.no_verdict(1) == "No verdict below five seeds: one seed has no spread."
     alone = spread.Difference.between([1.0], [2.0])
-    assert math.isnan(alone.pairs_needed) and not alone.outside and alone.spelled(".2f") == "+1.00"
+    assert math.isnan(alone.half_width) and alone.spelled(".2f") == "+1.00"
 
 
 def test_chance_is_students_t():
@@ -173,10 +178,11 @@ def test_the_sentences_follow_the_numbers():
         return " ".join(sentences.about([base, [fake("nitp", seed, **x) for seed, x in enumerate(other)]]))
 
     apart = said({"cross_entropy": 1.5}, {"cross_entropy": 1.61}, {"cross_entropy": 1.7})
-    assert "nitp against ntp over 3 seeds, cross-entropy, nats a byte: +0.5033 ± 0.0067" in apart
-    assert "outside the spread of seeds" in apart
-    near = said({"cross_entropy": 1.2}, {"cross_entropy": 0.9}, {"cross_entropy": 1.31})
-    assert "inside the spread of seeds; were both to stay so, about 132 seeds" in near
+    assert "nitp against ntp over 3 seeds, cross-entropy, nats a byte: +0.5033 ± 0.0067 (two standard" in apart
+    assert "No verdict below five seeds: with 3 a 95 % interval" in apart and not verdicts(apart)
+    values = (1.5, 1.61, 1.7, 1.8, 1.93)
+    enough = said(*({"cross_entropy": x} for x in values), first=(1.0, 1.1, 1.2, 1.3, 1.4))
+    assert "+0.5080 ± 0.0162 (95 % interval)" in enough and "No verdict" not in enough and not verdicts(enough)
     below = {"nitp/loss": 0.1, "nitp/floor": 0.3, "nitp/skill": 0.6}
     assert "is below the constant-predictor floor" in said(below, below, below)
     assert "is below, in 1 of 3 seeds," in said(below, {}, {})
@@ -186,4 +192,24 @@ def test_the_sentences_follow_the_numbers():
     other = {"nitp/skill": math.nan, "nitp/floor": math.nan}
     assert "floor is known for the cosine only" in said(other, other, other)
     assert "x[t+1] and x[t+8] in 75.0 % and 75.0 %" in said({"probes": 0.75}, {"probes": 0.75}, {"probes": 0.75})
-    assert "One seed each" in said({}, first=(1.0,))
+    one = said({}, first=(1.0,))
+    assert (
+        "One seed each" in one and "No verdict below five seeds: one seed has no spread." in one and not verdicts(one)
+    )
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"], ids=lambda path: path.name
+)
+def test_no_page_concludes_anything_from_fewer_than_five_seeds(path):
+    text = path.read_text()
+    counts = [int(n) for n in re.findall(r"\b(\d+) seeds\b", text)]
+    if "seeds" in text:
+        assert not verdicts(text)
+    if counts and min(counts) < 5:
+        assert f"No verdict below five seeds: with {min(counts)} a 95 % interval" in text
+
+
+def test_the_conclusions_of_two_and_three_seeds_are_gone():
+    pages = [(ROOT / "docs" / name).read_text() for name in ("evidence.md", "experiments.md")]
+    assert not verdicts("".join(pages)) and all("No verdict below five seeds: with" in page for page in pages)

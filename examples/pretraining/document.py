@@ -14,18 +14,18 @@ from .options import Options
 from .outcome import QUALITY, Outcome
 from .overhead import Overhead, overhead_grid
 from .overhead import sentence as overhead_sentence
-from .spread import chance
+from .spread import no_verdict
 
 INTRODUCTION = """\
 The control arms of next implicit token prediction ([arXiv 2605.24956](https://arxiv.org/abs/2605.24956)) as small runs
-on real text. Written by the command below: no number and no verdict in it was typed by hand."""
+on real text. Written by the command below: no number in it was typed by hand."""
 READING = """\
 Effective rank: `exp(-sum p ln p)`, p = eigenvalues of the mean-centred covariance of the last hidden states after the
 final norm, over their sum. Mean pairwise cosine: of the same states, all pairs. Floor: what a constant prediction
 scores; skill = 1 - loss / floor; "-" where the distance is not the cosine or the floor is below 1e-4. Loss, floor and
 lengths belong to each arm's own target: they compare only where targets do. Probes: ridge regression to one-hot tokens,
 and the vote of the 16 nearest states, fitted and tested on different windows of text that training never saw. ± is one
-standard deviation over seeds, or two standard errors where it says so; differences are paired: one seed gives all arms
+standard deviation over seeds, or what the table says; differences are paired: one seed gives all arms
 the same first weights and the same data order."""
 
 
@@ -62,41 +62,28 @@ def write(
         lines += ["", f"**Incomplete: {done} of {len(arms) * len(options.seeds)} runs are finished.**"]
     lines += [f"* {record['failure']}" for record in failures]
     if outcomes:
-        lines += _results(path, grid.by_arm(outcomes), options)
+        lines += _results(path, grid.by_arm(outcomes))
     if overheads:
         lines += _overhead(overheads)
     write_whole(path, ("\n".join(lines) + "\n").encode())
 
 
-def _results(path: Path, arms: list[list[Outcome]], options: Options) -> list[str]:
+def _results(path: Path, arms: list[list[Outcome]]) -> list[str]:
     lines = ["", "## Results", "", READING, "", grid.results(arms, QUALITY, wide=True).as_markdown()]
     if len(arms) > 1:
-        table, said = claims.differences(arms)
         image = path.with_suffix(".png")
         picture.differences(image, arms)
-        lines += ["", table.as_markdown(), "", said, "", f"![differences from the first arm]({image.name})"]
+        lines += ["", claims.differences(arms).as_markdown(), "", *_why_no_verdict(arms)]
+        lines += [f"![differences from the first arm]({image.name})"]
     lines += ["", grid.probes(arms, wide=True).as_markdown()]
-    judged = claims.judge(arms)
-    if judged:
-        tokens, seeds = options.steps * options.tokens_per_step, judged[0].found.pairs
-        lines += ["", "## What reproduces, what does not at this scale, what it would take", ""]
-        lines += [_in_words(judged), "", claims.claims_grid(judged, tokens).as_markdown(), ""]
-        lines += [
-            "Seeds needed: `(2 s / difference)^2` with s the standard deviation of the paired differences, so that a "
-            "difference of the size seen reaches two standard errors; tokens needed: those seeds, both arms, each run "
-            f"as long as here ({tokens:,} tokens). An extrapolation: it takes difference and spread from {seeds} seeds "
-            "and supposes that neither changes; longer runs or larger models change both. "
-            f"With {seeds} seeds chance alone puts {chance(seeds):.0%} of the differences outside two standard errors: "
-            "a single verdict is weak evidence."
-        ]
+    if measured := claims.found(arms):
+        lines += ["", "## What the paper and a first trial say", "", claims.claims_grid(measured).as_markdown()]
     return lines
 
 
-def _in_words(judged: Sequence[claims.Judged]) -> str:
-    kinds: dict[str, list[str]] = {}
-    for one in judged:
-        kinds.setdefault(one.verdict, []).append(f"{one.claim.text} ({one.found.mean:+{one.claim.measure.form}})")
-    return " ".join(f"{verdict.capitalize()}: {'; '.join(texts)}." for verdict, texts in kinds.items())
+def _why_no_verdict(arms: list[list[Outcome]]) -> list[str]:
+    said = no_verdict(min(map(len, arms)))
+    return [said, ""] if said else []
 
 
 def _overhead(overheads: list[Overhead]) -> list[str]:

@@ -1,9 +1,8 @@
-"""docs/evidence.md and its figures: every number from a record, every verdict from a difference and its spread."""
+"""docs/evidence.md and its figures: every number from a record."""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .checkpoint import write_whole
 from .grid import Grid, spelled
-from .spread import Difference, chance
+from .spread import Difference, no_verdict, shown_as
 
 #: Text and frames, then a colour an arm.
 THEMES = {
@@ -24,11 +23,11 @@ INTRODUCTION = """\
 What the objectives do to the held-out loss of a small model, with equal tokens (every run takes the same batches) and
 with equal time (an arm takes as many steps as fit into the training time of the baseline; the ratio of step times comes
 from interleaved steps). Each run has its own whole schedule of learning rates. Written by the command below: no number
-and no verdict in it was typed by hand."""
+in it was typed by hand."""
 READING = """\
 Cross-entropy: next byte, nats, the same held-out windows in every run. ± is one standard deviation over seeds; a
-difference is paired by seed (the same first weights, the same order of the data) and its ± is two standard errors. Runs
-this short say what the objectives cost and that they train; what they do to a useful model is in their papers."""
+difference is paired by seed (the same first weights, the same order of the data) and its ± is {spread}. Runs
+this short say that the objectives train; what they do to a useful model is in their papers."""
 
 Lines = Sequence[dict[str, Any]]
 
@@ -44,12 +43,9 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], facts: Sequence[st
         OSError: the disk refused; an older page is intact.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ["# Evidence", "", INTRODUCTION, "", *(f"* {fact}" for fact in facts), "", READING]
     seeds = len({run["seed"] for runs in found.values() for run in runs})
-    if seeds > 1:
-        lines += [
-            f"With {seeds} seeds chance alone puts {chance(seeds):.0%} of the differences outside two standard errors."
-        ]
+    lines = ["# Evidence", "", INTRODUCTION, "", *(f"* {fact}" for fact in facts), ""]
+    lines += [READING.format(spread=shown_as(seeds)), *filter(None, [no_verdict(seeds)])]
     for place, (text, runs) in enumerate(found.items()):
         name = f"{path.stem}-{place + 1}"
         for theme, (ink, colours) in THEMES.items():
@@ -58,7 +54,7 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], facts: Sequence[st
             f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">'
             f'<img alt="held-out cross-entropy" src="{name}-light.svg"></picture>'
         )
-        lines += ["", f"## {text}", "", table(runs).as_markdown(), "", *_in_words(runs), "", picture]
+        lines += ["", f"## {text}", "", table(runs).as_markdown(), "", picture]
     write_whole(path, ("\n".join(lines) + "\n").encode())
 
 
@@ -107,24 +103,6 @@ def table(runs: Lines) -> Grid:
         )
     header = ["", "objective", "tokens", "training, s", "cross-entropy", "less ntp", "effective rank", "mean cosine"]
     return Grid(f"held-out text, {len(base)} seeds" if len(base) > 1 else "held-out text, one seed", header, rows)
-
-
-def _in_words(runs: Lines) -> list[str]:
-    found = groups(runs)
-    base = _baseline(found)
-    said = []
-    for (arm, budget), group in found.items():
-        if group is base:
-            continue
-        one = difference(base, group)
-        if math.isnan(one.two_errors):
-            verdict = "one seed, so no spread to judge it by"
-        elif not one.outside:
-            verdict = "inside the spread of seeds"
-        else:
-            verdict = "lower, outside the spread of seeds" if one.mean < 0 else "higher, outside the spread of seeds"
-        said.append(f"* {arm} against ntp, {budget}: {one.spelled('.4f')} nats a byte, {verdict}.")
-    return said
 
 
 def _figure(runs: Lines, ink: str, colours: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from .checkpoint import write_whole
 from .fused_head import HeadCost
 from .grid import WIDE, Arms
 from .outcome import COSINE, CROSS_ENTROPY, RANK, Outcome, difference, pairs
+from .spread import shown_as
 
 SMOOTH = 20
 """Steps in the running median of the step time."""
@@ -51,7 +52,7 @@ def draw(path: Path, arms: Arms, costs: Sequence[HeadCost]) -> str:
 
 
 def differences(path: Path, arms: Arms) -> None:
-    """Write, as PNG, what each arm differs by from the first, with two standard errors over seeds.
+    """Write, as PNG, what each arm differs by from the first, and how far seeds differ in it.
 
     Raises:
         OSError: the disk refused; an older picture is intact.
@@ -64,12 +65,12 @@ def differences(path: Path, arms: Arms) -> None:
             if not (paired := pairs(first, group)):
                 continue
             found = difference(measure, paired)
-            axis.errorbar(found.mean, place, xerr=0 if math.isnan(found.two_errors) else found.two_errors, fmt="oC0")
+            axis.errorbar(found.mean, place, xerr=0 if math.isnan(found.half_width) else found.half_width, fmt="oC0")
         axis.axvline(0, color="gray", linewidth=1)
         axis.set(xlabel=measure.title, yticks=range(len(names)), yticklabels=names)
         axis.grid(alpha=0.3)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(f'difference from "{first[0].arm.name}", paired by seed, ± two standard errors')
+    figure.suptitle(f'difference from "{first[0].arm.name}", paired by seed, ± {shown_as(min(map(len, arms)))}')
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     write_whole(path, buffer.getvalue())

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from .evaluate import paired_spread
 from .fused_head import HeadCost
 from .grid import WIDE, Arms, spelled
-from .outcome import COSINE, CROSS_ENTROPY, RANK, Measure, Outcome, difference, pairs
+from .outcome import COSINE, CROSS_ENTROPY, RANK, Outcome, difference, pairs
 from .probing import LINEAR, MAJORITY, NEAREST, OFFSETS
-from .spread import Difference
+from .spread import no_verdict, shown_as
 
 NOT_MEASURED = (
     "The paper's scores are means over five downstream benchmarks of a 3B-parameter mixture of experts, one seed each. "
@@ -74,13 +74,11 @@ def _probes(group: Sequence[Outcome]) -> str:
 def _one_seed(one: Outcome, two: Outcome) -> list[str]:
     against, a, b = f"{two.arm.name} against {one.arm.name}", one.numbers, two.numbers
     difference, spread = b["cross_entropy"] - a["cross_entropy"], paired_spread(one.batches, two.batches)
-    verdict = "within" if abs(difference) <= spread else "outside"
     slower = b["step_seconds"] / a["step_seconds"] - 1
     middle = [f"{1e3 * x['step_low']:.1f} to {1e3 * x['step_high']:.1f} ms" for x in (b, a)]
     return [
         f"{against}, cross-entropy: {difference:+.4f} nats a byte; two standard errors over {len(one.batches)} "
-        f"held-out batches are {spread:.4f}, so the difference is {verdict} what the choice of text explains. "
-        "One seed each: the spread between seeds is not in that figure.",
+        f"held-out batches are {spread:.4f}: the choice of text alone. {no_verdict(1)}",
         f"{against}, last hidden states: effective rank {b['effective_rank']:.2f} against {a['effective_rank']:.2f} "
         f"(ratio {b['effective_rank'] / a['effective_rank']:.2f}; covariance eigenvalues, centred, "
         f"n = {b['rows']:,.0f}), mean pairwise cosine {b['mean_cosine']:.4f} against {a['mean_cosine']:.4f}. "
@@ -92,16 +90,11 @@ def _one_seed(one: Outcome, two: Outcome) -> list[str]:
 
 def _over_seeds(paired: Sequence[tuple[Outcome, Outcome]]) -> list[str]:
     against = f"{paired[0][1].arm.name} against {paired[0][0].arm.name} over {len(paired)} seeds"
-    return [f"{against}, {measure.title}: {_verdict(measure, difference(measure, paired))}." for measure in COMPARED]
-
-
-def _verdict(measure: Measure, found: Difference) -> str:
-    """The mean difference beside its own spread."""
-    side = "outside" if found.outside else "inside"
-    text = f"{found.spelled(measure.form)} (two standard errors), {side} the spread of seeds"
-    if found.outside or not math.isfinite(found.pairs_needed):
-        return text
-    return f"{text}; were both to stay so, about {found.pairs_needed:,.0f} seeds would tell them apart (extrapolated)"
+    said = [
+        f"{against}, {measure.title}: {difference(measure, paired).spelled(measure.form)} ({shown_as(len(paired))})."
+        for measure in COMPARED
+    ]
+    return [*said, *filter(None, [no_verdict(len(paired))])]
 
 
 def about_head(costs: Sequence[HeadCost]) -> str:

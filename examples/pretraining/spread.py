@@ -1,11 +1,15 @@
-"""Means and spreads over seeds, and what a difference between two arms is worth."""
+"""Means and spreads over seeds, and how wide the interval of a difference between two arms is."""
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+ENOUGH = 5
+"""Pairs from which on a difference has an interval."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -34,29 +38,52 @@ class Difference:
         return cls(mean(differences), deviation(differences), len(differences))
 
     @property
-    def two_errors(self) -> float:
-        """Two standard errors of the mean difference."""
-        return 2 * self.deviation / math.sqrt(self.pairs)
+    def half_width(self) -> float:
+        """Of the 95 % interval by Student's t; two standard errors below `ENOUGH` pairs, NaN for one pair."""
+        return errors_shown(self.pairs) * self.deviation / math.sqrt(self.pairs)
 
     def spelled(self, form: str) -> str:
-        """``mean ± two standard errors``, the mean with its sign; the mean alone where there is one pair."""
-        spread = "" if math.isnan(self.deviation) else f" ± {self.two_errors:{form}}"
+        """``mean ± half_width``, the mean with its sign; the mean alone where there is one pair."""
+        spread = "" if math.isnan(self.deviation) else f" ± {self.half_width:{form}}"
         return f"{self.mean:+{form}}{spread}"
 
-    @property
-    def outside(self) -> bool:
-        """The difference is larger than two standard errors."""
-        return abs(self.mean) > self.two_errors
 
-    @property
-    def pairs_needed(self) -> float:
-        """How many pairs bring two standard errors down to a difference of this size, were both to stay as they are.
+def errors_shown(pairs: int) -> float:
+    """The standard errors on either side of a mean difference."""
+    return ninety_five(pairs) if pairs >= ENOUGH else 2.0
 
-        ``(2 deviation / mean)^2``, at least 2; infinite without a difference, NaN without a spread.
-        """
-        if math.isnan(self.deviation):
-            return math.nan
-        return max(2.0, math.ceil((2 * self.deviation / self.mean) ** 2)) if self.mean else math.inf
+
+def shown_as(pairs: int) -> str:
+    """What stands behind the ± of a difference."""
+    return "95 % interval" if pairs >= ENOUGH else "two standard errors"
+
+
+def no_verdict(pairs: int) -> str:
+    """Why a page with so few pairs draws no conclusion; empty where there are enough."""
+    if pairs >= ENOUGH:
+        return ""
+    why = "one seed has no spread"
+    if pairs > 1:
+        why = (
+            f"with {pairs} a 95 % interval (Student's t) is ± {ninety_five(pairs):.1f} standard errors, and chance "
+            f"alone puts {chance(pairs):.0%} of the differences outside two"
+        )
+    return f"No verdict below five seeds: {why}."
+
+
+@functools.cache
+def ninety_five(pairs: int) -> float:
+    """The standard errors that chance alone exceeds in 5 % of cases, by bisection.
+
+    Example:
+        >>> round(ninety_five(3), 3), round(ninety_five(5), 3)
+        (4.303, 2.776)
+    """
+    low, high = 1.0, 16.0
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if chance(pairs, middle) > 0.05 else (low, middle)
+    return low
 
 
 def chance(pairs: int, errors: float = 2.0) -> float:
