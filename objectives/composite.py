@@ -17,6 +17,7 @@ from .guard import guarded
 from .head_parts import HeadPart
 from .metrics import Metrics
 from .model_info import ModelInfo
+from .module_call import Sealed, inside_call, is_fully_sharded
 from .schedule import weight_at
 from .schema import is_int
 from .shift import check_targets
@@ -71,7 +72,7 @@ def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | Non
     return CompositeObjective(parse(spec, model), model, seed, backend)
 
 
-class CompositeObjective(nn.Module):
+class CompositeObjective(Sealed):
     """What `build` returns. It owns the terms' parameters and nothing else; heads come with the streams.
 
     Attributes:
@@ -87,6 +88,17 @@ class CompositeObjective(nn.Module):
             module = term.make_module(info, zlib.crc32(f"{seed}:{term.label}".encode()))
             if module is not None:
                 self.terms[str(term.label)] = module
+
+    def __call__(self, streams: Streams, **options: Any) -> Output:
+        """`forward`; under `fully_shard` the policy casts nothing of what comes in or goes out."""
+        if not isinstance(streams, Streams) or not is_fully_sharded(self):
+            return super().__call__(streams, **options)
+        forward, hidden = self.forward, streams.hidden_streams()
+
+        def use(*tensors: Tensor) -> Output:
+            return forward(streams.with_hidden(dict(zip(hidden, tensors, strict=True))), **options)
+
+        return inside_call(self, list(hidden.values()), use)
 
     def reset_parameters(self) -> None:
         """Draw the own parameters anew from the seed, for instance after ``to_empty`` from the meta device."""
@@ -222,7 +234,8 @@ class CompositeObjective(nn.Module):
         wide = any(x.dtype == torch.float64 for x in read)
         working = torch.float64 if wide else torch.float32
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
-        streams = self._widened(streams)
+        readers = [name for term in self.spec.terms for name in term.requires(self.info)]
+        streams = streams.widened([name for name in ("last_hidden", "last_residual") if readers.count(name) > 1])
         head_parts: list[HeadPart] = []
         latent: dict[str, LatentPart | HeadReading] = {}
         for term in self.spec.terms:
@@ -242,16 +255,6 @@ class CompositeObjective(nn.Module):
             if part.unit_target is not None:
                 sums[name]["unit_target"] = part.unit_target
         return losses, {name: sums[name] for name in parts}
-
-    def _widened(self, streams: Streams) -> Streams:
-        """Narrow streams that several terms send gradients to, in float32: their gradients add up there and are rounded
-        once. The ops still form their products in the weights' dtype, from the same values."""
-        wide = {}
-        for name in ("last_hidden", "last_residual"):
-            hidden, readers = getattr(streams, name), sum(name in term.requires(self.info) for term in self.spec.terms)
-            if readers > 1 and hidden.requires_grad and hidden.dtype in (torch.bfloat16, torch.float16):
-                wide[name] = hidden.float()
-        return streams.with_hidden(**wide) if wide else streams
 
     def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
         label = str(term.label)

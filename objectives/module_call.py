@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 _T = TypeVar("_T")
 
 
-def inside_call(module: nn.Module, tensors: Sequence[Tensor], use: Callable[..., _T]) -> _T:
-    """``use(*tensors)``, computed where `module` would run its forward.
+def inside_call(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]) -> _T:
+    """``use(*values)``, computed where `module` would run its forward.
 
-    use: returns a tensor, or tuples, lists and dicts of tensors and other things; what else it reads gets no gradient.
+    values: tensors, and whatever else. use: returns a tensor, or tuples, lists and dicts of tensors and other things.
+    A gradient to anything that it reads beside the values and the module's parameters is not waited for.
     """
-    ticket, entered = _fork(tensors)
+    ticket, entered = _fork(values)
     left: list[Any] = []
 
     def forward(ticket: Tensor) -> Tensor:
@@ -37,10 +38,30 @@ def inside_call(module: nn.Module, tensors: Sequence[Tensor], use: Callable[...,
         left[:] = results, structure
         return ticket
 
+    call = super(Sealed, module).__call__ if isinstance(module, Sealed) else module
     with _routed(module, forward):
-        ticket = module(ticket)
+        ticket = call(ticket)
     results, structure = left
     return tree_unflatten(_join(ticket, results), structure)
+
+
+class Sealed(nn.Module):
+    """A module whose arguments and results keep their dtypes under `fully_shard`, whatever the policy says.
+
+    Its hooks see a ticket in place of them; without `fully_shard` they see what they always do.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not is_fully_sharded(self):
+            return super().__call__(*args, **kwargs)
+        forward = self.forward
+        values, structure = tree_flatten((args, kwargs))
+
+        def use(*values: Any) -> Any:
+            args, kwargs = tree_unflatten(list(values), structure)
+            return forward(*args, **kwargs)
+
+        return inside_call(self, values, use)
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from .blocks import (
 )
 from .drafters import ParallelDrafter
 from .model_info import ModelInfo
+from .module_call import Sealed
 from .own_parameters import redraw, seeded
 from .registry import register
 from .streams import Streams
@@ -126,7 +127,7 @@ class Residual(nn.Module):
         return hidden + F.silu(F.linear(hidden, self.weight))
 
 
-class ParallelHeads(nn.Module):
+class ParallelHeads(Sealed):
     """``[f_1(h), f_2(h), ...]``, with initial values that depend on the seed alone."""
 
     def __init__(self, kind: Literal["block", "residual"], count: int, info: ModelInfo, seed: int) -> None:

@@ -21,6 +21,7 @@ from .blocks import (
 from .drafters import SequentialDrafter
 from .heads import embedded
 from .model_info import ModelInfo
+from .module_call import Sealed
 from .own_parameters import Matrix, redraw, seeded
 from .registry import register
 from .schedule import Weight
@@ -140,7 +141,7 @@ class SequentialModule(nn.Module):
         return hidden, self.norm(hidden)
 
 
-class SequentialModules(nn.Module):
+class SequentialModules(Sealed):
     """``[norm_1(h^1), norm_2(h^2), ...]``, with initial values that depend on the seed alone."""
 
     def __init__(self, depth: int, normed: bool, info: ModelInfo, seed: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .dtensor import fill
 from .model_info import ModelInfo
+from .module_call import Sealed
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def drawing(seed: int) -> Iterator[None]:
         yield
 
 
-class OwnParameters(nn.Module):
+class OwnParameters(Sealed):
     """Parameters of the given shapes (None: registered as absent), drawn from normal(0, initializer_range).
 
     They are raw, so that quantisers and adapters leave them alone. They are drawn in order, on the CPU, by an own

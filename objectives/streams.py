@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -132,14 +132,28 @@ class Streams:
         named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items()}
         return {name: value for name, value in named.items() if value is not None}
 
-    def with_hidden(self, **streams: Tensor) -> Streams:
+    def with_hidden(self, streams: Mapping[str, Tensor]) -> Streams:
         """The same with some hidden streams replaced by others of their shapes: nothing is checked or derived again.
 
-        By the names of fields, also of a subclass, and of what was derived: torch 2.11 traces neither copy nor vars."""
+        By the names of fields, also of a subclass, and of what was derived: torch 2.11 traces neither copy nor vars.
+
+        Args:
+            streams: by the names of `hidden_streams`.
+        """
         other = object.__new__(type(self))
         for name in (*(each.name for each in fields(self)), *_DERIVED):
             setattr(other, name, streams.get(name, getattr(self, name)))
+        states = {k: streams[name] for k in self.hidden_states if (name := f"hidden_states[{k}]") in streams}
+        if states:
+            other.hidden_states = {**self.hidden_states, **states}
         return other
+
+    def widened(self, names: Iterable[str]) -> Streams:
+        """Narrow streams of these names in float32: several gradients add up there and are rounded once. The ops still
+        run their GEMMs in the weights' dtype, from the same values."""
+        given = {name: value for name, value in self.hidden_streams().items() if name in names and value.requires_grad}
+        wide = {name: x.float() for name, x in given.items() if x.dtype in (torch.bfloat16, torch.float16)}
+        return self.with_hidden(wide) if wide else self
 
     def _check_shapes(self) -> tuple[int, int]:
         shape = tuple((self.tokens if self.token_ids is None else self.token_ids).shape)

@@ -247,7 +247,7 @@ def test_other_hidden_states_leave_the_rest_of_the_streams_as_it_is():
     batch = make_batch()
     streams = More(token_ids=batch.ids, document_ids=batch.ids, last_hidden=batch.hidden, teacher=batch.residual)
     wide = batch.hidden.detach()
-    other = streams.with_hidden(last_hidden=wide)
+    other = streams.with_hidden({"last_hidden": wide})
     # the same objects: tensors are not compared by value
     assert type(other) is More and {k: id(v) for k, v in vars(other).items()} == {
         k: id(v) for k, v in (vars(streams) | {"last_hidden": wide}).items()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
+from nitp_ops.objectives.module_call import is_fully_sharded
 
 from . import sidecar
 from .hugging_face import head_of, refuse_hooks_on_head, virtual_tokens
@@ -41,6 +42,7 @@ class Handle:
         self._gradient_reduction: Literal["mean", "sum"] = "mean"
         self._step: Tensor | None = None
         self._ran = False
+        self._exact: list[Tensor] | None = None
         self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
         signature = inspect.signature(plain.forward)
         self._names = tuple(signature.parameters)
@@ -52,9 +54,11 @@ class Handle:
         plain.loss_function = self._loss
         own = {f"{OBJECTIVE}.{name}" for name in objective.state_dict()}
         plain._keys_to_ignore_on_save = {*(getattr(plain, "_keys_to_ignore_on_save", None) or ()), *own}
+        after = model.register_forward_hook(self._after, with_kwargs=True)
+        self._last_hook = after.id
         self._hooks = [
+            after,
             model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._after, with_kwargs=True),
             plain.register_state_dict_post_hook(_leave_out),
             plain.register_load_state_dict_post_hook(_expect_none),
         ]
@@ -163,6 +167,8 @@ class Handle:
         )
         # the loss of the plain forward is what the model adds to a cross-entropy of zero, see _loss
         loss = loss if _BALANCE in self._external else loss + out.loss
+        if self._exact is not None:
+            self._exact.append(loss)
         out = type(out)(**{**out, "loss": loss, "logits": None})
         return out.to_tuple() if tuples else out
 
@@ -199,12 +205,20 @@ class Handle:
                 raise ValueError(f"attach: {OBJECTIVE}.{name} is frozen, {expected}")
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._ran = False
+        self._ran, self._exact = False, None
+        if is_fully_sharded(module):
+            self._exact = []
+            module._forward_hooks.move_to_end(self._last_hook)  # type: ignore[attr-defined]
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._ran and module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs):
             name = getattr(self._plain.forward, "__qualname__", repr(self._plain.forward))
             raise RuntimeError(f"attach: model.forward was replaced by {name}, expected attach after that replacement")
+        exact, self._exact = self._exact, None
+        if not exact or output[0].dtype == exact[0].dtype:
+            return output
+        # the policy's output_dtype is for hidden states and logits; FSDP2 watches the loss itself, not the copy it cast
+        return (*exact, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "loss": exact[0]})
 
 
 def _has_labels(call: Mapping[str, Any]) -> bool:
