@@ -1,9 +1,14 @@
 """Targets k steps ahead: which exist, which tokens they are, what they weigh. Nothing ever wraps around.
 
-    V_k[b, t] = (t+k < T) & (doc[b, t+k] == doc[b, t]) & (doc[b, t] >= 0) & ok[b, t+k]
+    P_k[b, t] = (0 <= t+k < T) & (doc[b, t+k] == doc[b, t]) & (doc[b, t] >= 0)
 
-With shift_labels a row knows one token more, token T. It has a label but no hidden state: token targets reach it, pairs
-of hidden states do not. Its document is unknown, so it counts as that of token T - 1 and its label alone decides.
+P_k: the hidden state and the input token k steps ahead are there. V_k: the token target k steps ahead counts.
+
+* labels, or token_ids alone: V_k = P_k, where token t+k may be a target.
+* shift_labels: the label of token t+k stands at p = t+k-1 and belongs to the document of that position. V_k is
+  doc[b, p] == doc[b, t] >= 0, where the label is one. So a document's last label is a target, as is that of token T:
+  they have no hidden state, which pairs would need. What the streams say about token t+k, target_mask and token_weight,
+  is asked where P_k holds. With ``label_layout="stream"`` a label whose token begins another document is none.
 
 Under context parallel (`Streams.shard`) everything is shifted over the whole sequence, then cut to the positions that
 are here: [B, T] is then [B, T/p].
@@ -24,15 +29,15 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
     On CPU, where values may be read, and outside torch.compile; else only the ops meet it, which know neither.
 
     Raises:
-        IndexError: such a token follows another one of its document, and target_mask lets it be a target.
+        IndexError: such a token is a target of the position before it.
     """
     tokens = streams.tokens
     if torch.compiler.is_compiling() or type(tokens) is not Tensor or tokens.device.type != "cpu":
         return
-    targets, (_, documents) = _targets(streams), _documents(streams)
+    targets, (here, known) = _targets(streams), _documents(streams)
     wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != streams.ignore_index)
-    reached = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0)
-    wrong[:, 1:] &= reached
+    before = here[:, : targets.shape[1] - 1]
+    wrong[:, 1:] &= (known[:, 1:] == before) & (before >= 0)
     wrong[:, :1] = False  # nothing predicts the first token
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
@@ -44,9 +49,9 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
 
 
 def valid_pairs(streams: Streams, k: int, *, labelled: bool = False) -> Tensor:
-    """V_k for pairs of hidden states, bool [B, T]; `ok` only counts with ``labelled``.
+    """P_k, bool [B, T]; P_k & V_k with ``labelled``.
 
-    A token whose label is unknown (token 0 under shift_labels, which only ``k = 0`` can ask for) is not ok.
+    Under shift_labels a document's first token has no label, which only ``k = 0`` can ask for.
     """
     here, _ = _documents(streams)
     valid = _equal_ahead(here, here, k, streams)
@@ -56,18 +61,18 @@ def valid_pairs(streams: Streams, k: int, *, labelled: bool = False) -> Tensor:
 def token_targets(streams: Streams, k: int) -> Tensor:
     """``x[t+k]`` where V_k holds, else ignore_index: int64 [B, T]."""
     targets = _ahead(_targets(streams), k, streams, streams.ignore_index)
-    return targets.masked_fill(~_same_document(streams, k), streams.ignore_index)
+    return targets.masked_fill(~_equal_ahead(*_documents(streams), k, streams), streams.ignore_index)
 
 
 def inputs_ahead(streams: Streams, k: int) -> Tensor:
-    """``token_ids[t+k]``, 0 past the end: int64 [B, T]. They are inputs: neither documents nor target_mask hide them.
+    """``token_ids[t+k]`` where P_k holds, else 0: int64 [B, T]. They are inputs: target_mask does not hide them.
 
     Raises:
         ValueError: no token_ids (labels are no inputs: some are absent).
     """
     if streams.token_ids is None:
         raise ValueError("objective: streams lacks token_ids, expected the ids that embed reads")
-    return _ahead(streams.token_ids.to(torch.int64), k, streams, 0)
+    return _ahead(streams.token_ids.to(torch.int64), k, streams, 0).masked_fill(~valid_pairs(streams, k), 0)
 
 
 def rows_ahead(streams: Streams, rows: Tensor, k: int) -> tuple[Tensor, int]:
@@ -84,56 +89,66 @@ def nearest_targets(streams: Streams, window: int) -> Tensor:
     ignore_index where V_k does not hold or where x[t+k] is already a target at a smaller k.
     """
     tokens, (whole, known) = _targets(streams), _documents(streams)
-    here = streams.here(whole).unsqueeze(-1)
-    valid = (_window(known, window, streams, -1) == here) & (here >= 0)
     place = streams.here(torch.arange(whole.shape[1], device=streams.device).unsqueeze(0)).unsqueeze(-1)
     first = _window(_previous(tokens, known), window, streams, -1) <= place
     targets = _window(tokens, window, streams, streams.ignore_index)
-    return targets.masked_fill(~(valid & first), streams.ignore_index)
+    return targets.masked_fill(~(_equal_within(whole, known, window, streams) & first), streams.ignore_index)
 
 
 def target_weights(streams: Streams, k: int) -> Tensor | None:
-    """``token_weight[t+k]`` [B, T], 1 for the token that only shift_labels knows; None without token weights."""
+    """``token_weight[t+k]`` where P_k holds, else 1: [B, T]; None without token weights."""
     if streams.token_weight is None:
         return None
-    return _ahead(_with_last(streams.token_weight.detach(), streams, 1.0), k, streams, 0.0)
+    return _ahead(streams.token_weight.detach(), k, streams, 1.0).masked_fill(~valid_pairs(streams, k), 1.0)
 
 
 def window_weights(streams: Streams, window: int) -> Tensor | None:
-    """``token_weight[t+k]`` for k = 1 .. min(window, T): [B, T, K], as in `target_weights`."""
+    """The same for k = 1 .. min(window, T): [B, T, K]."""
     if streams.token_weight is None:
         return None
-    return _window(_with_last(streams.token_weight.detach(), streams, 1.0), window, streams, 0.0)
+    here, _ = _documents(streams)
+    pairs = _equal_within(here, here, window, streams)
+    return _window(streams.token_weight.detach(), window, streams, 1.0).masked_fill(~pairs, 1.0)
 
 
 def _targets(streams: Streams) -> Tensor:
-    """x[t] where ok[t] holds, else ignore_index: int64 [B, T] of the whole sequence, or
+    """x[t] where token t may be a target, else ignore_index: int64 [B, T] of the whole sequence, or
     [B, T+1] under shift_labels (x[0] is unknown)."""
     tokens = streams.tokens.to(torch.int64)
-    if streams.shift_labels is not None:
-        unknown = tokens.new_full((tokens.shape[0], 1), streams.ignore_index)
-        tokens = torch.cat([unknown, tokens], dim=1)
-    if streams.target_mask is None:
-        return tokens
-    return tokens.masked_fill(~_with_last(streams.target_mask, streams, True), streams.ignore_index)
+    if streams.shift_labels is None:
+        return tokens if streams.target_mask is None else tokens.masked_fill(~streams.target_mask, streams.ignore_index)
+    tokens = _after_unknown(tokens, streams.ignore_index)
+    here, _ = _documents(streams)
+    inside = here[:, 1:] == here[:, :-1]  # the token of this label is the next one of the label's document
+    masked = torch.zeros_like(inside) if streams.label_layout == "document" else ~inside
+    if streams.target_mask is not None:
+        masked = masked | (inside & ~streams.target_mask[:, 1:])
+    tokens[:, 1:-1].masked_fill_(masked, streams.ignore_index)
+    return tokens
 
 
 def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
-    """Documents of the whole sequence [B, T], and the same with the token that only shift_labels knows."""
+    """Documents of the whole sequence [B, T], and those that the labels in `_targets` belong to: of the position where
+    each stands, the one before its token under shift_labels."""
     here = streams.documents
     if here is None:
         here = torch.zeros_like(streams.tokens, dtype=torch.int64)
-    return here, here if streams.shift_labels is None else torch.cat([here, here[:, -1:]], dim=1)
+    return here, here if streams.shift_labels is None else _after_unknown(here, -1)
 
 
-def _same_document(streams: Streams, k: int) -> Tensor:
-    """doc[t+k] == doc[t] >= 0, also where t + k is the token that only shift_labels knows."""
-    return _equal_ahead(*_documents(streams), k, streams)
+def _after_unknown(values: Tensor, fill: int) -> Tensor:
+    """[B, T+1]: values of the labels, each at its token; token 0 has none."""
+    return torch.cat([values.new_full((values.shape[0], 1), fill), values], dim=1)
 
 
 def _equal_ahead(whole: Tensor, known: Tensor, k: int, streams: Streams) -> Tensor:
     here = streams.here(whole)
     return (_ahead(known, k, streams, -1) == here) & (here >= 0)
+
+
+def _equal_within(whole: Tensor, known: Tensor, window: int, streams: Streams) -> Tensor:
+    here = streams.here(whole).unsqueeze(-1)
+    return (_window(known, window, streams, -1) == here) & (here >= 0)
 
 
 def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
@@ -144,12 +159,6 @@ def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
     same = (tokens[:, 1:] == tokens[:, :-1]) & (documents[:, 1:] == documents[:, :-1])
     before = torch.where(same, order[:, :-1], -1)
     return torch.full_like(order, -1).scatter_(1, order[:, 1:], before)
-
-
-def _with_last(values: Tensor, streams: Streams, last: float) -> Tensor:
-    if streams.shift_labels is None:
-        return values
-    return torch.cat([values, values.new_full((values.shape[0], 1), last)], dim=1)
 
 
 def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,8 @@ _TOKEN_FIELDS = (
     "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
 )  # fmt: skip
 _HIDDEN_FIELDS = ("last_hidden", "last_residual")
+#: Whose document a pre-shifted label belongs to, see `Streams`.
+LabelLayout: TypeAlias = Literal["document", "stream"]
 #: What `Streams` sets for itself. No fields: FSDP2 makes its inputs anew from theirs, all of which must be arguments.
 _DERIVED = ("spans", "shape", "device", "external_pairs", "documents")
 
@@ -29,6 +32,10 @@ class Streams:
         labels: targets, unshifted: ``labels[t]`` belongs to token t (Hugging Face).
         shift_labels: targets, pre-shifted: ``shift_labels[t]`` belongs to token t + 1 (Megatron, torchtitan, nanoGPT).
             labels or shift_labels, never both.
+        label_layout: how shift_labels were made; labels and token_ids have no other layout than their own.
+            "document": inside each document, so that a label belongs to the document of the position where it stands
+            and a document's last label, its end of text, is a target (torchtitan, NeMo). "stream": over the whole row;
+            the label at a document's last position is the next document's first token, no target.
         document_ids: >= 0 the document, < 0 padding. Or derive them from attention_mask (0 is padding), position_ids
             (``[B, T]`` or ``[1, T]``; a break wherever the position is not the previous + 1) or cu_seqlens (1-D).
         target_mask: bool; token t may be a target. It belongs to the target, not to the token that predicts it.
@@ -73,11 +80,13 @@ class Streams:
     embed: nn.Module | Tensor | None = None
     external: Mapping[str, Tensor | tuple[Tensor, Tensor | int]] = field(default_factory=dict)
     ignore_index: int = -100
+    label_layout: LabelLayout = "document"
     shard: SequenceShard | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.shift_labels is not None:
             raise ValueError("Streams: labels and shift_labels are both given, expected at most one of them")
+        check_label_layout("Streams", self.label_layout)
         if not is_int(self.ignore_index):
             raise TypeError(f"Streams: ignore_index is {self.ignore_index!r}, expected an integer")
         if not isinstance(self.hidden_states, Mapping):
@@ -204,6 +213,16 @@ class Streams:
         if not isinstance(count, Tensor) or count.dim() > 0 or count.is_floating_point() or count.dtype == torch.bool:
             raise TypeError(f"Streams: external[{name}] has the count {_came(count)}, expected an integer")
         return total.to(self.device), count.detach().to(self.device, torch.int64)
+
+
+def check_label_layout(function: str, layout: object) -> None:
+    """
+    Raises:
+        ValueError: it is no label layout.
+    """
+    if layout not in ("document", "stream"):
+        given = f'"{layout}"' if isinstance(layout, str) else repr(layout)
+        raise ValueError(f'{function}: label_layout is {given}, expected "document" or "stream"')
 
 
 def _came(value: object) -> str:

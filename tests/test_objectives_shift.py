@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,10 +85,14 @@ def test_targets_do_not_wrap_around_at_any_distance():
         assert not valid_pairs(ids_streams(), k)[:, max(0, 6 - k) :].any()
 
 
-def test_the_last_pre_shifted_target_stays_inside_its_document():
-    streams = Streams(shift_labels=IDS, document_ids=torch.tensor([[0, 0, 0, 0, 0, 1]]))
-    assert token_targets(streams, 2).tolist() == [[1, 4, 1, -100, -100, -100]]
-    assert token_targets(streams, 1).tolist() == [[3, 1, 4, 1, -100, 9]]
+def test_a_pre_shifted_target_belongs_to_the_document_in_which_it_stands():
+    streams: dict[str, Any] = {"shift_labels": IDS, "document_ids": torch.tensor([[0, 0, 0, 0, 0, 1]])}
+    inside, whole = Streams(**streams), Streams(**streams, label_layout="stream")
+    assert token_targets(inside, 1).tolist() == [[3, 1, 4, 1, 5, 9]]
+    assert token_targets(inside, 2).tolist() == [[1, 4, 1, 5, -100, -100]]
+    # the fifth label is the first token of the other document where the whole row was shifted
+    assert token_targets(whole, 1).tolist() == [[3, 1, 4, 1, -100, 9]]
+    assert token_targets(whole, 2).tolist() == [[1, 4, 1, -100, -100, -100]]
 
 
 def test_a_masked_pre_shifted_label_masks_its_hidden_target_too():
