@@ -14,7 +14,8 @@ IGNORE_INDEX = -100
 def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `Streams` from the keywords of a forward call; other keys are left alone.
 
-    input_ids are token_ids; shift_labels come before labels, as in the loss of Hugging Face. Documents derive from
+    A key whose value is None is absent. input_ids are token_ids; shift_labels come before labels, as in the loss of
+    Hugging Face; whose document they belong to is `Streams.label_layout`, which no batch says. Documents derive from
     attention_mask (as wide as the tokens, or with the columns of cached keys before) together with cu_seqlens
     (``cu_seq_lens_q`` or ``cu_seqlens``), or else with position_ids. Where a batch carries both it is cu_seqlens that
     attention obeys; the two would have to be compared by value.
@@ -23,17 +24,15 @@ def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: an attention_mask that is not ``[B, T]``, from which no padding can be read.
     """
     fields: dict[str, Any] = {"token_ids": batch.get("input_ids")}
-    if batch.get("shift_labels") is not None:
-        fields["shift_labels"] = batch["shift_labels"]
-    else:
-        fields["labels"] = batch.get("labels")
+    labels = "shift_labels" if batch.get("shift_labels") is not None else "labels"
+    fields[labels] = batch.get(labels)
     mask = batch.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         came = f"has shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"is a {type(mask).__name__}"
         raise ValueError(f"attach: attention_mask {came}, expected [B, T] (or position_ids, or cu_seqlens)")
     fields["attention_mask"] = None if mask is None else _of_tokens(mask, fields)
-    lengths = batch.get("cu_seq_lens_q", batch.get("cu_seqlens"))
-    fields |= {"position_ids": batch.get("position_ids")} if lengths is None else {"cu_seqlens": lengths}
+    lengths = [batch[name] for name in ("cu_seq_lens_q", "cu_seqlens") if batch.get(name) is not None]
+    fields |= {"cu_seqlens": lengths[0]} if lengths else {"position_ids": batch.get("position_ids")}
     return {name: value for name, value in fields.items() if value is not None}
 
 
