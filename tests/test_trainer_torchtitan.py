@@ -18,7 +18,10 @@ from torch import Tensor
 pytest.importorskip("torchtitan")
 pytest.importorskip("nitp_ops.integrations.torchtitan", exc_type=ImportError)
 
+import packed_texts
+from torchtitan.components.loss import cross_entropy_loss
 from torchtitan.config import ConfigManager
+from torchtitan.hf_datasets import text_datasets
 from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.llama3 import model_registry
@@ -63,9 +66,9 @@ def formula(model: Decoder, batch: dict[str, Tensor]) -> Tensor:
         hidden = states[k] = layer(hidden, None, batch["positions"])
     last, logits = model.norm(hidden), model.lm_head(model.norm(hidden))
     rows, length = batch["inputs"].shape
-    same = [(b, t) for b in range(rows) for t in range(length) if t + 1 == length or t + 1 != 5]
-    ntp = [F.cross_entropy(logits[b, t], y) for b, t in same if (y := batch["labels"][b, t]) != -100]
-    pairs = [(b, t) for b, t in same if t + 1 < length]
+    every = [(b, t) for b in range(rows) for t in range(length)]
+    ntp = [F.cross_entropy(logits[b, t], y) for b, t in every if (y := batch["labels"][b, t]) != -100]
+    pairs = [(b, t) for b, t in every if t + 1 < length and t + 1 != 5]
 
     def nitp(label: str, source: Tensor, k: int) -> Tensor:
         own: Any = objective.terms[label]
@@ -110,6 +113,26 @@ def test_microbatches_with_unequal_counts_add_up_to_the_batch():
     losses = [adapter.objective_loss(model, tapped, **part, counts=counts).loss for part in parts]
     torch.testing.assert_close(sum(losses), whole.loss, rtol=1e-6, atol=0)
     same(gradients(sum(losses), model), gradients(whole.loss, model), 2e-5)  # type: ignore[arg-type]
+
+
+def test_ntp_on_its_own_packed_texts_is_its_own_loss(monkeypatch):
+    monkeypatch.setitem(text_datasets.DATASETS, "texts", packed_texts.CONFIG)
+    data = text_datasets.HuggingFaceTextDataset("texts", None, packed_texts.Tokenizer(), seq_len=32)
+    rows, labels = zip(*data, strict=True)
+    inputs, positions = (torch.stack([row[name] for row in rows]) for name in ("input", "positions"))
+    model = tiny_decoder()
+    batch: dict[str, Any] = {"inputs": inputs, "labels": torch.stack(labels), "positions": positions}
+    assert (positions == 0).sum() > len(rows) and (batch["labels"] == packed_texts.END).sum() > len(rows)
+    expected = cross_entropy_loss(model(inputs, positions=positions), batch["labels"]) / batch["labels"].numel()
+    objective = adapter.attach_decoder(model, "ntp + 0*mtp_shared(offsets=[2])")
+    out = adapter.objective_loss(model, adapter.tap_decoder(model), **batch)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-6, atol=0)
+    same(gradients(out.loss, model), gradients(expected, model), 2e-5)
+    counts = objective.count(Streams(token_ids=inputs, shift_labels=batch["labels"], position_ids=positions))
+    breaks = (positions[:, 1:] == 0).sum()
+    assert {name: int(n) for name, n in counts.items()} == {
+        "ntp": inputs.numel(), "mtp_shared/2": inputs.numel() - len(rows) - int(breaks)
+    }  # fmt: skip
 
 
 def test_the_plain_model_is_untouched_and_the_objective_stays_out_of_its_state():
@@ -185,6 +208,8 @@ def losses(run: dict[str, Any]) -> dict[int, dict[str, float]]:
 def test_its_trainer_with_ntp_alone_is_its_trainer(tmp_path):
     families, kinds = ("llama3", "deepseek_v3"), {"ntp": {"spec": "ntp"}, "plain": {"plain": True}}
     options = {f"{f} {kind}": {"family": f, "steps": 3, **own} for f in families for kind, own in kinds.items()}
+    for kind in kinds:  # texts that its own dataset packs, labels shifted inside each
+        options[f"llama3 {kind}"]["packed"] = True
     found = trained(tmp_path, options)
     for family in families:
         mine, plain = found[f"{family} ntp"], found[f"{family} plain"]

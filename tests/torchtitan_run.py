@@ -26,6 +26,7 @@ torch._utils._get_available_device_type = lambda: "cpu"  # type: ignore[attr-def
 import torchtitan.components.metrics as metrics  # noqa: E402
 import torchtitan.distributed.fsdp as fsdp  # noqa: E402
 import torchtitan.distributed.utils as distributed  # noqa: E402
+import torchtitan.hf_datasets.text_datasets as text_datasets  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
 
 
@@ -52,6 +53,7 @@ distributed.set_pg_timeouts = lambda **_: None
 fsdp.disable_fsdp_gradient_division = sum_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import packed_texts  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
@@ -115,6 +117,10 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
         setattr(owner, last, value)
     if options.get("ragged"):
         config.dataloader = Ragged.Config()
+    if options.get("packed"):
+        text_datasets.DATASETS["texts"] = packed_texts.CONFIG
+        config.dataloader = text_datasets.HuggingFaceTextDataLoader.Config(dataset="texts")
+        config.tokenizer = packed_texts.Tokenizer.Config()
     plain = adapter.derive(config, Trainer.Config)
     trainer: Trainer = (adapter.ObjectiveTrainer if not options.get("plain") else Trainer)(
         config if not options.get("plain") else plain  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from torch import nn
 
 from nitp_ops.objectives import build
 from nitp_ops.objectives.spec import SpecLike
+from nitp_ops.objectives.streams import LabelLayout, check_label_layout
 
 from .block_pass import check_required, checked_blocks
 from .handle import HANDLE, Handle
@@ -17,7 +18,14 @@ from .sites import hugging_face_sites
 from .tapping import Tap, differentiable_states
 
 
-def attach(model: nn.Module, spec: SpecLike, *, seed: int = 0, backend: str | None = None) -> Handle:
+def attach(
+    model: nn.Module,
+    spec: SpecLike,
+    *,
+    label_layout: LabelLayout = "document",
+    seed: int = 0,
+    backend: str | None = None,
+) -> Handle:
     """Give a Hugging Face causal language model a training objective, in place.
 
     In training, a forward call with labels returns the objective's loss as ``out.loss`` and None as ``out.logits``: no
@@ -35,12 +43,16 @@ def attach(model: nn.Module, spec: SpecLike, *, seed: int = 0, backend: str | No
     Args:
         model: a Hugging Face causal language model, or a PeftModel of one.
         spec: in any spelling, see `nitp_ops.objectives.parse`. seed, backend: see `nitp_ops.objectives.build`.
+        label_layout: how the ``shift_labels`` of a call were made. "document": inside each document, whose last label
+            is then a target; "stream": over the whole row, as loops under context parallel make them from labels. What
+            a call brings as ``labels`` has the same targets under both.
 
     Raises:
         SpecError: everything that is wrong with the spec, or with it for this model.
         TypeError: no Hugging Face model.
-        ValueError: a model that was attached, compiled, wrapped or sharded before; a head that carries an adapter or is
-            quantised; logits that are no scale and softcap of the head's output; no module for a required stream.
+        ValueError: another label_layout; a model that was attached, compiled, wrapped or sharded before; a head that
+            carries an adapter or is quantised; logits that are no scale and softcap of the head's output; no module for
+            a required stream.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -54,6 +66,7 @@ def attach(model: nn.Module, spec: SpecLike, *, seed: int = 0, backend: str | No
         >>> out.logits is None, handle.metrics.compute()["nitp/count"]
         (True, 14)
     """
+    check_label_layout("attach", label_layout)
     plain = unwrapped(model)
     sites = hugging_face_sites(plain)
     refuse_hooks_on_head(plain)
@@ -65,7 +78,9 @@ def attach(model: nn.Module, spec: SpecLike, *, seed: int = 0, backend: str | No
     check_required(objective.requires, objective.info.num_layers, reasons, type(plain).__name__)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)
-    return Handle(model, plain, objective, Tap(sites, objective.requires, differentiable_states(objective)))
+    return Handle(
+        model, plain, objective, Tap(sites, objective.requires, differentiable_states(objective)), label_layout
+    )
 
 
 def handle_of(model: nn.Module) -> Handle:

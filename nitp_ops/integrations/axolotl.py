@@ -10,7 +10,7 @@ windows, logs the parts of the loss and keeps the own parameters in its checkpoi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from .packages import check_version
 
@@ -32,10 +32,12 @@ class NitpArgs(BaseModel):
     """What the plugin adds to Axolotl's config.
 
     nitp_objective: a spec as an expression or a mapping, see `nitp_ops.objectives.parse`. nitp_seed: of its parameters.
+    nitp_label_layout: of ``shift_labels`` that the data brings, see `attach`.
     """
 
     nitp_objective: str | dict[str, Any]
     nitp_seed: int = 0
+    nitp_label_layout: Literal["document", "stream"] = "document"
 
     @field_validator("nitp_objective")
     @classmethod
@@ -61,7 +63,8 @@ class NitpPlugin(BasePlugin):
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Attach, after adapters and Axolotl's own patches."""
-        attach(model, _plain(cfg["nitp_objective"]), seed=cfg["nitp_seed"] or 0)
+        layout = cfg["nitp_label_layout"] or "document"
+        attach(model, _plain(cfg["nitp_objective"]), seed=cfg["nitp_seed"] or 0, label_layout=layout)
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """AxolotlTrainer with an objective; the model that it gets has one."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 from nitp_ops.objectives.module_call import is_fully_sharded
+from nitp_ops.objectives.streams import LabelLayout
 
 from . import sidecar
 from .hugging_face import head_of, refuse_hooks_on_head, virtual_tokens
@@ -32,10 +33,18 @@ class Handle:
     Attributes:
         objective: also ``model.nitp_objective``.
         metrics: of the last training pass, None before the first; add them up over a window, see `Metrics`.
+        label_layout: of the shift_labels that are counted and trained on from now on, see `Streams`.
     """
 
-    def __init__(self, model: nn.Module, plain: Any, objective: CompositeObjective, tap: Tap) -> None:
-        self.objective = objective
+    def __init__(
+        self,
+        model: nn.Module,
+        plain: Any,
+        objective: CompositeObjective,
+        tap: Tap,
+        label_layout: LabelLayout = "document",
+    ) -> None:
+        self.objective, self.label_layout = objective, label_layout
         self.metrics: Metrics | None = None
         self._model, self._plain, self._tap = model, plain, tap
         self._counts: Counts | None = None
@@ -87,9 +96,14 @@ class Handle:
 
     def count(self, batch: Mapping[str, Any]) -> Counts:
         """Counts of a batch, the keywords of a forward call; add them over the window, all-reduce them over ranks."""
+        return self.objective.count(self.tokens(batch))
+
+    def tokens(self, batch: Mapping[str, Any]) -> Streams:
+        """The token streams of a batch, the keywords of a forward call."""
         fields = token_streams(batch)
         prompt = virtual_tokens(self._model)
-        return self.objective.count(Streams(**(with_prompt(fields, prompt) if prompt else fields)))
+        fields = with_prompt(fields, prompt) if prompt else fields
+        return Streams(**fields, label_layout=self.label_layout)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """See that the optimizer trains the objective's own parameters.
@@ -147,9 +161,8 @@ class Handle:
         tuples = call.get("return_dict") is False
         call |= {"labels": labels, "return_dict": True}
         call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
-        call.setdefault("use_cache", False)
-        if _BALANCE in self._external:
-            call.setdefault("output_router_logits", True)
+        defaults = {"use_cache": False} | ({"output_router_logits": True} if _BALANCE in self._external else {})
+        call |= {name: value for name, value in defaults.items() if call.get(name) is None}
         self._tap.start()
         try:
             out = self._plain_forward(**call)
@@ -157,6 +170,7 @@ class Handle:
             self._tap.stop()
         streams = self._tap.streams(
             **fields,
+            label_layout=self.label_layout,
             external={name: self._given(out, name) for name in self._external},
             head=head_of(self._plain),
             embed=self._plain.get_input_embeddings(),

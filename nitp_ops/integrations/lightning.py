@@ -22,11 +22,11 @@ from torch import Tensor, nn  # noqa: E402
 
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
+from nitp_ops.objectives.streams import LabelLayout  # noqa: E402
 
 from .attaching import attach  # noqa: E402
 from .handle import Handle  # noqa: E402
 from .sites import is_hugging_face  # noqa: E402
-from .token_streams import token_streams  # noqa: E402
 
 SIDECAR = "nitp_objective"
 
@@ -48,7 +48,7 @@ class ObjectiveCallback(Callback):
         model: name of the Hugging Face model in the module; not needed for the only one.
         streams: makes the token streams of a batch as the data loader yields it (on the host). Not needed where batches
             are what a Hugging Face model is called with.
-        seed, backend: as in `attach`.
+        label_layout, seed, backend: as in `attach`.
 
     Raises:
         ValueError, TypeError: (when fitting starts) no model or no objective, or more than one; manual optimization; a
@@ -65,10 +65,13 @@ class ObjectiveCallback(Callback):
         *,
         model: str | None = None,
         streams: Callable[[Any], Streams] | None = None,
+        label_layout: LabelLayout = "document",
         seed: int = 0,
         backend: str | None = None,
     ) -> None:
-        self.spec, self.model, self.streams, self.seed, self.backend = spec, model, streams, seed, backend
+        self.spec, self.model, self.streams = spec, model, streams
+        self.label_layout: LabelLayout = label_layout
+        self.seed, self.backend = seed, backend
         self.handle: Handle | None = None
         self.objective: CompositeObjective | None = None
         self._counts: Counts | None = None
@@ -90,7 +93,8 @@ class ObjectiveCallback(Callback):
                 raise TypeError("lightning: streams is None, expected a function (the module builds streams itself)")
         elif self.handle is None:
             inside = pl_module.get_submodule(self.model) if self.model else _hugging_face(pl_module)
-            self.handle = attach(inside, self.spec, seed=self.seed, backend=self.backend)
+            options: dict[str, Any] = {"label_layout": self.label_layout, "seed": self.seed, "backend": self.backend}
+            self.handle = attach(inside, self.spec, **options)
             self.objective = self.handle.objective
             check_streams("lightning", self.handle.objective.requires, (*STREAMS, "external[aux_loss]"))
 
@@ -165,7 +169,8 @@ class ObjectiveCallback(Callback):
             return self.streams(batch)
         if not hasattr(batch, "keys"):
             raise TypeError(f"lightning: a batch is a {type(batch).__name__}, expected a mapping, or streams=function")
-        return Streams(**token_streams(batch))
+        assert self.handle is not None  # else `setup` asked for streams
+        return self.handle.tokens(batch)
 
 
 def objective_loss(module: LightningModule, streams: Streams) -> Tensor:

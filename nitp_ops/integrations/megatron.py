@@ -10,8 +10,10 @@
         return objective_step(model, tokens, position_ids, attention_mask, labels, loss_mask)
 
 Megatron's labels are pre-shifted and its ``loss_mask[t]`` masks ``labels[t]``: the label is masked, the token that
-predicts it is not. Its tensors are [T, B, d]; they are read as [B, T, d] without a copy. The whole objective is the
-output of ``forward_step``: Megatron's loss scale reaches all of it, no term needs an auxiliary loss scaler.
+predicts it is not. A label belongs to the document of the position where it stands (`Streams`,
+``label_layout="document"``), so that "ntp" is Megatron's own loss under its own mask. Its tensors are [T, B, d]; they
+are read as [B, T, d] without a copy. The whole objective is the output of ``forward_step``: Megatron's loss scale
+reaches all of it, no term needs an auxiliary loss scaler.
 
 Data parallelism only. Tested with GPTModel and `forward_step_calc_loss` on the CPU; Megatron's DistributedDataParallel,
 its distributed optimizer and its schedules need a GPU and have not run with it.
@@ -197,10 +199,11 @@ class _WithoutLogits:
         del self.layer.forward
 
 
-def _fields(tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor | None) -> dict[str, Tensor]:
+def _fields(tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor | None) -> dict[str, Any]:
     if loss_mask is not None:
         labels = labels.masked_fill(loss_mask == 0, -100)
-    return {"token_ids": tokens, "shift_labels": labels, "position_ids": position_ids}
+    fields = {"token_ids": tokens, "shift_labels": labels, "position_ids": position_ids}
+    return fields | {"label_layout": "document"}
 
 
 def _refuse(model: GPTModel) -> None:

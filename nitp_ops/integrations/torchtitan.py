@@ -4,8 +4,9 @@
         return with_objective(llama3_8b(), "ntp + 0.8*nitp(target_layer=0.2)")
 
 Training computes the objective in place of the loss of the config, over the counts of all microbatches and ranks of a
-step; validation keeps the loss of the config. Labels are pre-shifted there and positions restart in every document, so
-that no target crosses a document: torchtitan's own loss has one such target a document more.
+step; validation keeps the loss of the config. Its data shifts labels inside each document and restarts the positions in
+every one, so that "ntp" is torchtitan's own loss: a document's last label, its end of text, is a target (`Streams`,
+``label_layout="document"``).
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def objective_loss(
 
     Args:
         model: with an objective (`attach_decoder`). tapped: see `tap_decoder`.
-        inputs: token ids [B, T]. labels: [B, T], pre-shifted: ``labels[t]`` belongs to token t + 1.
+        inputs: token ids [B, T]. labels: [B, T], pre-shifted inside each document.
         counts: of the whole step. step: for scheduled weights. extra: of the decoder's forward; documents derive from
             ``positions`` [B, T].
     """
@@ -240,8 +241,9 @@ def _check_decoder(model: nn.Module) -> None:
         )
 
 
-def _fields(inputs: Tensor, labels: Tensor, positions: Tensor | None) -> dict[str, Tensor | None]:
-    return {"token_ids": inputs, "shift_labels": labels, "position_ids": positions}
+def _fields(inputs: Tensor, labels: Tensor, positions: Tensor | None) -> dict[str, Any]:
+    fields = {"token_ids": inputs, "shift_labels": labels, "position_ids": positions}
+    return fields | {"label_layout": "document"}
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

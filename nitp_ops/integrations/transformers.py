@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nitp_ops.objectives.spec import SpecLike
+from nitp_ops.objectives.streams import LabelLayout
 
 from .accelerate import data_parallel_only
 from .attaching import attach, handle_of
@@ -50,6 +51,9 @@ class NitpTrainerMixin(_Base):
     Args:
         objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's own ``__init__``,
             thus after PEFT and TRL. None: the model that came is attached already.
+        label_layout: of ``shift_labels`` that the data collator makes, as in `attach`, whose word it is where the model
+            came attached. Those that the trainer itself makes from the labels of a batch are "stream": they count what
+            the labels count.
         *args, **kwargs: of the Trainer.
 
     Attributes:
@@ -64,8 +68,11 @@ class NitpTrainerMixin(_Base):
     # Trainer.training_step must not divide by the accumulation steps: the counts are those of the window
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, objective: SpecLike | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, objective: SpecLike | None = None, label_layout: LabelLayout = "document", **kwargs: Any
+    ) -> None:
         self._objective: SpecLike | None = None
+        self._label_layout: LabelLayout = label_layout
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             smoothing = self.args.label_smoothing_factor
@@ -87,7 +94,11 @@ class NitpTrainerMixin(_Base):
         self._bind(self.model)
 
     def _bind(self, model: nn.Module) -> None:
-        self.nitp: Handle = handle_of(model) if self._objective is None else attach(model, self._objective)
+        if self._objective is None:
+            self.nitp: Handle = handle_of(model)
+            self._label_layout = self.nitp.label_layout
+        else:
+            self.nitp = attach(model, self._objective, label_layout=self._label_layout)
         self._step_log = StepLog(self.nitp.objective.spec)
         self._logged_step, self._optimizer_checked = 0, False
 
@@ -100,6 +111,8 @@ class NitpTrainerMixin(_Base):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
+            self.nitp.label_layout = self._label_layout
+            self._collated_shift_labels = any(batch.get("shift_labels") is not None for batch in batches)
             self._counts = count_window(self.nitp, batches, device)
             self.nitp.set_counts(self._counts)
         return batches, num_items
@@ -117,6 +130,8 @@ class NitpTrainerMixin(_Base):
             self.nitp.check(self.optimizer)  # type: ignore[reportArgumentType]
             self._logged_step, self._optimizer_checked = self.state.global_step, True
         self.nitp.set_step(self.state.global_step)
+        if inputs.get("shift_labels") is not None and not self._collated_shift_labels:
+            self.nitp.label_layout = "stream"  # the trainer made them from the labels that were counted
         outputs = model(**inputs)
         self._step_log.add(self.nitp.metrics, self._counts)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
