@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Batch:
     states: dict[int, Tensor]
     head: nn.Linear
     documents: Tensor | None = None
-    extra: dict[str, Tensor] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     embed: nn.Embedding = field(default_factory=lambda: make_embed())
 
     def streams(self, **changes: object) -> Streams:
@@ -47,7 +48,7 @@ class Batch:
             {k: state[rows] for k, state in self.states.items()},
             self.head,
             None if self.documents is None else self.documents[rows],
-            {name: value[rows] for name, value in self.extra.items()},
+            {name: value[rows] if isinstance(value, Tensor) else value for name, value in self.extra.items()},
             self.embed,
         )
 

@@ -149,14 +149,19 @@ def worker(rank: int) -> None:
             for spec in blocks:  # a block that finds the other keys makes them exact
                 summed(spec, batch, BLOCKS, rows, shard, group)
             sharded_too(batch, rows, shard)
-    one_document_a_row_and_labels_that_are_shifted(batch)
+    labels_that_are_shifted(batch)
     too_far(batch)
 
 
-def one_document_a_row_and_labels_that_are_shifted(batch: Batch) -> None:
+def labels_that_are_shifted(batch: Batch) -> None:
+    """Over the whole row, and inside each document, which may end on another rank; then one document a row."""
     rows, shard, group = shared_by(4, "zigzag")
     shifted = torch.cat([batch.ids[:, 1:], batch.ids[:, :1]], dim=1)
-    batch.documents, batch.extra = None, {"shift_labels": shifted, "token_weight": batch.hidden[..., 0].detach().abs()}
+    labels = {"shift_labels": shifted, "token_weight": batch.hidden[..., 0].detach().abs()}
+    for layout in ("stream", "document"):
+        batch.extra = {**labels, "label_layout": layout}
+        summed(SPECS["all at once"], batch, BLOCKS, rows, shard, group)
+    batch.documents = None
     for spec in (SPECS["all at once"], VARIANTS["residual heads"]):
         summed(spec, batch, BLOCKS, rows, shard, group)
 

@@ -161,7 +161,7 @@ def cut_into_documents(batch: Batch, fields: dict[str, Tensor]) -> list[Streams]
 
 
 @pytest.mark.parametrize("term", TERMS)
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(case=cases(contiguous=True, kinds=("shift_labels", "labels")))
 def test_packed_documents_train_like_rows_of_their_own(term: str, case: Case):
     batch, objective = make_batch(batch=1, length=case.length), build(term, model=INFO)
@@ -173,7 +173,7 @@ def test_packed_documents_train_like_rows_of_their_own(term: str, case: Case):
 
 
 @pytest.mark.parametrize("term", TERMS)
-@settings(deadline=None, max_examples=3)
+@settings(deadline=None, max_examples=2)
 @given(case=cases(contiguous=True, kinds=("labels",)))
 def test_labels_that_were_shifted_as_a_stream_train_like_the_labels(term: str, case: Case):
     batch, objective = make_batch(batch=1, length=case.length), build(term, model=INFO)
