@@ -166,10 +166,10 @@ def test_lightning_counts_shift_labels_as_it_was_told():
 
     from nitp_ops.integrations.lightning import ObjectiveCallback
 
-    found = []
-    for options, collate in (({}, packed), ({"label_layout": "stream"}, lambda rows: shifted(packed(rows)))):
+    found, cases = [], (("document", packed), ("stream", lambda rows: shifted(packed(rows))))
+    for layout, collate in cases:
         module = Wrapped(tiny_llama())
-        callback = ObjectiveCallback(SPEC, **options)
+        callback = ObjectiveCallback(SPEC, label_layout=layout)  # type: ignore[arg-type]
         loader = DataLoader(ragged_rows(), batch_size=2, collate_fn=collate)
         L.Trainer(callbacks=[callback], max_epochs=1, accumulate_grad_batches=2, **QUIET).fit(module, loader)
         found.append(([], dict(module.named_parameters())))
