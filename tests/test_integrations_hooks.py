@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from hugging_face_cases import batch, gradients, make
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from transformers.debug_utils import DebugUnderflowOverflow
 
 import nitp_ops
 
@@ -96,15 +97,18 @@ def test_a_hook_on_the_gradient_of_the_heads_weight_runs():
     torch.testing.assert_close(gradients(model(**given).loss, model)["lm_head.weight"], 2 * plain)
 
 
+FACTORS = torch.linspace(0.5, 2.0, 32, dtype=torch.float64)  # no common factor, which a cosine would not notice
+
+
 def scale(module: nn.Module, args: Any, output: Any) -> Any:
     if isinstance(output, Tensor):
-        return output * 1.5
-    output.last_hidden_state = output.last_hidden_state * 1.5
+        return output * FACTORS
+    output.last_hidden_state = output.last_hidden_state * FACTORS
     return output
 
 
 def scale_input(module: nn.Module, args: Any) -> Any:
-    return (args[0] * 1.5, *args[1:])
+    return (args[0] * FACTORS, *args[1:])
 
 
 PLACES: dict[str, tuple[str, str, Any]] = {
@@ -161,6 +165,24 @@ def test_a_head_that_accelerate_keeps_elsewhere_is_refused_by_name():
     hooks.add_hook_to_module(model.lm_head, hook)
     with pytest.raises(ValueError, match=r"head is offloaded by accelerate \(device_map\), expected its weight on"):
         nitp_ops.attach(model, "ntp")
+
+
+@pytest.mark.parametrize("first", ["attach", "debug"])
+def test_the_hooks_of_transformers_that_watch_for_overflow_change_nothing(first: str):
+    """TrainingArguments(debug="underflow_overflow") hooks every module, the head too."""
+    model, given = make("llama"), batch()
+    spec = "ntp + 0.8*nitp(target_layer=1) + 0.1*mtp_shared"
+    handle = nitp_ops.attach(model, spec)
+    expected = gradients(model(**given).loss, model)
+    if first == "debug":
+        handle.detach()
+    watching = DebugUnderflowOverflow(model)
+    if first == "debug":
+        nitp_ops.attach(model, spec)
+    found = gradients(model(**given).loss, model)
+    assert watching.batch_number > 0
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
 
 
 def masks_columns(logits: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,10 +12,10 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from hugging_face_cases import SIZES, assert_equal_training, batch, make
+from hugging_face_cases import FAMILIES, SIZES, assert_equal_training, batch, make
 
 import nitp_ops
-from nitp_ops.integrations.head_transform import head_transform
+from nitp_ops.integrations.block_pass import checked_blocks
 from nitp_ops.integrations.sites import hugging_face_sites
 from nitp_ops.objectives import SpecError
 
@@ -33,6 +35,11 @@ MORE: dict[str, dict[str, Any]] = {
     "longcat_flash": LATENT | {
         "num_layers": 3, "num_hidden_layers": 6, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_topk": 2,
         "zero_expert_num": 2, "expert_ffn_hidden_size": 16, "ffn_hidden_size": 48,
+    },
+    "glm_moe_dsa": LATENT | {
+        "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 16, "index_topk": 4, "index_head_dim": 8,
+        "index_n_heads": 2,
     },
     "hrm_text": {"num_layers_per_stack": 3},
     "bart": {
@@ -60,7 +67,7 @@ def tiny(family: str, **changes: Any) -> Any:
 def with_images(family: str) -> Any:
     """Towers for text and for images of equal depth."""
     torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[family]
+    config: Any = transformers.CONFIG_MAPPING[family]
     text = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
               "deepstack_visual_indexes": [0, 1, 2], "patch_size": 8, "num_hidden_layers": 3, "image_size": 16,
@@ -107,6 +114,15 @@ def test_the_loss_of_next_tokens_alone_is_that_of_the_plain_model(family: str):
     plain = model(**given, use_cache=False).loss
     nitp_ops.attach(model, "ntp")
     torch.testing.assert_close(model(**given).loss, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "glm_moe_dsa"])
+def test_a_pass_over_ids_finds_blocks_that_return_a_tensor_or_a_tuple(family: str):
+    model = make(family) if family in FAMILIES else tiny(family)
+    structural = hugging_face_sites(model)
+    found, reasons = checked_blocks(model, replace(structural, blocks=None, norm=None))
+    assert found.blocks == structural.blocks is not None
+    assert (found.norm is structural.norm) == (reasons == {}) == (family != "nanochat")
 
 
 def test_blocks_that_the_config_counts_otherwise_are_found_by_running_them():
@@ -174,7 +190,15 @@ def test_offsets_past_the_longest_sequence_of_the_config_are_refused():
         nitp_ops.attach(make("llama"), "ntp + mtp_parallel(offsets=[2, 64])")
 
 
-def test_a_scale_that_is_no_rounding_of_one_is_kept():
-    model = make("cohere", logit_scale=1.05)
-    sites = hugging_face_sites(model)
-    assert head_transform(model, model.forward, sites).logit_scale == pytest.approx(1.05, rel=1e-6)
+def test_a_scale_that_is_no_rounding_of_one_is_kept_under_a_cap():
+    model = make("llama")
+    plain = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = plain(*args, **kwargs)
+        return type(out)(**{**out, "logits": 5 * torch.tanh(1.05 * out.logits / 5)})
+
+    model.forward = forward
+    info = nitp_ops.attach(model, "ntp").objective.info
+    assert (info.softcap, info.logit_scale) == (5.0, pytest.approx(1.05, rel=1e-5))

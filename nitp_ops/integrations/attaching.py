@@ -51,8 +51,9 @@ def attach(
         SpecError: everything that is wrong with the spec, or with it for this model.
         TypeError: no Hugging Face model.
         ValueError: another label_layout; a model that was attached, compiled, wrapped or sharded before; a head that
-            carries an adapter or is quantised; logits that are no scale and softcap of the head's output; no module for
-            a required stream.
+            carries an adapter, is quantised or offloaded, or has hooks of anybody but an engine; logits that are no
+            scale and softcap of the head's output; a loss that does not go through ``model.loss_function``; a required
+            stream that no module passes once, as wide as the head reads.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
