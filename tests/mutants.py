@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant("objectives/shift.py", "_after_unknown(here, -1)", "torch.cat([here, here[:, -1:]], dim=1)",
            "objectives_label_layout"),
     Mutant("objectives/shift.py", 'if streams.label_layout == "document" else ~inside', "", "objectives_label_layout"),
-    Mutant("objectives/shift.py", "masked | (inside & ~", "masked | (~", "objectives_label_layout"),
+    Mutant("objectives/shift.py", "masked | (inside & ~", "masked | (~", "objectives_shift"),
     Mutant("objectives/shift.py", ".masked_fill(~valid_pairs(streams, k), 0)", "", "objectives_label_layout"),
     Mutant("objectives/shift.py", ".masked_fill(~valid_pairs(streams, k), 1.0)", "", "objectives_label_layout"),
     Mutant("objectives/shift.py", ".masked_fill(~pairs, 1.0)", "", "objectives_label_layout"),

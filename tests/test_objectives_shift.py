@@ -13,7 +13,7 @@ from objectives_cases import INFO, assert_same, make_batch, ntp_sum, pairs
 from torch import nn
 
 from nitp_ops.objectives import ModelInfo, Streams, build
-from nitp_ops.objectives.shift import token_targets, valid_pairs
+from nitp_ops.objectives.shift import target_weights, token_targets, valid_pairs
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
 
@@ -93,6 +93,14 @@ def test_a_pre_shifted_target_belongs_to_the_document_in_which_it_stands():
     # the fifth label is the first token of the other document where the whole row was shifted
     assert token_targets(whole, 1).tolist() == [[3, 1, 4, 1, -100, 9]]
     assert token_targets(whole, 2).tolist() == [[1, 4, 1, -100, -100, -100]]
+
+
+def test_nothing_is_known_of_the_token_after_a_documents_last_label():
+    boundary = {"shift_labels": IDS, "document_ids": torch.tensor([[0, 0, 0, 1, 1, 1]])}
+    mask, weight = torch.tensor([[True, True, False, False, True, False]]), torch.tensor([[2.0, 3, 4, 5, 6, 7]])
+    streams = Streams(**boundary, target_mask=mask, token_weight=weight)
+    assert token_targets(streams, 1).tolist() == [[3, -100, 4, 1, -100, 9]]
+    assert target_weights(streams, 1).tolist() == [[3, 4, 1, 6, 7, 1]]  # type: ignore[union-attr]
 
 
 def test_a_masked_pre_shifted_label_masks_its_hidden_target_too():
