@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from .drafting import Drafting, Trunk, choose, decode
 from .explain import explain
 from .guard import guarded
 from .head_parts import HeadPart
+from .kept_values import KeepsValues
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .module_call import Sealed, inside_call, is_fully_sharded
@@ -72,7 +74,7 @@ def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | Non
     return CompositeObjective(parse(spec, model), model, seed, backend)
 
 
-class CompositeObjective(Sealed):
+class CompositeObjective(Sealed, KeepsValues):
     """What `build` returns. It owns the terms' parameters and nothing else; heads come with the streams.
 
     Attributes:
@@ -100,10 +102,8 @@ class CompositeObjective(Sealed):
 
         return inside_call(self, list(hidden.values()), use)
 
-    def reset_parameters(self) -> None:
-        """Draw the own parameters anew from the seed, for instance after ``to_empty`` from the meta device."""
-        for module in self.terms.values():
-            module.reset_parameters()  # type: ignore[operator]
+    def _owners(self) -> Iterator[nn.Module]:
+        return iter(self.terms.values())
 
     def count(self, streams: Streams) -> Counts:
         """Rows that count in each part. Needs no hidden stream: it can run over a whole window before the forward."""

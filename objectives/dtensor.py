@@ -19,8 +19,11 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """parameter <- values, whole and the same on every rank; a DTensor keeps its part of them. Nothing is sent."""
-    if not is_dtensor(parameter):
+    """parameter <- values, whole and the same on every rank; a DTensor keeps its part of them. Nothing is sent.
+
+    Values that are a DTensor already have the parameter's placements.
+    """
+    if not is_dtensor(parameter) or is_dtensor(values):
         parameter.copy_(values)
         return
     from torch.distributed.tensor import distribute_tensor

@@ -24,6 +24,7 @@ def save(objective: CompositeObjective, folder: str | os.PathLike[str]) -> Path:
     On several ranks every rank must call: sharded parameters are gathered, rank 0 writes. A crash leaves the old file.
 
     Raises:
+        ValueError: parameters on the meta device.
         OSError: the file cannot be written. On the ranks that do not write: RuntimeError with the same reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
     """
@@ -49,7 +50,8 @@ def load(objective: CompositeObjective, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: no sidecar in the folder.
-        ValueError: it is damaged, belongs to another spec or to a model of other sizes. On the other ranks, and where
+        ValueError: it is damaged, belongs to another spec or to a model of other sizes; parameters on the meta
+            device. On the other ranks, and where
             ranks read different files: RuntimeError with the reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
     """
@@ -93,6 +95,8 @@ def _spec(objective: CompositeObjective) -> str:
 def _checked(name: str, value: Tensor) -> Tensor:
     if hasattr(value, "ds_id"):
         raise NotImplementedError(f"sidecar: {name} is partitioned by DeepSpeed ZeRO-3, expected a whole parameter")
+    if value.is_meta:
+        raise ValueError(f"sidecar: {name} is on the meta device, expected values (objective.materialize(device))")
     return value
 
 
