@@ -10,7 +10,8 @@ from importlib import metadata
 import pytest
 import torch
 
-from nitp_ops.integrations.packages import check_optimizers, check_streams, check_version
+from nitp_ops.integrations.optimizers import check_optimizers
+from nitp_ops.integrations.packages import check_streams, check_version
 
 ADAPTERS = {
     "lightning": ("lightning", "2.4", "3.0"),
@@ -77,6 +78,6 @@ def test_a_stream_that_is_not_provided_is_named_with_what_is():
 def test_a_parameter_that_no_optimizer_holds_is_named():
     objective = torch.nn.Linear(2, 2)
     held = [torch.optim.SGD([parameter], lr=0.1) for parameter in objective.parameters()]
-    check_optimizers("loop", objective, held)
+    check_optimizers("loop", objective, objective, held)
     with pytest.raises(ValueError, match=r"^loop: bias of the objective in no group of the optimizer, expected all"):
-        check_optimizers("loop", objective, held[:1])
+        check_optimizers("loop", objective, objective, held[:1])

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from nitp_ops.objectives import build
 from nitp_ops.objectives.spec import SpecLike
 from nitp_ops.objectives.streams import LabelLayout, check_label_layout
 
+from .attached_forward import HANDLE
 from .block_pass import check_required, checked_blocks
-from .handle import HANDLE, Handle
+from .handle import Handle
 from .head_transform import head_transform
 from .hugging_face import checked_head, head_of, model_info, refuse_hooks_on_head, unwrapped
 from .sites import hugging_face_sites
@@ -38,7 +41,7 @@ def attach(
     cu_seq_lens_q. The objective is registered as ``model.nitp_objective``: `parameters`, `to`, DDP and fully_shard see
     its parameters; the model's state dict and `save_pretrained` leave them out (`Handle.save`).
 
-    Order: load, PEFT or TRL, attach, compile, fully_shard or DDP, optimizer.
+    Order: load, PEFT, TRL or Liger, attach, compile, fully_shard or DDP, optimizer.
 
     Args:
         model: a Hugging Face causal language model, or a PeftModel of one.
@@ -75,7 +78,9 @@ def attach(
     sites = replace(sites, head=head)
     transform = head_transform(plain, plain.forward, sites)
     sites, reasons = checked_blocks(plain, sites)
-    objective = build(spec, model=model_info(plain, sites, transform), seed=seed, backend=backend)
+    # on the meta device nothing is drawn: the values come when the parameters leave it
+    with torch.device("meta") if head.weight.is_meta else nullcontext():
+        objective = build(spec, model=model_info(plain, sites, transform), seed=seed, backend=backend)
     check_required(objective.requires, objective.info.num_layers, reasons, type(plain).__name__)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)

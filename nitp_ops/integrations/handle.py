@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -18,11 +16,13 @@ from nitp_ops.objectives.module_call import is_fully_sharded
 from nitp_ops.objectives.streams import LabelLayout
 
 from . import sidecar
+from .attached_forward import HANDLE, AttachedForward, plain_forward
+from .attached_model import OBJECTIVE, AttachedModel, check_own_parameters
 from .hugging_face import head_of, refuse_hooks_on_head, virtual_tokens
+from .optimizers import check_optimizers
 from .tapping import Tap
 from .token_streams import label_count, token_streams, with_prompt
 
-OBJECTIVE, HANDLE = "nitp_objective", "nitp_handle"
 _BALANCE = "aux_loss"  # where Hugging Face models put the balance loss of their experts
 _REPLACED = ("forward", "_loss_function", "_keys_to_ignore_on_save")
 
@@ -53,13 +53,12 @@ class Handle:
         self._ran = False
         self._exact: list[Tensor] | None = None
         self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
-        signature = inspect.signature(plain.forward)
-        self._names = tuple(signature.parameters)
+        self._names = tuple(inspect.signature(plain.forward).parameters)
+        self._attached = AttachedModel(plain, objective, tap)
         self._external = [name[len("external[") : -1] for name in objective.requires if name.startswith("external[")]
         setattr(plain, OBJECTIVE, objective)
         plain.__dict__[HANDLE] = self
-        self._forward = _forward_of(plain.forward, signature)
-        plain.forward = MethodType(self._forward, plain)
+        plain.forward = AttachedForward(plain)
         plain.loss_function = self._loss
         own = {f"{OBJECTIVE}.{name}" for name in objective.state_dict()}
         plain._keys_to_ignore_on_save = {*(getattr(plain, "_keys_to_ignore_on_save", None) or ()), *own}
@@ -67,7 +66,7 @@ class Handle:
         self._last_hook = after.id
         self._hooks = [
             after,
-            model.register_forward_pre_hook(self._before),
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
             plain.register_state_dict_post_hook(_leave_out),
             plain.register_load_state_dict_post_hook(_expect_none),
         ]
@@ -106,17 +105,14 @@ class Handle:
         return Streams(**fields, label_layout=self.label_layout)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that the optimizer trains the objective's own parameters.
+        """See that the optimizer trains the objective's own parameters, and of a sharded model the shards.
 
         Raises:
-            ValueError: an own parameter is frozen, or in no group of the optimizer.
+            ValueError: an own parameter is frozen, on the meta device, or in no group of the optimizer; a parameter in
+                it is a gathered copy of one that fully_shard has cut.
         """
-        self._check_trainable()
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, parameter in self.objective.named_parameters() if id(parameter) not in held]
-        if missing:
-            came = f"the optimizer holds no {', '.join(f'{OBJECTIVE}.{name}' for name in missing)}"
-            raise ValueError(f"check: {came}, expected one that is made of model.parameters() after attach")
+        check_own_parameters(self.objective)
+        check_optimizers("check", self._plain, self.objective, [optimizer])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the own parameters and the spec into a folder, see `sidecar.save`."""
@@ -137,7 +133,7 @@ class Handle:
         for hook in self._hooks:
             hook.remove()
         self._tap.remove()
-        wrapped = getattr(plain.__dict__.get("forward"), "__func__", None) is not self._forward
+        wrapped = not isinstance(plain.__dict__.get("forward"), AttachedForward)
         for name in _REPLACED[1:] if wrapped else _REPLACED:
             plain.__dict__.pop(name, None)
             if name in self._before_attach:
@@ -153,7 +149,7 @@ class Handle:
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
             raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
-        self._check_trainable()
+        self._attached.check(self._plain, head_of(self._plain))
         if not torch.compiler.is_compiling():
             refuse_hooks_on_head(self._plain)
         fields = token_streams(call)
@@ -163,6 +159,8 @@ class Handle:
         call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
         defaults = {"use_cache": False} | ({"output_router_logits": True} if _BALANCE in self._external else {})
         call |= {name: value for name, value in defaults.items() if call.get(name) is None}
+        if "skip_logits" in self._names:  # Liger-Kernel's forward: else it computes a loss of its own
+            call["skip_logits"] = False
         self._tap.start()
         try:
             out = self._plain_forward(**call)
@@ -187,8 +185,7 @@ class Handle:
         return out.to_tuple() if tuples else out
 
     def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
-        own = self._before_attach.get("forward")
-        return type(self._plain).forward(self._plain, *args, **kwargs) if own is None else own(*args, **kwargs)
+        return plain_forward(self._plain)(*args, **kwargs)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for ``model.loss_function``: zero in a training pass, where there are no logits."""
@@ -212,20 +209,16 @@ class Handle:
         inverse = torch.as_tensor(items, dtype=torch.float64, device=labels.device) / labels
         return Counts({part: count.clamp(min=1) * inverse for part, count in self.objective.count(streams).items()})
 
-    def _check_trainable(self) -> None:
-        for name, parameter in self.objective.named_parameters():
-            if not parameter.requires_grad:
-                expected = "expected it to be trained (PEFT freezes what it finds: attach after it)"
-                raise ValueError(f"attach: {OBJECTIVE}.{name} is frozen, {expected}")
-
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ran, self._exact = False, None
         if is_fully_sharded(module):
             self._exact = []
             module._forward_hooks.move_to_end(self._last_hook)  # type: ignore[attr-defined]
+        if self._trains(module, args, kwargs) and not torch.compiler.is_compiling():
+            self._attached.check_forward(self._plain)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if not self._ran and module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs):
+        if not self._ran and self._trains(module, args, kwargs):
             name = getattr(self._plain.forward, "__qualname__", repr(self._plain.forward))
             raise RuntimeError(f"attach: model.forward was replaced by {name}, expected attach after that replacement")
         exact, self._exact = self._exact, None
@@ -234,24 +227,12 @@ class Handle:
         # the policy's output_dtype is for hidden states and logits; FSDP2 watches the loss itself, not the copy it cast
         return (*exact, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "loss": exact[0]})
 
+    def _trains(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs)
+
 
 def _has_labels(call: Mapping[str, Any]) -> bool:
     return call.get("labels") is not None or call.get("shift_labels") is not None
-
-
-def _forward_of(forward: Any, signature: inspect.Signature) -> Any:
-    """A function that runs the handle's pass of whatever model it is bound to, so that a deep copy runs its own."""
-
-    def nitp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = self.__dict__.get(HANDLE)
-        return type(self).forward(self, *args, **kwargs) if handle is None else handle._pass(args, kwargs)
-
-    functools.update_wrapper(nitp_forward, forward)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    nitp_forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])  # type: ignore[attr-defined]
-    # accelerate's unwrap_model(keep_fp32_wrapper=False) follows __wrapped__ to its end and installs what it finds there
-    del nitp_forward.__wrapped__  # type: ignore[attr-defined]
-    return nitp_forward
 
 
 def _class_loss(model: Any) -> Any:
@@ -268,5 +249,9 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: 
         del state[name]
 
 
-def _expect_none(module: nn.Module, keys: Any) -> None:
+def _expect_none(module: Any, keys: Any) -> None:
     keys.missing_keys[:] = [key for key in keys.missing_keys if f".{OBJECTIVE}." not in f".{key}"]
+    # whoever refills a model from the meta device has no values for what is not in its state dict
+    weight = getattr(head_of(module), "weight", None)
+    if isinstance(weight, Tensor) and not weight.is_meta:
+        getattr(module, OBJECTIVE).materialize(weight.device)

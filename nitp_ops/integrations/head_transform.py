@@ -154,8 +154,11 @@ def _check_columns(logits: Tensor, shape: tuple[int, ...], expected: float) -> N
 
 
 def _called(model: Any, forward: Callable[..., Any], **kwargs: Any) -> Any:
-    if "output_router_logits" in inspect.signature(forward).parameters:
+    names = inspect.signature(forward).parameters
+    if "output_router_logits" in names:
         kwargs["output_router_logits"] = False  # the body that is replaced here has none
+    if "skip_logits" in names:  # Liger-Kernel's forward: else it computes a loss of its own
+        kwargs["skip_logits"] = False
     try:
         return forward(**kwargs, use_cache=False, return_dict=True)
     except Exception as error:

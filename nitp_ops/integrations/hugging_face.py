@@ -27,6 +27,11 @@ def unwrapped(model: nn.Module) -> Any:
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError(f"attach: model is compiled ({type(module).__name__}), expected attach before compile")
+        if "FSDPModule" in _classes(module):
+            raise ValueError(
+                f"attach: model is sharded ({type(module).__name__}), expected attach before fully_shard "
+                "(transformers: load without fsdp_size)"
+            )
     if isinstance(model, nn.parallel.DistributedDataParallel) or "FullyShardedDataParallel" in _classes(model):
         raise ValueError(f"attach: model is a {type(model).__name__}, expected attach before it is wrapped")
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

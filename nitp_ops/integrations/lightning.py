@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from .packages import STREAMS, check_optimizers, check_streams, check_version
+from .optimizers import check_optimizers
+from .packages import STREAMS, check_streams, check_version
 
 check_version("lightning", "2.4", "3.0")
 
@@ -99,7 +100,7 @@ class ObjectiveCallback(Callback):
             check_streams("lightning", self.handle.objective.requires, (*STREAMS, "external[aux_loss]"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        check_optimizers("lightning", self._own(), trainer.optimizers)
+        check_optimizers("lightning", pl_module, self._own(), trainer.optimizers)
         self._counts = self._metrics = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -6,9 +6,6 @@ import re
 from collections.abc import Iterable
 from importlib import metadata
 
-from torch import nn
-from torch.optim import Optimizer
-
 STREAMS = ("token_ids", "last_hidden", "last_residual", "hidden_states", "head", "embed")
 
 
@@ -44,21 +41,6 @@ def check_streams(adapter: str, requires: Iterable[str], provided: Iterable[str]
         raise ValueError(
             f"{adapter}: the objective requires {', '.join(lacking)}, expected only what the adapter provides: "
             f"{', '.join(provided)}"
-        )
-
-
-def check_optimizers(adapter: str, objective: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that lack a parameter of the objective.
-
-    Raises:
-        ValueError: names the parameters.
-    """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    lost = [name for name, parameter in objective.named_parameters() if id(parameter) not in held]
-    if lost:
-        raise ValueError(
-            f"{adapter}: {', '.join(lost)} of the objective in no group of the optimizer, expected all: it is made of "
-            "the parameters of the model after the objective has joined it"
         )
 
 

@@ -96,6 +96,14 @@ class Tap:
                 self._handles.append(handle)
         return self
 
+    def modules(self) -> list[nn.Module]:
+        """The modules that carry the hooks."""
+        return [module for _, module, _ in self._points]
+
+    def counted_blocks(self) -> tuple[nn.Module, ...]:
+        """All blocks, where the number of a hidden state among the streams counts them; else none."""
+        return (self.sites.blocks or ()) if self._states else ()
+
     def remove(self) -> None:
         """Take the hooks away and forget what they collected."""
         for handle in self._handles:

@@ -60,8 +60,9 @@ class NitpTrainerMixin(_Base):
         nitp: the handle of the attached objective.
 
     Raises:
-        ValueError: options that compute another loss (``label_smoothing_factor``, ``compute_loss_func``), several GPUs
-            in one process; a model without an objective. At the first step: an own parameter that the optimizer lacks.
+        ValueError: options that compute another loss (``label_smoothing_factor``, ``compute_loss_func``,
+            ``use_liger_kernel`` with its fused loss), several GPUs in one process; a model without an objective. At the
+            first step: an own parameter that the optimizer lacks.
         NotImplementedError: a parallelism that is not provided.
     """
 
@@ -83,6 +84,11 @@ class NitpTrainerMixin(_Base):
         if self.compute_loss_func is not None:
             raise ValueError(
                 f"{type(self).__name__}: compute_loss_func is given, expected None: the objective is the loss"
+            )
+        if self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+            raise ValueError(
+                f"{type(self).__name__}: use_liger_kernel is True, expected it with "
+                'liger_kernel_config={"fused_linear_cross_entropy": False}: the objective is the loss'
             )
         if self.args.n_gpu > 1:
             raise ValueError(

@@ -1,0 +1,148 @@
+"""What `attach` saw of a model and what must still hold in every training pass: each change is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from nitp_ops.objectives import CompositeObjective
+
+from .attached_forward import AttachedForward
+from .sites import hugging_face_sites
+from .tapping import Tap
+
+OBJECTIVE = "nitp_objective"
+_DETACH = "(handle.detach() first)"
+_AGAIN = f"expected attach after that change {_DETACH}"
+
+
+class AttachedModel:
+    """The model as it was at attach.
+
+    Args:
+        plain: the Hugging Face model. objective: attached to it. tap: collects its streams.
+    """
+
+    def __init__(self, plain: Any, objective: CompositeObjective, tap: Tap) -> None:
+        self._objective, self._blocks = objective, tap.counted_blocks()
+        self._read = [*tap.modules(), *self._blocks]
+        info = objective.info
+        self._sizes = (info.vocab_size, info.hidden_size)
+        self._bias = getattr(tap.sites.head, "bias", None) is not None
+        self._ties = _ties(plain)
+        self._class_forward = _name(type(plain).forward)
+
+    def check(self, plain: Any, head: nn.Module | None) -> None:
+        """Before a training pass.
+
+        Args:
+            plain: the model. head: the head that computes now.
+
+        Raises:
+            ValueError: an own parameter is frozen or on the meta device; the head has other sizes or is no linear any
+                more; shared parameters came apart; modules that streams pass were replaced.
+        """
+        self._check_head(head)
+        check_own_parameters(self._objective, head)
+        for first, second in self._ties:
+            if first.parameter() is not second.parameter():
+                raise ValueError(
+                    f"attach: {first.path} and {second.path} were one parameter at attach and are two, expected one "
+                    "(to_empty and load_state_dict(assign=True) untie: model.tie_weights() after them, before "
+                    "fully_shard)"
+                )
+        if not torch.compiler.is_compiling():
+            self._check_modules(plain)
+
+    def check_forward(self, plain: Any) -> None:
+        """Before a training call of the model; a forward that is wrapped around the attached one is fine.
+
+        Raises:
+            ValueError: the forward of the class was replaced, or the model's own by Liger-Kernel's, which has a loss.
+        """
+        forward = plain.__dict__.get("forward")
+        if isinstance(forward, AttachedForward):
+            name = _name(type(plain).forward)
+            replaced = not forward.is_of_instance and name != self._class_forward
+        else:
+            name = _name(forward)
+            replaced = name.startswith("liger_kernel.")
+        if replaced:
+            raise ValueError(
+                f"attach: model.forward was replaced by {name}, expected attach after that replacement (Liger-Kernel: "
+                "apply it before attach, or with fused_linear_cross_entropy=False)"
+            )
+
+    def _check_head(self, head: nn.Module | None) -> None:
+        kind, inside = type(head).__name__, [] if head is None else [name for name, _ in head.named_children()]
+        if inside:
+            came = f"is a {kind} with submodules {', '.join(inside)}"
+            raise ValueError(f"attach: the model's head {came}, expected a plain linear (an adapter is more)")
+        sizes = tuple(getattr(head, name, None) for name in ("out_features", "in_features"))
+        biased = getattr(head, "bias", None) is not None
+        before = f"{self._sizes[0]} x {self._sizes[1]}{' with a bias' if self._bias else ''} at attach"
+        if sizes != self._sizes:
+            came = f"is a {kind}" if None in sizes else f"was resized to {sizes[0]} x {sizes[1]}"
+            raise ValueError(
+                f"attach: the model's head {came}, it was {before}, expected attach after resizing {_DETACH}"
+            )
+        if biased != self._bias:
+            came = "a bias" if biased else "no bias"
+            raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
+
+    def _check_modules(self, plain: Any) -> None:
+        present = {id(module) for module in plain.modules()}
+        gone = [module for module in self._read if id(module) not in present]
+        if gone:
+            raise ValueError(
+                f"attach: a {type(gone[0]).__name__} that streams pass is no part of the model any more, {_AGAIN}"
+            )
+        blocks = len(hugging_face_sites(plain).blocks or ()) if self._blocks else 0
+        if blocks != len(self._blocks):
+            raise ValueError(f"attach: the model has {blocks} blocks, at attach it had {len(self._blocks)}, {_AGAIN}")
+
+
+def check_own_parameters(objective: CompositeObjective, head: nn.Module | None = None) -> None:
+    """See that the own parameters can be trained.
+
+    Raises:
+        ValueError: one is frozen, or on the meta device where the head is not.
+    """
+    on_meta = getattr(getattr(head, "weight", None), "is_meta", False)
+    for name, parameter in objective.named_parameters():
+        if not parameter.requires_grad:
+            expected = "expected it to be trained (PEFT freezes what it finds: attach after it)"
+            raise ValueError(f"attach: {OBJECTIVE}.{name} is frozen, {expected}")
+        if parameter.is_meta and not on_meta:
+            expected = f"expected values: model.{OBJECTIVE}.materialize(device)"
+            raise ValueError(f"attach: {OBJECTIVE}.{name} is on the meta device, {expected}")
+
+
+class _Place(NamedTuple):
+    """Where a module holds a parameter."""
+
+    path: str
+    module: nn.Module
+    name: str
+
+    def parameter(self) -> object:
+        return getattr(self.module, self.name, None)
+
+
+def _ties(plain: nn.Module) -> list[tuple[_Place, _Place]]:
+    """Pairs of places that hold one parameter."""
+    first: dict[int, _Place] = {}
+    pairs = []
+    for path, module in plain.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            here = _Place(f"{path}.{name}", module, name)
+            one = first.setdefault(id(parameter), here)
+            if one is not here:
+                pairs.append((one, here))
+    return pairs
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
