@@ -95,9 +95,7 @@ def a_pass_before_the_optimizer() -> None:
     model.eval()(**batch())
     model.train()
     early = torch.optim.SGD(model.parameters(), lr=RATE)
-    match = (
-        r"^check: the optimizer holds gathered copies of sharded parameters \(.*embed_tokens\.weight.* more\), exp"
-    )
+    match = r"^check: the optimizer holds gathered copies of sharded parameters \(.*embed_tokens\.weight.* more\), exp"
     with pytest.raises(ValueError, match=match):
         handle.check(early)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)  # check has resharded

@@ -37,7 +37,8 @@ def another_kind_of_head(model: Any) -> None:
 
 
 def adapted_head(model: Any) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
+
     peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
     for parameter in model.nitp_objective.parameters():
         parameter.requires_grad_(True)

@@ -40,7 +40,8 @@ def saved(model: Any) -> Any:
 def test_a_pickled_model_trains_alike_and_on_its_own(copied: Callable[[Any], Any], adapted: bool):
     model = make("llama", tie_word_embeddings=not adapted)
     if adapted:
-        peft = pytest.importorskip("peft")
+        import peft
+
         config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
         model = peft.get_peft_model(model, config)
     handle = nitp_ops.attach(model, SPEC)

@@ -56,8 +56,9 @@ def imitation(model: Any = None) -> None:
 
 
 def real(model: Any = None) -> None:
-    liger: Any = pytest.importorskip("liger_kernel.transformers")
-    liger.apply_liger_kernel_to_llama(model=model, **_NOTHING_ELSE)
+    from liger_kernel.transformers import apply_liger_kernel_to_llama  # type: ignore[reportMissingImports]
+
+    apply_liger_kernel_to_llama(model=model, **_NOTHING_ELSE)
 
 
 @pytest.fixture(params=[imitation, real], ids=lambda patch: patch.__name__)
@@ -101,9 +102,7 @@ def test_liger_after_attach_is_refused_by_name_before_it_computes(patch: Any, of
     patch(*([] if of_class else [model]))
     ran = []
     model.model.register_forward_hook(lambda *_: ran.append(1))
-    expected = (
-        r"replaced by liger_kernel\..*expected attach .*\(Liger-Kernel: apply it before attach, or with f"
-    )
+    expected = r"replaced by liger_kernel\..*expected attach .*\(Liger-Kernel: apply it before attach, or with f"
     with pytest.raises(ValueError, match=expected):
         model(**batch())
     assert not ran
@@ -130,7 +129,6 @@ def test_the_trainer_refuses_use_liger_kernel_with_its_loss(tmp_path: Any, confi
 def test_the_trainer_takes_the_other_kernels(tmp_path: Any):
     from nitp_ops.integrations.transformers import NitpTrainer
 
-    pytest.importorskip("liger_kernel")
     found = []
     for options in ({}, {"liger_kernel_config": {"fused_linear_cross_entropy": False, **_NOTHING_ELSE}}):
         arguments = trainer_arguments(tmp_path, max_steps=2, use_liger_kernel=bool(options), **options)
