@@ -181,6 +181,7 @@ def test_a_later_overwrite_of_forward_raises_at_the_first_step_and_wrapping_does
 def test_accelerate_may_wrap_the_forward_and_unwrap_it_again():
     import accelerate
 
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a trainer in this process leaves it
     model, given = make("llama", dtype=torch.float32), batch()
     nitp_ops.attach(model, "ntp + nitp")
     expected = model(**given).loss
