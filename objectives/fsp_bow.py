@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,8 +17,11 @@ from .own_parameters import OwnHead
 from .registry import register
 from .row_losses import sum_of_rows
 from .schema import number_problem
-from .shift import token_targets
+from .shift import Window
 from .streams import Streams
+
+#: Tokens of windows that are held at once.
+_BAG_TOKENS = 2**18
 
 
 @register("fsp_bow")
@@ -60,7 +63,7 @@ class FSPBagOfWords(LatentTerm):
         return OwnHead(info, seed)
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
-        return {"": self._bags(streams)[1].any(-1)}
+        return {"": Window(streams, 2, self.tau).occupied().view(streams.shape)}
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return []
@@ -68,20 +71,26 @@ class FSPBagOfWords(LatentTerm):
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, module, info = streams.last_hidden, context.module, context.info
         assert h is not None and module is not None
-        tokens, inside = (x.flatten(0, 1) for x in self._bags(streams))
+        ahead = Window(streams, 2, self.tau)
 
-        def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-            bag, counted = tokens[rows], inside[rows].to(z.dtype)
+        def formula(z: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             # above the threshold softplus(z) is z: at 40 also in float64
-            losses = F.softplus(z, threshold=40).sum(-1) - (z.gather(1, bag) * counted).sum(-1)
-            return losses, z.sigmoid().scatter_add(1, bag, -counted)
+            losses, slope = F.softplus(z, threshold=40).sum(-1), z.sigmoid()
+            for rows, bag, inside in self._bags(ahead, part.start, part.start + len(z)):
+                here, counted = slice(rows.start - part.start, rows.stop - part.start), inside.to(z.dtype)
+                losses[here] -= (z[here].gather(1, bag) * counted).sum(-1)
+                slope[here].scatter_add_(1, bag, -counted)
+            return losses, slope
 
         def use(hidden: Sequence[Tensor], weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
-            return sum_of_rows(hidden[0], context.guard(weight), None, inside.any(-1), info, formula)
+            return sum_of_rows(hidden[0], context.guard(weight), None, ahead.occupied(), info, formula)
 
         total, rows = through_head(module, [context.guard(h).flatten(0, 1)], use)
         loss = total / (info.vocab_size * context.normalizer[""])
-        return {"": LatentPart(loss, rows.sum(dtype=torch.float64) / info.vocab_size, {"tokens": inside.sum()})}
+        sizes = [inside.sum() for *_, inside in self._bags(ahead, 0, max(1, h.shape[0] * h.shape[1]))]
+        return {
+            "": LatentPart(loss, rows.sum(dtype=torch.float64) / info.vocab_size, {"tokens": torch.stack(sizes).sum()})
+        }
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         parameters = info.vocab_size * info.hidden_size
@@ -91,11 +100,11 @@ class FSPBagOfWords(LatentTerm):
             "training FLOPs a token": f"{6 * parameters:,} (6 V d)",
         }
 
-    def _bags(self, streams: Streams) -> tuple[Tensor, Tensor]:
-        """(tokens, which of them are there) of every window, [B, T, tau - 1] each; of equal tokens one is there."""
-        ahead = torch.stack([token_targets(streams, k) for k in range(2, self.tau + 1)], dim=-1).sort(dim=-1).values
-        first = torch.cat(
-            [torch.ones_like(ahead[..., :1], dtype=torch.bool), ahead[..., 1:] != ahead[..., :-1]], dim=-1
-        )
-        inside = first & (ahead != streams.ignore_index)
-        return ahead.masked_fill(~inside, 0), inside
+    def _bags(self, ahead: Window, begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, the tokens of their windows, which of them are there), [rows, tau - 1], for some rows at a time."""
+        step = max(1, _BAG_TOKENS // self.tau)
+        for first in range(begin, end, step):
+            rows = slice(first, min(first + step, end))
+            tokens, _ = ahead.targets(rows, self.tau - 1)
+            inside = tokens != ahead.ignore_index
+            yield rows, tokens.masked_fill(~inside, 0), inside

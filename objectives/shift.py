@@ -83,18 +83,6 @@ def rows_ahead(streams: Streams, rows: Tensor, k: int) -> tuple[Tensor, int]:
     return (rows.detach(), k) if streams.shard is None else (streams.shard.following(rows, k), 0)
 
 
-def nearest_targets(streams: Streams, window: int) -> Tensor:
-    """``x[t+k]`` for k = 1 .. K = min(window, T): int64 [B, T, K].
-
-    ignore_index where V_k does not hold or where x[t+k] is already a target at a smaller k.
-    """
-    tokens, (whole, known) = _targets(streams), _documents(streams)
-    place = streams.here(torch.arange(whole.shape[1], device=streams.device).unsqueeze(0)).unsqueeze(-1)
-    first = _window(_previous(tokens, known), window, streams, -1) <= place
-    targets = _window(tokens, window, streams, streams.ignore_index)
-    return targets.masked_fill(~(_equal_within(whole, known, window, streams) & first), streams.ignore_index)
-
-
 def target_weights(streams: Streams, k: int) -> Tensor | None:
     """``token_weight[t+k]`` where P_k holds, else 1: [B, T]; None without token weights."""
     if streams.token_weight is None:
@@ -102,13 +90,56 @@ def target_weights(streams: Streams, k: int) -> Tensor | None:
     return _ahead(streams.token_weight.detach(), k, streams, 1.0).masked_fill(~valid_pairs(streams, k), 1.0)
 
 
-def window_weights(streams: Streams, window: int) -> Tensor | None:
-    """The same for k = 1 .. min(window, T): [B, T, K]."""
-    if streams.token_weight is None:
-        return None
-    here, _ = _documents(streams)
-    pairs = _equal_within(here, here, window, streams)
-    return _window(streams.token_weight.detach(), window, streams, 1.0).masked_fill(~pairs, 1.0)
+class Window:
+    """The targets x[t+k], first <= k <= last, of each row, each token once, at its smallest k.
+
+    What [B, T, last] would hold is built for the rows and the width that are asked for, from the nearest target on.
+    Rows are numbered b T + t over the positions that are here.
+    """
+
+    def __init__(self, streams: Streams, first: int, last: int) -> None:
+        self.first, self.last, self.ignore_index = first, last, streams.ignore_index
+        self.tokens, (self.whole, self.documents) = _targets(streams), _documents(streams)
+        self.token_weight = None if streams.token_weight is None else streams.token_weight.detach()
+        self.previous = _previous(self.tokens, self.documents)
+        self.beyond = self.tokens.shape[1]
+        after = _next_target(self.tokens, self.documents, streams.ignore_index)
+        place = torch.arange(self.whole.shape[1], device=streams.device).expand_as(self.whole)
+        nearest = after
+        if streams.shift_labels is not None:  # the label of token t + 1 stands at t
+            nearest = torch.where(self.tokens[:, 1:] != streams.ignore_index, place + 1, after[:, 1:])
+        after = torch.cat([after, after.new_full((len(after), 1), self.beyond)], dim=1)
+        for _ in range(first - 1):
+            nearest = torch.where(nearest < place + first, after.gather(1, nearest), nearest)
+        row = torch.arange(len(place), device=streams.device).unsqueeze(1).expand_as(place)
+        here = (streams.here(x).flatten() for x in (row, place, nearest, self.whole))
+        self.row, self.place, self.nearest, self.document = here
+
+    def occupied(self) -> Tensor:
+        """Which rows have a target: bool [B T]."""
+        return (self.nearest < self.beyond) & (self.nearest <= self.place + self.last) & (self.document >= 0)
+
+    def targets(self, rows: slice, width: int) -> tuple[Tensor, Tensor]:
+        """(x[t+k] or ignore_index, k): int64 [rows, K], for k = that of the nearest target, the next, ...; K = width,
+        or less where the sequence is shorter."""
+        row, place, nearest, document = (
+            x[rows].unsqueeze(1) for x in (self.row, self.place, self.nearest, self.document)
+        )
+        column = nearest + torch.arange(max(1, min(width, self.beyond)), device=nearest.device)
+        k = column - place
+        at = row, column.clamp(max=self.beyond - 1)
+        valid = (column < self.beyond) & (k <= self.last) & (self.documents[at] == document) & (document >= 0)
+        valid &= self.previous[at] < place + self.first
+        return self.tokens[at].masked_fill(~valid, self.ignore_index), k
+
+    def weights(self, k: Tensor) -> Tensor | None:
+        """``token_weight[t+k]`` of all rows, as in `target_weights`: k and the weights are [B T, width]."""
+        if self.token_weight is None:
+            return None
+        column, document = self.place.unsqueeze(1) + k, self.document.unsqueeze(1)
+        at = self.row.unsqueeze(1), column.clamp(max=self.whole.shape[1] - 1)
+        pairs = (column < self.whole.shape[1]) & (self.whole[at] == document) & (document >= 0)
+        return self.token_weight[at].masked_fill(~pairs, 1.0)
 
 
 def _targets(streams: Streams) -> Tensor:
@@ -146,11 +177,6 @@ def _equal_ahead(whole: Tensor, known: Tensor, k: int, streams: Streams) -> Tens
     return (_ahead(known, k, streams, -1) == here) & (here >= 0)
 
 
-def _equal_within(whole: Tensor, known: Tensor, window: int, streams: Streams) -> Tensor:
-    here = streams.here(whole).unsqueeze(-1)
-    return (_window(known, window, streams, -1) == here) & (here >= 0)
-
-
 def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
     """The largest s' < s with the token and the document of s, -1 where there is none: [B, S], by two stable sorts."""
     order = tokens.argsort(dim=1, stable=True)
@@ -161,17 +187,24 @@ def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
     return torch.full_like(order, -1).scatter_(1, order[:, 1:], before)
 
 
+def _next_target(tokens: Tensor, documents: Tensor, ignore_index: int) -> Tensor:
+    """The smallest s' > s with the document of s whose token is a target, S where there is none: [B, S]."""
+    size = tokens.shape[1]
+    order = documents.argsort(dim=1, stable=True)
+    documents = documents.gather(1, order)
+    begins = torch.zeros_like(order)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    # a column as a number that grows from document to document: the smallest of those that come is the next one
+    base = begins.cumsum(1) * (size + 1)
+    numbers = base + torch.where(tokens.gather(1, order) != ignore_index, order, size)
+    last = numbers.new_full((len(numbers), 1), torch.iinfo(torch.int64).max)
+    coming = torch.cat([numbers, last], dim=1).flip(1).cummin(1).values.flip(1)[:, 1:]
+    return torch.empty_like(order).scatter_(1, order, (coming - base).clamp(max=size))
+
+
 def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
     """out[b, t] = values[b, t+k] at the positions t that are here, `fill` past the end; values: the whole sequence."""
     return columns(_padded(values, k, streams, fill), streams.spans, k)
-
-
-def _window(values: Tensor, window: int, streams: Streams, fill: float) -> Tensor:
-    """out[b, t, k - 1] = values[b, t+k] for k = 1 .. min(window, T), `fill` past the end; a view where t is every t.
-
-    k = 1 is there also where T = 0: a width of zero would be no row of targets."""
-    width = max(1, min(window, streams.tokens.shape[1]))
-    return columns(_padded(values, width, streams, fill)[:, 1:].unfold(1, width, 1), streams.spans)
 
 
 def _padded(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from .model_info import ModelInfo
 from .own_parameters import OwnHead
 from .registry import register
 from .schema import number_problem
-from .shift import nearest_targets, window_weights
+from .shift import Window
 from .streams import Streams
 
 
@@ -26,6 +27,9 @@ class TOP(HeadTerm):
     next `window` tokens, outside the document and for tokens that are no targets. A row without any target does not
     count. U is an own, untied head ``[V, d]``, used in training only; the model's logit scale and softcap apply to it.
     Accuracy is that of the nearest token. Streams.token_weight multiplies w_v by the weight of v's nearest occurrence.
+
+    A row has the targets whose weight is a normal number of float32 (float64 for float64): none more than 87 tokens
+    (708) behind the nearest one, however large the window. So time and memory grow with B T, not with B T window.
 
     Args:
         window: how many tokens ahead, >= 1.
@@ -58,7 +62,7 @@ class TOP(HeadTerm):
         return OwnHead(info, seed)
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
-        return {"": (nearest_targets(streams, self.window) != streams.ignore_index).any(-1)}
+        return {"": Window(streams, 1, self.window).occupied().view(streams.shape)}
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return []
@@ -66,19 +70,30 @@ class TOP(HeadTerm):
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         hidden, head = streams.last_hidden, context.module
         assert hidden is not None and head is not None
-        labels = nearest_targets(streams, self.window)
-        weight = self.target_weights(labels != streams.ignore_index, hidden.dtype)
-        of_token, counts = window_weights(streams, self.window), None
-        if of_token is not None:
+        ahead = Window(streams, 1, self.window)
+        labels, k = ahead.targets(slice(None), self.most_targets(hidden.dtype))
+        weight, counts = self.target_weights(labels != streams.ignore_index, k, hidden.dtype), None
+        if (of_token := ahead.weights(k)) is not None:
             weight = weight * of_token.to(weight.dtype)
-            counts = (weight != 0).any(-1).to(weight.dtype)  # 0: nothing of the row reaches anything
+            counts = (
+                (weight != 0).any(-1).to(weight.dtype).view(streams.shape)
+            )  # 0: nothing of the row reaches anything
+        labels, weight = (x.view(*streams.shape, -1) for x in (labels, weight))
         return {"": HeadRows(hidden, labels, head, counts, target_weight=weight)}
 
-    def target_weights(self, present: Tensor, dtype: torch.dtype) -> Tensor:
-        """softmax(y) over the targets that are present, bool [B, T, K]; zeros in a row without any."""
-        y = self.window - torch.arange(present.shape[-1], device=present.device)
-        y = (y.half() if self.compat == "fp16_scores" else y).to(torch.promote_types(dtype, torch.float32))
-        weights = torch.softmax(y.expand(present.shape).masked_fill(~present, -torch.inf), dim=-1)
+    def most_targets(self, dtype: torch.dtype) -> int:
+        """How many tokens from the nearest target on can weigh more than the smallest normal number of the weights'
+        dtype: e^-k falls below it. Rounded scores stay as they are over 2^n tokens."""
+        reach = math.ceil(-math.log(torch.finfo(_working(dtype)).tiny))
+        if self.compat == "fp16_scores":
+            reach += max(1, 2 ** (self.window.bit_length() - 11))
+        return min(self.window, reach)
+
+    def target_weights(self, present: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
+        """softmax(y) over the targets t + k that are present, bool [..., K]; zeros in a row without any."""
+        y = self.window + 1 - k
+        y = (y.half() if self.compat == "fp16_scores" else y).to(_working(dtype))
+        weights = torch.softmax(y.masked_fill(~present, -torch.inf), dim=-1)
         return weights.masked_fill(~present, 0)
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
@@ -88,3 +103,8 @@ class TOP(HeadTerm):
             "parameters added": f"{head:,} (V d), dropped after training",
             "training FLOPs a token": f"{6 * head:,} (6 V d)",
         }
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """Of the weights: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)

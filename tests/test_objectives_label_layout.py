@@ -13,7 +13,7 @@ from objectives_cases import INFO, Batch, gradients, make_batch
 from torch import Tensor
 
 from nitp_ops.objectives import SequenceShard, Streams, available, build, sequence_shard
-from nitp_ops.objectives.shift import nearest_targets, target_weights, token_targets, valid_pairs, window_weights
+from nitp_ops.objectives.shift import Window, target_weights, token_targets, valid_pairs
 
 IGNORED = -100
 # documents [1, 2, 3] and [5, 6, 7], shifted inside each, then packed
@@ -99,8 +99,22 @@ def test_targets_pairs_and_weights_follow_the_definition(case: Case, k: int):
         labelled = pairs & (expected != IGNORED)
         assert torch.equal(valid_pairs(streams, k, labelled=True), streams.here(labelled))
         assert torch.equal(target_weights(streams, k), streams.here(weights))
-        assert torch.equal(nearest_targets(streams, window), streams.here(nearest))
-        assert torch.equal(window_weights(streams, window), streams.here(of_window))
+        window_is(
+            Window(streams, 1, window), streams.here(nearest).flatten(0, 1), streams.here(of_window).flatten(0, 1)
+        )
+
+
+def window_is(window: Window, nearest: Tensor, weights: Tensor) -> None:
+    """The targets at their k, [rows, window], and the weights of those."""
+    assert torch.equal(window.occupied(), (nearest != IGNORED).any(-1))
+    labels, k = window.targets(slice(None), nearest.shape[1])
+    row, column = (labels != IGNORED).nonzero(as_tuple=True)
+    found = torch.full_like(nearest, IGNORED)
+    found[row, k[row, column] - 1] = labels[row, column]
+    assert torch.equal(found, nearest)
+    of_window = window.weights(k)
+    assert of_window is not None
+    assert torch.equal(of_window[row, column], weights[row, k[row, column] - 1])
 
 
 def parts(case: Case) -> list[Streams]:

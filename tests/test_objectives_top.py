@@ -82,7 +82,7 @@ def test_pre_shifted_labels_give_the_loss_of_the_longer_row():
 def test_half_precision_scores_give_the_weights_of_the_published_builders(compat: str, expected: list[float]):
     term = parse(f"top(window=4096, compat={compat})").terms[0]
     assert isinstance(term, TOP)
-    weights = term.target_weights(torch.ones(1, 1, 4096, dtype=torch.bool), torch.float64)[0, 0]
+    weights = term.target_weights(torch.ones(1, 1, 4096, dtype=torch.bool), torch.arange(1, 4097), torch.float64)[0, 0]
     torch.testing.assert_close(weights[:4], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=5e-4)
     assert weights.sum().item() == pytest.approx(1)
 
@@ -96,13 +96,13 @@ def test_half_precision_changes_nothing_at_the_default_window():
 def test_the_weights_of_far_targets_do_not_vanish_for_want_of_near_ones():
     present = torch.zeros(1, 1, 300, dtype=torch.bool)
     present[..., 250:252] = True
-    weights = TOP(window=300).target_weights(present, torch.bfloat16)[0, 0]
+    weights = TOP(window=300).target_weights(present, torch.arange(1, 301), torch.bfloat16)[0, 0]
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights[250:252], torch.tensor([1.0, 0.0]).softmax(-1))
 
 
 def test_a_row_without_a_target_has_no_weights_and_does_not_count():
-    assert not TOP().target_weights(torch.zeros(1, 2, 3, dtype=torch.bool), torch.float32).any()
+    assert not TOP().target_weights(torch.zeros(1, 2, 3, dtype=torch.bool), torch.arange(1, 4), torch.float32).any()
     batch, objective = make_batch(length=1), build("top", model=INFO)
     out = objective(batch.streams())
     assert out.loss.item() == 0 and out.metrics.compute()["top/count"] == 0
