@@ -30,6 +30,9 @@ def inside_call(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]
     A gradient to anything that it reads beside the values and the module's parameters is not waited for.
     """
     ticket, entered = _fork(values)
+    if _is_grouped(module):
+        # where the root's forward has ended, FSDP2 would take the end of this call's backward for that of the group
+        ticket = ticket.detach()
     left: list[Any] = []
 
     def forward(ticket: Tensor) -> Tensor:
@@ -68,6 +71,11 @@ def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP2's hooks are on the module; where torch.distributed.fsdp was never imported they are not."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
+def _is_grouped(module: nn.Module) -> bool:
+    """Whether it is one of several modules of a group, as in ``fully_shard([norm, head])``."""
+    return is_fully_sharded(module) and len(module._get_fsdp_state()._modules) > 1  # type: ignore[operator, union-attr]
 
 
 @contextmanager

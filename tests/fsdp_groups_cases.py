@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import nitp_ops
 from nitp_ops.integrations import handle_of, tap
 from nitp_ops.integrations.token_streams import token_streams
-from nitp_ops.objectives import Counts, Streams
+from nitp_ops.objectives import Counts, ModelInfo, Streams, build
 
 RANKS, VOCABULARY, ROWS, LENGTH = 2, 61, 4, 10
 EVERY_READER = "ntp + 0.5*mtp_shared + 0.3*mtp_sequential(depth=2) + 0.7*nextlat + 0.8*nitp(target_layer=1)"
@@ -58,27 +58,25 @@ class Grouping(NamedTuple):
     tied: bool = False
 
 
-def _groupings() -> list[Grouping]:
-    found = []
-    for reshard in (True, False):
-        found += [
-            Grouping("root", lambda m: [], reshard),
+GROUPINGS = [
+    Grouping("root", lambda m: [], True),
+    Grouping("tied: root", lambda m: [], False, tied=True),
+    Grouping("norm, embedding, head", lambda m: [m.model.norm, m.model.embed_tokens, m.lm_head], True),
+    *(
+        grouping
+        for reshard in (True, False)
+        for grouping in (
             Grouping("head", lambda m: [m.lm_head], reshard),
-            Grouping("norm, embedding, head", lambda m: [m.model.norm, m.model.embed_tokens, m.lm_head], reshard),
             Grouping("embedding, [norm, head]", lambda m: [m.model.embed_tokens, [m.model.norm, m.lm_head]], reshard),
-            Grouping("tied: root", lambda m: [], reshard, tied=True),
             Grouping("tied: [embedding, head]", lambda m: [[m.model.embed_tokens, m.lm_head]], reshard, tied=True),
-            Grouping(
-                "tied: [norm, embedding, head]",
-                lambda m: [[m.model.norm, m.model.embed_tokens, m.lm_head]],
-                reshard,
-                tied=True,
-            ),
-        ]
-    return found
+            Grouping("tied: [norm, embedding, head]", lambda m: [_tail(m)], reshard, tied=True),
+        )
+    ),
+]
 
 
-GROUPINGS = _groupings()
+def _tail(model: Any) -> list[Any]:
+    return [model.model.norm, model.model.embed_tokens, model.lm_head]
 
 
 def cut(root: nn.Module, model: Any, grouping: Grouping, **options: Any) -> None:
@@ -152,6 +150,27 @@ def attached(model: Any, batch: Values) -> Callable[[], Tensor]:
 def tapped(model: Tapped, batch: Values) -> Callable[[], Tensor]:
     def loss() -> Tensor:
         return model(model.objective.count(Streams(**token_streams(batch))).all_reduce(), **batch).loss
+
+    return loss
+
+
+def tapped_outside(model: Any, spec: str, batch: Values) -> Callable[[], Tensor]:
+    """The objective, which owns no parameter, stands beside a model that is the root of its groups."""
+    config = model.config
+    info = ModelInfo(
+        hidden_size=config.hidden_size,
+        vocab_size=VOCABULARY,
+        num_layers=config.num_hidden_layers,
+        dtype=torch.float64,
+    )
+    objective = build(spec, model=info)
+    taps = tap(model, objective)
+
+    def loss() -> Tensor:
+        with taps:
+            model(batch["input_ids"], logits_to_keep=torch.empty(0, dtype=torch.long), use_cache=False)
+        streams = taps.streams(**token_streams(batch))
+        return objective(streams, counts=objective.count(streams).all_reduce()).loss
 
     return loss
 

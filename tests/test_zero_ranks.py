@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from engine_cases import SPECS, Model, packed_batch, start
+from fsdp_groups_cases import EVERY_READER, rows, tiny_llama
 from objectives_cases import INFO, Batch
 from torch import Tensor
 
@@ -82,6 +84,38 @@ def step(stage: int, spec: str, batch: Batch, rank: int) -> None:
     engine.destroy()
 
 
+def attached_to_a_llama(rank: int) -> None:
+    """The model's own call of its head, on no rows, gathers nothing; the objective's does."""
+    import deepspeed
+
+    from nitp_ops.integrations import attach
+
+    expected: Any = tiny_llama(dtype=torch.float32)
+    attach(expected, EVERY_READER)
+    expected.double()(**rows()).loss.backward()
+    model = tiny_llama(dtype=torch.float32)
+    handle = attach(model, EVERY_READER)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=RATE),
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        },
+    )
+    batch = rows(slice(rank, rank + 1))
+    handle.set_counts(handle.count(batch).all_reduce())
+    engine.backward(engine(**batch).loss)
+    for parameter, name in names.items():
+        mine = deepspeed.utils.safe_get_full_grad(parameter)
+        assert mine is not None, f"attached: {name} has no gradient"
+        close(mine, expected.get_parameter(name).grad, f"attached: {name}")
+    engine.destroy()
+
+
 def built_where_parameters_are_cut_at_once(spec: str) -> None:
     """Inside ``deepspeed.zero.Init`` the initial values are those of a plain build."""
     import deepspeed
@@ -104,6 +138,7 @@ def worker(rank: int) -> None:
     batch = packed_batch()
     for stage, spec in CASES:
         step(stage, spec, batch, rank)
+    attached_to_a_llama(rank)
     for spec in SPECS.values():
         built_where_parameters_are_cut_at_once(spec)
 
