@@ -83,8 +83,7 @@ def ram_efficient_loading(tied: bool, trained: bool) -> None:
         assert isinstance(own, DTensor) and torch.equal(own.full_tensor(), value), name
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     handle.check(optimizer)
-    if tied:
-        assert losses(model, optimizer) == pytest.approx(expected, rel=1e-6)
+    assert losses(model, optimizer) == pytest.approx(expected, rel=1e-6)
 
 
 def a_pass_before_the_optimizer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -181,7 +182,7 @@ def test_own_parameters_that_were_trained_come_back_from_the_meta_device():
     assert before and all(torch.equal(handle.objective.get_parameter(name), value) for name, value in before.items())
 
 
-def test_own_parameters_that_stay_on_the_meta_device_are_refused():
+def test_own_parameters_that_stay_on_the_meta_device_are_refused(tmp_path: Path):
     model = make("llama")
     handle = nitp_ops.attach(model, SPEC)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -191,5 +192,12 @@ def test_own_parameters_that_stay_on_the_meta_device_are_refused():
         handle.check(optimizer)
     with pytest.raises(ValueError, match=expected):
         model(**batch())
+    with pytest.raises(ValueError, match=r"gate_up is on the meta device, expected values"):
+        handle.save(tmp_path)
+    handle.objective.materialize(torch.device("cpu"))
+    handle.save(tmp_path)
+    handle.objective.to("meta")
+    with pytest.raises(ValueError, match=r"gate_up is on the meta device, expected values"):
+        handle.load(tmp_path)  # copying into the meta device would do nothing
     handle.objective.materialize(torch.device("cpu"))
     model(**batch()).loss.backward()
