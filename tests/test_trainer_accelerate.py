@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_cases import SPEC, ByHand, padded, ragged_rows, tiny_llama
+from trainer_cases import SPEC, WEIGHT, ByHand, padded, ragged_rows, tiny_llama
 
 import nitp_ops
 
@@ -123,6 +123,100 @@ def test_what_does_not_fit_is_refused():
     across = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     with pytest.raises(ValueError, match="sync_with_dataloader"):
         Accumulation(across, accumulation.handle)
+
+
+def test_nothing_is_logged_before_a_step_and_nothing_twice():
+    accumulation, model, optimizer, loader = prepared(ragged_rows(4))
+    assert accumulation.take_log() == {}
+    (entry,) = epoch(accumulation, model, optimizer, loader)
+    assert entry["loss"] > 0 and accumulation.take_log() == {}
+
+
+def test_a_loop_that_is_left_inside_a_window_leaves_nothing_to_the_next_one():
+    rows = ragged_rows(7)
+    accumulation, model, optimizer, loader = prepared(rows)
+    by_hand = ByHand(tiny_llama(), accumulation.handle.objective)
+    for held in (False, True):  # a loop that still exists may end only when the next one runs
+        batches = accumulation(loader)
+        for batch in batches:
+            with accumulation.accelerator.accumulate(model):
+                accumulation.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            break
+        if not held:
+            del batches
+            own = padded(rows[:2])
+            torch.testing.assert_close(model(**own).loss, by_hand.loss([own]), rtol=1e-9, atol=0)
+        assert accumulation.take_log() == {} and accumulation.step == 0 + 2 * held
+        entries = []
+        for index, batch in enumerate(accumulation(loader)):
+            if held and index == 1:
+                batches.close()
+            with accumulation.accelerator.accumulate(model):
+                accumulation.backward(model(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accumulation.accelerator.sync_gradients:
+                entries.append(accumulation.take_log())
+        for entry, window in zip(entries, (rows[:4], rows[4:]), strict=True):
+            loss = by_hand.loss([padded(window)])
+            assert entry["loss"] == pytest.approx(loss.item(), rel=1e-9)
+            by_hand.step(loss, RATE)
+    by_hand.check(model)
+
+
+def test_a_batch_that_is_skipped_moves_no_window():
+    rows = ragged_rows(8)
+    accumulation, model, optimizer, loader = prepared(rows)
+    by_hand = ByHand(tiny_llama(), accumulation.handle.objective)
+    for index, batch in enumerate(accumulation(loader)):
+        if index == 0:
+            continue
+        with accumulation.accelerator.accumulate(model):
+            accumulation.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    found = [by_hand.sums(padded(rows[at : at + 2])) for at in (0, 2)]
+    share: Any = sum(
+        weight * found[1][term][0] / (found[0][term][1] + found[1][term][1])
+        for term, weight in {"ntp": 1.0, "nitp": WEIGHT}.items()
+    )
+    by_hand.step(share, RATE)  # the skipped batch was counted
+    by_hand.step(by_hand.loss([padded(rows[4:])]), RATE)
+    by_hand.check(model)
+
+
+def test_skipped_first_batches_are_not_counted():
+    rows = ragged_rows(7)
+    accumulation, model, optimizer, loader = prepared(rows)
+    by_hand = ByHand(tiny_llama(), accumulation.handle.objective)
+    epoch(accumulation, model, optimizer, accumulation.accelerator.skip_first_batches(loader, 1))
+    for window in (rows[2:6], rows[6:]):
+        by_hand.step(by_hand.loss([padded(window)]), RATE)
+    by_hand.check(model)
+
+
+def test_a_loss_of_the_users_own_is_averaged_as_accelerate_averages_it():
+    rows = ragged_rows(4)
+    accumulation, model, optimizer, loader = prepared(rows)
+    by_hand = ByHand(tiny_llama(), accumulation.handle.objective)
+    plain: Any = by_hand.plain
+    for batch in accumulation(loader):
+        with accumulation.accelerator.accumulate(model):
+            accumulation.backward(model(**batch).loss + model.lm_head.weight.square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+    by_hand.step(by_hand.loss([padded(rows)]) + plain.lm_head.weight.square().sum(), RATE)
+    by_hand.check(model)
+
+
+def test_a_window_without_any_label_is_no_ntp():
+    rows = [{**row, "labels": [-100] * len(row["labels"])} for row in ragged_rows(4)]
+    accumulation, model, optimizer, loader = prepared(rows, "ntp")
+    (entry,) = epoch(accumulation, model, optimizer, loader)
+    assert entry["loss"] == entry["loss/ntp"] == entry["ntp/count"] == 0
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in tiny_llama().named_parameters())
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -68,6 +69,11 @@ def trainer_of_objectives(rank: int, folder: str) -> None:
             by_hand.step(loss, RATE)
         by_hand.check(trainer.model)
 
+        from test_trainer_balance import check_step, experts, one_step
+
+        model = experts()
+        check_step(model, 1, one_step(folder, NitpTrainer, model, 1, 2, objective="ntp"))
+
 
 def stock_trainer(rank: int, folder: str) -> None:
     from transformers import Trainer
@@ -112,6 +118,44 @@ def accelerate_loop(rank: int, folder: str) -> None:
             assert accumulation.take_log()["loss"] == pytest.approx(loss.item(), rel=1e-9)
             by_hand.step(loss, RATE)
         by_hand.check(accelerator.unwrap_model(model))
+        experts_with_accelerate(accelerator)
+        experts_whose_gradients_are_added(rank)
+
+
+def experts_with_accelerate(accelerator: Any) -> None:
+    """Two microbatches of a row on either rank."""
+    from test_trainer_balance import check_step, collate, experts, rows
+
+    from nitp_ops.integrations.accelerate import Accumulation
+
+    model = experts()
+    accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp"))
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=1.0)
+    loader: Any = torch.utils.data.DataLoader(rows(), batch_size=1, collate_fn=collate)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in accumulation(loader):
+        with accelerator.accumulate(prepared):
+            accumulation.backward(prepared(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    check_step(model, 1, accumulation.take_log())
+
+
+def experts_whose_gradients_are_added(rank: int) -> None:
+    """A loop without DDP."""
+    from test_trainer_balance import check_step, experts, microbatches
+
+    model = experts()
+    handle = nitp_ops.attach(model, "ntp")
+    mine = microbatches(1)[rank::RANKS]
+    handle.set_counts((handle.count(mine[0]) + handle.count(mine[1])).all_reduce(), gradient_reduction="sum")
+    for batch in mine:
+        model(**batch).loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            dist.all_reduce(parameter.grad)
+            parameter -= parameter.grad
+    check_step(model, 1)
 
 
 @pytest.mark.parametrize("worker", [trainer_of_objectives, stock_trainer, accelerate_loop], ids=lambda f: f.__name__)

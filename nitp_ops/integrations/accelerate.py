@@ -8,7 +8,7 @@
             optimizer.step()
             optimizer.zero_grad()
 
-Losses of microbatches and ranks add up to that of the window, for every term, however the masks fall.
+Losses of microbatches and ranks average to that of the window, for every term, however the masks fall.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ class Accumulation:
     """Windows of ``accelerator.gradient_accumulation_steps`` microbatches, for a loop with ``accelerator.accumulate``.
 
     Reads a window of batches ahead, counts every term over it and over all ranks (one collective), then hands the
-    batches out one by one: losses of microbatches and ranks add up to that of the window. The last window of a loader
-    may be short, as in Accelerate.
+    batches out one by one. The loss of a pass is ``gradient_accumulation_steps`` times its contribution, because
+    Accelerate divides by that number: any other loss that joins it is averaged, as without an objective. The last
+    window of a loader may be short, as in Accelerate.
+
+    A loop that ends inside a window takes no step for it: gradients and log of its microbatches are dropped before the
+    next window, which begins anew.
 
     Register it with ``accelerator.register_for_checkpointing``: `save_state` then keeps the own parameters, the spec
     and the step, and `load_state` refuses a folder without them, or of another spec.
@@ -66,7 +70,7 @@ class Accumulation:
             raise ValueError("Accumulation: sync_with_dataloader is False, expected True (no window spans two loaders)")
         self.accelerator, self.handle, self.step = accelerator, handle, 0
         self._counts: Counts | None = None
-        self._log, self._logged_step = StepLog(handle.objective.spec), 0
+        self._log = StepLog(handle.objective.spec)
 
     def __call__(self, loader: Any) -> Iterator[Any]:
         """The batches of a loader that ``accelerator.prepare`` returned.
@@ -77,19 +81,34 @@ class Accumulation:
         if not hasattr(loader, "end_of_dataloader"):
             raise TypeError(f"Accumulation: loader is a {type(loader).__name__}, expected one from accelerator.prepare")
         batches = iter(loader)
+        counts = None
         try:
             while window := self._read_window(loader, batches):
                 last = loader.end_of_dataloader
-                self._counts = count_window(self.handle, window)
-                self.handle.set_counts(self._counts)
-                self.handle.set_step(self.step)
-                for index, batch in enumerate(window, start=1):
+                counts = self._begin(window)
+                for index, batch in enumerate(window):
                     # accelerate synchronises gradients wherever this is set, and reading ahead has set it too early
-                    loader.end_of_dataloader = last and index == len(window)
+                    loader.end_of_dataloader = last and index == len(window) - 1
+                    self.accelerator.step = (
+                        index  # it counts on where a loop was left, and not where a batch is skipped
+                    )
                     yield batch
         finally:
-            self._counts = None
-            self.handle.set_counts(None)
+            if self._counts is counts:  # else another loop has begun since this one was left
+                self._end()
+
+    def _begin(self, window: list[Any]) -> Counts:
+        if self._log.drop():
+            self.handle._model.zero_grad()  # that of accelerate's optimizers does nothing inside a window
+        steps = self.accelerator.gradient_accumulation_steps
+        self._counts = count_window(map(self.handle.count, window), divisor=steps)
+        self.handle.set_counts(self._counts)
+        self.handle.set_step(self.step)
+        return self._counts
+
+    def _end(self) -> None:
+        self._counts = None
+        self.handle.set_counts(None)
 
     def _read_window(self, loader: Any, batches: Iterator[Any]) -> list[Any]:
         window = []
@@ -101,22 +120,25 @@ class Accumulation:
         return window
 
     def backward(self, loss: Tensor) -> None:
-        """``accelerator.backward`` without its division by the accumulation steps: the counts are the window's."""
+        """``accelerator.backward``, and the log and the step of the window."""
         if self._counts is None:
             raise RuntimeError(
                 "Accumulation: backward is called outside of the loop, expected batches of accumulation(loader)"
             )
         self._log.add(self.handle.metrics, self._counts)
-        self.accelerator.backward(loss * self.accelerator.gradient_accumulation_steps)
-        self.step += self.accelerator.sync_gradients
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self._log.step()
+            self._end()
+            self.step += 1
 
     def take_log(self) -> dict[str, float]:
-        """``loss``, ``loss/ntp``, ... and what the terms measured since the last call, over all ranks: see `StepLog`.
+        """``loss``, ``loss/ntp``, ... and what the terms measured in the steps since the last call, see `StepLog`.
 
-        Every rank calls it, between two windows, for instance where ``accelerator.sync_gradients`` is true.
+        Over all ranks; every rank calls it, for instance where ``accelerator.sync_gradients`` is true. Empty where no
+        step was taken.
         """
-        steps, self._logged_step = self.step - self._logged_step, self.step
-        return self._log.take(steps)
+        return self._log.take()
 
     def state_dict(self) -> dict[str, Any]:
         """The own parameters, the spec and the step."""
@@ -135,4 +157,4 @@ class Accumulation:
                 f"Accumulation: the state has the spec {state['spec']}, expected {objective.spec.to_dict()}"
             )
         objective.load_state_dict(state["parameters"])
-        self.step = self._logged_step = state["step"]
+        self.step = state["step"]

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from nitp_ops.objectives import build
+from nitp_ops.objectives import CompositeObjective, build
 from nitp_ops.objectives.spec import SpecLike
 from nitp_ops.objectives.streams import LabelLayout, check_label_layout
 
 from .attached_forward import HANDLE
 from .block_pass import check_required, checked_blocks
-from .handle import Handle
+from .handle import AUX_LOSS, Handle
 from .head_transform import head_transform
 from .hugging_face import checked_head, head_of, model_info, refuse_hooks_on_head, unwrapped
 from .sites import hugging_face_sites
@@ -33,9 +33,9 @@ def attach(
 
     In training, a forward call with labels returns the objective's loss as ``out.loss`` and None as ``out.logits``: no
     logits are built beyond a chunk, no hidden state is kept but those that the objective reads. Whatever else the model
-    adds to its loss, such as the balance loss of a mixture of experts, is added as before; a spec that reads
-    ``external[aux_loss]`` takes it over instead. In eval mode, without labels and in `generate` it is the plain model,
-    bit for bit.
+    adds to its loss, such as the balance loss of a mixture of experts, is still added, as a mean over the batches of a
+    window and as the part "aux_loss" of the metrics; a spec that reads ``external[aux_loss]`` takes it over instead. In
+    eval mode, without labels and in `generate` it is the plain model, bit for bit.
 
     Softcap and logit scale are measured on the model's own code. Documents derive from attention_mask, position_ids or
     cu_seq_lens_q. The objective is registered as ``model.nitp_objective``: `parameters`, `to`, DDP and fully_shard see
@@ -56,7 +56,7 @@ def attach(
         ValueError: another label_layout; a model that was attached, compiled, wrapped or sharded before; a head that
             carries an adapter, is quantised or offloaded, or has hooks of anybody but an engine; logits that are no
             scale and softcap of the head's output; a loss that does not go through ``model.loss_function``; a required
-            stream that no module passes once, as wide as the head reads.
+            stream that no module passes once, as wide as the head reads; the label "aux_loss" for anything but that.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -82,11 +82,21 @@ def attach(
     with torch.device("meta") if head.weight.is_meta else nullcontext():
         objective = build(spec, model=model_info(plain, sites, transform), seed=seed, backend=backend)
     check_required(objective.requires, objective.info.num_layers, reasons, type(plain).__name__)
+    _check_labels(objective)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)
     return Handle(
         model, plain, objective, Tap(sites, objective.requires, differentiable_states(objective)), label_layout
     )
+
+
+def _check_labels(objective: CompositeObjective) -> None:
+    labels = {str(term.label) for term in objective.spec.terms}
+    if AUX_LOSS in labels and f"external[{AUX_LOSS}]" not in objective.requires:
+        raise ValueError(
+            f'attach: a term is labelled "{AUX_LOSS}", expected another label (the metrics keep it for what the model '
+            "adds to its loss)"
+        )
 
 
 def handle_of(model: nn.Module) -> Handle:

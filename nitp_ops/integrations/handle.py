@@ -23,7 +23,8 @@ from .optimizers import check_optimizers
 from .tapping import Tap
 from .token_streams import label_count, token_streams, with_prompt
 
-_BALANCE = "aux_loss"  # where Hugging Face models put the balance loss of their experts
+# where Hugging Face models put the balance loss of their experts; the part of the loss that a model adds itself
+AUX_LOSS = "aux_loss"
 _REPLACED = ("forward", "_loss_function", "_keys_to_ignore_on_save")
 
 
@@ -32,7 +33,8 @@ class Handle:
 
     Attributes:
         objective: also ``model.nitp_objective``.
-        metrics: of the last training pass, None before the first; add them up over a window, see `Metrics`.
+        metrics: of the last training pass, None before the first; add them up over a window, see `Metrics`. What the
+            model adds to its loss is the part "aux_loss".
         label_layout: of the shift_labels that are counted and trained on from now on, see `Streams`.
     """
 
@@ -50,6 +52,7 @@ class Handle:
         self._counts: Counts | None = None
         self._gradient_reduction: Literal["mean", "sum"] = "mean"
         self._step: Tensor | None = None
+        self._zero: Tensor | None = None
         self._ran = False
         self._exact: list[Tensor] | None = None
         self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
@@ -87,7 +90,8 @@ class Handle:
 
         Args:
             counts: of all its microbatches (and ranks): the losses of the passes then add up to that of the window, so
-                do not divide by the number of passes. None: each pass counts itself, or is weighted by its share of
+                do not divide by the number of passes. What the model adds to its loss is averaged over
+                ``counts.batches``. None: each pass counts itself, or is weighted by its share of
                 ``num_items_in_batch`` where the call brings it.
             gradient_reduction: see `CompositeObjective.forward`.
         """
@@ -157,7 +161,7 @@ class Handle:
         tuples = call.get("return_dict") is False
         call |= {"labels": labels, "return_dict": True}
         call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
-        defaults = {"use_cache": False} | ({"output_router_logits": True} if _BALANCE in self._external else {})
+        defaults = {"use_cache": False} | ({"output_router_logits": True} if AUX_LOSS in self._external else {})
         call |= {name: value for name, value in defaults.items() if call.get(name) is None}
         if "skip_logits" in self._names:  # Liger-Kernel's forward: else it computes a loss of its own
             call["skip_logits"] = False
@@ -166,6 +170,7 @@ class Handle:
             out = self._plain_forward(**call)
         finally:
             self._tap.stop()
+            zero, self._zero = self._zero, None
         streams = self._tap.streams(
             **fields,
             label_layout=self.label_layout,
@@ -177,8 +182,8 @@ class Handle:
         loss, self.metrics = self.objective(
             streams, counts=counts, step=self._step, gradient_reduction=self._gradient_reduction
         )
-        # the loss of the plain forward is what the model adds to a cross-entropy of zero, see _loss
-        loss = loss if _BALANCE in self._external else loss + out.loss
+        if AUX_LOSS not in self._external:
+            loss = self._with_own_loss(loss, out, zero, counts)
         if self._exact is not None:
             self._exact.append(loss)
         out = type(out)(**{**out, "loss": loss, "logits": None})
@@ -190,7 +195,8 @@ class Handle:
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for ``model.loss_function``: zero in a training pass, where there are no logits."""
         if self._tap.collecting:
-            return torch.zeros((), device=kwargs["labels"].device if "labels" in kwargs else args[1].device)
+            self._zero = torch.zeros((), device=kwargs["labels"].device if "labels" in kwargs else args[1].device)
+            return self._zero
         own = self._before_attach.get("_loss_function")
         return (_class_loss(self._plain) if own is None else own)(*args, **kwargs)
 
@@ -207,7 +213,25 @@ class Handle:
             return self._counts
         labels = label_count(fields)
         inverse = torch.as_tensor(items, dtype=torch.float64, device=labels.device) / labels
-        return Counts({part: count.clamp(min=1) * inverse for part, count in self.objective.count(streams).items()})
+        inverse = torch.where(labels == 0, torch.inf, inverse)  # 0 / 0 where the whole window has no label
+        counts = self.objective.count(streams).items()
+        return Counts({part: count.clamp(min=1) * inverse for part, count in counts}, batches=inverse)
+
+    def _with_own_loss(self, loss: Tensor, out: Any, zero: Tensor | None, counts: Counts | None) -> Tensor:
+        """The objective, and what the model added to a cross-entropy of zero (see `_loss`) as a mean over the batches
+        of the window: in the metrics a part beside the others, absent where the model added nothing."""
+        assert self.metrics is not None
+        own: Tensor = out.loss
+        if own is zero and not own.requires_grad and getattr(out, AUX_LOSS, None) is None:  # most models add in place
+            return loss
+        one = torch.ones_like(own)
+        self.metrics = Metrics(
+            self.metrics.sums | {AUX_LOSS: {"weighted": own, "denominator": one, "loss": own, "count": one}}
+        )
+        if counts is not None:
+            ranks = counts.group_size if self._gradient_reduction == "mean" else 1
+            own = own * (ranks / torch.as_tensor(counts.batches, dtype=torch.float64, device=own.device)).to(own.dtype)
+        return loss + own
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ran, self._exact = False, None

@@ -21,13 +21,15 @@ check_version("lightning", "2.4", "3.0")
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams  # noqa: E402
+from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams, parse  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
 from nitp_ops.objectives.streams import LabelLayout  # noqa: E402
 
+from .attached_forward import HANDLE  # noqa: E402
 from .attaching import attach  # noqa: E402
 from .handle import Handle  # noqa: E402
 from .sites import is_hugging_face  # noqa: E402
+from .window import count_window  # noqa: E402
 
 SIDECAR = "nitp_objective"
 
@@ -36,8 +38,9 @@ class ObjectiveCallback(Callback):
     """Counts, steps, logs, checks and saves the objective of a LightningModule.
 
     * Losses divide by the counts of the window of ``accumulate_grad_batches`` batches, over all ranks: the batches
-      of a window are read ahead of its first one. What ``training_step`` returns is ``accumulate_grad_batches`` times
-      its contribution, since Lightning divides by that number.
+      of a window are read ahead of its first one, up to the end of the epoch and no further. What ``training_step``
+      returns is ``accumulate_grad_batches`` times its contribution, since Lightning divides by that number; any other
+      loss is averaged.
     * Scheduled weights follow ``trainer.global_step``.
     * Own parameters are there before ``configure_optimizers``; one that no optimizer holds is an error before step 0.
       They are saved beside the model in full checkpoints, under "nitp_objective", never in its weights.
@@ -92,26 +95,33 @@ class ObjectiveCallback(Callback):
             self.objective = _only(CompositeObjective, pl_module)
             if self.streams is None:
                 raise TypeError("lightning: streams is None, expected a function (the module builds streams itself)")
-        elif self.handle is None:
+        else:
             inside = pl_module.get_submodule(self.model) if self.model else _hugging_face(pl_module)
-            options: dict[str, Any] = {"label_layout": self.label_layout, "seed": self.seed, "backend": self.backend}
-            self.handle = attach(inside, self.spec, **options)
+            self.handle = _of_an_earlier_fit(inside, self.spec)
+            if self.handle is None:
+                options: dict[str, Any] = {"seed": self.seed, "backend": self.backend}
+                self.handle = attach(inside, self.spec, label_layout=self.label_layout, **options)
+            self.handle.label_layout = self.label_layout
             self.objective = self.handle.objective
             check_streams("lightning", self.handle.objective.requires, (*STREAMS, "external[aux_loss]"))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers("lightning", pl_module, self._own(), trainer.optimizers)
-        self._counts = self._metrics = None
+        self._leave()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        place = batch_idx % trainer.accumulate_grad_batches
-        if place == 0 or self._counts is None:
-            window = [batch, *_upcoming(trainer, trainer.accumulate_grad_batches - 1 - place)]
-            counted = [self._own().count(self._tokens(each)) for each in window]
-            moved = [Counts({part: n.to(pl_module.device) for part, n in each.items()}) for each in counted]
-            counts = sum(moved[1:], start=moved[0]).all_reduce()
-            # Lightning averages over the batches of a window as DDP averages over ranks
-            self._counts = Counts(counts, counts.group_size * trainer.accumulate_grad_batches)
+        steps = trainer.accumulate_grad_batches
+        if batch_idx % steps == 0 or self._counts is None:
+            ahead = min(steps - 1 - batch_idx % steps, trainer.num_training_batches - 1 - batch_idx)
+            window = [batch, *_upcoming(trainer, int(ahead))]
+            counted = (self._own().count(self._tokens(each)) for each in window)
+            self._counts = count_window(counted, divisor=steps, device=pl_module.device)
             self._metrics = None
         if self.handle is not None:
             self.handle.set_counts(self._counts)
@@ -123,7 +133,9 @@ class ObjectiveCallback(Callback):
     ) -> None:
         if self.handle is not None:
             self._add(self.handle.metrics)
-        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            self.handle.set_counts(None)
+        last = trainer.is_last_batch or batch_idx + 1 == trainer.num_training_batches
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
             return
         self._counts = None
         if self._metrics is None:
@@ -156,6 +168,12 @@ class ObjectiveCallback(Callback):
         out = self._own()(streams, counts=self._counts, step=trainer.global_step)
         self._add(out.metrics)
         return out
+
+    def _leave(self) -> None:
+        """Nothing of a window is left to the next fit, or to a pass outside of one."""
+        self._counts = self._metrics = None
+        if self.handle is not None:
+            self.handle.set_counts(None)
 
     def _add(self, metrics: Metrics | None) -> None:
         if metrics is not None:
@@ -225,6 +243,18 @@ def _hugging_face(module: nn.Module) -> nn.Module:
     raise ValueError(
         f"lightning: the module has {len(found)} Hugging Face models among {names}, expected one, or model= its name"
     )
+
+
+def _of_an_earlier_fit(model: nn.Module, spec: SpecLike) -> Handle | None:
+    held: Handle | None = next((m.__dict__[HANDLE] for m in model.modules() if HANDLE in m.__dict__), None)
+    if held is None:
+        return None
+    came, expected = held.objective.spec.to_dict(), parse(spec, held.objective.info).to_dict()
+    if came != expected:
+        raise ValueError(
+            f"lightning: the model has the objective {came}, expected {expected} (or handle.detach() first)"
+        )
+    return held
 
 
 def _only(kind: type[CompositeObjective], module: nn.Module) -> CompositeObjective:

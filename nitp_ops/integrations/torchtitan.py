@@ -190,7 +190,7 @@ class ObjectiveTrainer(Trainer):
             self.objective.count(Streams(**_fields(batch["input"], labels, batch.get("positions"))))
             for batch, labels in window
         ]
-        counts = Counts({part: n.to(self.device) for part, n in sum(counted[1:], start=counted[0]).items()})
+        counts = sum(counted[1:], start=counted[0]).to(self.device)
         if self.parallel_dims.dp_enabled:
             counts = counts.all_reduce(self.parallel_dims.get_mesh("batch").get_group())
         self._counts, self._metrics = counts, None

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from nitp_ops.objectives import Counts
 from nitp_ops.objectives.spec import SpecLike
 from nitp_ops.objectives.streams import LabelLayout
 
@@ -37,7 +38,8 @@ class NitpTrainerMixin(_Base):
     """``class MyTrainer(NitpTrainerMixin, Trainer)``: trains with an objective, one line beside a plain Trainer.
 
     * Every term is divided by its count over the whole accumulation window of all ranks: a batch of 8, 2 x 4
-      accumulated and 2 ranks x 4 give the same gradients, for every term, however the masks fall.
+      accumulated and 2 ranks x 4 give the same gradients, for every term, however the masks fall. Any other loss (of
+      the experts' balance, or added in a subclass) is averaged over the microbatches.
     * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms measure: accuracy,
       skill, floor, counts, over all rows since the last log.
     * Scheduled weights follow ``state.global_step``, also after a resume.
@@ -66,8 +68,8 @@ class NitpTrainerMixin(_Base):
         NotImplementedError: a parallelism that is not provided.
     """
 
-    # Trainer.training_step must not divide by the accumulation steps: the counts are those of the window
-    loss_is_scaled_for_ga = True
+    # Trainer.training_step divides by the microbatches of the window, see count_window
+    loss_is_scaled_for_ga = False
 
     def __init__(
         self, *args: Any, objective: SpecLike | None = None, label_layout: LabelLayout = "document", **kwargs: Any
@@ -105,8 +107,20 @@ class NitpTrainerMixin(_Base):
             self._label_layout = self.nitp.label_layout
         else:
             self.nitp = attach(model, self._objective, label_layout=self._label_layout)
-        self._step_log = StepLog(self.nitp.objective.spec)
-        self._logged_step, self._optimizer_checked = 0, False
+        self._begin()
+
+    def _begin(self) -> None:
+        """What a run starts with, also where it starts again with a smaller batch."""
+        self._step_log, self._optimizer_checked = StepLog(self.nitp.objective.spec), False
+        self._counts: Counts | None = None
+        self._window_step = 0
+
+    def _inner_training_loop(self, batch_size: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        self._begin()
+        try:
+            return super()._inner_training_loop(batch_size, *args, **kwargs)
+        finally:
+            self._counts = None
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
@@ -115,13 +129,21 @@ class NitpTrainerMixin(_Base):
         return model
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        self._end_window()
+        if self._step_log.drop():  # Trainer takes no step for it: it was short, or a callback ended the epoch in it
+            self.model.zero_grad()  # type: ignore[reportOptionalMemberAccess]
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.nitp.label_layout = self._label_layout
             self._collated_shift_labels = any(batch.get("shift_labels") is not None for batch in batches)
-            self._counts = count_window(self.nitp, batches, device)
-            self.nitp.set_counts(self._counts)
+            counted = map(self.nitp.count, batches)
+            self._counts = count_window(counted, divisor=len(batches), device=device)
+            self._window_step = self.state.global_step
         return batches, num_items
+
+    def _end_window(self) -> None:
+        if self.state.global_step > self._window_step:
+            self._step_log.step()
 
     def compute_loss(
         self,
@@ -134,18 +156,23 @@ class NitpTrainerMixin(_Base):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not self._optimizer_checked:
             self.nitp.check(self.optimizer)  # type: ignore[reportArgumentType]
-            self._logged_step, self._optimizer_checked = self.state.global_step, True
+            self._optimizer_checked = True
         self.nitp.set_step(self.state.global_step)
         if inputs.get("shift_labels") is not None and not self._collated_shift_labels:
             self.nitp.label_layout = "stream"  # the trainer made them from the labels that were counted
-        outputs = model(**inputs)
-        self._step_log.add(self.nitp.metrics, self._counts)
+        self.nitp.set_counts(self._counts)
+        try:
+            outputs = model(**inputs)
+        finally:
+            self.nitp.set_counts(None)
+        if self._counts is not None:
+            self._step_log.add(self.nitp.metrics, self._counts)  # type: ignore[reportArgumentType]
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            steps, self._logged_step = self.state.global_step - self._logged_step, self.state.global_step
-            logs |= {name: value for name, value in self._step_log.take(steps).items() if name != "loss"}
+            self._end_window()
+            logs |= {name: value for name, value in self._step_log.take().items() if name != "loss"}
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -25,8 +25,7 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
     ``entropy``: no term measures it.
 
     Raises:
-        ValueError: ``loss_type`` is not "nll" (another loss), an auxiliary loss of a mixture of experts is on; and what
-            `NitpTrainerMixin` raises.
+        ValueError: ``loss_type`` is not "nll" (another loss); and what `NitpTrainerMixin` raises.
 
     Example:
         >>> trainer = NitpSFTTrainer(model=model, train_dataset=data, objective="ntp + 0.8*nitp")  # doctest: +SKIP
@@ -40,8 +39,6 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
             raise ValueError(
                 f'NitpSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the objective is the loss'
             )
-        if self.aux_loss_enabled:
-            raise ValueError("NitpSFTTrainer: the router's auxiliary loss is on, expected router_aux_loss_coef=0.0")
         self._tokens: Tensor | None = None
 
     def compute_loss(
@@ -53,6 +50,8 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
     ) -> Any:
         if model.training:
             inputs["use_cache"] = False
+            if self.aux_loss_enabled:
+                inputs["output_router_logits"] = True
             mask = inputs.get("attention_mask")
             seen = torch.as_tensor(inputs["input_ids"].numel() if mask is None else mask.sum(), device=self.args.device)
             self._tokens = seen if self._tokens is None else self._tokens + seen
