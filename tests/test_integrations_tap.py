@@ -103,7 +103,8 @@ def test_three_lines_train_the_formula_under_every_checkpointing(
         if inside:  # blocks run again inside backward, while the hooks are there
             loss = objective(tapped.streams(token_ids=ids)).loss
             loss.backward()
-            with pytest.raises(RuntimeError, match="did not pass"):  # the second run was not collected
+            # nothing of the second run was collected
+            with pytest.raises(RuntimeError, match=r"hidden_states\[2\], last_hidden did not pass"):
                 tapped.streams(token_ids=ids)
     if not inside:
         loss = objective(tapped.streams(token_ids=ids)).loss
@@ -111,6 +112,18 @@ def test_three_lines_train_the_formula_under_every_checkpointing(
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     for parameter, gradient in zip(model.parameters(), reference, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_both_last_streams_carry_gradients(model: Model, ids: Tensor):
+    tapped = tap(model, {"last_hidden", "last_residual"}, **NAMES)
+    with tapped:
+        model(ids)
+    streams, states = tapped.streams(token_ids=ids), model.streams(ids)
+    for mine, expected in ((streams.last_hidden, states[-1]), (streams.last_residual, states[3])):
+        assert mine is not None
+        table: Any = model.trunk["wte"].weight
+        found, wanted = (torch.autograd.grad(x.sum(), table, retain_graph=True)[0] for x in (mine, expected))
+        assert torch.equal(found, wanted)
 
 
 def test_hooks_leave_with_the_context_also_after_an_error(model: Model, ids: Tensor):

@@ -151,6 +151,30 @@ def test_a_guess_is_what_the_head_predicts_in_training(spec, cuts):
         assert drafts.tolist() == expected
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["last_hidden", "last_residual"])
+def test_what_stood_on_a_wrong_draft_is_computed_again(source):
+    """States and guesses are those of a drafter that reads the same tokens for the first time."""
+    model, own = Model(7), objective(f"mtp_sequential(depth=3, source={source})", 5)
+    term = own.spec.terms[0]
+
+    def drafter():
+        made = term.drafter(dict(own.terms.items())["mtp_sequential"], own.info)
+        assert made is not None
+        return made
+
+    ids, kept, start = torch.tensor([[0, 1, 2, 3, 4, 0, 2, 4, 1, 3, 0, 1, 2]]), drafter(), 0
+    for known in (4, 5, 9, 11):
+        whole, anew = model(ids[:, :known]), drafter()
+        hidden, tokens = getattr(whole, source), ids[:, : known + 1]
+        drafts = kept.propose(hidden[:, start:], tokens, whole, 3)
+        assert torch.equal(drafts, anew.propose(hidden, tokens, whole, 3))
+        for mine, expected in zip(kept.states, anew.states, strict=True):
+            torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
+        assert drafts[0] != ids[0, known + 1]  # so that modules 2 and 3 were told what did not come true
+        start = known
+
+
 def test_every_draft_comes_true_where_the_model_always_says_the_same():
     model = Model(0, bias=True)
     with torch.no_grad():

@@ -54,6 +54,22 @@ def test_the_contributions_sum_to_the_loss():
     assert metrics["loss"] == pytest.approx(sum(parts)) == pytest.approx(out.loss.item())
 
 
+def test_a_part_without_rows_and_a_row_without_weight_show_no_nan():
+    batch = make_batch()
+    batch.documents = torch.full_like(batch.ids, -1)
+    empty = build("ntp + 0.5*top", model=INFO)(batch.streams()).metrics.compute()
+    assert empty["ntp/loss"] == empty["top/loss"] == empty["ntp/accuracy"] == 0
+    batch = make_batch()
+    with torch.no_grad():
+        batch.hidden[0, 2] = torch.nan
+    weight = torch.ones(batch.ids.shape, dtype=torch.float64)
+    weight[0, 3] = 0  # of the token that the spoilt row predicts
+    out = build("ntp", model=INFO)(batch.streams(token_weight=weight))
+    assert out.metrics.compute()["ntp/loss"] == pytest.approx(out.loss.item())
+    silent = build("ntp + 0*nitp", model=INFO)(batch.streams(token_weight=weight)).metrics.compute()
+    assert silent["loss/nitp"] == 0 and silent["loss"] == silent["loss/ntp"] and math.isnan(silent["nitp/loss"])
+
+
 def test_the_unweighted_mean_stands_beside_the_contribution():
     metrics = build(SPEC, model=INFO)(make_batch().streams()).metrics.compute()
     assert metrics["loss/nitp"] == pytest.approx(0.8 * metrics["nitp/loss"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nitp_ops.objectives import NITP, NTP, ModelInfo, Streams, build
 from nitp_ops.objectives import plan as plan_module
+from nitp_ops.objectives.head_parts import _several
 
 
 @settings(deadline=None, max_examples=25)
@@ -252,3 +253,34 @@ def test_other_hidden_states_leave_the_rest_of_the_streams_as_it_is():
     assert type(other) is More and {k: id(v) for k, v in vars(other).items()} == {
         k: id(v) for k, v in (vars(streams) | {"last_hidden": wide}).items()
     }
+
+
+def test_a_forward_of_the_heads_own_is_there_again_after_the_pass():
+    batch = make_batch()
+    seen, plain = [], batch.head.forward
+
+    def own(input: Tensor) -> Tensor:
+        return plain(input)
+
+    batch.head.forward = own  # type: ignore[method-assign]
+    batch.head.register_forward_pre_hook(lambda module, args: seen.append(module))
+    build("ntp", model=INFO)(batch.streams())
+    assert seen == [batch.head] and vars(batch.head)["forward"] is own
+
+
+def test_a_negative_label_among_several_is_an_error_and_no_absent_target():
+    labels = torch.tensor([[-1, 3, -100]])
+    assert _several(labels, -100).tolist() == [[torch.iinfo(torch.int64).max, 3, -100]]
+
+
+def test_gradients_of_two_terms_into_a_narrow_stream_are_rounded_once():
+    info = ModelInfo(hidden_size=16, vocab_size=32, num_layers=2, dtype=torch.bfloat16, initializer_range=0.5)
+    narrow, head = torch.randn(3, 20, 16).bfloat16(), nn.Linear(16, 32, bias=False).bfloat16()
+    objective = build("ntp + nitp(target_layer=1)", model=info)
+    ids, states = torch.randint(32, (3, 20)), {1: torch.randn(3, 20, 16).bfloat16()}
+
+    def gradient(hidden: Tensor) -> Tensor:
+        streams = Streams(token_ids=ids, last_hidden=hidden.requires_grad_(), hidden_states=states, head=head)
+        return torch.autograd.grad(objective(streams).loss, hidden)[0]
+
+    assert torch.equal(gradient(narrow.clone()), gradient(narrow.float()).bfloat16())

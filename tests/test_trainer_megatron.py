@@ -143,6 +143,14 @@ def test_microbatches_through_its_loss_step_add_up_as_it_divides_them(example, c
     assert sum(report["ntp/loss"][1] for report in reports) == total
 
 
+def test_its_number_of_tokens_is_that_of_ntp_wherever_ntp_stands(example):
+    model, batch = double(example), ragged_batch()
+    attach_gpt(model, "0.8*nitp(target_layer=1) + ntp")
+    output, loss_func = step(model, batch)
+    loss, tokens, _ = loss_func(output)
+    assert tokens == batch["loss_mask"].sum() and loss == output * tokens
+
+
 def test_megatrons_own_ntp_is_the_objective_ntp(example):
     """Two documents a row: its own loss a token, under its own loss mask alone."""
     model, batch = double(example), ragged_batch()

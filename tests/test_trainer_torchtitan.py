@@ -144,6 +144,10 @@ def test_the_plain_model_is_untouched_and_the_objective_stays_out_of_its_state()
     assert torch.equal(model(batch["inputs"]), before)
     assert list(model.state_dict()) == keys
     assert "forward" not in vars(model) and model._skip_lm_head is False
+    plain = model.forward
+    model.forward = own = lambda *args, **extra: plain(*args, **extra)  # another tool's, around the model's
+    adapter.objective_loss(model, tapped, **batch)
+    assert vars(model)["forward"] is own
 
 
 def test_what_can_not_work_is_named_with_what_to_do():

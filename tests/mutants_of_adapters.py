@@ -1,0 +1,51 @@
+"""The edits of tests/mutants.py in what meets other people's models and trainers."""
+
+from __future__ import annotations
+
+from mutants_of_objectives import Mutant
+
+TITAN = "nitp_ops/integrations/torchtitan.py"
+MEGATRON = "nitp_ops/integrations/megatron.py"
+TAPPING = "nitp_ops/integrations/tapping.py"
+OPTIMIZERS = "nitp_ops/integrations/optimizers.py"
+PACKAGES = "nitp_ops/integrations/packages.py"
+SIDECAR = "nitp_ops/integrations/sidecar.py"
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(TITAN, "        if own is not None:\n            model.forward = own", "", "trainer_torchtitan"),
+    Mutant(TITAN, "            model._skip_lm_head = skip", "            pass", "trainer_torchtitan"),
+    Mutant(TITAN, "    model.register_state_dict_post_hook(_leave_out)\n", "", "trainer_torchtitan"),
+    Mutant(TITAN, "if depth := len(", "if depth := 0 * len(", "trainer_torchtitan_families"),
+    Mutant(TITAN, "(Decoder.forward, MTPDecoder.forward)", "(Decoder.forward,)", "trainer_torchtitan_families"),
+    Mutant(TITAN, 'gradient_reduction="sum")', 'gradient_reduction="mean")',
+           "trainer_torchtitan::test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process"),
+    Mutant(MEGATRON, "self.objective.spec.main_label or next(", "next(", "trainer_megatron"),
+    Mutant(MEGATRON, "whole = tokens if counts is None else counts[main].to(tokens.device)", "whole = tokens",
+           "trainer_megatron"),
+    Mutant(MEGATRON, "labels.masked_fill(loss_mask == 0, -100)", "labels", "trainer_megatron"),
+    Mutant(MEGATRON, "if labels is None or not self.model.training:", "if labels is None:", "trainer_megatron"),
+    Mutant(MEGATRON, "    if config.mtp_num_layers:\n", "    if False:\n", "trainer_megatron"),
+    Mutant(TAPPING, "_current_graph_task_id() != -1", "_current_graph_task_id() == -2", "integrations_tap"),
+    Mutant(TAPPING, "if kind is None and not self._handed_out:", "if not self._handed_out:", "integrations_tap"),
+    Mutant(TAPPING, "            if k > count:\n", "            if k > count + 1:\n", "integrations_tap"),
+    Mutant(TAPPING, '{"last_hidden", "last_residual", *differentiable}', '{"last_hidden", *differentiable}',
+           "integrations_tap"),
+    Mutant(TAPPING, "if name in self.differentiable else value.detach()", "if True else value", "integrations_tap"),
+    Mutant(TAPPING, "self._found, self._handed_out = {}, True", "self._handed_out = True", "integrations_tap"),
+    Mutant(SIDECAR, "    if got != expected:\n", "    if False:\n", "integrations_checkpoints"),
+    Mutant(SIDECAR, "    if shapes != (there :=", "    if False and (there :=", "integrations_checkpoints"),
+    Mutant(PACKAGES, "_numbers(found) < _numbers(below)", "_numbers(found) <= _numbers(below)", "trainer_packages"),
+    Mutant(OPTIMIZERS, "if id(parameter) not in held]", "if id(parameter) in held]", "trainer_packages"),
+    Mutant("nitp_ops/integrations/token_streams.py", '("cu_seq_lens_q", "cu_seqlens")', '("cu_seq_lens_q",)',
+           "integrations_label_layout"),
+    # windows without a label, lengths and scales that are read off a model
+    Mutant("nitp_ops/integrations/handle.py", "count.clamp(min=1) * inverse", "count * inverse",
+           "trainer_runs::test_a_window_without_any_label_is_zero_under_the_stock_trainer"),
+    Mutant("nitp_ops/integrations/window.py", "/ torch.as_tensor(count).clamp(min=1)", "/ torch.as_tensor(count)",
+           "trainer_accelerate::test_a_window_without_any_label_is_no_ntp"),
+    Mutant("nitp_ops/integrations/hugging_face.py", 'sequence_length=getattr(config, "max_position_embeddings", None)',
+           "sequence_length=None",
+           "integrations_structure::test_offsets_past_the_longest_sequence_of_the_config_are_refused"),
+    Mutant("nitp_ops/integrations/head_transform.py", "abs(scale - 1) < 1e-4", "abs(scale - 1) < 1e-1",
+           "integrations_structure::test_a_scale_that_is_no_rounding_of_one_is_kept_under_a_cap"),
+)  # fmt: skip

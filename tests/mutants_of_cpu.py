@@ -1,0 +1,28 @@
+"""The edits of tests/mutants.py in the CPU's row kernels, for which the library is built anew."""
+
+from __future__ import annotations
+
+from mutants_of_objectives import Mutant
+
+ALIGNMENT, CROSS_ENTROPY = "csrc/cpu/alignment.cpp", "csrc/cpu/cross_entropy.cpp"
+LOSSES = "linear_cross_entropy token_semantics"
+GRADIENT = "csrc/cpu/cross_entropy_gradient.cpp"
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant(ALIGNMENT, "if (a.gradient && !live) {", "if (false) {", "alignment_and_swiglu implicit_token_loss"),
+    Mutant(ALIGNMENT, "put(pair.dz + j, -g)", "put(pair.dz + j, g)", "alignment_and_swiglu"),
+    Mutant(ALIGNMENT, "q * (log_ratio(j) - kl)", "q * log_ratio(j)", "alignment_and_swiglu"),
+    Mutant(ALIGNMENT, "(a.target_rows ? a.target_rows[i] : i)", "i", "implicit_token_loss"),
+    Mutant(CROSS_ENTROPY, "p > A(0) ? p * below : A(0)", "p * below", LOSSES),
+    Mutant(CROSS_ENTROPY, "if (mass != 0) row.below -=", "if (false) row.below -=", "instruction_sets"),
+    Mutant(CROSS_ENTROPY, "if (block_max > row.max) {", "if (block_max >= row.max) {",
+           LOSSES),
+    Mutant(CROSS_ENTROPY, "best < n ? best_block + best : 0", "best_block + best", LOSSES),
+    Mutant(CROSS_ENTROPY, "  targets.merge();\n", "", "token_semantics"),
+    Mutant(GRADIENT, "if (row.nothing()) {", "if (false) {", "vocab_parallel shard_rows"),
+    Mutant(GRADIENT, "    targets.merge();\n", "", "shard_rows"),
+    Mutant("csrc/cpu/accumulate.cpp", "sum[j] += widen", "sum[j] = widen", "numerics shared_pass"),
+    Mutant("csrc/cpu/columns.h", "sum = sum + at.only(body(at))", "sum = sum + body(at)", "instruction_sets"),
+    Mutant("csrc/cpu/swiglu.cpp", "at.store(d_up, gradient.up)", "at.store(d_up, gradient.gate)",
+           "alignment_and_swiglu"),
+)  # fmt: skip

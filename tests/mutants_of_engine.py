@@ -1,0 +1,47 @@
+"""The edits of tests/mutants.py in what all objectives share: spec, plan, counts, metrics, schedules, drafting."""
+
+from __future__ import annotations
+
+from mutants_of_objectives import Mutant
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("objectives/composite.py", " * part.term.part_weight(part.piece)", "", "objectives_mtp_sequential"),
+    Mutant("objectives/composite.py", "torch.where(weights[name] == 0, 0, weights[name] * own[\"loss\"].double())",
+           "weights[name] * own[\"loss\"].double()", "objectives_metrics"),
+    Mutant("objectives/composite.py", "readers.count(name) > 1", "readers.count(name) > 2", "objectives_plan"),
+    Mutant("objectives/composite.py", "(p.dim() == 2) == matrices]", "True]", "objectives_build"),
+    Mutant("objectives/metrics.py", '["denominator"].clamp(min=1)', '["denominator"]', "objectives_metrics"),
+    Mutant("objectives/metrics.py", 'rows = own["count"].clamp(min=1)', 'rows = own["count"]', "objectives_metrics"),
+    Mutant("objectives/counts.py", "if self.group_size != other.group_size:", "if False:", "objectives_metrics"),
+    Mutant("objectives/plan.py", "softcap=info.softcap", "softcap=None", "objectives_top"),
+    Mutant("objectives/plan.py", "logit_scale=info.logit_scale", "logit_scale=1.0", "objectives_top"),
+    Mutant("objectives/plan.py", "if part.rows.head is head]", "if part.rows.hidden is not None]", "objectives_sets"),
+    Mutant("objectives/head_parts.py", "torch.where(weight == 0, 0, losses * weight)", "losses * weight",
+           "objectives_metrics"),
+    Mutant("objectives/head_parts.py", "(labels < 0) & (labels != ignore_index)", "labels > labels", "objectives_plan"),
+    Mutant("objectives/row_losses.py", "(dz if slope is None else dz.mul_(slope))", "dz", "objectives_fsp_bow"),
+    Mutant("objectives/row_losses.py", ".mul_(info.logit_scale)", "", "objectives_fsp_bow"),
+    Mutant("objectives/row_losses.py", "d_weight += torch.mm", "d_weight = torch.mm", "objectives_fsp_bow"),
+    Mutant("objectives/fsp_bow.py", "threshold=40", "threshold=20", "objectives_fsp_bow"),
+    Mutant("objectives/own_parameters.py", "torch.default_generator.manual_seed(seed)",
+           "torch.default_generator.manual_seed(0)", "objectives_blocks objectives_build"),
+    Mutant("objectives/own_parameters.py", "manual_seed(self.seed)", "manual_seed(0)", "objectives_build"),
+    Mutant("objectives/module_call.py", "        if own is not None:\n            module.forward = own", "",
+           "objectives_plan"),
+    Mutant("objectives/heads.py", "or getattr(nn_module", "or getattr(module",
+           "objectives_plan objectives_build"),
+    Mutant("objectives/heads.py", "if not weight.is_leaf:", "if False:", "objectives_build objectives_plan"),
+    Mutant("objectives/spec.py", "or k < length:", "or k <= length:", "objectives_spec"),
+    Mutant("objectives/spec.py", "named[:place] + named[place + 1 :]", "named[:place]", "objectives_mtp_parallel"),
+    Mutant("objectives/schema.py", "-(2**63) <= value < 2**63", "-(2**63) <= value", "objectives_spec_fuzz"),
+    Mutant("objectives/expression.py", "self.depth == _DEEPEST", "False", "objectives_spec_fuzz"),
+    Mutant("objectives/registry.py", "    except KeyboardInterrupt:\n        raise\n", "", "objectives_plugin_fails"),
+    Mutant("objectives/registry.py", "except BaseException", "except Exception", "objectives_plugin_fails"),
+    Mutant("objectives/schedule.py", "step >= self.begin + self.warmup", "step > self.begin + self.warmup",
+           "objectives_schedule"),
+    Mutant("objectives/schedule.py", "(step - self.begin) / max", "step / max", "objectives_schedule"),
+    Mutant("objectives/external.py", "torch.ones((), dtype", "torch.zeros((), dtype", "objectives_external"),
+    Mutant("objectives/drafting.py", "min(limit, end - known - 1)", "limit", "objectives_draft"),
+    Mutant("objectives/drafting.py", "trunk.cut(known + right)", "trunk.cut(known + len(drafts))", "objectives_draft"),
+    Mutant("objectives/drafters.py", "block.cut(kept)", "block.cut(state.shape[1])", "objectives_draft"),
+)  # fmt: skip

@@ -1,0 +1,134 @@
+"""The edits of tests/mutants.py in the ops' kernels, chunked algorithms and objectives, and the tests that must die."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    """The file, its text (once in it), what stands there instead, and the tests that must fail.
+
+    tests: words, each the name of a file between "test_" and ".py", or name::function.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    # what a row's loss and gradient are
+    Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source"),
+    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source"),
+    Mutant("csrc/alignment.h", "1 / (p * z))) : A(0)", "1 / p)) : A(0)", "cuda_source_rows"),
+    Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
+    # every barrier of a cluster's row: before the warps, then the blocks, read one another, before a block may end, and
+    # before the targets are written over what their blocks wrote
+    Mutant("csrc/cuda/reduce.h", "__syncthreads();\n  return warp_merge", "return warp_merge", "cuda_source_clusters"),
+    Mutant("csrc/cuda/reduce.h", "Team::sync();\n    const int lane", "const int lane", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();  // the peers have read", "", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();\n  if (rank", "if (rank", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "  wait_for_copies();\n", "", "cuda_source_clusters"),
+    Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
+    # the chunked algorithms
+    Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),
+    Mutant(
+        "nitp_ops/_token_chunks.py",
+        "hidden if all_live else with_zeros(hidden[:n].masked_fill(~live.unsqueeze(1), 0), even)",
+        "hidden",
+        "linear_cross_entropy token_semantics objectives_plan",
+    ),
+    Mutant("nitp_ops/_token_chunks.py", "padded[n:].zero_()", "pass", "even_rows"),
+    Mutant("nitp_ops/_token_chunks.py", "if sum(loud) > 1 else None", "if len(jobs) > 1 else None", "numerics"),
+    Mutant("nitp_ops/_token_chunks.py", "and jobs[job].wanted == wanted]", "and wanted]", "shared_pass"),
+    Mutant("nitp_ops/_token_chunks.py", "dtype=widest(device, dtype)", "dtype=dtype", "shared_pass"),
+    Mutant("nitp_ops/_chunks.py", "if longest is not None:  # no more", "if False:  # no more", "numerics"),
+    Mutant("nitp_ops/_chunks.py", "block.nbytes > _MAPPED_BYTES", "block.nbytes < 0", "workspace"),
+    Mutant("nitp_ops/_gemm.py", "gradient[end - len(piece) : end]", "gradient[: len(piece)]", "numerics"),
+    Mutant("nitp_ops/_gemm.py", "first += len(piece)", "first += 0", "numerics"),
+    Mutant(
+        "nitp_ops/_explain.py",
+        "even_rows(min(together, step), torch.device(device), dtype)",
+        "min(together, step)",
+        "even_rows",
+    ),
+    Mutant("nitp_ops/_chunks.py", "rows - len(chunk)))", "rows - len(chunk)), 1)", "even_rows"),
+    Mutant("nitp_ops/_token_chunks.py", "given & (labels >= 0) if many else", "given if many else", "token_semantics"),
+    Mutant(
+        "nitp_ops/_head_job.py", "torch.where(total == 0, 1, total)", "total", "linear_cross_entropy token_semantics"
+    ),
+    Mutant(
+        "nitp_ops/_head_job.py",
+        "torch.where(given, rows.target_weight.squeeze(1), 0).sum()",
+        "given.sum()",
+        "token_semantics",
+    ),
+    Mutant(
+        "nitp_ops/_latent_chunks.py", "slice(part.start + shift, part.stop + shift)", "part", "implicit_token_loss"
+    ),
+    Mutant("nitp_ops/_latent_chunks.py", "(part + shift).clamp_", "(part + shift - 1).clamp_", "implicit_token_loss"),
+    Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else",
+           "linear_cross_entropy"),
+    Mutant("nitp_ops/_gradients.py", "buffer.addcmul_(gradient, upstream.to(buffer.dtype))", "buffer.add_(gradient)",
+           "token_semantics"),
+    # which rows count, and what divides them
+    Mutant("objectives/shift.py", "streams.spans, k)", "streams.spans, k - 1)", "objectives_shift"),
+    Mutant("objectives/shift.py", "k, streams, -1) == here) & (here >= 0)", "k, streams, -1) == here)",
+           "objectives_shift objectives_properties"),
+    Mutant("objectives/shift.py", "values.new_full((values.shape[0], missing), fill)", "values[:, :missing]",
+           "objectives_shift"),
+    Mutant("objectives/shift.py", "self.previous[at] < place", "self.previous[at] <= place", "objectives_top"),
+    Mutant("objectives/shift.py", "(k <= self.last) &", "(k < self.last) &", "objectives_top"),
+    Mutant("objectives/shift.py", "range(first - 1)", "range(0)", "objectives_windows"),
+    Mutant("objectives/shift.py", "(coming - base)", "coming", "objectives_windows"),
+    Mutant("objectives/shift.py", "place + 1, after[:, 1:])", "after[:, 1:], after[:, 1:])", "objectives_top"),
+    Mutant("objectives/top.py", "math.ceil(-math.log(", "math.ceil(-0.1 * math.log(", "objectives_windows"),
+    # whose document a pre-shifted label belongs to, and where what the streams say of its token is asked
+    Mutant("objectives/shift.py", "_after_unknown(here, -1)", "torch.cat([here, here[:, -1:]], dim=1)",
+           "objectives_label_layout"),
+    Mutant("objectives/shift.py", 'if streams.label_layout == "document" else ~inside', "",
+           "objectives_label_layout"),
+    Mutant("objectives/shift.py", "masked | (inside & ~", "masked | (~", "objectives_shift"),
+    Mutant("objectives/shift.py", ".masked_fill(~valid_pairs(streams, k), 0)", "", "objectives_label_layout"),
+    Mutant("objectives/shift.py", ".masked_fill(~valid_pairs(streams, k), 1.0)", "", "objectives_label_layout"),
+    Mutant("objectives/shift.py", ".masked_fill(~pairs, 1.0)", "", "objectives_label_layout"),
+    Mutant("objectives/documents.py", "positions[:, :-1] + 1", "positions[:, :-1]", "objectives_shift"),
+    Mutant("objectives/composite.py", '== "mean" else 1', '== "sum" else 1', "objectives_ranks"),
+    Mutant("objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name",
+           "objectives_properties"),
+    Mutant("objectives/composite.py", "torch.where(coefficients[name] == 0, 0, part.loss)", "part.loss",
+           "objectives_plan"),
+    Mutant("objectives/guard.py", "torch.where(alive, gradients[0], 0)", "gradients[0]", "objectives_plan"),
+    Mutant("objectives/head_parts.py", "self.term == other.term and ", "", "objectives_mtp_shared objectives_plan"),
+    Mutant("objectives/head_parts.py", "torch.where(present, loud, 0)", "present.to(loud.dtype)", "objectives_sets"),
+    Mutant("objectives/head_parts.py", "(1 - self.rows.label_smoothing) * (", "(", "objectives_mtp_shared"),
+    # the objectives
+    Mutant("objectives/nitp.py", "* info.num_layers + 0.75", "* info.num_layers", "objectives_build"),
+    Mutant("objectives/nitp.py", "(context.guard(z), self.shift)", "(z.detach(), self.shift)",
+           "nitp_stop_gradient"),
+    Mutant("objectives/nitp.py", "z[:, shift:]", "z[:, :pairs]", "objectives_values"),
+    Mutant("objectives/floor.py", "math.nan, 1 - loss / floor", "math.nan, loss / floor",
+           "nitp_floor objectives_metrics"),
+    Mutant("objectives/floor.py", "begin + shift : end + shift", "begin : end", "nitp_floor objectives_metrics"),
+    Mutant("objectives/mtp_sequential.py", "return 1 / self.depth", "return 1.0", "objectives_mtp_sequential"),
+    Mutant("objectives/mtp_sequential.py", "normed if self.normed", "state if self.normed",
+           "objectives_mtp_sequential"),
+    Mutant("objectives/mtp_parallel.py", "streams, f, k)", "streams, f, 1)", "objectives_mtp_parallel"),
+    Mutant("objectives/top.py", "self.window + 1 - k", "k - 1", "objectives_top"),
+    Mutant("objectives/regularizers.py", "- unit.square().sum()", "", "objectives_regularizers"),
+    Mutant("objectives/nextlat.py", "log_p.exp() - q", "q - log_p.exp()", "objectives_nextlat"),
+    Mutant("objectives/fsp_bow.py", "scatter_add_(1, bag, -counted)", "scatter_add_(1, bag, counted)",
+           "objectives_fsp_bow"),
+    Mutant("objectives/ntp.py", "replace(rows, class_weight=", "replace(rows, token_weight=",
+           "objectives_class_weight"),
+    Mutant("objectives/schedule.py", "torch.where(step >= begin", "torch.where(step > begin", "objectives_schedule"),
+    Mutant("objectives/metrics.py", 'own["weighted"] / own', 'own["loss"] / own', "objectives_metrics"),
+    Mutant("objectives/counts.py", "self[part] + other[part]", "other[part]", "objectives_properties"),
+    # drafting and decoding
+    Mutant("objectives/drafting.py", "== drafts).cumprod(0)", "== drafts)", "objectives_draft"),
+    Mutant("objectives/drafters.py", "max(0, same - k)", "max(0, same)", "objectives_draft"),
+    Mutant("objectives/blocks.py", ".unsqueeze(-1) >= place\n        return", ".unsqueeze(-1) > -1\n        return",
+           "objectives_draft"),
+    Mutant("examples/pretraining/model.py", "self.cosine[start:stop]", "self.cosine[: stop - start]", "pretrain_draft"),
+)  # fmt: skip
