@@ -16,7 +16,7 @@ are read as [B, T, d] without a copy. The whole objective is the output of ``for
 reaches all of it, no term needs an auxiliary loss scaler.
 
 Data parallelism only. Tested with GPTModel and `forward_step_calc_loss` on the CPU; Megatron's DistributedDataParallel,
-its distributed optimizer and its schedules need a GPU and have not run with it.
+its distributed optimizer and its schedules are not part of the tests, which have no GPU.
 """
 
 from __future__ import annotations
