@@ -81,6 +81,18 @@ def one_of(op: str, argument: str, value: object, allowed: Sequence[str]) -> Non
         raise ValueError(f"{op}: {argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
 
 
+def constant(value: float) -> float:
+    """The number, a constant of the graph while tracing: another value compiles anew.
+
+    As a symbol it would reach a custom op, which AOTAutograd turns into a constant behind its own cache: compiled code
+    of an earlier value then ran for a later one (pytorch issue 197889)."""
+    if not torch.compiler.is_compiling():
+        return value
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return guard_scalar(value)
+
+
 def number(
     op: str,
     argument: str,
@@ -90,10 +102,14 @@ def number(
     open_end: bool = False,
     dtype: torch.dtype = torch.float64,
 ) -> float:
-    """A finite real number `>= least` (`> least` with open_end), as float.
+    """A finite real number `>= least` (`> least` with open_end), as float, a `constant`.
 
     dtype: of the arithmetic that takes it; there it must not be infinite, nor zero with open_end (a softcap of zero
     means none)."""
+    return constant(_number(op, argument, value, least, open_end, dtype))
+
+
+def _number(op: str, argument: str, value: object, least: float, open_end: bool, dtype: torch.dtype) -> float:
     expected = f"a number {'>' if open_end else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
@@ -129,7 +145,7 @@ def scalar(op: str, argument: str, value: object, dtype: torch.dtype) -> None:
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{op}: {argument} is {name_of(value.dtype)}, expected a real number")
     else:
-        number(op, argument, value, least=0.0, open_end=True, dtype=dtype)
+        _number(op, argument, value, 0.0, True, dtype)
 
 
 def no_gradient(op: str, argument: str, tensor: Tensor) -> None:

@@ -175,8 +175,8 @@ def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
         class_weight=class_weight if job.label_smoothing > 0 else None,
         buffer=job.hidden_grad_out,
         many=many,
-        label_smoothing=float(job.label_smoothing),
-        z_loss=float(job.z_loss),
+        label_smoothing=_check.constant(float(job.label_smoothing)),
+        z_loss=_check.constant(float(job.z_loss)),
         max_rows=-1 if job.max_rows is None else job.max_rows,
         wanted=job.hidden.requires_grad,
     )

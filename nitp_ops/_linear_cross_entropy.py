@@ -62,6 +62,9 @@ def linear_cross_entropy(
     cost three GEMMs and "none" four. The weight gradient is summed over chunks in float32 and rounded once (two chunks
     in bfloat16: the second product is added to the rounded first before its own rounding).
 
+    Under torch.compile a number among the options is a constant of the graph, so each new value of one compiles anew;
+    `normalizer` is not, and tensors never are.
+
     Args:
         hidden: ``[..., d]`` float64, float32, bfloat16 or float16.
         unembedding: ``[V, d]``. GEMMs run in the autocast dtype if autocast is on, else in this dtype;
