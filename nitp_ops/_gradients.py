@@ -18,20 +18,22 @@ _SLICE, _SLICE_ON_GPU = 2**18, 2**25
 def scale_gradients(
     gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], anchors: list[Tensor], op: str
 ) -> list[Tensor]:
-    """upstream * gradient for each in its input's dtype, with the product formed in float32 and rounded once.
+    """upstream * gradient for each in its input's dtype, with the product formed in float32 and rounded once; an
+    upstream of zero writes zeros, so that a NaN under it stays out.
 
     The anchors (the inputs that the gradients depend on) are not read: through them a double backward finds its way
     here and is refused, where constants would be silently wrong."""
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
-        flat_in, flat_out = gradient.view(-1), out.view(-1)
-        size = _SLICE if gradient.device.type == "cpu" else _SLICE_ON_GPU
-        for first in range(0, gradient.numel(), size):
-            part = slice(first, first + size)
-            flat_out[part] = flat_in[part].to(upstream.dtype) * upstream
+        for part, into in zip(_slices(gradient), _slices(out), strict=True):
+            into.copy_(torch.where(upstream == 0, 0, part.to(upstream.dtype) * upstream))
         scaled.append(out)
     return scaled
+
+
+def _slices(dense: Tensor) -> Sequence[Tensor]:
+    return dense.view(-1).split(_SLICE if dense.device.type == "cpu" else _SLICE_ON_GPU)
 
 
 def power_of_two(scales: Sequence[Tensor]) -> Tensor:
@@ -55,9 +57,11 @@ def _(gradients, upstream, inputs, anchors, op):
 
 @torch.library.custom_op("nitp_ops::add_gradients", mutates_args={"buffers"})
 def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor) -> None:
-    """buffer += upstream * gradient for each; the gradients have the buffers' dtypes."""
+    """buffer += upstream * gradient for each; the gradients have the buffers' dtypes. An upstream of zero adds nothing,
+    whatever it meets."""
     for buffer, gradient in zip(buffers, gradients, strict=True):
-        buffer.addcmul_(gradient, upstream.to(buffer.dtype))
+        for into, part in zip(_slices(buffer), _slices(gradient), strict=True):
+            into.addcmul_(torch.where(upstream == 0, 0, part), upstream.to(buffer.dtype))
 
 
 def refuse_double_backward(op: str) -> Callable[..., None]:
@@ -72,11 +76,11 @@ def refuse_double_backward(op: str) -> Callable[..., None]:
     return refuse
 
 
-def refuse_vmap(op: str) -> Callable[..., None]:
-    """The batching rule of an op: a refusal by name."""
+def refuse_vmap(op: str | None = None) -> Callable[..., None]:
+    """The batching rule of an op: a refusal by name; None: its first argument is the name."""
 
     def refuse(info, in_dims, *arguments) -> None:
-        raise NotImplementedError(f"{op}: vmap came, expected a batched call (or backend='reference')")
+        raise NotImplementedError(f"{op or arguments[0]}: vmap came, expected a batched call (or backend='reference')")
 
     return refuse
 

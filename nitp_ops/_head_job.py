@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from . import _check, reference
 from ._gemm import gemm_dtype
-from ._token_chunks import Job, RowValues, present
+from ._token_chunks import Job, RowValues, given, present
 from ._token_pass import Unembedding
 from ._vocab_shard import VocabShard
 
@@ -50,6 +51,11 @@ class HeadJob(NamedTuple):
     class_weight: Tensor | None = None
     hidden_grad_out: Tensor | None = None
     max_rows: int | None = None
+
+
+def tensors_of(job: HeadJob) -> tuple[Tensor | None, ...]:
+    """Those that a torch.func transform may have wrapped."""
+    return job.hidden, job.labels, job.token_weight, job.target_weight, job.class_weight
 
 
 def head_of(
@@ -156,12 +162,17 @@ def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
     """The job as flat rows: [N, K] labels and weights in the working precision."""
     work, rows, ignored = reference.working(head.unembedding), job.hidden.shape[:-1], head.ignore_index
     many, device = job.target_weight is not None, job.labels.device
-    labels = job.labels.reshape(rows.numel(), job.labels.shape[-1] if many else 1)
+    labels = job.labels.reshape(math.prod(rows), job.labels.shape[-1] if many else 1)
     target_weight = None if job.target_weight is None else job.target_weight.to(work).reshape(labels.shape)
     class_weight = None if job.class_weight is None else job.class_weight.to(work).contiguous()
     if class_weight is not None:
         target_weight = class_weight[labels.where(labels != ignored, 0).clamp(0, len(class_weight) - 1)]
     weight = torch.ones((), dtype=work, device=device) if job.token_weight is None else job.token_weight
+    weight = weight.to(work).expand(rows).reshape(-1)
+    smooth = class_weight is not None and job.label_smoothing > 0
+    if target_weight is not None and job.z_loss == 0 and not smooth:
+        # no target of the row has a weight, and nothing else has: it must be silent, not multiplied by zero
+        weight = torch.where(((target_weight != 0) & given(labels, ignored, many)).any(1), weight, 0)
     if job.max_rows is not None and _check.plain(labels):
         count = int(present(labels, ignored, many).sum())
         if count > job.max_rows:
@@ -171,7 +182,7 @@ def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
         hidden=job.hidden,
         labels=labels,
         target_weight=target_weight,
-        row_weight=weight.to(work).expand(rows).reshape(-1),
+        row_weight=weight,
         class_weight=class_weight if job.label_smoothing > 0 else None,
         buffer=job.hidden_grad_out,
         many=many,
@@ -184,10 +195,10 @@ def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
 
 def counted(rows: Job, ignore_index: int) -> Tensor:
     """What "mean" divides by: the rows that count, or the sum of their class weights."""
-    given = present(rows.labels, ignore_index, rows.many)
+    keep = present(rows.labels, ignore_index, rows.many)
     if rows.target_weight is None or rows.many:
-        return given.sum().clamp(min=1)
-    total = torch.where(given, rows.target_weight.squeeze(1), 0).sum()
+        return keep.sum().clamp(min=1)
+    total = torch.where(keep, rows.target_weight.squeeze(1), 0).sum()
     return torch.where(total == 0, 1, total)
 
 
@@ -196,7 +207,7 @@ def stats_of(values: RowValues, jobs: Sequence[HeadJob]) -> list[Any]:
     split, row, target = [], 0, 0
     for job in jobs:
         shape = job.hidden.shape[:-1]
-        rows, targets = slice(row, row + shape.numel()), slice(target, target + job.labels.numel())
+        rows, targets = slice(row, row + math.prod(shape)), slice(target, target + job.labels.numel())
         loss, lse, *entropy = (field.view(shape) for field in values.stats[:, rows])
         fields = loss, lse, values.prediction[rows].view(shape), values.target_logit[targets].view(job.labels.shape)
         split.append(TokenEntropyStats(*fields, *entropy) if entropy else TokenStats(*fields))

@@ -197,11 +197,12 @@ def _add_all(
             upstream, weight = (p, w_down) if gate_up is None else (both, gate_up)
             if weight is None:
                 place(sums.d_hidden, 0, part, upstream)
-            elif d_rows is not None:
-                matmul(upstream, weight, d_rows)
-            else:
-                d_h = matmul(upstream, weight, upstream.new_empty(even, weight.shape[1]))
-                place(sums.d_hidden, 0, part, d_h[:n])
+                continue
+            d_h = matmul(upstream, weight, upstream.new_empty(even, weight.shape[1]) if d_rows is None else d_rows)[:n]
+            if not reads:  # zeros times a weight that is not finite
+                d_h.masked_fill_(~pairs.keep[part].unsqueeze(1), 0)
+            if d_rows is None:
+                place(sums.d_hidden, 0, part, d_h)
 
 
 def _partners(latent: Rows, part: Tensor | slice, shift: int, by_index: bool) -> tuple[Tensor, Tensor | None]:

@@ -126,8 +126,13 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
 
 def present(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
     """bool [N]: the row has a target, of labels [N, K]."""
-    given = labels != ignore_index
-    return (given & (labels >= 0) if many else given).any(1)
+    return given(labels, ignore_index, many).any(1)
+
+
+def given(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
+    """bool [N, K]: the targets that are present."""
+    found = labels != ignore_index
+    return found & (labels >= 0) if many else found
 
 
 def _bounded(job: Job, kept: Tensor) -> Tensor:
@@ -240,6 +245,8 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
         even = even_rows(n, device, dtype)
         hidden = with_zeros(_joined([of_job.source.take(part).to(dtype) for of_job, part in pieces]), even)
         live = _joined([of_job.scale[part] for of_job, part in pieces]) != 0
+        # none, where the host may know it
+        silent = None if reads and bool(live.all()) else ~live.unsqueeze(1)
         first, part = pieces[0]
         wanted = first.d_rows is not None  # then all of the chunk have one
         differentiate = (of_head or wanted) and (not reads or bool(live.any()))
@@ -256,18 +263,22 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
             if reduced is not None:
                 under_way = reduced.start(logits)
             elif whole and (in_place := direct(first.d_rows, part, dtype)) is not None:
-                weight.back(logits, in_place)
+                _silenced(weight.back(logits, in_place), silent)
             else:
-                _place(pieces, weight.back(padded, rows_buffer[:even])[:n].split(lengths))
+                _place(pieces, _silenced(weight.back(padded, rows_buffer[:even])[:n], silent).split(lengths))
         if sums.d_weight is not None:
             # a NaN in a row of weight zero must not meet the zeros of its gradient
-            all_live = reads and bool(live.all())
-            heard = hidden if all_live else with_zeros(hidden[:n].masked_fill(~live.unsqueeze(1), 0), even)
+            heard = hidden if silent is None else with_zeros(hidden[:n].masked_fill(silent, 0), even)
             sums.d_weight.add(padded, heard)
         if sums.d_bias is not None:
             sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
         if under_way is not None:
-            _place(pieces, under_way().split(lengths))
+            _place(pieces, _silenced(under_way(), silent).split(lengths))
+
+
+def _silenced(d_hidden: Tensor, silent: Tensor | None) -> Tensor:
+    """Zeros in the rows of weight zero, whose zeros the product has multiplied by numbers that may not be finite."""
+    return d_hidden if silent is None else d_hidden.masked_fill_(silent, 0)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

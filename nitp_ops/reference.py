@@ -26,14 +26,30 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+def in_square_range(x: Tensor) -> Tensor:
+    """[..., 1], constants: a power of two for each row, times which no square overflows or all of them vanish."""
+    range_ = torch.finfo(x.dtype)
+    largest = torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    _, exponent = torch.frexp(largest.clamp(range_.tiny, range_.max / 4))
+    return torch.ldexp(torch.ones_like(largest), -exponent)
+
+
+def norm(x: Tensor) -> Tensor:
+    """|x| of the last axis, also where x.x would overflow; gradient 0 at 0."""
+    size = in_square_range(x)
+    return torch.linalg.vector_norm(x * size, dim=-1) / size.squeeze(-1)
+
+
 def cosine(prediction: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
     """p.z / (max(|p|, eps) max(|z|, eps)); a side whose norm is below eps gets no gradient."""
 
     def unit(x: Tensor) -> Tensor:
+        size = in_square_range(x)
+        x, least = x * size, eps * size
         square = x.square().sum(-1, keepdim=True)
-        dead = square < eps * eps
+        dead = square.sqrt() < least
         norm = torch.where(dead, torch.ones_like(square), square).sqrt()  # sqrt has an infinite slope at 0
-        return torch.where(dead, x.detach() / eps, x / norm)
+        return torch.where(dead, x.detach() / least, x / norm)
 
     dtype = working(prediction, target)
     return (unit(prediction.to(dtype)) * unit(target.to(dtype))).sum(-1)
@@ -50,7 +66,9 @@ def alignment(prediction: Tensor, target: Tensor, *, distance: str = "cosine", e
     if distance == "smooth_l1":
         return F.smooth_l1_loss(p, z, reduction="none").mean(-1)
     if distance == "kl":
-        return F.kl_div(p.log_softmax(-1), z.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        log_q_p, log_q_z = p.log_softmax(-1), z.log_softmax(-1)
+        q_z = log_q_z.exp()
+        return (q_z * (log_q_z - log_q_p).masked_fill(q_z == 0, 0)).sum(-1)  # 0 log 0 = 0
     raise ValueError(f"alignment: distance is {distance!r}, expected 'cosine', 'mse', 'smooth_l1' or 'kl'")
 
 
@@ -123,7 +141,7 @@ def alignment_stats(
     keep = pairs(hidden, valid, shift)
     dtype = working(hidden, target)
     p, z = projection(hidden[keep], gate, up, down).to(dtype), target.roll(-shift, -2)[keep].to(dtype)
-    rows = alignment(p, z, distance=distance, eps=eps), cosine(p, z, eps), p.norm(dim=-1), z.norm(dim=-1)
+    rows = alignment(p, z, distance=distance, eps=eps), cosine(p, z, eps), norm(p), norm(z)
     empty = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
     loss, cos, p_norm, z_norm = (empty.masked_scatter(keep, row.to(dtype)) for row in rows)
     return loss, cos, p_norm, z_norm
@@ -171,6 +189,8 @@ def linear_cross_entropy(
     weights = target_weight.to(work).where(present, 0)
     # rows of weight zero are left out, not multiplied: zero times NaN is NaN
     keep = counted if token_weight is None else counted & (token_weight.expand(counted.shape) != 0)
+    if z_loss == 0 and (class_weight is None or label_smoothing == 0):
+        keep = keep & (weights != 0).any(-1)
     z = transformed_logits(hidden[keep], unembedding, bias, softcap, logit_scale)
     lse, w = z.logsumexp(-1), weights[keep]
     gaps = lse.unsqueeze(-1) - z.gather(-1, labels.where(present, 0)[keep])
@@ -179,7 +199,8 @@ def linear_cross_entropy(
         gap = lse.unsqueeze(-1) - z
         smooth = w.sum(-1) * gap.mean(-1) if class_weight is None else (class_weight.to(work) * gap).mean(-1)
         loss = loss + label_smoothing * smooth
-    loss = loss + z_loss * lse.square()
+    if z_loss:
+        loss = loss + z_loss * lse.square()
     if token_weight is not None:
         loss = loss * token_weight.to(work).expand(counted.shape)[keep]
     rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)

@@ -84,7 +84,7 @@ class _RowLosses(torch.autograd.Function):
             dz = dz.masked_fill(masked, 0).mul_(info.logit_scale)
             dz = (dz if slope is None else dz.mul_(slope)).to(weight.dtype)
             if wanted[0]:
-                d_hidden.append(torch.mm(dz, weight))
+                d_hidden.append(torch.mm(dz, weight).masked_fill_(masked, 0))  # also where the weight is not finite
             if d_weight is not None:
                 d_weight += torch.mm(dz.t(), h.to(weight.dtype))
         rows_of_all = torch.cat(losses)
@@ -103,12 +103,12 @@ class _RowLosses(torch.autograd.Function):
 
 
 class _Times(torch.autograd.Function):
-    """upstream * gradient in the dtype of its input; tied to that input, to refuse a second derivative where a constant
-    would be silently wrong."""
+    """upstream * gradient in the dtype of its input, zeros where the upstream is zero; tied to that input, to refuse a
+    second derivative where a constant would be silently wrong."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:
-        return (upstream * gradient.to(upstream.dtype)).to(like.dtype)
+        return torch.where(upstream == 0, 0, upstream * gradient.to(upstream.dtype)).to(like.dtype)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
