@@ -91,7 +91,12 @@ class MTPParallel(TokenTerm):
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None and context.module is not None
-        trunk = without_padding(context.guard(streams.last_hidden), streams)
+        trunk = context.guard(streams.last_hidden)
+        if self.heads == "block":
+            trunk = without_padding(trunk, streams)
+        else:  # no position looks at another: zeros wherever no head has a target, before anything is applied to them
+            counted = torch.stack([*self.valid(streams).values()]).any(0)
+            trunk = trunk.masked_fill(~counted.unsqueeze(-1), 0)
         hidden = context.module(trunk, attention_mask(streams))
         return {str(k): self.against(streams, f, k) for k, f in zip(self.offsets, hidden, strict=True)}
 

@@ -26,7 +26,7 @@ from .own_parameters import Matrix, redraw, seeded
 from .registry import register
 from .schedule import Weight
 from .schema import number_problem
-from .shift import inputs_ahead
+from .shift import inputs_ahead, valid_pairs
 from .streams import Streams
 from .token_term import TokenTerm, ahead, valid_offsets
 
@@ -96,10 +96,15 @@ class MTPSequential(TokenTerm):
         trunk = getattr(streams, self.source)
         assert context.module is not None and streams.embed is not None
         trunk = without_padding(trunk.detach() if self.detach_trunk else context.guard(trunk), streams)
-        tokens = [inputs_ahead(streams, k) for k in range(1, self.depth + 1)]
-        tokens = [context.guard(embedded(streams.embed, ids)) for ids in tokens]
+        tokens = [self._tokens(streams, context, k) for k in range(1, self.depth + 1)]
         hidden = context.module(tokens, trunk, attention_mask(streams))
         return {str(k): self.against(streams, h, k) for k, h in zip(self.offsets, hidden, strict=True)}
+
+    def _tokens(self, streams: Streams, context: Context, k: int) -> Tensor:
+        """E(x_{t+k}), zeros where that token is in another document or in none, as in `without_padding`."""
+        assert streams.embed is not None
+        token = context.guard(embedded(streams.embed, inputs_ahead(streams, k)))
+        return token.masked_fill(~valid_pairs(streams, k).unsqueeze(-1), 0)
 
     def drafter(self, module: nn.Module | None, info: ModelInfo) -> SequentialDrafter:
         assert isinstance(module, SequentialModules)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitp_ops import alignment, implicit_token_loss, swiglu
+from nitp_ops import alignment, implicit_token_loss, reference, swiglu
 
 from .base import Context, LatentPart, LatentTerm
 from .floor import unit_target_sum
@@ -112,8 +112,13 @@ class NITP(LatentTerm):
         h = context.guard(getattr(streams, self.source))
         z = streams.hidden_states[self.layer(context.info)]
         z, shift = rows_ahead(streams, z, self.shift) if self.stop_gradient else (context.guard(z), self.shift)
-        z = _rms_normalised(z, self.eps) if self.target_norm == "rms" else z
         valid = self.valid(streams)[""]
+        if not self.stop_gradient:
+            # targets that do not count become zeros before anything reads them: a NaN there must not meet a zero
+            # gradient
+            targets = F.pad(valid[:, : max(0, z.shape[1] - shift)], (min(shift, z.shape[1]), 0))
+            z = z.masked_fill(~targets.unsqueeze(-1), 0)
+        z = _rms_normalised(z, self.eps) if self.target_norm == "rms" else z
 
         def distance(hidden: Tensor, *matrices: Tensor | None) -> _Outcome:
             score = self._one_sided if self.stop_gradient else self._two_sided
@@ -150,14 +155,12 @@ class NITP(LatentTerm):
         """The same pairs with gradients to both sides."""
         pairs = max(0, h.shape[1] - shift)
         keep = valid[:, :pairs]
-        # masked rows become zeros before anything reads them: a NaN there must not meet a zero gradient
-        h = h[:, :pairs].masked_fill(~keep.unsqueeze(-1), 0)
-        z = z[:, shift:].masked_fill(~keep.unsqueeze(-1), 0)
+        h, z = h[:, :pairs].masked_fill(~keep.unsqueeze(-1), 0), z[:, shift:]  # z has its zeros already
         p = _project(h, matrices, context.backend)
         rows = alignment(p, z, distance=self.distance, eps=self.eps, backend=context.backend)
         rows = rows.masked_fill(~keep, 0)
         with torch.no_grad():
-            norms = [torch.linalg.vector_norm(x.to(rows.dtype), dim=-1).masked_fill(~keep, 0) for x in (p, z)]
+            norms = [reference.norm(x.to(rows.dtype)).masked_fill(~keep, 0) for x in (p, z)]
             padded = [F.pad(x, (0, valid.shape[1] - pairs)) for x in (rows, *norms)]
         return rows.sum() / context.normalizer[""], padded[0], padded[1], padded[2]
 
@@ -190,4 +193,6 @@ def _project(h: Tensor, matrices: Matrices, backend: str | None) -> Tensor:
 
 def _rms_normalised(z: Tensor, eps: float) -> Tensor:
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(z.dtype)
+    size = reference.in_square_range(wide).clamp(max=1)
+    scaled = wide * size
+    return (scaled * torch.rsqrt(scaled.square().mean(-1, keepdim=True) + eps * size * size)).to(z.dtype)
