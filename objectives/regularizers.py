@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nitp_ops.reference import in_square_range
+
 from .base import Context, LatentPart, LatentTerm
 from .model_info import ModelInfo
 from .registry import register
@@ -61,7 +63,9 @@ class CosineRegularizer(LatentTerm):
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         # masked rows become zeros before anything reads them: a NaN there must not meet a zero gradient
         wide = wide.masked_fill(~inside.unsqueeze(-1), 0)
-        unit = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=self.eps)
+        size = in_square_range(wide)
+        wide = wide * size
+        unit = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=self.eps * size)
         sums = torch.zeros_like(unit).scatter_add(1, documents.unsqueeze(-1).expand_as(unit), unit)
         total = sums.square().sum() - unit.square().sum()
         return {"": LatentPart(total / context.normalizer[""], total.detach().double())}

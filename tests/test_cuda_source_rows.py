@@ -88,6 +88,27 @@ def test_alignment_with_every_option_dtype_stride_and_address(data):
     assert untouched(p) and torch.equal(z, kept)
 
 
+@pytest.mark.parametrize("columns", [33, 5000])
+def test_a_row_whose_squares_overflow_has_the_cosine_of_any_other(columns):
+    choose("shuffled")
+    p, z = torch.randn(3, columns), torch.randn(3, columns)
+    z[0] += 4 * p[0]
+    for by_p, by_z in ((2.0**100, 1.0), (1.0, 2.0**100), (2.0**70, 2.0**90)):
+        into = torch.ones(3, columns), torch.ones(3, columns)
+        dp, dz, stats = alignment(by_p * p, by_z * z, "cosine", kernels=torch.ops.nitp_simt, dp=into[0], dz=into[1])
+        stats = torch.stack([*stats[:2], stats[2] / by_p, stats[3] / by_z])
+        expected = alignment(p, z, "cosine", kernels=torch.ops.nitp_ops, dp=into[0].clone(), dz=into[1].clone())
+        same([by_p * dp, by_z * dz, stats], expected)
+
+
+def test_kl_of_logits_as_far_apart_as_float32_goes():
+    p = torch.tensor([[3e38, -3e38, 1.0], [1.0, 2.0, 3.0]])
+    z = torch.tensor([[2.0, -3e38, -3e38], [3e38, 0.0, -3e38]])
+    ours, exact = ours_and_exact(p, z, "kl", both=True)
+    assert all(each.isfinite().all() for each in (*ours[:2], ours[2][0]))
+    same([*ours[:2], ours[2][0]], [*exact[:2], exact[2][0]])
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pair_longer_than_the_registers_is_read_again(distance, dtype):

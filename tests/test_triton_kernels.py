@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreter import COLUMNS, FLOATS, apart, equal, interpreted
+from interpreter import COLUMNS, FLOATS, apart, equal, interpreted, native
 
 pytestmark = pytest.mark.gpu_source
 
@@ -105,6 +105,30 @@ def test_a_cosine_near_one_keeps_its_digits():
     loss = alignment(prediction, target)[0][0].double()
     p, z = prediction.double(), target.double()
     torch.testing.assert_close(loss, 1 - torch.cosine_similarity(p, z), rtol=1e-4, atol=0.0)  # of 5e-8
+
+
+@pytest.mark.parametrize(("size", "eps"), [(100, 1e-6), (-80, 1e-37)])
+@pytest.mark.parametrize("side", ["prediction", "target", "both"])
+def test_a_row_whose_squares_overflow_or_vanish_has_the_cosine_of_any_other(side, size, eps):
+    prediction, target = torch.randn(3, 50), torch.randn(3, 50)
+    target[0] += 4 * prediction[0]
+    expected = native("alignment_rows_", prediction, target, None, None, torch.zeros(4, 3), torch.zeros(3, 50),
+                      torch.zeros(3, 50), 0, eps, True)  # fmt: skip
+    by_p, by_z = (2.0**size if side in (name, "both") else 1.0 for name in ("prediction", "target"))
+    _, _, _, _, stats, of_prediction, of_target, *_ = interpreted(
+        "alignment_rows_", by_p * prediction, by_z * target, None, None, torch.zeros(4, 3), torch.zeros(3, 50),
+        torch.zeros(3, 50), 0, eps, True)  # fmt: skip
+    found = stats[:2], stats[2] / by_p, stats[3] / by_z, by_p * of_prediction, by_z * of_target
+    values, dp, dz = expected[4:7]
+    for a, b in zip(found, (values[:2], values[2], values[3], dp, dz), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+def test_kl_of_logits_as_far_apart_as_float32_goes():
+    prediction = torch.tensor([[3e38, -3e38, 1.0], [1.0, 2.0, 3.0]])
+    target = torch.tensor([[2.0, -3e38, -3e38], [3e38, 0.0, -3e38]])
+    stats, *gradients = alignment(prediction, target, None, None, torch.ones(2, 3), torch.ones(2, 3), distance=3)
+    assert stats[0].isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("small", ["prediction", "target", "both"])

@@ -111,7 +111,7 @@ struct Pair {
 // Shared memory of one block; every reduction has its own place, so that one barrier each is enough.
 template <class A>
 struct Scratch {
-  PairSums<A> sums[kWarp], maxima[kWarp], exponentials[kWarp];
+  PairSums<A> sums[kWarp], scaled_sums[kWarp], maxima[kWarp], exponentials[kWarp];
   A loss[kWarp];
   CosineRow<A> rows[2];  // of the prediction, of the target
 };
@@ -131,18 +131,30 @@ __device__ PairSums<A> block_sum(const PairSums<A>& value, PairSums<A> (&partial
   return block_merge(value, {A(0), A(0), A(0)}, partials, [](const PairSums<A>& x) { return warp_merge(x, plus<A>); });
 }
 
+// Of the rows times their factors.
+template <class P, class Z, class A>
+__device__ PairSums<A> sums_of(const Pair<P, Z, A>& pair, PairFactors<A> by, PairSums<A> (&partials)[kWarp]) {
+  PairSums<A> sums{A(0), A(0), A(0)};
+  pair.each([&](A p, A z) {
+    p *= by.p, z *= by.z;
+    sums.pp += p * p, sums.zz += z * z, sums.pz += p * z;
+  });
+  return block_sum(sums, partials);
+}
+
 // 1 - c, near c = 1 as half the squared chord: it keeps the digits that 1 - c loses.
 template <class P, class Z, class A>
-__device__ A cosine_row(const Pair<P, Z, A>& pair, Scratch<A>& scratch) {
+__device__ A cosine_row(const Pair<P, Z, A>& pair, PairFactors<A> by, Scratch<A>& scratch) {
   const CosineRow<A>&row = scratch.rows[0], &swapped = scratch.rows[1];
   const A of_p = row.unit_prediction, of_z = swapped.unit_prediction;
   const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction, d = swapped.of_target;
   if (!pair.wanted && !row.near) return static_cast<A>(1 - row.cosine);
   A chord(0);
   pair.overwrite([&](A p, A z) {
+    p *= by.p, z *= by.z;
     const A apart = of_p * p - of_z * z;
     chord += apart * apart;
-    return Gradients<A>{a * p + b * z, c * z + d * p};
+    return Gradients<A>{by.p * (a * p + b * z), by.z * (c * z + d * p)};
   });
   return row.near ? block_sum(chord, scratch.loss) / 2 : static_cast<A>(1 - row.cosine);
 }
@@ -173,7 +185,8 @@ __device__ A kl_row(const Pair<P, Z, A>& pair, Scratch<A>& scratch) {
   PairSums<A> sum{A(0), A(0), A(0)};
   pair.each([&](A p, A z) {
     const A e = exp_nonpositive(z - max.zz);
-    sum.pp += exp_nonpositive(p - max.pp), sum.zz += e, sum.pz += e * ((z - max.zz) - (p - max.pp));
+    sum.pp += exp_nonpositive(p - max.pp), sum.zz += e;
+    sum.pz += e == A(0) ? A(0) : e * ((z - max.zz) - (p - max.pp));  // 0 log 0 = 0
   });
   sum = block_sum(sum, scratch.exponentials);
   const A inverse_p = A(1) / sum.pp, inverse_z = A(1) / sum.zz, offset = std::log(sum.pp) - std::log(sum.zz);
@@ -182,7 +195,7 @@ __device__ A kl_row(const Pair<P, Z, A>& pair, Scratch<A>& scratch) {
     pair.overwrite([&](A p, A z) {
       const A q_z = exp_nonpositive(z - max.zz) * inverse_z, q_p = exp_nonpositive(p - max.pp) * inverse_p;
       const A log_ratio = (z - max.zz) - (p - max.pp) + offset;
-      return Gradients<A>{pair.scale * (q_p - q_z), pair.scale * q_z * (log_ratio - kl)};
+      return Gradients<A>{pair.scale * (q_p - q_z), q_z == A(0) ? A(0) : pair.scale * q_z * (log_ratio - kl)};
     });
   }
   return kl;
@@ -208,17 +221,18 @@ __global__ void __launch_bounds__(kMaxRowThreads, kBlocks) alignment_rows(Alignm
   pair.z = a.target + target_row * a.target_stride;
   pair.load(a.columns);
 
-  PairSums<A> sums{A(0), A(0), A(0)};
-  pair.each([&](A p, A z) { sums.pp += p * p, sums.zz += z * z, sums.pz += p * z; });
-  sums = block_sum(sums, scratch.sums);
+  PairSums<A> sums = sums_of(pair, PairFactors<A>(A(1), A(1)), scratch.sums);
+  const PairFactors<A> by(sums, a.eps);
+  if (!by.none()) sums = sums_of(pair, by, scratch.scaled_sums);  // all threads have the same sums
   if (threadIdx.x < 2) {  // two threads at once: the float64 arithmetic of one row costs as much as that of both
-    const PairSums<A> swapped{sums.zz, sums.pp, sums.pz};
-    scratch.rows[threadIdx.x] = CosineRow<A>(threadIdx.x == 0 ? sums : swapped, a.eps, scale);
+    const bool first = threadIdx.x == 0;
+    const PairFactors<A> swapped(by.z, by.p);
+    scratch.rows[threadIdx.x] = CosineRow<A>(first ? sums : swap(sums), first ? by : swapped, a.eps, scale);
   }
   __syncthreads();
   A loss(0);
   switch (a.distance) {
-    case Distance::cosine: loss = cosine_row(pair, scratch); break;
+    case Distance::cosine: loss = cosine_row(pair, by, scratch); break;
     case Distance::mse: loss = difference_row(pair, a.columns, false, scratch); break;
     case Distance::smooth_l1: loss = difference_row(pair, a.columns, true, scratch); break;
     case Distance::kl: loss = kl_row(pair, scratch); break;

@@ -45,15 +45,35 @@ def _write(d_prediction, d_target, column, written, of_prediction, of_target):
 
 
 @triton.jit
+def _sums(prediction, target, columns, known, by_p, by_z, A: tl.constexpr, BLOCK: tl.constexpr):
+    """p.p, z.z and p.z of the rows times their factors, float64."""
+    pp, zz, pz = tl.zeros([BLOCK], A), tl.zeros([BLOCK], A), tl.zeros([BLOCK], A)
+    for first in range(0, columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        p, z = _pair(prediction, target, column, columns, known, A)
+        p, z = by_p * p, by_z * z
+        pp += p * p
+        zz += z * z
+        pz += p * z
+    return tl.sum(pp).to(tl.float64), tl.sum(zz).to(tl.float64), tl.sum(pz).to(tl.float64)
+
+
+@triton.jit
+def _factor(square, eps, A: tl.constexpr):
+    """SquareRange of csrc/alignment.h: what a row is multiplied by where its squares would overflow or vanish."""
+    wide: tl.constexpr = A.primitive_bitwidth == 64
+    most = 2.0**800 if wide else 2.0**100
+    shrink = 2.0**-640 if wide else 2.0**-80
+    small = (square < 1 / most) & (eps < shrink)
+    return tl.where(square > most, shrink, tl.where(small, 1 / shrink, 1.0)).to(A)
+
+
+@triton.jit
 def _cosine(
-    prediction, target, d_prediction, d_target, columns, known, written, scale, eps, pp, zz, pz,
-    A: tl.constexpr, BLOCK: tl.constexpr,
+    prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm, z_norm, p_size, z_size,
+    cosine, by_p, by_z, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Half the squared chord where the cosine exceeds 1/2, since 1 - c loses digits there (csrc/cpu/alignment.cpp)."""
-    p_norm, z_norm = tl.sqrt(pp), tl.sqrt(zz)
-    # written so that a NaN norm stays NaN instead of turning into eps
-    p_size, z_size = tl.where(p_norm < eps, eps, p_norm), tl.where(z_norm < eps, eps, z_norm)
-    cosine = pz / (p_size * z_size)
     near = (cosine > 0.5) & (p_norm >= eps) & (z_norm >= eps)
     a = tl.where(p_norm < eps, 0.0, scale * cosine / (p_size * p_size)).to(A)
     b = tl.where(p_norm < eps, 0.0, -scale / (p_size * z_size)).to(A)
@@ -65,9 +85,10 @@ def _cosine(
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             p, z = _pair(prediction, target, column, columns, known, A)
+            p, z = by_p * p, by_z * z
             apart = unit_p * p - unit_z * z
             chord += apart * apart
-            _write(d_prediction, d_target, column, written, a * p + b * z, c * z + d * p)
+            _write(d_prediction, d_target, column, written, by_p * (a * p + b * z), by_z * (c * z + d * p))
     return tl.where(near, tl.sum(chord).to(tl.float64) / 2, 1 - cosine)
 
 
@@ -117,14 +138,15 @@ def _kl(
         inside = column < columns
         p, z = _pair(prediction, target, column, columns, known, A)
         log_ratio = (z - z_max) - (p - p_max) + offset  # log q_z - log q_p
-        divergence += tl.where(inside, tl.exp(z - z_max) * over_z * log_ratio, 0.0)
+        q_z = tl.exp(z - z_max) * over_z
+        divergence += tl.where(inside & (q_z != 0), q_z * log_ratio, 0.0)  # 0 log 0 = 0
     kl = tl.sum(divergence)
     if written > 0:
         for first in range(0, columns, BLOCK):
             column = first + tl.arange(0, BLOCK)
             p, z = _pair(prediction, target, column, columns, known, A)
             q_p, q_z = tl.exp(p - p_max) * over_p, tl.exp(z - z_max) * over_z
-            of_target = scale * q_z * ((z - z_max) - (p - p_max) + offset - kl)
+            of_target = tl.where(q_z == 0, 0.0, scale * q_z * ((z - z_max) - (p - p_max) + offset - kl))
             _write(d_prediction, d_target, column, written, scale * (q_p - q_z), of_target)
     return kl.to(tl.float64)
 
@@ -156,20 +178,20 @@ def _rows(
     if GRADIENT:
         written = tl.where(scale != 0, columns, 0)
 
-    pp, zz, pz = tl.zeros([BLOCK], A), tl.zeros([BLOCK], A), tl.zeros([BLOCK], A)
-    for first in range(0, columns, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        p, z = _pair(prediction, target, column, columns, known, A)
-        pp += p * p
-        zz += z * z
-        pz += p * z
+    one = tl.full((), 1.0, A)
+    pp, zz, pz = _sums(prediction, target, columns, known, one, one, A, BLOCK)
+    by_p, by_z = _factor(pp, eps, A), _factor(zz, eps, A)
+    if (by_p != 1) | (by_z != 1):
+        pp, zz, pz = _sums(prediction, target, columns, known, by_p, by_z, A, BLOCK)
     tl.debug_barrier()  # all is read once: from here on the prediction may be overwritten
-    pp, zz, pz = tl.sum(pp).to(tl.float64), tl.sum(zz).to(tl.float64), tl.sum(pz).to(tl.float64)
-    p_norm, z_norm = tl.sqrt(pp), tl.sqrt(zz)
-    cosine = pz / (tl.where(p_norm < eps, eps, p_norm) * tl.where(z_norm < eps, eps, z_norm))
+    p_norm, z_norm = tl.sqrt(pp) / by_p, tl.sqrt(zz) / by_z
+    # of the rows times their factors; written so that a NaN norm stays NaN instead of turning into eps
+    p_size, z_size = tl.where(p_norm < eps, eps * by_p, tl.sqrt(pp)), tl.where(z_norm < eps, eps * by_z, tl.sqrt(zz))
+    cosine = pz / (p_size * z_size)
     if DISTANCE == _COSINE:
         loss = _cosine(
-            prediction, target, d_prediction, d_target, columns, known, written, scale, eps, pp, zz, pz, A, BLOCK
+            prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm, z_norm, p_size,
+            z_size, cosine, by_p, by_z, A, BLOCK,
         )  # fmt: skip
     elif DISTANCE == _KL:
         loss = _kl(prediction, target, d_prediction, d_target, columns, known, written, scale, A, BLOCK)
