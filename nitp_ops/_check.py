@@ -188,6 +188,8 @@ def plain(tensor: Tensor) -> bool:
     """Whether values may be read on the host: a CPU tensor that is neither traced, fake nor batched."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
+        return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # type: ignore[attr-defined]
     return host_reads(tensor.device) and not wrapped
 
@@ -200,7 +202,7 @@ def plain_autograd(op: str, *tensors: Tensor | None) -> None:
         if tensor is None:
             continue
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
-            came = "a torch.func transform (vmap, grad, vjp, jvp)"
+            came = "a torch.func transform (vmap, grad, vjp, jvp, functionalize)"
         elif forward_ad.unpack_dual(tensor).tangent is not None:
             came = "forward-mode differentiation"
         else:

@@ -119,7 +119,7 @@ def implicit_token_loss(
         if not return_stats:
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
-    _check.plain_autograd(_OP, hidden, target, gate, up, down)
+    _check.plain_autograd(_OP, hidden, target, gate, up, down, valid)
     keep = reference.pairs(hidden, valid, shift)
     if max_rows is not None and _check.plain(hidden) and int(keep.sum()) > max_rows:
         raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")

@@ -21,6 +21,7 @@ from ._head_job import (
     reference_options,
     reference_stats,
     stats_of,
+    tensors_of,
 )
 from ._token_pass import Unembedding, token_pass
 
@@ -146,7 +147,7 @@ def token_loss(
         terms = {name: getattr(job, name) for name in names} | {"reduction": reduction, "normalizer": normalizer}
         loss = reference.linear_cross_entropy(widened.hidden, weight, job.labels, **terms, **reference_options(head))
         return (loss, reference_stats(job, head, entropy)) if return_stats else loss
-    _check.plain_autograd(op, job.hidden, head.unembedding, head.bias)
+    _check.plain_autograd(op, head.unembedding, head.bias, *tensors_of(job))
     flat = labelled(job, head)
     if reduction == "mean":
         count = counted(flat, head.ignore_index) if normalizer is None else normalizer

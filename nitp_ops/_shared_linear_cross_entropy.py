@@ -18,6 +18,7 @@ from ._head_job import (
     reference_options,
     reference_stats,
     stats_of,
+    tensors_of,
 )
 from ._token_pass import Unembedding, token_pass
 
@@ -82,7 +83,7 @@ def shared_token_loss(
         weight = widened[0][1]
         loss = reference.shared_linear_cross_entropy([job for job, _ in widened], weight, **reference_options(head))
         return loss, tuple(reference_stats(job, head) for job in jobs)
-    _check.plain_autograd(op, head.unembedding, head.bias, *(job.hidden for job in jobs))
+    _check.plain_autograd(op, head.unembedding, head.bias, *(x for job in jobs for x in tensors_of(job)))
     loss, values = token_pass([labelled(job, head, f"jobs[{place}].") for place, job in enumerate(jobs)], head, chosen)
     return loss, tuple(stats_of(values, jobs))
 
