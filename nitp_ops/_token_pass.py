@@ -173,11 +173,11 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
         )
         anchors = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
         rest = None if ctx.per_row else upstream
-        delivered = deliver(anchors, "linear_cross_entropy", ctx.backend, gradients, rest, inputs, buffers)
+        delivered = deliver(anchors, ctx.op, ctx.backend, gradients, rest, inputs, buffers)
     ready = iter(delivered)
     *d_hidden, d_weight, d_bias = (next(ready) if flag else None for flag in wanted)
     return None, d_hidden, d_weight, d_bias, *ctx.without
 
 
-_token_pass.register_vmap(refuse_vmap("linear_cross_entropy"))
+_token_pass.register_vmap(refuse_vmap())
 _token_pass.register_autograd(_differentiate, setup_context=_save)

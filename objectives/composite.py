@@ -20,6 +20,7 @@ from .kept_values import KeepsValues
 from .metrics import Metrics
 from .model_info import ModelInfo
 from .module_call import Sealed, inside_call, is_fully_sharded
+from .naming import sums_of
 from .schedule import weight_at
 from .schema import is_int
 from .shift import check_targets
@@ -247,7 +248,7 @@ class CompositeObjective(Sealed, KeepsValues):
                     name = _joined(term, piece)
                     head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
             elif isinstance(term, LatentTerm):
-                latent |= {_joined(term, piece): part for piece, part in term.sums(streams, context).items()}
+                latent |= {_joined(term, piece): part for piece, part in sums_of(term, streams, context).items()}
         losses, sums, computed = plan.run(head_parts, latent, self.info, self.backend)
         for name, part in computed.items():
             losses.append(torch.where(coefficients[name] == 0, 0, part.loss))

@@ -74,6 +74,10 @@ class Together(NamedTuple):
     parts: list[HeadPart]
 
     @property
+    def name(self) -> str:
+        return self.parts[0].name
+
+    @property
     def rows(self) -> HeadRows:
         return self.parts[0].rows
 

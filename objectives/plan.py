@@ -17,6 +17,7 @@ from .dtensor import is_dtensor
 from .head_parts import HeadPart, Sums, Together, rows_of
 from .heads import through_head
 from .model_info import ModelInfo
+from .naming import OP_ERRORS, rename
 
 
 def run(
@@ -59,7 +60,11 @@ def _read(
             raise ValueError(f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}")
         own = iter(hidden)
         mine = [job.job(next(own)) for job in jobs]
-        outcome = _pass(mine, weight, bias, group[0].ignore_index, info, backend) if mine else None
+        try:
+            outcome = _pass(mine, weight, bias, group[0].ignore_index, info, backend) if mine else None
+        except OP_ERRORS as error:
+            rename(error, "objective", [job.name for job in jobs])
+            raise
         return outcome, [each.use([next(own) for _ in each.hidden], weight, bias) for each in readings]
 
     hidden = [*(job.rows.hidden for job in jobs), *(x for each in readings for x in each.hidden)]
