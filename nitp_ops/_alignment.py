@@ -46,6 +46,8 @@ def alignment(
     | smooth_l1 | ``mean h(p - z)``, ``h(x) = x^2/2`` where ``|x| < 1``, else ``|x| - 1/2`` |
     | kl | ``sum softmax(z) (log softmax(z) - log softmax(p))`` |
 
+    A cosine is that of the directions however large the numbers are: no square overflows.
+
     Args:
         prediction, target: ``[..., D]``, one shape and device; float64, float32, bfloat16 or float16, each its own
             dtype (on CUDA float64 meets only float64). Both get gradients; detach the target to stop its gradient.

@@ -78,7 +78,9 @@ def linear_cross_entropy(
             the sum of the labels' class weights) or by `normalizer`; "sum"; "none" returns ``[...]`` with zeros where
             ignored. No row that counts: loss 0 and gradients 0.
         target_weight: ``[..., K]``, the weights w_k of labels ``[..., K]``; it gets no gradient.
-        token_weight: ``[...]`` (or broadcastable to it), multiplies the whole row loss; it gets no gradient.
+        token_weight: ``[...]`` (or broadcastable to it), multiplies the whole row loss; it gets no gradient. A row of
+            weight 0 counts, but its gradient is 0 and it reaches no other, even where a number in it or in unembedding
+            is not finite; so is a row whose targets all weigh 0, but for a z-loss or a smoothing with class_weight.
         class_weight: ``[V]``, u: the loss is ``(1 - e) u_t (lse - z_t) + e mean_v u_v (lse - z_v) + c lse^2``, as in
             PyTorch; the z-loss is not weighted. Not with target_weight; it gets no gradient.
         label_smoothing: e in [0, 1].
