@@ -65,8 +65,9 @@ struct CosineRow {
   // sums: of f p and g z.
   NITP_HD CosineRow(PairSums<A> sums, PairFactors<A> by, A eps, A scale) {
     const double scaled_p = sqrt(static_cast<double>(sums.pp)), scaled_z = sqrt(static_cast<double>(sums.zz));
-    prediction_norm = scaled_p / by.p;
-    target_norm = scaled_z / by.z;
+    // A division costs a short row more than the test.
+    prediction_norm = by.p == A(1) ? scaled_p : scaled_p / by.p;
+    target_norm = by.z == A(1) ? scaled_z : scaled_z / by.z;
     const bool live = !(prediction_norm < eps), target_live = !(target_norm < eps);
     // Written so that a NaN norm stays NaN instead of turning into eps.
     const double p = live ? scaled_p : static_cast<double>(eps) * by.p;
