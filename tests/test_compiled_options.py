@@ -25,9 +25,17 @@ def compiles_often():
 
 
 def token(scale: float, cap: float, smoothing: float, z_loss: float) -> Tensor:
-    options = {"logit_scale": 1 / scale, "softcap": cap, "label_smoothing": smoothing, "z_loss": z_loss}
     hidden = HIDDEN * ((2 + scale) * cap * smoothing * z_loss)
-    return nitp_ops.linear_cross_entropy(hidden, WEIGHT, LABELS, reduction="sum", **options)
+    return nitp_ops.linear_cross_entropy(
+        hidden,
+        WEIGHT,
+        LABELS,
+        reduction="sum",
+        logit_scale=1 / scale,
+        softcap=cap,
+        label_smoothing=smoothing,
+        z_loss=z_loss,
+    )
 
 
 def latent(eps: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -66,6 +68,7 @@ def test_a_row_whose_targets_weigh_nothing_is_silent_too(kind, chunk_bytes, back
     spoiled = hidden.detach().clone()
     spoiled[1] = NAN
     spoiled.requires_grad_()
+    options: dict[str, Any]
     if kind == "class_weight":
         options = {"class_weight": torch.ones(11).index_fill(0, LABELS[1:2], 0.0)}
         labels = LABELS
@@ -73,7 +76,7 @@ def test_a_row_whose_targets_weigh_nothing_is_silent_too(kind, chunk_bytes, back
         labels = torch.stack([LABELS, LABELS.flip(0)], -1)
         options = {"target_weight": torch.ones(5, 2).index_fill(0, torch.tensor([1]), 0.0), "label_smoothing": 0.1}
 
-    def call(states: Tensor, **more: float) -> list[Tensor]:
+    def call(states: Tensor, **more: Any) -> list[Tensor]:
         loss = nitp_ops.linear_cross_entropy(
             states, weight, labels, chunk_bytes=chunk_bytes, backend=backend, **(options | more)
         )
@@ -97,7 +100,7 @@ def test_an_invalid_pair_has_no_gradient_whatever_the_projector_holds():
     assert not gradient[0, [1, 3, 5]].any() and gradient[0, [0, 2, 4]].isnan().any(-1).all()
 
 
-def losses(hidden: Tensor, weight: Tensor, **buffers: Tensor) -> dict[str, Tensor]:
+def losses(hidden: Tensor, weight: Tensor, **buffers: Any) -> dict[str, Tensor]:
     """Losses over one hidden state that is NaN."""
     of_hidden = {name: buffer for name, buffer in buffers.items() if name == "hidden_grad_out"}
     return {
