@@ -11,7 +11,7 @@ GRADIENT = "csrc/cpu/cross_entropy_gradient.cpp"
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(ALIGNMENT, "if (a.gradient && !live) {", "if (false) {", "alignment_and_swiglu implicit_token_loss"),
     Mutant(ALIGNMENT, "put(pair.dz + j, -g)", "put(pair.dz + j, g)", "alignment_and_swiglu"),
-    Mutant(ALIGNMENT, "q * (log_ratio(j) - kl)", "q * log_ratio(j)", "alignment_and_swiglu"),
+    Mutant(ALIGNMENT, "(q, log_ratio(j) - kl)", "(q, log_ratio(j))", "alignment_and_swiglu"),
     Mutant(ALIGNMENT, "(a.target_rows ? a.target_rows[i] : i)", "i", "implicit_token_loss"),
     Mutant(CROSS_ENTROPY, "p > A(0) ? p * below : A(0)", "p * below", LOSSES),
     Mutant(CROSS_ENTROPY, "if (mass != 0) row.below -=", "if (false) row.below -=", "instruction_sets"),
@@ -22,6 +22,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(GRADIENT, "if (row.nothing()) {", "if (false) {", "vocab_parallel shard_rows"),
     Mutant(GRADIENT, "    targets.merge();\n", "", "shard_rows"),
     Mutant("csrc/cpu/accumulate.cpp", "sum[j] += widen", "sum[j] = widen", "numerics shared_pass"),
+    Mutant(ALIGNMENT, "by.p * p[j]);", "p[j]);", "large_values"),
+    Mutant(ALIGNMENT, "if (!Far && kl != kl)", "if (false)", "large_values"),
+    Mutant("csrc/cpu/scale.cpp", "if (factor == A(0)) {", "if (false) {", "inactive_rows"),
     Mutant("csrc/cpu/columns.h", "sum = sum + at.only(body(at))", "sum = sum + body(at)", "instruction_sets"),
     Mutant("csrc/cpu/swiglu.cpp", "at.store(d_up, gradient.up)", "at.store(d_up, gradient.gate)",
            "alignment_and_swiglu"),

@@ -35,7 +35,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/_token_chunks.py", "logits.sum(0, dtype=sums.d_bias.dtype)", "logits[0]", "linear_cross_entropy"),
     Mutant(
         "nitp_ops/_token_chunks.py",
-        "hidden if all_live else with_zeros(hidden[:n].masked_fill(~live.unsqueeze(1), 0), even)",
+        "hidden if silent is None else with_zeros(hidden[:n].masked_fill(silent, 0), even)",
         "hidden",
         "linear_cross_entropy token_semantics objectives_plan",
     ),
@@ -54,14 +54,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "even_rows",
     ),
     Mutant("nitp_ops/_chunks.py", "rows - len(chunk)))", "rows - len(chunk)), 1)", "even_rows"),
-    Mutant("nitp_ops/_token_chunks.py", "given & (labels >= 0) if many else", "given if many else", "token_semantics"),
+    Mutant("nitp_ops/_token_chunks.py", "found & (labels >= 0) if many else", "found if many else", "token_semantics"),
     Mutant(
         "nitp_ops/_head_job.py", "torch.where(total == 0, 1, total)", "total", "linear_cross_entropy token_semantics"
     ),
     Mutant(
         "nitp_ops/_head_job.py",
-        "torch.where(given, rows.target_weight.squeeze(1), 0).sum()",
-        "given.sum()",
+        "torch.where(keep, rows.target_weight.squeeze(1), 0).sum()",
+        "keep.sum()",
         "token_semantics",
     ),
     Mutant(
@@ -70,8 +70,23 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/_latent_chunks.py", "(part + shift).clamp_", "(part + shift - 1).clamp_", "implicit_token_loss"),
     Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else",
            "linear_cross_entropy"),
-    Mutant("nitp_ops/_gradients.py", "buffer.addcmul_(gradient, upstream.to(buffer.dtype))", "buffer.add_(gradient)",
+    Mutant("nitp_ops/_gradients.py", "0, part), upstream.to(", "0, part), torch.ones_like(upstream).to(",
            "token_semantics"),
+    # what weighs nothing reaches nothing
+    Mutant("nitp_ops/_gradients.py", "torch.where(upstream == 0, 0, part), upstream", "part, upstream",
+           "inactive_rows"),
+    Mutant("nitp_ops/_gradients.py", "(upstream == 0, 0, part.to(", "(upstream < 0, 0, part.to(",
+           "inactive_rows"),
+    Mutant("nitp_ops/_token_chunks.py", "d_hidden if silent is None else d_hidden.masked_fill_(silent, 0)", "d_hidden",
+           "inactive_rows"),
+    Mutant("nitp_ops/_head_job.py", "(target_weight != 0) & given", "given", "inactive_rows"),
+    Mutant("nitp_ops/_latent_chunks.py", "d_h.masked_fill_(~pairs.keep[part].unsqueeze(1), 0)", "pass",
+           "inactive_rows"),
+    Mutant("nitp_ops/_check.py", "return guard_scalar(value)", "return value", "compiled_options"),
+    Mutant("objectives/nitp.py", "z = z.masked_fill(~targets.unsqueeze(-1), 0)", "pass", "objectives_padding"),
+    # rows whose squares overflow
+    Mutant("csrc/alignment.h", "sum_of_squares > A(most)", "sum_of_squares < A(0)", "cuda_source_rows"),
+    Mutant("nitp_ops/triton/alignment.py", "square > most, shrink", "square > most, 1.0", "triton_kernels"),
     # which rows count, and what divides them
     Mutant("objectives/shift.py", "streams.spans, k)", "streams.spans, k - 1)", "objectives_shift"),
     Mutant("objectives/shift.py", "k, streams, -1) == here) & (here >= 0)", "k, streams, -1) == here)",
