@@ -11,7 +11,7 @@ An objective is a frozen dataclass that is registered under a name; `build` turn
 if __name__ != "nitp_ops.objectives":
     raise ImportError(f"objectives: imported as {__name__!r}, expected 'nitp_ops.objectives'")
 
-from .base import Context, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
+from .base import Context, HeadReading, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
 from .blocks import KeyValues
 from .composite import CompositeObjective, Output, build
 from .counts import Counts
@@ -47,6 +47,7 @@ __all__ = [
     "Drafting",
     "External",
     "FSPBagOfWords",
+    "HeadReading",
     "HeadRows",
     "HeadTerm",
     "KeyValues",

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
 ]
 #: What Accelerate makes of mixed_precision="bf16"
-POLICY = MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
+POLICY = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
 EVERY_FLOAT = "ntp(class_weight=true) + balance: 0.01*external + 0.3*fsp_bow + 0.2*mtp_parallel(offsets=[4])"
 EVERY_FLOAT += EVERY_READER.removeprefix("ntp")
 

@@ -34,6 +34,25 @@ def test_one_graph_holds_the_model_and_the_objective_and_serves_every_batch():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "another batch or step compiles again"
 
 
+def test_a_graph_may_break_at_an_engines_hooks():
+    """As it does at those of FSDP2, on every module; a head's are run around the objective's reading of it."""
+    model, given, calls = make("llama", num_hidden_layers=2), batch(), []
+
+    @torch.compiler.disable
+    def engine(*_: object) -> None:
+        calls.append(None)
+
+    engine.__module__ = "torch.distributed.fsdp"
+    nitp_ops.attach(model, "ntp + 0.8*nitp(target_layer=1)")
+    for module in (model, model.model.layers[0], model.lm_head):
+        module.register_forward_pre_hook(engine)
+    expected = model(**given).loss
+    assert len(calls) == 3
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**given).loss, expected, rtol=1e-12, atol=0)
+    assert len(calls) == 6
+
+
 def test_a_compiled_model_is_refused_in_every_form():
     refused = pytest.raises(ValueError, match=r"model is compiled \(\w+\), expected attach before compile")
     with refused:

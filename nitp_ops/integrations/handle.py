@@ -16,7 +16,7 @@ from nitp_ops.objectives.module_call import is_fully_sharded
 from nitp_ops.objectives.streams import LabelLayout
 
 from . import sidecar
-from .attached_forward import HANDLE, AttachedForward, plain_forward
+from .attached_forward import HANDLE, AttachedForward
 from .attached_model import OBJECTIVE, AttachedModel, check_own_parameters
 from .hugging_face import head_of, refuse_hooks_on_head, virtual_tokens
 from .optimizers import check_optimizers
@@ -190,7 +190,9 @@ class Handle:
         return out.to_tuple() if tuples else out
 
     def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
-        return plain_forward(self._plain)(*args, **kwargs)
+        own = self._before_attach.get("forward")
+        # unbound: where torch.compile breaks its graph inside, it looks a bound method up again by its name
+        return type(self._plain).forward(self._plain, *args, **kwargs) if own is None else own(*args, **kwargs)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for ``model.loss_function``: zero in a training pass, where there are no logits."""
