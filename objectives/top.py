@@ -75,10 +75,9 @@ class TOP(HeadTerm):
         weight, counts = self.target_weights(labels != streams.ignore_index, k, hidden.dtype), None
         if (of_token := ahead.weights(k)) is not None:
             weight = weight * of_token.to(weight.dtype)
-            counts = (
-                (weight != 0).any(-1).to(weight.dtype).view(streams.shape)
-            )  # 0: nothing of the row reaches anything
-        labels, weight = (x.view(*streams.shape, -1) for x in (labels, weight))
+            # a row of weight 0 is selected: nothing of it reaches anything
+            counts = (weight != 0).any(-1).to(weight.dtype).view(streams.shape)
+        labels, weight = (x.view(*streams.shape, x.shape[-1]) for x in (labels, weight))
         return {"": HeadRows(hidden, labels, head, counts, target_weight=weight)}
 
     def most_targets(self, dtype: torch.dtype) -> int:

@@ -137,7 +137,7 @@ def test_each_seed_is_a_run_of_its_own_and_the_first_equals_the_run_without_othe
     printed = capsys.readouterr().out
     low, high = sorted(looks)
     assert f"{(low + high) / 2:.4f} ± {(high - low) / 2**0.5:.4f}" in printed
-    assert "over 2 seeds, cross-entropy" in printed and "the spread of seeds" in printed
+    assert "over 2 seeds, cross-entropy" in printed and "No verdict below five seeds" in printed
 
 
 def test_the_control_table_runs_to_its_end_from_one_command(text, tmp_path, capsys):
