@@ -156,7 +156,7 @@ def no_gradient(op: str, argument: str, tensor: Tensor) -> None:
 def labels_inside(op: str, argument: str, labels: Tensor, ignore_index: int, classes: int, many: bool) -> None:
     """Host check of values: each label lies in [0, classes) or is absent (ignore_index; with many a row: negative)."""
     wrong = labels >= classes if many else (labels < 0) | (labels >= classes)
-    wrong &= labels != ignore_index
+    wrong = wrong & (labels != ignore_index)  # out of place: functionalize follows that
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
         expected = f"[0, {classes}) or {'absent: negative or ' if many else ''}ignore_index={ignore_index}"

@@ -161,7 +161,7 @@ def _traffic(
     info: ModelInfo, mesh: Mesh, uses: Uses, groups: Mapping[str, list[torch.Size]], tokens: int, sequences: int
 ) -> Iterator[Traffic]:
     n, width, size = mesh.sharding, info.hidden_size, info.dtype.itemsize
-    yield Traffic("counts", "all-reduce", n, 8 * uses.parts, "window")
+    yield Traffic("counts", "all-reduce", n, 8 * (uses.parts + 1), "window")  # and the number of batches
     for name, shapes in groups.items():
         # FSDP2 cuts the first axis into n pieces of equal size
         whole = size * sum(n * math.ceil(shape[0] / n) * shape[1:].numel() for shape in shapes)

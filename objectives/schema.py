@@ -12,6 +12,9 @@ import types
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+#: Problems that the message of a SpecError shows.
+_SHOWN = 50
+
 
 class SpecError(ValueError):
     """Everything that is wrong with a spec, in one error.
@@ -27,7 +30,9 @@ class SpecError(ValueError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(map(one_line, problems))
         head = "" if len(self.problems) == 1 else f"{len(self.problems)} problems in the spec:\n  "
-        super().__init__(head + "\n  ".join(self.problems))
+        shown = self.problems[:_SHOWN]
+        rest = [f"and {len(self.problems) - _SHOWN} more"] if len(self.problems) > _SHOWN else []
+        super().__init__(head + "\n  ".join([*shown, *rest]))
 
 
 class _Bounded(reprlib.Repr):

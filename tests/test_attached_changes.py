@@ -201,3 +201,12 @@ def test_own_parameters_that_stay_on_the_meta_device_are_refused(tmp_path: Path)
         handle.load(tmp_path)  # copying into the meta device would do nothing
     handle.objective.materialize(torch.device("cpu"))
     model(**batch()).loss.backward()
+
+
+def test_a_replaced_loss_is_refused_and_not_added_to_the_objective():
+    model = make("llama")
+    nitp_ops.attach(model, SPEC)
+    model.loss_function = lambda logits, labels, vocab_size, **_: logits.sum() * 0 + 7
+    refusal = r"^attach: model\.loss_function was replaced by .*lambda.*, expected attach after"
+    with pytest.raises(ValueError, match=refusal):
+        model.train()(**batch())

@@ -173,3 +173,10 @@ def test_the_work_is_in_proportion_to_the_length_of_the_text(unit: str):
 def test_32_kilobytes_are_read_at_once():
     whole = "+".join(["ntp"] * 8192)
     assert len(problems(whole)) == 8191
+
+
+def test_the_message_of_thousands_of_problems_ends():
+    with pytest.raises(SpecError) as caught:
+        parse("+".join(["ntp"] * 8000))
+    assert len(caught.value.problems) > 7000
+    assert len(str(caught.value)) < 10_000 and str(caught.value).endswith(" more")

@@ -79,6 +79,8 @@ def test_functionalize_is_refused_by_name(name: str):
     refusal = r"^\w+: a torch.func transform \(.*functionalize\) came, expected plain reverse mode"
     with pytest.raises(NotImplementedError, match=refusal):
         torch.func.functionalize(model)(*given)
+    with pytest.raises(NotImplementedError, match=refusal):  # labels are no argument
+        torch.func.functionalize(lambda hidden, third: model(hidden, given[1], third))(given[0], given[2])
     if name not in ("alignment", "swiglu"):  # labels, or the pairs that count, alone
         for transform, labels in ((torch.func.functionalize, given[1]), (torch.vmap, given[1][None])):
             with pytest.raises(NotImplementedError, match=refusal):

@@ -75,6 +75,19 @@ class AttachedModel:
                 "apply it before attach, or with fused_linear_cross_entropy=False)"
             )
 
+    def check_loss(self, plain: Any, handle: Any) -> None:
+        """Before a training call: what stands for ``model.loss_function`` is the handle's.
+
+        Raises:
+            ValueError: it was replaced; its value would be added to the objective.
+        """
+        own = plain.__dict__.get("_loss_function")
+        if own is not None and getattr(own, "__self__", None) is not handle:
+            raise ValueError(
+                f"attach: model.loss_function was replaced by {_name(own)}, expected attach after that replacement "
+                "(in training the objective is the loss)"
+            )
+
     def _check_head(self, head: nn.Module | None) -> None:
         kind, inside = type(head).__name__, [] if head is None else [name for name, _ in head.named_children()]
         if inside:

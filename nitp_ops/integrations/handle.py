@@ -242,6 +242,7 @@ class Handle:
             module._forward_hooks.move_to_end(self._last_hook)  # type: ignore[attr-defined]
         if self._trains(module, args, kwargs) and not torch.compiler.is_compiling():
             self._attached.check_forward(self._plain)
+            self._attached.check_loss(self._plain, self)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._ran and self._trains(module, args, kwargs):
