@@ -29,7 +29,7 @@ MUTANTS: tuple[Mutant, ...] = (*OF_OBJECTIVES, *OF_ENGINE, *OF_ADAPTERS, *OF_CPU
 BUILD = """
 import runpy, sysconfig
 from pathlib import Path
-native = runpy.run_path("csrc/build.py")
+native = runpy.run_path(str(Path("csrc/build.py").resolve()))
 module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 native["build"](native["find_torch"](), "g++", Path("native").resolve(), Path("nitp_ops").resolve(), module)
 """
