@@ -192,12 +192,12 @@ def test_own_parameters_that_stay_on_the_meta_device_are_refused(tmp_path: Path)
         handle.check(optimizer)
     with pytest.raises(ValueError, match=expected):
         model(**batch())
-    with pytest.raises(ValueError, match=r"gate_up is on the meta device, expected values"):
+    with pytest.raises(ValueError, match=r"^save: .*gate_up is on the meta device, expected values"):
         handle.save(tmp_path)
     handle.objective.materialize(torch.device("cpu"))
     handle.save(tmp_path)
     handle.objective.to("meta")
-    with pytest.raises(ValueError, match=r"gate_up is on the meta device, expected values"):
+    with pytest.raises(ValueError, match=r"^load: .*gate_up is on the meta device, expected values"):
         handle.load(tmp_path)  # copying into the meta device would do nothing
     handle.objective.materialize(torch.device("cpu"))
     model(**batch()).loss.backward()

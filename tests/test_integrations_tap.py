@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nitp_ops.integrations import Tap, tap
+from nitp_ops.integrations.sites import Sites
 from nitp_ops.objectives import ModelInfo, build
 
 INFO = ModelInfo(hidden_size=8, vocab_size=16, num_layers=3, dtype=torch.float64)
@@ -224,3 +225,9 @@ def test_a_block_that_passes_no_tensor_is_named(ids: Tensor):
             tap(block, {"hidden_states[0]"}, blocks=[block]) as tapped:  # fmt: skip
         assert isinstance(tapped, Tap)
         block({"x": 1})
+
+
+def test_an_error_names_the_function_that_was_called():
+    for who in ("tap", "attach"):
+        with pytest.raises(ValueError, match=rf"^{who}: blocks is None, expected the transformer blocks"):
+            Tap(Sites(), ["hidden_states[1]"], who=who)

@@ -85,9 +85,8 @@ def attach(
     _check_labels(objective)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)
-    return Handle(
-        model, plain, objective, Tap(sites, objective.requires, differentiable_states(objective)), label_layout
-    )
+    tapped = Tap(sites, objective.requires, differentiable_states(objective), who="attach")
+    return Handle(model, plain, objective, tapped, label_layout)
 
 
 def _check_labels(objective: CompositeObjective) -> None:

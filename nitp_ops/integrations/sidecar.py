@@ -50,9 +50,8 @@ def load(objective: CompositeObjective, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: no sidecar in the folder.
-        ValueError: it is damaged, belongs to another spec or to a model of other sizes; parameters on the meta
-            device. On the other ranks, and where
-            ranks read different files: RuntimeError with the reason.
+        ValueError: it is damaged, belongs to another spec or to a model of other sizes; parameters on the meta device.
+            On the other ranks, and where ranks read different files: RuntimeError with the reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
     """
     state, found, failure = {}, "", None
@@ -82,7 +81,7 @@ def _read(objective: CompositeObjective, path: Path) -> tuple[dict[str, Tensor],
         raise ValueError(f"load: {path} is damaged (its checksum does not match), expected another copy")
     if got != expected:
         raise ValueError(f"load: {path} has the spec {got}, expected {expected}")
-    shapes = {name: tuple(_checked(name, value).shape) for name, value in objective.state_dict().items()}
+    shapes = {name: tuple(_checked("load", name, value).shape) for name, value in objective.state_dict().items()}
     if shapes != (there := {name: tuple(value.shape) for name, value in state.items()}):
         raise ValueError(f"load: {path} holds {there}, expected {shapes}")
     return state, found
@@ -92,18 +91,18 @@ def _spec(objective: CompositeObjective) -> str:
     return json.dumps(objective.spec.to_dict())
 
 
-def _checked(name: str, value: Tensor) -> Tensor:
+def _checked(function: str, name: str, value: Tensor) -> Tensor:
     if hasattr(value, "ds_id"):
-        raise NotImplementedError(f"sidecar: {name} is partitioned by DeepSpeed ZeRO-3, expected a whole parameter")
+        raise NotImplementedError(f"{function}: {name} is partitioned by DeepSpeed ZeRO-3, expected a whole parameter")
     if value.is_meta:
-        raise ValueError(f"sidecar: {name} is on the meta device, expected values (objective.materialize(device))")
+        raise ValueError(f"{function}: {name} is on the meta device, expected values (objective.materialize(device))")
     return value
 
 
 def _whole(name: str, value: Tensor) -> Tensor:
     if is_dtensor(value):
         value = value.full_tensor()  # type: ignore[attr-defined]
-    return _checked(name, value).detach().cpu().contiguous()
+    return _checked("save", name, value).detach().cpu().contiguous()
 
 
 def _like(own: Tensor, value: Tensor) -> Tensor:

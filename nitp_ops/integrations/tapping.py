@@ -72,10 +72,13 @@ class Tap:
 
     Args:
         sites: modules that the streams pass. requires: names of streams. differentiable: hidden_states not to detach.
+        who: the function that the user called, for errors.
     """
 
-    def __init__(self, sites: Sites, requires: Iterable[str], differentiable: Iterable[str] = ()) -> None:
-        self.sites, self.requires = sites, frozenset(requires)
+    def __init__(
+        self, sites: Sites, requires: Iterable[str], differentiable: Iterable[str] = (), *, who: str = "tap"
+    ) -> None:
+        self.sites, self.requires, self.who = sites, frozenset(requires), who
         self.differentiable = {"last_hidden", "last_residual", *differentiable}
         self.collecting = False
         self._found: dict[str, Tensor] = {}
@@ -172,7 +175,7 @@ class Tap:
         missing = [name for name, _, _ in self._points if name not in self._found]
         if missing:
             raise RuntimeError(
-                f"tap: {', '.join(missing)} did not pass, expected a forward pass inside the context "
+                f"{self.who}: {', '.join(missing)} did not pass, expected a forward pass inside the context "
                 "(torch.compile ignores hooks that come after it: install() the tap first)"
             )
 
@@ -181,10 +184,11 @@ class Tap:
         sites = self.sites
         if name in self._states:
             if sites.blocks is None:
-                raise ValueError(f"tap: blocks is None, expected the transformer blocks ({name} is required)")
+                raise ValueError(f"{self.who}: blocks is None, expected the transformer blocks ({name} is required)")
             k, count = self._states[name], len(sites.blocks)
             if k > count:
-                raise ValueError(f"tap: {name} is required, expected at most {count} (the model has {count} blocks)")
+                has = f"the model has {count} blocks"
+                raise ValueError(f"{self.who}: {name} is required, expected at most {count} ({has})")
             return (name, sites.blocks[k], False) if k < count else (name, self._needed("norm", name), False)
         if name == "last_hidden":
             return name, self._needed("trunk", name), True
@@ -198,7 +202,7 @@ class Tap:
         module = getattr(self.sites, site)
         if module is None:
             argument = "norm" if site == "trunk" else site
-            raise ValueError(f"tap: {argument} is None, expected a module or its name ({stream} is required)")
+            raise ValueError(f"{self.who}: {argument} is None, expected a module or its name ({stream} is required)")
         return module
 
     def _received(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -215,9 +219,9 @@ class Tap:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return
         if not isinstance(value, Tensor):
-            raise TypeError(f"tap: {name} is a {type(value).__name__}, expected a tensor")
+            raise TypeError(f"{self.who}: {name} is a {type(value).__name__}, expected a tensor")
         if name in self._found:
-            raise RuntimeError(f"tap: {name} passed twice, expected one forward pass inside the context")
+            raise RuntimeError(f"{self.who}: {name} passed twice, expected one forward pass inside the context")
         self._found[name] = value if name in self.differentiable else value.detach()
 
 
