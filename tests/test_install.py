@@ -67,6 +67,7 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.programs
+@pytest.mark.timeout(900)  # a build: minutes on a busy machine
 def test_a_wheel_built_in_isolation_computes_a_gradient_in_a_clean_environment(source, tmp_path):
     wheel, _ = build(sys.executable, source, tmp_path / "dist")
     names = zipfile.ZipFile(wheel).namelist()
@@ -80,6 +81,7 @@ def test_a_wheel_built_in_isolation_computes_a_gradient_in_a_clean_environment(s
 
 
 @pytest.mark.programs
+@pytest.mark.timeout(900)  # a build: minutes on a busy machine
 def test_without_torch_the_wheel_is_pure_python_and_says_so(source, tmp_path):
     python = environment(tmp_path / "bare", with_torch=False)
     wheel, log = build(python, source, tmp_path / "dist")
