@@ -10,7 +10,6 @@ from torch import nn
 from nitp_ops.objectives import CompositeObjective
 
 from .attached_forward import AttachedForward
-from .sites import hugging_face_sites
 from .tapping import Tap
 
 OBJECTIVE = "nitp_objective"
@@ -26,8 +25,9 @@ class AttachedModel:
     """
 
     def __init__(self, plain: Any, objective: CompositeObjective, tap: Tap) -> None:
-        self._objective, self._blocks = objective, tap.counted_blocks()
-        self._read = [*tap.modules(), *self._blocks]
+        self._objective, blocks = objective, tap.counted_blocks()
+        self._read = [*tap.modules(), *blocks]
+        self._list = _list_of(plain, blocks)
         info = objective.info
         self._sizes = (info.vocab_size, info.hidden_size)
         self._bias = getattr(tap.sites.head, "bias", None) is not None
@@ -94,9 +94,12 @@ class AttachedModel:
             came = f"is a {kind} with submodules {', '.join(inside)}"
             raise ValueError(f"attach: the model's head {came}, expected a plain linear (an adapter is more)")
         sizes = tuple(getattr(head, name, None) for name in ("out_features", "in_features"))
+        weight: Any = getattr(head, "weight", None)
+        # of the weight too: PEFT's tied copy of a head names them the other way round, ZeRO-3 empties the weight
+        same = self._sizes in (sizes, tuple(getattr(weight, "shape", ())))
         biased = getattr(head, "bias", None) is not None
         before = f"{self._sizes[0]} x {self._sizes[1]}{' with a bias' if self._bias else ''} at attach"
-        if sizes != self._sizes:
+        if not same:
             came = f"is a {kind}" if None in sizes else f"was resized to {sizes[0]} x {sizes[1]}"
             raise ValueError(
                 f"attach: the model's head {came}, it was {before}, expected attach after resizing {_DETACH}"
@@ -112,9 +115,21 @@ class AttachedModel:
             raise ValueError(
                 f"attach: a {type(gone[0]).__name__} that streams pass is no part of the model any more, {_AGAIN}"
             )
-        blocks = len(hugging_face_sites(plain).blocks or ()) if self._blocks else 0
-        if blocks != len(self._blocks):
-            raise ValueError(f"attach: the model has {blocks} blocks, at attach it had {len(self._blocks)}, {_AGAIN}")
+        path, before = self._list
+        try:
+            now = len(list(plain.get_submodule(path).children())) if before else 0
+        except AttributeError:
+            now = 0
+        if now != before:
+            raise ValueError(f"attach: the model has {now} blocks, at attach it had {before}, {_AGAIN}")
+
+
+def _list_of(plain: nn.Module, blocks: tuple[nn.Module, ...]) -> tuple[str, int]:
+    """(path, length) of the list that holds the blocks; ("", 0) where none does."""
+    for path, module in plain.named_modules():
+        if blocks and isinstance(module, nn.ModuleList) and any(child is blocks[0] for child in module):
+            return path, len(module)
+    return "", 0
 
 
 def check_own_parameters(objective: CompositeObjective, head: nn.Module | None = None) -> None:
