@@ -188,7 +188,7 @@ def test_accelerate_may_wrap_the_forward_and_unwrap_it_again():
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
     torch.testing.assert_close(prepared(**given).loss, expected, rtol=0.05, atol=0.05)
-    bare = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    bare: Any = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert torch.equal(bare(**given).loss, expected)
 
 
