@@ -131,7 +131,7 @@ def footprint(spec: SpecLike, info: ModelInfo, mesh: Mesh, *, tokens: int, seque
         >>> info = ModelInfo(hidden_size=64, vocab_size=512, num_layers=17)
         >>> cost = footprint("ntp + 0.8*nitp", info, Mesh(dp=4, cp=2), tokens=4096)
         >>> [(each.purpose, each.bytes) for each in cost.traffic if each.collective == "all-reduce"]
-        [('counts', 16), ('metrics', 600)]
+        [('counts', 24), ('metrics', 600)]
     """
     alone = [str(t.label) for t in parse(spec).terms if isinstance(t, LatentTerm) and "head" in t.requires(info)]
     if mesh.tp > 1 and alone:
