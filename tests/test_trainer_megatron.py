@@ -18,7 +18,10 @@ pytest.importorskip("megatron.core")
 pytest.importorskip("nitp_ops.integrations.megatron", exc_type=ImportError)
 
 from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
+from megatron.core.transformer.moe import moe_utils
 
 from nitp_ops.integrations.megatron import attach_gpt, objective_step
 from nitp_ops.objectives import Counts
@@ -161,6 +164,41 @@ def test_megatrons_own_ntp_is_the_objective_ntp(example):
     theirs = (losses * batch["loss_mask"]).sum()  # computed in float32
     torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=0, check_dtype=False)
     assert tokens == batch["loss_mask"].sum()
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_the_losses_of_megatrons_routers_are_scaled_as_without_an_objective(example, monkeypatch, per_token):
+    """Its autoscalers divide them by what `loss_func` says: two microbatches, masks with holes, two documents a row."""
+    # what its router asks of a machine without a GPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
+    options = {"num_moe_experts": 4, "moe_aux_loss_coeff": 0.5, "moe_z_loss_coeff": 0.1}
+    options |= {"moe_router_load_balancing_type": "aux_loss", "calculate_per_token_loss": per_token}
+    layer = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False, normalization="RMSNorm")
+    layer.submodules.self_attention.submodules.core_attention = example.PlainAttention  # type: ignore[union-attr]
+    batch, found = ragged_batch(), []
+    for attached in (False, True):
+        config = double(example, **options).config
+        torch.manual_seed(1)
+        model: Any = GPTModel(config, layer, vocab_size=256, max_sequence_length=64).double()
+        if attached:
+            attach_gpt(model, "ntp")
+        total = 0
+        for part in ({name: value[at : at + 2] for name, value in batch.items()} for at in (0, 2)):
+            if attached:
+                output, loss_func = step(model, part)
+            else:
+                output = model(part["tokens"], part["position_ids"], None, labels=part["labels"])
+                mask = part["loss_mask"]
+                loss_func = lambda losses, mask=mask: ((losses * mask).sum(), mask.sum().int(), {})  # noqa: E731
+            loss, tokens = forward_step_calc_loss(model, output, loss_func, config, None, False, 2, [])
+            loss.backward()
+            total += int(tokens)
+        found.append({name: p.grad / (total if per_token else 1) for name, p in model.named_parameters()})
+    assert found[0]["decoder.layers.0.mlp.router.weight"].abs().max() > 0.01
+    for name, expected in found[0].items():
+        # Megatron computes its cross-entropy in float32
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_without_training_or_labels_it_is_the_plain_model(example):

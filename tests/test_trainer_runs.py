@@ -156,10 +156,10 @@ def unlabelled(count: int) -> Any:
     return [{**row, "labels": [-100] * len(row["labels"])} for row in ragged_rows(count)]
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_window_without_any_label_is_zero_under_the_stock_trainer(tmp_path, steps):
+@pytest.mark.parametrize(("spec", "steps"), [(SPEC, 1), (SPEC, 2), (f"{SPEC[:-1]}, denominator=main)", 2)])
+def test_a_window_without_any_label_is_zero_under_the_stock_trainer(tmp_path, spec, steps):
     model = tiny_llama()
-    nitp_ops.attach(model, SPEC)
+    nitp_ops.attach(model, spec)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     arguments = trainer_arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=steps)
     trainer = Trainer(model=model, args=arguments, train_dataset=unlabelled(4), data_collator=padded)

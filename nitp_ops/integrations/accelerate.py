@@ -89,9 +89,8 @@ class Accumulation:
                 for index, batch in enumerate(window):
                     # accelerate synchronises gradients wherever this is set, and reading ahead has set it too early
                     loader.end_of_dataloader = last and index == len(window) - 1
-                    self.accelerator.step = (
-                        index  # it counts on where a loop was left, and not where a batch is skipped
-                    )
+                    # it would count on where a loop was left, and stand still where a batch is skipped
+                    self.accelerator.step = index
                     yield batch
         finally:
             if self._counts is counts:  # else another loop has begun since this one was left
