@@ -95,6 +95,7 @@ def main() -> None:
             if rank == 0:
                 shown = {name: round(found[name], 4) for name in ("loss", "ntp/loss", "nitp/loss", "nitp/skill")}
                 print(f"step {step + 1}: {shown}, {found['ntp/count']} targets")
+    dist.barrier()  # gloo's threads drop the last tensors here, not while the interpreter shuts down
     dist.destroy_process_group()
 
 
