@@ -16,7 +16,7 @@ help:
 	@echo "make test-programs  the wheel, benchmarks and long examples at toy sizes"
 	@echo "make test-trainers  the trainers that people have, with their real packages    make test-ranks  on 2 and 4 processes"
 	@echo "make test-gpu-source  run the CUDA and Triton kernels on the CPU, compile Triton's for sm_80 and sm_90"
-	@echo "make mutants  one-line edits of kernels, objectives, engine and adapters, each of which must turn tests red"
+	@echo "make mutants  one-line edits of kernels, objectives, engine and adapters, each of which must turn tests red; PART=cpu for a part"
 	@echo "make cuda-check  compile the CUDA kernels for every architecture, print their registers, fail on a spill"
 	@echo "make plots   measure how cost grows and draw it         make evidence  whole trainings on two texts"
 	@echo "make format  rewrite the sources     make wheel   build dist/*.whl     make clean"
@@ -57,7 +57,7 @@ test-gpu-source: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m gpu_source
 
 mutants: $(TRAINERS)
-	$(PYTHON) tests/mutants.py
+	$(PYTHON) tests/mutants.py $(PART)
 
 lint: $(TRAINERS)  # pyright reads the adapters beside the packages that they adapt
 	$(PYTHON) -m ruff check .
