@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from nitp_ops.objectives import CompositeObjective
 
 from .attached_forward import AttachedForward
+from .hugging_face import is_linear_call
+from .logit_settings import LogitSettings
 from .tapping import Tap
 
 OBJECTIVE = "nitp_objective"
@@ -33,16 +34,17 @@ class AttachedModel:
         self._bias = getattr(tap.sites.head, "bias", None) is not None
         self._ties = _ties(plain)
         self._class_forward = _name(type(plain).forward)
+        self._settings = LogitSettings(plain, tap.sites, info)
 
-    def check(self, plain: Any, head: nn.Module | None) -> None:
-        """Before a training pass.
+    def check(self, head: nn.Module | None) -> None:
+        """Before a training pass; torch.compile traces this, and guards what it reads.
 
         Args:
-            plain: the model. head: the head that computes now.
+            head: the head that computes now.
 
         Raises:
             ValueError: an own parameter is frozen or on the meta device; the head has other sizes or is no linear any
-                more; shared parameters came apart; modules that streams pass were replaced.
+                more; shared parameters came apart.
         """
         self._check_head(head)
         check_own_parameters(self._objective, head)
@@ -53,8 +55,20 @@ class AttachedModel:
                     "(to_empty and load_state_dict(assign=True) untie: model.tie_weights() after them, before "
                     "fully_shard)"
                 )
-        if not torch.compiler.is_compiling():
-            self._check_modules(plain)
+
+    def check_untraced(self, plain: Any, head: nn.Module) -> None:
+        """The rest of it, which torch.compile can not trace.
+
+        Args:
+            plain: the model. head: the head that computes now.
+
+        Raises:
+            ValueError: a call of the head is no longer that of a linear; modules that streams pass were replaced; the
+                logits have another softcap or scale.
+        """
+        self._check_call(head)
+        self._check_modules(plain)
+        self._settings.check(plain)
 
     def check_forward(self, plain: Any) -> None:
         """Before a training call of the model; a forward that is wrapped around the attached one is fine.
@@ -107,6 +121,16 @@ class AttachedModel:
         if biased != self._bias:
             came = "a bias" if biased else "no bias"
             raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
+
+    def _check_call(self, head: nn.Module) -> None:
+        if is_linear_call(head):
+            return
+        own = head.__dict__.get("forward")
+        got = f"is a {_name(type(head))}" if own is None else f"had its forward replaced by {_name(own)}"
+        raise ValueError(
+            f"attach: the model's head {got}, expected a plain linear as at attach: undo that change (in training the "
+            "weight is read and no forward of the head is called; softcap and logit scale belong to the model's)"
+        )
 
     def _check_modules(self, plain: Any) -> None:
         present = {id(module) for module in plain.modules()}

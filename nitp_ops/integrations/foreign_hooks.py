@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 _ENGINES = (
     "torch.distributed", "transformers", "accelerate", "deepspeed", "peft", "trl", "lightning", "pytorch_lightning",
-    "nitp_ops",
+    "torch.utils.module_tracker", "nitp_ops",
 )  # fmt: skip
 _KINDS = {
     "_forward_pre_hooks": "forward pre-hook",
@@ -25,7 +26,7 @@ _KINDS = {
 
 
 def refuse_foreign_hooks(head: nn.Module) -> None:
-    """See that nobody but an engine has hooks on a head.
+    """See that nobody but an engine has hooks on a head, or on every module.
 
     Raises:
         ValueError: somebody has; the hook is named.
@@ -39,10 +40,12 @@ def refuse_foreign_hooks(head: nn.Module) -> None:
 
 def _foreign_hooks(module: nn.Module) -> Iterator[tuple[str, str]]:
     for registered, kind in _KINDS.items():
-        for hook in getattr(module, registered).values():
-            package, name = _origin(hook)
-            if not any(package == engine or package.startswith(f"{engine}.") for engine in _ENGINES):
-                yield kind, name
+        of_every_module = getattr(nn_module, f"_global{registered}")
+        for hooks, scope in ((getattr(module, registered), ""), (of_every_module, "global ")):
+            for hook in hooks.values():
+                package, name = _origin(hook)
+                if not any(package == engine or package.startswith(f"{engine}.") for engine in _ENGINES):
+                    yield f"{scope}{kind}", name
 
 
 def _origin(hook: Any) -> tuple[str, str]:

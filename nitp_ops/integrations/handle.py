@@ -153,9 +153,8 @@ class Handle:
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
             raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
-        self._attached.check(self._plain, head_of(self._plain))
-        if not torch.compiler.is_compiling():
-            refuse_hooks_on_head(self._plain)
+        self._attached.check(head_of(self._plain))
+        self._check_untraced()
         fields = token_streams(call)
         labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
         tuples = call.get("return_dict") is False
@@ -188,6 +187,14 @@ class Handle:
             self._exact.append(loss)
         out = type(out)(**{**out, "loss": loss, "logits": None})
         return out.to_tuple() if tuples else out
+
+    @torch.compiler.assume_constant_result
+    def _check_untraced(self) -> None:
+        """torch.compile runs this each time that it traces the pass, and leaves it out of what it compiles."""
+        refuse_hooks_on_head(self._plain)
+        head = head_of(self._plain)
+        assert head is not None
+        self._attached.check_untraced(self._plain, head)
 
     def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
         own = self._before_attach.get("forward")

@@ -99,7 +99,7 @@ def checked_head(head: nn.Module | None) -> nn.Linear:
         reason = f"is a {kind} with submodules {inside}, expected a plain linear (an adapter is more than its weight)"
     elif _is_offloaded(head):
         reason = "is offloaded by accelerate (device_map), expected its weight on the device that it computes on"
-    elif type(head).forward is not nn.Linear.forward or ("forward" in head.__dict__ and not _is_aligned(head)):
+    elif not is_linear_call(head):
         reason = f"is a {kind} with a forward of its own, expected a plain linear (quantised heads differ)"
     elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
         came = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
@@ -111,6 +111,13 @@ def checked_head(head: nn.Module | None) -> nn.Linear:
     else:
         return head  # type: ignore[return-value]
     raise ValueError(f"attach: the model's head {reason}")
+
+
+def is_linear_call(head: nn.Module) -> bool:
+    """Whether a call of the head is that of nn.Linear, whatever class or engine stands around it."""
+    kind = type(head)
+    plain = kind.forward is nn.Linear.forward and kind.__call__ is nn.Module.__call__
+    return plain and ("forward" not in head.__dict__ or _is_aligned(head))
 
 
 def _device_hooks(head: nn.Module) -> list[Any]:
