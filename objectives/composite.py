@@ -22,7 +22,7 @@ from .model_info import ModelInfo
 from .module_call import Sealed, inside_call, is_fully_sharded
 from .naming import sums_of
 from .schedule import weight_at
-from .schema import is_int
+from .schema import is_int, of_64_bits
 from .shift import check_targets
 from .spec import Spec, SpecLike, parse
 from .streams import Streams
@@ -286,7 +286,7 @@ class CompositeObjective(Sealed, KeepsValues):
             names = ", ".join(scheduled)
             raise ValueError(f"objective: step is None, expected an integer (scheduled weights: {names})")
         if step is not None and not isinstance(step, Tensor) and not (is_int(step) and step >= 0):
-            raise ValueError(f"objective: step is {step!r}, expected an integer >= 0")
+            raise ValueError(f"objective: step is {step!r}, expected an integer{of_64_bits(step)} >= 0")
 
 
 def _always_on(term: Objective) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .heads import logits
 from .model_info import ModelInfo
-from .schema import is_int, suggestion
+from .schema import is_int, of_64_bits, suggestion
 from .streams import Streams
 
 
@@ -167,4 +167,4 @@ def _check(prompt: Tensor, new_tokens: int, max_drafts: int | None) -> None:
         raise ValueError(f"draft: prompt has shape {tuple(prompt.shape)}, expected [1, T] with T >= 1")
     for name, value, least in (("new_tokens", new_tokens, 1), ("max_drafts", max_drafts, 0)):
         if value is not None and not (is_int(value) and value >= least):
-            raise ValueError(f"draft: {name} is {value!r}, expected an integer >= {least}")
+            raise ValueError(f"draft: {name} is {value!r}, expected an integer{of_64_bits(value)} >= {least}")

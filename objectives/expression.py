@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
-from .schema import SpecError
+from .schema import MOST_TERMS, SpecError, too_many_terms
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?![\w.]))
@@ -25,6 +25,8 @@ _TOKEN = re.compile(
 _WORDS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _CLOSING = {"(": ")", "[": "]"}
 _SPACE = re.compile(r"\s*", re.ASCII)
+#: Of a whole expression: several times what every objective takes with all of its options.
+_MOST_CHARACTERS = 4000
 #: Of a number without a point: more than any option takes, fewer than `int` refuses.
 _MOST_DIGITS = 100
 #: Lists inside one another: more than any option takes, fewer than Python's stack.
@@ -52,11 +54,16 @@ def parse_expression(text: str) -> tuple[list[ParsedTerm], list[str]]:
         >>> parse_expression("ntp + late: 0.1*nitp(target_layer=8)")[0][1]
         ParsedTerm(label='late', name='nitp', options={'weight': 0.1, 'target_layer': 8})
     """
+    if len(text) > _MOST_CHARACTERS:
+        expected = f"expected at most {_MOST_CHARACTERS} (or a mapping, which may be longer)"
+        return [], [f"expression: {len(text)} characters, {expected}"]
     terms, problems = [], []
     try:
         groups = _split(_tokens(text))
     except SpecError as error:
         return [], list(error.problems)
+    if len(groups) > MOST_TERMS:
+        return [], [too_many_terms(len(groups))]
     for group in groups:
         try:
             terms.append(_Reader(group).term())

@@ -22,7 +22,7 @@ from .composite import build
 from .dry_run import Uses, dry_run
 from .model_info import ModelInfo
 from .projectors import Projector
-from .schema import is_int
+from .schema import is_int, of_64_bits
 from .spec import SpecLike, parse
 
 _CHUNKS_A_RANK = 2  # zigzag
@@ -44,7 +44,7 @@ class Mesh:
     def __post_init__(self) -> None:
         for name, ranks in vars(self).items():
             if not is_int(ranks) or ranks < 1:
-                raise ValueError(f"mesh: {name} is {ranks!r}, expected an integer >= 1")
+                raise ValueError(f"mesh: {name} is {ranks!r}, expected an integer{of_64_bits(ranks)} >= 1")
 
     @classmethod
     def parse(cls, text: str) -> Mesh:

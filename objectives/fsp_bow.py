@@ -16,7 +16,7 @@ from .model_info import ModelInfo
 from .own_parameters import OwnHead
 from .registry import register
 from .row_losses import sum_of_rows
-from .schema import number_problem
+from .schema import MOST_AHEAD, count_problem
 from .shift import Window
 from .streams import Streams
 
@@ -35,7 +35,7 @@ class FSPBagOfWords(LatentTerm):
     is computed a chunk of rows at a time. The metric "tokens" is the mean size of B_t.
 
     Args:
-        tau: how far the window reaches, >= 2.
+        tau: how far the window reaches, in [2, 1048576]; what reaches past a sequence changes nothing.
 
     Example:
         >>> from nitp_ops.objectives import ModelInfo, Streams, build
@@ -53,7 +53,7 @@ class FSPBagOfWords(LatentTerm):
     tau: int = 12
 
     def problems(self) -> list[str]:
-        problem = number_problem("tau", self.tau, 2)
+        problem = count_problem("tau", self.tau, 2, MOST_AHEAD)
         return [problem] if problem else []
 
     def requires(self, info: ModelInfo) -> frozenset[str]:

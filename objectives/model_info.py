@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .schema import is_int, type_problem
+from .schema import is_int, of_64_bits, shown, type_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class ModelInfo:
             if name == "sequence_length" and value is None:
                 continue
             if not is_int(value):
-                raise TypeError(f"ModelInfo: {name} is {value!r}, expected an integer")
+                raise TypeError(f"ModelInfo: {name} is {shown(value)}, expected an integer{of_64_bits(value)}")
             if value < 1:
                 raise ValueError(f"ModelInfo: {name} is {value}, expected an integer >= 1")
         for name in ("softcap", "logit_scale", "initializer_range"):

@@ -24,6 +24,7 @@ from .model_info import ModelInfo
 from .module_call import Sealed
 from .own_parameters import redraw, seeded
 from .registry import register
+from .schema import MOST_HEADS
 from .streams import Streams
 from .token_term import TokenTerm, ahead, offset_problems, valid_offsets
 
@@ -38,7 +39,7 @@ class MTPParallel(TokenTerm):
     refused: beside ntp take 2 and more; the paper's own form is ``mtp_parallel(offsets=[1, 2, 3, 4])`` without ntp.
 
     Args:
-        offsets: the i, distinct and >= 1.
+        offsets: the i, distinct and >= 1, at most 64 of them.
         heads: "block", one transformer block each (`ModelInfo.block_factory`, else a plain one: RMSNorm, causal
             attention inside the document, SwiGLU); "residual", ``h + silu(W_i h)`` with W_i zero at first: with
             offsets (1, 3, 5, 7) that is L-MTP, arXiv 2505.17505.
@@ -58,7 +59,7 @@ class MTPParallel(TokenTerm):
     heads: Literal["block", "residual"] = "block"
 
     def problems(self) -> list[str]:
-        return [*super().problems(), *offset_problems(self.offsets)]
+        return [*super().problems(), *offset_problems(self.offsets, MOST_HEADS)]
 
     def conflicts(self, others: Sequence[Objective]) -> list[str]:
         return [

@@ -25,7 +25,7 @@ from .module_call import Sealed
 from .own_parameters import Matrix, redraw, seeded
 from .registry import register
 from .schedule import Weight
-from .schema import number_problem
+from .schema import MOST_HEADS, count_problem
 from .shift import inputs_ahead, valid_pairs
 from .streams import Streams
 from .token_term import TokenTerm, ahead, valid_offsets
@@ -42,7 +42,7 @@ class MTPSequential(TokenTerm):
 
     Args:
         weight: 0.3 unless given; ``[[0, 0.3], [steps, 0.1]]`` is the published schedule, steps at 2/3 of training.
-        depth: D, >= 1.
+        depth: D, in [1, 64].
         source: h^0: "last_hidden", after the final norm, and each next module reads norm_k(h^k); "last_residual",
             before it, and each next module reads h^k.
         detach_trunk: no gradient from the modules into h^0.
@@ -63,7 +63,7 @@ class MTPSequential(TokenTerm):
     detach_trunk: bool = False
 
     def problems(self) -> list[str]:
-        found = number_problem("depth", self.depth, 1)
+        found = count_problem("depth", self.depth, 1, MOST_HEADS)
         return [*super().problems(), *([found] if found else [])]
 
     @property

@@ -15,6 +15,9 @@ from .schema import number_problem
 from .streams import Streams
 from .token_term import TokenTerm, ahead, offset_problems, valid_offsets
 
+#: Each is a part with a count, a loss and an accuracy of its own.
+_MOST_OFFSETS = 256
+
 
 @register("mtp_shared")
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class MTPShared(TokenTerm):
     Streams.token_weight multiplies each target's loss; every offset then takes a pass of its own over the logits.
 
     Args:
-        offsets: the k, distinct and >= 1. weights: one w_k > 0 for each offset; 1 where not given.
+        offsets: the k, distinct and >= 1, at most 256 of them. weights: one w_k > 0 for each offset; 1 where not given.
         label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
 
     Example:
@@ -45,7 +48,7 @@ class MTPShared(TokenTerm):
     weights: tuple[float, ...] | None = None
 
     def problems(self) -> list[str]:
-        found = [*super().problems(), *offset_problems(self.offsets)]
+        found = [*super().problems(), *offset_problems(self.offsets, _MOST_OFFSETS)]
         weights = self.weights or ()
         if self.weights is not None and len(weights) != len(self.offsets):
             found.append(f"weights is {list(weights)}, expected {len(self.offsets)} numbers, one for each offset")

@@ -16,7 +16,7 @@ from nitp_ops import alignment
 from .base import Context, HeadReading, LatentPart, LatentTerm
 from .heads import embedded
 from .model_info import ModelInfo
-from .own_parameters import OwnParameters
+from .own_parameters import OwnParameters, width_problems
 from .registry import register
 from .row_losses import logits_of, sum_of_rows
 from .schema import number_problem
@@ -35,7 +35,7 @@ class NextLat(LatentTerm):
     used in training only.
 
     Args:
-        intermediate_size: m, of both inner layers; d where not given.
+        intermediate_size: m, of both inner layers, at most 256 d; d where not given.
         smooth_l1_weight: a. kl_weight: b. A loss of weight 0 is not computed; without the KL no head is needed.
 
     Raises:
@@ -61,6 +61,9 @@ class NextLat(LatentTerm):
         if self.smooth_l1_weight == self.kl_weight == 0:
             found.append("smooth_l1_weight and kl_weight are 0, expected one of them > 0")
         return [problem for problem in found if problem]
+
+    def model_problems(self, info: ModelInfo) -> list[str]:
+        return width_problems(self.intermediate_size, info)
 
     def requires(self, info: ModelInfo) -> frozenset[str]:
         return frozenset({"token_ids", "last_hidden", "embed"} | ({"head"} if self.kl_weight else set()))

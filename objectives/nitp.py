@@ -15,9 +15,10 @@ from nitp_ops import alignment, implicit_token_loss, reference, swiglu
 from .base import Context, LatentPart, LatentTerm
 from .floor import unit_target_sum
 from .model_info import ModelInfo
+from .own_parameters import width_problems
 from .projectors import Kind, Matrices, Projector
 from .registry import register
-from .schema import is_int, number_problem
+from .schema import MOST_AHEAD, count_problem, is_int, number_problem
 from .shift import rows_ahead, valid_pairs
 from .streams import Streams
 
@@ -37,10 +38,10 @@ class NITP(LatentTerm):
         target_layer: k. An int in [0, L-1]: after so many blocks, 0 the embedding output. A float f strictly inside
             (0, 1): that fraction of the L blocks, ``min(L - 1, max(1, floor(f L + 0.75)))``; 0.2 gives 4 of 17, 5 of
             24, 6 of 28, 3 of 16.
-        shift: pair h_t with z_{t+shift}.
+        shift: pair h_t with z_{t+shift}, in [0, 1048576].
         distance: "cosine"; "mse" or "smooth_l1" (beta 1), means over d; "kl", KL(softmax z || softmax p) over d.
         projector: "swiglu", "linear" (``W_down h``) or "none" (P(h) = h).
-        intermediate_size: m of swiglu; 4 d where not given.
+        intermediate_size: m of swiglu, at most 256 d; 4 d where not given.
         mask: "document" counts pairs inside a document; "document+label" also asks that token t + shift is a target.
         source: h after the final norm ("last_hidden") or before it ("last_residual").
         stop_gradient: False lets the gradient into z; the projected states are then held whole.
@@ -67,7 +68,7 @@ class NITP(LatentTerm):
     eps: float = 1e-6
 
     def problems(self) -> list[str]:
-        found = [number_problem("shift", self.shift, 0), number_problem("eps", self.eps, 0, inclusive=False)]
+        found = [count_problem("shift", self.shift, 0, MOST_AHEAD), number_problem("eps", self.eps, 0, inclusive=False)]
         if is_int(self.target_layer):
             found.append(number_problem("target_layer", self.target_layer, 0))
         elif not 0 < self.target_layer < 1:
@@ -80,10 +81,11 @@ class NITP(LatentTerm):
         return [problem for problem in found if problem]
 
     def model_problems(self, info: ModelInfo) -> list[str]:
+        found = width_problems(self.intermediate_size, info)
         if is_int(self.target_layer) and self.target_layer >= info.num_layers:
             inside = f"expected an integer in [0, {info.num_layers - 1}] (the model has {info.num_layers} blocks)"
-            return [f"target_layer is {self.target_layer}, {inside}"]
-        return []
+            found.append(f"target_layer is {self.target_layer}, {inside}")
+        return found
 
     def layer(self, info: ModelInfo) -> int:
         """k: how many blocks the target has passed."""

@@ -13,6 +13,17 @@ from .dtensor import fill
 from .model_info import ModelInfo
 from .module_call import Sealed
 
+#: Inner widths of own matrices, in hidden sizes: more than any model has.
+_WIDEST = 256
+
+
+def width_problems(size: int | None, info: ModelInfo) -> list[str]:
+    """One line if an inner width is more than `_WIDEST` hidden sizes; None is a default."""
+    most = _WIDEST * info.hidden_size
+    if size is None or size <= most:
+        return []
+    return [f"intermediate_size is {size}, expected at most {most} ({_WIDEST} hidden_size)"]
+
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:

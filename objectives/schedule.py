@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .schema import field_types, is_int, number_problem, shown, suggestion, type_problem
+from .schema import field_types, is_int, number_problem, of_64_bits, shown, suggestion, type_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,11 @@ class Piecewise:
         for pair in self.points:
             known = isinstance(pair, list | tuple) and len(pair) == 2 and is_int(pair[0])
             if not known or type_problem("weight", pair[1], float) or min(pair) < 0:
-                raise ValueError(f"schedule: points holds {shown(pair)}, {expected}")
+                raise ValueError(f"schedule: points holds {shown(pair)}, {expected}{of_64_bits(pair)}")
             pairs.append((pair[0], float(pair[1])))
         steps = [step for step, _ in pairs]
         if not steps or any(later <= step for step, later in itertools.pairwise(steps)):
-            raise ValueError(f"schedule: points has steps {steps}, {expected}")
+            raise ValueError(f"schedule: points has steps {shown(steps)}, {expected}")
         object.__setattr__(self, "points", tuple(pairs))
 
     def at(self, step: int | Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def as_weight(value: object) -> Weight:
     if isinstance(value, list | tuple):
         return Piecewise(tuple(value))
     if type_problem("weight", value, float) or value < 0:  # type: ignore[operator]
-        raise ValueError(f"weight is {shown(value)}, expected a number >= 0 or a schedule")
+        raise ValueError(f"weight is {shown(value)}, expected a number{of_64_bits(value)} >= 0 or a schedule")
     return float(value)  # type: ignore[arg-type]
 
 

@@ -9,11 +9,17 @@ import math
 import re
 import reprlib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 #: Problems that the message of a SpecError shows.
 _SHOWN = 50
+#: Most tokens ahead, as of an offset or a window: more than any sequence has, exact in float32.
+MOST_AHEAD = 2**20
+#: Most objectives of one spec.
+MOST_TERMS = 100
+#: Most heads or modules of one term.
+MOST_HEADS = 64
 
 
 class SpecError(ValueError):
@@ -64,6 +70,11 @@ def shown(value: object) -> str:
     return one_line(" ".join(_Bounded().repr(value).split()))
 
 
+def too_many_terms(count: int) -> str:
+    """The line that refuses more than `MOST_TERMS`, whichever spelling they came in."""
+    return f"the spec has {count} terms, expected at most {MOST_TERMS}"
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
     """`` Did you mean "..."?`` or, where nothing is close, the empty string."""
     close = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) else []
@@ -78,6 +89,18 @@ def listing(values: Iterable[object]) -> str:
 def is_int(value: object) -> bool:
     """An int that is not a bool, and that a tensor of int64 holds."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def of_64_bits(value: object) -> str:
+    """`` of 64 bits`` where a value is, or holds, an integer that int64 can not: what a message then adds to what it
+    expected. Else the empty string.
+
+    Example:
+        >>> f"expected an integer{of_64_bits(2**63)}", of_64_bits(2**62), of_64_bits([1, 2**63])
+        ('expected an integer of 64 bits', '', ' of 64 bits')
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    return " of 64 bits" if any(isinstance(item, int) and not -(2**63) <= item < 2**63 for item in values) else ""
 
 
 @functools.cache
@@ -99,7 +122,8 @@ def type_problem(name: str, value: object, expected: Any) -> str | None:
     choices = [choice for choice in _alternatives(expected) if get_origin(choice) is Literal]
     allowed = [word for choice in choices for word in get_args(choice)]
     hint = suggestion(value, [word for word in allowed if isinstance(word, str)]) if isinstance(value, str) else ""
-    return f"{name} is {came}, expected {spelled(expected)}" + (f".{hint}" if hint else "")
+    numbers = of_64_bits(value) if {int, float} & set(_members(expected)) else ""
+    return f"{name} is {came}, expected {spelled(expected)}{numbers}" + (f".{hint}" if hint else "")
 
 
 def number_problem(name: str, value: float, low: float, *, inclusive: bool = True) -> str | None:
@@ -107,6 +131,11 @@ def number_problem(name: str, value: float, low: float, *, inclusive: bool = Tru
     if value > low or (inclusive and value == low):
         return None
     return f"{name} is {value}, expected a number {'>=' if inclusive else '>'} {low:g}"
+
+
+def count_problem(name: str, value: int, low: int, high: int) -> str | None:
+    """One line if ``value`` is outside [low, high], else None."""
+    return None if low <= value <= high else f"{name} is {value}, expected an integer in [{low}, {high}]"
 
 
 def tidy(value: Any, expected: Any) -> Any:
@@ -118,6 +147,15 @@ def tidy(value: Any, expected: Any) -> Any:
 
 def _alternatives(expected: Any) -> Sequence[Any]:
     return get_args(expected) if get_origin(expected) in (Union, types.UnionType) else (expected,)
+
+
+def _members(expected: Any) -> Iterator[Any]:
+    """The types that a type is made of: of ``tuple[int, ...] | None`` int and None."""
+    if get_origin(expected) in (tuple, Union, types.UnionType):
+        for part in get_args(expected):
+            yield from _members(part)
+    else:
+        yield expected
 
 
 def _fits(value: object, expected: Any) -> bool:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import all_gather, group_size
-from .schema import is_int
+from .schema import is_int, of_64_bits
 
 Span = tuple[int, int]
 
@@ -54,7 +54,7 @@ class SequenceShard:
         if self.layout not in ("contiguous", "zigzag"):
             raise ValueError(f'SequenceShard: layout is {self.layout!r}, expected "contiguous" or "zigzag"')
         if not is_int(self.length):
-            raise TypeError(f"SequenceShard: length is {self.length!r}, expected an integer")
+            raise TypeError(f"SequenceShard: length is {self.length!r}, expected an integer{of_64_bits(self.length)}")
         ranks, rank = group_size(self.group)
         total = ranks * self._chunks_a_rank
         if self.length < 1 or self.length % total:

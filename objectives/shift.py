@@ -204,6 +204,7 @@ def _next_target(tokens: Tensor, documents: Tensor, ignore_index: int) -> Tensor
 
 def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
     """out[b, t] = values[b, t+k] at the positions t that are here, `fill` past the end; values: the whole sequence."""
+    k = min(k, values.shape[1])  # from there on nothing is left
     return columns(_padded(values, k, streams, fill), streams.spans, k)
 
 

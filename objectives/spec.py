@@ -14,8 +14,10 @@ from .expression import parse_expression
 from .model_info import ModelInfo
 from .registry import NAME, find
 from .schedule import Piecewise, Ramp
-from .schema import SpecError, shown, suggestion
+from .schema import MOST_TERMS, SpecError, shown, suggestion, too_many_terms
 
+#: Of one term: more than any objective has.
+_MOST_OPTIONS = 100
 #: Its own attributes are no labels: terms with parameters are its entries.
 _MODULES = nn.ModuleDict()
 
@@ -28,13 +30,15 @@ class Spec:
         terms: dataclasses of objectives; a missing label becomes the registered name.
 
     Raises:
-        SpecError: no term, two terms of one label, a label that cannot name parameters, ``denominator="main"``
-            without an ntp term, terms that conflict.
+        SpecError: no term, more than 100, two terms of one label, a label that cannot name parameters,
+            ``denominator="main"`` without an ntp term, terms that conflict.
     """
 
     terms: tuple[Objective, ...]
 
     def __post_init__(self) -> None:
+        if len(self.terms) > MOST_TERMS:
+            raise SpecError([too_many_terms(len(self.terms))])
         named = tuple(
             term if term.label is not None else dataclasses.replace(term, label=term.name) for term in self.terms
         )
@@ -94,6 +98,8 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
         spec = [spec]
     problems: list[str] = []
     terms: list[Objective] = []
+    if isinstance(spec, Mapping | Sequence) and not isinstance(spec, str) and len(spec) > MOST_TERMS:
+        raise SpecError([too_many_terms(len(spec))])
     if isinstance(spec, str):
         parsed, problems = parse_expression(spec)
         entries = [(term.label, term.name, term.options) for term in parsed]
@@ -154,6 +160,8 @@ def _construct(label: str | None, name: str, options: dict[str, Any]) -> Objecti
         cls = find(name)
     except SpecError as error:
         raise SpecError(f"{label}: {line}" if label not in (None, name) else line for line in error.problems) from None
+    if len(options) > _MOST_OPTIONS:
+        raise SpecError([f"{label or name}: {len(options)} options, expected at most {_MOST_OPTIONS}"])
     known = [field.name for field in dataclasses.fields(cls)]
     offered = [option for option in known if option != "label"]
     problems = [

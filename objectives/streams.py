@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .documents import derive_documents
-from .schema import is_int
+from .schema import is_int, of_64_bits
 from .sequence_shard import SequenceShard, columns
 
 _TOKEN_FIELDS = (
@@ -88,7 +88,9 @@ class Streams:
             raise ValueError("Streams: labels and shift_labels are both given, expected at most one of them")
         check_label_layout("Streams", self.label_layout)
         if not is_int(self.ignore_index):
-            raise TypeError(f"Streams: ignore_index is {self.ignore_index!r}, expected an integer")
+            raise TypeError(
+                f"Streams: ignore_index is {self.ignore_index!r}, expected an integer{of_64_bits(self.ignore_index)}"
+            )
         if not isinstance(self.hidden_states, Mapping):
             came = type(self.hidden_states).__name__
             raise TypeError(f"Streams: hidden_states is a {came}, expected a mapping of block count to tensor")
@@ -211,7 +213,9 @@ class Streams:
         if isinstance(count, int) and is_int(count):
             return total.to(self.device), torch.full((), count, dtype=torch.int64, device=self.device)
         if not isinstance(count, Tensor) or count.dim() > 0 or count.is_floating_point() or count.dtype == torch.bool:
-            raise TypeError(f"Streams: external[{name}] has the count {_came(count)}, expected an integer")
+            raise TypeError(
+                f"Streams: external[{name}] has the count {_came(count)}, expected an integer{of_64_bits(count)}"
+            )
         return total.to(self.device), count.detach().to(self.device, torch.int64)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .base import HeadRows, HeadTerm
-from .schema import number_problem
+from .schema import MOST_AHEAD, number_problem
 from .shift import target_weights, token_targets
 from .streams import Streams
 
@@ -54,11 +54,13 @@ def valid_offsets(streams: Streams, offsets: tuple[int, ...]) -> dict[str, Tenso
     return {str(k): token_targets(streams, k) != streams.ignore_index for k in offsets}
 
 
-def offset_problems(offsets: tuple[int, ...]) -> list[str]:
-    """One line if the offsets are none, below 1, or not distinct."""
-    if offsets and min(offsets) >= 1 and len(set(offsets)) == len(offsets):
+def offset_problems(offsets: tuple[int, ...], most: int) -> list[str]:
+    """One line if the offsets are none, more than `most`, outside [1, MOST_AHEAD], or not distinct."""
+    if len(offsets) > most:
+        return [f"offsets holds {len(offsets)} integers, expected at most {most}"]
+    if offsets and min(offsets) >= 1 and max(offsets) <= MOST_AHEAD and len(set(offsets)) == len(offsets):
         return []
-    return [f"offsets is {list(offsets)}, expected distinct integers >= 1"]
+    return [f"offsets is {list(offsets)}, expected distinct integers in [1, {MOST_AHEAD}]"]
 
 
 def ahead(offsets: tuple[int, ...]) -> str:

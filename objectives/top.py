@@ -13,7 +13,7 @@ from .base import Context, HeadRows, HeadTerm
 from .model_info import ModelInfo
 from .own_parameters import OwnHead
 from .registry import register
-from .schema import number_problem
+from .schema import MOST_AHEAD, count_problem
 from .shift import Window
 from .streams import Streams
 
@@ -32,7 +32,7 @@ class TOP(HeadTerm):
     (708) behind the nearest one, however large the window. So time and memory grow with B T, not with B T window.
 
     Args:
-        window: how many tokens ahead, >= 1.
+        window: how many tokens ahead, in [1, 1048576]; what reaches past a sequence changes nothing.
         compat: "fp16_scores" rounds y to half precision, as the published data builders store it: from 2048 on y is
             coarse, and at window 4096 the weights of the next four tokens become .456, .456, .062, .008 instead of
             .632, .233, .086, .031.
@@ -50,7 +50,7 @@ class TOP(HeadTerm):
     compat: Literal["none", "fp16_scores"] = "none"
 
     def problems(self) -> list[str]:
-        found = number_problem("window", self.window, 1)
+        found = count_problem("window", self.window, 1, MOST_AHEAD)
         if found is None and self.compat == "fp16_scores" and self.window > torch.finfo(torch.float16).max:
             found = f'window is {self.window}, expected at most 65504 with "fp16_scores"'
         return [found] if found else []

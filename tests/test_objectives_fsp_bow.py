@@ -120,7 +120,7 @@ def test_rows_too_short_for_a_window_give_zeros():
 
 
 def test_the_window_reaches_beyond_the_next_token():
-    with pytest.raises(SpecError, match="tau is 1, expected a number >= 2"):
+    with pytest.raises(SpecError, match="tau is 1, expected an integer in"):
         build("fsp_bow(tau=1)", model=INFO)
 
 

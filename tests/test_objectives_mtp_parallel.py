@@ -108,7 +108,7 @@ def test_a_position_sees_neither_its_future_nor_another_document():
             "a: mtp_parallel(offsets=[2]) + b: mtp_parallel(offsets=[5, 2])",
             ["a: offset 2 is predicted from last_hidden by b", "b: offset 2 is predicted from last_hidden by a"],
         ),
-        ("mtp_parallel(offsets=[0])", ["mtp_parallel: offsets is [0], expected distinct integers >= 1"]),
+        ("mtp_parallel(offsets=[0])", ["mtp_parallel: offsets is [0], expected distinct integers in [1, 1048576]"]),
         ("mtp_parallel(heads=blocks)", ['mtp_parallel: heads is "blocks", expected one of "block", "residual"']),
         ("mtp_parallel(z_loss=-1)", ["mtp_parallel: z_loss is -1.0, expected a number >= 0"]),
     ],

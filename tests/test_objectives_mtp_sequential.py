@@ -156,7 +156,7 @@ def test_the_default_weight_is_three_tenths_and_a_schedule_replaces_it():
 
 def test_wrong_options_are_refused_and_explain_counts_the_parameters():
     for options, problem in (
-        ("depth=0", "depth is 0, expected a number >= 1"),
+        ("depth=0", "depth is 0, expected an integer in"),
         ("source=hidden", 'source is "hidden", expected one of'),
         ("label_smoothing=2", "label_smoothing is 2.0, expected"),
     ):

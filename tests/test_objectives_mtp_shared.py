@@ -170,7 +170,7 @@ def test_pre_shifted_labels_offer_every_offset_one_target_more():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ("offsets=[]", "offsets is [], expected distinct integers >= 1"),
+        ("offsets=[]", "offsets is [], expected distinct integers in [1, 1048576]"),
         ("offsets=[0, 1]", "offsets is [0, 1], expected distinct"),
         ("offsets=[2, 2]", "offsets is [2, 2], expected distinct"),
         ("offsets=[2, 0.5]", "offsets is (2, 0.5), expected a list of integers"),

@@ -164,7 +164,7 @@ def test_a_wrong_spec_is_refused_with_its_reason(spec: object, problem: str):
 
 
 def test_a_dataclass_with_a_wrong_option_is_refused_at_once():
-    with pytest.raises(SpecError, match=r"nitp: shift is -1, expected a number >= 0"):
+    with pytest.raises(SpecError, match=r"nitp: shift is -1, expected an integer in"):
         NITP(shift=-1)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nitp_ops.objectives import NTP, ModelInfo, MTPShared, SpecError, available, build, parse
+from nitp_ops.objectives import NTP, ModelInfo, MTPShared, Spec, SpecError, available, build, parse
 from nitp_ops.objectives.expression import parse_expression
 
 INFO = ModelInfo(hidden_size=4, vocab_size=8, num_layers=2)
@@ -43,14 +43,14 @@ def problems(spec: Any) -> list[str]:
     [
         ("[" * 400 + "]" * 400 + "*ntp", 'expression: "[" at column 21, expected at most 20 lists inside one another'),
         ("]" * 400 + "+" + "[" * 400 + "]" * 400 + "*ntp", "expected at most 20 lists inside one another"),
-        ("ntp(z_loss=" + "(" * 4000, "expected at most 20 lists inside one another"),
-        ("9" * 4301 + "*ntp", "expression: a number of 4301 digits at column 1, expected at most 100"),
+        ("ntp(z_loss=" + "(" * 3000, "expected at most 20 lists inside one another"),
+        ("9" * 3900 + "*ntp", "expression: a number of 3900 digits at column 1, expected at most 100"),
         ("ntp(z_loss=-" + "9" * 200 + ")", "a number of 201 digits"),
         ("1e999*ntp", "weight is inf, expected a number"),
         ({"ntp": {"weight": 10**400}}, "ntp: weight is an integer of 1329 bits, expected a number"),
         ({"ntp": {"weight": -(10**5000)}}, "ntp: weight is an integer of 16610 bits, expected a number"),
         ({"ntp": {"weight": {"to": 10**400}}}, "ntp: schedule: to is an integer of 1329 bits, expected a number"),
-        ({"ntp": {"weight": {"to": 1, "begin": 2**63}}}, "begin is 9223372036854775808, expected an integer"),
+        ({"ntp": {"weight": {"to": 1, "begin": 2**63}}}, "begin is 9223372036854775808, expected an integer of 64"),
         ({"ntp": {"weight": {3: 1}}}, "ntp: schedule: 3 is no option, expected to, begin"),
         ({"ntp": {"weight": [[2**63, 1.0]]}}, "ntp: schedule: points holds [9223372036854775808, 1.0]"),
         ({"ntp": {"weight": DEEP}}, "ntp: schedule: points holds [[[[[...]]]]]"),
@@ -163,20 +163,57 @@ def test_the_work_is_in_proportion_to_the_length_of_the_text(unit: str):
         return "".join(unit.format(i) for i in range(units)) + "ntp"
 
     calls(text(2))  # what is imported and remembered on first use
-    short, long = calls(text(200)), calls(text(800))
+    short, long = calls(text(20)), calls(text(80))
     assert long < 4.5 * short + 200
     Copied.copied = 0
-    parse_expression(Copied(text(800)))
-    assert Copied.copied <= 2 * len(text(800))
+    parse_expression(Copied(text(80)))
+    assert Copied.copied <= 2 * len(text(80))
 
 
-def test_32_kilobytes_are_read_at_once():
-    whole = "+".join(["ntp"] * 8192)
-    assert len(problems(whole)) == 8191
+UNITS = ["ntp+", "ntq+", "a:ntp+", "1+", "ntp ", "[", "nitp(shift=1)+", "ntp(a=1)+"]
+LISTS = {"options": "ntp({})", "offsets": "mtp_shared(offsets=[{}])", "points": "[{}]*ntp", "word": "ntp(z_loss={})"}
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_32_kilobytes_are_refused_at_once(unit: str):
+    whole = (unit * 32768)[:32768]
+    (line,) = problems(whole)
+    assert line == "expression: 32768 characters, expected at most 4000 (or a mapping, which may be longer)"
+    assert calls(whole) < 500
+
+
+@pytest.mark.parametrize("unit", [*UNITS, *LISTS])
+def test_the_longest_expression_is_read_or_refused_in_milliseconds(unit: str):
+    """A call of Python's or of C's takes a tenth of a microsecond, or a few."""
+    inside = {"options": "k{}=1,", "offsets": "{},", "points": "[{},1],", "word": "a+"}
+    if unit in LISTS:
+        pieces = "".join(inside[unit].format(i) for i in range(1, 2000))
+        text = LISTS[unit].format(pieces[:3900].rpartition("," if "," in pieces else "+")[0])
+    else:
+        text = (unit * 4000)[:4000]
+    assert len(problems(text)) <= 50
+    assert calls(text) < 60_000
+
+
+def test_more_than_a_hundred_terms_are_refused_in_every_spelling():
+    labels = [f"a{i}" for i in range(101)]
+    spellings = [
+        "+".join(f"{x}:ntp" for x in labels),
+        {x: {"type": "ntp"} for x in labels},
+        [NTP(label=x) for x in labels],
+    ]
+    for spec in spellings:
+        assert problems(spec) == ["the spec has 101 terms, expected at most 100"]
+    with pytest.raises(SpecError, match="the spec has 101 terms"):
+        Spec(tuple(NTP(label=x) for x in labels))
+    assert not problems({x: {"type": "ntp"} for x in labels[:100]})
+
+
+def test_more_options_than_any_objective_has_are_refused():
+    assert problems({"ntp": {f"k{i}": 1 for i in range(101)}}) == ["ntp: 101 options, expected at most 100"]
 
 
 def test_the_message_of_thousands_of_problems_ends():
-    with pytest.raises(SpecError) as caught:
-        parse("+".join(["ntp"] * 8000))
-    assert len(caught.value.problems) > 7000
-    assert len(str(caught.value)) < 10_000 and str(caught.value).endswith(" more")
+    error = SpecError(f"ntp: problem {i}" for i in range(8000))
+    assert len(error.problems) == 8000
+    assert len(str(error)) < 10_000 and str(error).endswith(" more")

@@ -173,7 +173,7 @@ def test_the_seed_alone_decides_the_head_and_it_builds_on_the_meta_device():
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ("window=0", "window is 0, expected a number >= 1"),
+        ("window=0", "window is 0, expected an integer in [1, 1048576]"),
         ("window=70000, compat=fp16_scores", 'window is 70000, expected at most 65504 with "fp16_scores"'),
         ("compat=fp16", 'compat is "fp16", expected one of "none", "fp16_scores"'),
     ],

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 from nitp_ops.objectives.module_call import is_fully_sharded
+from nitp_ops.objectives.schema import is_int, of_64_bits
 from nitp_ops.objectives.streams import LabelLayout
 
 from . import sidecar
@@ -81,8 +82,8 @@ class Handle:
         Raises:
             ValueError: no integer >= 0.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"set_step: step is {step!r}, expected an integer >= 0")
+        if not is_int(step) or step < 0:
+            raise ValueError(f"set_step: step is {step!r}, expected an integer{of_64_bits(step)} >= 0")
         self._step = torch.tensor(step)  # a tensor keeps torch.compile from recompiling
 
     def set_counts(self, counts: Counts | None, *, gradient_reduction: Literal["mean", "sum"] = "mean") -> None:
