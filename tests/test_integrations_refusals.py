@@ -124,11 +124,29 @@ def test_a_model_whose_head_is_not_what_it_seems_is_refused_by_reason(spoil: Any
 
 
 def test_a_head_behind_a_transform_and_an_encoder_decoder_are_refused():
-    from transformers import BertConfig, BertLMHeadModel, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BertConfig,
+        BertLMHeadModel,
+        RobertaConfig,
+        RobertaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
-    with pytest.raises(ValueError, match="BertLMHeadModel"):
-        nitp_ops.attach(BertLMHeadModel(BertConfig(num_attention_heads=2, is_decoder=True, **sizes)), "ntp")
+    sizes |= {"num_attention_heads": 2, "is_decoder": True}
+    transforms = {
+        "cls.predictions.transform.dense": BertLMHeadModel(BertConfig(**sizes)),
+        "lm_head.dense": RobertaForCausalLM(RobertaConfig(**sizes)),
+    }
+    for name, model in transforms.items():
+        expected = (
+            rf"^attach: the {type(model).__name__}'s head reads what {name} makes of the body's last hidden state"
+        )
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            with pytest.raises(ValueError, match=expected):
+                nitp_ops.attach(model.to(dtype), "ntp")
+        assert not any(module._forward_pre_hooks for module in model.modules())
     t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=16, vocab_size=64))
     with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
         nitp_ops.attach(t5, "ntp")

@@ -76,7 +76,37 @@ def head_transform(model: Any, forward: Callable[..., Any], sites: Sites) -> Tra
             return _measured(model, forward, body, sites.head)
         except _AnotherBody as error:
             refusals.append(error)
+    if between := _modules_between(model, forward, sites.trunk, sites.head):
+        raise ValueError(
+            f"attach: the {type(model).__name__}'s head reads what {between[0]} makes of the body's last hidden state, "
+            "expected one that reads that state itself"
+        ) from refusals[0]
     raise ValueError(str(refusals[0])) from refusals[0]
+
+
+def _modules_between(model: Any, forward: Callable[..., Any], body: nn.Module, head: nn.Linear) -> list[str]:
+    """Names of the modules with parameters of their own that a call runs before the head and outside the body."""
+    known, called = {*body.modules(), *head.modules()}, []
+
+    def run(name: str) -> Callable[..., None]:
+        return lambda *_: called.append(name)
+
+    hooks = [
+        module.register_forward_pre_hook(run(name))
+        for name, module in model.named_modules()
+        if module not in known
+        and next(module.parameters(recurse=False), None) is not None
+        # what holds the head is called before it too
+        and head not in module.modules()
+    ]
+    try:
+        _measured(model, forward, body, head)
+    except ValueError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 def _measured(model: Any, forward: Callable[..., Any], body: nn.Module, head: nn.Linear) -> Transform:
