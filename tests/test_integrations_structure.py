@@ -202,3 +202,12 @@ def test_a_scale_that_is_no_rounding_of_one_is_kept_under_a_cap():
     model.forward = forward
     info = nitp_ops.attach(model, "ntp").objective.info
     assert (info.softcap, info.logit_scale) == (5.0, pytest.approx(1.05, rel=1e-5))
+
+
+def test_a_model_whose_config_counts_no_layers_attaches_on_the_meta_device_too():
+    """Blt: an encoder, a global transformer and a decoder, each with a config of its own."""
+    with torch.device("meta"):
+        model = transformers.BltForCausalLM(transformers.BltConfig())
+    with pytest.raises(ValueError, match=r"^attach: blocks is None, .*hidden_states\[0\] is required"):
+        nitp_ops.attach(model, "ntp + nitp")
+    nitp_ops.attach(model, "ntp")

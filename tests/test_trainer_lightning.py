@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 import lightning as L
 import transformers
 
+import nitp_ops
 from nitp_ops.integrations.lightning import SIDECAR, ObjectiveCallback, objective_loss
 from nitp_ops.objectives import ModelInfo, Streams, build
 
@@ -261,6 +262,14 @@ def test_what_does_not_fit_is_named():
         fit(Wrapped(llama()), rows(), ObjectiveCallback())
     with pytest.raises(TypeError, match="streams is None, expected a function"):
         fit(OwnStreams(), rows(), ObjectiveCallback())
+    attached = Wrapped(llama())
+    nitp_ops.attach(attached.model, SPEC)  # type: ignore[arg-type]
+    for streams in (None, lambda batch: Streams(**tokens(batch))):
+        with pytest.raises(
+            ValueError, match="spec is None and model is attached already, expected the spec that it was"
+        ):
+            fit(attached, rows(), ObjectiveCallback(streams=streams))
+    fit(attached, rows(), ObjectiveCallback(SPEC))
 
 
 def test_the_example_runs():

@@ -13,7 +13,7 @@ from nitp_ops.objectives.dtensor import is_dtensor
 
 from .foreign_hooks import refuse_foreign_hooks
 from .head_transform import Transform
-from .sites import Sites, head_shape, is_hugging_face
+from .sites import Sites, head_shape, is_hugging_face, text_config
 
 
 def unwrapped(model: nn.Module) -> Any:
@@ -145,7 +145,8 @@ def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
     return ModelInfo(
         hidden_size=width,
         vocab_size=vocab,
-        num_layers=len(sites.blocks) if sites.blocks is not None else config.num_hidden_layers,
+        # where neither the modules nor the config say it, no hidden state is known by its number
+        num_layers=len(sites.blocks) if sites.blocks else getattr(text_config(model), "num_hidden_layers", None) or 1,
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,
         dtype=head.weight.dtype,

@@ -92,6 +92,7 @@ class ObjectiveCallback(Callback):
             came = type(trainer.strategy).__name__
             raise ValueError(f"lightning: {came} accumulates by itself, expected accumulate_grad_batches=1 with it")
         if self.spec is None:
+            _refuse_attached(pl_module)
             self.objective = _only(CompositeObjective, pl_module)
             if self.streams is None:
                 raise TypeError("lightning: streams is None, expected a function (the module builds streams itself)")
@@ -255,6 +256,15 @@ def _of_an_earlier_fit(model: nn.Module, spec: SpecLike) -> Handle | None:
             f"lightning: the model has the objective {came}, expected {expected} (or handle.detach() first)"
         )
     return held
+
+
+def _refuse_attached(module: nn.Module) -> None:
+    for name, each in module.named_modules():
+        if HANDLE in each.__dict__:
+            raise ValueError(
+                f"lightning: spec is None and {name} is attached already, expected the spec that it was attached with "
+                "(None: the module builds its streams itself)"
+            )
 
 
 def _only(kind: type[CompositeObjective], module: nn.Module) -> CompositeObjective:
