@@ -13,6 +13,7 @@ from torch import Tensor
 from . import _check, reference, rows
 from ._chunks import Rows, chunks, whole_or_chunk
 from ._gradients import refuse_double_backward, refuse_vmap
+from ._reference_rows import of_live_rows
 
 _OP = "alignment"
 
@@ -78,7 +79,14 @@ def alignment(
     eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target))
     chosen = rows.choose(_OP, prediction.device, backend)
     if chosen == "reference":
-        return reference.alignment(prediction, target, distance=distance, eps=eps)
+
+        def formula(live: Tensor | None, p: Tensor, z: Tensor) -> Tensor:
+            if live is None:
+                return reference.alignment(p, z, distance=distance, eps=eps)
+            found = reference.alignment(p[live], z[live], distance=distance, eps=eps)
+            return found.new_zeros(live.shape).masked_scatter(live, found)
+
+        return of_live_rows(formula, prediction, target)
     _check.plain_autograd(_OP, prediction, target)
     return _forward(prediction, target, DISTANCES[distance], eps, chosen)
 

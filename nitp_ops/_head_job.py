@@ -215,6 +215,12 @@ def stats_of(values: RowValues, jobs: Sequence[HeadJob]) -> list[Any]:
     return split
 
 
+def labels_of(live: Tensor, job: HeadJob, head: Unembedding) -> Tensor:
+    """The labels of the rows that are live, bool [...] or 0-d; those of the others are absent."""
+    dead = ~live if job.target_weight is None or live.dim() == 0 else ~live.unsqueeze(-1)
+    return job.labels.masked_fill(dead, head.ignore_index)
+
+
 def reference_options(head: Unembedding) -> dict[str, Any]:
     softcap = head.softcap or None
     options = {"bias": head.bias, "ignore_index": head.ignore_index}

@@ -15,6 +15,7 @@ from ._alignment import DISTANCES, AlignmentStats
 from ._latent_chunks import Pairs, Projector
 from ._latent_pass import latent_pass
 from ._linear_cross_entropy import REDUCTIONS
+from ._reference_rows import of_live_rows
 
 _OP = "implicit_token_loss"
 
@@ -113,9 +114,13 @@ def implicit_token_loss(
             )
         terms = {"valid": valid, "shift": shift, "distance": distance, "eps": eps}
         weights = gate, up, down
-        loss = reference.implicit_token_loss(
-            hidden, target, *weights, reduction=reduction, normalizer=normalizer, **terms
-        )
+
+        def formula(live: Tensor | None, hidden: Tensor, *weights: Tensor | None) -> Tensor:
+            keep = valid if live is None else reference.pairs(hidden, valid, shift) & live
+            options = terms | {"valid": keep, "reduction": reduction, "normalizer": normalizer}
+            return reference.implicit_token_loss(hidden, target, *weights, **options)
+
+        loss = of_live_rows(formula, hidden, *weights)
         if not return_stats:
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))

@@ -18,11 +18,13 @@ from ._head_job import (
     for_reference,
     head_of,
     labelled,
+    labels_of,
     reference_options,
     reference_stats,
     stats_of,
     tensors_of,
 )
+from ._reference_rows import of_live_rows
 from ._token_pass import Unembedding, token_pass
 
 _OP = "linear_cross_entropy"
@@ -147,7 +149,13 @@ def token_loss(
         widened, weight = for_reference(job, head)
         names = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
         terms = {name: getattr(job, name) for name in names} | {"reduction": reduction, "normalizer": normalizer}
-        loss = reference.linear_cross_entropy(widened.hidden, weight, job.labels, **terms, **reference_options(head))
+        options: dict[str, Any] = terms | reference_options(head)
+
+        def formula(live: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            labels = job.labels if live is None else labels_of(live, job, head)
+            return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
+
+        loss = of_live_rows(formula, widened.hidden, weight, options.pop("bias"))
         return (loss, reference_stats(job, head, entropy)) if return_stats else loss
     _check.plain_autograd(op, head.unembedding, head.bias, *tensors_of(job))
     flat = labelled(job, head)

@@ -15,11 +15,13 @@ from ._head_job import (
     for_reference,
     head_of,
     labelled,
+    labels_of,
     reference_options,
     reference_stats,
     stats_of,
     tensors_of,
 )
+from ._reference_rows import of_live_rows
 from ._token_pass import Unembedding, token_pass
 
 _OP = "shared_linear_cross_entropy"
@@ -81,7 +83,15 @@ def shared_token_loss(
     if chosen == "reference":
         widened = [for_reference(job, head) for job in jobs]
         weight = widened[0][1]
-        loss = reference.shared_linear_cross_entropy([job for job, _ in widened], weight, **reference_options(head))
+        options = reference_options(head)
+
+        def formula(live: Tensor | None, weight: Tensor, bias: Tensor | None, *hidden: Tensor) -> Tensor:
+            given = [job._replace(hidden=x) for job, x in zip(jobs, hidden, strict=True)]
+            if live is not None:
+                given = [job._replace(labels=labels_of(live, job, head)) for job in given]
+            return reference.shared_linear_cross_entropy(given, weight, bias=bias, **options)
+
+        loss = of_live_rows(formula, weight, options.pop("bias"), *(job.hidden for job, _ in widened))
         return loss, tuple(reference_stats(job, head) for job in jobs)
     _check.plain_autograd(op, head.unembedding, head.bias, *(x for job in jobs for x in tensors_of(job)))
     loss, values = token_pass([labelled(job, head, f"jobs[{place}].") for place, job in enumerate(jobs)], head, chosen)
