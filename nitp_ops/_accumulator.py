@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .reference import in_square_range
+
 _EPS = torch.finfo(torch.float64).eps
 # 2**22 float64 numbers are 32 MiB: the largest temporary of an update.
 _BLOCK_ELEMENTS = 2**22
@@ -30,9 +32,18 @@ def check_finite(rows: torch.Tensor, function: str) -> None:
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
-    """``x / |x|`` a row; a zero row stays zero."""
+    """``x / |x|`` a row, however large or small its numbers are; a zero row stays zero."""
+    rows = rows * in_square_range(rows)
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     return rows / torch.where(norm > 0, norm, 1.0)
+
+
+def common_unit(rows: torch.Tensor) -> torch.Tensor:
+    """0-d, a power of two: times it no square of the rows overflows, nor do those of the largest row vanish.
+
+    What is a ratio of squares is the same in any unit, to the bit.
+    """
+    return in_square_range(rows.reshape(-1)).squeeze(-1) if rows.numel() else rows.new_ones(())
 
 
 def spectral_floor(n: int, d: int, frobenius: torch.Tensor) -> torch.Tensor:
@@ -94,9 +105,10 @@ class UniformSample:
 
 
 class _Moments(NamedTuple):
-    """Sums of one set of rows; `scatter` is ``sum (x - mean)(x - mean)^T``."""
+    """Sums of one set of rows, of x times `unit`; `scatter` is ``sum (x - mean)(x - mean)^T``."""
 
     count: int
+    unit: torch.Tensor
     total: torch.Tensor
     norms: torch.Tensor
     scatter: torch.Tensor
@@ -105,24 +117,36 @@ class _Moments(NamedTuple):
 
     @classmethod
     def of(cls, rows: torch.Tensor, unit: torch.Tensor) -> _Moments:
+        scale = common_unit(rows)
+        rows = rows * scale
         total = rows.sum(dim=0)
         centred = rows - total / rows.shape[0]
         norms = torch.linalg.vector_norm(rows, dim=-1).sum()
         scatter = centred.T @ centred
-        return cls(rows.shape[0], total, norms, scatter, unit.sum(dim=0), unit.square().sum())
+        return cls(rows.shape[0], scale, total, norms, scatter, unit.sum(dim=0), unit.square().sum())
 
     def plus(self, other: _Moments) -> _Moments:
         n, m = self.count, other.count
-        mine = _Moments(n, *(t.to(other.total.device) for t in self[1:]))
+        unit = torch.minimum(self.unit.to(other.unit.device), other.unit)
+        mine, other = self.to(unit), other.to(unit)
         gap = other.total / m - mine.total / n
         between = torch.outer(gap, gap) * (n * m / (n + m))
         return _Moments(
             n + m,
+            unit,
             mine.total + other.total,
             mine.norms + other.norms,
             mine.scatter + other.scatter + between,
             mine.unit_total + other.unit_total,
             mine.unit_squares + other.unit_squares,
+        )
+
+    def to(self, unit: torch.Tensor) -> _Moments:
+        """The same on the device of another unit, and in it."""
+        moved = _Moments(self.count, *(t.to(unit.device) for t in self[1:]))
+        by = unit / moved.unit
+        return moved._replace(
+            unit=unit, total=moved.total * by, norms=moved.norms * by, scatter=moved.scatter * by * by
         )
 
 
@@ -226,7 +250,7 @@ class Accumulator:
         """
         if self._moments is None or self._moments.count < 2:
             raise ValueError(f"Accumulator.compute: {self.count} rows were seen, expected at least 2")
-        n, total, norms, scatter, unit_total, unit_squares = self._moments
+        n, _, total, norms, scatter, unit_total, unit_squares = self._moments
         second_moment = scatter + torch.outer(total, total) / n
         noise = spectral_floor(n, self.width, second_moment.trace().sqrt()).square()
 

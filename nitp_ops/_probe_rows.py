@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import _check
+from .reference import in_square_range
 
 # 2**22 numbers: the largest temporary of a probe, 32 MiB in float64 and 16 MiB in float32.
 _BLOCK_ELEMENTS = 2**22
@@ -31,17 +32,19 @@ class Probe:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one side of the split: where they stand in ``hidden[S * T, d]``, and their tokens."""
+    """The rows of one side of the split: where they stand in ``hidden[S * T, d]``, their tokens, and a factor on them,
+    a power of two that keeps squares in range."""
 
     hidden: Tensor
     index: Tensor
     tokens: Tensor
+    unit: Tensor | float = 1.0
 
     def blocks(self, width: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """(features [n, d], tokens [n]) with ``n * width`` bounded."""
         step = max(1, _BLOCK_ELEMENTS // max(1, width))
         for index, tokens in zip(self.index.split(step), self.tokens.split(step), strict=True):
-            yield self.hidden[index].to(dtype), tokens
+            yield self.hidden[index].to(dtype) * self.unit, tokens
 
     def __len__(self) -> int:
         return self.index.shape[0]
@@ -130,7 +133,8 @@ def split_rows(
     train, test = side(counts & ~tested), side(counts & tested)
     _check_finite(op, train, test)
     classes, positions = torch.unique(train.tokens, return_inverse=True)
-    train = Rows(flat, train.index, positions)
+    unit = _unit(train)
+    train, test = Rows(flat, train.index, positions, unit), replace(test, unit=unit)
     total, scatter = flat.new_zeros(d, dtype=torch.float64), flat.new_zeros(d, d, dtype=torch.float64)
     for features, _ in train.blocks(d, torch.float64):
         total += features.sum(dim=0)
@@ -139,6 +143,15 @@ def split_rows(
         centred = features - mean
         scatter += centred.T @ centred
     return Split(train, test, classes, mean, scatter)
+
+
+def _unit(train: Rows) -> Tensor:
+    """Probes are the same in any unit; the training rows choose one."""
+    largest = train.hidden.new_zeros(1, dtype=torch.float64)
+    for features, _ in train.blocks(train.hidden.shape[-1], torch.float64):
+        if len(features):
+            largest = torch.maximum(largest, features.abs().max())
+    return in_square_range(largest)
 
 
 def _held_out(op: str, held_out: float | Tensor, leading: torch.Size, seed: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from ._accumulator import (
     UniformSample,
     check_finite,
     check_tensor,
+    common_unit,
     entropy_rank,
     pairwise_cosine,
     spectral_floor,
@@ -49,7 +50,9 @@ def _rows(x: torch.Tensor, function: str) -> torch.Tensor:
 
 
 def _singular_values(rows: torch.Tensor, centre: bool) -> torch.Tensor:
+    """Of the rows in a unit of their own: their ratios count."""
     n, d = rows.shape
+    rows = rows * common_unit(rows)
     values = torch.linalg.svdvals(rows - rows.mean(dim=0) if centre else rows)
     return torch.where(values > spectral_floor(n, d, torch.linalg.matrix_norm(rows)), values, 0.0)
 
@@ -158,6 +161,7 @@ def mean_norm_ratio(x: torch.Tensor) -> float:
     kept.
     """
     rows = _rows(x, "mean_norm_ratio")
+    rows = rows * common_unit(rows)
     mean_norm = torch.linalg.vector_norm(rows, dim=-1).mean()
     return float(torch.linalg.vector_norm(rows.mean(dim=0)) / mean_norm)
 
