@@ -35,10 +35,11 @@ class _LiveRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), tensors = upstreams, ctx.saved_tensors
-        wanted = [x for x, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
-        again = torch.is_grad_enabled()
+        (upstream,), again = upstreams, torch.is_grad_enabled()
         with torch.enable_grad():
+            # views: one tensor may have come twice, and gets a gradient for each
+            tensors = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+            wanted = [x for x, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
             losses = ctx.formula(upstream != 0, *tensors)
         if losses.requires_grad:
             found = torch.autograd.grad(losses, wanted, upstream, create_graph=again, materialize_grads=True)
