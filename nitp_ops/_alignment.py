@@ -49,6 +49,9 @@ def alignment(
 
     A cosine is that of the directions however large the numbers are: no square overflows.
 
+    Under torch.compile each new value of eps compiles anew, and past
+    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see `linear_cross_entropy`.
+
     Args:
         prediction, target: ``[..., D]``, one shape and device; float64, float32, bfloat16 or float16, each its own
             dtype (on CUDA float64 meets only float64). Both get gradients; detach the target to stop its gradient.

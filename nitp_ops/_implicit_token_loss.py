@@ -47,6 +47,9 @@ def implicit_token_loss(
     Rows go through in chunks; for scalar reductions gradients are formed in the forward pass (nine GEMMs, nothing
     recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients are summed in float32.
 
+    Under torch.compile each new value of eps compiles anew, and past
+    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see `linear_cross_entropy`.
+
     Args:
         hidden: ``[..., T, d]`` float64, float32, bfloat16 or float16; the predictor.
         target: ``[..., T, D]``, the same leading shape, its own dtype. Row t meets row t + shift, by index: nothing is

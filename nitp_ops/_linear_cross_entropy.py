@@ -66,7 +66,8 @@ def linear_cross_entropy(
     in bfloat16: the second product is added to the rounded first before its own rounding).
 
     Under torch.compile a number among the options is a constant of the graph, so each new value of one compiles anew;
-    `normalizer` is not, and tensors never are.
+    past ``torch._dynamo.config.recompile_limit`` values, 8 unless set, the function runs eagerly (``fullgraph=True``:
+    an error). `normalizer` is no constant, and tensors never are.
 
     Args:
         hidden: ``[..., d]`` float64, float32, bfloat16 or float16.

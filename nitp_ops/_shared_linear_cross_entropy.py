@@ -48,6 +48,9 @@ def shared_linear_cross_entropy(
     once. A row whose weight is zero adds exactly nothing to loss and gradients (even if it holds NaN): a job of weight
     zero leaves the others bit-identical. Its stats are computed all the same.
 
+    Under torch.compile each new value of a number among the options compiles anew, and past
+    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see `linear_cross_entropy`.
+
     Args:
         jobs: `HeadJob` s; token_weight may be a 0-d tensor, e.g. weight / count.
         unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out, backend: as

@@ -67,3 +67,19 @@ def test_a_changing_normalizer_compiles_once_for_all_values():
     counts = (1.5, 2.5, 1 / 3, 1 / 7, 4.0, 0.9)
     assert [compiled(c).item() for c in counts] == pytest.approx([call(c).item() for c in counts], rel=1e-6)
     assert counted.frame_count == 2
+
+
+def test_past_dynamos_limit_a_changing_option_runs_eagerly_or_is_an_error():
+    def loss(z_loss: float) -> Tensor:
+        return nitp_ops.linear_cross_entropy(HIDDEN, WEIGHT, LABELS, z_loss=z_loss)
+
+    options = [0.1 * place for place in range(1, 11)]
+    counter = CompileCounterWithBackend("eager")
+    with torch._dynamo.config.patch(recompile_limit=8):
+        compiled = torch.compile(loss, backend=counter)
+        assert [compiled(option) for option in options] == [loss(option) for option in options]
+        assert counter.frame_count == 8
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            [compiled(option) for option in options]
