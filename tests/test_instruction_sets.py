@@ -53,6 +53,20 @@ def test_cross_entropy_with_every_option(name, dtype, columns):
 
 
 @EVERY_SET
+def test_the_prediction_is_the_first_of_equal_maxima(name):
+    """Of blocks of 512 columns too; 0 where no number is one."""
+    _C.choose_instruction_set(name)
+    logits = torch.zeros(5, 1537)
+    logits[0, [37, 512 + 37, 1500]] = 2.0
+    logits[1, [513, 516, 1536]] = 2.0
+    logits[2], logits[3], logits[4] = -3.0, -torch.inf, torch.nan
+    for row, first in zip(logits, (37, 513, 0, 0, 0), strict=True):
+        one, label = torch.ones(1, 1), torch.tensor([1])
+        _, stats = nitp_ops.linear_cross_entropy(one, row.unsqueeze(1), label, return_stats=True)
+        assert stats.prediction.tolist() == [first]
+
+
+@EVERY_SET
 @DTYPES
 @pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "kl"])
 def test_alignment_and_swiglu(name, dtype, distance):
