@@ -235,3 +235,5 @@ def test_a_step_is_an_integer():
     for step in (-1, 2.0, True, "3"):
         with pytest.raises(ValueError, match=r"set_step: step is .*, expected an integer >= 0"):
             handle.set_step(step)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"set_step: step is 9223372036854775808, expected an integer of 64 bits >= 0"):
+        handle.set_step(2**63)
