@@ -63,6 +63,14 @@ def another_divisor(model: Any) -> None:
     model.config.logits_scaling = 2.0
 
 
+def integer_weight(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.to(torch.int8), requires_grad=False)
+
+
+def compiled_head(model: Any) -> None:
+    model.lm_head = torch.compile(model.lm_head)
+
+
 UNDO = "expected a plain linear as at attach: undo that change"
 AGAIN = r"expected attach after that change \(handle\.detach\(\) first\)"
 CHANGES: dict[Callable[[Any], None], tuple[str, str]] = {
@@ -70,6 +78,8 @@ CHANGES: dict[Callable[[Any], None], tuple[str, str]] = {
     replaced_class: ("gemma2", rf"head is a \S*HalfLinear, {UNDO}"),
     replaced_call: ("gemma2", rf"head is a \S*HalfCall, {UNDO}"),
     replaced_head: ("gemma2", rf"head is a \S*HalfLinear, {UNDO}"),
+    integer_weight: ("llama", r"head has a weight of torch\.int8, expected a plain floating point tensor as at attach"),
+    compiled_head: ("llama", r"head is a OptimizedModule with submodules _orig_mod, .*compile the model, not its head"),
     another_softcap: (
         "gemma2",
         r"config\.final_logit_softcapping changed after attach, the logits' softcap 5\.0, logit_scale 1 became "

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nitp_ops.objectives import CompositeObjective
+from nitp_ops.objectives.dtensor import is_dtensor
 
 from .attached_forward import AttachedForward
 from .hugging_face import is_linear_call
@@ -106,7 +108,8 @@ class AttachedModel:
         kind, inside = type(head).__name__, [] if head is None else [name for name, _ in head.named_children()]
         if inside:
             came = f"is a {kind} with submodules {', '.join(inside)}"
-            raise ValueError(f"attach: the model's head {came}, expected a plain linear (an adapter is more)")
+            more = "compile the model, not its head" if "_orig_mod" in inside else "an adapter is more"
+            raise ValueError(f"attach: the model's head {came}, expected a plain linear ({more})")
         sizes = tuple(getattr(head, name, None) for name in ("out_features", "in_features"))
         weight: Any = getattr(head, "weight", None)
         # of the weight too: PEFT's tied copy of a head names them the other way round, ZeRO-3 empties the weight
@@ -123,6 +126,14 @@ class AttachedModel:
             raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
 
     def _check_call(self, head: nn.Module) -> None:
+        weight: Any = getattr(head, "weight", None)
+        wrapped = is_traceable_wrapper_subclass(weight) and not is_dtensor(weight)
+        if wrapped or not weight.is_floating_point():
+            got = type(weight).__name__ if wrapped else weight.dtype
+            raise ValueError(
+                f"attach: the model's head has a weight of {got}, expected a plain floating point tensor as at attach "
+                "(a quantised head gets no gradient)"
+            )
         if is_linear_call(head):
             return
         own = head.__dict__.get("forward")
