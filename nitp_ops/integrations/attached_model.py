@@ -127,9 +127,9 @@ class AttachedModel:
 
     def _check_call(self, head: nn.Module) -> None:
         weight: Any = getattr(head, "weight", None)
-        wrapped = is_traceable_wrapper_subclass(weight) and not is_dtensor(weight)
+        wrapped = bool(is_traceable_wrapper_subclass(weight)) and not is_dtensor(weight)
         if wrapped or not weight.is_floating_point():
-            got = type(weight).__name__ if wrapped else weight.dtype
+            got = type(weight).__name__ if wrapped else str(weight.dtype)
             raise ValueError(
                 f"attach: the model's head has a weight of {got}, expected a plain floating point tensor as at attach "
                 "(a quantised head gets no gradient)"
