@@ -6,6 +6,7 @@ from mutants_of_objectives import Mutant
 
 ALIGNMENT, CROSS_ENTROPY = "csrc/cpu/alignment.cpp", "csrc/cpu/cross_entropy.cpp"
 LOSSES = "linear_cross_entropy token_semantics"
+FIRST = "instruction_sets::test_the_prediction_is_the_first_of_equal_maxima"
 GRADIENT = "csrc/cpu/cross_entropy_gradient.cpp"
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -15,9 +16,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(ALIGNMENT, "(a.target_rows ? a.target_rows[i] : i)", "i", "implicit_token_loss"),
     Mutant(CROSS_ENTROPY, "p > A(0) ? p * below : A(0)", "p * below", LOSSES),
     Mutant(CROSS_ENTROPY, "if (mass != 0) row.below -=", "if (false) row.below -=", "instruction_sets"),
-    Mutant(CROSS_ENTROPY, "if (block_max > row.max) {", "if (block_max >= row.max) {",
-           LOSSES),
-    Mutant(CROSS_ENTROPY, "best < n ? best_block + best : 0", "best_block + best", LOSSES),
+    Mutant(CROSS_ENTROPY, "if (block_max > row.max) {", "if (block_max >= row.max) {", FIRST),
+    Mutant(CROSS_ENTROPY, "best < n ? best_block + best : 0", "best_block + best", FIRST),
     Mutant(CROSS_ENTROPY, "  targets.merge();\n", "", "token_semantics"),
     Mutant(GRADIENT, "if (row.nothing()) {", "if (false) {", "vocab_parallel shard_rows"),
     Mutant(GRADIENT, "    targets.merge();\n", "", "shard_rows"),
@@ -28,4 +28,9 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("csrc/cpu/columns.h", "sum = sum + at.only(body(at))", "sum = sum + body(at)", "instruction_sets"),
     Mutant("csrc/cpu/swiglu.cpp", "at.store(d_up, gradient.up)", "at.store(d_up, gradient.gate)",
            "alignment_and_swiglu"),
+    Mutant("csrc/cpu/gemm.cpp", "g.add || from > 0", "g.add", "gemm::test_more_than_one_cell_or_part_a_thread"),
+    Mutant("csrc/cpu/gemm.cpp", "from > 0, false, ahead", "false, false, ahead",
+           "gemm::test_more_than_one_cell_or_part_a_thread"),
+    Mutant("csrc/cpu/gemm.cpp", "sizeof(O) < 4 && depth.cut()", "false",
+           "gemm::test_more_than_one_cell_or_part_a_thread"),
 )  # fmt: skip
