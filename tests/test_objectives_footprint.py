@@ -10,7 +10,7 @@ from objectives_cases import INFO, make_batch
 
 import nitp_ops
 from nitp_ops import __main__ as command
-from nitp_ops.objectives import ModelInfo, SequenceShard, Streams, available, build, scaling
+from nitp_ops.objectives import ModelInfo, SequenceShard, Streams, available, build, scaling, sequence_shard
 from nitp_ops.objectives.footprint import Mesh, footprint
 
 PAGE = Path(__file__).parents[1] / "docs/scaling.md"
@@ -103,6 +103,19 @@ def test_one_rank_that_holds_all_chunks_computes_what_it_does_without_a_shard():
             objective = build(spec, model=INFO)
             mine, plain = (objective(batch.streams(shard=given)).loss for given in (shard, None))
             torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("contiguous", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]),
+        ("zigzag", [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]),
+    ],
+)
+def test_which_positions_each_rank_holds(layout, expected, monkeypatch: pytest.MonkeyPatch):
+    for rank, positions in enumerate(expected):
+        monkeypatch.setattr(sequence_shard, "group_size", lambda group, rank=rank: (4, rank))
+        assert SequenceShard(length=16, layout=layout).take(torch.arange(16).view(1, 16)).tolist() == [positions]
 
 
 def test_a_part_that_does_not_fit_is_refused_by_name():

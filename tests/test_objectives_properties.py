@@ -104,6 +104,21 @@ def test_beside_ntp_its_weight_of_zero_is_bit_identical_to_its_absence(name: str
     assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_nan_in_what_it_alone_reads_stays_out_under_a_weight_of_zero(name: str, backend: str | None):
+    batch = make_batch()
+    main = build("main: ntp", model=INFO, backend=backend)(batch.streams()).loss
+    objective = build(f"main: ntp + extra: 0*{name}", model=INFO, backend=backend)
+    with torch.no_grad():
+        for tensor in (*objective.parameters(), *batch.states.values(), batch.residual, batch.embed.weight):
+            tensor.fill_(torch.nan)
+    loss = objective(batch.streams()).loss
+    assert torch.equal(loss, main)
+    for a, b in zip(gradients(main, batch.leaves), gradients(loss, batch.leaves), strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weight_scales_its_loss(name: str):
     streams = make_batch().streams()
