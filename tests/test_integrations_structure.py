@@ -51,6 +51,10 @@ MORE: dict[str, dict[str, Any]] = {
         "local_attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0, "local_attn_chunk_length": 5,
         "attention_head_size": 8,
     },
+    "reformer_axial": {
+        "attn_layers": ["local"] * 3, "axial_pos_shape": [4, 4], "axial_pos_embds_dim": [16, 16], "is_decoder": True,
+        "local_attn_chunk_length": 4, "attention_head_size": 8,
+    },
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0},
     "bert": {"is_decoder": True},
 }  # fmt: skip
@@ -59,7 +63,8 @@ MORE: dict[str, dict[str, Any]] = {
 def tiny(family: str, **changes: Any) -> Any:
     """A decoder whose weights are all drawn, or the model that its family builds for causal language models."""
     torch.manual_seed(0)
-    config = transformers.CONFIG_MAPPING[family](**{**SIZES, **MORE.get(family, {}), **changes})
+    kind = transformers.CONFIG_MAPPING[family.removesuffix("_axial")]
+    config = kind(**{**SIZES, **MORE.get(family, {}), **changes})
     kinds = {"attn_implementation": "eager", "experts_implementation": "eager"}
     return transformers.AutoModelForCausalLM.from_config(config, **kinds).double().train()
 
@@ -95,6 +100,8 @@ def test_beside_a_tower_for_images_the_blocks_are_those_of_the_text(family: str)
         ("gemma3n_text", STATES, r"its blocks receive a tensor of shape \(4, 1, 4, 32\), expected \(1, 4, 32\)"),
         ("deepseek_v4", STATES, r"its blocks receive a tensor of shape \(1, 4, 4, 32\), expected \(1, 4, 32\)"),
         ("reformer", STATES, r"its blocks receive a tensor of shape \(1, 4, 32\), expected \(1, 4, 64\)"),
+        ("reformer_axial", STATES, r"its blocks receive a tensor of shape \(1, 16, 32\), expected \(1, 16, 64\)"),
+        ("reformer_axial", "ntp + next_embedding", r"its blocks receive a tensor of shape \(1, 16, 32\), expected"),
         ("hrm_text", STATES, r"its 3 blocks run \d+ times in a pass, expected each once and in order"),
         ("nanochat", RESIDUAL, r"its final norm runs 2 times in a pass, expected once, after the last block"),
         ("nanochat", "ntp + mtp_sequential(source=last_residual)", r"its final norm runs 2 times in a pass"),
@@ -102,9 +109,38 @@ def test_beside_a_tower_for_images_the_blocks_are_those_of_the_text(family: str)
 )
 def test_streams_that_no_module_passes_once_are_refused_at_attach(family: str, spec: str, reason: str):
     model = tiny(family)
+    modes = [module.training for module in model.modules()]
     with pytest.raises(ValueError, match=rf"is required, but the \w+ does not offer it: {reason}.*collect it with tap"):
         nitp_ops.attach(model, spec)
     assert not hasattr(model, "nitp_objective") and "forward" not in model.__dict__
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("spec", ["ntp + nextlat", "ntp + mtp_sequential"])
+@pytest.mark.parametrize("family", ["reformer", "reformer_axial"])
+def test_what_reads_an_embedding_of_another_width_than_the_heads_is_refused_at_attach(family: str, spec: str):
+    expected = r"^attach: \w+ reads the embedding, which is 32 wide in the ReformerModelWithLMHead, expected 64"
+    with pytest.raises(ValueError, match=expected):
+        nitp_ops.attach(tiny(family), spec)
+
+
+def test_a_body_that_runs_on_no_ids_alone_offers_no_states_and_trains_on_next_tokens():
+    model, given = make("llama"), batch()
+    run = model.model.forward
+
+    @functools.wraps(run)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("attention_mask") is None:
+            raise ValueError("attention_mask is needed")
+        return run(*args, **kwargs)
+
+    model.model.forward = forward
+    expected = r"its body runs on no ids alone, .* not known \(ValueError: attention_mask is needed\)"
+    with pytest.raises(ValueError, match=expected):
+        nitp_ops.attach(model, STATES)
+    plain = model(**given).loss
+    nitp_ops.attach(model, "ntp")
+    torch.testing.assert_close(model(**given).loss, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4", "reformer", "hrm_text", "nanochat", "longcat_flash"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,7 +57,8 @@ def attach(
         ValueError: another label_layout; a model that was attached, compiled, wrapped or sharded before; a head that
             carries an adapter, is quantised or offloaded, or has hooks of anybody but an engine; logits that are no
             scale and softcap of the head's output; a loss that does not go through ``model.loss_function``; a required
-            stream that no module passes once, as wide as the head reads; the label "aux_loss" for anything but that.
+            stream that no module passes once, as wide as the head reads, or an embedding of another width; the label
+            "aux_loss" for anything but that.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -83,6 +85,7 @@ def attach(
         objective = build(spec, model=model_info(plain, sites, transform), seed=seed, backend=backend)
     check_required(objective.requires, objective.info.num_layers, reasons, type(plain).__name__)
     _check_labels(objective)
+    _check_embedding(objective, plain)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)
     tapped = Tap(sites, objective.requires, differentiable_states(objective), who="attach")
@@ -95,6 +98,19 @@ def _check_labels(objective: CompositeObjective) -> None:
         raise ValueError(
             f'attach: a term is labelled "{AUX_LOSS}", expected another label (the metrics keep it for what the model '
             "adds to its loss)"
+        )
+
+
+def _check_embedding(objective: CompositeObjective, plain: Any) -> None:
+    """What reads the embedding puts it beside states of the head's width (Reformer's head reads two halves of it)."""
+    weight = getattr(plain.get_input_embeddings(), "weight", None)
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
+    width, kind = objective.info.hidden_size, type(plain).__name__
+    if "embed" in objective.requires and len(shape) == 2 and shape[1] != width:
+        readers = [str(term.label) for term in objective.spec.terms if "embed" in term.requires(objective.info)]
+        raise ValueError(
+            f"attach: {', '.join(readers)} reads the embedding, which is {shape[1]} wide in the {kind}, "
+            f"expected {width}, the width that its head reads; leave it out of the spec"
         )
 
 

@@ -6,6 +6,7 @@ anything, and the calls say which modules a training pass will run, how often an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from .routing import first_tensor, routed
 from .sites import Sites, block_lists, final_norm, head_shape, text_config
 
 _TOKENS = 4
+#: A pass as long as the model's longest text costs memory; longer ones are not tried.
+_MOST_TOKENS = 4096
 #: What the blocks of transformers return: the stream alone, or with one or two things beside it.
 _FORMS: tuple[Callable[[Tensor | None], Any], ...] = (lambda x: x, lambda x: (x, None), lambda x: (x, None, None))
 
@@ -29,31 +32,60 @@ class _Pass:
     blocks: list[tuple[int, Tensor | None]] = field(default_factory=list)
     norm: list[tuple[int, Tensor | None]] = field(default_factory=list)
     complete: bool = False
+    error: str = ""
 
 
 def checked_blocks(model: Any, sites: Sites) -> tuple[Sites, dict[str, str]]:
     """`sites` with the blocks and the norm that a pass runs, and by site the reason why one is missing.
 
-    Where the body does not run on ids alone nothing can be said: `sites` come back as they are, without reasons.
+    A body may want other lengths than a few ids, or only evaluation may take them (Reformer's axial positions do both).
+    Where it runs on no ids alone, nothing is known about its blocks and none are offered; but on the meta device, where
+    a body may fail for reading a value, `sites` come back as they are and the first step finds what is wrong.
     """
-    assert isinstance(sites.head, nn.Linear)
+    assert isinstance(sites.head, nn.Linear) and sites.trunk is not None
     if dropped := getattr(text_config(model), "layerdrop", None):
-        reason = f"its layerdrop is {dropped}, so that training passes leave blocks out"
-        return replace(sites, blocks=None, norm=None), {"blocks": reason, "norm": reason}
-    shape = (1, _TOKENS, head_shape(sites.head)[1])
+        return _none(sites, f"its layerdrop is {dropped}, so that training passes leave blocks out")
+    errors: list[str] = []
+    for training in (sites.trunk.training, not sites.trunk.training):
+        with _mode(sites.trunk, training):
+            for tokens in _lengths(model):
+                found = _seen_in_a_pass(model, sites, (1, tokens, head_shape(sites.head)[1]), errors)
+                if found is not None:
+                    return found
+    if sites.head.weight.is_meta:
+        return sites, {}
+    return _none(sites, f"its body runs on no ids alone, so that its blocks are not known ({errors[0]})")
+
+
+def _none(sites: Sites, reason: str) -> tuple[Sites, dict[str, str]]:
+    return replace(sites, blocks=None, norm=None), {"blocks": reason, "norm": reason}
+
+
+def _lengths(model: Any) -> list[int]:
+    config = text_config(model)
+    axes = getattr(config, "axial_pos_shape", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    lengths = [_TOKENS, math.prod(axes) if axes else _TOKENS, longest if isinstance(longest, int) else _TOKENS]
+    return [length for length in dict.fromkeys(lengths) if 0 < length <= _MOST_TOKENS]
+
+
+def _seen_in_a_pass(
+    model: Any, sites: Sites, shape: tuple[int, ...], errors: list[str]
+) -> tuple[Sites, dict[str, str]] | None:
+    """What `checked_blocks` returns, or None and one error more where the pass says nothing."""
     for owner, blocks in block_lists(model):
         found = replace(sites, blocks=blocks, norm=final_norm(model, owner), owner=owner)
         seen = _run(found, shape)
         if not seen.complete and all(_is_stream(came, shape) for _, came in seen.blocks):
-            return sites, {}
+            errors.append(seen.error)
+            return None
         if not seen.blocks:
             continue  # of a tower that a pass on text leaves out
         if reason := _blocks_reason(len(blocks), seen, shape):
-            return replace(sites, blocks=None, norm=None), {"blocks": reason, "norm": reason}
+            return _none(sites, reason)
         reason = _norm_reason(found, seen, shape)
         return (replace(found, norm=None), {"norm": reason}) if reason else (found, {})
-    reason = "none of its lists of modules runs in a pass"
-    return replace(sites, blocks=None, norm=None), {"blocks": reason, "norm": reason}
+    return _none(sites, "none of its lists of modules runs in a pass")
 
 
 def check_required(requires: Iterable[str], blocks: int, reasons: Mapping[str, str], kind: str) -> None:
@@ -107,8 +139,9 @@ def _run(sites: Sites, shape: tuple[int, ...]) -> _Pass:
     for form in _FORMS:
         seen = _Pass()
         try:
-            _pass(sites, form, seen)
-        except Exception:
+            _pass(sites, form, seen, shape[1])
+        except Exception as error:
+            seen.error = " ".join(f"{type(error).__name__}: {error}".split())
             passes.append(seen)
             continue
         seen.complete = True
@@ -119,7 +152,7 @@ def _run(sites: Sites, shape: tuple[int, ...]) -> _Pass:
     return passes[0]
 
 
-def _pass(sites: Sites, form: Callable[[Tensor | None], Any], seen: _Pass) -> None:
+def _pass(sites: Sites, form: Callable[[Tensor | None], Any], seen: _Pass, tokens: int) -> None:
     assert sites.blocks is not None and sites.trunk is not None and sites.embed is not None
 
     def block(k: int) -> Callable[..., Any]:
@@ -134,7 +167,7 @@ def _pass(sites: Sites, form: Callable[[Tensor | None], Any], seen: _Pass) -> No
         seen.norm.append((len(seen.blocks), first_tensor(args, kwargs)))
 
     device = next(sites.embed.parameters()).device
-    ids = torch.ones(1, _TOKENS, dtype=torch.long, device=device)
+    ids = torch.ones(1, tokens, dtype=torch.long, device=device)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_same_random_state(device))
@@ -143,6 +176,17 @@ def _pass(sites: Sites, form: Callable[[Tensor | None], Any], seen: _Pass) -> No
         if sites.norm is not None:
             stack.callback(sites.norm.register_forward_pre_hook(norm, with_kwargs=True).remove)
         sites.trunk(input_ids=ids, use_cache=False)
+
+
+@contextmanager
+def _mode(body: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in body.modules()]
+    body.train(training)
+    try:
+        yield
+    finally:
+        for module, own in before:
+            module.training = own
 
 
 @contextmanager
