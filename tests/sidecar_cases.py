@@ -26,9 +26,7 @@ def objective(value: float = 0.0, sharded: bool = False) -> CompositeObjective:
 
 
 def values(made: CompositeObjective) -> set[float]:
-    return {
-        value for name, whole in made.state_dict().items() for value in sidecar._whole(name, whole).flatten().tolist()
-    }
+    return {value for whole in made.state_dict().values() for value in sidecar._whole(whole).flatten().tolist()}
 
 
 def folder_for_both() -> Path:
@@ -57,6 +55,24 @@ def rank_zero_can_not_write() -> None:
             assert isinstance(error, OSError), error
         else:
             assert isinstance(error, RuntimeError) and str(error).startswith("save: rank 0 failed: NotADirectoryError")
+
+
+def one_rank_has_no_values_to_save() -> None:
+    folder = folder_for_both()
+    for sharded in (False, True):
+        for partitioned in (False, True):
+            made = objective(1, sharded)
+            if dist.get_rank() and partitioned:
+                made.get_parameter("terms.nitp.down").ds_id = 0  # type: ignore[attr-defined]
+            elif dist.get_rank():
+                made.to("meta")
+            error = raised(sidecar.save, made, folder)
+            if dist.get_rank():
+                assert isinstance(error, NotImplementedError if partitioned else ValueError), error
+            else:
+                kind = "NotImplementedError" if partitioned else "ValueError"
+                assert str(error).startswith(f"save: rank 1 failed: {kind}: save: terms.nitp."), error
+            assert not list(folder.iterdir())
 
 
 def one_rank_has_no_sidecar() -> None:
@@ -96,6 +112,7 @@ CASES = {
     case.__name__: case
     for case in (
         rank_zero_can_not_write,
+        one_rank_has_no_values_to_save,
         one_rank_has_no_sidecar,
         ranks_read_different_sidecars,
         what_is_whole_is_loaded,

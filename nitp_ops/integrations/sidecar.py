@@ -25,14 +25,19 @@ def save(objective: CompositeObjective, folder: str | os.PathLike[str]) -> Path:
 
     Raises:
         ValueError: parameters on the meta device.
-        OSError: the file cannot be written. On the ranks that do not write: RuntimeError with the same reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
+        OSError: the file cannot be written. On the ranks that all is well with: RuntimeError with the same reason.
     """
     from safetensors.torch import save as serialized
 
-    path, spec = Path(folder) / FILE, _spec(objective)
-    state = {name: _whole(name, value) for name, value in objective.state_dict().items()}
-    failure = None
+    path, spec, own, failure = Path(folder) / FILE, _spec(objective), _own(objective), None
+    try:
+        for name, value in own.items():
+            _checked("save", name, value)
+    except Exception as error:
+        failure = error
+    agree("save", failure)  # before the parameters are gathered, which would wait for a rank that has raised
+    state = {name: _whole(value) for name, value in own.items()}
     if not is_distributed() or dist.get_rank() == 0:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +86,7 @@ def _read(objective: CompositeObjective, path: Path) -> tuple[dict[str, Tensor],
         raise ValueError(f"load: {path} is damaged (its checksum does not match), expected another copy")
     if got != expected:
         raise ValueError(f"load: {path} has the spec {got}, expected {expected}")
-    shapes = {name: tuple(_checked("load", name, value).shape) for name, value in objective.state_dict().items()}
+    shapes = {name: tuple(_checked("load", name, value).shape) for name, value in _own(objective).items()}
     if shapes != (there := {name: tuple(value.shape) for name, value in state.items()}):
         raise ValueError(f"load: {path} holds {there}, expected {shapes}")
     return state, found
@@ -89,6 +94,11 @@ def _read(objective: CompositeObjective, path: Path) -> tuple[dict[str, Tensor],
 
 def _spec(objective: CompositeObjective) -> str:
     return json.dumps(objective.spec.to_dict())
+
+
+def _own(objective: CompositeObjective) -> dict[str, Tensor]:
+    """The parameters themselves: a detached one no longer says that DeepSpeed has partitioned it."""
+    return objective.state_dict(keep_vars=True)
 
 
 def _checked(function: str, name: str, value: Tensor) -> Tensor:
@@ -99,10 +109,10 @@ def _checked(function: str, name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _whole(name: str, value: Tensor) -> Tensor:
+def _whole(value: Tensor) -> Tensor:
     if is_dtensor(value):
         value = value.full_tensor()  # type: ignore[attr-defined]
-    return _checked("save", name, value).detach().cpu().contiguous()
+    return value.detach().cpu().contiguous()
 
 
 def _like(own: Tensor, value: Tensor) -> Tensor:
