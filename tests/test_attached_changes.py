@@ -161,6 +161,25 @@ def test_a_tie_that_came_apart_is_refused_and_training_goes_on_once_it_is_tied_a
         assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
+def another_embedding(model: Any) -> None:
+    model.set_input_embeddings(nn.Embedding(64, 32, dtype=torch.float64))
+
+
+def another_head(model: Any) -> None:
+    model.set_output_embeddings(nn.Linear(32, 64, bias=False, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", [another_embedding, another_head], ids=lambda change: change.__name__)
+def test_a_new_module_at_one_end_of_a_tie_is_refused_until_it_is_tied_again(change: Any):
+    model, given = make("llama", tie_word_embeddings=True), batch()
+    nitp_ops.attach(model, "ntp")
+    change(model)
+    with pytest.raises(ValueError, match="were one parameter at attach and are two, expected one"):
+        model(**given)
+    model.tie_weights()
+    assert model(**given).loss.item() == pytest.approx(model.eval()(**given).loss.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("load", [emptied, assigned], ids=lambda load: load.__name__)
 def test_own_parameters_have_their_seeded_values_once_a_model_from_the_meta_device_is_filled(load: Any):
     model, plain, handle = refilled(load, tied=False)

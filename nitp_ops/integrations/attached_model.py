@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -38,11 +38,11 @@ class AttachedModel:
         self._class_forward = _name(type(plain).forward)
         self._settings = LogitSettings(plain, tap.sites, info)
 
-    def check(self, head: nn.Module | None) -> None:
+    def check(self, plain: Any, head: nn.Module | None) -> None:
         """Before a training pass; torch.compile traces this, and guards what it reads.
 
         Args:
-            head: the head that computes now.
+            plain: the model. head: the head that computes now.
 
         Raises:
             ValueError: an own parameter is frozen or on the meta device; the head has other sizes or is no linear any
@@ -51,9 +51,12 @@ class AttachedModel:
         self._check_head(head)
         check_own_parameters(self._objective, head)
         for first, second in self._ties:
-            if first.parameter() is not second.parameter():
+            ends = _parameter(plain, first), _parameter(plain, second)
+            if ends[0] is not ends[1] and all(
+                end is not None for end in ends
+            ):  # an adapter that was deleted leaves no end
                 raise ValueError(
-                    f"attach: {first.path} and {second.path} were one parameter at attach and are two, expected one "
+                    f"attach: {first} and {second} were one parameter at attach and are two, expected one "
                     "(to_empty and load_state_dict(assign=True) untie: model.tie_weights() after them, before "
                     "fully_shard)"
                 )
@@ -183,28 +186,19 @@ def check_own_parameters(objective: CompositeObjective, head: nn.Module | None =
             raise ValueError(f"attach: {OBJECTIVE}.{name} is on the meta device, {expected}")
 
 
-class _Place(NamedTuple):
-    """Where a module holds a parameter."""
-
-    path: str
-    module: nn.Module
-    name: str
-
-    def parameter(self) -> object:
-        return getattr(self.module, self.name, None)
+def _ties(plain: nn.Module) -> list[tuple[str, str]]:
+    """Pairs of names of one parameter: names, for a module may be replaced by another."""
+    first: dict[int, str] = {}
+    named = [(name, id(parameter)) for name, parameter in plain.named_parameters(remove_duplicate=False)]
+    return [(one, name) for name, parameter in named if (one := first.setdefault(parameter, name)) != name]
 
 
-def _ties(plain: nn.Module) -> list[tuple[_Place, _Place]]:
-    """Pairs of places that hold one parameter."""
-    first: dict[int, _Place] = {}
-    pairs = []
-    for path, module in plain.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            here = _Place(f"{path}.{name}", module, name)
-            one = first.setdefault(id(parameter), here)
-            if one is not here:
-                pairs.append((one, here))
-    return pairs
+def _parameter(plain: nn.Module, path: str) -> Any:
+    """What the model holds there now, None where it holds nothing."""
+    here: Any = plain
+    for name in path.split("."):
+        here = getattr(here, name, None)
+    return here
 
 
 def _name(function: Any) -> str:
