@@ -119,6 +119,14 @@ def test_a_wrapper_that_keeps_the_models_own_forward_is_refused_at_attach():
         nitp_ops.attach(model, "ntp")
 
 
+def test_an_adapter_whose_loss_peft_makes_from_the_logits_is_refused_at_attach():
+    config = peft.CPTConfig(cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4], **TASK)
+    model = peft.get_peft_model(make("llama"), config)
+    with pytest.raises(ValueError, match="adapter 'default' is of the type CPT, whose loss PEFT makes from the logits"):
+        nitp_ops.attach(model, "ntp")
+    assert not hasattr(model.get_base_model(), "nitp_objective")
+
+
 def test_a_mask_of_floats_and_one_of_cached_keys_too_say_what_attention_reads():
     model, given = make("llama"), batch()
     handle = nitp_ops.attach(model, "ntp + nitp")

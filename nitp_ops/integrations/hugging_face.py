@@ -34,6 +34,12 @@ def unwrapped(model: nn.Module) -> Any:
             )
     if isinstance(model, nn.parallel.DistributedDataParallel) or "FullyShardedDataParallel" in _classes(model):
         raise ValueError(f"attach: model is a {type(model).__name__}, expected attach before it is wrapped")
+    for name, config in (getattr(model, "peft_config", None) or {}).items():  # type: ignore[union-attr]
+        if getattr(getattr(config, "peft_type", None), "value", None) == "CPT":
+            raise ValueError(
+                f"attach: the adapter {name!r} is of the type CPT, whose loss PEFT makes from the logits, expected one "
+                "that leaves the loss to the model, such as prompt tuning (in training there are no logits)"
+            )
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not is_hugging_face(plain):
         raise TypeError(
