@@ -38,18 +38,25 @@ class AttachedModel:
         self._class_forward = _name(type(plain).forward)
         self._settings = LogitSettings(plain, tap.sites, info)
 
-    def check(self, plain: Any, head: nn.Module | None) -> None:
+    def check(self, head: nn.Module | None) -> None:
         """Before a training pass; torch.compile traces this, and guards what it reads.
 
         Args:
-            plain: the model. head: the head that computes now.
+            head: the head that computes now.
 
         Raises:
             ValueError: an own parameter is frozen or on the meta device; the head has other sizes or is no linear any
-                more; shared parameters came apart.
+                more.
         """
         self._check_head(head)
         check_own_parameters(self._objective, head)
+
+    def check_ties(self, plain: Any) -> None:
+        """After the other two, which say more of a head that was replaced; torch.compile traces this too.
+
+        Raises:
+            ValueError: parameters that were one came apart.
+        """
         for first, second in self._ties:
             ends = _parameter(plain, first), _parameter(plain, second)
             if ends[0] is not ends[1] and all(

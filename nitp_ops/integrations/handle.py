@@ -154,8 +154,9 @@ class Handle:
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
             raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
-        self._attached.check(self._plain, head_of(self._plain))
+        self._attached.check(head_of(self._plain))
         self._check_untraced()
+        self._attached.check_ties(self._plain)
         fields = token_streams(call)
         labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
         tuples = call.get("return_dict") is False
