@@ -205,16 +205,6 @@ def test_a_loss_that_gets_other_logits_than_those_of_the_call_is_refused_by_name
         nitp_ops.attach(model, "ntp")
 
 
-def test_a_loss_of_unshifted_labels_is_refused():
-    from transformers.loss.loss_utils import ForMaskedLMLoss
-
-    model = make("llama")
-    model.loss_function = ForMaskedLMLoss
-    with pytest.raises(ValueError, match="loss_function counts the label of the first token, expected a loss of next"):
-        nitp_ops.attach(model, "ntp")
-    assert model.loss_function is ForMaskedLMLoss
-
-
 def test_an_encoder_decoder_is_refused_whose_labels_are_those_of_its_own_position():
     sizes: dict[str, Any] = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 64}
     with pytest.raises(ValueError, match="T5ForConditionalGeneration, an encoder-decoder whose labels are those of"):

@@ -56,9 +56,9 @@ def attach(
         TypeError: no Hugging Face model.
         ValueError: another label_layout; a model that was attached, compiled, wrapped or sharded before; a head that
             carries an adapter, is quantised or offloaded, or has hooks of anybody but an engine; logits that are no
-            scale and softcap of the head's output; a loss that does not go through ``model.loss_function``; a required
-            stream that no module passes once, as wide as the head reads, or an embedding of another width; the label
-            "aux_loss" for anything but that.
+            scale and softcap of the head's output; a loss that does not go through ``model.loss_function``, or is not
+            the cross-entropy of next tokens; a required stream that no module passes once, as wide as the head reads,
+            or an embedding of another width; the label "aux_loss" for anything but that.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

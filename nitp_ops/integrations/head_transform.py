@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .own_loss import check_loss_function
 from .routing import routed
 from .sites import Sites, head_shape
 
@@ -137,7 +138,7 @@ def _measured(model: Any, forward: Callable[..., Any], body: nn.Module, head: nn
     softcap, scale = _fitted(z.flatten(), seen.out.logits)
     # whole rows: a column that is masked, and a loss that is computed in the forward
     seen = probed(2, torch.ones(1, 2, vocab, dtype=torch.float64), labels=ids[:, :2])
-    _check_loss(model, seen, vocab)
+    _check_loss(model, seen, vocab, head.weight.device)
     _check_columns(seen.out.logits, (1, 2, vocab), scale if softcap is None else softcap * math.tanh(scale / softcap))
     seen = probed(len(_VALUES), z, labels=ids, logits_to_keep=torch.empty(0, dtype=torch.long))
     if seen.out.logits.numel() or seen.hidden[0].numel():
@@ -147,7 +148,7 @@ def _measured(model: Any, forward: Callable[..., Any], body: nn.Module, head: nn
     return Transform(body, softcap, scale * factor)
 
 
-def _check_loss(model: Any, seen: _Seen, vocab: int) -> None:
+def _check_loss(model: Any, seen: _Seen, vocab: int, device: torch.device) -> None:
     if not seen.losses:
         raise ValueError(
             f"attach: the {type(model).__name__}'s loss does not go through model.loss_function, expected one that "
@@ -160,16 +161,7 @@ def _check_loss(model: Any, seen: _Seen, vocab: int) -> None:
             f"attach: the {type(model).__name__}'s loss gets logits {came[0]} and labels {came[1]}, expected those of "
             f"the call, {(1, 2, vocab)} and (1, 2)"
         )
-    one = torch.tensor([[0, -100]])
-    try:
-        loss = float(model.loss_function(logits=torch.zeros(1, 2, 4), labels=one, vocab_size=4))
-    except Exception:
-        return  # one of more arguments, of which nothing can be said
-    if math.isfinite(loss) and loss > 0:
-        raise ValueError(
-            f"attach: the {type(model).__name__}'s loss_function counts the label of the first token, expected a "
-            "loss of next tokens, whose labels are shifted by one"
-        )
+    check_loss_function(model, device)
 
 
 def _check_columns(logits: Tensor, shape: tuple[int, ...], expected: float) -> None:
