@@ -53,6 +53,11 @@ class Metrics:
         mine, theirs = self.sums, other.sums
         return Metrics({part: {name: mine[part][name] + theirs[part][name] for name in mine[part]} for part in mine})
 
+    def contributing(self, where: Tensor) -> Metrics:
+        """The same, but of parts that add nothing to the loss where a 0-d condition is False."""
+        kept = ("weighted", "denominator")
+        return Metrics({p: own | {n: torch.where(where, own[n], 0) for n in kept} for p, own in self.sums.items()})
+
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Metrics:
         """The sums over the ranks of ``group`` (None: all), in one collective. One process: unchanged."""
         if not is_distributed():

@@ -68,3 +68,18 @@ def test_another_implementation_of_the_same_loss_is_served(kind: str):
     plain = model(**given).loss
     nitp_ops.attach(model, "ntp")
     torch.testing.assert_close(model(**given).loss, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_metrics_of_a_batch_without_labels_add_up_to_its_share_of_the_window(family: str):
+    model, given = make(family), batch()
+    handle = nitp_ops.attach(model, "ntp + 0.8*nitp(target_layer=1)")
+    none = given | {"labels": torch.full_like(given["labels"], -100)}
+    losses, metrics = [], []
+    for each in (none, given):
+        losses.append(model(**each, num_items_in_batch=(given["labels"][:, 1:] != -100).sum()).loss.item())
+        assert handle.metrics is not None
+        metrics.append(handle.metrics)
+    assert losses[0] == metrics[0].compute()["loss"] == metrics[0].compute()["loss/nitp"] == 0
+    assert losses[1] == pytest.approx(metrics[1].compute()["loss"])
+    assert sum(losses) == pytest.approx((metrics[0] + metrics[1]).compute()["loss"])

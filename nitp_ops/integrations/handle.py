@@ -185,6 +185,9 @@ class Handle:
         )
         if AUX_LOSS not in self._external:
             loss = self._with_own_loss(loss, out, zero, counts)
+        if counts is not self._counts:
+            assert self.metrics is not None
+            self.metrics = self.metrics.contributing(label_count(fields) > 0)  # the share of no label is zero
         if self._exact is not None:
             self._exact.append(loss)
         out = type(out)(**{**out, "loss": loss, "logits": None})
