@@ -4,21 +4,19 @@
 // read them; pairs<P, Z>, which dtypes meet in an alignment; adds<T>, which accumulate; run(args, rows, on), which
 // starts a kernel.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 
 #include "arguments.h"
+#include "torch_abi.h"
 
 namespace {
 
 using nitp::bfloat16;
 using nitp::float16;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using nitp::torch_abi::Library;
+using nitp::torch_abi::ScalarType;
+using nitp::torch_abi::Tensor;
 
 template <class T>
 T* data(const Tensor& t) {
@@ -37,7 +35,7 @@ void with_dtype(const Tensor& t, Function function) {
     case ScalarType::Float: function(float{}); break;
     case ScalarType::BFloat16: function(bfloat16{}); break;
     case ScalarType::Half: function(float16{}); break;
-    default: STD_TORCH_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32, bfloat16 or float16");
+    default: NITP_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32, bfloat16 or float16");
   }
 }
 
@@ -54,20 +52,20 @@ struct Door {
   const Tensor& on;
 
   void rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) const {
-    STD_TORCH_CHECK(Backend::holds(t, on) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
-                        (columns < 2 || t.stride(1) == 1),
-                    "nitp_ops row kernel: ", name, " must be a ", Backend::device, " tensor of ", rows, " rows with ",
-                    columns, " dense columns");
+    NITP_CHECK(Backend::holds(t, on) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
+                   (columns < 2 || t.stride(1) == 1),
+               "nitp_ops row kernel: ", name, " must be a ", Backend::device, " tensor of ", rows, " rows with ",
+               columns, " dense columns");
   }
   void list(const std::optional<Tensor>& t, const char* name, int64_t size, ScalarType type) const {
-    STD_TORCH_CHECK(
-        !t.has_value() ||
-            (Backend::holds(*t, on) && t->numel() == size && t->is_contiguous() && t->scalar_type() == type),
-        "nitp_ops row kernel: ", name, " must hold ", size, " dense ", Backend::device, " values of the right dtype");
+    NITP_CHECK(!t.has_value() ||
+                   (Backend::holds(*t, on) && t->numel() == size && t->is_contiguous() && t->scalar_type() == type),
+               "nitp_ops row kernel: ", name, " must hold ", size, " dense ", Backend::device,
+               " values of the right dtype");
   }
   void stats(const Tensor& t, int64_t fields, int64_t count, ScalarType type) const {
     rows(t, "stats", fields, count);
-    STD_TORCH_CHECK(t.scalar_type() == type, "nitp_ops row kernel: stats has the wrong dtype");
+    NITP_CHECK(t.scalar_type() == type, "nitp_ops row kernel: stats has the wrong dtype");
   }
 };
 
@@ -78,8 +76,8 @@ void swiglu_rows(Tensor gate, Tensor up, Tensor out) {
   door.rows(gate, "gate", rows, columns);
   door.rows(up, "up", rows, columns);
   door.rows(out, "out", rows, columns);
-  STD_TORCH_CHECK(up.scalar_type() == gate.scalar_type() && out.scalar_type() == gate.scalar_type(),
-                  "nitp_ops row kernel: gate, up and out must share one dtype");
+  NITP_CHECK(up.scalar_type() == gate.scalar_type() && out.scalar_type() == gate.scalar_type(),
+             "nitp_ops row kernel: gate, up and out must share one dtype");
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
     const nitp::SwigluRows<T> args{data<T>(gate),  data<T>(up),  data<T>(out), columns,
@@ -97,7 +95,7 @@ void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream, std::optiona
   door.rows(gate, "gate", rows, columns);
   for (const Tensor& t : {up, upstream, d_gate, d_up}) {
     door.rows(t, "up, upstream, d_gate or d_up", rows, columns);
-    STD_TORCH_CHECK(t.scalar_type() == gate.scalar_type(), "nitp_ops row kernel: all must have gate's dtype");
+    NITP_CHECK(t.scalar_type() == gate.scalar_type(), "nitp_ops row kernel: all must have gate's dtype");
   }
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
@@ -114,14 +112,14 @@ void accumulate_rows_(Tensor sum, Tensor addend) {
   const int64_t rows = sum.size(0), columns = sum.size(1);
   door.rows(sum, "sum", rows, columns);
   door.rows(addend, "addend", rows, columns);
-  STD_TORCH_CHECK(sum.scalar_type() == ScalarType::Float, "nitp_ops row kernel: sum must be float32");
+  NITP_CHECK(sum.scalar_type() == ScalarType::Float, "nitp_ops row kernel: sum must be float32");
   with_dtype(addend, [&](auto zero) {
     using T = decltype(zero);
     if constexpr (Backend::template adds<T>) {
       const nitp::AccumulateRows<T> args{data<float>(sum), data<T>(addend), columns, sum.stride(0), addend.stride(0)};
       Backend::run(args, rows, sum);
     } else {
-      STD_TORCH_CHECK(false, "nitp_ops row kernel: addend must be bfloat16 (or float16 on CUDA)");
+      NITP_CHECK(false, "nitp_ops row kernel: addend must be bfloat16 (or float16 on CUDA)");
     }
   });
 }
@@ -154,14 +152,14 @@ void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> tar
   door.list(row_scale, "row_scale", rows, work);
   door.stats(stats, 4, rows, work);
   if (d_target.has_value()) door.rows(*d_target, "d_target", rows, columns);
-  STD_TORCH_CHECK(d_prediction.scalar_type() == prediction.scalar_type() &&
-                      (!d_target.has_value() || d_target->scalar_type() == target.scalar_type()),
-                  "nitp_ops row kernel: a gradient must have its input's dtype");
-  STD_TORCH_CHECK(distance >= 0 && distance <= 3, "nitp_ops row kernel: distance must be 0, 1, 2 or 3");
+  NITP_CHECK(d_prediction.scalar_type() == prediction.scalar_type() &&
+                 (!d_target.has_value() || d_target->scalar_type() == target.scalar_type()),
+             "nitp_ops row kernel: a gradient must have its input's dtype");
+  NITP_CHECK(distance >= 0 && distance <= 3, "nitp_ops row kernel: distance must be 0, 1, 2 or 3");
   const int64_t* indices = data<int64_t>(target_rows);
   if constexpr (Backend::reads_values) {
     for (int64_t i = 0; indices != nullptr && i < rows; ++i) {
-      STD_TORCH_CHECK(indices[i] >= 0 && indices[i] < target.size(0), "nitp_ops row kernel: target_rows out of range");
+      NITP_CHECK(indices[i] >= 0 && indices[i] < target.size(0), "nitp_ops row kernel: target_rows out of range");
     }
   }
   with_dtype(prediction, [&](auto p) {
@@ -169,7 +167,7 @@ void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> tar
       using P = decltype(p);
       using Z = decltype(z);
       if constexpr (!Backend::template pairs<P, Z>) {
-        STD_TORCH_CHECK(false, "nitp_ops row kernel: float64 meets only float64 on ", Backend::device);
+        NITP_CHECK(false, "nitp_ops row kernel: float64 meets only float64 on ", Backend::device);
       } else {
         using A = decltype(working_t<P>{} + working_t<Z>{});
         const nitp::AlignmentRows<P, Z, A> args{data<P>(prediction),
@@ -204,7 +202,7 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
   const Door<Backend> door{logits};
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
-  STD_TORCH_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
+  NITP_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
   const int64_t targets = labels.size(1), fields = stats.size(0);
   door.rows(logits, "logits", rows, columns);
   door.list(labels, "labels", rows * targets, ScalarType::Long);
@@ -216,7 +214,7 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
   door.list(prediction, "prediction", rows, ScalarType::Long);
   door.stats(stats, fields == 3 ? 3 : 2, rows, work);
   if (parts.has_value()) door.stats(*parts, 4, rows, work);
-  STD_TORCH_CHECK(columns > 0 || rows == 0, "nitp_ops row kernel: logits has no columns");
+  NITP_CHECK(columns > 0 || rows == 0, "nitp_ops row kernel: logits has no columns");
   with_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = working_t<T>;
@@ -260,7 +258,7 @@ void cross_entropy_gradient_rows_(Tensor logits, Tensor labels, Tensor target_sc
   const Door<Backend> door{logits};
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
-  STD_TORCH_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
+  NITP_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
   const int64_t targets = labels.size(1);
   door.rows(logits, "logits", rows, columns);
   door.list(labels, "labels", rows * targets, ScalarType::Long);

@@ -3,9 +3,19 @@
 // precision (float64 for float64, else float32). parts [4, rows] is what a row that continues on other devices has
 // here: max z, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present;
 // factors [3, rows] is what the whole row's gradient needs: max, probability, off (cross_entropy.h).
-#include <torch/csrc/stable/library.h>
+#include "torch_abi.h"
 
-STABLE_TORCH_LIBRARY(nitp_ops, m) {
+namespace nitp {
+namespace torch_abi {
+
+std::string& registration_error() {
+  static std::string text;
+  return text;
+}
+
+namespace {
+
+const Library schemas(NITP_LIBRARY, nullptr, [](Library& m) {
   m.def("swiglu_rows(Tensor gate, Tensor up, Tensor(a!) out) -> ()");
   m.def(
       "swiglu_rows_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor upstream, Tensor(c!)? d_gate=None, "
@@ -28,4 +38,12 @@ STABLE_TORCH_LIBRARY(nitp_ops, m) {
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
   // Fetches the pages of a block that is about to be written; its numbers stay what they are.
   m.def("populate_(Tensor(a!) block) -> ()");
+});
+
+}  // namespace
+}  // namespace torch_abi
+}  // namespace nitp
+
+extern "C" __attribute__((visibility("default"))) const char* nitp_ops_registration_error() {
+  return nitp::torch_abi::registration_error().c_str();
 }

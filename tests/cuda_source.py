@@ -28,12 +28,12 @@ def build(folder: Path, sanitize: bool = False) -> Path:
     checks = [kinds, "-fno-sanitize-recover=all"] if sanitize else []
     # the schemas register as nitp_simt, so that nitp_ops itself can stand beside them
     flags = [
-        "-std=c++17",
+        "-std=c++20",
         "-O1",
         "-fPIC",
         "-fvisibility=hidden",
         "-Wno-unknown-pragmas",
-        "-Dnitp_ops=nitp_simt",
+        '-DNITP_LIBRARY="nitp_simt"',
         *checks,
     ]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests/simt'}"]

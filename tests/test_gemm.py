@@ -6,12 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processor import parameters
 
-from nitp_ops import _C, _gemm
+from nitp_ops import _gemm, _library
 
 pytestmark = pytest.mark.skipif(not _gemm.has_own("cpu", torch.float32), reason="products are another library's here")
 DTYPES = (torch.float32, torch.bfloat16)
 SETS = ("avx2", "avx512", "avx512_bf16")
-BEST = _C.instruction_set()
+BEST = _library.instruction_set()
 #: Terms that are summed before they are added to the rest.
 CHAIN = {torch.float32: 256, torch.bfloat16: 2048}
 sides = st.one_of(st.integers(1, 70), st.sampled_from([111, 112, 113, 511, 530]))
@@ -20,9 +20,9 @@ depths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 103
 
 @pytest.fixture(autouse=True, scope="module", params=parameters(SETS))
 def instruction_set(request):
-    _C.choose_instruction_set(request.param)
+    _library.choose_instruction_set(request.param)
     yield request.param
-    _C.choose_instruction_set(BEST)
+    _library.choose_instruction_set(BEST)
 
 
 def gemm(out, a, b, add=False):
@@ -143,14 +143,14 @@ def test_what_is_no_product_is_refused():
 def test_the_portable_instruction_set_leaves_products_to_torch(instruction_set):
     a, b = torch.randn(40, 50), torch.randn(50, 60)
     try:
-        _C.choose_instruction_set("portable")
+        _library.choose_instruction_set("portable")
         assert not any(_gemm.has_own("cpu", dtype) for dtype in DTYPES)
         with pytest.raises(RuntimeError, match="not for this processor"):
             gemm(torch.empty(40, 60), a, b)
         product = _gemm.matmul(a.bfloat16(), b.bfloat16(), torch.empty(40, 60, dtype=torch.bfloat16))
         assert torch.equal(product, a.bfloat16() @ b.bfloat16())
     finally:
-        _C.choose_instruction_set(instruction_set)
+        _library.choose_instruction_set(instruction_set)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -18,7 +18,7 @@ SETS = {"avx2": ["-mavx2", "-mfma"], "avx512": STAND_IN, "avx512_bf16": [*STAND_
 def test_products_are_those_of_float64_and_touch_nothing_else(name, tmp_path):
     if name == "avx2" and name not in processor.SETS:
         pytest.skip("the processor has no avx2")
-    flags = ["-std=c++17", "-O1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     source, program = HERE / "avx512/products.cpp", tmp_path / "products"
     command = ["g++", *flags, *SETS[name], f"-DNITP_TARGET={name}", str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)

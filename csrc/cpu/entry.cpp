@@ -40,7 +40,7 @@ constexpr bool rounds_to_bfloat16 =
         case nitp::InstructionSet::portable: nitp::portable::function(args, begin, end); break;  \
       }                                                                                          \
     };                                                                                           \
-    if (rows > 0) torch::stable::parallel_for(0, rows, grain, over);                             \
+    if (rows > 0) nitp::torch_abi::parallel_for(0, rows, grain, over);                           \
   }
 
 struct Cpu {
@@ -61,14 +61,14 @@ struct Cpu {
   NITP_SERVE(CrossEntropyGradientRows, cross_entropy_gradient_rows)
 };
 
-}  // namespace
+const Library kernels(NITP_LIBRARY, "CPU", [](Library& m) {
+  m.impl<accumulate_rows_<Cpu>>("accumulate_rows_");
+  m.impl<scale_rows_<Cpu>>("scale_rows_");
+  m.impl<swiglu_rows<Cpu>>("swiglu_rows");
+  m.impl<swiglu_rows_backward_<Cpu>>("swiglu_rows_backward_");
+  m.impl<alignment_rows_<Cpu>>("alignment_rows_");
+  m.impl<cross_entropy_rows_<Cpu>>("cross_entropy_rows_");
+  m.impl<cross_entropy_gradient_rows_<Cpu>>("cross_entropy_gradient_rows_");
+});
 
-STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) {
-  m.impl("accumulate_rows_", TORCH_BOX(&accumulate_rows_<Cpu>));
-  m.impl("scale_rows_", TORCH_BOX(&scale_rows_<Cpu>));
-  m.impl("swiglu_rows", TORCH_BOX(&swiglu_rows<Cpu>));
-  m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_<Cpu>));
-  m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_<Cpu>));
-  m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_<Cpu>));
-  m.impl("cross_entropy_gradient_rows_", TORCH_BOX(&cross_entropy_gradient_rows_<Cpu>));
-}
+}  // namespace

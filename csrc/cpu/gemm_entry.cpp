@@ -1,9 +1,6 @@
 // gemm_: products on CPU, by this library where it is faster than what torch.mm calls.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
+#include "../torch_abi.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -11,13 +8,14 @@ namespace {
 
 using nitp::bfloat16;
 using nitp::InstructionSet;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+using nitp::torch_abi::Library;
+using nitp::torch_abi::ScalarType;
+using nitp::torch_abi::Tensor;
 
 const bool intel = nitp_processor_is_intel();
 
 void run(int64_t count, const std::function<void(int64_t)>& task) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+  nitp::torch_abi::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
   });
 }
@@ -53,19 +51,18 @@ void of_bfloat16(const nitp::Gemm<bfloat16, O>& wanted, nitp::Team team) {
 #endif
 
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
-  STD_TORCH_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && dense(out, 1),
-                  "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a and b with dense "
-                  "rows or columns");
-  STD_TORCH_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),
-                  "nitp_ops::gemm_: shapes do not match");
+  NITP_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && dense(out, 1),
+             "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a and b with dense "
+             "rows or columns");
+  NITP_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),
+             "nitp_ops::gemm_: shapes do not match");
   const ScalarType of = a.scalar_type(), into = out.scalar_type();
   const bool narrow = of == ScalarType::BFloat16;
-  STD_TORCH_CHECK(
-      b.scalar_type() == of && (into == of || into == ScalarType::Float) && (narrow || of == ScalarType::Float),
-      "nitp_ops::gemm_: expected float32, or bfloat16 into bfloat16 or float32");
-  STD_TORCH_CHECK(nitp_ops_has_gemm(), "nitp_ops::gemm_: not for this processor");
+  NITP_CHECK(b.scalar_type() == of && (into == of || into == ScalarType::Float) && (narrow || of == ScalarType::Float),
+             "nitp_ops::gemm_: expected float32, or bfloat16 into bfloat16 or float32");
+  NITP_CHECK(nitp_ops_has_gemm(), "nitp_ops::gemm_: not for this processor");
 #ifdef NITP_X86
-  const nitp::Team team{static_cast<int64_t>(torch::stable::get_num_threads()), run};
+  const nitp::Team team{nitp::torch_abi::num_threads(), run};
   const InstructionSet set = nitp_instruction_set();
   if (!narrow) {
     const auto wanted = product<float, float>(out, a, b, add);
@@ -82,4 +79,4 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
 
 extern "C" bool nitp_ops_has_gemm() { return !intel && nitp_instruction_set() >= InstructionSet::avx2; }
 
-STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) { m.impl("gemm_", TORCH_BOX(&gemm_)); }
+static const Library kernel(NITP_LIBRARY, "CPU", [](Library& m) { m.impl<gemm_>("gemm_"); });

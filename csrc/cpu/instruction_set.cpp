@@ -1,8 +1,19 @@
 #include <cstring>
 
 #include "rows.h"
+#ifdef NITP_X86
+#include <cpuid.h>
+#endif
 
 namespace {
+
+#ifdef NITP_X86
+// A name that __builtin_cpu_supports knows since g++ 11 only.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
 
 nitp::InstructionSet detect() {
 #ifdef NITP_X86
@@ -11,7 +22,7 @@ nitp::InstructionSet detect() {
       __builtin_cpu_supports("avx512dq")) {
     return __builtin_cpu_supports("avx512bf16") ? nitp::InstructionSet::avx512_bf16 : nitp::InstructionSet::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return nitp::InstructionSet::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) return nitp::InstructionSet::avx2;
 #endif
   return nitp::InstructionSet::portable;
 }

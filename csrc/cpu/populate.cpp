@@ -1,11 +1,10 @@
 // populate_: the pages of a fresh block come at once, by all threads, instead of one by one as they are first written.
 // glibc maps blocks over 32 MiB afresh at each allocation. A virtual machine took 33 ms to fault 64 MiB in one by one
 // and 18 ms at once, on one thread.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+
+#include "../torch_abi.h"
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -18,7 +17,8 @@
 
 namespace {
 
-using torch::stable::Tensor;
+using nitp::torch_abi::Library;
+using nitp::torch_abi::Tensor;
 
 #ifdef __linux__
 bool present(uintptr_t page, int64_t size) {
@@ -31,7 +31,7 @@ void populate(uintptr_t begin, uintptr_t end) {
   const uintptr_t first = (begin + size - 1) / size * size, last = end / size * size;
   // memory that an allocator kept is there already
   if (first >= last || (present(first, size) && present(last - size, size))) return;
-  torch::stable::parallel_for(0, static_cast<int64_t>(last - first) / size, 1, [&](int64_t from, int64_t to) {
+  nitp::torch_abi::parallel_for(0, static_cast<int64_t>(last - first) / size, 1, [&](int64_t from, int64_t to) {
     madvise(reinterpret_cast<void*>(first + from * size), static_cast<size_t>((to - from) * size), MADV_POPULATE_WRITE);
   });
 }
@@ -40,11 +40,11 @@ void populate(uintptr_t, uintptr_t) {}
 #endif
 
 void populate_(Tensor block) {
-  STD_TORCH_CHECK(block.is_cpu() && block.is_contiguous(), "nitp_ops::populate_: expected a contiguous CPU tensor");
+  NITP_CHECK(block.is_cpu() && block.is_contiguous(), "nitp_ops::populate_: expected a contiguous CPU tensor");
   const auto begin = reinterpret_cast<uintptr_t>(block.data_ptr());
   populate(begin, begin + block.numel() * block.element_size());
 }
 
-}  // namespace
+const Library kernel(NITP_LIBRARY, "CPU", [](Library& m) { m.impl<populate_>("populate_"); });
 
-STABLE_TORCH_LIBRARY_IMPL(nitp_ops, CPU, m) { m.impl("populate_", TORCH_BOX(&populate_)); }
+}  // namespace

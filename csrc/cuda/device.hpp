@@ -1,21 +1,19 @@
 // Where the CUDA kernels run. tests/simt has a file of this name for the CPU, which the include path chooses.
 #pragma once
 #include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/tensor.h>
 
-#define NITP_DISPATCH_KEY CUDA
+#include "../torch_abi.h"
 
 namespace nitp {
 namespace cuda {
 
 constexpr const char* kDevice = "CUDA";
 
-inline bool is_here(const torch::stable::Tensor& t) { return t.is_cuda(); }
+inline bool is_here(const torch_abi::Tensor& t) { return t.is_cuda(); }
 
 // The device is current, and `stream` PyTorch's current stream there, while a queue lives.
 class Queue {
-  torch::stable::accelerator::DeviceGuard guard_;
+  torch_abi::DeviceGuard guard_;
 
  public:
   void* stream = nullptr;
@@ -26,8 +24,8 @@ class Queue {
       void* torch = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
       return reinterpret_cast<Current>(torch ? dlsym(torch, "aoti_torch_get_current_cuda_stream") : nullptr);
     }();
-    STD_TORCH_CHECK(current != nullptr, "nitp_ops row kernel: this torch has no CUDA streams");
-    STD_TORCH_CHECK(current(device, &stream) == 0, "nitp_ops row kernel: torch has no current stream");
+    NITP_CHECK(current != nullptr, "nitp_ops row kernel: this torch has no CUDA streams");
+    NITP_CHECK(current(device, &stream) == 0, "nitp_ops row kernel: torch has no current stream");
   }
 };
 

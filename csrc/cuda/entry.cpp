@@ -19,23 +19,23 @@ struct Cuda {
   static constexpr bool adds = std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>;
 
   static bool holds(const Tensor& t, const Tensor& on) {
-    return nitp::cuda::is_here(t) && t.get_device_index() == on.get_device_index();
+    return nitp::cuda::is_here(t) && t.device_index() == on.device_index();
   }
   template <class Arguments>
   static void run(const Arguments& args, int64_t rows, const Tensor& on) {
-    const nitp::cuda::Queue queue(on.get_device_index());
+    const nitp::cuda::Queue queue(on.device_index());
     nitp::cuda::run(args, rows, queue.stream);
   }
 };
 
-}  // namespace
+const Library kernels(NITP_LIBRARY, nitp::cuda::kDevice, [](Library& m) {
+  m.impl<accumulate_rows_<Cuda>>("accumulate_rows_");
+  m.impl<scale_rows_<Cuda>>("scale_rows_");
+  m.impl<swiglu_rows<Cuda>>("swiglu_rows");
+  m.impl<swiglu_rows_backward_<Cuda>>("swiglu_rows_backward_");
+  m.impl<alignment_rows_<Cuda>>("alignment_rows_");
+  m.impl<cross_entropy_rows_<Cuda>>("cross_entropy_rows_");
+  m.impl<cross_entropy_gradient_rows_<Cuda>>("cross_entropy_gradient_rows_");
+});
 
-STABLE_TORCH_LIBRARY_IMPL(nitp_ops, NITP_DISPATCH_KEY, m) {
-  m.impl("accumulate_rows_", TORCH_BOX(&accumulate_rows_<Cuda>));
-  m.impl("scale_rows_", TORCH_BOX(&scale_rows_<Cuda>));
-  m.impl("swiglu_rows", TORCH_BOX(&swiglu_rows<Cuda>));
-  m.impl("swiglu_rows_backward_", TORCH_BOX(&swiglu_rows_backward_<Cuda>));
-  m.impl("alignment_rows_", TORCH_BOX(&alignment_rows_<Cuda>));
-  m.impl("cross_entropy_rows_", TORCH_BOX(&cross_entropy_rows_<Cuda>));
-  m.impl("cross_entropy_gradient_rows_", TORCH_BOX(&cross_entropy_gradient_rows_<Cuda>));
-}
+}  // namespace

@@ -1,15 +1,14 @@
 // Where the CUDA kernels run under simt.h: on the CPU, without a stream.
 #pragma once
-#include <torch/csrc/stable/tensor.h>
 
-#define NITP_DISPATCH_KEY CPU
+#include "../../csrc/torch_abi.h"
 
 namespace nitp {
 namespace cuda {
 
 constexpr const char* kDevice = "CPU";
 
-inline bool is_here(const torch::stable::Tensor& t) { return t.is_cpu(); }
+inline bool is_here(const torch_abi::Tensor& t) { return t.is_cpu(); }
 
 struct Queue {
   void* stream = nullptr;
