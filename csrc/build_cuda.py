@@ -5,6 +5,9 @@ python csrc/build_cuda.py        compiles every .cu for every architecture, prin
 
 from __future__ import annotations
 
+import functools
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,11 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "cuda"
-KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
-# Machine code for A100, H100/H200 and B200. A GPU of any other generation translates the PTX at its first launch: that
-# of compute_80, because code for an "a" target runs on that chip only; rows of logits do without clusters there.
-ARCHITECTURES = {"sm_80": "[sm_80,compute_80]", "sm_90a": "sm_90a", "sm_100a": "sm_100a"}
-FLAGS = "-std=c++17 -O3 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
+KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "probe", "scale", "swiglu")
+#: Machine code for A100, H100/H200, B200/B300 and RTX 50; others translate the PTX of compute_90 at their first launch.
+#: Plain sm_90 and sm_100, not the "a" targets: the code is the same, and it runs on the whole generation.
+ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "[sm_90,compute_90]", "sm_100": "sm_100", "sm_120": "sm_120"}
+FLAGS = "-std=c++20 -O3 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 class Kernel(NamedTuple):
@@ -34,8 +37,54 @@ class Kernel(NamedTuple):
     spill_loads: int
 
 
+@functools.cache
 def find_nvcc() -> str | None:
-    return shutil.which("nvcc")
+    """The nvcc of the PATH, if it compiles a kernel for one of the architectures; else None, after the reason."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    reason = unusable(nvcc)
+    if reason is None:
+        return nvcc
+    print(f"nitp_ops: built without CUDA kernels: {nvcc} {reason}", file=sys.stderr, flush=True)
+    return None
+
+
+def unusable(nvcc: str) -> str | None:
+    """Why this nvcc cannot build the kernels, or None."""
+    if not architectures(nvcc):
+        return f"knows none of {', '.join(wanted())} (nvcc >= 12.0 does)"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cu"
+        source.write_text("__global__ void probe(int* x) { *x = 1; }\n")
+        command = [nvcc, *flags(nvcc).split(), "-c", str(source), "-o", f"{folder}/probe.o"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
+        return f"does not compile a kernel ({lines[0].strip() if lines else 'no message'})"
+    return None
+
+
+def wanted() -> tuple[str, ...]:
+    """The architectures that are asked for: all, or those of NITP_CUDA_ARCHITECTURES ("sm_80 sm_90").
+
+    Raises:
+        SystemExit: the variable names one that there is no code for.
+    """
+    asked = tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split()) or tuple(ARCHITECTURES)
+    unknown = [name for name in asked if name not in ARCHITECTURES]
+    if unknown:
+        raise SystemExit(
+            f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(unknown)}, expected some of {', '.join(ARCHITECTURES)}"
+        )
+    return asked
+
+
+@functools.cache
+def architectures(nvcc: str) -> tuple[str, ...]:
+    """The architectures that are asked for and that this nvcc knows."""
+    told = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    return tuple(name for name in wanted() if name.replace("sm_", "compute_") in told)
 
 
 def version(nvcc: str) -> str:
@@ -52,8 +101,9 @@ def libraries(nvcc: str) -> Path:
     return next(folder.resolve() for folder in folders if (folder / "libcudart_static.a").exists())
 
 
-def flags(architectures: tuple[str, ...] = tuple(ARCHITECTURES)) -> str:
-    codes = (f"-gencode arch={name.replace('sm_', 'compute_')},code={ARCHITECTURES[name]}" for name in architectures)
+def flags(nvcc: str) -> str:
+    known = architectures(nvcc)
+    codes = (f"-gencode arch={name.replace('sm_', 'compute_')},code={ARCHITECTURES[name]}" for name in known)
     return f"{FLAGS} {' '.join(codes)}"
 
 
@@ -66,7 +116,7 @@ def parse(report: str) -> list[Kernel]:
     blocks = re.split(r"Compiling entry function ", report)[1:]
     kernels = []
     for (_, architecture), name, block in zip(names, shown.stdout.splitlines(), blocks, strict=True):
-        short = re.sub(r"\(anonymous namespace\)::|nitp::|cuda::|^void ", "", name).partition("(")[0]
+        short = re.sub(r"\w+_cu::|nitp::|cuda::|^void ", "", name).partition("(")[0]
 
         def number(pattern: str, block: str = block) -> int:
             match = re.search(pattern, block)
@@ -97,13 +147,21 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
-def c_table(reports: list[Path]) -> str:
-    """The same as initialisers that csrc/module.cpp includes."""
+def facts(file: Path, reports: list[Path]) -> str:
+    """The build's facts and the kernels of the reports as one C++ string literal of JSON, for csrc/build_info.cpp."""
     kernels = [kernel for report in reports for kernel in parse(report.read_text())]
-    return "".join(
-        f'{{"{k.name}", "{k.architecture}", {k.registers}, {k.shared}, {k.stack}, {k.spill_stores + k.spill_loads}}},\n'
+    told = [
+        {
+            "name": k.name,
+            "architecture": k.architecture,
+            "registers": k.registers,
+            "shared": k.shared,
+            "stack": k.stack,
+            "spills": k.spill_stores + k.spill_loads,
+        }
         for k in kernels
-    )
+    ]
+    return f'R"facts({json.dumps({**json.loads(file.read_text()), "kernels": told})})facts"\n'
 
 
 def main() -> int:
@@ -113,7 +171,7 @@ def main() -> int:
         return 0
 
     def compiled(kernel: str, folder: str) -> str:
-        command = [nvcc, *flags().split(), "-c", str(FOLDER / f"{kernel}.cu"), "-o", f"{folder}/{kernel}.o"]
+        command = [nvcc, *flags(nvcc).split(), "-c", str(FOLDER / f"{kernel}.cu"), "-o", f"{folder}/{kernel}.o"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
@@ -129,7 +187,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["table"]:
-        Path(sys.argv[2]).write_text(c_table([Path(name) for name in sys.argv[3:]]))
+    if sys.argv[1:2] == ["facts"]:
+        out, told, *reports = map(Path, sys.argv[2:])
+        out.write_text(facts(told, reports))
     else:
         sys.exit(main())

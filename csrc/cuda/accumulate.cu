@@ -4,7 +4,7 @@
 
 namespace nitp {
 namespace cuda {
-namespace {
+inline namespace accumulate_cu {
 
 template <class T, int N>
 struct Operands {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads) accumulate_rows(AccumulateRows<T>
   over_tile(split<N>(a.columns, sum, addend), blockIdx.x % tiles_of_row, load, finish);
 }
 
-}  // namespace
+}  // namespace accumulate_cu
 
 template <class T>
 void run(const AccumulateRows<T>& given, int64_t rows, void* stream) {

@@ -8,7 +8,7 @@
 
 namespace nitp {
 namespace cuda {
-namespace {
+inline namespace alignment_cu {
 
 // Packs of either row that a thread keeps.
 template <class A>
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, kBlocks) alignment_rows(Alignm
   }
 }
 
-}  // namespace
+}  // namespace alignment_cu
 
 template <class P, class Z, class A>
 void run(const AlignmentRows<P, Z, A>& a, int64_t rows, void* stream) {

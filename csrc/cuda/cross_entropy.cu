@@ -15,7 +15,7 @@
 
 namespace nitp {
 namespace cuda {
-namespace {
+inline namespace cross_entropy_cu {
 
 // Packs that a thread keeps in registers. A row with options (see Row) needs its registers for them, and four times the
 // unrolled code would take as long to compile as everything else here.
@@ -243,7 +243,7 @@ void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
          p.threads, p.shared_bytes(), stream, a, p.in_shared);
 }
 
-}  // namespace
+}  // namespace cross_entropy_cu
 
 template <class T, class A>
 void run(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {

@@ -8,7 +8,7 @@
 
 namespace nitp {
 namespace cuda {
-namespace {
+inline namespace cross_entropy_gradient_cu {
 
 // Four blocks fill a multiprocessor with 64 registers a thread; left to itself the compiler takes 48 on sm_100a, and
 // spills.
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks)
   }
 }
 
-}  // namespace
+}  // namespace cross_entropy_gradient_cu
 
 template <class T, class A>
 void run(const CrossEntropyGradientRows<T, A>& a, int64_t rows, void* stream) {

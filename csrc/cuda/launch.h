@@ -1,5 +1,8 @@
 // The seam between the kernels and what runs them. nvcc: a launch on a stream. Any other C++ compiler:
 // tests/simt/simt.h, which has the same names and runs the same kernels on the CPU, cluster after cluster.
+//
+// A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one holds the path of the
+// build folder, and the same sources would give other bytes elsewhere.
 #pragma once
 #include <cstdint>
 
@@ -26,8 +29,11 @@ struct Blocks {
 }  // namespace nitp
 
 #ifdef __CUDACC__
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace nitp {
 namespace cuda {
@@ -115,13 +121,24 @@ __device__ S& peer(S& here, int rank) {
   return *there;
 }
 
-template <class... Arguments>
-void allow(void (*kernel)(Arguments...), int64_t shared_bytes) {
-  if (shared_bytes == 0) return;  // more than 48 KB, or the larger share of the first-level cache, only on request
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-        "shared memory");
+// More than 48 KB of shared memory, or the larger share of the first-level cache, only on request: once per kernel and
+// device, for as much as a block can have. The request holds for all host threads, so one for the bytes of a launch
+// would let another thread's launch fail.
+inline void allow(const void* kernel, int64_t shared_bytes) {
+  if (shared_bytes == 0) return;
+  static std::mutex one_at_a_time;
+  static std::set<std::pair<int, const void*>> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "no current device");
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  if (allowed.count({device, kernel})) return;
+  cudaFuncAttributes code;
+  check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
+  const int most = static_cast<int>(multiprocessor().shared_of_block) - static_cast<int>(code.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
         "shared memory");
+  allowed.insert({device, kernel});
 }
 
 // How many blocks of this size a cluster of the kernel can have, at most kMaxCluster. 1 where it is code for sm_80,
@@ -131,7 +148,7 @@ int largest_cluster(void (*kernel)(Arguments...), int threads, int64_t shared_by
   cudaFuncAttributes code;
   check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
   if (code.ptxVersion < 90) return 1;
-  allow(kernel, shared_bytes);
+  allow(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchConfig_t config{};
   config.gridDim = kMaxCluster, config.blockDim = threads, config.dynamicSmemBytes = shared_bytes;
   int blocks = 0;  // fewer on a slice of a device
@@ -143,7 +160,7 @@ template <class... Arguments>
 void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes, void* stream,
             Arguments... arguments) {
   if (blocks.count > INT32_MAX) throw std::runtime_error("nitp_ops row kernel: more blocks than a grid has");
-  allow(kernel, shared_bytes);
+  allow(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;
   shape.val.clusterDim.x = blocks.of_cluster, shape.val.clusterDim.y = 1, shape.val.clusterDim.z = 1;

@@ -5,7 +5,7 @@
 
 namespace nitp {
 namespace cuda {
-namespace {
+inline namespace scale_cu {
 
 // Enough for any device, and few where there is nothing to do: one block a tile took 0.08 ms over 1 GB that a factor
 // of one leaves alone.
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
-}  // namespace
+}  // namespace scale_cu
 
 template <class T, class A>
 void run(const ScaleRows<T, A>& given, int64_t rows, void* stream) {

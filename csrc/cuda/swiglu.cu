@@ -6,7 +6,7 @@
 
 namespace nitp {
 namespace cuda {
-namespace {
+inline namespace swiglu_cu {
 
 template <class T, int N>
 struct Operands {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads) swiglu_rows_backward(SwigluRowsBa
   over_tile(split<N>(a.columns, gate, up, upstream, d_gate, d_up), blockIdx.x % tiles_of_row, load, finish);
 }
 
-}  // namespace
+}  // namespace swiglu_cu
 
 template <class T>
 void run(const SwigluRows<T>& given, int64_t rows, void* stream) {
