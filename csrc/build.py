@@ -1,21 +1,29 @@
-"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11, build information) with ninja.
+"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11) with ninja; no torch is needed.
 
-The CUDA kernels are part of it wherever nvcc is on the PATH, whatever torch is installed (csrc/build_cuda.py)."""
+The CUDA kernels are part of it wherever a usable nvcc is found, whether or not a GPU is there (csrc/build_cuda.py).
+The portable wheel's library is linked for every Linux, and comes without the module (csrc/portable.py)."""
 
 from __future__ import annotations
 
+import json
+import os
 import platform
-import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parent
 CUDA = runpy.run_path(str(CSRC / "build_cuda.py"))
+PORTABLE = runpy.run_path(str(CSRC / "portable.py"))
+REVISION = runpy.run_path(str(CSRC / "revision.py"))
+#: Stripped; no library that the command names is left out.
+LINK = "-s -Wl,--no-as-needed -Wl,-soname,libnitp_ops.so -Wl,--version-script=exports.txt"
+EXPORTS = "{ global: nitp_ops_*; local: *; };\n"
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 #: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there.
 TARGET_FLAGS = {
@@ -25,149 +33,178 @@ TARGET_FLAGS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "gemm", "scale", "swiglu")
-# 2.11 is the oldest torch that the library loads into; newer ones keep the same binary interface.
-STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+#: What takes tensors: compiled once.
+ENTRIES = ("library", "build_info", "cpu/entry", "cpu/gemm_entry", "cpu/instruction_set", "cpu/populate")
 FLAGS = (
-    "-std=c++17 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wextra "
-    "-Wno-unused-parameter -DNDEBUG"
+    "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast -fvisibility=hidden "
+    "-Wall -Wextra -Wno-unused-parameter -DNDEBUG"
 )
+PROBE = "#include <optional>\n#include <tuple>\nint main() { return [](auto x) { return x; }(0); }\n"
 
 
-def find_torch() -> Path | None:
-    """The torch that this interpreter's own site-packages hold.
+class BuildError(RuntimeError):
+    """The compiled library cannot be built here; the message says why and what to do."""
 
-    Asked of a fresh isolated interpreter: inside pip's build isolation the running one cannot see it."""
-    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
-    answer = subprocess.run(
-        [sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return Path(answer) if answer and (Path(answer) / "include").is_dir() else None
-
-
-def why_not(torch: Path | None, compiler: str) -> str | None:
-    """The reason why the library cannot be built here, or None."""
-    if torch is None:
-        return f"no torch is installed for {sys.executable}"
-    if torch_version(torch) < (2, 11):
-        return f"torch {'.'.join(map(str, torch_version(torch)))} is older than 2.11"
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler ({compiler}) is on the PATH"
-    return None
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"nitp_ops: the compiled kernels cannot be built: {reason}. On Linux install a C++20 compiler (g++ >= 10, "
+            "or clang >= 14; CXX names another one); or set NITP_OPS_PURE=1 to install without compiled kernels on "
+            "purpose."
+        )
 
 
-def torch_version(torch: Path) -> tuple[int, int]:
-    match = re.search(r"__version__ = '(\d+)\.(\d+)", (torch / "version.py").read_text())
-    assert match, f"{torch / 'version.py'} states no version"
-    return int(match[1]), int(match[2])
+def find_compiler(portable: str | None = None) -> list[str]:
+    """The C++ compiler and its leading arguments, after it has compiled a small program.
+
+    Args:
+        portable: the machine that a portable library is for; a foreign one has a cross compiler.
+
+    Raises:
+        BuildError: it is absent, or too old, or cannot link what is asked for.
+    """
+    if sys.platform != "linux":
+        raise BuildError(f"they are built on Linux, this is {sys.platform}")
+    crossed = PORTABLE["cross_compiler"](portable) if portable else None
+    asked = None if crossed else os.environ.get("CXX")
+    compiler = crossed or (shlex.split(asked) if asked else ["g++" if shutil.which("g++") else "c++"])
+    name = f"CXX={asked}" if asked else f"the C++ compiler {compiler[0]}"
+    if shutil.which(compiler[0]) is None:
+        raise BuildError(f"{name} is not on the PATH")
+    command = [*compiler, *FLAGS.split(), "-x", "c++", "-fsyntax-only", "-"]
+    done = subprocess.run(command, input=PROBE, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{name} does not compile C++20 ({_first_line(done.stderr)})")
+    reason = PORTABLE["unusable"](portable, compiler) if portable else None
+    if reason:
+        raise BuildError(reason)
+    return compiler
 
 
-def build(torch: Path, compiler: str, work: Path, package: Path, module_name: str) -> None:
-    """Writes work/build.ninja, runs it, and puts both shared objects into the folder `package`."""
-    import pybind11
+def build(
+    compiler: Sequence[str], work: Path, package: Path, module_name: str | None, portable: str | None = None
+) -> None:
+    """Writes work/build.ninja, runs it, and puts the library and the module into the folder `package`.
 
+    Args:
+        module_name: the file name of _C; None leaves it out.
+        portable: "x86_64" or "aarch64" for a library that every Linux on such a machine loads; else it is for this one.
+
+    Raises:
+        BuildError: a compile or a link failed; its own output comes before.
+    """
     work.mkdir(parents=True, exist_ok=True)
     package.mkdir(parents=True, exist_ok=True)
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    flags = f"{FLAGS} {STABLE_ABI}{' -DNITP_X86' if x86 else ''}"
-    includes = f"-isystem {quote(torch / 'include')}"
-    objects = [("instruction_set", CSRC / "cpu/instruction_set.cpp", flags)]
-    objects += [
-        (name, CSRC / f"{path}.cpp", f"{flags} {includes}")
-        for name, path in (
-            ("library", "library"),
-            ("entry", "cpu/entry"),
-            ("gemm_entry", "cpu/gemm_entry"),
-            ("populate", "cpu/populate"),
-        )
-    ]
+    machine = portable or platform.machine()
+    link(work / "csrc", CSRC)
+    cxx, x86 = shlex.join(compiler), machine == "x86_64"
+    flags = f"{FLAGS}{' -DNITP_X86' if x86 else ''}"
+    objects = [(Path(source).name, f"csrc/{source}.cpp", flags) for source in ENTRIES]
     for target in TARGET_FLAGS if x86 else ("portable",):
-        for kernel in KERNELS:
-            objects.append(
-                (
-                    f"{kernel}.{target}",
-                    CSRC / f"cpu/{kernel}.cpp",
-                    f"{flags} -DNITP_TARGET={target} {TARGET_FLAGS[target]}",
-                )
-            )
-    nvcc = CUDA["find_nvcc"]()
+        own = f"{flags} -DNITP_TARGET={target} {TARGET_FLAGS[target]}"
+        objects += [(f"{kernel}.{target}", f"csrc/cpu/{kernel}.cpp", own) for kernel in KERNELS]
+    nvcc = CUDA["find_nvcc"]() if machine == platform.machine() else None
     if nvcc:
-        objects.append(("cuda_entry", CSRC / "cuda/entry.cpp", f"{flags} {includes} -I{quote(CSRC / 'cuda')}"))
-    python = f"-isystem {quote(sysconfig.get_path('include'))} -isystem {quote(Path(pybind11.get_include()))}"
-    described = build_defines(torch, compiler, flags, nvcc)
-    library, module = package / "libnitp_ops.so", package / module_name
+        objects.append(("cuda_entry", "csrc/cuda/entry.cpp", f"{flags} -Icsrc/cuda"))
+    write_facts(work / "facts.json", cxx, flags, nvcc)
+    library = package / "libnitp_ops.so"
+    stub = torch_stub(compiler, work)
+    linker, runtimes = PORTABLE["linker"](machine, compiler, work) if portable else (compiler, [])
+    (work / "exports.txt").write_text(EXPORTS)
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {compiler}",
-        # messages of the library name files of the source tree, not of the machine that built it
-        f"paths = -ffile-prefix-map={quote(CSRC)}=csrc -ffile-prefix-map={quote(torch)}=torch",
+        f"cxx = {escape_value(cxx)}",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags $paths -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        "  command = $cxx -shared -s $in -o $out $flags",
+        f"  command = {escape_value(shlex.join(linker))} -shared $in -o $out $flags",
     ]
     cuda_lines, cuda_objects, cuda_linked = cuda_rules(nvcc)
     lines += cuda_lines
-    for name, source, object_flags in objects:
-        lines += [f"build {name}.o: compile {escape(source)}", f"  flags = {object_flags}"]
-    lines += [
-        f"build module.o: compile {escape(CSRC / 'module.cpp')} | kernels.inc",
-        f"  flags = {FLAGS} {python} -I{quote(work)} {described}",
-    ]
-    linked = (
-        f"-Wl,--no-as-needed -L{quote(torch / 'lib')} -ltorch_cpu -lc10 -ldl -Wl,-soname,libnitp_ops.so {cuda_linked}"
-    )
+    for name, source, own in objects:
+        generated = " | build_info.inc" if name == "build_info" else ""
+        lines += [f"build {name}.o: compile {source}{generated}", f"  flags = {own} -I."]
     lines += [
         f"build {escape(library)}: link {' '.join([*(f'{name}.o' for name, *_ in objects), *cuda_objects])}",
-        f"  flags = {linked}",
+        f"  flags = {LINK} {' '.join(map(quote, [stub, *runtimes]))} -ldl {cuda_linked}",
+        *(module_rules(library, package / module_name, work) if module_name else ()),
     ]
-    beside = f"-L{quote(package)} -l:libnitp_ops.so -Wl,-rpath,'$$ORIGIN'"
-    lines += [f"build {escape(module)}: link module.o | {escape(library)}", f"  flags = {beside}"]
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
-    subprocess.run([ninja(), "-C", str(work)], check=True)
+    if subprocess.run([ninja(), "-C", str(work)], check=False).returncode:
+        raise BuildError("a compile or a link failed, see above")
+
+
+def link(name: Path, folder: Path) -> None:
+    """Compilers see the same names in every build: the same bytes come out, and a cache finds what another compiled."""
+    if name.is_symlink():
+        name.unlink()
+    name.symlink_to(folder.resolve(), target_is_directory=True)
+
+
+def module_rules(library: Path, module: Path, work: Path) -> list[str]:
+    """nitp_ops._C links against the library beside it."""
+    import pybind11
+
+    link(work / "pybind11", Path(pybind11.get_include()))
+    python = f"-isystem {quote(sysconfig.get_path('include'))} -isystem pybind11"
+    beside = f"-L{quote(library.parent)} -l:{library.name} -Wl,-rpath,'$$ORIGIN'"
+    return [
+        "build module.o: compile csrc/module.cpp",
+        f"  flags = {FLAGS} {python}",
+        f"build {escape(module)}: link module.o | {escape(library)}",
+        f"  flags = -s {beside}",
+    ]
+
+
+def torch_stub(compiler: Sequence[str], work: Path) -> Path:
+    """An empty libtorch_cpu.so to link with: the library then asks for torch's by this name.
+
+    The symbols stay undefined until the library is loaded, which is after torch."""
+    stub = work / "stub/libtorch_cpu.so"
+    stub.parent.mkdir(exist_ok=True)
+    command = [*compiler, "-shared", "-nostdlib", "-x", "c++", os.devnull, "-o", str(stub)]
+    command += ["-Wl,--no-as-needed", f"-Wl,-soname,{stub.name}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BuildError(f"{shlex.join(compiler)} links no shared library ({_first_line(done.stderr)})")
+    return stub
 
 
 def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
     """Lines of build.ninja, objects, and flags of the link; without nvcc only an empty table of kernels."""
     kernels = CUDA["KERNELS"] if nvcc else ()
     lines = [
-        f"nvcc = {nvcc}",
+        f"nvcc = {escape_value(quote(nvcc or ''))}",
         "rule nvcc",
         "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || (cat $out.txt; exit 1)",
         "  depfile = $out.d",
         "  deps = gcc",
-        "rule table",
-        f"  command = {quote(sys.executable)} {quote(CSRC / 'build_cuda.py')} table $out $in",
+        "rule facts",
+        f"  command = {quote(sys.executable)} csrc/build_cuda.py facts $out $in",
     ]
     for name in kernels:
-        lines += [f"build {name}.cu.o | {name}.cu.o.txt: nvcc {escape(CSRC / f'cuda/{name}.cu')}"]
-        lines += [f"  flags = {CUDA['flags']()}"]
-    lines.append(f"build kernels.inc: table {' '.join(f'{name}.cu.o.txt' for name in kernels)}")
+        lines += [f"build {name}.cu.o | {name}.cu.o.txt: nvcc csrc/cuda/{name}.cu"]
+        lines += [f"  flags = {CUDA['flags'](nvcc)}"]
+    reports = " ".join(f"{name}.cu.o.txt" for name in kernels)
+    lines.append(f"build build_info.inc: facts facts.json {reports}")
     linked = f"-L{quote(CUDA['libraries'](nvcc))} -lcudart_static -lrt -lpthread" if nvcc else ""
     return lines, [f"{name}.cu.o" for name in kernels], linked
 
 
-def build_defines(torch: Path, compiler: str, flags: str, nvcc: str | None) -> str:
-    version = re.search(r"__version__ = '([^']+)'", (torch / "version.py").read_text())
-    compiled_by = subprocess.run(
-        [compiler, "--version"], capture_output=True, text=True, check=True
-    ).stdout.splitlines()[0]
-    git = subprocess.run(
-        ["git", "-C", str(CSRC), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def write_facts(file: Path, cxx: str, flags: str, nvcc: str | None) -> None:
+    """What `nitp_ops.build_info` tells, but for the CUDA kernels' report; left alone where nothing changed."""
+    compiled_by = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True, check=False)
     facts = {
-        "TORCH": version[1] if version else "unknown",
-        "COMPILER": compiled_by,
-        "FLAGS": flags,
-        "COMMIT": git.stdout.strip() or "unknown",
-        "CUDA": CUDA["version"](nvcc) if nvcc else "",
-        "CUDA_ARCHITECTURES": " ".join(CUDA["ARCHITECTURES"]) if nvcc else "",
+        "cuda": CUDA["version"](nvcc) if nvcc else None,
+        "cuda_architectures": list(CUDA["architectures"](nvcc)) if nvcc else [],
+        "compiler": _first_line(compiled_by.stdout),
+        "flags": flags,
+        "commit": REVISION["commit"](),
     }
-    return " ".join(shlex.quote(f'-DNITP_BUILD_{key}="{value}"') for key, value in facts.items())
+    text = json.dumps(facts)
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
 
 
 def ninja() -> str:
@@ -184,4 +221,12 @@ def quote(path: Path | str) -> str:
 
 
 def escape(path: Path) -> str:
-    return str(path.resolve()).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+    return escape_value(str(path.resolve())).replace(" ", "$ ").replace(":", "$:")
+
+
+def escape_value(text: str) -> str:
+    return text.replace("$", "$$")
+
+
+def _first_line(text: str) -> str:
+    return next((line.strip() for line in text.splitlines() if line.strip()), "no message")

@@ -43,7 +43,7 @@ native = runpy.run_path(str(Path("csrc/build.py").resolve()))
 module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 of_module = native["build"].__globals__
 of_module["FLAGS"] = of_module["FLAGS"].replace("-O3", "-O1")  # half the time to compile; -O0 would not sum in lanes
-native["build"](native["find_torch"](), "g++", Path("native").resolve(), Path("nitp_ops").resolve(), module)
+native["build"](native["find_compiler"](), Path("native").resolve(), Path("nitp_ops").resolve(), module)
 """
 
 

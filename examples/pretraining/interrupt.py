@@ -62,7 +62,10 @@ class Stop:
 
 @contextmanager
 def until_loaded(program: str) -> Iterator[None]:
-    """Inside the context (the import of torch takes seconds) a signal ends the process with one line, code 128 + it."""
+    """Inside the context, in which a program imports what it needs, what goes wrong is one line.
+
+    The import of torch takes seconds: a signal ends the process with code 128 + its number. A package that is not
+    installed ends it with 1, and what to install."""
 
     def stop(number: int, _: FrameType | None) -> None:
         # Not an exception: half-imported extension modules turn a KeyboardInterrupt into errors of their own.
@@ -72,4 +75,9 @@ def until_loaded(program: str) -> Iterator[None]:
             os._exit(128 + number)
 
     with on_signals(stop):
-        yield
+        try:
+            yield
+        except ModuleNotFoundError as absent:
+            if str(absent.name).startswith("pretraining"):
+                raise
+            sys.exit(f'{program}: {absent.name} is not installed: pip install "nitp_ops[examples]"')

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import nitp_ops
-from nitp_ops import rows
+from nitp_ops import _library, rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,6 +60,4 @@ def commit() -> str:
 def _kernels() -> str:
     if rows.missing is not None:
         return "none"
-    from nitp_ops import _C  # after the check: it links against the operator library
-
-    return _C.instruction_set()
+    return _library.instruction_set()
