@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._devices import with_float64
 from .reference import in_square_range
 
 _EPS = torch.finfo(torch.float64).eps
@@ -204,7 +205,7 @@ class Accumulator:
         check_tensor(x, "Accumulator.update")
         if x.shape[-1] != self.width:
             raise ValueError(f"Accumulator.update: x has shape {tuple(x.shape)}, expected (..., {self.width})")
-        rows = x.detach().reshape(-1, self.width)
+        rows = with_float64(x.detach()).reshape(-1, self.width)
         check_finite(rows, "Accumulator.update")
         for start in range(0, rows.shape[0], block := max(1, _BLOCK_ELEMENTS // self.width)):
             part = rows[start : start + block].to(torch.float64)

@@ -57,14 +57,14 @@ def alignment(
             dtype (on CUDA float64 meets only float64). Both get gradients; detach the target to stop its gradient.
         distance: the row of the table above.
         eps: lower bound of each norm (cosine).
-        backend: None (the device decides), "native", "triton" or "reference".
+        backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
         ``[...]``, float32 (float64 when either input is float64).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown distance.
-        BackendError: no row kernels for this device.
+        BackendError: the backend that was asked for does not serve this device.
 
     Example:
         >>> import torch, nitp_ops
@@ -94,7 +94,7 @@ def alignment(
     return _forward(prediction, target, DISTANCES[distance], eps, chosen)
 
 
-@torch.library.custom_op("nitp_ops::alignment", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("nitp_ops::alignment", mutates_args=())
 def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: str) -> Tensor:
     p, z = Rows(prediction), Rows(target)
     dtype = reference.working(prediction, target)
@@ -111,7 +111,7 @@ def _(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: st
     return prediction.new_empty(prediction.shape[:-1], dtype=reference.working(prediction, target))
 
 
-@torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=())
 def _backward(
     prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
 ) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check
+from . import _check, _library
 
 #: Default workspace on CPU: small ones stay in the last-level cache and in memory that glibc keeps.
 LEAST_BYTES = 32 * 2**20
@@ -64,7 +64,7 @@ def rows_per_chunk(
 def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that will be written as a whole: on CPU the pages of a block that glibc maps afresh come at once."""
     block = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and block.nbytes > _MAPPED_BYTES:
+    if device.type == "cpu" and block.nbytes > _MAPPED_BYTES and _library.load_error is None:
         torch.ops.nitp_ops.populate_(block)
     return block
 

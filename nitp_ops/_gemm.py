@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _check, rows
+from . import _check, _library
 from ._chunks import EVEN_ROWS, workspace
 
 #: A block of a weight that is cast, or of a product that is summed, at a time: it stays in the second-level cache.
@@ -20,8 +20,10 @@ _NARROW = (torch.bfloat16, torch.float16)
 #: A product by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many
 #: and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md).
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
+#: Where a GEMM writes columns of a wider matrix; on MPS it left them unwritten (pytorch issue 104832).
+_STRIDED_OUT = frozenset({"cpu", "cuda"})
 #: Asked once: torch 2.11 cannot trace the question.
-_AUTOCAST = frozenset(device for device in ("cpu", "cuda") if torch.amp.is_autocast_available(device))
+_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
 
 
 def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto") -> torch.dtype:
@@ -43,17 +45,9 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
     return torch.float32 if device == "cpu" and dtype in _WITHOUT_PRODUCTS else dtype
 
 
-if rows.missing is None:
-    from . import _C  # links against the operator library, which `rows` has loaded
-else:
-    _C = None
-
-
 def has_own(device: str, dtype: torch.dtype) -> bool:
     """Whether this library multiplies such numbers itself: on CPUs with AVX2 or AVX-512 that MKL is not made for."""
-    if _C is None or device != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    return _C.has_gemm()
+    return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _library.has_gemm()
 
 
 def torch_has_bfloat16() -> bool:
@@ -134,7 +128,11 @@ class Weight:
     def times(self, x: Tensor, out: Tensor) -> Tensor:
         """out = x W^T."""
         for block in self.blocks:
-            matmul(x, self.matrix[block].to(self.dtype).t(), out[:, block])
+            of_block, into = self.matrix[block].to(self.dtype).t(), out[:, block]
+            if into.is_contiguous() or out.device.type in _STRIDED_OUT:
+                matmul(x, of_block, into)
+            else:
+                into.copy_(matmul(x, of_block, torch.empty_like(into, memory_format=torch.contiguous_format)))
         return out
 
     def back(self, upstream: Tensor, out: Tensor) -> Tensor:
@@ -158,7 +156,7 @@ class WeightGradient:
         same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (2 if on_cpu else 1))
         self.in_gemm = same or _widens(like.device, gemm_dtype)
         sum_dtype = gemm_dtype if same else torch.float32
-        fitting = BLOCK_BYTES // max(1, shape[1] * gemm_dtype.itemsize)
+        fitting = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_ON_GPU) // max(1, shape[1] * gemm_dtype.itemsize)
         self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
         pieces = max(1, 4 * shape.numel() // _PIECE_BYTES) if on_cpu and sum_dtype != dtype else 1
         rows = -(-max(1, shape[0]) // (pieces * self.block_rows)) * self.block_rows
@@ -182,8 +180,10 @@ class WeightGradient:
             product = matmul(part, b, block[: len(into)])
             if self.empty:
                 into.copy_(product)
-            else:
+            elif into.device.type == "cpu" and _library.load_error is None:
                 torch.ops.nitp_ops.accumulate_rows_(into, product)
+            else:
+                into += product
 
     def result(self) -> Tensor:
         """The gradient; the sum is gone."""

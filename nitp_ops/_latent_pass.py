@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference, rows
+from ._devices import sum_dtype
 from ._gemm import gemm_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 from ._latent_chunks import Options, Pairs, Projector, Wanted, form
@@ -39,7 +40,7 @@ def latent_pass(
     return loss, stats.detach()
 
 
-@torch.library.custom_op("nitp_ops::latent_pass", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("nitp_ops::latent_pass", mutates_args=())
 def _latent_pass(
     hidden: Tensor,
     gate: Tensor | None,
@@ -64,7 +65,7 @@ def _latent_pass(
     asked = Wanted(wanted[0], wanted[1] or wanted[2], wanted[3])
     options = Options(distance, eps, chunk_bytes, dtype)
     losses, stats, gradients = form(pairs, Projector(gate, up, down), options, asked, rows.kernels(backend))
-    return losses if per_row else losses.sum(dtype=torch.float64).to(losses.dtype), stats, gradients
+    return losses if per_row else losses.sum(dtype=sum_dtype(losses.device)).to(losses.dtype), stats, gradients
 
 
 @_latent_pass.register_fake

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _check
+from ._devices import with_float64
 from .reference import in_square_range
 
 # 2**22 numbers: the largest temporary of a probe, 32 MiB in float64 and 16 MiB in float32.
@@ -113,16 +114,17 @@ def split_rows(
             _check.has_shape(op, name, tensor, hidden.shape[:-1])
             _check.same_device(op, name, tensor, "hidden", hidden)
     _check.has_dtype(op, "token_ids", token_ids, (torch.int64,))
+    hidden, token_ids = with_float64(hidden), with_float64(token_ids)
     tokens = token_ids.reshape(-1, length)
     counts = torch.arange(length, device=hidden.device).expand_as(tokens) + offset < length
     ahead = (torch.arange(length, device=hidden.device) + offset).clamp(max=length - 1)
     if document_ids is not None:
         _check.has_dtype(op, "document_ids", document_ids, (torch.int64, torch.int32))
-        documents = document_ids.reshape(-1, length)
+        documents = document_ids.to(hidden.device).reshape(-1, length)
         counts = counts & (documents >= 0) & (documents[:, ahead] == documents)
     if target_mask is not None:
         _check.has_dtype(op, "target_mask", target_mask, (torch.bool,))
-        counts = counts & target_mask.reshape(-1, length)[:, ahead]
+        counts = counts & target_mask.to(hidden.device).reshape(-1, length)[:, ahead]
     tested = _held_out(op, held_out, leading, seed, hidden.device).unsqueeze(-1)
     flat, targets = hidden.detach().reshape(-1, d), tokens[:, ahead].reshape(-1)
 

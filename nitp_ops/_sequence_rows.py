@@ -25,14 +25,14 @@ def gathered_job(job: HeadJob, group: dist.ProcessGroup) -> HeadJob:
     of_rows = job.token_weight is not None and job.token_weight.dim() > 0
     columns = [job.labels.reshape(count, job.labels.shape[-1] if many else 1)]
     if job.target_weight is not None:
-        columns.append(_as_integers(job.target_weight.reshape(columns[0].shape)))
+        columns.append(_as_integers(job.target_weight.to(work).reshape(columns[0].shape)))
     if job.token_weight is not None and of_rows:
-        columns.append(_as_integers(job.token_weight.expand(leading).reshape(count, 1)))
+        columns.append(_as_integers(job.token_weight.to(work).expand(leading).reshape(count, 1)))
     packed = torch.cat(columns, 1)
     whole = packed.new_empty(group.size() * count, packed.shape[1])
     all_gather(whole, packed, group=group)
     labels, *weights = (part.contiguous() for part in whole.split([column.shape[1] for column in columns], 1))
-    weights = [weight.view(torch.float64).to(work) for weight in weights]
+    weights = [weight.to(_bits(work)).view(work) for weight in weights]
     hidden = GatheredRows.apply(job.hidden.reshape(count, job.hidden.shape[-1]), group, job.hidden_grad_out, work)
     job = job._replace(hidden=hidden, labels=labels if many else labels.view(-1), hidden_grad_out=None, max_rows=None)
     job = job._replace(target_weight=weights[0]) if many else job
@@ -40,8 +40,12 @@ def gathered_job(job: HeadJob, group: dist.ProcessGroup) -> HeadJob:
 
 
 def _as_integers(weight: Tensor) -> Tensor:
-    """The bits of float64: weights travel beside labels."""
-    return weight.to(torch.float64).contiguous().view(torch.int64)
+    """The bits: weights travel beside labels."""
+    return weight.contiguous().view(_bits(weight.dtype)).to(torch.int64)
+
+
+def _bits(work: torch.dtype) -> torch.dtype:
+    return torch.int64 if work == torch.float64 else torch.int32
 
 
 class GatheredRows(torch.autograd.Function):

@@ -20,7 +20,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Args:
         gate, up: ``[..., m]``, one shape, device and dtype (float64, float32, bfloat16 or float16). Strided rows are
             read in place. Arithmetic runs in float32 (float64 for float64) and is rounded once.
-        backend: None (the device decides), "native", "triton" or "reference".
+        backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
         ``[..., m]`` in the dtype of gate.
@@ -28,7 +28,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError: not a tensor, or an unserved or different dtype.
         ValueError: different shapes or devices, or an unknown backend.
-        BackendError: no row kernels for this device.
+        BackendError: the backend that was asked for does not serve this device.
 
     Example:
         >>> import torch, nitp_ops
@@ -50,7 +50,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     return _forward(gate, up, chosen)
 
 
-@torch.library.custom_op("nitp_ops::swiglu", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("nitp_ops::swiglu", mutates_args=())
 def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = Rows(gate), Rows(up)
@@ -64,7 +64,7 @@ def _(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=())
 def _backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     g, u, dy = Rows(gate), Rows(up), Rows(upstream)
     shape = (g.count, gate.shape[-1])

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import _check, reference, rows
 from ._chunks import Piece, Rows, length_of, packed, place, rows_per_chunk, select, with_zeros, workspace
+from ._devices import sum_dtype
 from ._gemm import Weight, WeightGradient, direct, even_rows, widest
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._vocab_shard import ReducedRows, ShardRows, VocabShard
@@ -153,7 +154,7 @@ class _Sums:
         self.scales, self.keep = scales, keep
         # a NaN weight shows even where max_rows leaves its row out
         spoiled = torch.cat(scales).isnan().any()
-        self.loss = torch.zeros((), dtype=torch.float64, device=device).masked_fill_(spoiled, float("nan"))
+        self.loss = torch.zeros((), dtype=sum_dtype(device), device=device).masked_fill_(spoiled, float("nan"))
         self.d_hidden = [
             torch.zeros(job.hidden.shape, dtype=formed_dtype(job.hidden, job.buffer), device=device)
             if job.wanted
@@ -223,7 +224,7 @@ class _JobRows:
                 head.logit_scale, differentiate,
             )  # fmt: skip
         sums.place(self.index, part, values)
-        sums.loss += torch.where(scale != 0, values.stats[0] * scale, 0).sum(dtype=torch.float64)
+        sums.loss += torch.where(scale != 0, values.stats[0] * scale, 0).sum(dtype=sums.loss.dtype)
 
 
 def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], unit: Tensor | None) -> None:

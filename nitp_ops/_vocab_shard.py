@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ._devices import for_sums, sum_dtype
 from ._gemm import Weight, direct
 
 #: By their names from torch 2.13 on, and before.
@@ -52,12 +53,12 @@ class ShardRows:
         self.group, self.sizes, rank = shard.process_group, shard.sizes, shard.rank
         self.first, self.here = sum(shard.sizes[:rank]), shard.sizes[rank]
         self.vocabulary = sum(shard.sizes)
-        weights = job.class_weight
+        weights, sums = job.class_weight, sum_dtype(job.row_weight.device)
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = [job.row_weight.new_full((), size, dtype=torch.float64) for size in self.sizes]
+            masses = [job.row_weight.new_full((), size, dtype=sums) for size in self.sizes]
         else:
-            masses = [own.sum(dtype=torch.float64) for own in weights.split(self.sizes)]
+            masses = [own.sum(dtype=sums) for own in weights.split(self.sizes)]
         self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
 
     def __call__(
@@ -75,10 +76,10 @@ class ShardRows:
         inside = present & (labels >= 0) & (labels < self.vocabulary)
         w = torch.ones_like(values.target_logit) if weight is None else weight
         # a label outside [0, V) poisons its row
-        w = w.double().where(inside, float("nan")).where(present, 0)
+        w = for_sums(w).where(inside, float("nan")).where(present, 0)
         mass, lse = w.sum(1), top + log_sum
         # differences: the large common offset cancels before anything is rounded to it
-        gaps = log_sum.unsqueeze(1) + (top.unsqueeze(1) - values.target_logit.double())
+        gaps = log_sum.unsqueeze(1) + (top.unsqueeze(1) - for_sums(values.target_logit))
         loss = (1 - e) * torch.where(w == 0, 0, w * gaps).sum(1)
         factor, off = (1 - e) * mass, torch.zeros_like(mass)
         if e > 0:
@@ -96,7 +97,7 @@ class ShardRows:
         if not gradient or self.here == 0:
             return
         live = counted & (scale != 0)
-        wide = scale.double()
+        wide = for_sums(scale)
         factors = [top, (wide * factor / total).where(live, 0), (wide * off).where(live, 0)]
         at = (wide.unsqueeze(1) * (1 - e) * w).where(owned & live.unsqueeze(1), 0)
         self.kernels.cross_entropy_gradient_rows_(
@@ -126,7 +127,7 @@ class ShardRows:
         all_gather(gathered, packed, group=self.group)
         gathered = gathered.view(ranks, len(packed), rows)
         names = [name for name, flag in wanted.items() if flag]
-        found = {name: gathered[:, 1 + place].double() for place, name in enumerate(names)}
+        found = {name: for_sums(gathered[:, 1 + place]) for place, name in enumerate(names)}
         return found | {"best": gathered[:, 0].contiguous().view(bits), "targets": gathered[:, 1 + len(names) :]}
 
     def _softmax(self, fields: dict[str, Tensor], values: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from ._accumulator import (
     spectral_floor,
     unit_rows,
 )
+from ._devices import with_float64
 from ._probes import Probe, knn_probe, linear_probe
 
 __all__ = [
@@ -42,7 +43,7 @@ RankDefinition = Literal["covariance", "singular"]
 
 def _rows(x: torch.Tensor, function: str) -> torch.Tensor:
     check_tensor(x, function)
-    rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float64)
+    rows = with_float64(x.detach()).reshape(-1, x.shape[-1]).to(torch.float64)
     if rows.shape[0] < 2:
         raise ValueError(f"{function}: x has shape {tuple(x.shape)}, expected at least 2 rows")
     check_finite(rows, function)

@@ -1,8 +1,9 @@
 """Who serves the row kernels: the tensor's device decides, through PyTorch's dispatcher.
 
 `csrc/library.cpp` holds the schemas; the library registers its kernels for CPU and, where a CUDA compiler built them,
-for CUDA. Where it did not, `nitp_ops.triton` registers its own for CUDA tensors, on the first of them. An op asks
-`choose` once at its door and takes the row kernels by name from `kernels`; a refusal lists every backend's reason.
+for CUDA. Where it did not, `nitp_ops.triton` registers its own for CUDA tensors, on the first of them. Every other
+device, and a CPU without the library, is served by `torch_rows`: the same algorithm, row kernels of torch operations.
+A public function asks `choose` once and takes the row kernels by name from `kernels`.
 """
 
 from __future__ import annotations
@@ -11,34 +12,15 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import _check
+from . import _check, _library
+from ._library import LIBRARY, users_stacklevel
+from ._library import load_error as missing
 
-BACKENDS = ("native", "triton", "reference")
-_ABSENT = "it was installed without its compiled library (install torch and g++, then reinstall nitp_ops)"
-LIBRARY = Path(__file__).parent / "libnitp_ops.so"
-
-
-def _load() -> str | None:
-    """Loads the compiled kernels; the reason when there are none."""
-    if not LIBRARY.exists():
-        return _ABSENT
-    try:
-        torch.ops.load_library(str(LIBRARY))
-    except (OSError, RuntimeError) as error:
-        return f"the compiled library does not load: {str(error).splitlines()[0]}"
-    return None
-
-
-if not LIBRARY.exists():
-    warnings.warn(f"nitp_ops: no compiled row kernels: {_ABSENT}", RuntimeWarning, stacklevel=2)
-
-#: None when the compiled kernels are loaded, else why they are not.
-missing: str | None = _load()
+BACKENDS = ("native", "triton", "torch", "reference")
 
 
 def _compiled_for_cuda() -> bool:
@@ -56,7 +38,7 @@ def _load_triton() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     try:
-        importlib.import_module("nitp_ops.triton")
+        importlib.import_module(".triton", __package__)
     except Exception as error:  # whatever a broken installation raises: it is one backend's reason, not a crash
         return f"the Triton kernels do not load: {error!r}"
     return None
@@ -75,44 +57,73 @@ def installed(backend: str) -> bool:
     """Whether all that the backend needs is there, so that a refusal means that it is broken."""
     if backend == "triton":
         return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
-    return backend == "reference" or LIBRARY.exists()
+    return backend in ("torch", "reference") or LIBRARY.exists()
 
 
 def refusal(device: torch.device, backend: str = "native") -> str | None:
-    """Why the row kernels of `backend` ("native" or "triton") cannot serve tensors on `device`, or None."""
+    """Why the row kernels of `backend` ("native", "triton" or "torch") cannot serve tensors on `device`, or None."""
+    if backend == "torch":
+        return None
     if backend == "triton":
         return triton_missing() if device.type == "cuda" else "its row kernels serve cuda tensors only"
     if missing is not None:
         return missing
     if device.type not in _COMPILED_FOR:
         return f"no compiled row kernels for {device.type} tensors"
+    if device.type == "cuda" and torch.cuda.is_available():
+        return _library.cuda_refusal(device.index or 0)
     return None
 
 
 def choose(op: str, device: torch.device, backend: str | None) -> str:
-    """The backend that runs this call: "native" where compiled kernels serve the device, else "triton"; or `backend`.
+    """The backend that runs this call: "native" where compiled kernels serve the device, else "triton", else "torch",
+    after one RuntimeWarning per device type; or `backend`.
 
     Raises:
         ValueError: an unknown backend.
-        BackendError: none, or not the one asked for, serves the device; the message lists every reason.
+        BackendError: the one asked for does not serve the device; the message lists every reason.
     """
-    if backend is not None:
-        _check.one_of(op, "backend", backend, BACKENDS)
-    if backend == "reference":
+    if backend is None:
+        for name in ("native", "triton"):
+            if refusal(device, name) is None:
+                return name
+        if device.type != "cpu":  # of CPU tensors the import has told
+            _say_torch_serves(device.type)
+        return "torch"
+    _check.one_of(op, "backend", backend, BACKENDS)
+    if backend == "reference" or refusal(device, backend) is None:
         return backend
-    for name in ("native", "triton") if backend is None else (backend,):
-        if refusal(device, name) is None:
-            return name
-    reasons = " ".join(f"{name}: {refusal(device, name) or 'serves them'}." for name in ("native", "triton"))
-    refused = "no backend for" if backend is None else f"backend={backend!r} does not serve"
+    reasons = " ".join(f"{name}: {refusal(device, name) or 'serves them'}." for name in ("native", "triton", "torch"))
     raise _check.BackendError(
-        f"{op}: {refused} {device.type} tensors. {reasons} reference: only on request, backend='reference'."
+        f"{op}: backend={backend!r} does not serve {device.type} tensors. {reasons} reference: only on request, "
+        "backend='reference'."
+    )
+
+
+def _say_torch_serves(kind: str) -> None:
+    _warn_of_torch(kind)
+
+
+# As triton_missing: nothing of it is traced.
+_say_torch_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _warn_of_torch(kind: str) -> None:
+    reasons = "; ".join(f"{name}: {refusal(torch.device(kind), name)}" for name in ("native", "triton"))
+    warnings.warn(
+        f"nitp_ops: {kind} tensors are served by backend='torch', same memory bound but slower ({reasons})",
+        RuntimeWarning,
+        stacklevel=users_stacklevel(),
     )
 
 
 def kernels(backend: str) -> Any:
     """The row kernels by the names of csrc/library.cpp, for a backend that `choose` returned.
 
-    "native": the dispatcher's, which go by the tensor's device; "triton": Triton's own, also where compiled ones exist.
+    "native": the dispatcher's, which go by the tensor's device; "triton" and "torch": their own, also where compiled
+    ones exist.
     """
-    return importlib.import_module("nitp_ops.triton") if backend == "triton" else torch.ops.nitp_ops
+    if backend == "native":
+        return torch.ops.nitp_ops
+    return importlib.import_module(".triton" if backend == "triton" else ".torch_rows", __package__)

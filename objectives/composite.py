@@ -153,7 +153,7 @@ class CompositeObjective(Sealed, KeepsValues):
         losses, sums = self._run(streams, parts, coefficients)
         for name, own in sums.items():
             # a NaN under a weight of zero shows in the term's own numbers, not in its contribution
-            own["weighted"] = torch.where(weights[name] == 0, 0, weights[name] * own["loss"].double())
+            own["weighted"] = torch.where(weights[name] == 0, 0, weights[name] * own["loss"])
             own |= {"denominator": local[parts[name].denominator], "count": local[name]}
         return Output(sum(losses[1:], start=losses[0]), Metrics(sums))
 

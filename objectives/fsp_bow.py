@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nitp_ops._devices import sum_dtype
+
 from .base import Context, LatentPart, LatentTerm
 from .heads import through_head
 from .model_info import ModelInfo
@@ -88,9 +90,8 @@ class FSPBagOfWords(LatentTerm):
         total, rows = through_head(module, [context.guard(h).flatten(0, 1)], use)
         loss = total / (info.vocab_size * context.normalizer[""])
         sizes = [inside.sum() for *_, inside in self._bags(ahead, 0, max(1, h.shape[0] * h.shape[1]))]
-        return {
-            "": LatentPart(loss, rows.sum(dtype=torch.float64) / info.vocab_size, {"tokens": torch.stack(sizes).sum()})
-        }
+        total_loss = rows.sum(dtype=sum_dtype(rows.device)) / info.vocab_size
+        return {"": LatentPart(loss, total_loss, {"tokens": torch.stack(sizes).sum()})}
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         parameters = info.vocab_size * info.hidden_size

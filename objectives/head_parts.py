@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from nitp_ops import HeadJob, TokenStats
+from nitp_ops._devices import for_sums
 
 from .base import HeadRows
 
@@ -55,7 +56,7 @@ class HeadPart:
 
     def sums(self, stats: TokenStats) -> Sums:
         """SUM (token weights included, the part's weight not) and the rows whose first target is predicted."""
-        losses = stats.loss.double()
+        losses = for_sums(stats.loss)
         if self.rows.token_weight is not None:
             weight = self.rows.token_weight
             losses = torch.where(weight == 0, 0, losses * weight)

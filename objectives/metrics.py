@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nitp_ops._devices import for_sums
+
 from .collectives import all_reduce, is_distributed
 from .floor import floor_and_skill
 
@@ -43,7 +45,7 @@ class Metrics:
     """
 
     def __init__(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.sums = {part: {name: x.detach().double() for name, x in own.items()} for part, own in sums.items()}
+        self.sums = {part: {name: for_sums(x.detach()) for name, x in own.items()} for part, own in sums.items()}
 
     def __add__(self, other: Metrics) -> Metrics:
         if not isinstance(other, Metrics):

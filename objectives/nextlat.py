@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitp_ops import alignment
+from nitp_ops._devices import for_sums
 
 from .base import Context, HeadReading, LatentPart, LatentTerm
 from .heads import embedded
@@ -100,7 +101,7 @@ class NextLat(LatentTerm):
             weighted = [getattr(self, f"{name}_weight") * loss for name, loss in sums.items()]
             total = torch.stack(weighted).sum()
             means = {name: loss.detach() for name, loss in sums.items()}
-            return LatentPart(total / context.normalizer[""], total.detach().double(), means)
+            return LatentPart(total / context.normalizer[""], for_sums(total.detach()), means)
 
         if not self.kl_weight:
             return {"": finish()}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitp_ops import alignment, implicit_token_loss, reference, swiglu
+from nitp_ops._devices import sum_dtype
 
 from .base import Context, LatentPart, LatentTerm
 from .floor import unit_target_sum
@@ -131,7 +132,7 @@ class NITP(LatentTerm):
         means = {"prediction_norm": prediction_norm.sum(), "target_norm": target_norm.sum()}
         cosine = self.distance == "cosine"
         units = unit_target_sum(z, target_norm, valid, shift, self.eps) if cosine else None
-        return {"": LatentPart(loss, rows.sum(dtype=torch.float64), means, units)}
+        return {"": LatentPart(loss, rows.sum(dtype=sum_dtype(rows.device)), means, units)}
 
     def _one_sided(
         self, h: Tensor, z: Tensor, shift: int, matrices: Matrices, valid: Tensor, context: Context

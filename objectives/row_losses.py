@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nitp_ops._devices import sum_dtype
+
 from .model_info import ModelInfo
 
 #: Logits of one chunk: 64 MiB in float32, of which a formula holds a few copies. On a GPU no chunk has fewer rows than
@@ -69,7 +71,7 @@ class _RowLosses(torch.autograd.Function):
         work = torch.promote_types(weight.dtype, torch.float32)
         losses, d_hidden = [], []
         d_weight = torch.zeros_like(weight, dtype=work) if wanted[1] else None
-        least = LEAST_ROWS_ON_GPU if hidden.is_cuda else 1
+        least = 1 if hidden.device.type == "cpu" else LEAST_ROWS_ON_GPU
         step = max(least, CHUNK_LOGITS // weight.shape[0])
         for first in range(0, max(1, len(hidden)), step):
             rows = slice(first, first + step)
@@ -92,7 +94,7 @@ class _RowLosses(torch.autograd.Function):
         ctx.mark_non_differentiable(rows_of_all)
         # copied: an output that is also an intermediate result loses its gradient to it under torch.compile of torch
         # 2.11 (pytorch issue 180642)
-        return rows_of_all.sum(dtype=torch.float64).to(work, copy=True), rows_of_all
+        return rows_of_all.sum(dtype=sum_dtype(rows_of_all.device)).to(work, copy=True), rows_of_all
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from nitp_ops._devices import for_sums, sum_dtype
+
 from .schema import field_types, is_int, number_problem, of_64_bits, shown, suggestion, type_problem
 
 
@@ -51,8 +53,8 @@ class Ramp:
         object.__setattr__(self, "to", float(self.to))
 
     def at(self, step: int | Tensor) -> Tensor:
-        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 on the step's device."""
-        step = torch.as_tensor(step, dtype=torch.float64)
+        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 (float32 where there is none), on its device."""
+        step = for_sums(torch.as_tensor(step))
         x = ((step - self.begin) / max(self.warmup, 1)).clamp(0.0, 1.0)
         if self.shape == "cosine":
             x = (1 - torch.cos(math.pi * x)) / 2
@@ -96,8 +98,8 @@ class Piecewise:
         object.__setattr__(self, "points", tuple(pairs))
 
     def at(self, step: int | Tensor) -> Tensor:
-        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 on the step's device."""
-        step = torch.as_tensor(step, dtype=torch.float64)
+        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 (float32 where there is none), on its device."""
+        step = for_sums(torch.as_tensor(step))
         weight = torch.zeros_like(step)
         for begin, value in self.points:
             weight = torch.where(step >= begin, value, weight)
@@ -162,9 +164,9 @@ def as_weight(value: object) -> Weight:
 
 
 def weight_at(weight: Weight, step: int | Tensor | None, device: torch.device) -> Tensor:
-    """The weight at a step as a 0-d float64 tensor on ``device``."""
+    """The weight at a step as a 0-d float64 tensor (float32 on a device without it) on ``device``."""
     if isinstance(weight, int | float):
-        return torch.full((), weight, dtype=torch.float64, device=device)
+        return torch.full((), weight, dtype=sum_dtype(device), device=device)
     assert step is not None
     now = step.to(device) if isinstance(step, Tensor) else torch.full((), step, device=device)
     return weight.at(now)

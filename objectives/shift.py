@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nitp_ops import _check
+
 from .sequence_shard import columns
 from .streams import Streams
 
@@ -32,7 +34,7 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
         IndexError: such a token is a target of the position before it.
     """
     tokens = streams.tokens
-    if torch.compiler.is_compiling() or type(tokens) is not Tensor or tokens.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(tokens) is not Tensor or not _check.host_reads(tokens.device):
         return
     targets, (here, known) = _targets(streams), _documents(streams)
     wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != streams.ignore_index)

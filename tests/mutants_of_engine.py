@@ -6,8 +6,8 @@ from mutants_of_objectives import Mutant
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/composite.py", " * part.term.part_weight(part.piece)", "", "objectives_mtp_sequential"),
-    Mutant("objectives/composite.py", "torch.where(weights[name] == 0, 0, weights[name] * own[\"loss\"].double())",
-           "weights[name] * own[\"loss\"].double()", "objectives_metrics"),
+    Mutant("objectives/composite.py", "torch.where(weights[name] == 0, 0, weights[name] * own[\"loss\"])",
+           "weights[name] * own[\"loss\"]", "objectives_metrics"),
     Mutant("objectives/composite.py", "readers.count(name) > 1", "readers.count(name) > 2", "objectives_plan"),
     Mutant("objectives/composite.py", "(p.dim() == 2) == matrices]", "True]", "objectives_build"),
     Mutant("objectives/metrics.py", '["denominator"].clamp(min=1)', '["denominator"]', "objectives_metrics"),
@@ -44,4 +44,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/drafting.py", "min(limit, end - known - 1)", "limit", "objectives_draft"),
     Mutant("objectives/drafting.py", "trunk.cut(known + right)", "trunk.cut(known + len(drafts))", "objectives_draft"),
     Mutant("objectives/drafters.py", "block.cut(kept)", "block.cut(state.shape[1])", "objectives_draft"),
+    Mutant("nitp_ops/_cross_entropy.py", "            torch.autograd.graph.increment_version(logits)\n", "",
+           "cross_entropy"),
+    Mutant("nitp_ops/_cross_entropy.py", "0, row_weight * upstream)", "0, row_weight)", "cross_entropy"),
+    Mutant("nitp_ops/_cross_entropy.py", "(row_weight == 0) | (upstream == 0)", "row_weight == 0", "cross_entropy"),
+    Mutant("nitp_ops/_cross_entropy.py", "    prediction.masked_fill_(~keep, -1)\n", "", "cross_entropy"),
+    Mutant("nitp_ops/_cross_entropy.py", "torch.where(weight == 0, 0, weight * stats[0])", "weight * stats[0]",
+           "cross_entropy"),
 )  # fmt: skip

@@ -36,9 +36,7 @@ def test_a_row_of_weight_zero_has_no_gradient_whatever_the_unembedding_holds(chu
     labels[2] = -100
 
     def loss() -> Tensor:
-        return nitp_ops.linear_cross_entropy(
-            hidden, weight, labels, token_weight=token_weight, chunk_bytes=chunk_bytes, backend="native"
-        )
+        return nitp_ops.linear_cross_entropy(hidden, weight, labels, token_weight=token_weight, chunk_bytes=chunk_bytes)
 
     if on_gpu:
         with without_reading():
@@ -95,7 +93,7 @@ def test_an_invalid_pair_has_no_gradient_whatever_the_projector_holds():
     down[2, 3] = INF
     valid = torch.tensor([[True, False, True, False, True, True]])
     with without_reading():
-        loss = nitp_ops.implicit_token_loss(hidden, target, gate, up, down, valid=valid, backend="native")
+        loss = nitp_ops.implicit_token_loss(hidden, target, gate, up, down, valid=valid)
         (gradient,) = torch.autograd.grad(loss, hidden)
     assert not gradient[0, [1, 3, 5]].any() and gradient[0, [0, 2, 4]].isnan().any(-1).all()
 

@@ -40,6 +40,12 @@ def calls(labels=LABELS):
                 h, TARGET.to(h.dtype), g, u, d, reduction=r
             ),
         )
+        yield (
+            f"cross_entropy-{reduction}",
+            lambda h, w, g, u, d, r=reduction: nitp_ops.cross_entropy(
+                h, labels.clamp(max=5), bias=w[0], reduction=r, z_loss=0.1, return_stats=True
+            )[0],
+        )
     yield (
         "linear_cross_entropy-weighted-targets",
         lambda h, w, g, u, d: nitp_ops.linear_cross_entropy(
@@ -159,14 +165,15 @@ def test_autocast_decides_the_gemm_dtype_and_gradients_keep_their_inputs_dtype()
     assert all(g.dtype == torch.float32 for g in gradients)
 
 
-def test_a_missing_library_is_refused_with_every_reason(monkeypatch):
+def test_without_the_library_torch_serves_and_native_is_refused_with_every_reason(monkeypatch):
     monkeypatch.setattr(nitp_ops.rows, "missing", "the compiled library does not load: no such symbol")
+    assert nitp_ops.swiglu(torch.ones(2), torch.ones(2)).shape == (2,)
     with pytest.raises(nitp_ops.BackendError, match=r"native: the compiled library does not load.*reference: only on"):
-        nitp_ops.swiglu(torch.ones(2), torch.ones(2))
-    assert nitp_ops.swiglu(torch.ones(2), torch.ones(2), backend="reference").shape == (2,)
+        nitp_ops.swiglu(torch.ones(2), torch.ones(2), backend="native")
 
 
-def test_other_devices_are_refused_by_name():
+def test_other_devices_have_no_compiled_kernels(monkeypatch):
+    monkeypatch.setattr(nitp_ops.rows, "missing", None)
     meta = torch.empty(2, 3, device="meta")
     assert nitp_ops.swiglu(meta, meta).shape == (2, 3)
     refusal = nitp_ops.rows.refusal(torch.device("xpu"))
@@ -212,6 +219,7 @@ def test_vmap_is_refused_by_name():
     hidden, weight, gate, up, down = (x.detach() for x in tensors())
     for wrong in (
         lambda h: nitp_ops.linear_cross_entropy(h, weight, EVERY_ROW[0]),
+        lambda h: nitp_ops.cross_entropy(h, torch.zeros(5, dtype=torch.int64)),
         lambda h: nitp_ops.implicit_token_loss(h, h, gate, up, down),
         lambda h: nitp_ops.swiglu(h, h),
         lambda h: nitp_ops.alignment(h, h),

@@ -10,7 +10,7 @@ import torch
 
 import nitp_ops
 from nitp_ops import __main__ as command
-from nitp_ops import rows
+from nitp_ops import _library, rows
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 NEEDS_TRITON = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
@@ -29,6 +29,7 @@ def a_gpu(monkeypatch):
     """As on a machine with a GPU whose kernels no CUDA compiler built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
+    monkeypatch.setattr(_library, "cuda_refusal", lambda index: None)
     rows._load_triton.cache_clear()
     yield
     rows._load_triton.cache_clear()
@@ -141,9 +142,11 @@ def test_a_refusal_lists_every_reason(a_gpu, monkeypatch):
         rows.choose("swiglu", CUDA, "native")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     rows._load_triton.cache_clear()
-    everything = r"no backend for cuda tensors. native: no compiled .* triton: torch sees no GPU. reference: only"
+    everything = (
+        r"backend='triton' does not serve cuda tensors. native: no compiled .* triton: torch sees no GPU. torch: "
+    )
     with pytest.raises(nitp_ops.BackendError, match=everything):
-        rows.choose("swiglu", CUDA, None)
+        rows.choose("swiglu", CUDA, "triton")
 
 
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
@@ -166,8 +169,12 @@ def test_doctor_says_why_triton_is_off(monkeypatch, capsys):
 
 @NEEDS_TRITON
 def test_doctor_calls_a_triton_that_does_not_load_broken(a_gpu, monkeypatch, capsys):
-    def broken(name):
-        raise RuntimeError(f"{name} is broken")
+    found = rows.importlib.import_module
+
+    def broken(name, package):
+        if name == ".triton":
+            raise RuntimeError(f"{package}{name} is broken")
+        return found(name, package)
 
     monkeypatch.setattr(rows.importlib, "import_module", broken)
     assert command.doctor() == 1

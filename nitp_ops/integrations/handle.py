@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from nitp_ops._devices import sum_dtype
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 from nitp_ops.objectives.module_call import is_fully_sharded
 from nitp_ops.objectives.schema import is_int, of_64_bits
@@ -226,7 +227,7 @@ class Handle:
         if self._counts is not None or items is None:
             return self._counts
         labels = label_count(fields)
-        inverse = torch.as_tensor(items, dtype=torch.float64, device=labels.device) / labels
+        inverse = torch.as_tensor(items, dtype=sum_dtype(labels.device), device=labels.device) / labels
         inverse = torch.where(labels == 0, torch.inf, inverse)  # 0 / 0 where the whole window has no label
         counts = self.objective.count(streams).items()
         return Counts({part: count.clamp(min=1) * inverse for part, count in counts}, batches=inverse)
@@ -244,7 +245,8 @@ class Handle:
         )
         if counts is not None:
             ranks = counts.group_size if self._gradient_reduction == "mean" else 1
-            own = own * (ranks / torch.as_tensor(counts.batches, dtype=torch.float64, device=own.device)).to(own.dtype)
+            batches = torch.as_tensor(counts.batches, dtype=sum_dtype(own.device), device=own.device)
+            own = own * (ranks / batches).to(own.dtype)
         return loss + own
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

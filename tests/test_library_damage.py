@@ -1,0 +1,66 @@
+"""A compiled library that does not load: the loader's reason at the user's line, and every op works all the same."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nitp_ops
+
+ROOT = Path(__file__).parents[1]
+#: The first bytes of a shared object for aarch64.
+FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little") + (183).to_bytes(2, "little") + bytes(44)
+USE = """
+import nitp_ops, torch
+hidden = torch.randn(4, 8, requires_grad=True)
+nitp_ops.linear_cross_entropy(hidden, torch.randn(16, 8), torch.arange(4)).backward()
+print("gradient", bool(hidden.grad.abs().sum() > 0))
+"""
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The package as it is installed, without its library."""
+    package = tmp_path / "nitp_ops"
+    shutil.copytree(ROOT / "nitp_ops", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "objectives", package / "objectives", ignore=shutil.ignore_patterns("__pycache__"))
+    return package
+
+
+def run(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "always", *arguments]
+    return subprocess.run(command, cwd=copy.parent, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "file too short"), (b"x" * 4096, "invalid ELF header"), (FOREIGN, "cannot open shared object file|ELF")],
+)
+def test_the_loaders_reason_is_told_at_the_users_line(copy, content, reason):
+    (copy / "libnitp_ops.so").write_bytes(content)
+    script = copy.parent / "user.py"
+    script.write_text(USE)
+    done = run(copy, str(script))
+    assert done.returncode == 0 and done.stdout == "gradient True\n", done.stderr
+    told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert len(told) == 1 and told[0].startswith(f"{script}:2: RuntimeWarning: nitp_ops: no compiled row kernels")
+    assert "does not load" in told[0] and any(word in told[0] for word in reason.split("|"))
+    doctor = run(copy, "-m", "nitp_ops", "doctor")
+    assert doctor.returncode == 1 and "native     BROKEN: " in doctor.stdout and "torch      ok" in doctor.stdout
+
+
+def test_without_a_library_torch_serves_and_doctor_says_that_nothing_runs_compiled(copy):
+    assert run(copy, "-c", USE).stdout == "gradient True\n"
+    doctor = run(copy, "-m", "nitp_ops", "doctor")
+    assert doctor.returncode == 1 and "native     off: it was installed without" in doctor.stdout
+    assert "reference  ok" in doctor.stdout
+
+
+def test_env_and_version_say_which_copy_is_meant(copy):
+    assert f"package  {copy}\n" in run(copy, "-m", "nitp_ops", "env").stdout
+    done = run(copy, "-m", "nitp_ops", "--version")
+    assert done.returncode == 0 and done.stdout == f"nitp_ops {nitp_ops.__version__}\n"
