@@ -14,9 +14,10 @@ from typing import Any
 # torch first: the compiled library takes its symbols from torch's.
 import torch  # noqa: F401
 
-from . import geometry, reference
+from . import geometry, layers, reference
 from ._alignment import AlignmentStats, alignment
 from ._check import BackendError
+from ._cross_entropy import cross_entropy
 from ._explain import ChunkPlan, explain
 from ._head_job import HeadJob, TokenEntropyStats, TokenStats
 from ._implicit_token_loss import implicit_token_loss
@@ -37,9 +38,11 @@ __all__ = [
     "TokenEntropyStats",
     "TokenStats",
     "alignment",
+    "cross_entropy",
     "explain",
     "geometry",
     "implicit_token_loss",
+    "layers",
     "linear_cross_entropy",
     "reference",
     "shared_linear_cross_entropy",
@@ -50,7 +53,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # The one arrow that runs up: `import nitp_ops` must not pay for the registry and its plugins.
     if name in ("objectives", "integrations"):
-        return importlib.import_module(f"nitp_ops.{name}")
+        return importlib.import_module(f".{name}", __name__)
     if name == "attach":
-        return importlib.import_module("nitp_ops.integrations").attach
+        return importlib.import_module(".integrations", __name__).attach
     raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _check, reference
 from ._gemm import gemm_dtype
+from ._reference_rows import of_live_rows
 from ._token_chunks import Job, RowValues, given, present
 from ._token_pass import Unembedding
 from ._vocab_shard import VocabShard
@@ -64,20 +65,14 @@ def head_of(
 ) -> Unembedding:  # fmt: skip
     """Checks the arguments that all jobs share; of a sharded vocabulary they are the part of this rank."""
     _check.is_plain(op, "unembedding", unembedding)
-    _check.is_plain(op, "bias", bias)
     _check.is_float(op, "unembedding", unembedding)
     if unembedding.dim() != 2 or (unembedding.shape[0] == 0 and shard is None):
         raise ValueError(f"{op}: unembedding has shape {tuple(unembedding.shape)}, expected [V, d] with V >= 1")
-    if bias is not None:
-        _check.is_float(op, "bias", bias)
-        _check.has_shape(op, "bias", bias, unembedding.shape[:1], "[V]")
-        _check.same_device(op, "bias", bias, "unembedding", unembedding)
-    _check.integer(op, "ignore_index", ignore_index)
+    cap, scale = transform_of(
+        op, "unembedding", unembedding, len(unembedding), bias, ignore_index, softcap, logit_scale
+    )
     if logits_dtype != "auto" and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
-    work = reference.working(unembedding)
-    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
-    scale = _check.number(op, "logit_scale", logit_scale, least=0.0, open_end=True, dtype=work)
     if chunk_bytes is not None:
         _check.integer(op, "chunk_bytes", chunk_bytes, least=1)
     if buffer is not None:
@@ -85,65 +80,88 @@ def head_of(
     return Unembedding(op, unembedding, bias, ignore_index, cap, scale, logits_dtype, chunk_bytes, buffer, shard)
 
 
+def transform_of(
+    op: str, like: str, logits: Tensor, columns: int, bias, ignore_index, softcap, logit_scale
+) -> tuple[float, float]:
+    """Checks what the logits go through; (softcap, scale), a softcap of 0 for none. logits: of their dtype and device,
+    the argument `like`."""
+    _check.is_plain(op, "bias", bias)
+    if bias is not None:
+        _check.is_float(op, "bias", bias)
+        _check.has_shape(op, "bias", bias, (columns,), "[V]")
+        _check.same_device(op, "bias", bias, like, logits)
+    _check.integer(op, "ignore_index", ignore_index)
+    work = reference.working(logits)
+    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
+    return cap, _check.number(op, "logit_scale", logit_scale, least=0.0, open_end=True, dtype=work)
+
+
 def check_job(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
     if not isinstance(job, HeadJob):
         raise TypeError(f"{op}: {prefix.rstrip('.')} is a {type(job).__name__}, expected a HeadJob")
-    _check_rows(op, job, head, prefix)
-    _check_weights(op, job, head, prefix)
-    smoothing = _check.number(op, f"{prefix}label_smoothing", job.label_smoothing, least=0.0)
-    if smoothing > 1:
-        raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
-    _check.number(op, f"{prefix}z_loss", job.z_loss, least=0.0, dtype=reference.working(head.unembedding))
+    hidden, weight = job.hidden, head.unembedding
+    _check.is_plain(op, f"{prefix}hidden", hidden)
+    _check.is_float(op, f"{prefix}hidden", hidden)
+    _check.has_dim(op, f"{prefix}hidden", hidden, 1, "[..., d]")
+    if hidden.shape[-1] != weight.shape[1]:
+        expected = (*hidden.shape[:-1], weight.shape[1])
+        raise ValueError(
+            f"{op}: {prefix}hidden has shape {tuple(hidden.shape)}, expected {expected} (unembedding's width)"
+        )
+    _check.same_device(op, f"{prefix}hidden", hidden, "unembedding", weight)
+    if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
+        came, expected = _check.name_of(hidden.dtype), _check.name_of(weight.dtype)
+        raise TypeError(f"{op}: {prefix}hidden is {came}, expected {expected} (float64 does not mix with other dtypes)")
+    check_targets(op, job, "hidden", head.vocabulary, head.ignore_index, prefix)
     if job.max_rows is not None:
         _check.integer(op, f"{prefix}max_rows", job.max_rows, least=0)
     if job.hidden_grad_out is not None:
         _check.is_buffer(op, f"{prefix}hidden_grad_out", job.hidden_grad_out, f"{prefix}hidden", job.hidden)
+
+
+def check_targets(op: str, job: HeadJob, rows: str, vocabulary: int, ignore_index: int, prefix: str = "") -> None:
+    """Everything of a job but its rows, which are the argument `rows`."""
+    _check_labels(op, job, rows, prefix)
+    _check_weights(op, job, rows, vocabulary, prefix)
+    smoothing = _check.number(op, f"{prefix}label_smoothing", job.label_smoothing, least=0.0)
+    if smoothing > 1:
+        raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
+    _check.number(op, f"{prefix}z_loss", job.z_loss, least=0.0, dtype=reference.working(job.hidden))
     if _check.plain(job.labels):  # by value, with the index in the caller's shape; while tracing the pass checks them
         several = job.target_weight is not None
-        _check.labels_inside(op, f"{prefix}labels", job.labels, head.ignore_index, head.vocabulary, several)
+        _check.labels_inside(op, f"{prefix}labels", job.labels, ignore_index, vocabulary, several)
 
 
-def _check_rows(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
+def _check_labels(op: str, job: HeadJob, rows: str, prefix: str) -> None:
     hidden, labels = job.hidden, job.labels
-    for name in ("hidden", "labels", "token_weight", "target_weight", "class_weight"):
-        _check.is_plain(op, prefix + name, getattr(job, name))
-    _check.is_float(op, f"{prefix}hidden", hidden)
     leading = hidden.shape[:-1]
+    _check.is_plain(op, f"{prefix}labels", labels)
     _check.is_tensor(op, f"{prefix}labels", labels)
     _check.has_dtype(op, f"{prefix}labels", labels, (torch.int64,))
-    _check.has_dim(op, f"{prefix}hidden", hidden, 1, "[..., d]")
-    if hidden.shape[-1] != head.unembedding.shape[1]:
-        expected = (*leading, head.unembedding.shape[1])
-        raise ValueError(
-            f"{op}: {prefix}hidden has shape {tuple(hidden.shape)}, expected {expected} (unembedding's width)"
-        )
     if job.target_weight is None:
         if labels.dim() == hidden.dim() and labels.shape[:-1] == leading:
             raise ValueError(
                 f"{op}: {prefix}target_weight is None, expected {tuple(labels.shape)} beside labels with "
                 f"{labels.shape[-1]} targets a row"
             )
-        _check.has_shape(op, f"{prefix}labels", labels, leading, "hidden's without its last axis")
+        _check.has_shape(op, f"{prefix}labels", labels, leading, f"{rows} without its last axis")
     elif labels.dim() != hidden.dim() or labels.shape[:-1] != leading:
         expected = f"({', '.join([*map(str, leading), 'K'])})"
         raise ValueError(
             f"{op}: {prefix}labels has shape {tuple(labels.shape)}, expected {expected} (target_weight came)"
         )
-    for name, tensor in (("hidden", hidden), ("labels", labels)):
-        _check.same_device(op, prefix + name, tensor, "unembedding", head.unembedding)
-    if (hidden.dtype == torch.float64) != (head.unembedding.dtype == torch.float64):
-        came, expected = _check.name_of(hidden.dtype), _check.name_of(head.unembedding.dtype)
-        raise TypeError(f"{op}: {prefix}hidden is {came}, expected {expected} (float64 does not mix with other dtypes)")
+    _check.same_device(op, f"{prefix}labels", labels, prefix + rows, hidden)
 
 
-def _check_weights(op: str, job: HeadJob, head: Unembedding, prefix: str) -> None:
+def _check_weights(op: str, job: HeadJob, rows: str, vocabulary: int, prefix: str) -> None:
     for name in ("token_weight", "target_weight", "class_weight"):
         weight = getattr(job, name)
+        _check.is_plain(op, prefix + name, weight)
         if weight is None:
             continue
         _check.is_float(op, prefix + name, weight)
         _check.no_gradient(op, prefix + name, weight)
-        _check.same_device(op, prefix + name, weight, "unembedding", head.unembedding)
+        _check.same_device(op, prefix + name, weight, prefix + rows, job.hidden)
     if job.target_weight is not None:
         _check.has_shape(op, f"{prefix}target_weight", job.target_weight, job.labels.shape, "the labels'")
     if job.token_weight is not None:
@@ -153,14 +171,14 @@ def _check_weights(op: str, job: HeadJob, head: Unembedding, prefix: str) -> Non
         except RuntimeError:
             _check.has_shape(op, f"{prefix}token_weight", job.token_weight, leading, "one a row")
     if job.class_weight is not None:
-        _check.has_shape(op, f"{prefix}class_weight", job.class_weight, (head.vocabulary,), "[V]")
+        _check.has_shape(op, f"{prefix}class_weight", job.class_weight, (vocabulary,), "[V]")
         if job.target_weight is not None:
             raise ValueError(f"{op}: {prefix}class_weight came with target_weight, expected one of them")
 
 
-def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
-    """The job as flat rows: [N, K] labels and weights in the working precision."""
-    work, rows, ignored = reference.working(head.unembedding), job.hidden.shape[:-1], head.ignore_index
+def labelled(op: str, job: HeadJob, ignored: int, prefix: str = "") -> Job:
+    """The job as flat rows: [N, K] labels and weights in the working precision; ignored: the absent label."""
+    work, rows = reference.working(job.hidden), job.hidden.shape[:-1]
     many, device = job.target_weight is not None, job.labels.device
     labels = job.labels.reshape(math.prod(rows), job.labels.shape[-1] if many else 1)
     target_weight = None if job.target_weight is None else job.target_weight.to(work).reshape(labels.shape)
@@ -177,7 +195,7 @@ def labelled(job: HeadJob, head: Unembedding, prefix: str = "") -> Job:
         count = int(present(labels, ignored, many).sum())
         if count > job.max_rows:
             came = f"{prefix}max_rows is {job.max_rows}"
-            raise ValueError(f"{head.op}: {came}, expected at least {count}, the rows that count")
+            raise ValueError(f"{op}: {came}, expected at least {count}, the rows that count")
     return Job(
         hidden=job.hidden,
         labels=labels,
@@ -215,16 +233,32 @@ def stats_of(values: RowValues, jobs: Sequence[HeadJob]) -> list[Any]:
     return split
 
 
-def labels_of(live: Tensor, job: HeadJob, head: Unembedding) -> Tensor:
+def labels_of(live: Tensor, job: HeadJob, ignore_index: int) -> Tensor:
     """The labels of the rows that are live, bool [...] or 0-d; those of the others are absent."""
     dead = ~live if job.target_weight is None or live.dim() == 0 else ~live.unsqueeze(-1)
-    return job.labels.masked_fill(dead, head.ignore_index)
+    return job.labels.masked_fill(dead, ignore_index)
 
 
 def reference_options(head: Unembedding) -> dict[str, Any]:
     softcap = head.softcap or None
     options = {"bias": head.bias, "ignore_index": head.ignore_index}
     return options | {"softcap": softcap, "logit_scale": head.logit_scale}
+
+
+def reference_loss(
+    job: HeadJob, unembedding: Tensor | None, reduction: str, normalizer: Any, return_stats: bool | str, **options: Any
+) -> Any:
+    """What the op returns, by the reference; no unembedding: the rows of the job are logits."""
+    names = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
+    terms = {name: getattr(job, name) for name in names} | {"reduction": reduction, "normalizer": normalizer}
+    bias, others = options["bias"], {name: value for name, value in options.items() if name != "bias"}
+
+    def formula(live: Tensor | None, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        labels = job.labels if live is None else labels_of(live, job, options["ignore_index"])
+        return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, **terms, **others)
+
+    loss = of_live_rows(formula, job.hidden, unembedding, bias)
+    return (loss, _reference_stats(job, unembedding, return_stats == "entropy", options)) if return_stats else loss
 
 
 def for_reference(job: HeadJob, head: Unembedding) -> tuple[HeadJob, Tensor]:
@@ -243,8 +277,11 @@ def for_reference(job: HeadJob, head: Unembedding) -> tuple[HeadJob, Tensor]:
     return job._replace(hidden=job.hidden.to(dtype)), head.unembedding.to(dtype)
 
 
+def reference_stats(job: HeadJob, head: Unembedding) -> Any:
+    return _reference_stats(*for_reference(job, head), False, reference_options(head))
+
+
 @torch.no_grad()
-def reference_stats(job: HeadJob, head: Unembedding, entropy: bool = False) -> Any:
-    job, unembedding = for_reference(job, head)
-    stats = TokenEntropyStats(*reference.token_stats(job, unembedding, **reference_options(head)))
+def _reference_stats(job: HeadJob, unembedding: Tensor | None, entropy: bool, options: dict[str, Any]) -> Any:
+    stats = TokenEntropyStats(*reference.token_stats(job, unembedding, **options))
     return stats if entropy else TokenStats(*stats[:4])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _check, reference, rows
 from ._alignment import DISTANCES, AlignmentStats
+from ._devices import sum_dtype
 from ._latent_chunks import Pairs, Projector
 from ._latent_pass import latent_pass
 from ._linear_cross_entropy import REDUCTIONS
@@ -70,14 +71,14 @@ def implicit_token_loss(
         hidden_grad_out: a contiguous float32 buffer (float64 for float64) of hidden's shape that the backward pass adds
             the gradient into, upstream included; autograd then gives None for hidden.
         return_stats: also return `AlignmentStats`, ``[..., T]`` each.
-        backend: None (the device decides), "native", "triton" or "reference".
+        backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
         The loss in float32 (float64 for float64), 0-d or ``[..., T]``; with return_stats ``(loss, AlignmentStats)``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        BackendError: no row kernels for this device.
+        BackendError: the backend that was asked for does not serve this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
@@ -131,7 +132,7 @@ def implicit_token_loss(
     keep = reference.pairs(hidden, valid, shift)
     if max_rows is not None and _check.plain(hidden) and int(keep.sum()) > max_rows:
         raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
-    scale = torch.ones((), dtype=torch.float64, device=hidden.device)
+    scale = torch.ones((), dtype=sum_dtype(hidden.device), device=hidden.device)
     if reduction == "mean":
         scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
     scale = scale.to(reference.working(hidden, target))

@@ -18,13 +18,11 @@ from ._head_job import (
     for_reference,
     head_of,
     labelled,
-    labels_of,
+    reference_loss,
     reference_options,
-    reference_stats,
     stats_of,
     tensors_of,
 )
-from ._reference_rows import of_live_rows
 from ._token_pass import Unembedding, token_pass
 
 _OP = "linear_cross_entropy"
@@ -101,7 +99,7 @@ def linear_cross_entropy(
             shape that every backward pass adds the gradient into, upstream included; autograd then gives None for that
             input. Also a pass that asks for other gradients only adds to it.
         return_stats: True: also return `TokenStats`; "entropy": `TokenEntropyStats`, with the entropy of each row.
-        backend: None (the device decides), "native", "triton" or "reference".
+        backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
         The loss in float32 (float64 for float64), 0-d or ``[...]``; with return_stats ``(loss, stats)``.
@@ -109,7 +107,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not `ignore_index`.
-        BackendError: no row kernels for this device.
+        BackendError: the backend that was asked for does not serve this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
@@ -136,33 +134,27 @@ def token_loss(
 ) -> Any:
     """`linear_cross_entropy` of arguments in their bundles."""
     op = head.op
+    check_outputs(op, reduction, normalizer, return_stats, reference.working(head.unembedding))
+    check_job(op, job, head, "")
+    chosen = rows.choose(op, job.hidden.device, backend)
+    if chosen == "reference":
+        widened = for_reference(job, head)
+        return reference_loss(*widened, reduction, normalizer, return_stats, **reference_options(head))
+    _check.plain_autograd(op, head.unembedding, head.bias, *tensors_of(job))
+    flat = labelled(op, job, head.ignore_index)
+    if reduction == "mean":
+        count = counted(flat, head.ignore_index) if normalizer is None else normalizer
+        flat = flat._replace(row_weight=flat.row_weight / count)
+    loss, values = token_pass([flat], head, chosen, per_row=reduction == "none", entropy=return_stats == "entropy")
+    loss = loss.view(job.hidden.shape[:-1]) if reduction == "none" else loss
+    return (loss, stats_of(values, [job])[0]) if return_stats else loss
+
+
+def check_outputs(op: str, reduction: str, normalizer: Any, return_stats: bool | str, work: torch.dtype) -> None:
     _check.one_of(op, "reduction", reduction, REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f"{op}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
-        _check.scalar(op, "normalizer", normalizer, reference.working(head.unembedding))
+        _check.scalar(op, "normalizer", normalizer, work)
     if not isinstance(return_stats, bool) and return_stats != "entropy":
         raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
-    check_job(op, job, head, "")
-    entropy = return_stats == "entropy"
-    chosen = rows.choose(op, job.hidden.device, backend)
-    if chosen == "reference":
-        widened, weight = for_reference(job, head)
-        names = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
-        terms = {name: getattr(job, name) for name in names} | {"reduction": reduction, "normalizer": normalizer}
-        options: dict[str, Any] = terms | reference_options(head)
-
-        def formula(live: Tensor | None, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            labels = job.labels if live is None else labels_of(live, job, head)
-            return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
-
-        loss = of_live_rows(formula, widened.hidden, weight, options.pop("bias"))
-        return (loss, reference_stats(job, head, entropy)) if return_stats else loss
-    _check.plain_autograd(op, head.unembedding, head.bias, *tensors_of(job))
-    flat = labelled(job, head)
-    if reduction == "mean":
-        count = counted(flat, head.ignore_index) if normalizer is None else normalizer
-        flat = flat._replace(row_weight=flat.row_weight / count)
-    loss, values = token_pass([flat], head, chosen, per_row=reduction == "none", entropy=entropy)
-    loss = loss.view(job.hidden.shape[:-1]) if reduction == "none" else loss
-    return (loss, stats_of(values, [job])[0]) if return_stats else loss

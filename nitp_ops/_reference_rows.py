@@ -39,11 +39,12 @@ class _LiveRows(torch.autograd.Function):
         with torch.enable_grad():
             # views: one tensor may have come twice, and gets a gradient for each
             tensors = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
-            wanted = [x for x, needed in zip(tensors, ctx.needs_input_grad[1:], strict=True) if needed]
+            needed = ctx.needs_input_grad[1:]
+            wanted = [x for x, flag in zip(tensors, needed, strict=True) if flag and x is not None]
             losses = ctx.formula(upstream != 0, *tensors)
         if losses.requires_grad:
             found = torch.autograd.grad(losses, wanted, upstream, create_graph=again, materialize_grads=True)
         else:  # no row is left
             found = [torch.zeros_like(x) for x in wanted]
         gradients = iter(found)
-        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
+        return None, *(next(gradients) if flag else None for flag in needed)

@@ -91,13 +91,15 @@ def shared_token_loss(
         def formula(live: Tensor | None, weight: Tensor, bias: Tensor | None, *hidden: Tensor) -> Tensor:
             given = [job._replace(hidden=x) for job, x in zip(jobs, hidden, strict=True)]
             if live is not None:
-                given = [job._replace(labels=labels_of(live, job, head)) for job in given]
+                given = [job._replace(labels=labels_of(live, job, head.ignore_index)) for job in given]
             return reference.shared_linear_cross_entropy(given, weight, bias=bias, **options)
 
         loss = of_live_rows(formula, weight, options.pop("bias"), *(job.hidden for job, _ in widened))
         return loss, tuple(reference_stats(job, head) for job in jobs)
     _check.plain_autograd(op, head.unembedding, head.bias, *(x for job in jobs for x in tensors_of(job)))
-    loss, values = token_pass([labelled(job, head, f"jobs[{place}].") for place, job in enumerate(jobs)], head, chosen)
+    loss, values = token_pass(
+        [labelled(head.op, job, head.ignore_index, f"jobs[{place}].") for place, job in enumerate(jobs)], head, chosen
+    )
     return loss, tuple(stats_of(values, jobs))
 
 

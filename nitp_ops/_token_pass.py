@@ -72,7 +72,7 @@ def token_pass(
     return loss, RowValues(stats.detach(), prediction, target_logit.detach())
 
 
-@torch.library.custom_op("nitp_ops::token_pass", mutates_args=(), device_types=("cpu", "cuda"))
+@torch.library.custom_op("nitp_ops::token_pass", mutates_args=())
 def _token_pass(
     op: str,
     hidden: list[Tensor],

@@ -26,12 +26,18 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(dtype)) * up.to(dtype)).to(gate.dtype)
 
 
+def power_of_two(x: Tensor) -> Tensor:
+    """A power of two within a factor of two of |x|, itself and its reciprocal normal numbers; 1 for 0, inf and NaN.
+
+    frexp would say the exponent, but not every device has it."""
+    exponent = torch.where(torch.isfinite(x) & (x != 0), x.abs(), 1).log2().floor()
+    least = torch.finfo(x.dtype).tiny
+    return torch.ldexp(torch.ones_like(x), exponent.to(torch.int32)).clamp(least, 1 / least)
+
+
 def in_square_range(x: Tensor) -> Tensor:
     """[..., 1], constants: a power of two for each row, times which no square overflows or all of them vanish."""
-    range_ = torch.finfo(x.dtype)
-    largest = torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
-    _, exponent = torch.frexp(largest.clamp(range_.tiny, range_.max / 4))
-    return torch.ldexp(torch.ones_like(largest), -exponent)
+    return 1 / power_of_two(torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True))
 
 
 def norm(x: Tensor) -> Tensor:
@@ -148,17 +154,20 @@ def alignment_stats(
 
 
 def transformed_logits(
-    hidden: Tensor, unembedding: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+    hidden: Tensor, unembedding: Tensor | None, bias: Tensor | None, softcap: float | None, logit_scale: float
 ) -> Tensor:
-    """cap tanh(scale (W h + b) / cap), the GEMM in W's dtype, the rest in float32 (float64 for float64)."""
-    logits = F.linear(hidden.to(unembedding.dtype), unembedding).to(working(unembedding))
+    """cap tanh(scale (W h + b) / cap), the GEMM in W's dtype, the rest in float32 (float64 for float64).
+
+    No W: h are the logits."""
+    logits = hidden if unembedding is None else F.linear(hidden.to(unembedding.dtype), unembedding)
+    logits = logits.to(working(logits))
     z = logit_scale * (logits if bias is None else logits + bias.to(logits.dtype))
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    unembedding: Tensor,
+    unembedding: Tensor | None,
     labels: Tensor,
     *,
     bias: Tensor | None = None,
@@ -176,7 +185,7 @@ def linear_cross_entropy(
     """w [(1 - e) sum_k w_k (lse - z_k) + e sum_v u_v (lse - z_v) + c lse^2],  z = cap tanh(scale (W h + b) / cap).
 
     u_v = S / V with S = sum_k w_k, or class_weight_v / V; a plain label is one target of weight 1 or class_weight."""
-    work = working(unembedding)
+    work = working(hidden if unembedding is None else unembedding)
     if target_weight is None:
         labels = labels.unsqueeze(-1)
         present = labels != ignore_index
@@ -210,9 +219,14 @@ def linear_cross_entropy(
     return reduce(rows, counted, reduction, torch.where(total == 0, 1, total) if normalizer is None else normalizer)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """`linear_cross_entropy` with W h = logits."""
+    return linear_cross_entropy(logits, None, labels, **options)
+
+
 def token_stats(
     job: Any,
-    unembedding: Tensor,
+    unembedding: Tensor | None,
     *,
     bias: Tensor | None = None,
     ignore_index: int = -100,

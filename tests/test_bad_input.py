@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import nitp_ops
+from nitp_ops import cross_entropy as ce
 from nitp_ops import implicit_token_loss as itl
 from nitp_ops import linear_cross_entropy as lce
 from nitp_ops import shared_linear_cross_entropy as shared
@@ -23,6 +24,9 @@ LEARNED = torch.ones(3, requires_grad=True)
 IN_PYTHON = partial(lce, HL, W, Y, hidden_grad_out=H.clone(), backend="reference")
 INTEGER_LOGITS = partial(lce, H, W, Y, logits_dtype=torch.int64, backend="reference")
 TWICE = partial(lce, H, W, Y2, target_weight=Y2W, class_weight=W[:, 0])
+OVERLAPPING = partial(ce, H[:1].expand(3, 4), Y, inplace_gradient=True)
+COLUMNS = partial(ce, torch.zeros(4, 3).t(), Y, inplace_gradient=True)
+IN_PLACE_IN_PYTHON = partial(ce, H, Y, inplace_gradient=True, backend="reference")
 WRONG = [
     (TypeError, "hidden is a list, expected a torch.Tensor", lambda: lce(A_LIST, W, Y)),
     (TypeError, "hidden is int32, expected", lambda: lce(H.int(), W, Y)),
@@ -83,6 +87,22 @@ WRONG = [
     (TypeError, "hidden_grad_out is float64, expected float32", lambda: itl(HL, H, hidden_grad_out=H.double())),
     (TypeError, "valid is float32, expected bool", lambda: itl(H, H, valid=torch.ones(3))),
     (ValueError, r"valid has shape \(2,\)", lambda: itl(H, H, valid=torch.ones(2, dtype=torch.bool))),
+    (TypeError, "logits is a list, expected a torch.Tensor", lambda: ce(A_LIST, Y)),
+    (TypeError, "logits is int32, expected", lambda: ce(H.int(), Y)),
+    (ValueError, r"logits has shape \(\), expected \[\.\.\., V\] with V >= 1", lambda: ce(H[0, 0], Y)),
+    (ValueError, r"logits has shape \(3, 0\), expected \[\.\.\., V\]", lambda: ce(H[:, :0], Y)),
+    (TypeError, "^cross_entropy: labels is int32, expected int64", lambda: ce(H, Y.int())),
+    (ValueError, r"labels has shape \(2,\), expected \(3,\) \(logits without its last", lambda: ce(H, Y[:2])),
+    (IndexError, r"^cross_entropy: labels\[0\] is 4, expected a value in \[0, 4\)", lambda: ce(H, Y + 4)),
+    (ValueError, r"labels is on meta, expected cpu \(where logits is", lambda: ce(H, Y.to("meta"))),
+    (ValueError, r"bias has shape \(9,\), expected \(4,\)", lambda: ce(H, Y, bias=W[:, 0])),
+    (ValueError, r"class_weight has shape \(9,\), expected \(4,\)", lambda: ce(H, Y, class_weight=W[:, 0])),
+    (ValueError, "^cross_entropy: normalizer came with", lambda: ce(H, Y, reduction="sum", normalizer=2)),
+    (ValueError, "^cross_entropy: return_stats is 'all'", lambda: ce(H, Y, return_stats="all")),
+    (TypeError, "inplace_gradient is 'x', expected True or False", lambda: ce(H, Y, inplace_gradient=A_WORD)),
+    (ValueError, r"inplace_gradient=True came with logits of strides \(0, 1\), expected rows", OVERLAPPING),
+    (ValueError, r"inplace_gradient=True came with logits of strides \(1, 3\), expected rows", COLUMNS),
+    (ValueError, "inplace_gradient=True came with backend='reference', expected False", IN_PLACE_IN_PYTHON),
     (ValueError, "eps is 0, expected a number > 0", lambda: nitp_ops.alignment(H, H, eps=0)),
     (ValueError, r"target has shape \(9, 4\), expected \(3, 4\)", lambda: nitp_ops.alignment(H, W)),
     (TypeError, "up is float64, expected float32", lambda: nitp_ops.swiglu(H, H.double())),

@@ -40,6 +40,18 @@ def test_cross_entropy_equals_the_reference(backend, problem):
 
 
 @BACKENDS
+@given(problem=token.problems(), overwrite=st.booleans())
+def test_cross_entropy_of_logits_equals_the_reference(backend, problem, overwrite):
+    (hidden, weight, *bias), labels, options, upstream, _ = problem
+    inputs = [moved((hidden @ weight.T).detach().requires_grad_()), *map(moved, bias)]
+    labels, options, upstream = moved(labels), on_gpu(options), moved(upstream)
+    fused = {**options, "inplace_gradient": overwrite, "backend": served(backend)}
+    ours = outputs(lambda x, b=None: nitp_ops.cross_entropy(x * 1, labels, bias=b, **fused), inputs, upstream)
+    exact = outputs(lambda x, b=None: reference.cross_entropy(x, labels, bias=b, **options), widened(inputs), upstream)
+    near(ours, exact, ["loss", "d logits", "d bias"])
+
+
+@BACKENDS
 @given(problem=latent.problems())
 def test_implicit_token_loss_equals_the_reference(backend, problem):
     inputs, options, upstream, chunk = problem
