@@ -1,25 +1,33 @@
-# Every word that CI uses. Each sets up what it needs: an active environment that has torch is reused, else .venv is made.
+# Every target that CI uses. Each sets up what it needs: an active environment that has torch is used with the torch
+# that it has, else .venv is made.
 TORCH := 2.13.0
 ACTIVE := $(if $(or $(VIRTUAL_ENV),$(CONDA_PREFIX)),$(shell python -c "import torch, sys; print(sys.prefix)" 2>/dev/null))
-PYTHON := $(if $(ACTIVE),$(ACTIVE)/bin/python,.venv/bin/python)
-STAMP := $(if $(ACTIVE),build/installed$(subst /,-,$(ACTIVE)),.venv/installed)
+BIN := $(if $(ACTIVE),$(ACTIVE)/bin,.venv/bin)
+PYTHON := "$(BIN)/python"
+# a checksum of the environment's path, in which there may be spaces
+STAMP := $(if $(ACTIVE),build/installed-$(firstword $(shell printf %s "$(ACTIVE)" | cksum)),.venv/installed)
 TRAINERS := $(STAMP)-trainers
+INSTALL = $(PYTHON) -m pip install -q --constraint $(STAMP).torch
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/* tests/avx512/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/* tests/avx512/* tests/emulated/*)
 
-.PHONY: help install demo test test-programs test-trainers test-ranks test-gpu-source mutants lint format bench plots evidence wheel
-.PHONY: doctor cuda-check clean
+.PHONY: help install demo test test-programs test-trainers test-ranks test-gpu-source test-package test-versions mutants lint
+.PHONY: format bench plots evidence wheel wheels doctor cuda-check clean
 help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
 	@echo "make bench   the quick benchmark     make doctor  a one-second check of every backend"
-	@echo "make test-programs  the wheel, benchmarks and long examples at toy sizes"
+	@echo "make test-programs  benchmarks and long examples at toy sizes"
+	@echo "make test-package  archives and wheels, built and installed into real environments"
+	@echo "make test-versions  one wheel under the oldest and the newest torch (downloads both)"
 	@echo "make test-trainers  the trainers that people have, with their real packages    make test-ranks  on 2 and 4 processes"
 	@echo "make test-gpu-source  run the CUDA and Triton kernels on the CPU, compile Triton's for sm_80 and sm_90"
 	@echo "make mutants  one-line edits of kernels, objectives, engine and adapters, each of which must turn tests red; PART=cpu for a part"
 	@echo "make cuda-check  compile the CUDA kernels for every architecture, print their registers, fail on a spill"
 	@echo "make plots   measure how cost grows and draw it         make evidence  whole trainings on two texts"
-	@echo "make format  rewrite the sources     make wheel   build dist/*.whl     make clean"
+	@echo "make format  rewrite the sources     make clean"
+	@echo "make wheel   dist/*.whl for this Python and machine"
+	@echo "make wheels  the archive and the wheels of a release, checked: any Linux with glibc >= 2.28, any Python"
 
 install: $(STAMP)
 
@@ -29,20 +37,22 @@ ifeq ($(ACTIVE),)
 	$(PYTHON) -m pip install -q --upgrade pip
 	$(PYTHON) -m pip install -q torch==$(TORCH)
 endif
-	$(PYTHON) -m pip install -q -e ".[dev]"
 	@mkdir -p $(dir $@)
+	@$(PYTHON) csrc/installed_torch.py > $@.torch
+	$(INSTALL) -e ".[dev]"
 	@touch $@
 
 $(TRAINERS): $(STAMP) tests/trainers.txt
-	$(PYTHON) -m pip install -q torch==$(TORCH) $$(sed -n 's/^trainers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
-	$(PYTHON) -m pip install -q --no-deps -r tests/trainers.txt
+	@$(PYTHON) csrc/installed_torch.py > $(STAMP).torch
+	$(INSTALL) $$(sed -n 's/^trainers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+	$(INSTALL) --no-deps -r tests/trainers.txt
 	@touch $@
 
 demo: $(STAMP)
 	$(PYTHON) examples/pretrain.py
 
 test: $(STAMP)
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not (gpu_source or programs or trainers or ranks)"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not (gpu_source or package or programs or trainers or ranks)"
 
 test-programs: $(TRAINERS)  # models and peers that benchmarks compare with
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m programs
@@ -52,6 +62,12 @@ test-trainers: $(TRAINERS)
 
 test-ranks: $(TRAINERS)  # DeepSpeed among them
 	$(PYTHON) -m pytest -m ranks
+
+test-package: $(STAMP)
+	$(PYTHON) -m pytest -n 2 --dist loadfile -m package
+
+test-versions: $(STAMP)
+	$(PYTHON) tests/versions.py
 
 test-gpu-source: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m gpu_source
@@ -63,12 +79,12 @@ lint: $(TRAINERS)  # pyright reads the adapters beside the packages that they ad
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
-	$(dir $(PYTHON))clang-format --dry-run --Werror $(CPP)
+	"$(BIN)/clang-format" --dry-run --Werror $(CPP)
 
 format: $(STAMP)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(dir $(PYTHON))clang-format -i $(CPP)
+	"$(BIN)/clang-format" -i $(CPP)
 
 bench: $(STAMP)
 	$(PYTHON) -m benchmarks --quick
@@ -82,6 +98,9 @@ evidence: $(STAMP)
 
 wheel: $(STAMP)
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .
+
+wheels: $(STAMP)
+	$(PYTHON) tests/wheels.py dist
 
 doctor: $(STAMP)
 	$(PYTHON) -m nitp_ops doctor

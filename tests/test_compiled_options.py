@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import nitp_ops
@@ -81,5 +82,5 @@ def test_past_dynamos_limit_a_changing_option_runs_eagerly_or_is_an_error():
         assert counter.frame_count == 8
         torch._dynamo.reset()
         compiled = torch.compile(loss, backend="eager", fullgraph=True)
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        with pytest.raises(FailOnRecompileLimitHit):
             [compiled(option) for option in options]
