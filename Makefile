@@ -16,7 +16,7 @@ CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/si
 help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
-	@echo "make bench   the quick benchmark     make doctor  a one-second check of every backend"
+	@echo "make bench   the quick benchmark     make doctor  a check of every backend"
 	@echo "make test-programs  benchmarks and long examples at toy sizes"
 	@echo "make test-package  archives and wheels, built and installed into real environments"
 	@echo "make test-versions  one wheel under the oldest and the newest torch (downloads both)"
