@@ -53,12 +53,12 @@ class ShardRows:
         self.group, self.sizes, rank = shard.process_group, shard.sizes, shard.rank
         self.first, self.here = sum(shard.sizes[:rank]), shard.sizes[rank]
         self.vocabulary = sum(shard.sizes)
-        weights, sums = job.class_weight, sum_dtype(job.row_weight.device)
+        weights, dtype = job.class_weight, sum_dtype(job.row_weight.device)
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = [job.row_weight.new_full((), size, dtype=sums) for size in self.sizes]
+            masses = [job.row_weight.new_full((), size, dtype=dtype) for size in self.sizes]
         else:
-            masses = [own.sum(dtype=sums) for own in weights.split(self.sizes)]
+            masses = [own.sum(dtype=dtype) for own in weights.split(self.sizes)]
         self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
 
     def __call__(
