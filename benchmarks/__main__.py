@@ -27,7 +27,7 @@ from .heads import HEADS
 from .implementations import NAMES
 
 #: Cases that bring their own measurement: name -> module of this package with `run(options) -> int`.
-EXTRA = {"scaling": "scaling", "trainer": "trainer"}
+EXTRA = {"memory": "memory", "scaling": "scaling", "trainer": "trainer"}
 #: Options that a GPU run does not have.
 CPU_ONLY = ("quick", "save", "malloc", "base", "case", "csv", "markdown", "html")
 CASES = list(dict.fromkeys([name for op in OPS.values() for name in (*op.quick, *op.full)]))
