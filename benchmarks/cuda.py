@@ -6,6 +6,7 @@ One case runs in one fresh process (`isolated`), which these functions are calle
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -21,14 +22,17 @@ from . import measure
 from .cases import OPS, Inputs, Layers, Op, Sizes, products
 from .implementations import forward as function_of
 from .implementations import step
-from .isolated import At, Lost
+from .isolated import At, Lost, one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE = torch.device("cuda")
-#: Written before every run, FLUSHES times: the inputs leave the L2 cache (50 MB on an H100), and at 3 TB/s the writes
-#: last 6 ms, in which the host queues the run, so that its launches are not what is timed. One write was too short: an
+#: Written before every run, as often as needed (`flushes`): the inputs leave the L2 cache (50 MB on an H100), and while
+#: the writes last the host queues the run, so that its launches are not what is timed. One write was too short: an
 #: alignment that takes 0.9 ms seemed to take 1.4.
-FLUSH_BYTES, FLUSHES = 2**31, 8
+FLUSH_BYTES = 2**31
+#: Seconds that the writes last: these at least (what held on an H100), at most those, between them LEAD times what the
+#: slowest run takes the host. A run that waits for the device itself would ask for more.
+HIDDEN, LONGEST, LEAD = 6e-3, 20e-3, 2.0
 #: Rows a chunk of the float64 cross-entropy: 2.5 GB of logits at a vocabulary of 151936.
 EXACT_ROWS = 2048
 
@@ -86,7 +90,7 @@ def attempt(name: str, task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         settle()
         return result
     except Exception as error:
-        reason = measure.one_line(error)
+        reason = one_line(error)
     try:
         settle()
     except RuntimeError:
@@ -177,21 +181,42 @@ def widens(left: Tensor, right: Tensor) -> bool:
 def timed(
     runs: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each run in interleaved rounds, each warmed up, each behind a write of FLUSH_BYTES."""
+    """Seconds of each run in interleaved rounds, each warmed up, each behind writes that hide the host."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
 
-    def ready() -> None:
+    def ready(count: int) -> None:
         prepare()
-        for _ in range(FLUSHES):
+        for _ in range(count):
             flush.zero_()
 
+    host = 0.0
     for run in runs.values():
-        ready()
+        ready(1)
+        run()  # compiles, and sets up its libraries
+        ready(1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
         run()
-    torch.cuda.synchronize()
+        host = max(host, time.perf_counter() - start)
+        torch.cuda.synchronize()
+    prepared = partial(ready, flushes(host, seconds_of(flush.zero_)))
     gc.collect()
     gc.disable()  # a collection in the middle of a run would be timed
     try:
-        return measure.interleave(runs, ready, rounds=rounds, seconds=seconds, clock=Instant)
+        return measure.interleave(runs, prepared, rounds=rounds, seconds=seconds, clock=Instant)
     finally:
         gc.enable()
+
+
+def flushes(host: float, each: float) -> int:
+    """How many writes of `each` seconds hide `host` seconds of queueing."""
+    return max(1, math.ceil(min(max(HIDDEN, LEAD * host), LONGEST) / each))
+
+
+def seconds_of(run: Callable[[], object], times: int = 4) -> float:
+    """Seconds on the device of one of several runs in a row, after a warm-up."""
+    run()
+    start = Instant()
+    for _ in range(times):
+        run()
+    return max(1e-9, Instant() - start) / times

@@ -1,4 +1,4 @@
-"""`python -m benchmarks --device cuda`: the cases, each in a fresh process, their tables, one JSON."""
+"""`python -m benchmarks --device cuda`: the cases, in a process beside this one, their tables, one JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 from . import cuda, gpu_report, overhead, row_kernels
 from .cases import OPS, Sizes, heading
 from .implementations import names_for
-from .isolated import without_the_dead
-from .measure import FLOOR, MeasurementError
+from .isolated import Isolated, MeasurementError
+from .measure import FLOOR
 from .report import machine_line, results_path
 
 #: What a GPU measures, in the order of the output: row kernels, ops, and NITP over NTP.
@@ -54,12 +54,19 @@ def cases(subjects: list[str], dtypes: list[str] | None) -> Iterator[Case]:
                     yield Case(subject, size, dtype, names, task, name)
 
 
-def measured(case: Case, names: list[str], hung: dict[str, str], deadline: float) -> dict[str, Any]:
+def measured(
+    case: Case,
+    names: list[str],
+    hung: dict[str, str],
+    deadline: float,
+    process: Isolated,
+    patience: float = PATIENCE,
+) -> dict[str, Any]:
     """One case as the JSON keeps it; who hung in an earlier case is not waited for again (`hung`, added to)."""
     task = partial(case.measure, sizes=case.sizes, dtype=case.dtype, rounds=ROUNDS, seconds=SECONDS)
     wanted = [name for name in names if name not in hung]
     try:
-        rows, reasons = without_the_dead(task, wanted, patience=PATIENCE, deadline=deadline)
+        rows, reasons = process.run(task, wanted, patience=patience, deadline=deadline)
     except MeasurementError as error:
         rows, reasons = {}, dict.fromkeys(wanted, str(error))
     hung |= {name: reason for name, reason in reasons.items() if reason.startswith("stopped") and rows}
@@ -78,11 +85,12 @@ def run(options: argparse.Namespace) -> int:
     deadline, hung = time.monotonic() + options.minutes * 60, {}
     done: list[dict[str, Any]] = []
     path = options.json or results_path(info, options.out)
-    for case in cases(options.op or list(SUBJECTS), options.dtype):
-        names = [name for name in case.names if name in (options.implementation or case.names)]
-        done.append(measured(case, names, hung, deadline))
-        print(f"\n{gpu_report.shown(done[-1])}", flush=True)
-        gpu_report.keep(path, {"machine": info, "stages": {}, "cases": done[-1:]})
+    with Isolated() as process:
+        for case in cases(options.op or list(SUBJECTS), options.dtype):
+            names = [name for name in case.names if name in (options.implementation or case.names)]
+            done.append(measured(case, names, hung, deadline, process))
+            print(f"\n{gpu_report.shown(done[-1])}", flush=True)
+            gpu_report.keep(path, {"machine": info, "stages": {}, "cases": done[-1:]})
     print(f"\n{gpu_report.legend(done)}\n\nwritten to {path}\n")
     print(gpu_report.summary({"machine": info, "stages": {}, "cases": done}))
     lost = [case for case in done if "skipped" in case["rows"].get("ours", {})]

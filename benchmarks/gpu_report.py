@@ -42,30 +42,52 @@ def tests_are_green(known_commit: str | None, out: Path) -> bool:
     path = results_path(info, out)
     kept = read(path) if path.exists() else {}
     clean = "dirty" not in info["commit"]
-    return clean and kept.get("machine") == info and kept.get("stages", {}).get("test", {}).get("code") == 0
+    return (
+        clean
+        and same_machine(kept.get("machine", {}), info)
+        and kept.get("stages", {}).get("test", {}).get("code") == 0
+    )
 
 
 def merged(kept: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """`new` over `kept`: of the same machine and commit, a case measured again or a stage run again replaces the last.
+    """`new` over `kept`: of the same machine and commit, a row or a record measured again or a stage run again replaces
+    the last.
 
     Raises:
-        ValueError: they are of different machines or commits.
+        ValueError: they are of different machines or commits, or one of them is fake.
     """
     if kept is None:
         return new
-    if kept["machine"] != new["machine"]:
+    if not same_machine(kept["machine"], new["machine"]):
         raise ValueError(f"results of {machine_line(kept['machine'])} and of {machine_line(new['machine'])} do not mix")
-    cases = {identity(case): case for case in [*kept["cases"], *new["cases"]]}
-    return {"machine": new["machine"], "stages": kept["stages"] | new["stages"], "cases": list(cases.values())}
+    if kept.get("fake") != new.get("fake"):
+        raise ValueError("results of a dry run and of a GPU do not mix")
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for case in [*kept["cases"], *new["cases"]]:
+        last = cases.get(identity(case), {"rows": {}})
+        cases[identity(case)] = {**last, **case, "rows": last["rows"] | case["rows"]}
+    records = {record_identity(each): each for each in [*kept.get("records", []), *new.get("records", [])]}
+    whole = {**kept, **new, "stages": kept["stages"] | new["stages"], "cases": list(cases.values())}
+    return {**whole, **({"records": list(records.values())} if records else {})}
+
+
+def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether results of both belong together: drivers of one GPU tell a slightly different size of its memory."""
+    return {**one, "memory_gib": 0} == {**other, "memory_gib": 0}
 
 
 def identity(case: dict[str, Any]) -> tuple[Any, ...]:
     return case["op"], tuple(case["sizes"].items()), case["dtype"]
 
 
+def record_identity(record: dict[str, Any]) -> tuple[Any, ...]:
+    """Of a measurement that has no floor and no rows: a training step, a sweep, a counter."""
+    return record["op"], record["case"], record["implementation"]
+
+
 def keep(path: Path, document: dict[str, Any]) -> dict[str, Any]:
     """Adds `document` to the JSON at `path`, and returns all of it."""
-    whole = merged(read(path) if path.exists() else None, document)
+    whole = merged(read(path, document.get("fake", False)) if path.exists() else None, document)
     write_json(path, whole)
     return whole
 
@@ -109,6 +131,8 @@ def legend(cases: list[dict[str, Any]]) -> str:
 
 def summary(document: dict[str, Any]) -> str:
     """The short table: a line a case with the time over the floor of everybody, a line a stage."""
+    if document.get("fake"):
+        raise ValueError("a dry run has no table: nothing was measured")
     cases = [case for case in document["cases"] if case["op"] != overhead.NAME]
     names = list(dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR))
     rows = []
@@ -152,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document = read(path)
             into = results_path(document["machine"], options.out)
             print(f"{summary(keep(into, document))}\nwritten to {into}")
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"benchmarks.gpu_report: {error}", file=sys.stderr)
         return 1
     return 0

@@ -42,42 +42,42 @@ class Step(NamedTuple):
 def steps(stage: str, out: Path, commit: str | None) -> list[Step]:
     """The processes of one stage; the first red one ends it."""
     if stage == "build":
-        return [_python("-m", "nitp_ops", "env"), _python("-m", "nitp_ops", "doctor")]
+        return [python("-m", "nitp_ops", "env"), python("-m", "nitp_ops", "doctor")]
     if stage in ("test", "large"):
         tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu_*.py"))]
         if stage == "large":  # one after the other: a test takes up to 30 GB
-            return [_python("-m", "pytest", "-m", "gpu and large", *tests)]
-        return [_python("-m", "pytest", "-n", "8", "-m", "gpu and not large", *tests)]
+            return [python("-m", "pytest", "-m", "gpu and large", *tests)]
+        return [python("-m", "pytest", "-n", "8", "-m", "gpu and not large", *tests)]
     if stage == "sanitize":
         return [
-            *(_sanitized("memcheck", backend, "--ops") for backend in ("native", "triton")),
-            *(_sanitized("racecheck", backend) for backend in ("native", "triton")),
+            *(sanitized("memcheck", backend, "--ops") for backend in ("native", "triton")),
+            *(sanitized("racecheck", backend) for backend in ("native", "triton")),
         ]
     chosen = [word for subject in SUBJECTS[stage] for word in ("--op", subject)]
     known = ["--commit", commit] if commit else []
     minutes = f"{(SECONDS - 60) / 60:g}"
-    return [_python("-m", "benchmarks", "--device", "cuda", "--out", str(out), "--minutes", minutes, *known, *chosen)]
+    return [python("-m", "benchmarks", "--device", "cuda", "--out", str(out), "--minutes", minutes, *known, *chosen)]
 
 
-def _python(*arguments: str) -> Step:
+def python(*arguments: str) -> Step:
     return Step([sys.executable, *arguments])
 
 
-def _sanitized(tool: str, backend: str, *options: str) -> Step:
+def sanitized(tool: str, backend: str, *options: str) -> Step:
     # API errors that the caller expects and handles (PyTorch asks, for one, whether a symbol exists) are no findings
     watched = ["--report-api-errors", "no", "--target-processes", "application-only", "--error-exitcode", "9"]
     script = [sys.executable, "-m", "benchmarks.sanitize", "--backend", backend, *options]
     return Step(["compute-sanitizer", "--tool", tool, *watched, *script], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def run(stage: str, out: Path, commit: str | None) -> tuple[int, float, str]:
+def run(steps: Sequence[Step], allowed: float = SECONDS) -> tuple[int, float, str]:
     """(exit code, seconds, what the last process said) of one stage; its output is passed on line by line."""
     start, said, code = time.monotonic(), [], 0
-    for step in steps(stage, out, commit):
+    for step in steps:
         if shutil.which(step.command[0]) is None:
             return 1, time.monotonic() - start, f"{step.command[0]} is not on the PATH"
         print(f"+ {' '.join(step.command)}", flush=True)
-        code, line = _passed_on(step, start + SECONDS - time.monotonic())
+        code, line = _passed_on(step, start + allowed - time.monotonic())
         said.append(line)
         if code:
             break
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole = {"machine": info, "stages": {}, "cases": []}
     codes = []
     for stage in STAGES if "all" in options.stage else options.stage:
-        code, seconds, said = run(stage, out, options.commit)
+        code, seconds, said = run(steps(stage, out, options.commit))
         codes.append(code)
         record = {"code": code, "seconds": seconds, "said": said}
         whole = gpu_report.keep(results_path(info, out), {"machine": info, "stages": {stage: record}, "cases": []})

@@ -1,4 +1,7 @@
-"""Fresh processes for code that may crash: one that dies, hangs or breaks the device costs its own row only."""
+"""Processes for code that may crash: a name that dies, hangs or breaks the device costs its own row only.
+
+Nothing heavy is imported here: a process imports what its first task needs.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from .measure import MeasurementError, one_line
-
 #: Seconds that a process may take to start: torch and its compiler are imported in it.
 START = 120.0
 #: Called with the name whose code runs next, None for code that is nobody's.
@@ -17,65 +18,116 @@ At = Callable[[str | None], None]
 Task = Callable[[At, list[str]], Any]
 
 
+class MeasurementError(RuntimeError):
+    """A child failed; the message is one line."""
+
+
 class Lost(RuntimeError):
     """The name that runs has left the device unusable: the rest starts again in another process."""
+
+
+def one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+class Isolated:
+    """A process that runs tasks one after the other; it starts with the first task, and again after a failure."""
+
+    def __init__(self) -> None:
+        self._child: Any = None
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, task: Task, names: Sequence[str], *, patience: float, deadline: float) -> tuple[Any, dict[str, str]]:
+        """(result, reason by name): the result of `task(at, names)` for the names that let it finish.
+
+        task: picklable; it runs again, in a new process, without the name under which it died, fell silent for
+        `patience` seconds, or raised. deadline: of `time.monotonic`, when nothing is waited for any longer.
+
+        Raises:
+            MeasurementError: it failed under no name, or the deadline passed.
+        """
+        reasons: dict[str, str] = {}
+        while True:
+            left = [name for name in names if name not in reasons]
+            name, kind, value = self._once(task, left, patience, deadline)
+            if kind == "done":
+                return value, reasons
+            self.close()
+            if name is None or time.monotonic() >= deadline:
+                raise MeasurementError(value if name is None else f"{name}: {value}")
+            reasons[name] = value
+
+    def start(self) -> None:
+        """Start the process, if there is none, without waiting for it."""
+        if self._child is not None:
+            return
+        # not from a fork server with torch in it: importing inductor asks for devices, after which no fork may use one
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._child = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._child.start()
+        theirs.close()
+
+    def close(self) -> None:
+        """End the process, whatever it does."""
+        if self._child is None or self._pipe is None:
+            return
+        self._pipe.close()  # an idle one ends by itself
+        self._child.join(0.2)
+        if self._child.is_alive():
+            self._child.kill()
+            self._child.join()
+        self._child = self._pipe = None
+
+    def _once(self, task: Task, names: list[str], patience: float, deadline: float) -> tuple[str | None, str, Any]:
+        """(name that ran last, "done" | "failed", result or reason)."""
+        self.start()
+        assert self._pipe is not None
+        name, allowed = None, START
+        try:
+            self._pipe.send((task, names))
+            while True:
+                wait = min(allowed, deadline - time.monotonic())
+                if wait <= 0 or not self._pipe.poll(wait):
+                    return name, "failed", f"stopped: no answer within {max(0.0, wait):.0f} s"
+                kind, value = self._pipe.recv()
+                if kind != "at":
+                    return name, kind, value
+                name, allowed = value, START if value is None else patience
+        except (EOFError, OSError):
+            self._child.join(5)
+            code = self._child.exitcode
+            return name, "failed", f"the process ended with code {code} before it had a result"
 
 
 def without_the_dead(
     task: Task, names: Sequence[str], *, patience: float, deadline: float
 ) -> tuple[Any, dict[str, str]]:
-    """(result, reason by name): the result of `task(at, names)` for the names that let it finish.
+    """`Isolated.run` in a process of its own."""
+    with Isolated() as process:
+        return process.run(task, names, patience=patience, deadline=deadline)
 
-    task: picklable; it runs in a new process, again without the name under which it died, fell silent for `patience`
-    seconds, or raised `Lost`. deadline: of `time.monotonic`, when nothing is waited for any longer.
 
-    Raises:
-        MeasurementError: it failed under no name, or the deadline passed.
-    """
-    reasons: dict[str, str] = {}
+def _serve(pipe: Connection) -> None:
+    """Run every task that comes, until the pipe closes."""
     while True:
-        left = [name for name in names if name not in reasons]
-        name, kind, value = _run(task, left, patience, deadline)
-        if kind == "done":
-            return value, reasons
-        if name is None or time.monotonic() >= deadline:
-            raise MeasurementError(value if name is None else f"{name}: {value}")
-        reasons[name] = value
-
-
-def _run(task: Task, names: list[str], patience: float, deadline: float) -> tuple[str | None, str, Any]:
-    """(name that ran last, "done" | "failed", result or reason)."""
-    # not from a fork server with torch in it: importing inductor asks for devices, after which no fork may use one
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(task, names, sender))
-    child.start()
-    sender.close()
-    name, allowed = None, START
-    try:
-        while True:
-            wait = min(allowed, deadline - time.monotonic())
-            if wait <= 0 or not receiver.poll(wait):
-                child.kill()
-                return name, "failed", f"stopped: no answer within {max(0.0, wait):.0f} s"
-            kind, value = receiver.recv()
-            if kind != "at":
-                return name, kind, value
-            name, allowed = value, patience
-    except EOFError:
-        child.join()
-        return name, "failed", f"the process ended with code {child.exitcode} before it had a result"
-    finally:
-        receiver.close()
-        child.join(5)
-        if child.is_alive():
-            child.kill()
-            child.join()
-
-
-def _child(task: Task, names: list[str], sender: Connection) -> None:
-    sender.send(("at", None))
-    try:
-        sender.send(("done", task(lambda name: sender.send(("at", name)), names)))
-    except Exception as error:
-        sender.send(("failed", str(error) if isinstance(error, Lost) else one_line(error)))
+        try:
+            task, names = pipe.recv()  # imports what the task is made of
+        except EOFError:
+            return
+        except Exception as error:
+            pipe.send(("failed", one_line(error)))
+            continue
+        try:
+            pipe.send(("at", None))
+            pipe.send(("done", task(lambda name: pipe.send(("at", name)), names)))
+        except Exception as error:
+            pipe.send(("failed", str(error) if isinstance(error, Lost) else one_line(error)))

@@ -28,6 +28,7 @@ from nitp_ops import reference
 
 from .cases import Forward, Inputs, Op, Sizes
 from .implementations import forward, step
+from .isolated import MeasurementError, one_line
 
 T = TypeVar("T")
 
@@ -37,10 +38,6 @@ MALLOC = {
     "raised": "mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1): freed blocks stay mapped",
 }
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-class MeasurementError(RuntimeError):
-    """A child failed; the message is one line."""
 
 
 def in_child(task: Callable[[], T]) -> T:
@@ -74,12 +71,6 @@ def _send(task: Callable[[], Any], sender: Connection) -> None:
         sender.send((True, task()))
     except Exception as error:
         sender.send((False, one_line(error)))
-
-
-def one_line(error: BaseException) -> str:
-    """The type of an error and the first line of its message."""
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:200]
 
 
 def configure(threads: int, malloc: str = "default") -> None:

@@ -98,8 +98,8 @@ def write(path: Path, text: str) -> None:
     write_whole(path, text.encode())
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Results that were kept.
+def read(path: Path, fake: bool = False) -> dict[str, Any]:
+    """Results that were kept; `fake` ones, of a dry run, only for who asks for them.
 
     Raises:
         DamagedResults: the file holds no results.
@@ -107,6 +107,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
         if isinstance(document, dict) and "machine" in document:
+            if document.get("fake", False) != fake:
+                raise DamagedResults(f"{path}: {'no dry run' if fake else 'a dry run, nothing was measured'}")
             return document
         reason = "no object with a machine"
     except ValueError as error:

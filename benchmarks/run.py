@@ -14,6 +14,7 @@ import torch
 from . import gate, measure, page, report, tables
 from .cases import OPS, Op, Sizes, heading
 from .implementations import NAMES, SLOW, names_for
+from .isolated import MeasurementError
 from .products import in_child
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -56,7 +57,7 @@ def measure_case(
     for malloc in mallocs:
         try:
             rows = {} if reason else in_child(timing, threads, malloc)
-        except measure.MeasurementError as error:
+        except MeasurementError as error:
             reason = str(error)
         if reason:
             rows = {each: {"skipped": reason} for each in names}
@@ -76,12 +77,12 @@ def extras(where: tuple[Op, Sizes, torch.dtype], names: list[str], threads: int)
     try:
         for name, error in in_child(partial(measure.errors, *where, checked), threads).items():
             extra[name]["error"] = error
-    except measure.MeasurementError as error:
+    except MeasurementError as error:
         print(f"{where[0].name}, error against float64: {error}", file=sys.stderr)
     for name in names:
         try:
             extra[name] |= in_child(partial(measure.peak_memory, *where, name), threads)
-        except measure.MeasurementError as error:
+        except MeasurementError as error:
             extra[name]["peak_failed"] = str(error)
     return extra
 

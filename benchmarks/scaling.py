@@ -16,6 +16,7 @@ import torch
 from . import gate, measure, report
 from .cases import OPS, Sizes
 from .implementations import forward
+from .isolated import one_line
 from .plan_numerics import Setting
 from .products import exponent, in_child, interleaved, multiplied, own
 from .token_numerics import error_against_chunks, problem
@@ -107,7 +108,7 @@ def _times(
             try:
                 run()
             except (ImportError, NotImplementedError) as error:
-                reasons[name] = measure.one_line(error)
+                reasons[name] = one_line(error)
                 break
             runs[name, size] = _cleared(run, clear)
     return interleaved(runs, rounds) | reasons

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import nitp_ops
 
 from . import measure, report
+from .isolated import MeasurementError
 
 PLAIN = "the model's own loss"
 SPECS = {PLAIN: None, "ntp": "ntp", "ntp + nitp": "ntp + 0.8*nitp"}
@@ -142,7 +143,7 @@ def run(options: argparse.Namespace) -> int:
         for dtype in options.dtype or DTYPES:
             try:
                 cases.append(measure_case(sizes, dtype, options.threads, QUICK_ROUNDS if options.quick else ROUNDS))
-            except measure.MeasurementError as error:
+            except MeasurementError as error:
                 print(f"benchmarks: trainer, {dtype}, {sizes}: {error}", file=sys.stderr)
                 return 1
             print(table(cases[-1]), flush=True)

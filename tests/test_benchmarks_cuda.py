@@ -10,7 +10,7 @@ from benchmarks import __main__ as command
 from benchmarks import cuda, cuda_run, gpu_report, gpu_stages, measure, overhead, row_kernels
 from benchmarks.cases import OPS
 from benchmarks.implementations import EAGER
-from benchmarks.isolated import Lost, without_the_dead
+from benchmarks.isolated import Isolated, Lost, MeasurementError, without_the_dead
 
 pytestmark = pytest.mark.programs
 
@@ -46,6 +46,10 @@ def test_options_of_one_device_are_refused_on_the_other(arguments, message):
     assert message in (command.check(command.parser().parse_args(arguments)) or "")
 
 
+def of_process(at, names):
+    return os.getpid()
+
+
 def named(at, names):
     """A task for `without_the_dead`: some names do to its process what they say."""
     for name in names:
@@ -71,30 +75,31 @@ def test_a_name_that_dies_hangs_or_breaks_the_device_costs_only_itself():
 
 
 def test_a_failure_of_nobody_and_a_passed_deadline_are_errors():
-    with pytest.raises(measure.MeasurementError, match="ValueError: of nobody"):
+    with pytest.raises(MeasurementError, match="ValueError: of nobody"):
         without_the_dead(named, ["nobody"], patience=60, deadline=time.monotonic() + 60)
-    with pytest.raises(measure.MeasurementError, match="stopped"):
+    with pytest.raises(MeasurementError, match="stopped"):
         without_the_dead(named, ["good"], patience=60, deadline=time.monotonic() - 1)
 
 
 def test_a_case_that_nobody_survives_keeps_its_rows_and_says_why():
     case = cuda_run.Case("swiglu", {"N": 2, "m": 3}, "float32", ["ours", "eager"], named)
-    kept = cuda_run.measured(case, case.names, {}, time.monotonic() - 1)
+    with Isolated() as process:
+        kept = cuda_run.measured(case, case.names, {}, time.monotonic() - 1, process)
     assert list(kept["rows"]) == ["ours", "eager"]
     assert all("stopped" in row["skipped"] for row in kept["rows"].values())
 
 
-def test_an_implementation_that_hung_once_is_not_waited_for_again(monkeypatch):
+def test_an_implementation_that_hung_once_is_not_waited_for_again():
     asked = []
 
-    def fake(task, names, *, patience, deadline):
-        asked.append(list(names))
-        return {name: {} for name in names if name != "quack"}, {"quack": "stopped: no answer within 150 s"}
+    class Fake:
+        def run(self, task, names, *, patience, deadline):
+            asked.append(list(names))
+            return {name: {} for name in names if name != "quack"}, {"quack": "stopped: no answer within 150 s"}
 
-    monkeypatch.setattr(cuda_run, "without_the_dead", fake)
     case, hung = cuda_run.Case("swiglu", {"N": 2, "m": 3}, "float32", ["ours", "quack"], named), {}
     for _ in range(2):
-        kept = cuda_run.measured(case, case.names, hung, 0.0)
+        kept = cuda_run.measured(case, case.names, hung, 0.0, Fake())
         assert "stopped" in kept["rows"]["quack"]["skipped"]
     assert asked == [["ours", "quack"], ["ours"]]
 
@@ -119,6 +124,26 @@ def test_the_exact_values_in_chunks_are_those_of_the_whole(monkeypatch):
     chunked = cuda.exact_values(op, inputs)
     whole = measure.value_and_gradients(EAGER[op.name], inputs.to(torch.float64))
     assert max(measure.relative(chunked, whole).values()) < 1e-12 and set(chunked) == set(whole)
+
+
+@pytest.mark.parametrize(
+    ("host", "each", "count"),
+    [(0.0, 0.75e-3, 8), (0.0, 0.47e-3, 13), (5e-3, 0.47e-3, 22), (9.0, 0.5e-3, 40), (0.0, 1.0, 1)],
+)
+def test_the_writes_before_a_run_last_as_long_as_the_host_needs(host, each, count):
+    assert cuda.flushes(host, each) == count
+
+
+def test_a_process_serves_many_tasks_and_starts_again_after_a_loss():
+    with Isolated() as process:
+        options = {"patience": 30.0, "deadline": time.monotonic() + 120}
+        first, _ = process.run(of_process, ["a"], **options)
+        assert process.run(of_process, ["b"], **options)[0] == first
+        assert process.run(named, ["good", "exits"], **options)[0] == ["good"]
+        again, reasons = process.run(of_process, ["a"], **options)
+        assert again != first and not reasons
+        with pytest.raises(MeasurementError, match="ValueError: of nobody"):
+            process.run(named, ["nobody"], **options)
 
 
 def test_an_implementation_with_wrong_results_has_no_time(cpu_in_its_place, monkeypatch):

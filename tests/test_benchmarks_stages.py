@@ -59,6 +59,29 @@ def test_results_of_other_commits_do_not_mix():
         gpu_report.merged(document("swiglu", 1.0), other)
 
 
+def test_rows_and_records_of_one_case_meet_and_the_last_one_stays():
+    one, other = document("swiglu", 1.0), document("swiglu", 4.0)
+    other["cases"][0]["rows"] = {"ours-triton": {"rounds": 1}, "quack": {"rounds": 2}}
+    record = {"op": "training_step", "case": "toy", "implementation": "ntp"}
+    one["records"], other["records"] = [record | {"seconds": 1}], [record | {"seconds": 2}]
+    whole = gpu_report.merged(one, {**other, "machine": {**GPU, "memory_gib": 139.9}})
+    (case,) = whole["cases"]
+    assert list(case["rows"]) == ["floor", "ours", "quack", "ours-triton"] and case["rows"]["quack"] == {"rounds": 2}
+    assert whole["records"] == [record | {"seconds": 2}]
+
+
+def test_a_dry_run_is_refused_in_one_line_by_what_collects(tmp_path, capsys):
+    fake = {**document("swiglu", 1.0), "fake": True}
+    report.write_json(report.results_path(GPU, tmp_path / "a"), fake)
+    assert gpu_report.main([str(tmp_path / "a"), "--out", str(tmp_path / "all")]) == 1
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "a dry run, nothing was measured" in said.err and not said.out
+    with pytest.raises(ValueError, match="do not mix"):
+        gpu_report.merged(document("swiglu", 1.0), fake)
+    with pytest.raises(ValueError, match="a dry run has no table"):
+        gpu_report.summary(fake)
+
+
 def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage_did():
     whole = document("swiglu", 1.5)
     whole["stages"]["sanitize"] = {"code": 9, "seconds": 61.0, "said": "ERROR SUMMARY: 2 errors"}
@@ -69,19 +92,16 @@ def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage
     assert lines[-1] == report.machine_line(GPU)
 
 
-def test_a_stage_is_its_processes_and_what_the_last_one_said(monkeypatch, tmp_path):
+def test_a_stage_is_its_processes_and_what_the_last_one_said():
     ways = [
         f"print('{said}'); raise SystemExit({code})" for said, code in (("5 passed", 0), ("1 failed", 3), ("never", 0))
     ]
     steps = [gpu_stages.Step([sys.executable, "-c", way]) for way in ways]
-    monkeypatch.setattr(gpu_stages, "steps", lambda *_: steps)
-    code, seconds, said = gpu_stages.run("test", tmp_path, None)
+    code, seconds, said = gpu_stages.run(steps)
     assert (code, said) == (3, "5 passed; 1 failed") and 0 < seconds < 60
-    monkeypatch.setattr(gpu_stages, "steps", lambda *_: [gpu_stages.Step(["no-such-program"])])
-    assert gpu_stages.run("sanitize", tmp_path, None)[::2] == (1, "no-such-program is not on the PATH")
-    monkeypatch.setattr(gpu_stages, "SECONDS", 1)
-    monkeypatch.setattr(gpu_stages, "steps", lambda *_: [gpu_stages.Step(["sleep", "60"])])
-    assert gpu_stages.run("large", tmp_path, None)[::2] == (124, "stopped after 1 s")
+    absent = gpu_stages.Step(["no-such-program"])
+    assert gpu_stages.run([absent])[::2] == (1, "no-such-program is not on the PATH")
+    assert gpu_stages.run([gpu_stages.Step(["sleep", "60"])], 1)[::2] == (124, "stopped after 1 s")
 
 
 def test_a_sanitizer_is_told_by_its_summary():
