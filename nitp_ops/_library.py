@@ -22,9 +22,10 @@ LIBRARY = Path(__file__).parent / "libnitp_ops.so"
 def _refuse_a_second_copy() -> None:
     """Two copies in a process, such as an installed one and one that the package `kernels` loads from its folder, would
     overwrite each other's operators: these have one name in a process (docs/decisions/0035)."""
-    for name, module in list(sys.modules.items()):
+    copies = [module for name, module in sys.modules.items() if name.endswith("._library") and name != __name__]
+    for module in copies:  # an attribute of any other module may be a lazy import (transformers has hundreds)
         other = getattr(module, "LIBRARY", None)
-        if name.endswith("._library") and name != __name__ and isinstance(other, Path) and other.name == LIBRARY.name:
+        if isinstance(other, Path) and other.name == LIBRARY.name:
             raise ImportError(
                 f"nitp_ops is loaded from {other.parent}, expected one copy in a process, got a second at "
                 f"{LIBRARY.parent}: use the first, or start a process that loads the second alone"

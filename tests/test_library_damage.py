@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import nitp_ops
+from nitp_ops import _library
 
 ROOT = Path(__file__).parents[1]
 #: The first bytes of a shared object for aarch64.
@@ -64,3 +66,16 @@ def test_env_and_version_say_which_copy_is_meant(copy):
     assert f"package  {copy}\n" in run(copy, "-m", "nitp_ops", "env").stdout
     done = run(copy, "-m", "nitp_ops", "--version")
     assert done.returncode == 0 and done.stdout == f"nitp_ops {nitp_ops.__version__}\n"
+
+
+def test_no_lazy_module_of_others_is_imported_to_look_for_a_second_copy(monkeypatch):
+    """transformers 5.17 has an alias for each image processor, of which any attribute imports torchvision."""
+    lazy = types.ModuleType("transformers.models.any.image_processing_any_fast")
+    lazy.__dict__["__getattr__"] = lambda name: pytest.fail(f"read {name}")
+    monkeypatch.setitem(sys.modules, lazy.__name__, lazy)
+    _library._refuse_a_second_copy()
+    other = types.ModuleType("other._library")
+    other.__dict__["LIBRARY"] = Path("/elsewhere") / _library.LIBRARY.name
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    with pytest.raises(ImportError, match="loaded from /elsewhere"):
+        _library._refuse_a_second_copy()
