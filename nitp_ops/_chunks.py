@@ -18,9 +18,11 @@ MOST_BYTES = 120 * 2**20
 ENOUGH_ROWS = 512
 #: Several jobs share a pass to save memory: their chunk is at most this share of the gradient, or has so many rows.
 SHARED_PART, ENOUGH_SHARED_ROWS = 0.6, 448
-#: Default on a GPU: as large as the float32 weight gradient too, with at least so many rows; a projector's chunks at
-#: least so many bytes (docs/decisions/0014).
-ROWS_ON_GPU, LEAST_BYTES_ON_GPU = 2048, 512 * 2**20
+#: Default on a GPU: so many rows, whatever the width (reading and writing the sum of the weight gradient takes a share
+#: of its GEMM that goes by the rows alone), and for a projector at least so many bytes (docs/decisions/0014).
+ROWS_ON_GPU, PROJECTOR_BYTES_ON_GPU = 8192, 1280 * 2**20
+#: Copies of logits that the row kernels cannot read in place, on a GPU.
+COPY_BYTES_ON_GPU = 512 * 2**20
 #: glibc maps larger blocks one by one.
 _MAPPED_BYTES = 32 * 2**20
 #: Rows of a chunk are a multiple of so many, which the products of libraries are fastest at.
@@ -50,7 +52,7 @@ def rows_per_chunk(
             default = min(default, -(-longest // EVEN_ROWS) * EVEN_ROWS * row_bytes)
         default = max(least, default)
     else:
-        default = max(least, 4 * weights, ROWS_ON_GPU * row_bytes)
+        default = max(least, ROWS_ON_GPU * row_bytes)
         whole, spared = -(-rows // EVEN_ROWS) * EVEN_ROWS * row_bytes, max(0, 4 - itemsize) * weights
         # one chunk needs no float32 sum of a narrow gradient; with it, the largest chunk would take as much
         if longest is None and default < whole <= default + spared:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import LEAST_BYTES, LEAST_BYTES_ON_GPU, Rows, chunks
+from ._chunks import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks
 from ._devices import sum_dtype
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._head_job import (
@@ -168,7 +168,7 @@ class _Kernel(NamedTuple):
 
 def _parts(source: Rows) -> Iterator[slice]:
     """Chunks of rows: a copy of one stays small beside the logits."""
-    size = LEAST_BYTES if _check.host_reads(source.tensor.device) else LEAST_BYTES_ON_GPU
+    size = LEAST_BYTES if _check.host_reads(source.tensor.device) else COPY_BYTES_ON_GPU
     step = max(1, size // (source.width * source.tensor.itemsize))
     for part in chunks(slice(0, source.count), step):
         assert isinstance(part, slice)

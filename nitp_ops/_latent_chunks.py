@@ -25,8 +25,8 @@ from torch import Tensor
 from . import _check, reference
 from ._chunks import (
     LEAST_BYTES,
-    LEAST_BYTES_ON_GPU,
     MOST_BYTES,
+    PROJECTOR_BYTES_ON_GPU,
     Rows,
     chunks,
     length_of,
@@ -226,7 +226,7 @@ def latent_rows(
 
     weights, itemsize: numbers of the weight gradients, and the bytes of one as `rows_per_chunk` wants them."""
     size = row_bytes(width, inner, out_width, dtype)
-    large = MOST_BYTES if device == "cpu" else LEAST_BYTES_ON_GPU
+    large = MOST_BYTES if device == "cpu" else PROJECTOR_BYTES_ON_GPU
     least = large if inner else LEAST_BYTES
     return rows_per_chunk(rows, size, chunk_bytes, weights, least, device=device, itemsize=itemsize)
 

@@ -92,7 +92,7 @@ def linear_cross_entropy(
         logits_dtype: "auto": the GEMMs' dtype; torch.float32: GEMMs and logits in float32 under narrower weights,
             which are widened one block at a time.
         chunk_bytes: size of one chunk of logits. None: as large as the float32 weight gradient, within 32 to 120 MiB,
-            or 512 rows up to 240 MiB.
+            or 512 rows up to 240 MiB; on a GPU 8192 rows, or all of them where that takes no more memory.
         max_rows: a bound on the rows that count, for devices where the host does not know their number; on CPU, where
             absent rows are always skipped, it is only checked (not while tracing).
         hidden_grad_out, weight_grad_out: contiguous float32 buffers (float64 for float64) of hidden's and unembedding's

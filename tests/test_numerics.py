@@ -134,19 +134,41 @@ def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
     assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2
 
 
+@pytest.mark.parametrize("width", [1280, 4096, 16384])
+def test_a_gpu_takes_8192_rows_whatever_the_width(width):
+    sizes = {"width": width, "vocabulary": 128256, "device": "cuda"}
+    for dtype in (torch.bfloat16, torch.float32):
+        few, many = (nitp_ops.explain("linear_cross_entropy", rows=n, dtype=dtype, **sizes) for n in (8192, 2**20))
+        assert (few.chunks, few.chunk_rows, few.accumulator_bytes) == (1, 8192, 0)
+        assert (many.chunks, many.chunk_rows) == (128, 8192)
+        assert many.workspace_bytes == 8192 * 128256 * dtype.itemsize
+
+
+def test_a_projector_on_a_gpu_takes_more_than_a_gibibyte_or_8192_rows():
+    def plan(rows, width):
+        return nitp_ops.explain("implicit_token_loss", rows=rows, width=width, dtype=torch.bfloat16, device="cuda")
+
+    for rows, width in ((16384, 1280), (16384, 2048), (8192, 4096)):
+        assert plan(rows, width).chunks == 1 and plan(rows, width).workspace_bytes <= 1280 * 2**20
+    assert 0.95 * 1280 * 2**20 < plan(2**20, 2048).workspace_bytes <= 1280 * 2**20
+    assert plan(2**20, 16384).chunk_rows == 8192
+
+
 def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_sum():
     def plan(rows, dtype=torch.bfloat16):
-        return nitp_ops.explain("implicit_token_loss", rows=rows, width=4096, dtype=dtype, device="cuda")
+        sizes = {"width": 4096, "vocabulary": 128256, "device": "cuda"}
+        return nitp_ops.explain("linear_cross_entropy", rows=rows, dtype=dtype, **sizes)
 
-    some, whole, narrow = plan(6553), plan(8191), plan(16384)
-    assert some.chunks == whole.chunks == 1 and whole.accumulator_bytes == 0
-    assert narrow.chunks > 1 and narrow.workspace_bytes <= 4 * 12 * 4096**2 < whole.workspace_bytes
-    assert whole.workspace_bytes <= narrow.workspace_bytes + narrow.accumulator_bytes
+    # the gradient's float32 sum takes as much more than itself in bfloat16 as 4096 rows of logits do
+    whole, narrow = plan(8192 + 4096), plan(8192 + 4096 + 8)
+    assert whole.chunks == 1 and whole.accumulator_bytes == 0
+    assert narrow.chunks == 2 and narrow.workspace_bytes < whole.workspace_bytes
+    assert whole.workspace_bytes == 8192 * 128256 * 2 + narrow.accumulator_bytes // 2
     for dtype in (torch.float32, torch.float16):  # whose sum is, or waits as, a float32 gradient
-        assert plan(8191, dtype).chunks > 1
+        assert plan(8192 + 8, dtype).chunks == 2
     sizes = 8192 * 2, None, 4096 * 4096
-    assert _chunks.rows_per_chunk(6000, *sizes, device="cuda", itemsize=2) == 6000
-    assert _chunks.rows_per_chunk(6000, *sizes, device="cuda", itemsize=4) == 3000
+    assert _chunks.rows_per_chunk(10000, *sizes, device="cuda", itemsize=2) == 10000
+    assert _chunks.rows_per_chunk(10000, *sizes, device="cuda", itemsize=4) == 5000
 
 
 @pytest.mark.parametrize("narrow", [True, False])
