@@ -3,6 +3,9 @@
 #
 #   benchmarks/gpu.sh build|test|sanitize|large|bench-rows|bench-token|bench-latent|all [STAGE...]
 #       [--out DIR] [--commit ID] [--wheels DIR] [--python PATH]
+#   benchmarks/gpu.sh short --budget-s S --bundle-mib M [--bundle DIR] [--out DIR] [--commit ID] [--python PATH]
+#                                     what is worth most within S seconds, without an installation; --help says more
+#   benchmarks/gpu.sh bundle --bundle-mib M --out DIR     peers and library for it, in parts of M MiB (no GPU needed)
 #   benchmarks/gpu.sh collect DIR     adds the JSON files that came back in DIR to benchmarks/results (no GPU needed)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,7 +13,7 @@ cd "$(dirname "$0")/.."
 python=python3 wheels="" arguments=()
 while (($#)); do
   case $1 in
-    --wheels | --python | --out | --commit)
+    --wheels | --python | --out | --commit | --bundle | --bundle-mib | --budget-s)
       if (($# < 2)); then
         echo "benchmarks/gpu.sh: $1 needs a value" >&2
         exit 2
@@ -18,17 +21,18 @@ while (($#)); do
       ;;&
     --wheels) wheels=$2 && shift 2 ;;
     --python) python=$2 && shift 2 ;;
-    --out | --commit) arguments+=("$1" "$2") && shift 2 ;;
+    --out | --commit | --bundle | --bundle-mib | --budget-s) arguments+=("$1" "$2") && shift 2 ;;
     *) arguments+=("$1") && shift ;;
   esac
 done
 if ((${#arguments[@]} == 0)); then
-  sed -n '2,6s/^# \{0,1\}//p' benchmarks/gpu.sh >&2
+  sed -n '2,9s/^# \{0,1\}//p' benchmarks/gpu.sh >&2
   exit 2
 fi
-if [[ ${arguments[0]} == collect ]]; then
-  exec "$python" -m benchmarks.gpu_report "${arguments[@]:1}"
-fi
+case ${arguments[0]} in
+  collect) exec "$python" -m benchmarks.gpu_report "${arguments[@]:1}" ;;
+  short | bundle) exec "$python" -m "benchmarks.${arguments[0]}" "${arguments[@]:1}" ;;
+esac
 "$python" - "${arguments[@]}" <<'CHECK'  # before minutes go into a build
 import sys
 

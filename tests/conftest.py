@@ -11,6 +11,7 @@ from hypothesis import settings
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 settings.register_profile("nitp_ops", deadline=None, max_examples=30, print_blob=True)
+settings.register_profile("few", settings.get_profile("nitp_ops"), max_examples=5)  # where minutes are short
 settings.load_profile("nitp_ops")
 torch.set_num_threads(2)
 

@@ -92,7 +92,7 @@ def test_a_case_that_nobody_survives_keeps_its_rows_and_says_why():
 def test_an_implementation_that_hung_once_is_not_waited_for_again():
     asked = []
 
-    class Fake:
+    class Fake(Isolated):
         def run(self, task, names, *, patience, deadline):
             asked.append(list(names))
             return {name: {} for name in names if name != "quack"}, {"quack": "stopped: no answer within 150 s"}

@@ -1,0 +1,55 @@
+"""A source tree that was copied to a machine without a network, with its library built elsewhere or not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+#: As csrc/build_cuda.py names them.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+@contextmanager
+def importable(root: Path) -> Iterator[None]:
+    """Inside the context `nitp_ops` is imported from the tree, also by processes that are started.
+
+    objectives/ lies beside nitp_ops/, where only an installation finds it: a link stands in for one that takes longer.
+    """
+    link = root / "nitp_ops/objectives"
+    needed = not any(name.startswith("__editable___nitp_ops") for name in sys.modules) and not link.exists()
+    before = os.environ.get("PYTHONPATH")
+    if needed:
+        link.symlink_to(Path("..") / "objectives", target_is_directory=True)
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [before])])
+    try:
+        yield
+    finally:
+        if needed:
+            link.unlink()
+            os.environ.pop("PYTHONPATH")
+            os.environ.update({} if before is None else {"PYTHONPATH": before})
+
+
+def built(root: Path, capability: str, seconds: float) -> str | None:
+    """Build the library in the tree, CUDA kernels for one architecture only; why that failed, or None."""
+    major = int(capability.partition(".")[0])
+    architecture = next((name for name in ARCHITECTURES if name == f"sm_{major}0"), None)
+    if architecture is None:
+        return f"there are no CUDA kernels for compute capability {capability}"
+    if shutil.which("nvcc") is None:
+        return "there is no nvcc to build it"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"NITP_CUDA_ARCHITECTURES": architecture}
+    try:
+        done = subprocess.run(
+            command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"the build took more than {seconds:.0f} s"
+    lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    return (lines[-1].strip() if lines else f"exit code {done.returncode}") if done.returncode else None

@@ -1,0 +1,85 @@
+"""`benchmarks/gpu.sh short`: what is worth most first, within a budget of seconds, kept after every case.
+
+Every piece says what it takes on a GPU. One that does not fit into what is left is skipped, and so is one whose results
+are kept already: a second call goes on where the first ended, and begins with what did not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import carried, unpack
+from .isolated import Isolated, MeasurementError
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What a dry run's second stands for.
+DRY_SECONDS = 100.0
+
+
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="benchmarks/gpu.sh short", description=__doc__)
+    add = result.add_argument
+    add("--budget-s", type=float, required=True, help="seconds that this call may take, from its start")
+    add("--bundle-mib", type=float, required=True, help="most MiB that a part of a bundle may have")
+    add("--bundle", type=Path, help="folder with a part that `benchmarks/gpu.sh bundle` made")
+    add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of <GPU>/<commit>.json")
+    add("--commit", help="the commit of a tree that came without its history")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="without a GPU: the same order over cases that only wait, 100 times faster",
+    )
+    return result
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; 1 where something of ours failed, 2 where nothing could be measured."""
+    start = time.monotonic()
+    options = parser().parse_args(arguments)
+    try:
+        if options.bundle:
+            _use(options.bundle, options.bundle_mib)
+        with carried.importable(ROOT), Isolated() as ours, Isolated() as peers:
+            return _run(options, ours, peers, start)
+    except (MeasurementError, OSError, ValueError) as error:
+        print(f"benchmarks/gpu.sh: {error}", file=sys.stderr)
+        return 2
+
+
+def _use(bundle: Path, most_mib: float) -> None:
+    """Unpack a part of a bundle, and let this process and those that it starts find what is in it."""
+    try:
+        said, folders = unpack.unpack(bundle, most_mib, ROOT)
+    except (OSError, ValueError) as error:
+        said, folders = str(error), []
+    print(f"bundle: {said}", flush=True)
+    sys.path[:0] = folders
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def _run(options: argparse.Namespace, ours: Isolated, peers: Isolated, start: float) -> int:
+    if not options.dry_run:
+        ours.start()  # it imports torch while this process does
+    from . import dry_run, short_about, short_pieces, short_run
+
+    scale = DRY_SECONDS if options.dry_run else 1.0
+    if options.dry_run:
+        dry_run.ready(ours, peers)
+        start = time.monotonic()  # nothing starts a hundred times faster
+    deadline = start + options.budget_s / scale
+    if options.dry_run:
+        info, pieces = dry_run.machine(options.commit), dry_run.pieces(scale)
+    else:
+        info, pieces = short_about.about(ours, options.commit, ROOT, deadline), short_pieces.pieces()
+    processes = {"ours": ours, "peers": peers}
+    runner = short_run.Runner(info, options.out.resolve(), processes, deadline, scale, fake=options.dry_run)
+    return runner.run(pieces)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

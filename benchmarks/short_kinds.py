@@ -1,0 +1,151 @@
+"""The three kinds of pieces of a short run: rows of a case, records, processes that are green or red."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from . import cuda_run, gpu_report, gpu_stages
+from .isolated import Isolated, MeasurementError, Task
+from .measure import FLOOR
+
+Document = dict[str, Any]
+#: Seconds without a sign of life after which a name is given up.
+PATIENCE = 60.0
+#: How the reason of a row begins whose implementation was not there: another call may bring it.
+ABSENT = ("ImportError", "ModuleNotFoundError", "BackendError")
+
+
+@dataclass
+class Bench:
+    """What pieces run with: two processes ("ours", "peers"), and when they must have ended (`time.monotonic`)."""
+
+    processes: dict[str, Isolated]
+    deadline: float
+    document: Document = field(default_factory=dict)
+
+    def left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+
+def still_open(names: tuple[str, ...], kept: Mapping[str, Any]) -> list[str]:
+    """The names of which nothing is kept but that they were not there."""
+    return [name for name in names if name not in kept or kept[name].get("skipped", "").startswith(ABSENT)]
+
+
+class Piece(Protocol):
+    """What takes how many seconds on a GPU, yields what, and needs which modules (else no process is asked)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+    def left(self, document: Document) -> list[str]: ...
+    def run(self, left: list[str], bench: Bench) -> Document: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one case, by implementations that share a process."""
+
+    case: cuda_run.Case
+    seconds: float
+    process: str = "ours"
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        sizes = "x".join(str(size) for size in self.case.sizes.values())
+        who = ", ".join(self.case.names) if self.process == "peers" else "ours and torch's"
+        return f"{self.case.op} {sizes} {self.case.dtype} ({who})"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.case.names)
+
+    def kept(self, document: Document) -> dict[str, Any]:
+        """The rows of this case so far."""
+        here = self.case.op, tuple(self.case.sizes.items()), self.case.dtype
+        return next((case["rows"] for case in document["cases"] if gpu_report.identity(case) == here), {})
+
+    def left(self, document: Document) -> list[str]:
+        return still_open(self.names, self.kept(document))
+
+    def run(self, left: list[str], bench: Bench) -> Document:
+        case = cuda_run.measured(self.case, left, {}, bench.deadline, bench.processes[self.process], PATIENCE)
+        rows, floor = case["rows"], case["rows"].get(FLOOR, {})
+        if FLOOR in self.kept(bench.document):  # of another process than the one that is kept: the row's own
+            rows.pop(FLOOR, None)
+            for row in rows.values():
+                row |= {"floor_ms": floor["milliseconds"]} if "milliseconds" in row else {}
+        return {"stages": {}, "cases": [case] if rows else []}
+
+
+@dataclass(frozen=True)
+class Records:
+    """What has no floor: one record an implementation. task(at, names) -> {name: what is known of it}."""
+
+    op: str
+    case: str
+    names: tuple[str, ...]
+    seconds: float
+    task: Task
+    needs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.case} ({', '.join(self.names)})"
+
+    def left(self, document: Document) -> list[str]:
+        records = document.get("records", [])
+        found = {each["implementation"]: each for each in records if (each["op"], each["case"]) == (self.op, self.case)}
+        return still_open(self.names, found)
+
+    def run(self, left: list[str], bench: Bench) -> Document:
+        try:
+            found, reasons = bench.processes["ours"].run(self.task, left, patience=PATIENCE, deadline=bench.deadline)
+        except MeasurementError as error:
+            found, reasons = {}, dict.fromkeys(left, str(error))
+        found |= {name: {"skipped": reason} for name, reason in reasons.items()}
+        records = [{**row, "op": self.op, "case": self.case, "implementation": name} for name, row in found.items()]
+        return {"stages": {}, "cases": [], "records": records}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Processes, green or red. beside: (process, task, names) that run while they do, and may fail."""
+
+    name: str
+    seconds: float
+    steps: tuple[gpu_stages.Step, ...]
+    beside: tuple[tuple[str, Task, tuple[str, ...]], ...] = ()
+    needs: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def left(self, document: Document) -> list[str]:
+        return [] if document["stages"].get(self.name, {}).get("code") == 0 else [self.name]
+
+    def run(self, left: list[str], bench: Bench) -> Document:
+        def warm(process: str, task: Task, names: tuple[str, ...]) -> None:
+            try:
+                bench.processes[process].run(task, names, patience=PATIENCE, deadline=bench.deadline)
+            except MeasurementError as error:
+                print(f"{self.name}, beside it: {error}", flush=True)
+
+        threads = [threading.Thread(target=warm, args=each, daemon=True) for each in self.beside]
+        for thread in threads:
+            thread.start()
+        code, seconds, said = gpu_stages.run(self.steps, bench.left())
+        for thread in threads:
+            thread.join()
+        return {"stages": {self.name: {"code": code, "seconds": seconds, "said": said}}, "cases": []}

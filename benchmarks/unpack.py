@@ -1,0 +1,80 @@
+"""What a part of a bundle (`bundle`) holds, put where it belongs: the library into the package, wheels into one folder.
+
+A part is a folder of whole wheels, of pieces of xz-packed ones (NAME.tar.xz.1-of-2), and of libnitp_ops.so.xz. The
+pieces of the parts meet in the folder, which outlives a call; a wheel is there once all of its pieces are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import re
+import shutil
+import site
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+MANIFEST = "bundle.json"
+LIBRARY = "nitp_ops/libnitp_ops.so"
+#: Where wheels are unpacked: ignored by git, so that it is neither committed nor copied.
+SITE = "build/peers"
+MIB = 2**20
+
+
+def unpack(part: Path, most_mib: float, root: Path) -> tuple[str, list[str]]:
+    """(what was unpacked, what to put on the module search path).
+
+    Raises:
+        OSError: there is no such folder, or something in it is damaged; what came before that is unpacked.
+        ValueError: the part is above its limit: nothing is unpacked.
+    """
+    if not (part / MANIFEST).is_file():
+        raise FileNotFoundError(f"{part} holds no {MANIFEST}: benchmarks/gpu.sh bundle makes such a folder")
+    size = sum(path.stat().st_size for path in part.iterdir()) / MIB
+    if size > most_mib:
+        raise ValueError(f"{part} has {size:.1f} MiB, above its limit of {most_mib:g} MiB: nothing of it is used")
+    manifest, target, unpacked = json.loads((part / MANIFEST).read_text()), root / SITE, []
+    target.mkdir(parents=True, exist_ok=True)
+    if (part / "libnitp_ops.so.xz").exists() and not (root / LIBRARY).exists():
+        with lzma.open(part / "libnitp_ops.so.xz") as packed, (root / LIBRARY).open("wb") as whole:
+            shutil.copyfileobj(packed, whole)
+        unpacked.append("the library")
+    for wheel in sorted(part.glob("*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(target)
+        unpacked.append(wheel.name.partition("-")[0])
+    for piece in sorted(part.glob("*.tar.xz.*-of-*")):
+        shutil.copyfile(piece, target / piece.name)
+    for name, digest in manifest["packed"].items():
+        unpacked += _joined(target, name, digest)
+    return f"{', '.join(unpacked) or 'nothing new'} from {part}", search_path(target)
+
+
+def _joined(target: Path, name: str, digest: str) -> list[str]:
+    """Unpack one archive if all of its pieces have come."""
+    pieces = sorted(target.glob(f"{name}.*-of-*"), key=lambda path: int(path.suffix[1:].partition("-")[0]))
+    if not pieces or len(pieces) < int(re.findall(r"of-(\d+)$", pieces[0].name)[0]):
+        return []
+    whole = target / name
+    with whole.open("wb") as file:
+        for piece in pieces:
+            file.write(piece.read_bytes())
+    if hashlib.sha256(whole.read_bytes()).hexdigest() != digest:
+        raise OSError(f"{name}: its pieces are damaged or of different bundles")
+    with tarfile.open(whole) as archive:
+        archive.extractall(target, filter="data")
+    for path in (whole, *pieces):
+        path.unlink()
+    return [name.partition("-")[0]]
+
+
+def search_path(folder: Path) -> list[str]:
+    """The folder, and those that its .pth files name."""
+    before = list(sys.path)
+    site.addsitedir(str(folder))
+    found = [path for path in sys.path if path not in before]
+    sys.path[:] = before
+    return [str(folder), *(path for path in found if path != str(folder))]
