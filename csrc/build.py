@@ -26,8 +26,9 @@ LINK = "-s -Wl,--no-as-needed -Wl,-soname,libnitp_ops.so -Wl,--version-script=ex
 EXPORTS = "{ global: nitp_ops_*; local: *; };\n"
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
 #: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there.
+#: On x86 the portable kernels are for processors of before 2013: -O2 compiles them in 2/3 of the time.
 TARGET_FLAGS = {
-    "portable": "",
+    "portable": "-O2",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
@@ -99,8 +100,8 @@ def build(
     cxx, x86 = shlex.join(compiler), machine == "x86_64"
     flags = f"{FLAGS}{' -DNITP_X86' if x86 else ''}"
     objects = [(Path(source).name, f"csrc/{source}.cpp", flags) for source in ENTRIES]
-    for target in TARGET_FLAGS if x86 else ("portable",):
-        own = f"{flags} -DNITP_TARGET={target} {TARGET_FLAGS[target]}"
+    for target, chosen in TARGET_FLAGS.items() if x86 else (("portable", ""),):
+        own = f"{flags} -DNITP_TARGET={target} {chosen}"
         objects += [(f"{kernel}.{target}", f"csrc/cpu/{kernel}.cpp", own) for kernel in KERNELS]
     nvcc = CUDA["find_nvcc"]() if machine == platform.machine() else None
     if nvcc:
@@ -151,7 +152,7 @@ def module_rules(library: Path, module: Path, work: Path) -> list[str]:
     beside = f"-L{quote(library.parent)} -l:{library.name} -Wl,-rpath,'$$ORIGIN'"
     return [
         "build module.o: compile csrc/module.cpp",
-        f"  flags = {FLAGS} {python}",
+        f"  flags = {FLAGS} -O1 {python}",
         f"build {escape(module)}: link module.o | {escape(library)}",
         f"  flags = -s {beside}",
     ]

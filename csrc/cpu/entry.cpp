@@ -23,11 +23,18 @@ template <class First, class... Rest>
 constexpr bool rounds_to_bfloat16 =
     std::is_same_v<First, bfloat16> && ((std::is_same_v<Rest, bfloat16> || std::is_same_v<Rest, float>) && ...);
 
+// float64 beside another dtype: such an alignment is there for checks, so that one set serves it.
+template <class... Types>
+constexpr bool mixes_float64 = (std::is_same_v<Types, double> || ...) && !(std::is_same_v<Types, double> && ...);
+
 #define NITP_SERVE(Rows, function)                                                               \
   template <class... Types>                                                                      \
   static void run(const nitp::Rows<Types...>& args, int64_t rows, const Tensor&) {               \
     const int64_t grain = args.columns > 0 ? 1 + (kElementsPerTask - 1) / args.columns : 1;      \
     const auto over = [&](int64_t begin, int64_t end) {                                          \
+      if constexpr (mixes_float64<Types...>) {                                                   \
+        return nitp::portable::function(args, begin, end);                                       \
+      }                                                                                          \
       switch (nitp_instruction_set()) {                                                          \
         case nitp::InstructionSet::avx512_bf16:                                                  \
           if constexpr (rounds_to_bfloat16<Types...>) {                                          \
