@@ -58,15 +58,17 @@ BACKENDS = {"ours": "native", "ours-triton": "triton", "ours-reference": "refere
 #: Name -> what it is, in the order of the table.
 NAMES = {
     "ours": "nitp_ops, row kernels in C++ (on a GPU CUDA C++)",
+    "ours-compiled": "torch.compile of ours",
     "ours-triton": "nitp_ops, row kernels in Triton (on a GPU)",
     "ours-reference": "nitp_ops, backend='reference': its plain equations",
     "eager": "the formula in PyTorch",
     "eager-float32": "the same with the logits cast to float32, as most training code does",
     "compile": "torch.compile of eager",
-    **peers.PEERS,
+    **{name: peer.what for name, peer in peers.PEERS.items()},
 }
 #: What a quick run leaves out, and why.
 SLOW = {
+    "ours-compiled": "ours stands for it: torch.compile changes what happens between ops, and each case is one",
     "ours-reference": "eager and eager-float32 stand for it",
     "torch": "its automatic options take up to a minute and a half a step on two cores",
     "cce": "its form for CPU compiles for half a minute",
@@ -90,6 +92,8 @@ def forward(op: str, name: str) -> Forward:
         raise ValueError(f"benchmarks: {name!r} has no {op}")
     if name in BACKENDS:
         return partial(getattr(nitp_ops, op), backend=BACKENDS[name])
+    if name == "ours-compiled":
+        return torch.compile(partial(getattr(nitp_ops, op), backend=BACKENDS["ours"]), dynamic=False)
     if name == "eager":
         return EAGER[op]
     if name == "eager-float32":

@@ -290,7 +290,8 @@ def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_j
         ("float32", "raised"),
     ]
     for measured in document["cases"]:
-        assert list(measured["rows"]) == ["floor", "ours", "ours-triton", "ours-reference", "eager", "compile"]
+        names = ["ours", "ours-compiled", "ours-triton", "ours-reference", "eager", "compile"]
+        assert list(measured["rows"]) == ["floor", *names]
         assert "BackendError" in measured["rows"]["ours-triton"]["skipped"]
         assert measured["rows"]["ours-reference"]["skipped"].startswith("left out of --quick: ")
         ours = measured["rows"]["ours"]
