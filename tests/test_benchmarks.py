@@ -15,7 +15,6 @@ from benchmarks import __main__ as command
 from benchmarks import gate, measure, report, run
 from benchmarks.cases import OPS
 from benchmarks.implementations import forward, step
-from benchmarks.isolated import MeasurementError
 
 pytestmark = pytest.mark.programs
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,9 +135,9 @@ def test_a_failing_or_dying_child_is_one_line():
     def fail() -> None:
         raise ValueError("no such thing\nand a second line")
 
-    with pytest.raises(MeasurementError, match=r"^ValueError: no such thing$"):
+    with pytest.raises(measure.MeasurementError, match=r"^ValueError: no such thing$"):
         measure.in_child(fail)
-    with pytest.raises(MeasurementError, match="ended with code 3"):
+    with pytest.raises(measure.MeasurementError, match="ended with code 3"):
         measure.in_child(lambda: os._exit(3))
 
 

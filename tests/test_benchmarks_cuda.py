@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from cpu_in_its_place import stand_in
 
 from benchmarks import __main__ as command
 from benchmarks import cuda, cuda_run, gpu_report, gpu_stages, measure, overhead, row_kernels
@@ -14,20 +15,10 @@ from benchmarks.isolated import Isolated, Lost, MeasurementError, without_the_de
 
 pytestmark = pytest.mark.programs
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def cpu_in_its_place(monkeypatch):
-    """The CUDA harness over CPU tensors: wall clock for events, no counters of an allocator."""
-    monkeypatch.setattr(cuda, "DEVICE", CPU)
-    monkeypatch.setattr(cuda, "Instant", time.perf_counter)
-    monkeypatch.setattr(cuda, "FLUSH_BYTES", 16)
-    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    held = iter([100, 350] * 99)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(held))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(held))
+    stand_in(monkeypatch)
 
 
 def at(name):
