@@ -32,12 +32,12 @@ def pieces(scale: float) -> Iterator[Piece]:
     from .gpu_stages import python
     from .short_kinds import Records, Rows, Stage
 
-    for piece in short_pieces.pieces():
+    for piece in short_pieces.pieces("9.0"):
         wait = piece.seconds / scale
         if isinstance(piece, Rows):
-            yield replace(piece, case=replace(piece.case, measure=partial(rows, wait=wait)), needs=())
+            yield replace(piece, case=replace(piece.case, measure=partial(rows, wait=wait)), unavailable=None)
         elif isinstance(piece, Records):
-            yield replace(piece, task=partial(records, wait=wait), needs=())
+            yield replace(piece, task=partial(records, wait=wait), unavailable=None)
         elif isinstance(piece, Stage):
             step = python("-c", f"import time; time.sleep({wait}); print('waited')")
             yield replace(piece, steps=(step,), beside=())

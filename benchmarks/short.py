@@ -11,12 +11,15 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from . import carried, unpack
 from .isolated import Isolated, MeasurementError
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Of ours and torch's, of peers, and of the one that changes torch.
+PROCESSES = ("ours", "peers", "unsloth")
 #: What a dry run's second stands for.
 DRY_SECONDS = 100.0
 
@@ -44,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.bundle:
             _use(options.bundle, options.bundle_mib)
-        with carried.importable(ROOT), Isolated() as ours, Isolated() as peers:
-            return _run(options, ours, peers, start)
+        with carried.importable(ROOT), ExitStack() as stack:
+            return _run(options, {name: stack.enter_context(Isolated()) for name in PROCESSES}, start)
     except (MeasurementError, OSError, ValueError) as error:
         print(f"benchmarks/gpu.sh: {error}", file=sys.stderr)
         return 2
@@ -62,21 +65,21 @@ def _use(bundle: Path, most_mib: float) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
-def _run(options: argparse.Namespace, ours: Isolated, peers: Isolated, start: float) -> int:
+def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: float) -> int:
     if not options.dry_run:
-        ours.start()  # it imports torch while this process does
+        processes["ours"].start()  # it imports torch while this process does
     from . import dry_run, short_about, short_pieces, short_run
 
     scale = DRY_SECONDS if options.dry_run else 1.0
     if options.dry_run:
-        dry_run.ready(ours, peers)
+        dry_run.ready(*processes.values())
         start = time.monotonic()  # nothing starts a hundred times faster
     deadline = start + options.budget_s / scale
     if options.dry_run:
         info, pieces = dry_run.machine(options.commit), dry_run.pieces(scale)
     else:
-        info, pieces = short_about.about(ours, options.commit, ROOT, deadline), short_pieces.pieces()
-    processes = {"ours": ours, "peers": peers}
+        info = short_about.about(processes["ours"], options.commit, ROOT, deadline)
+        pieces = short_pieces.pieces(info["capability"])
     runner = short_run.Runner(info, options.out.resolve(), processes, deadline, scale, fake=options.dry_run)
     return runner.run(pieces)
 

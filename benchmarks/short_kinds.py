@@ -21,7 +21,7 @@ ABSENT = ("ImportError", "ModuleNotFoundError", "BackendError")
 
 @dataclass
 class Bench:
-    """What pieces run with: two processes ("ours", "peers"), and when they must have ended (`time.monotonic`)."""
+    """What pieces run with: processes by name, when they must have ended (`time.monotonic`), what is kept so far."""
 
     processes: dict[str, Isolated]
     deadline: float
@@ -37,7 +37,7 @@ def still_open(names: tuple[str, ...], kept: Mapping[str, Any]) -> list[str]:
 
 
 class Piece(Protocol):
-    """What takes how many seconds on a GPU, yields what, and needs which modules (else no process is asked)."""
+    """What takes how many seconds on a GPU, and yields what; `unavailable`: why no process is asked."""
 
     @property
     def name(self) -> str: ...
@@ -46,7 +46,7 @@ class Piece(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
     @property
-    def needs(self) -> tuple[str, ...]: ...
+    def unavailable(self) -> str | None: ...
     def left(self, document: Document) -> list[str]: ...
     def run(self, left: list[str], bench: Bench) -> Document: ...
 
@@ -58,12 +58,12 @@ class Rows:
     case: cuda_run.Case
     seconds: float
     process: str = "ours"
-    needs: tuple[str, ...] = ()
+    unavailable: str | None = None
 
     @property
     def name(self) -> str:
         sizes = "x".join(str(size) for size in self.case.sizes.values())
-        who = ", ".join(self.case.names) if self.process == "peers" else "ours and torch's"
+        who = "ours and torch's" if self.process == "ours" else ", ".join(self.case.names)
         return f"{self.case.op} {sizes} {self.case.dtype} ({who})"
 
     @property
@@ -97,7 +97,7 @@ class Records:
     names: tuple[str, ...]
     seconds: float
     task: Task
-    needs: tuple[str, ...] = ()
+    unavailable: str | None = None
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ class Stage:
     seconds: float
     steps: tuple[gpu_stages.Step, ...]
     beside: tuple[tuple[str, Task, tuple[str, ...]], ...] = ()
-    needs: tuple[str, ...] = ()
+    unavailable: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

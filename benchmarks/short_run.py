@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -59,7 +58,9 @@ class Runner:
         ran = 0
         for piece in pieces:
             left = piece.left(self.bench.document if self.resumes else self.empty)
-            if not left or not self._there(piece):
+            if left and piece.unavailable:
+                print(f"{piece.name}: skipped, {piece.unavailable}", flush=True)
+            if not left or piece.unavailable:
                 continue
             left = self._not_given_up(piece, left)
             needed = piece.seconds * len(left) / len(piece.names)
@@ -77,12 +78,6 @@ class Runner:
     def _remaining(self) -> float:
         """In seconds of a GPU."""
         return max(0.0, (self.bench.deadline - self.clock()) * self.scale)
-
-    def _there(self, piece: Piece) -> bool:
-        lacking = [module for module in piece.needs if importlib.util.find_spec(module) is None]
-        if lacking:
-            print(f"{piece.name}: skipped, {', '.join(lacking)} is not installed", flush=True)
-        return not lacking
 
     def _not_given_up(self, piece: Piece, left: list[str]) -> list[str]:
         for name in (name for name in left if name in self.given_up):

@@ -1,7 +1,7 @@
 """What a part of a bundle (`bundle`) holds, put where it belongs: the library into the package, wheels into one folder.
 
-A part is a folder of whole wheels, of pieces of xz-packed ones (NAME.tar.xz.1-of-2), and of libnitp_ops.so.xz. The
-pieces of the parts meet in the folder, which outlives a call; a wheel is there once all of its pieces are.
+A part is a folder of xz-packed wheels or pieces of them (NAME.tar.xz.1-of-2) and of libnitp_ops.so.xz. The pieces of
+the parts meet in the folder, which outlives a call; a wheel is there once all of its pieces are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import shutil
 import site
 import sys
 import tarfile
-import zipfile
 from pathlib import Path
 
 MANIFEST = "bundle.json"
@@ -42,10 +41,6 @@ def unpack(part: Path, most_mib: float, root: Path) -> tuple[str, list[str]]:
         with lzma.open(part / "libnitp_ops.so.xz") as packed, (root / LIBRARY).open("wb") as whole:
             shutil.copyfileobj(packed, whole)
         unpacked.append("the library")
-    for wheel in sorted(part.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(target)
-        unpacked.append(wheel.name.partition("-")[0])
     for piece in sorted(part.glob("*.tar.xz.*-of-*")):
         shutil.copyfile(piece, target / piece.name)
     for name, digest in manifest["packed"].items():

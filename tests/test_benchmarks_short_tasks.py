@@ -39,7 +39,11 @@ def at(name):
 
 @pytest.fixture
 def bench():
-    return Bench({"ours": Here(), "peers": Here()}, time.monotonic() + 60, {"machine": {}, "stages": {}, "cases": []})
+    return Bench(
+        {"ours": Here(), "peers": Here(), "unsloth": Here()},
+        time.monotonic() + 60,
+        {"machine": {}, "stages": {}, "cases": []},
+    )
 
 
 def toy(sizes):
@@ -47,7 +51,7 @@ def toy(sizes):
     return {name: {"N": 8, "D": 16, "m": 16, "d": 16, "V": 64}.get(name, size) for name, size in sizes.items()}
 
 
-ROWS = [piece for piece in short_pieces.pieces() if isinstance(piece, Rows)]
+ROWS = [piece for piece in short_pieces.pieces("9.0") if isinstance(piece, Rows)]
 
 
 def test_every_row_is_measured_by_who_runs_on_a_cpu(cpu_in_its_place, bench, monkeypatch):
@@ -65,7 +69,7 @@ def test_every_row_is_measured_by_who_runs_on_a_cpu(cpu_in_its_place, bench, mon
 
 
 def test_a_peer_that_cannot_run_here_says_why(cpu_in_its_place, bench):
-    for piece in {p.names: p for p in ROWS if p.process == "peers"}.values():
+    for piece in {p.names: p for p in ROWS if p.process != "ours"}.values():
         (name,) = piece.names
         small = replace(piece, case=replace(piece.case, sizes=toy(piece.case.sizes)))
         (case,) = small.run([name], bench)["cases"]
@@ -77,7 +81,7 @@ def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch)
     monkeypatch.setattr(short_tasks, "SQUARE", 8)
     counted = []
     monkeypatch.setattr(profiled, "counters", lambda at, names, *, kernel: counted.append(kernel))
-    for piece in short_pieces.pieces():
+    for piece in short_pieces.pieces("9.0"):
         if not isinstance(piece, Records) or piece.op == "counters":
             continue
         if piece.op == "training_step":
@@ -159,7 +163,7 @@ def test_the_machine_is_told_with_what_its_library_lacks(monkeypatch):
 
 
 def test_the_pieces_name_modules_tests_and_ops_that_exist():
-    pieces = list(short_pieces.pieces())
+    pieces = list(short_pieces.pieces("9.0"))
     assert len({piece.name for piece in pieces}) == len(pieces)
     (tests,) = [piece for piece in pieces if isinstance(piece, Stage) and piece.name == "test"]
     assert sum(word.startswith("tests/test_gpu_") for word in tests.steps[0].command) >= 4

@@ -1,0 +1,135 @@
+"""`benchmarks/gpu.sh bundle`: peers and the library in parts of a limited size, and what `short` makes of them."""
+
+import lzma
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bundle, carried, short, unpack
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(bundle, "XZ", [{"id": lzma.FILTER_LZMA2, "preset": 0}])
+
+
+@pytest.fixture
+def made(tmp_path, fast):
+    """A library and two archives of wheels: `small`, and `large`, of which one part has no room for the whole."""
+    library = tmp_path / "libnitp_ops.so"
+    library.write_bytes(b"library" * 100)
+    wheels = []
+    for name, content in (("small", b"one = 1\n"), ("large", b"data = " + repr(os.urandom(5000)).encode() + b"\n")):
+        wheel = tmp_path / f"{name}-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"{name}/packages/{name}_inside.py", content)
+            archive.writestr(f"{name}.pth", f"{name}/packages\n")
+        wheels.append(bundle.packed(wheel))
+    return library, wheels
+
+
+@pytest.mark.parametrize("most", [4000, 100_000])
+def test_the_parts_hold_everything_within_their_limit(tmp_path, made, most):
+    library, archives = made
+    parts = bundle.write(tmp_path / "out", library, archives, most)
+    assert (len(parts) > 1) is (most == 4000)
+    assert all(sum(path.stat().st_size for path in part.iterdir()) <= most for part in parts)
+    root = tmp_path / "machine"
+    (root / "nitp_ops").mkdir(parents=True)
+    for number, part in enumerate(parts, 1):
+        said, folders = unpack.unpack(part, most / unpack.MIB, root)
+        assert ("the library" in said) is (number == 1) and ("large" in said) is (number == len(parts))
+    assert (root / unpack.LIBRARY).read_bytes() == library.read_bytes()
+    code = "import small_inside, large_inside; print(small_inside.one, len(large_inside.data))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "1 5000\n", done.stderr
+    assert not list((root / unpack.SITE).glob("*.xz*"))
+    said, again = unpack.unpack(parts[0], most / unpack.MIB, root)  # of a later call on the same machine
+    assert again == folders
+
+
+def test_a_part_above_its_limit_or_damaged_is_refused(tmp_path, made):
+    library, archives = made
+    first, *others = bundle.write(tmp_path / "out", library, archives, 4000)
+    with pytest.raises(ValueError, match=r"above its limit of 0\.001 MiB"):
+        unpack.unpack(first, 0.001, tmp_path)
+    (tmp_path / "nitp_ops").mkdir()
+    unpack.unpack(first, 1, tmp_path)
+    for part in others[:-1]:
+        unpack.unpack(part, 1, tmp_path)
+    (piece,) = others[-1].glob("large*")
+    piece.write_bytes(b"x" * piece.stat().st_size)
+    with pytest.raises(OSError, match="damaged"):
+        unpack.unpack(others[-1], 1, tmp_path)
+    with pytest.raises(bundle.BundleError, match=r"the limit of a part is 0\.0 MiB"):
+        bundle.write(tmp_path / "none", library, archives, 10)
+
+
+@pytest.mark.parametrize(("most", "said"), [(9.0, "holds no bundle.json"), (1e-6, "above its limit")])
+def test_a_bundle_that_cannot_be_used_is_one_line_and_the_run_goes_on(tmp_path, capsys, most, said, monkeypatch):
+    if most < 1:
+        (tmp_path / unpack.MANIFEST).write_text('{"packed": {}}')
+    ran = []
+    monkeypatch.setattr(short, "_run", lambda *_: ran.append(1) or 0)
+    options = ["--budget-s", "9", "--bundle-mib", str(most), "--bundle", str(tmp_path), "--dry-run"]
+    assert short.main(options) == 0 and ran
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("bundle: ") and said in line
+
+
+def test_a_package_without_a_wheel_and_a_folder_that_exists_are_one_line(tmp_path, capsys, monkeypatch):
+    assert bundle.main(["--bundle-mib", "9", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"benchmarks/gpu.sh: {tmp_path} exists\n"
+
+    def fails(command, **_):
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found for it\n")
+
+    monkeypatch.setattr(bundle.subprocess, "run", fails)
+    monkeypatch.setattr(bundle, "LIBRARY", "setup.py")
+    assert bundle.main(["--bundle-mib", "9", "--out", str(tmp_path / "new")]) == 1
+    assert capsys.readouterr().err == "benchmarks/gpu.sh: liger-kernel: No matching distribution found for it\n"
+
+
+def test_a_source_tree_finds_its_objectives_without_an_installation(tmp_path, monkeypatch):
+    (tmp_path / "nitp_ops").mkdir()
+    (tmp_path / "objectives").mkdir()
+    (tmp_path / "nitp_ops/__init__.py").touch()
+    (tmp_path / "objectives/__init__.py").write_text("found = 7\n")
+    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if not k.startswith("__editable___nitp")})
+    link = tmp_path / "nitp_ops/objectives"
+    before = os.environ.get("PYTHONPATH")
+    with carried.importable(tmp_path):
+        code = "import nitp_ops.objectives as o; print(o.found)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.stdout == "7\n", done.stderr
+    assert not link.exists() and os.environ.get("PYTHONPATH") == before
+
+
+@pytest.mark.parametrize(
+    ("capability", "code", "said"),
+    [
+        ("7.5", "", "no CUDA kernels for compute capability 7.5"),
+        ("9.0", "raise SystemExit('it does not build')", "not build"),
+    ],
+)
+def test_a_library_that_cannot_be_built_says_why(tmp_path, monkeypatch, capability, code, said):
+    (tmp_path / "setup.py").write_text(code)
+    monkeypatch.setattr(carried.shutil, "which", lambda name: name)
+    assert said in (carried.built(tmp_path, capability, 60) or "")
+
+
+def test_the_library_is_built_for_one_architecture(tmp_path, monkeypatch):
+    (tmp_path / "setup.py").write_text("import os; open('asked', 'w').write(os.environ['NITP_CUDA_ARCHITECTURES'])")
+    monkeypatch.setattr(carried.shutil, "which", lambda name: name)
+    assert carried.built(tmp_path, "9.0", 60) is None and (tmp_path / "asked").read_text() == "sm_90"
+    (tmp_path / "setup.py").write_text("import time; time.sleep(60)")
+    assert carried.built(tmp_path, "9.0", 0.5) == "the build took more than 0 s"
+    text = (ROOT / "csrc/build_cuda.py").read_text()
+    assert all(f'"{name}": ' in text for name in carried.ARCHITECTURES)
