@@ -248,6 +248,7 @@ OPS: dict[str, Op] = {
                 "Llama-3-8B, N=4096": HEADS["Llama-3-8B"].sizes(4096),
                 "Llama-3-8B": HEADS["Llama-3-8B"].sizes(8192),
                 "d=2048": {"N": 16384, "d": 2048, "V": 151936},
+                "NITP-MoE-9B": HEADS["NITP-MoE-9B"].sizes(16384),
                 "Gemma-2-2B": HEADS["Gemma-2-2B"].sizes(8192),
                 "DeepSeek-V3": HEADS["DeepSeek-V3"].sizes(8192),
             },
