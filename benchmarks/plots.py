@@ -193,7 +193,7 @@ def page(document: dict[str, Any], source: str) -> str:
         "Forward and backward of `linear_cross_entropy`, medians of interleaved rounds, freed memory kept.",
         "extra memory: the peak of a fresh process's second step without the gradients it returns (malloc default).",
         "heads: `ntp` and `mtp_parallel` with residual heads, one pass for all of them, or a call of eager for each.",
-        f"torch-best: {PEERS['torch'].split(',')[0]}, {PEERS['torch-best'].removeprefix('the same with ')}.",
+        f"torch-best: {PEERS['torch'].what.split(',')[0]}, {PEERS['torch-best'].what.removeprefix('the same with ')}.",
         "",
     ]
     for name in ("time", "memory"):
