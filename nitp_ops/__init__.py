@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 # torch first: the compiled library takes its symbols from torch's.
 import torch  # noqa: F401
 
-from . import layers, reference
-from ._alignment import AlignmentStats, alignment
+from . import _library  # noqa: F401
 from ._check import BackendError
-from ._cross_entropy import cross_entropy
-from ._explain import ChunkPlan, explain
-from ._head_job import HeadJob, TokenEntropyStats, TokenStats
-from ._implicit_token_loss import implicit_token_loss
-from ._linear_cross_entropy import linear_cross_entropy
-from ._shared_linear_cross_entropy import shared_linear_cross_entropy
-from ._swiglu import swiglu
 
 if TYPE_CHECKING:
-    from . import geometry
+    from . import geometry, layers, reference
+    from ._alignment import AlignmentStats, alignment
+    from ._cross_entropy import cross_entropy
+    from ._explain import ChunkPlan, explain
+    from ._head_job import HeadJob, TokenEntropyStats, TokenStats
+    from ._implicit_token_loss import implicit_token_loss
+    from ._linear_cross_entropy import linear_cross_entropy
+    from ._shared_linear_cross_entropy import shared_linear_cross_entropy
+    from ._swiglu import swiglu
 
 try:
     __version__ = metadata.version("nitp_ops")
@@ -52,12 +52,34 @@ __all__ = [
     "swiglu",
 ]
 
+#: The module that holds a public name. It is imported on first use: defining the custom ops takes longer than all else.
+_HOME = {
+    "AlignmentStats": "_alignment",
+    "ChunkPlan": "_explain",
+    "HeadJob": "_head_job",
+    "TokenEntropyStats": "_head_job",
+    "TokenStats": "_head_job",
+    "alignment": "_alignment",
+    "attach": "integrations",
+    "cross_entropy": "_cross_entropy",
+    "explain": "_explain",
+    "implicit_token_loss": "_implicit_token_loss",
+    "linear_cross_entropy": "_linear_cross_entropy",
+    "shared_linear_cross_entropy": "_shared_linear_cross_entropy",
+    "swiglu": "_swiglu",
+}
+_MODULES = frozenset({"geometry", "integrations", "layers", "objectives", "reference"})
+
 
 def __getattr__(name: str) -> Any:
-    # On first use: `import nitp_ops` must not pay for the registry and its plugins, the one arrow that runs up, nor for
-    # geometry (13 ms).
-    if name in ("geometry", "objectives", "integrations"):
+    if name in _MODULES:
         return importlib.import_module(f".{name}", __name__)
-    if name == "attach":
-        return importlib.import_module(".integrations", __name__).attach
-    raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, *_MODULES})
