@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import overhead, roofline, row_kernels, training_step
+from . import overhead, roofline, row_kernels, short_pieces, training_step
 from .cases import OPS, Sizes
 from .implementations import NAMES
 from .report import RESULTS, ROOT, machine_line, markdown, read, write
@@ -107,6 +107,20 @@ def training(document: Document) -> str:
     return markdown(["objective", "what it is", "tokens / s", "peak GiB", "NTP loss"], lines)
 
 
+def chunk_rows(document: Document, rates: roofline.Rates) -> str:
+    """The cross-entropy by rows of a chunk: the model's time over GEMM time, and that of ours."""
+    kept = [each for each in document.get("records", []) if each["op"] == "chunk_rows"]
+    found = {(each["case"], each["implementation"]): each for each in kept}
+    lines: list[Row] = []
+    for sizes in short_pieces.CHUNKED:
+        case = "x".join(str(size) for size in sizes.values())
+        for rows in short_pieces.CHUNK_ROWS:
+            model = roofline.cost("linear_cross_entropy", sizes, -(-sizes["N"] // int(rows))).ratio(rates)
+            row = found.get((case, rows), {})
+            lines.append([words(sizes), rows, f"{model:.2f}", cell({"ours": row}, "ours")])
+    return markdown(["case", "rows", "model", "ours"], lines)
+
+
 def reasons(document: Document) -> list[str]:
     """Why somebody has an x: a line for each reason."""
     found: dict[str, None] = {}
@@ -131,6 +145,10 @@ def part(document: Document) -> list[str]:
         "NTP + NITP over NTP:",
         "",
         both_losses(document, rates),
+        "",
+        "`linear_cross_entropy` by rows of a chunk, bfloat16, time over GEMM time:",
+        "",
+        chunk_rows(document, rates),
         "",
         "Row kernels, bfloat16, time over a copy of the same bytes:",
         "",

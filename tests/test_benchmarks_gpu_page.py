@@ -22,6 +22,7 @@ def document() -> dict:
     token |= {"eager": {"times_floor": ratio(1.987)}, "liger": {"skipped": "ImportError: liger needs liger_kernel"}}
     kernel = {"ours": {"times_floor": ratio(1.093)}, "ours-triton": {"times_floor": ratio(1.61)}}
     step = {"op": "training_step", "case": "Qwen2-0.5B", "tokens_per_s": 54321.4, "peak_gib": 33.34, "ntp_loss": 12.1}
+    chunks = {"op": "chunk_rows", "case": "16384x2048x151936"}
     return {
         "machine": MACHINE,
         "stages": {"test": {"code": 0, "seconds": 51.0, "said": "409 passed"}},
@@ -35,6 +36,8 @@ def document() -> dict:
             {"op": "ceiling", "case": "copy, GEMM", "implementation": "copy", "per_second": 4.0e12},
             {"op": "ceiling", "case": "copy, GEMM", "implementation": "gemm", "per_second": 7.0e14},
             {**step, "implementation": "ntp"},
+            {**chunks, "implementation": "2048", "times_floor": ratio(1.234)},
+            {**chunks, "implementation": "4096", "skipped": "OutOfMemoryError: no"},
         ],
     }
 
@@ -78,6 +81,10 @@ def test_a_measurement_stands_beside_the_model_at_the_measured_rates(kept):
     assert "* liger: ImportError: liger needs liger_kernel" in text
     assert lines(text, "| `cross_entropy_rows_` | N = 4096, D = 128256")[0][3:] == ["1.09", "1.61"]
     assert lines(text, "| `cross_entropy_rows_` | N = 4096, D = 151936")[0][3:] == ["not measured"] * 2  # float32
+    model = roofline.cost("linear_cross_entropy", {"N": 16384, "d": 2048, "V": 151936}, 8)
+    by_rows = [row[1:] for row in lines(text, "| N = 16384, d = 2048, V = 151936 |")]
+    assert by_rows[0] == ["2048", f"{model.ratio(roofline.Rates(7e14, 4e12)):.2f}", "1.23"]
+    assert [row[2] for row in by_rows[1:]] == ["x", "not measured", "not measured"]
     assert lines(text, "| ntp | ")[0][2:] == ["54321", "33.3", "12.1000"]
 
 
