@@ -7,6 +7,7 @@ are kept already: a second call goes on where the first ended, and begins with w
 from __future__ import annotations
 
 import argparse
+import lzma
 import os
 import sys
 import time
@@ -45,30 +46,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     options = parser().parse_args(arguments)
     try:
-        if options.bundle:
-            _use(options.bundle, options.bundle_mib)
         with carried.importable(ROOT), ExitStack() as stack:
-            return _run(options, {name: stack.enter_context(Isolated()) for name in PROCESSES}, start)
+            processes = {name: stack.enter_context(Isolated()) for name in PROCESSES}
+            _begin(options, processes["ours"])
+            return _run(options, processes, start)
     except (MeasurementError, OSError, ValueError) as error:
         print(f"benchmarks/gpu.sh: {error}", file=sys.stderr)
         return 2
 
 
-def _use(bundle: Path, most_mib: float) -> None:
-    """Unpack a part of a bundle, and let this process and those that it starts find what is in it."""
+def _begin(options: argparse.Namespace, ours: Isolated) -> None:
+    """Unpack a part of a bundle, for this process and those that it starts; torch is imported meanwhile in another."""
+    part = None
     try:
-        said, folders = unpack.unpack(bundle, most_mib, ROOT)
-    except (OSError, ValueError) as error:
-        said, folders = str(error), []
-    print(f"bundle: {said}", flush=True)
-    sys.path[:0] = folders
-    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+        if options.bundle:
+            part = unpack.checked(options.bundle, options.bundle_mib)
+            print(f"bundle: {unpack.library(part, ROOT)}", flush=True)
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        print(f"bundle: {error}", flush=True)
+    if not options.dry_run:
+        ours.start()
+    try:
+        if part:
+            said, folders = unpack.wheels(part, ROOT)
+            print(f"bundle: {said}", flush=True)
+            sys.path[:0] = folders
+            os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    except (OSError, lzma.LZMAError) as error:
+        print(f"bundle: {error}", flush=True)
 
 
 def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: float) -> int:
-    if not options.dry_run:
-        processes["ours"].start()  # it imports torch while this process does
-    from . import dry_run, short_about, short_pieces, short_run
+    from . import dry_run, short_about, short_pieces, short_run  # and torch
 
     scale = DRY_SECONDS if options.dry_run else 1.0
     if options.dry_run:

@@ -23,29 +23,44 @@ SITE = "build/peers"
 MIB = 2**20
 
 
-def unpack(part: Path, most_mib: float, root: Path) -> tuple[str, list[str]]:
-    """(what was unpacked, what to put on the module search path).
+def checked(part: Path, most_mib: float) -> Path:
+    """The part.
 
     Raises:
-        OSError: there is no such folder, or something in it is damaged; what came before that is unpacked.
-        ValueError: the part is above its limit: nothing is unpacked.
+        OSError: there is no such folder.
+        ValueError: the part is above its limit: nothing of it is used.
     """
     if not (part / MANIFEST).is_file():
         raise FileNotFoundError(f"{part} holds no {MANIFEST}: benchmarks/gpu.sh bundle makes such a folder")
     size = sum(path.stat().st_size for path in part.iterdir()) / MIB
     if size > most_mib:
         raise ValueError(f"{part} has {size:.1f} MiB, above its limit of {most_mib:g} MiB: nothing of it is used")
-    manifest, target, unpacked = json.loads((part / MANIFEST).read_text()), root / SITE, []
+    return part
+
+
+def library(part: Path, root: Path) -> str:
+    """Put the library into the package, unless one was built there; what was done."""
+    whole, packed = root / LIBRARY, part / f"{Path(LIBRARY).name}.xz"
+    if whole.exists():
+        return f"{LIBRARY} was there"
+    with lzma.open(packed) as file, whole.open("wb") as there:
+        shutil.copyfileobj(file, there)
+    return f"{LIBRARY} unpacked"
+
+
+def wheels(part: Path, root: Path) -> tuple[str, list[str]]:
+    """(which wheels are new, what to put on the module search path).
+
+    Raises:
+        OSError: one is damaged; what came before it is unpacked.
+    """
+    target, found = root / SITE, []
     target.mkdir(parents=True, exist_ok=True)
-    if (part / "libnitp_ops.so.xz").exists() and not (root / LIBRARY).exists():
-        with lzma.open(part / "libnitp_ops.so.xz") as packed, (root / LIBRARY).open("wb") as whole:
-            shutil.copyfileobj(packed, whole)
-        unpacked.append("the library")
     for piece in sorted(part.glob("*.tar.xz.*-of-*")):
         shutil.copyfile(piece, target / piece.name)
-    for name, digest in manifest["packed"].items():
-        unpacked += _joined(target, name, digest)
-    return f"{', '.join(unpacked) or 'nothing new'} from {part}", search_path(target)
+    for name, digest in json.loads((part / MANIFEST).read_text())["packed"].items():
+        found += _joined(target, name, digest)
+    return ", ".join(found) or "no whole wheel", search_path(target)
 
 
 def _joined(target: Path, name: str, digest: str) -> list[str]:

@@ -43,15 +43,17 @@ def test_the_parts_hold_everything_within_their_limit(tmp_path, made, most):
     root = tmp_path / "machine"
     (root / "nitp_ops").mkdir(parents=True)
     for number, part in enumerate(parts, 1):
-        said, folders = unpack.unpack(part, most / unpack.MIB, root)
-        assert ("the library" in said) is (number == 1) and ("large" in said) is (number == len(parts))
+        assert unpack.checked(part, most / unpack.MIB) == part
+        assert ("unpacked" in unpack.library(part, root)) is (number == 1)
+        said, folders = unpack.wheels(part, root)
+        assert ("large" in said) is (number == len(parts))
     assert (root / unpack.LIBRARY).read_bytes() == library.read_bytes()
     code = "import small_inside, large_inside; print(small_inside.one, len(large_inside.data))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "1 5000\n", done.stderr
     assert not list((root / unpack.SITE).glob("*.xz*"))
-    said, again = unpack.unpack(parts[0], most / unpack.MIB, root)  # of a later call on the same machine
+    _, again = unpack.wheels(parts[0], root)  # of a later call on the same machine
     assert again == folders
 
 
@@ -59,15 +61,14 @@ def test_a_part_above_its_limit_or_damaged_is_refused(tmp_path, made):
     library, archives = made
     first, *others = bundle.write(tmp_path / "out", library, archives, 4000)
     with pytest.raises(ValueError, match=r"above its limit of 0\.001 MiB"):
-        unpack.unpack(first, 0.001, tmp_path)
-    (tmp_path / "nitp_ops").mkdir()
-    unpack.unpack(first, 1, tmp_path)
+        unpack.checked(first, 0.001)
+    unpack.wheels(first, tmp_path)
     for part in others[:-1]:
-        unpack.unpack(part, 1, tmp_path)
+        unpack.wheels(part, tmp_path)
     (piece,) = others[-1].glob("large*")
     piece.write_bytes(b"x" * piece.stat().st_size)
     with pytest.raises(OSError, match="damaged"):
-        unpack.unpack(others[-1], 1, tmp_path)
+        unpack.wheels(others[-1], tmp_path)
     with pytest.raises(bundle.BundleError, match=r"the limit of a part is 0\.0 MiB"):
         bundle.write(tmp_path / "none", library, archives, 10)
 
