@@ -21,6 +21,8 @@ from pathlib import Path
 from .unpack import LIBRARY, MANIFEST, MIB
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Packed wheels of earlier bundles; ignored by git.
+PACKED = "build/packed"
 #: In the order of their worth; what each needs that a machine with torch and Triton lacks stands with it.
 PACKAGES = (
     "liger-kernel",
@@ -66,14 +68,18 @@ def download(folder: Path, packages: Sequence[str], python: str) -> list[Path]:
     return wheels
 
 
-def packed(wheel: Path) -> Path:
-    """The wheel's files as NAME.tar.xz beside it."""
-    target = wheel.with_suffix(".tar.xz")
-    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder, zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-        with lzma.open(target, "wb", filters=XZ) as file, tarfile.open(fileobj=file, mode="w|") as tar:
-            tar.add(folder, arcname=".")
-    return target
+def packed(wheel: Path, folder: Path) -> Path:
+    """The wheel's files as folder/NAME.tar.xz, which is kept: the largest takes minutes."""
+    target = folder / wheel.with_suffix(".tar.xz").name
+    if target.exists():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_suffix(".partial")
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as files, zipfile.ZipFile(wheel) as archive:
+        archive.extractall(files)
+        with lzma.open(unfinished, "wb", filters=XZ) as file, tarfile.open(fileobj=file, mode="w|") as tar:
+            tar.add(files, arcname=".")
+    return unfinished.rename(target)
 
 
 def parts(library: int, files: Sequence[tuple[str, int]], most: int) -> list[list[tuple[str, int, int]]]:
@@ -140,7 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             wheels = download(Path(folder), options.package or PACKAGES, options.python_version)
             for part in write(
-                options.out, ROOT / LIBRARY, [packed(wheel) for wheel in wheels], int(options.bundle_mib * MIB)
+                options.out,
+                ROOT / LIBRARY,
+                [packed(wheel, ROOT / PACKED) for wheel in wheels],
+                int(options.bundle_mib * MIB),
             ):
                 size = sum(path.stat().st_size for path in part.iterdir()) / MIB
                 print(f"{part}: {size:.1f} MiB, {', '.join(sorted(path.name for path in part.iterdir()))}")

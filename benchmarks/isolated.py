@@ -72,7 +72,7 @@ class Isolated:
         # not from a fork server with torch in it: importing inductor asks for devices, after which no fork may use one
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._child = context.Process(target=_serve, args=(theirs,))  # not a daemon: compilers may start their own
         self._child.start()
         theirs.close()
 

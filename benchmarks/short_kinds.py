@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from . import cuda_run, gpu_report, gpu_stages
@@ -120,12 +123,13 @@ class Records:
 
 @dataclass(frozen=True)
 class Stage:
-    """Processes, green or red. beside: (process, task, names) that run while they do, and may fail."""
+    """Processes, green or red. beside: (process, task, names) that run while they do, and may fail; the tasks get the
+    path `stop`, where a file is made when they should end."""
 
     name: str
     seconds: float
     steps: tuple[gpu_stages.Step, ...]
-    beside: tuple[tuple[str, Task, tuple[str, ...]], ...] = ()
+    beside: tuple[tuple[str, Callable[..., Any], tuple[str, ...]], ...] = ()
     unavailable: str | None = None
 
     @property
@@ -136,16 +140,21 @@ class Stage:
         return [] if document["stages"].get(self.name, {}).get("code") == 0 else [self.name]
 
     def run(self, left: list[str], bench: Bench) -> Document:
-        def warm(process: str, task: Task, names: tuple[str, ...]) -> None:
-            try:
-                bench.processes[process].run(task, names, patience=PATIENCE, deadline=bench.deadline)
-            except MeasurementError as error:
-                print(f"{self.name}, beside it: {error}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            stop = Path(folder) / "stop"
 
-        threads = [threading.Thread(target=warm, args=each, daemon=True) for each in self.beside]
-        for thread in threads:
-            thread.start()
-        code, seconds, said = gpu_stages.run(self.steps, bench.left())
-        for thread in threads:
-            thread.join()
+            def warm(process: str, task: Callable[..., Any], names: tuple[str, ...]) -> None:
+                try:
+                    given = partial(task, stop=stop)
+                    bench.processes[process].run(given, names, patience=PATIENCE, deadline=bench.deadline)
+                except MeasurementError as error:
+                    print(f"{self.name}, beside it: {error}", flush=True)
+
+            threads = [threading.Thread(target=warm, args=each, daemon=True) for each in self.beside]
+            for thread in threads:
+                thread.start()
+            code, seconds, said = gpu_stages.run(self.steps, bench.left())
+            stop.touch()
+            for thread in threads:
+                thread.join()
         return {"stages": {self.name: {"code": code, "seconds": seconds, "said": said}}, "cases": []}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -93,9 +92,8 @@ def tests(cases: list[cuda_run.Case], capability: str) -> Stage:
     options = ["-n", "16", "--hypothesis-profile", "few", "-m", "gpu and not large"]
     step = gpu_stages.python("-m", "pytest", *options, *files)
     known = [(case.op, case.sizes, case.dtype) for case in cases]
-    until = time.time() + TESTS
     ours = tuple(dict.fromkeys(name for case in cases for name in own(case)))
-    beside = [("ours", partial(short_tasks.warm, cases=known, until=until), ours)]
+    beside = [("ours", partial(short_tasks.warm, cases=known), ours)]
     head = next(case for case in cases if case.op == "linear_cross_entropy")
     found = [piece for fast in (True, False) for piece in by_peers(head, capability, fast)]
     present = tuple(
@@ -103,7 +101,7 @@ def tests(cases: list[cuda_run.Case], capability: str) -> Stage:
     )
     if present:
         heads = [each for each in known if each[0] == head.op]
-        beside.append(("peers", partial(short_tasks.warm, cases=heads, until=until), present))
+        beside.append(("peers", partial(short_tasks.warm, cases=heads), present))
     return Stage("test", TESTS, (step,), tuple(beside))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gpu_report, report
-from .isolated import Isolated
+from .isolated import Isolated, one_line
 from .measure import FLOOR
 from .short_kinds import Bench, Document, Piece
 
@@ -39,6 +39,7 @@ class Runner:
         # of a tree that has no commit nobody knows what it was then: its results are added to, and measured again
         self.resumes = not any(word in info["commit"] for word in ("dirty", "unknown", "uncommitted"))
         self.given_up: dict[str, str] = {}
+        self.broken: list[str] = []
 
     def _kept(self, info: dict[str, Any], fake: bool) -> Document:
         """What earlier calls on this machine and commit left under --out, or brought back to the results.
@@ -86,7 +87,13 @@ class Runner:
 
     def _measure(self, piece: Piece, left: list[str]) -> None:
         start = self.clock()
-        found = piece.run(left, self.bench)
+        try:
+            found = piece.run(left, self.bench)
+            report.as_json(found)
+        except Exception as error:  # whatever it is: one piece is lost, and the others have the time that is left
+            self.broken.append(piece.name)
+            print(f"{piece.name}: {one_line(error)}", flush=True)
+            return
         seconds = (self.clock() - start) * self.scale
         if self.clock() >= self.bench.deadline - 0.05:  # who had no time left has not failed
             found = without_the_stopped(found)
@@ -119,9 +126,9 @@ class Runner:
         print(f"written to {self.path}" if ran else "nothing new was measured", flush=True)
         red = [name for name, stage in document["stages"].items() if stage["code"]]
         lost = [case["op"] for case in document["cases"] if "skipped" in case["rows"].get("ours", {})]
-        for name in dict.fromkeys([*red, *lost]):
+        for name in dict.fromkeys([*red, *lost, *self.broken]):
             print(f"benchmarks/gpu.sh: {name} failed, see above", file=sys.stderr)
-        return int(bool(red or lost))
+        return int(bool(red or lost or self.broken))
 
 
 def shown(value: object) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,14 +95,14 @@ def chunks(at: At, names: list[str], *, sizes: Sizes, rounds: int, seconds: floa
     return found
 
 
-def warm(at: At, names: list[str], *, cases: list[tuple[str, Sizes, str]], until: float) -> None:
-    """One step of each implementation in each case until a time (`time.time`), so that compilers have run before
+def warm(at: At, names: list[str], *, cases: list[tuple[str, Sizes, str]], stop: Path) -> None:
+    """One step of each implementation in each case until a file `stop` is there, so that compilers have run before
     anything is timed. What fails here fails again in its own case, where it is told."""
     for op, sizes, dtype in cases:
         with cuda.DEVICE:
             inputs = OPS[op].inputs(sizes, cuda.DTYPES[dtype])
         for name in names:
-            if time.time() > until:
+            if stop.exists():
                 return
             at(name)
             try:

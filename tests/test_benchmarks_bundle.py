@@ -30,7 +30,7 @@ def made(tmp_path, fast):
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(f"{name}/packages/{name}_inside.py", content)
             archive.writestr(f"{name}.pth", f"{name}/packages\n")
-        wheels.append(bundle.packed(wheel))
+        wheels.append(bundle.packed(wheel, tmp_path))
     return library, wheels
 
 

@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from cpu_in_its_place import stand_in
+from torch._dynamo.testing import CompileCounter
 
 from benchmarks import __main__ as command
 from benchmarks import cuda, cuda_run, gpu_report, gpu_stages, measure, overhead, row_kernels
@@ -123,6 +124,15 @@ def test_the_exact_values_in_chunks_are_those_of_the_whole(monkeypatch):
 )
 def test_the_writes_before_a_run_last_as_long_as_the_host_needs(host, each, count):
     assert cuda.flushes(host, each) == count
+
+
+def test_no_case_is_behind_the_limit_of_compilations():
+    """dynamo compiles a function for eight sizes and then runs it as it is: its time would stand under "compile"."""
+    counter, sizes = CompileCounter(), range(2, 14)
+    compiled = torch.compile(EAGER["swiglu"], backend=counter, dynamic=False)
+    for size in sizes:
+        compiled(torch.ones(size, 3), torch.ones(size, 3))
+    assert counter.frame_count == len(sizes)
 
 
 def test_a_process_serves_many_tasks_and_starts_again_after_a_loss():

@@ -265,3 +265,16 @@ def test_a_failure_under_no_name_is_a_reason_of_each(tmp_path):
     made.bench.processes["ours"] = Broken(clock, 1)
     assert made.run([Records("ceiling", "x", ("copy",), 1, nothing), Rows(case(1), 1)]) == 1
     assert kept(tmp_path)["records"][0]["skipped"] == "RuntimeError: of nobody"
+
+
+def test_a_piece_that_breaks_loses_itself_alone(tmp_path, capsys):
+    made, _ = runner(tmp_path, 100, clock := Clock(), 1)
+
+    class Odd(Fake):
+        def run(self, task, names, *, patience, deadline):
+            return {"copy": {"per_second": float("nan")}}, {}
+
+    made.bench.processes["ours"], made.bench.processes["peers"] = Odd(clock, 1), Fake(clock, 1)
+    assert made.run([Records("ceiling", "x", ("copy",), 1, nothing), Rows(case(1), 1, "peers")]) == 1
+    assert "ceiling x (copy): ValueError: Out of range float values" in capsys.readouterr().out
+    assert [each["sizes"]["N"] for each in kept(tmp_path)["cases"]] == [1] and "records" not in kept(tmp_path)

@@ -98,9 +98,13 @@ def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch)
 
 def test_stages_are_green_red_or_stopped_and_caches_are_warmed_beside_them(bench):
     warmed = []
-    stage = Stage(
-        "test", 9, (sleeper("print('9 passed')"),), (("ours", lambda at, names: warmed.extend(names), ("a",)),)
-    )
+
+    def until_stopped(at, names, stop):
+        while not stop.exists():
+            time.sleep(0.01)
+        warmed.extend(names)
+
+    stage = Stage("test", 9, (sleeper("print('9 passed')"),), (("ours", until_stopped, ("a",)),))
     kept = stage.run(["test"], bench)["stages"]["test"]
     assert (kept["code"], kept["said"], warmed) == (0, "9 passed", ["a"])
     bench.deadline = time.monotonic() + 0.5
@@ -114,21 +118,21 @@ def sleeper(code):
     return short_pieces.gpu_stages.Step([sys.executable, "-c", code])
 
 
-def test_compilers_run_beside_the_tests_until_these_should_end(cpu_in_its_place, monkeypatch):
+def test_compilers_run_beside_the_tests_until_these_end(cpu_in_its_place, monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(short_tasks, "step", lambda function, inputs: ran.append(len(inputs.leaves)))
     cases = [
         ("implicit_token_loss", {"N": 6, "d": 8}, "bfloat16"),
         ("linear_cross_entropy", {"N": 6, "d": 8, "V": 20}, "bfloat16"),
     ]
-    short_tasks.warm(at, ["ours", "eager-float32"], cases=cases, until=time.time() + 60)
+    short_tasks.warm(at, ["ours", "eager-float32"], cases=cases, stop=tmp_path / "stop")
     assert ran == [4, 2, 2]  # NITP has no eager-float32
-    short_tasks.warm(at, ["ours"], cases=cases, until=time.time() - 1)
+    short_tasks.warm(at, ["ours"], cases=cases, stop=tmp_path)
     assert len(ran) == 3
     monkeypatch.setattr(short_tasks, "step", lambda *_: 1 / 0)
     monkeypatch.setattr(cuda, "settle", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error")))
     with pytest.raises(Lost, match="ours broke the device"):
-        short_tasks.warm(at, ["ours"], cases=cases, until=time.time() + 60)
+        short_tasks.warm(at, ["ours"], cases=cases, stop=tmp_path / "stop")
 
 
 @pytest.mark.parametrize("kernel", profiled.KERNELS)
