@@ -51,7 +51,7 @@ def tried(wheel: Path, torch: str, folder: Path) -> dict[str, object]:
     )
     doctor = run(python, "-m", "nitp_ops", "doctor", cwd=folder, check=False).splitlines()
     files = [f"tests/test_{name}.py" for name in FILES]
-    told = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=folder, check=False)
+    told = run(python, "-m", "pytest", "-p", "no:cacheprovider", *files, cwd=folder, check=False)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", told)}
     if set(counts) - {"passed", "skipped"}:
         print(told[-5000:])
