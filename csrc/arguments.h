@@ -21,18 +21,20 @@ struct SwigluRowsBackward {
   int64_t columns, gate_stride, up_stride, upstream_stride, d_gate_stride, d_up_stride;
 };
 
-template <class T>
+template <class T, class A>
 struct AccumulateRows {
-  float* sum;
+  A* sum;
   const T* addend;
+  const A* factor;  // one number, of the addend; null: 1; 0 adds nothing, whatever the addend is
   int64_t columns, sum_stride, addend_stride;
 };
 
-template <class T, class A>
+template <class T, class Out, class A>
 struct ScaleRows {
-  T* rows;
+  const T* rows;
   const A* factor;  // one number
-  int64_t columns, stride;
+  Out* out;         // may be the rows themselves
+  int64_t columns, stride, out_stride;
 };
 
 template <class P, class Z, class A>

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <optional>
+#include <type_traits>
 
 #include "arguments.h"
 #include "torch_abi.h"
@@ -107,33 +108,51 @@ void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream, std::optiona
 }
 
 template <class Backend>
-void accumulate_rows_(Tensor sum, Tensor addend) {
+void accumulate_rows_(Tensor sum, Tensor addend, std::optional<Tensor> factor) {
   const Door<Backend> door{sum};
   const int64_t rows = sum.size(0), columns = sum.size(1);
+  const ScalarType work = working(addend.scalar_type(), addend.scalar_type());
   door.rows(sum, "sum", rows, columns);
   door.rows(addend, "addend", rows, columns);
-  NITP_CHECK(sum.scalar_type() == ScalarType::Float, "nitp_ops row kernel: sum must be float32");
+  door.list(factor, "factor", 1, work);
+  NITP_CHECK(sum.scalar_type() == work, "nitp_ops row kernel: sum must be float32 (float64 for float64)");
   with_dtype(addend, [&](auto zero) {
     using T = decltype(zero);
+    using A = working_t<T>;
     if constexpr (Backend::template adds<T>) {
-      const nitp::AccumulateRows<T> args{data<float>(sum), data<T>(addend), columns, sum.stride(0), addend.stride(0)};
+      const nitp::AccumulateRows<T, A> args{data<A>(sum), data<T>(addend), data<A>(factor),
+                                            columns,      sum.stride(0),   addend.stride(0)};
       Backend::run(args, rows, sum);
     } else {
-      NITP_CHECK(false, "nitp_ops row kernel: addend must be bfloat16 (or float16 on CUDA)");
+      NITP_CHECK(false, "nitp_ops row kernel: addend must not be float16 on ", Backend::device);
     }
   });
 }
 
+// From rows to out in one dtype, or from float32 to float16, whose gradients wait for their upstream in float32.
 template <class Backend>
-void scale_rows_(Tensor rows, Tensor factor) {
+void scale_rows_(Tensor rows, Tensor factor, std::optional<Tensor> into) {
   const Door<Backend> door{rows};
+  const Tensor out = into.value_or(rows);
   door.rows(rows, "rows", rows.size(0), rows.size(1));
+  door.rows(out, "out", rows.size(0), rows.size(1));
   door.list(factor, "factor", 1, working(rows.scalar_type(), rows.scalar_type()));
+  const bool narrows = rows.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Half;
+  NITP_CHECK(narrows || out.scalar_type() == rows.scalar_type(),
+             "nitp_ops row kernel: out must have the dtype of rows (or be float16 beside float32)");
   with_dtype(rows, [&](auto zero) {
     using T = decltype(zero);
-    const nitp::ScaleRows<T, working_t<T>> args{data<T>(rows), data<working_t<T>>(factor), rows.size(1),
-                                                rows.stride(0)};
-    Backend::run(args, rows.size(0), rows);
+    using A = working_t<T>;
+    const auto run = [&](auto of_out) {
+      using Out = decltype(of_out);
+      const nitp::ScaleRows<T, Out, A> args{data<T>(rows), data<A>(factor), data<Out>(out),
+                                            rows.size(1),  rows.stride(0),  out.stride(0)};
+      Backend::run(args, rows.size(0), rows);
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (narrows) return run(float16{});
+    }
+    run(zero);
   });
 }
 

@@ -32,8 +32,8 @@ const Library schemas(NITP_LIBRARY, nullptr, [](Library& m) {
   m.def(
       "cross_entropy_gradient_rows_(Tensor(a!) logits, Tensor labels, Tensor target_scale, Tensor target_logit, "
       "Tensor? bias, Tensor? class_weight, Tensor factors, float softcap, float logit_scale) -> ()");
-  m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend) -> ()");
-  m.def("scale_rows_(Tensor(a!) rows, Tensor factor) -> ()");
+  m.def("accumulate_rows_(Tensor(a!) sum, Tensor addend, Tensor? factor=None) -> ()");
+  m.def("scale_rows_(Tensor(a!) rows, Tensor factor, Tensor(b!)? out=None) -> ()");
   // Not a row kernel: out = a b or out += a b where torch.mm would take a slower library.
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
   // Fetches the pages of a block that is about to be written; its numbers stay what they are.

@@ -10,30 +10,28 @@ from torch import Tensor
 
 from . import reference, rows
 
-#: Numbers whose float32 copy exists at a time, never that of a whole gradient; a GPU is busy with the second.
-_SLICE, _SLICE_ON_GPU = 2**18, 2**25
-
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
 def scale_gradients(
-    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], anchors: list[Tensor], op: str
+    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], anchors: list[Tensor], backend: str, op: str
 ) -> list[Tensor]:
-    """upstream * gradient for each in its input's dtype, with the product formed in float32 and rounded once; an
-    upstream of zero writes zeros, so that a NaN under it stays out.
+    """upstream * gradient for each in its input's dtype, with the product formed in float32 and rounded once, in one
+    pass; an upstream of zero writes zeros, so that a NaN under it stays out.
 
     The anchors (the inputs that the gradients depend on) are not read: through them a double backward finds its way
     here and is refused, where constants would be silently wrong."""
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
-        for part, into in zip(_slices(gradient), _slices(out), strict=True):
-            into.copy_(torch.where(upstream == 0, 0, part.to(upstream.dtype) * upstream))
+        if gradient.numel() > 0:
+            of_rows = _rows(gradient), upstream.to(reference.working(gradient)), _rows(out)
+            rows.kernels(backend).scale_rows_(*of_rows)
         scaled.append(out)
     return scaled
 
 
-def _slices(dense: Tensor) -> Sequence[Tensor]:
-    return dense.view(-1).split(_SLICE if dense.device.type == "cpu" else _SLICE_ON_GPU)
+def _rows(dense: Tensor) -> Tensor:
+    return dense.view(-1, dense.shape[-1])
 
 
 def power_of_two(scales: Sequence[Tensor]) -> Tensor:
@@ -45,21 +43,22 @@ def scale_in_place(kernels: Any, gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, a 0-d tensor: one costs nothing, zero leaves no NaN."""
     if gradient.numel() > 0:
         factor = factor.to(reference.working(gradient))
-        kernels.scale_rows_(gradient.view(-1, gradient.shape[-1]), factor)
+        kernels.scale_rows_(_rows(gradient), factor)
 
 
 @scale_gradients.register_fake
-def _(gradients, upstream, inputs, anchors, op):
+def _(gradients, upstream, inputs, anchors, backend, op):
     return [torch.empty_like(gradient, dtype=like.dtype) for gradient, like in zip(gradients, inputs, strict=True)]
 
 
 @torch.library.custom_op("nitp_ops::add_gradients", mutates_args={"buffers"})
-def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor) -> None:
-    """buffer += upstream * gradient for each; the gradients have the buffers' dtypes. An upstream of zero adds nothing,
-    whatever it meets."""
+def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor, backend: str) -> None:
+    """buffer += upstream * gradient for each, in one pass; the gradients have the buffers' dtypes. An upstream of zero
+    adds nothing, whatever it meets."""
     for buffer, gradient in zip(buffers, gradients, strict=True):
-        for into, part in zip(_slices(buffer), _slices(gradient), strict=True):
-            into.addcmul_(torch.where(upstream == 0, 0, part), upstream.to(buffer.dtype))
+        if buffer.numel() > 0:
+            of_rows = _rows(buffer), _rows(gradient), upstream.to(buffer.dtype)
+            rows.kernels(backend).accumulate_rows_(*of_rows)
 
 
 def refuse_double_backward(op: str) -> Callable[..., None]:
@@ -131,16 +130,16 @@ def deliver(
         upstream = torch.ones((), dtype=work, device=gradients[0].device)
     taken = [(buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True) if buffer is not None]
     if taken:
-        add_gradients([buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream)
+        add_gradients([buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream, backend)
     free = [place for place, buffer in enumerate(buffers) if buffer is None]
     values, leaves = [gradients[place] for place in free], [inputs[place] for place in free]
     if torch.is_grad_enabled():
-        values = scale_gradients(values, upstream, leaves, anchors, op)
+        values = scale_gradients(values, upstream, leaves, anchors, backend, op)
     elif not one and eager:
         for value in values:
             scale_in_place(rows.kernels(backend), value, upstream)
     elif not one:
-        values = scale_gradients(values, upstream, leaves, [], op)
+        values = scale_gradients(values, upstream, leaves, [], backend, op)
     result: list[Tensor | None] = [None] * len(gradients)
     for place, value, leaf in zip(free, values, leaves, strict=True):
         result[place] = value.to(leaf.dtype)

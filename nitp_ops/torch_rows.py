@@ -52,16 +52,21 @@ def swiglu_rows_backward_(
         d_up[part] = of_up.to(d_up.dtype)
 
 
-def accumulate_rows_(sum: Tensor, addend: Tensor) -> None:
-    """sum += addend."""
-    sum += addend
+def accumulate_rows_(sum: Tensor, addend: Tensor, factor: Tensor | None = None) -> None:
+    """sum += factor addend, one number; zero adds nothing, whatever it meets."""
+    if factor is None:
+        sum += addend
+        return
+    for part in _blocks(sum):
+        sum[part].addcmul_(torch.where(factor == 0, 0, addend[part].to(sum.dtype)), factor)
 
 
-def scale_rows_(rows: Tensor, factor: Tensor) -> None:
-    """rows *= factor, one number; zero leaves no NaN."""
+def scale_rows_(rows: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
+    """out = rows * factor, one number; None: in place; zero leaves no NaN."""
+    out = rows if out is None else out
     for part in _blocks(rows):
         scaled = rows[part].to(factor.dtype) * factor
-        rows[part] = torch.where(factor == 0, 0, scaled).to(rows.dtype)
+        out[part] = torch.where(factor == 0, 0, scaled).to(out.dtype)
 
 
 def alignment_rows_(

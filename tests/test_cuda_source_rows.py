@@ -163,13 +163,22 @@ def test_swiglu_forward_and_backward_in_place(columns, dtype, places, order):
     assert untouched(gate) and untouched(up) and torch.equal(upstream.double(), wide[2])
 
 
-@given(COLUMNS, st.sampled_from([torch.bfloat16, torch.float16]), place(), place())
-def test_accumulation_is_exact(columns, dtype, of_sum, of_addend):
+@given(COLUMNS, st.sampled_from([*NARROW, torch.float64]), st.sampled_from([None, 0.5, 0.0]), place(), place())
+def test_accumulation_is_exact_and_a_factor_of_zero_adds_nothing(columns, dtype, factor, of_sum, of_addend):
     choose()
-    total, addend = put(torch.randn(3, columns), of_sum), put(torch.randn(3, columns).to(dtype), of_addend)
-    expected = total + addend.float()
-    torch.ops.nitp_simt.accumulate_rows_(total, addend)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    total = put(torch.randn(3, columns, dtype=work), of_sum)
+    addend = put(torch.randn(3, columns).to(dtype), of_addend)
+    by = None if factor is None else torch.tensor(factor, dtype=work)
+    expected = total + (1 if factor is None else factor) * addend.to(work)
+    if factor == 0:
+        addend[1, -1], expected = NAN, total.clone()
+    dense = total.clone()
+    torch.ops.nitp_simt.accumulate_rows_(total, addend, by)
     assert torch.equal(total, expected) and untouched(total)
+    if dtype != torch.float16:  # which no product on CPU has
+        torch.ops.nitp_ops.accumulate_rows_(dense, addend, by)
+        assert torch.equal(dense, expected)
 
 
 @given(COLUMNS, st.sampled_from([*NARROW, torch.float64]), st.sampled_from([0.37, 1.0, 0.0]), place())
@@ -187,6 +196,25 @@ def test_scaling_is_one_rounding_and_keeps_a_nan_out_under_zero(columns, dtype, 
     assert untouched(placed_rows)
 
 
+OUT_OF_PLACE = [*[(dtype, dtype) for dtype in (*NARROW, torch.float64)], (torch.float32, torch.float16)]
+
+
+@given(COLUMNS, st.sampled_from(OUT_OF_PLACE), st.sampled_from([0.37, 1.0, 0.0]), place(), place())
+def test_scaling_into_another_tensor_is_one_pass_that_leaves_the_rows(columns, dtypes, factor, of_rows, of_out):
+    choose()
+    dtype, narrow = dtypes
+    values = torch.randn(3, columns).to(dtype)
+    values[1, -1] = NAN
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = (values.to(work) * factor).to(narrow) if factor else torch.zeros_like(values, dtype=narrow)
+    for kernels in (torch.ops.nitp_simt, torch.ops.nitp_ops):
+        placed_rows, out = put(values, of_rows), put(torch.full_like(values, 5, dtype=narrow), of_out)
+        kernels.scale_rows_(placed_rows, torch.tensor(factor, dtype=work), out)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(placed_rows, values, rtol=0, atol=0, equal_nan=True)
+        assert untouched(out) and untouched(placed_rows)
+
+
 def test_empty_rows_and_what_does_not_fit_together():
     choose()
     empty = torch.randn(0, 8)
@@ -195,5 +223,7 @@ def test_empty_rows_and_what_does_not_fit_together():
     same(*ours_and_exact(empty, empty, "cosine"))
     with pytest.raises(RuntimeError, match="float64 meets only float64"):
         alignment(torch.randn(2, 8).double(), torch.randn(2, 8), "cosine", kernels=torch.ops.nitp_simt)
-    with pytest.raises(RuntimeError, match="addend must be bfloat16"):
-        torch.ops.nitp_simt.accumulate_rows_(torch.randn(2, 8), torch.randn(2, 8))
+    with pytest.raises(RuntimeError, match=r"sum must be float32 \(float64 for float64\)"):
+        torch.ops.nitp_simt.accumulate_rows_(torch.randn(2, 8), torch.randn(2, 8).double())
+    with pytest.raises(RuntimeError, match="out must have the dtype of rows"):
+        torch.ops.nitp_simt.scale_rows_(torch.randn(2, 8), torch.tensor(0.5), torch.randn(2, 8).bfloat16())

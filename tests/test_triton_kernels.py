@@ -51,10 +51,23 @@ def test_swiglu_far_out_neither_overflows_nor_loses_nan():
 
 
 @WIDTHS
-def test_the_float32_sum_takes_a_bfloat16_addend(columns):
-    equal("accumulate_rows_", normal(3, columns, torch.float32), normal(3, columns, torch.bfloat16))
-    with pytest.raises(TypeError, match="addend is float16, expected bfloat16"):
-        interpreted("accumulate_rows_", torch.zeros(1, 2), torch.zeros(1, 2).half())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [None, 0.37, 0.0])
+def test_a_sum_takes_addends_of_its_dtype_and_narrower_ones(columns, dtype, factor):
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    addend, by = normal(3, columns, dtype), None if factor is None else torch.tensor(factor, dtype=work)
+    if factor == 0:
+        addend[0, -1] = NAN
+    equal("accumulate_rows_", normal(3, columns, work), addend, by)
+
+
+def test_the_sum_of_a_dtype_takes_no_other_addend():
+    half = interpreted("accumulate_rows_", torch.ones(1, 2), torch.full((1, 2), 0.5).half())
+    assert half[0].tolist() == [[1.5, 1.5]]
+    with pytest.raises(TypeError, match="addend is float64, expected bfloat16 or float16 or float32"):
+        interpreted("accumulate_rows_", torch.zeros(1, 2), torch.zeros(1, 2).double())
+    with pytest.raises(TypeError, match="out is bfloat16, expected float32 or float16"):
+        interpreted("scale_rows_", torch.zeros(1, 2), torch.tensor(1.0), torch.zeros(1, 2).bfloat16())
 
 
 @WIDTHS
@@ -65,6 +78,8 @@ def test_rows_are_scaled_by_a_number_of_the_device(columns, dtype, factor):
     values[0, -1] = NAN
     work = torch.float64 if dtype == torch.float64 else torch.float32
     equal("scale_rows_", apart(values), torch.tensor(factor, dtype=work))
+    for narrow in {dtype, torch.float16} if dtype == torch.float32 else {dtype}:
+        equal("scale_rows_", values, torch.tensor(factor, dtype=work), apart(torch.ones_like(values, dtype=narrow)))
 
 
 @DISTANCES

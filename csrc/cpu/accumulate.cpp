@@ -1,20 +1,27 @@
-// sum += addend, in float32: what a GEMM that rounds its product to bfloat16 leaves to be done.
+// sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product leaves to be done, and a
+// gradient times its upstream into a buffer.
 #include "rows.h"
 
 namespace nitp {
 namespace NITP_TARGET {
 
-template <class T>
-void accumulate_rows(const AccumulateRows<T>& a, int64_t begin, int64_t end) {
+template <class T, class A>
+void accumulate_rows(const AccumulateRows<T, A>& a, int64_t begin, int64_t end) {
+  const A factor = a.factor == nullptr ? A(1) : *a.factor;
+  if (factor == A(0)) return;
   for (int64_t row = begin; row < end; ++row) {
-    float* sum = a.sum + row * a.sum_stride;
+    A* sum = a.sum + row * a.sum_stride;
     const T* addend = a.addend + row * a.addend_stride;
 #pragma omp simd
-    for (int64_t j = 0; j < a.columns; ++j) sum[j] += widen(addend[j]);
+    for (int64_t j = 0; j < a.columns; ++j) sum[j] += factor * widen(addend[j]);
   }
 }
 
-template void accumulate_rows(const AccumulateRows<bfloat16>&, int64_t, int64_t);
+template void accumulate_rows(const AccumulateRows<bfloat16, float>&, int64_t, int64_t);
+#ifndef __AVX512BF16__
+template void accumulate_rows(const AccumulateRows<double, double>&, int64_t, int64_t);
+template void accumulate_rows(const AccumulateRows<float, float>&, int64_t, int64_t);
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

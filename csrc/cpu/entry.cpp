@@ -56,7 +56,7 @@ struct Cpu {
   template <class P, class Z>
   static constexpr bool pairs = true;
   template <class T>
-  static constexpr bool adds = std::is_same_v<T, bfloat16>;
+  static constexpr bool adds = !std::is_same_v<T, float16>;
 
   static bool holds(const Tensor& t, const Tensor&) { return t.is_cpu(); }
   NITP_SERVE(SwigluRows, swiglu_rows)

@@ -20,10 +20,10 @@ namespace nitp {
   void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t, int64_t);                  \
   template <class T, class A>                                                                \
   void cross_entropy_gradient_rows(const CrossEntropyGradientRows<T, A>&, int64_t, int64_t); \
-  template <class T>                                                                         \
-  void accumulate_rows(const AccumulateRows<T>&, int64_t, int64_t);                          \
   template <class T, class A>                                                                \
-  void scale_rows(const ScaleRows<T, A>&, int64_t, int64_t);                                 \
+  void accumulate_rows(const AccumulateRows<T, A>&, int64_t, int64_t);                       \
+  template <class T, class Out, class A>                                                     \
+  void scale_rows(const ScaleRows<T, Out, A>&, int64_t, int64_t);                            \
   }
 
 NITP_DECLARE_ROWS(portable)

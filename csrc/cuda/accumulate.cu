@@ -1,4 +1,5 @@
-// sum += addend, in float32: what a GEMM that rounds its product leaves to be done. 8 + sizeof(T) bytes an element.
+// sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product leaves to be done, and a
+// gradient times its upstream into a buffer. 2 sizeof(A) + sizeof(T) bytes an element, none where the factor is zero.
 #include "pack.h"
 #include "rows.h"
 
@@ -6,26 +7,28 @@ namespace nitp {
 namespace cuda {
 inline namespace accumulate_cu {
 
-template <class T, int N>
+template <class A, class T, int N>
 struct Operands {
-  Pack<float, N> sum;
+  Pack<A, N> sum;
   Pack<T, N> addend;
 };
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads) accumulate_rows(AccumulateRows<T> a, unsigned tiles_of_row) {
-  constexpr int N = kPackBytes / sizeof(float);
+template <class T, class A>
+__global__ void __launch_bounds__(kMaxThreads) accumulate_rows(AccumulateRows<T, A> a, unsigned tiles_of_row) {
+  constexpr int N = kPackBytes / sizeof(A);
+  const A factor = a.factor == nullptr ? A(1) : *a.factor;
+  if (factor == A(0)) return;
   const int64_t row = blockIdx.x / tiles_of_row;
-  float* sum = a.sum + row * a.sum_stride;
+  A* sum = a.sum + row * a.sum_stride;
   const T* addend = a.addend + row * a.addend_stride;
   const auto load = [&](auto width, int64_t j) {
     constexpr int W = decltype(width)::value;
-    return Operands<T, W>{read<W>(sum + j), read<W>(addend + j)};
+    return Operands<A, T, W>{read<W>(sum + j), read<W>(addend + j)};
   };
   const auto finish = [&](auto width, int64_t j, auto in) {
     constexpr int W = decltype(width)::value;
 #pragma unroll
-    for (int i = 0; i < W; ++i) in.sum.at[i] += widen(in.addend.at[i]);
+    for (int i = 0; i < W; ++i) in.sum.at[i] += factor * widen(in.addend.at[i]);
     write(sum + j, in.sum);
   };
   over_tile(split<N>(a.columns, sum, addend), blockIdx.x % tiles_of_row, load, finish);
@@ -33,16 +36,18 @@ __global__ void __launch_bounds__(kMaxThreads) accumulate_rows(AccumulateRows<T>
 
 }  // namespace accumulate_cu
 
-template <class T>
-void run(const AccumulateRows<T>& given, int64_t rows, void* stream) {
-  AccumulateRows<T> a = given;
+template <class T, class A>
+void run(const AccumulateRows<T, A>& given, int64_t rows, void* stream) {
+  AccumulateRows<T, A> a = given;
   flatten(rows, a.columns, a.sum_stride, a.addend_stride);
-  const Tiles t = tiles<kPackBytes / sizeof(float)>(a.columns);
-  if (rows > 0 && t.of_row > 0) launch(accumulate_rows<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  const Tiles t = tiles<kPackBytes / sizeof(A)>(a.columns);
+  if (rows > 0 && t.of_row > 0) launch(accumulate_rows<T, A>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
 }
 
-template void run(const AccumulateRows<bfloat16>&, int64_t, void*);
-template void run(const AccumulateRows<float16>&, int64_t, void*);
+template void run(const AccumulateRows<double, double>&, int64_t, void*);
+template void run(const AccumulateRows<float, float>&, int64_t, void*);
+template void run(const AccumulateRows<bfloat16, float>&, int64_t, void*);
+template void run(const AccumulateRows<float16, float>&, int64_t, void*);
 
 }  // namespace cuda
 }  // namespace nitp

@@ -16,7 +16,7 @@ struct Cuda {
   template <class P, class Z>
   static constexpr bool pairs = std::is_same_v<P, double> == std::is_same_v<Z, double>;
   template <class T>
-  static constexpr bool adds = std::is_same_v<T, bfloat16> || std::is_same_v<T, float16>;
+  static constexpr bool adds = true;
 
   static bool holds(const Tensor& t, const Tensor& on) {
     return nitp::cuda::is_here(t) && t.device_index() == on.device_index();

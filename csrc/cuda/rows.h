@@ -9,10 +9,10 @@ template <class T>
 void run(const SwigluRows<T>&, int64_t rows, void* stream);
 template <class T>
 void run(const SwigluRowsBackward<T>&, int64_t rows, void* stream);
-template <class T>
-void run(const AccumulateRows<T>&, int64_t rows, void* stream);
 template <class T, class A>
-void run(const ScaleRows<T, A>&, int64_t rows, void* stream);
+void run(const AccumulateRows<T, A>&, int64_t rows, void* stream);
+template <class T, class Out, class A>
+void run(const ScaleRows<T, Out, A>&, int64_t rows, void* stream);
 template <class P, class Z, class A>
 void run(const AlignmentRows<P, Z, A>&, int64_t rows, void* stream);
 template <class T, class A>

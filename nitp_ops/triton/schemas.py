@@ -19,6 +19,6 @@ SCHEMAS = {
         "(Tensor(a!) logits, Tensor labels, Tensor target_scale, Tensor target_logit, Tensor? bias, "
         "Tensor? class_weight, Tensor factors, float softcap, float logit_scale) -> ()"
     ),
-    "accumulate_rows_": "(Tensor(a!) sum, Tensor addend) -> ()",
-    "scale_rows_": "(Tensor(a!) rows, Tensor factor) -> ()",
+    "accumulate_rows_": "(Tensor(a!) sum, Tensor addend, Tensor? factor=None) -> ()",
+    "scale_rows_": "(Tensor(a!) rows, Tensor factor, Tensor(b!)? out=None) -> ()",
 }
