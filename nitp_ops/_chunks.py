@@ -103,20 +103,30 @@ def whole_or_chunk(*tensors: Rows) -> int:
     return max(1, count if in_place else 2**20 // max(1, width))
 
 
-def select(keep: Tensor, max_rows: int | None = None) -> Tensor | slice:
-    """The kept rows in order: a slice where they lie together, so that nothing need be gathered, else indices.
+class Selection(NamedTuple):
+    """The rows that are computed, in order, and those that are not: a slice where they lie together, so that nothing
+    need be gathered, else indices."""
 
-    Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without it, every row."""
+    rows: Tensor | slice
+    rest: Tensor | slice
+
+
+def select(keep: Tensor, max_rows: int | None = None) -> Selection:
+    """The kept rows. Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without
+    it, every row."""
+    every, none = slice(0, keep.numel()), slice(0, 0)
     if not _check.host_reads(keep.device):
         if max_rows is None or max_rows >= keep.numel():
-            return slice(0, keep.numel())
-        return keep.to(torch.uint8).argsort(descending=True, stable=True)[:max_rows]
+            return Selection(every, none)
+        order = keep.to(torch.uint8).argsort(descending=True, stable=True)
+        return Selection(order[:max_rows], order[max_rows:])
     indices = keep.nonzero().squeeze(1)
     count = indices.numel()
-    if count == 0:
-        return slice(0, 0)
-    first, last = (0, count - 1) if count == keep.numel() else indices[[0, -1]].tolist()
-    return slice(first, last + 1) if last - first == count - 1 else indices
+    if count in (0, keep.numel()):
+        return Selection(every, none) if count else Selection(none, every)
+    first, last = indices[[0, -1]].tolist()
+    rest = keep.logical_not().nonzero().squeeze(1)
+    return Selection(slice(first, last + 1) if last - first == count - 1 else indices, rest)
 
 
 def length_of(rows: Tensor | slice) -> int:
@@ -160,6 +170,14 @@ def _between(rows: Tensor | slice, first: int, last: int) -> Tensor | slice:
 def with_zeros(chunk: Tensor, rows: int) -> Tensor:
     """The chunk [n, d], followed by zeros where it has less than `rows` rows."""
     return chunk if len(chunk) == rows else torch.constant_pad_nd(chunk, (0, 0, 0, rows - len(chunk)))
+
+
+def clear(out: Tensor, rows: Tensor | slice) -> None:
+    """out[rows] = 0."""
+    if isinstance(rows, slice):
+        out[rows].zero_()
+    else:
+        out.index_fill_(0, rows, 0)
 
 
 def place(out: Tensor, dim: int, rows: Tensor | slice, values: Tensor) -> None:

@@ -27,7 +27,7 @@ from ._head_job import (
     transform_of,
 )
 from ._linear_cross_entropy import check_outputs
-from ._token_chunks import RowValues, present
+from ._token_job import RowValues, present
 
 _OP = "cross_entropy"
 

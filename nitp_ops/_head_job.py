@@ -12,7 +12,7 @@ from torch import Tensor
 from . import _check, reference
 from ._gemm import gemm_dtype
 from ._reference_rows import of_live_rows
-from ._token_chunks import Job, RowValues, given, present
+from ._token_job import Job, RowValues, given, present
 from ._token_pass import Unembedding
 from ._vocab_shard import VocabShard
 

@@ -28,6 +28,7 @@ def implicit_token_loss(
     up: Tensor | None = None,
     down: Tensor | None = None,
     *,
+    gate_up: Tensor | None = None,
     valid: Tensor | None = None,
     shift: int = 1,
     distance: str = "cosine",
@@ -55,8 +56,10 @@ def implicit_token_loss(
         hidden: ``[..., T, d]`` float64, float32, bfloat16 or float16; the predictor.
         target: ``[..., T, D]``, the same leading shape, its own dtype. Row t meets row t + shift, by index: nothing is
             rolled or copied. It gets no gradient.
-        gate, up: ``[m, d]``; adjacent views of one ``[2m, d]`` buffer run as one GEMM. Both None: a linear projector.
+        gate, up: ``[m, d]``. Both None, and gate_up too: a linear projector.
         down: ``[D, m]`` (``[D, d]`` for a linear projector). None: no projector, then D = d.
+        gate_up: ``[2m, d]``, gate above up, instead of them: nothing is copied, where two matrices that do not lie side by
+            side in memory are joined on every call, and its gradient is one.
         valid: bool ``[..., T]``: the pair that starts at t counts. The last `shift` rows never do.
         shift: >= 0; 1 is the paper's, 0 the same position.
         distance: "cosine", "mse", "smooth_l1" or "kl", as in `alignment`.
@@ -90,7 +93,7 @@ def implicit_token_loss(
 
     Source: NITP, arXiv 2605.24956.
     """
-    projector = _projector(hidden, target, gate, up, down)
+    projector = _projector(hidden, target, gate_up, gate, up, down)
     _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
     _check.one_of(_OP, "reduction", reduction, REDUCTIONS)
     _check.integer(_OP, "shift", shift, least=0)
@@ -117,6 +120,7 @@ def implicit_token_loss(
                 f"{_OP}: hidden_grad_out came with backend='reference', expected none (it leaves gradients to autograd)"
             )
         terms = {"valid": valid, "shift": shift, "distance": distance, "eps": eps}
+        gate, up = (gate, up) if gate_up is None else gate_up.chunk(2)
         weights = gate, up, down
 
         def formula(live: Tensor | None, hidden: Tensor, *weights: Tensor | None) -> Tensor:
@@ -128,16 +132,17 @@ def implicit_token_loss(
         if not return_stats:
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
-    _check.plain_autograd(_OP, hidden, target, gate, up, down, valid)
+    _check.plain_autograd(_OP, hidden, target, *projector, valid)
     keep = reference.pairs(hidden, valid, shift)
     if max_rows is not None and _check.plain(hidden) and int(keep.sum()) > max_rows:
         raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
+    gaps = valid is not None or (shift > 0 and keep.numel() > keep.shape[-1])
     scale = torch.ones((), dtype=sum_dtype(hidden.device), device=hidden.device)
     if reduction == "mean":
         scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
     scale = scale.to(reference.working(hidden, target))
     loss, stats = latent_pass(
-        Pairs(hidden, target, keep.reshape(-1), scale, hidden_grad_out, shift, max_rows),
+        Pairs(hidden, target, keep.reshape(-1), scale, hidden_grad_out, shift, max_rows, gaps),
         projector,
         distance=DISTANCES[distance],
         eps=eps,
@@ -150,7 +155,7 @@ def implicit_token_loss(
 
 
 def _projector(
-    hidden: Tensor, target: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | None
+    hidden: Tensor, target: Tensor, gate_up: Tensor | None, gate: Tensor | None, up: Tensor | None, down: Tensor | None
 ) -> Projector:
     """Checks the tensors against each other; shapes first, so that the message names what is wrong."""
     for name, tensor in (("hidden", hidden), ("target", target)):
@@ -162,10 +167,15 @@ def _projector(
     _check.same_device(_OP, "target", target, "hidden", hidden)
     if (gate is None) != (up is None):
         raise ValueError(f"{_OP}: {'gate' if gate is None else 'up'} is None, expected gate and up together or neither")
-    if gate is not None and down is None:
-        raise ValueError(f"{_OP}: down is None, expected [D, m] beside gate and up")
+    if gate_up is not None and gate is not None:
+        raise ValueError(f"{_OP}: gate_up came with gate and up, expected one of them")
+    if (gate is not None or gate_up is not None) and down is None:
+        raise ValueError(
+            f"{_OP}: down is None, expected [D, m] beside {'gate and up' if gate_up is None else 'gate_up'}"
+        )
     width, out = hidden.shape[-1], target.shape[-1]
-    named = [(name, w) for name, w in (("gate", gate), ("up", up), ("down", down)) if w is not None]
+    weights = {"gate_up": gate_up, "gate": gate, "up": up, "down": down}
+    named = [(name, w) for name, w in weights.items() if w is not None]
     for name, weight in named:
         _check.is_float(_OP, name, weight)
         _check.has_dtype(_OP, name, weight, (named[0][1].dtype,))
@@ -177,9 +187,12 @@ def _projector(
         if gate.dim() != 2 or gate.shape[1] != width:
             raise ValueError(f"{_OP}: gate has shape {tuple(gate.shape)}, expected (m, {width}), hidden's width")
         _check.has_shape(_OP, "up", up, gate.shape, "gate's")
-    inner = width if gate is None else gate.shape[0]
+    if gate_up is not None and (gate_up.dim() != 2 or gate_up.shape[1] != width or len(gate_up) % 2):
+        raise ValueError(f"{_OP}: gate_up has shape {tuple(gate_up.shape)}, expected (2 m, {width}), hidden's width")
+    projector = Projector(gate if gate_up is None else gate_up, up, down)
+    inner = projector.inner if projector.gate is not None else width
     if down is not None:
         _check.has_shape(_OP, "down", down, (out, inner), "target's width by the inner width")
     elif out != width:
         raise ValueError(f"{_OP}: target has width {out}, expected {width} (hidden's, as there is no projector)")
-    return Projector(gate, up, down)
+    return projector

@@ -29,6 +29,7 @@ from ._chunks import (
     PROJECTOR_BYTES_ON_GPU,
     Rows,
     chunks,
+    clear,
     length_of,
     place,
     rows_per_chunk,
@@ -43,7 +44,8 @@ from ._gradients import formed_dtype, power_of_two, scale_in_place
 class Pairs(NamedTuple):
     """hidden [..., T, d] and target [..., T, D]; keep bool [N]: the pair that starts there counts.
 
-    scale: of every loss (0-d) or of each ([N]). hidden_buffer says in which dtype the gradient of hidden waits."""
+    scale: of every loss (0-d) or of each ([N]). hidden_buffer says in which dtype the gradient of hidden waits. gaps:
+    pairs that do not count may lie before one that does; else they are the last `shift`."""
 
     hidden: Tensor
     target: Tensor
@@ -52,14 +54,31 @@ class Pairs(NamedTuple):
     hidden_buffer: Tensor | None
     shift: int
     max_rows: int | None
+    gaps: bool
 
 
 class Projector(NamedTuple):
-    """gate and up [m, d], down [D, m]; only down [D, d]: linear; all None: identity."""
+    """gate and up [m, d], down [D, m]; only down [D, d]: linear; all None: identity. Gate [2m, d] alone holds both."""
 
     gate: Tensor | None
     up: Tensor | None
     down: Tensor | None
+
+    @property
+    def inner(self) -> int:
+        """m, 0 without gate and up."""
+        return 0 if self.gate is None else len(self.gate) // (2 if self.up is None else 1)
+
+    def gate_up(self, dtype: torch.dtype) -> Tensor | None:
+        """[W_gate; W_up] as one [2m, d] matrix: no copy but a cast where it came as one, or lies so in memory."""
+        gate, up = self.gate, self.up
+        if gate is None or up is None:
+            return None if gate is None else gate.to(dtype)
+        beside = gate.is_contiguous() and up.is_contiguous() and gate.dtype == dtype
+        beside = beside and gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+        if beside and up.storage_offset() == gate.storage_offset() + gate.numel():
+            return gate.as_strided((2 * gate.shape[0], gate.shape[1]), (gate.shape[1], 1))
+        return torch.cat([gate, up]).to(dtype)
 
 
 class Wanted(NamedTuple):
@@ -96,11 +115,12 @@ def form(
     any_scale = scale != 0
     unit = power_of_two([scale]) if dtype == torch.float16 else None
     # the last rows have no partner, so their targets need no bound
-    selected = select(pairs.keep if reads else pairs.keep[: max(0, count - pairs.shift)], pairs.max_rows)
+    possible = count if reads else max(0, count - pairs.shift)
+    selected, rest = select(pairs.keep[:possible], pairs.max_rows)
     rows = length_of(selected)
     shared = ((gate, wanted.inner), (up, wanted.inner), (down, wanted.down))
     weights = sum(w.numel() for w, flag in shared if flag and w is not None)
-    width, inner, out_width = hidden.shape[-1], 0 if gate is None else gate.shape[0], pairs.target.shape[-1]
+    width, inner, out_width = hidden.shape[-1], projector.inner, pairs.target.shape[-1]
     formed = [formed_dtype(w, None) for w, flag in shared if flag and w is not None]
     itemsize = max(each.itemsize for each in (dtype, *formed))
     sizes = width, inner, out_width, dtype, options.chunk_bytes, weights, itemsize
@@ -109,7 +129,7 @@ def form(
     work, device = reference.working(hidden, pairs.target), hidden.device
     sums = _Sums(
         torch.zeros((4, count), dtype=work, device=device),
-        torch.zeros((count, width), dtype=formed_dtype(hidden, pairs.hidden_buffer), device=device)
+        torch.empty((count, width), dtype=formed_dtype(hidden, pairs.hidden_buffer), device=device)
         if wanted.hidden
         else None,
         WeightGradient(torch.Size((2 * inner, width)), dtype, formed_dtype(gate, None), gate, parts)
@@ -121,6 +141,9 @@ def form(
     )
     # where no scale is other than zero, nothing is differentiated, and a NaN stays out
     differentiate = any(wanted) and (not reads or bool(any_scale.any()))
+    if sums.d_hidden is not None:  # each chunk writes its own rows
+        clear(sums.d_hidden, rest if differentiate else slice(0, count))
+        clear(sums.d_hidden, slice(possible, count))
     kernel_scale = scale if unit is None else scale / unit
     _add_all(pairs, projector, options, sums, kernels, selected, step, kernel_scale, differentiate)
     if not reads:
@@ -148,17 +171,19 @@ def _add_all(
     step: int, scale: Tensor, differentiate: bool,
 ) -> None:  # fmt: skip
     """Every chunk; the workspace is gone when this returns, so that a cast of a weight gradient can take its place."""
-    (gate, up, down), dtype, reads = projector, options.dtype, _check.host_reads(scale.device)
+    down, dtype, reads = projector.down, options.dtype, _check.host_reads(scale.device)
     source, latent = Rows(pairs.hidden), Rows(pairs.target)
     by_index = latent.flat and (latent.width < 2 or latent.tensor.stride(-1) == 1)
-    gate_up = None if gate is None or up is None else _fused_gate_up(gate, up, dtype)
+    # without gaps the rows that do not count are the last ones, which are not selected
+    masked = not reads and pairs.gaps
+    gate_up = projector.gate_up(dtype)
     w_down = None if down is None else down.to(dtype)
-    inner, out_width = 0 if gate is None else gate.shape[0], latent.width
+    inner, out_width = projector.inner, latent.width
     most = even_rows(min(step, length_of(selected)), scale.device, dtype)
     buffer = workspace((most * (3 * inner + out_width),), dtype, scale.device)
     for part in chunks(selected, step):
         h = source.take(part).to(dtype)
-        if not reads:
+        if masked:
             h = h.masked_fill(~pairs.keep[part].unsqueeze(1), 0)
         n = h.shape[0]
         even = n if w_down is None else even_rows(n, scale.device, dtype)
@@ -199,7 +224,7 @@ def _add_all(
                 place(sums.d_hidden, 0, part, upstream)
                 continue
             d_h = matmul(upstream, weight, upstream.new_empty(even, weight.shape[1]) if d_rows is None else d_rows)[:n]
-            if not reads:  # zeros times a weight that is not finite
+            if masked:  # zeros times a weight that is not finite
                 d_h.masked_fill_(~pairs.keep[part].unsqueeze(1), 0)
             if d_rows is None:
                 place(sums.d_hidden, 0, part, d_h)
@@ -229,12 +254,3 @@ def latent_rows(
     large = MOST_BYTES if device == "cpu" else PROJECTOR_BYTES_ON_GPU
     least = large if inner else LEAST_BYTES
     return rows_per_chunk(rows, size, chunk_bytes, weights, least, device=device, itemsize=itemsize)
-
-
-def _fused_gate_up(gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
-    """[W_gate; W_up] as one [2m, d] matrix; a view where they lie side by side in one buffer."""
-    beside = gate.is_contiguous() and up.is_contiguous() and gate.dtype == dtype
-    beside = beside and gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
-    if beside and up.storage_offset() == gate.storage_offset() + gate.numel():
-        return gate.as_strided((2 * gate.shape[0], gate.shape[1]), (gate.shape[1], 1))
-    return torch.cat([gate, up]).to(dtype)

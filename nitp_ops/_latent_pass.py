@@ -35,7 +35,7 @@ def latent_pass(
     if projector.down is None and hidden.dtype != torch.float16:
         dtype = hidden.dtype  # there is no product that autocast could cast
     tensors = pairs.target.detach(), pairs.keep, pairs.scale, pairs.hidden_buffer
-    options = pairs.shift, pairs.max_rows, distance, eps, chunk_bytes, dtype, backend
+    options = pairs.shift, pairs.max_rows, pairs.gaps, distance, eps, chunk_bytes, dtype, backend
     loss, stats, _ = _latent_pass(hidden, *projector, *tensors, *options, wanted, per_row)
     return loss, stats.detach()
 
@@ -52,6 +52,7 @@ def _latent_pass(
     hidden_buffer: Tensor | None,
     shift: int,
     max_rows: int | None,
+    gaps: bool,
     distance: int,
     eps: float,
     chunk_bytes: int | None,
@@ -61,7 +62,7 @@ def _latent_pass(
     per_row: bool,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """(loss, stats, gradients): the wanted ones of hidden, [gate; up] as one [2m, d], down, in this order."""
-    pairs = Pairs(hidden, target, keep, scale, hidden_buffer, shift, max_rows)
+    pairs = Pairs(hidden, target, keep, scale, hidden_buffer, shift, max_rows, gaps)
     asked = Wanted(wanted[0], wanted[1] or wanted[2], wanted[3])
     options = Options(distance, eps, chunk_bytes, dtype)
     losses, stats, gradients = form(pairs, Projector(gate, up, down), options, asked, rows.kernels(backend))
@@ -69,12 +70,13 @@ def _latent_pass(
 
 
 @_latent_pass.register_fake
-def _(hidden, gate, up, down, target, keep, scale, hidden_buffer, shift, max_rows, distance, eps, chunk_bytes, dtype,
-      backend, wanted, per_row):  # fmt: skip
+def _(hidden, gate, up, down, target, keep, scale, hidden_buffer, shift, max_rows, gaps, distance, eps, chunk_bytes,
+      dtype, backend, wanted, per_row):  # fmt: skip
     work, rows = reference.working(hidden, target), keep.numel()
     gradients = [hidden.new_empty(hidden.shape, dtype=formed_dtype(hidden, hidden_buffer))] if wanted[0] else []
     if wanted[1] or wanted[2]:
-        gradients.append(gate.new_empty((2 * gate.shape[0], gate.shape[1]), dtype=formed_dtype(gate, None)))
+        shape = gate.shape if up is None else (2 * gate.shape[0], gate.shape[1])
+        gradients.append(gate.new_empty(shape, dtype=formed_dtype(gate, None)))
     if wanted[3]:
         gradients.append(down.new_empty(down.shape, dtype=formed_dtype(down, None)))
     loss = hidden.new_empty((rows,) if per_row else (), dtype=work)
@@ -92,14 +94,15 @@ def _save(ctx, inputs, output) -> None:
 def _recompute(ctx, saved: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
     """The gradients from the inputs again, under one upstream gradient a row if given."""
     *tensors, keep, scale = saved
+    shift, max_rows, gaps, *options = ctx.options
     if upstream is not None:
         # rows under a zero upstream are left out, so that a NaN in them stays out too
-        keep, scale = keep & (upstream != 0), upstream.contiguous()
-    return _latent_pass(*tensors, keep, scale, ctx.buffer, *ctx.options, wanted, False)[-1]
+        keep, scale, gaps = keep & (upstream != 0), upstream.contiguous(), True
+    return _latent_pass(*tensors, keep, scale, ctx.buffer, shift, max_rows, gaps, *options, wanted, False)[-1]
 
 
 def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
-    wanted, delivered = [False] * 4, []
+    wanted, delivered, up = [False] * 4, [], None
     if upstream is not None:
         saved = ctx.saved_tensors  # read once: checkpointing allows no second time
         if ctx.per_row:
@@ -108,7 +111,7 @@ def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
         else:
             wanted = ctx.wanted
             gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, saved, wanted))
-        hidden, gate, _, down, *_ = saved
+        hidden, gate, up, down, *_ = saved
         flagged = (wanted[0], hidden, ctx.buffer), (wanted[1] or wanted[2], gate, None), (wanted[3], down, None)
         inputs, buffers = [x for flag, x, _ in flagged if flag], [b for flag, _, b in flagged if flag]
         anchors = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
@@ -117,9 +120,9 @@ def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
     ready = iter(delivered)
     d_hidden = next(ready) if wanted[0] else None
     both = next(ready) if wanted[1] or wanted[2] else None
-    d_gate, d_up = (None, None) if both is None else both.chunk(2)
+    d_gate, d_up = (both, None) if both is None or up is None else both.chunk(2)
     d_down = next(ready) if wanted[3] else None
-    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down, *(None,) * 13
+    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down, *(None,) * 14
 
 
 _latent_pass.register_vmap(refuse_vmap("implicit_token_loss"))

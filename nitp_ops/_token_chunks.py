@@ -16,79 +16,29 @@ row without a label has the weight zero then, and jobs have chunks of their own 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check, reference, rows
-from ._chunks import Piece, Rows, length_of, packed, place, rows_per_chunk, select, with_zeros, workspace
+from ._chunks import (
+    Piece,
+    Rows,
+    Selection,
+    clear,
+    length_of,
+    packed,
+    place,
+    rows_per_chunk,
+    select,
+    with_zeros,
+    workspace,
+)
 from ._devices import sum_dtype
 from ._gemm import Weight, WeightGradient, direct, even_rows, widest
 from ._gradients import formed_dtype, power_of_two, scale_in_place
-from ._vocab_shard import ReducedRows, ShardRows, VocabShard
-
-
-class Job(NamedTuple):
-    """hidden [..., d]; labels and target_weight [N, K]; row_weight [N] already holds token weight, weight, 1 / count.
-
-    many: K targets a row, of which negative ones are absent. class_weight: of the smoothing term, target_weight holds
-    it for the rest. max_rows: on a GPU no more rows are computed. wanted: the gradient of hidden is."""
-
-    hidden: Tensor
-    labels: Tensor
-    target_weight: Tensor | None
-    row_weight: Tensor
-    class_weight: Tensor | None
-    buffer: Tensor | None
-    many: bool
-    label_smoothing: float
-    z_loss: float
-    max_rows: int
-    wanted: bool
-
-
-class Head(NamedTuple):
-    """The unembedding [V, d] and what belongs to it; softcap 0 means none; dtype of the products.
-
-    shard: unembedding, bias and buffer are the part of this rank."""
-
-    op: str
-    backend: str
-    unembedding: Tensor
-    bias: Tensor | None
-    buffer: Tensor | None
-    ignore_index: int
-    softcap: float
-    logit_scale: float
-    chunk_bytes: int | None
-    dtype: torch.dtype
-    entropy: bool
-    want_weight: bool
-    want_bias: bool
-    shard: VocabShard | None = None
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Columns on each rank."""
-        return (len(self.unembedding),) if self.shard is None else self.shard.sizes
-
-
-class RowValues(NamedTuple):
-    """stats [2 or 3, rows]: loss, log-sum-exp and perhaps entropy; prediction [rows]; target_logit: [rows * K]."""
-
-    stats: Tensor
-    prediction: Tensor
-    target_logit: Tensor
-
-
-class Formed(NamedTuple):
-    """loss: 0-d; row_weight [rows]: 0 where a row has no target; gradients of hidden..., unembedding, bias."""
-
-    loss: Tensor
-    row_weight: Tensor
-    values: RowValues
-    gradients: list[Tensor]
+from ._token_job import Formed, Head, Job, RowValues, present
+from ._vocab_shard import ReducedRows, ShardRows
 
 
 def form(jobs: list[Job], head: Head) -> Formed:
@@ -100,8 +50,8 @@ def form(jobs: list[Job], head: Head) -> Formed:
     selected = [select(kept, job.max_rows if job.max_rows >= 0 else None) for job, kept in zip(jobs, keep, strict=True)]
     # on CPU silent jobs count for nothing, so that they do not change how the others' gradient is rounded
     loud = [not reads or bool(scale.any()) for scale in scales]
-    cut = _cut(jobs, head, selected, loud)
-    sums = _Sums(jobs, head, scales, keep, parts=sum(loud[chunk[0].job] for chunk in cut))
+    cut = _cut(jobs, head, [each.rows for each in selected], loud)
+    sums = _Sums(jobs, head, scales, keep, selected, parts=sum(loud[chunk[0].job] for chunk in cut))
     _add_all(jobs, head, sums, cut, unit)
     return sums.formed(jobs, head, unit)
 
@@ -125,17 +75,6 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     return cut
 
 
-def present(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
-    """bool [N]: the row has a target, of labels [N, K]."""
-    return given(labels, ignore_index, many).any(1)
-
-
-def given(labels: Tensor, ignore_index: int, many: bool) -> Tensor:
-    """bool [N, K]: the targets that are present."""
-    found = labels != ignore_index
-    return found & (labels >= 0) if many else found
-
-
 def _bounded(job: Job, kept: Tensor) -> Tensor:
     """The row weights, 0 where there is no target; NaN where more rows have one than max_rows, which nobody may see."""
     scale = torch.where(kept, job.row_weight, 0)
@@ -147,7 +86,10 @@ def _bounded(job: Job, kept: Tensor) -> Tensor:
 class _Sums:
     """What the chunks add up to, and the values of every row: 0, NaN and -1 where a row was not computed."""
 
-    def __init__(self, jobs: list[Job], head: Head, scales: list[Tensor], keep: list[Tensor], parts: int):
+    def __init__(
+        self, jobs: list[Job], head: Head, scales: list[Tensor], keep: list[Tensor], selected: list[Selection],
+        parts: int,
+    ):  # fmt: skip
         weight, device = head.unembedding, head.unembedding.device
         work, labels = reference.working(weight), [job.labels for job in jobs]
         counts = [len(each) for each in labels]
@@ -156,11 +98,14 @@ class _Sums:
         spoiled = torch.cat(scales).isnan().any()
         self.loss = torch.zeros((), dtype=sum_dtype(device), device=device).masked_fill_(spoiled, float("nan"))
         self.d_hidden = [
-            torch.zeros(job.hidden.shape, dtype=formed_dtype(job.hidden, job.buffer), device=device)
+            torch.empty(job.hidden.shape, dtype=formed_dtype(job.hidden, job.buffer), device=device)
             if job.wanted
             else None
             for job in jobs
         ]
+        for d_hidden, (_, rest) in zip(self.d_hidden, selected, strict=True):
+            if d_hidden is not None:  # each chunk writes its own rows
+                clear(d_hidden.view(-1, weight.shape[1]), rest)
         self.d_weight = None
         if head.want_weight:
             formed = formed_dtype(weight, head.buffer)
@@ -257,6 +202,9 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
         for (of_job, part), of_part in zip(pieces, logits.split(lengths), strict=True):
             of_job(of_part, part, differentiate)
         if not differentiate:
+            for of_job, part in pieces:
+                if of_job.d_rows is not None:
+                    clear(of_job.d_rows, part)
             continue
         under_way = None
         if first.d_rows is not None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from . import reference
 from ._gemm import gemm_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
-from ._token_chunks import Head, Job, RowValues, form
+from ._token_chunks import form
+from ._token_job import Head, Job, RowValues
 from ._vocab_shard import VocabShard
 
 

@@ -140,7 +140,8 @@ class NITP(LatentTerm):
         loss, stats = implicit_token_loss(
             h,
             z,
-            *matrices,
+            gate_up=matrices[0],
+            down=matrices[1],
             valid=valid,
             shift=shift,
             distance=self.distance,
@@ -185,13 +186,14 @@ class NITP(LatentTerm):
 
 
 def _project(h: Tensor, matrices: Matrices, backend: str | None) -> Tensor:
-    gate, up, down = matrices
+    gate_up, down = matrices
     if down is None:
         return h
     h = h.to(down.dtype)
-    if gate is None or up is None:
+    if gate_up is None:
         return F.linear(h, down)
-    return F.linear(swiglu(F.linear(h, gate), F.linear(h, up), backend=backend), down)
+    gate, up = F.linear(h, gate_up).chunk(2, -1)
+    return F.linear(swiglu(gate, up, backend=backend), down)
 
 
 def _rms_normalised(z: Tensor, eps: float) -> Tensor:

@@ -13,13 +13,13 @@ from .own_parameters import OwnParameters
 
 _T = TypeVar("_T")
 Kind: TypeAlias = Literal["swiglu", "linear", "none"]
-Matrices: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
+Matrices: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 class Projector(OwnParameters):
     """``P(h) = W_down (silu(W_gate h) * W_up h)`` (swiglu), ``W_down h`` (linear) or ``h`` (none); no bias, no norm.
 
-    The gate and the up matrix are the halves of one parameter ``gate_up [2m, d]``, so that they are adjacent in memory;
+    The gate and the up matrix are the halves of one parameter ``gate_up [2m, d]``, which the op takes as it is;
     ``down`` is ``[d, m]`` (linear: ``[d, d]``).
 
     Args:
@@ -46,19 +46,15 @@ class Projector(OwnParameters):
         use: Callable[..., _T],
         guard: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> _T:
-        """``use(hidden, gate, up, down)``: the caller's computation, run where the parameters may be read."""
-        gate: Tensor | None = None
-        up: Tensor | None = None
-        if self.gate_up is not None:
-            rows, width = self.gate_up.shape
-            gate, up = guard(self.gate_up).view(2, rows // 2, width).unbind(0)
+        """``use(hidden, gate_up, down)``: the caller's computation, run where the parameters may be read."""
+        gate_up = None if self.gate_up is None else guard(self.gate_up)
         down = None if self.down is None else guard(self.down)
         # is_compiling comes first, so that a compiled graph is not guarded on the flag
         if not torch.compiler.is_compiling() and not self._down_checked and down is not None:
             if not bool(down.any()):
                 raise ValueError("Projector: down is all zero, expected initial values (call reset_parameters)")
             self._down_checked = True
-        return use(hidden, gate, up, down)
+        return use(hidden, gate_up, down)
 
     def training_flops(self, width: int) -> int:
         """FLOPs a token, forward and backward: 6 a parameter of the GEMMs (18 m d for swiglu) + 18 d elementwise."""

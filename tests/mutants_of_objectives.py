@@ -54,7 +54,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "even_rows",
     ),
     Mutant("nitp_ops/_chunks.py", "rows - len(chunk)))", "rows - len(chunk)), 1)", "even_rows"),
-    Mutant("nitp_ops/_token_chunks.py", "found & (labels >= 0) if many else", "found if many else", "token_semantics"),
+    Mutant("nitp_ops/_token_job.py", "found & (labels >= 0) if many else", "found if many else", "token_semantics"),
     Mutant(
         "nitp_ops/_head_job.py", "torch.where(total == 0, 1, total)", "total", "linear_cross_entropy token_semantics"
     ),

@@ -261,3 +261,21 @@ def test_bfloat16_near_cosine_one_stays_exact_where_the_naive_formula_fails():
     assert 0.005 < exact.mean() < 0.02
     assert ((ours - exact) / exact).abs().max() < 1e-4
     assert ((naive.double() - exact) / exact).abs().max() > 0.05
+
+
+@given(problems(), st.sampled_from([None, "reference"]))
+def test_gate_and_up_as_one_matrix_are_the_same_to_the_bit(problem, backend):
+    (hidden, target, *weights), options, upstream, chunk = problem
+    if len(weights) != 3:
+        return
+    fused = torch.cat(weights[:2]).detach().requires_grad_()
+
+    def as_one(hidden, fused, down):
+        given = {"gate_up": fused, "down": down, "chunk_bytes": chunk, "backend": backend}
+        return nitp_ops.implicit_token_loss(hidden, target, **given, **options)
+
+    apart = call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "backend": backend})
+    loss, d_hidden, d_fused, d_down = outputs(as_one, [hidden, fused, weights[2]], upstream)
+    expected = outputs(apart, [hidden, target, *weights], upstream)
+    for a, b in zip((loss, d_hidden, *d_fused.chunk(2), d_down), expected, strict=True):
+        assert torch.equal(a, b)

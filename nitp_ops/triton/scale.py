@@ -13,7 +13,9 @@ _MOST = 1024
 
 
 @triton.jit
-def _scale(rows, factor, out, columns, stride, out_stride, IN_PLACE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr):
+def _scale(
+    rows, factor, out, columns, stride, out_stride, IN_PLACE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+):
     by = tl.load(factor)
     if not IN_PLACE or by != 1:
         row = tl.program_id(0).to(tl.int64)
