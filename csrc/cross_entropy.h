@@ -18,8 +18,8 @@ template <class A, bool Capped>
 struct LogitTransform {
   A scale, cap;
 
-  NITP_HD A value(A x) const { return Capped ? cap * tanh_of(scale * x / cap) : scale * x; }
-  NITP_HD A slope(A z) const { return Capped ? scale * (A(1) - (z / cap) * (z / cap)) : scale; }
+  NITP_HD A value(A x) const { return Capped ? cap * tanh_of(quotient(scale * x, cap)) : scale * x; }
+  NITP_HD A slope(A z) const { return Capped ? scale * (A(1) - quotient(z, cap) * quotient(z, cap)) : scale; }
 };
 
 // What a row's loss and gradient need beside the row itself.

@@ -153,20 +153,20 @@ NITP_HD float tanh_of(float x) {
 }
 NITP_HD double tanh_of(double x) { return std::tanh(x); }
 
-NITP_HD float over_one_to_two(float a, float b) {  // a / b with b in [1, 2]
+NITP_HD float quotient(float a, float b) {  // a / b with |b| < 2^126
 #ifdef __CUDA_ARCH__
   return __fdividef(a, b);  // two instructions, 2 ulp; the IEEE division is a dozen and a branch
 #else
   return a / b;
 #endif
 }
-NITP_HD double over_one_to_two(double a, double b) { return a / b; }
+NITP_HD double quotient(double a, double b) { return a / b; }
 
 // sigmoid(x) without overflow on either side.
 template <class A>
 NITP_HD A sigmoid(A x) {
   const A e = exp_nonpositive(x < A(0) ? x : -x);
-  return over_one_to_two(x < A(0) ? e : A(1), A(1) + e);
+  return quotient(x < A(0) ? e : A(1), A(1) + e);
 }
 
 }  // namespace NITP_TARGET

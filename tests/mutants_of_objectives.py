@@ -20,15 +20,36 @@ class Mutant(NamedTuple):
 MUTANTS: tuple[Mutant, ...] = (
     # what a row's loss and gradient are
     Mutant("csrc/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source"),
-    Mutant("csrc/cross_entropy.h", "(z / cap) * (z / cap)) : scale", "(z / cap)) : scale", "cuda_source"),
+    Mutant(
+        "csrc/cross_entropy.h",
+        "quotient(z, cap) * quotient(z, cap)) : scale",
+        "quotient(z, cap)) : scale",
+        "cuda_source",
+    ),
     Mutant("csrc/alignment.h", "1 / (p * z))) : A(0)", "1 / p)) : A(0)", "cuda_source_rows"),
     Mutant("csrc/swiglu.h", "A(1) + g * (A(1) - s)", "A(1) + g * s", "cuda_source_rows"),
-    # every barrier of a cluster's row: before the warps, then the blocks, read one another, before a block may end, and
-    # before the targets are written over what their blocks wrote
+    # every meeting of the threads of a row: of the warps of a block, of the blocks of a cluster, of a warp before it
+    # writes the targets over what it wrote; what rounding leaves out of the exponent
     Mutant("csrc/cuda/reduce.h", "__syncthreads();\n  return warp_merge", "return warp_merge", "cuda_source_clusters"),
-    Mutant("csrc/cuda/reduce.h", "Team::sync();\n    const int lane", "const int lane", "cuda_source_clusters"),
-    Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();  // the peers have read", "", "cuda_source_clusters"),
-    Mutant("csrc/cuda/cross_entropy.cu", "Team::sync();\n  if (rank", "if (rank", "cuda_source_clusters"),
+    Mutant("csrc/cuda/reduce.h", "    inboxes_are_open();\n", "", "cuda_source_clusters"),
+    Mutant("csrc/cuda/reduce.h", "    await_messages(mail);\n", "", "cuda_source_clusters"),
+    Mutant("csrc/cuda/cross_entropy.cu", "  __syncwarp();\n", "", "cuda_source_clusters"),
+    Mutant(
+        "csrc/cuda/cross_entropy.cu",
+        "if (f.own != A(0)) f.gap += f.own * (row.unit * raised);",
+        "",
+        "cuda_source_clusters",
+    ),
+    Mutant("csrc/cuda/exponential.h", "return exp2_of(-residual);", "return 1.0f;", "cuda_source_extremes"),
+    Mutant("csrc/cuda/exponential.h", "rate = base_rate = without_fraction(base_rate);", "", "cuda_source_extremes"),
+    Mutant("csrc/cuda/cross_entropy_row.h", "return half_tanh(", "return gradient_tanh<T>(", "cuda_source_extremes"),
+    Mutant("csrc/cuda/cross_entropy_row.h", " || (W == 1 && top == s.max && j < s.first)", "", "cuda_source"),
+    Mutant(
+        "csrc/cuda/launch.h",
+        "known_.emplace(std::pair(device, key), ask()).first->second",
+        "ask()",
+        "cuda_source_geometry",
+    ),
     Mutant("csrc/cuda/cross_entropy.cu", "  wait_for_copies();\n", "", "cuda_source_clusters"),
     Mutant("nitp_ops/triton/swiglu.py", "(1 + g * (1 - s))", "(1 + g * s)", "triton_kernels"),
     # the chunked algorithms

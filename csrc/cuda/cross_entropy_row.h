@@ -3,6 +3,7 @@
 #pragma once
 #include "../arguments.h"
 #include "../cross_entropy.h"
+#include "exponential.h"
 #include "pack.h"
 #include "reduce.h"
 
@@ -11,30 +12,28 @@ namespace cuda {
 
 constexpr int kNoColumn = INT32_MAX;
 
-// exp(factor x) for x <= 0, by one multiplication.
-template <class A>
-struct ScaledExp {
-  A factor;
-  __device__ explicit ScaledExp(A factor) : factor(factor) {}
-  __device__ A operator()(A x) const { return exp_nonpositive(factor * x); }
-};
-#ifdef __CUDA_ARCH__
-template <>
-struct ScaledExp<float> {
-  float rate;
-  __device__ explicit ScaledExp(float factor) : rate(factor * kLog2e) {}
-  __device__ float operator()(float x) const { return power_of_two(rate * x); }
-};
-#endif
+// What a row asks for. plain: a scale. capped: a softcap as well, in half precision. general: any of bias, softcap,
+// class weights and entropy.
+enum class Kind { plain, capped, general };
+// A larger softcap would cost a capped row digits.
+constexpr float kLargestCap = 1024;
 
-// Of the values that a Row sees. Every sum is relative to `max`, but for `below`, which is relative to the row's
-// reference.
+// A row is added up by values v of its logits x: exp(z - max z) = exp(unit (v - max v)). The maximum is kept as a key,
+// which is cheap to find; v grows with it.
+//
+//            key    value                    unit
+//   plain    x      x                        scale
+//   capped   x      tanh(scale x / cap)      cap
+//   general  z      z                        1
+//
+// Every sum is relative to the value of `max`, but for `below`, which is relative to the block's reference until the
+// blocks' sums meet.
 template <class A>
 struct RowSums {
-  A max, sum;     // sum exp(unit (z - max))
-  A below, mass;  // sum w_v (z_v - reference) and sum w_v, w_v = 1 or class_weight_v: for smoothing
+  A max, sum;     // sum exp(unit (v - max))
+  A below, mass;  // sum w_v (v - reference) and sum w_v, w_v = 1 or class_weight_v: for smoothing
   A spread;       // sum exp(z - max) (max - z): for the entropy
-  int first;      // first column of the first piece that reaches max; kNoColumn: none does
+  int first;      // first column of the first piece that reaches max; kNoColumn: no piece
 };
 
 template <class A>
@@ -42,96 +41,98 @@ __device__ A finite_or_zero(A x) {
   return x - x == A(0) ? x : A(0);
 }
 
-// The sums move to another maximum; both may be -inf.
-template <class A>
-__device__ void rebase(RowSums<A>& s, A to, const ScaledExp<A>& exp) {
-  const A shift = to == A(-INFINITY) ? A(0) : to, factor = exp(s.max - shift);
-  if (s.max != A(-INFINITY)) s.spread = factor > A(0) ? factor * (s.spread + (shift - s.max) * s.sum) : A(0);
-  s.sum *= factor;
-  s.max = to;
-}
-
-template <class A>
-__device__ RowSums<A> merge_warp(RowSums<A> s, const ScaledExp<A>& exp) {
-  struct Best {
-    A max;
-    int first, unused;  // a multiple of four bytes without padding
-  };
-  const Best best = warp_merge(Best{s.max, s.first, 0}, [](const Best& a, const Best& b) {
-    return a.max > b.max || (a.max == b.max && a.first < b.first) ? a : b;
-  });
-  rebase(s, best.max, exp);
-  s.first = best.first;
-  s.sum = warp_sum(s.sum);
-  s.below = warp_sum(s.below);
-  s.mass = warp_sum(s.mass);
-  s.spread = warp_sum(s.spread);
-  return s;
-}
-
-// The targets of one row, gathered by its first warp.
+// The targets of one row, gathered by the first warp of each block; `own`: the mass of those that are the block's.
 template <class A>
 struct RowTargets {
-  A mass;
+  A mass, own;
   int present, outside;
 };
 
-// One row as its threads see it. Plain: no bias, no softcap, no class weights, no entropy; then its values are the raw
-// logits, whose scale (`unit`) goes into the exponential, and two packs are taken at once, so that a maximum is settled
-// once for both. Four cost more registers than there are.
-template <class T, class A, bool Plain>
+template <class T, class A, Kind K>
 struct Row {
-  static constexpr int kAtOnce = Plain ? 2 : 1;
+  static constexpr bool kGeneral = K == Kind::general;
+  // Packs at once, so that a maximum is settled once for all of them.
+  static constexpr int kAtOnce = kGeneral ? 1 : 2;
   const CrossEntropyRows<T, A>& a;
-  A unit;  // transformed logits are so many times the values
-  ScaledExp<A> exp;
-  A reference;
+  A unit, into_cap, reference;
 
   __device__ explicit Row(const CrossEntropyRows<T, A>& a)
-      : a(a), unit(Plain ? a.logit_scale : A(1)), exp(unit), reference(0) {}
+      : a(a),
+        unit(K == Kind::plain    ? a.logit_scale
+             : K == Kind::capped ? a.softcap
+                                 : A(1)),
+        into_cap(K == Kind::capped ? a.logit_scale / a.softcap : A(0)),
+        reference(0) {}
 
   __device__ bool smooth() const { return a.smoothing > A(0); }
-  __device__ bool by_class() const { return !Plain && a.class_weight != nullptr; }
+  __device__ bool by_class() const { return kGeneral && a.class_weight != nullptr; }
+  __device__ bool entropy() const { return kGeneral && a.entropy; }
   __device__ A weight(int64_t j) const { return by_class() ? a.class_weight[j] : A(1); }
 
-  __device__ A value(T logit, int64_t j) const {
+  __device__ A key(T logit, int j) const {
     const A x = widen(logit);
-    if (Plain) return x;
+    if constexpr (!kGeneral) return x;
     const A biased = a.bias ? x + a.bias[j] : x;
     return a.softcap > A(0) ? LogitTransform<A, true>{a.logit_scale, a.softcap}.value(biased)
                             : LogitTransform<A, false>{a.logit_scale, A(0)}.value(biased);
   }
-  __device__ A slope(A z) const {
-    return !Plain && a.softcap > A(0) ? LogitTransform<A, true>{a.logit_scale, a.softcap}.slope(z) : a.logit_scale;
+  __device__ A value(A key) const {
+    if constexpr (K == Kind::capped) return half_tanh(into_cap * key);
+    return key;
+  }
+  __device__ A gradient_value(A key) const {
+    if constexpr (K == Kind::capped) return gradient_tanh<T>(into_cap * key);
+    return key;
+  }
+  // dz/dx = common slope(v): what all columns share is taken up by their factors.
+  __device__ A common() const { return kGeneral ? A(1) : a.logit_scale; }
+  __device__ A slope(A v) const {
+    if constexpr (K == Kind::plain) return A(1);
+    if constexpr (K == Kind::capped) return A(1) - v * v;
+    return a.softcap > A(0) ? LogitTransform<A, true>{a.logit_scale, a.softcap}.slope(v) : a.logit_scale;
   }
 
-  // Adds pieces that start at columns j, j + step, ...
+  // Relative to a maximum; -inf is none, and then to zero.
+  __device__ A base(A max) const { return K != Kind::capped && max == A(-INFINITY) ? A(0) : value(max); }
+  __device__ Exponential<A> relative_to(A max) const { return Exponential<A>(unit, base(max)); }
+
+  // The sums move to another maximum, which is not smaller.
+  __device__ void rebase(RowSums<A>& s, A to) const {
+    const A from = base(s.max), shift = base(to), factor = exp_of_difference(unit, value(s.max) - shift);
+    scale_sums(s, factor, shift - from);
+    s.max = to;
+  }
+  __device__ void scale_sums(RowSums<A>& s, A factor, A raised) const {
+    if (entropy()) s.spread = factor > A(0) && s.sum != A(0) ? factor * (s.spread + raised * s.sum) : A(0);
+    s.sum *= factor;
+  }
+
+  // Adds pieces that start at columns j, j + step, ... to sums relative to `exp`, the Exponential of s.max.
   template <int U, int W>
-  __device__ void add(RowSums<A>& s, const Pack<T, W>* pieces, int64_t j, int64_t step) const {
-    A z[U][W], tops[U], top = A(-INFINITY);
+  __device__ void add(RowSums<A>& s, Exponential<A>& exp, const Pack<T, W>* pieces, int j, int step) const {
+    A keys[U][W];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      tops[u] = A(-INFINITY);
 #pragma unroll
-      for (int i = 0; i < W; ++i) {
-        z[u][i] = value(pieces[u].at[i], j + u * step + i);
-        tops[u] = std::fmax(tops[u], z[u][i]);  // a NaN is left out here and shows in the sum
+      for (int i = 0; i < W; ++i) keys[u][i] = key(pieces[u].at[i], j + u * step + i);
+    }
+    const A top = largest<U, W>(pieces, keys);  // a NaN is left out here and shows in the sum
+    // packs come by rising columns, but an edge may stand before them
+    if (top > s.max || (W == 1 && top == s.max && j < s.first)) {
+      const Exponential<A> to = relative_to(top);
+      scale_sums(s, exp.correction() * to(value(s.max)), base(top) - base(s.max));
+      s.max = top, s.first = j, exp = to;
+      if constexpr (U > 1) {
+        if (largest<1, W>(pieces, keys) != top) s.first = j + step;
       }
-      top = std::fmax(top, tops[u]);
     }
-    if (top > s.max || (top == s.max && j < s.first)) {
-#pragma unroll
-      for (int u = U - 1; u >= 0; --u) s.first = tops[u] == top ? static_cast<int>(j + u * step) : s.first;
-      rebase(s, top, exp);
-    }
-    const A shift = s.max == A(-INFINITY) ? A(0) : s.max;
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
-        const A below = z[u][i] - shift, e = exp(below);
+        const A v = value(keys[u][i]), e = exp(v);
         s.sum += e;
-        if (!Plain && a.entropy) s.spread -= e > A(0) ? e * below : A(0);
+        if (entropy()) s.spread -= e > A(0) ? e * (v - base(s.max)) : A(0);
       }
     }
     if (!smooth()) return;
@@ -140,29 +141,62 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         const A w = weight(j + u * step + i);
-        s.below += w * (z[u][i] - reference);
+        s.below += w * (value(keys[u][i]) - reference);
         s.mass += w;
       }
     }
   }
+
+  // Of sums of the threads of one block, or of blocks whose `below` are relative to one number.
+  __device__ RowSums<A> merge_warp(RowSums<A> s) const {
+    struct Best {
+      A max;
+      int first, unused;  // a multiple of four bytes without padding
+    };
+    const Best best = cuda::warp_merge(Best{s.max, s.first, 0}, [](const Best& a, const Best& b) {
+      return a.max > b.max || (a.max == b.max && a.first < b.first) ? a : b;
+    });
+    rebase(s, best.max);
+    s.first = best.first;
+    s.sum = warp_sum(s.sum);
+    if (smooth()) s.below = warp_sum(s.below), s.mass = warp_sum(s.mass);
+    if (entropy()) s.spread = warp_sum(s.spread);
+    return s;
+  }
+
+ private:
+  template <int U, int W>
+  static __device__ A largest(const Pack<T, W>* pieces, const A (*keys)[W]) {
+    if constexpr (!kGeneral && sizeof(T) == 2 && W > 1) {
+      return largest_of<U>(pieces);
+    } else {
+      A top(-INFINITY);
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+#pragma unroll
+        for (int i = 0; i < W; ++i) top = std::fmax(top, keys[u][i]);
+      }
+      return top;
+    }
+  }
 };
 
-template <class T, class A, bool Plain>
+// Overwrites pieces with their gradient; `factors`: of values, whose unit is in them.
+template <class T, class A, Kind K>
 struct Writer {
-  const Row<T, A, Plain>& row;
-  SoftmaxGradient<A> slopes;  // of the row's values
-  bool live;                  // else the row is cleared
+  const Row<T, A, K>& row;
+  Exponential<A> exp;
+  A probability, off;
 
-  __device__ A gradient(A z, int64_t j) const {
-    if (Plain) return slopes.probability * row.exp(z - slopes.max) - slopes.off;
-    return row.slope(z) * slopes.at(z, row.weight(j));
+  __device__ A gradient(A v, int j) const {
+    return row.slope(v) * (probability * exp(v) - (Row<T, A, K>::kGeneral ? off * row.weight(j) : off));
   }
   template <int W>
   __device__ void operator()(T* logits, int64_t j, const Pack<T, W>& in) const {
-    Pack<T, W> out;
+    A out[W];
 #pragma unroll
-    for (int i = 0; i < W; ++i) store(out.at + i, live ? gradient(row.value(in.at[i], j + i), j + i) : A(0));
-    write(logits + j, out);
+    for (int i = 0; i < W; ++i) out[i] = gradient(row.gradient_value(row.key(in.at[i], j + i)), j + i);
+    write(logits + j, narrow<T>(out));
   }
 };
 

@@ -5,10 +5,14 @@
 // build folder, and the same sources would give other bytes elsewhere.
 #pragma once
 #include <cstdint>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace nitp {
 namespace cuda {
 
+constexpr int kWarp = 32;
 constexpr int kMaxCluster = 8;  // blocks, on every device that has clusters
 
 // What a multiprocessor gives: the threads and the bytes of shared memory that one block may ask for, and the bytes
@@ -25,15 +29,36 @@ struct Blocks {
   Blocks(int64_t count, int of_cluster = 1) : count(count), of_cluster(of_cluster) {}
 };
 
+// What the blocks of a cluster send to one of them, each its message, and what counts their bytes.
+template <class M>
+struct Inbox {
+  static_assert(sizeof(M) % 16 == 0, "sent in pieces of 16 bytes");
+  alignas(16) M from[kMaxCluster];
+  uint64_t barrier;
+};
+
+// What was asked of the driver, once per device and key: a launch after the first asks nothing. Host threads take
+// turns.
+template <class Key, class Value>
+class Known {
+  std::mutex one_at_a_time_;
+  std::map<std::pair<int, Key>, Value> known_;
+
+ public:
+  template <class Ask>
+  Value get(int device, const Key& key, Ask ask) {
+    const std::lock_guard<std::mutex> lock(one_at_a_time_);
+    const auto found = known_.find({device, key});
+    return found != known_.end() ? found->second : known_.emplace(std::pair(device, key), ask()).first->second;
+  }
+};
+
 }  // namespace cuda
 }  // namespace nitp
 
 #ifdef __CUDACC__
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 namespace nitp {
 namespace cuda {
@@ -44,16 +69,24 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("nitp_ops row kernel: ") + what + ": " + cudaGetErrorString(error));
 }
 
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
+inline int current_device() {
+  int device = 0;
   check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
-  return value;
+  return device;
 }
 
 inline Multiprocessor multiprocessor() {
-  return {device_attribute(cudaDevAttrMaxThreadsPerBlock), device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-          device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  static Known<int, Multiprocessor> known;
+  const int device = current_device();
+  return known.get(device, 0, [&] {
+    const auto ask = [&](cudaDeviceAttr attribute) {
+      int value = 0;
+      check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
+      return value;
+    };
+    return Multiprocessor{ask(cudaDevAttrMaxThreadsPerBlock), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+  });
 }
 
 // One S in the block's shared memory, where no constructor runs.
@@ -104,21 +137,70 @@ __device__ inline int cluster_size() {
   return static_cast<int>(blocks);
 }
 
-// A barrier of all threads of all blocks of the cluster, of global and shared memory.
-__device__ inline void cluster_sync() {
+// The address of the same place in another block of the cluster.
+__device__ inline uint32_t shared_of(const void* here, int rank) {
+  uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(here));
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(there) : "r"(rank));
+#endif
+  return there;
+}
+
+// All threads, before anything is sent: the inbox waits for a message of every block. inboxes_are_open: those of all
+// blocks do.
+template <class M>
+__device__ void open_inbox(Inbox<M>& inbox) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) {
+    const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&inbox.barrier));
+    const uint32_t bytes = cluster_size() * sizeof(M);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  }
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
-// What stands at this place of shared memory in another block of the cluster, which must have begun and not ended.
-template <class S>
-__device__ S& peer(S& here, int rank) {
-  S* there = &here;
+__device__ inline void inboxes_are_open() {
 #if __CUDA_ARCH__ >= 900
-  asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(&here), "r"(rank));
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
-  return *there;
+}
+
+// One thread: this block's message to the block of that rank.
+template <class M>
+__device__ void send(Inbox<M>& inbox, const M& message, int rank) {
+#if __CUDA_ARCH__ >= 900
+  const uint32_t there = shared_of(inbox.from + cluster_rank(), rank), barrier = shared_of(&inbox.barrier, rank);
+  uint32_t w[sizeof(M) / sizeof(uint32_t)];
+  memcpy(w, &message, sizeof(M));
+#pragma unroll
+  for (unsigned i = 0; i < sizeof(M) / 16; ++i) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                     there + 16 * i),
+                 "r"(w[4 * i]), "r"(w[4 * i + 1]), "r"(w[4 * i + 2]), "r"(w[4 * i + 3]), "r"(barrier)
+                 : "memory");
+  }
+#endif
+}
+
+// Until every block's message has come; once only.
+template <class M>
+__device__ void await_messages(Inbox<M>& inbox) {
+#if __CUDA_ARCH__ >= 900
+  const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&inbox.barrier));
+  uint32_t come = 0;
+  while (!come) {
+    asm volatile(
+        "{\n\t.reg .pred p;\n\t"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
+        "selp.u32 %0, 1, 0, p;\n\t}"
+        : "=r"(come)
+        : "r"(barrier)
+        : "memory");
+  }
+#endif
 }
 
 // More than 48 KB of shared memory, or the larger share of the first-level cache, only on request: once per kernel and
@@ -126,19 +208,16 @@ __device__ S& peer(S& here, int rank) {
 // would let another thread's launch fail.
 inline void allow(const void* kernel, int64_t shared_bytes) {
   if (shared_bytes == 0) return;
-  static std::mutex one_at_a_time;
-  static std::set<std::pair<int, const void*>> allowed;
-  int device = 0;
-  check(cudaGetDevice(&device), "no current device");
-  const std::lock_guard<std::mutex> lock(one_at_a_time);
-  if (allowed.count({device, kernel})) return;
-  cudaFuncAttributes code;
-  check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
-  const int most = static_cast<int>(multiprocessor().shared_of_block) - static_cast<int>(code.sharedSizeBytes);
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        "shared memory");
-  allowed.insert({device, kernel});
+  static Known<const void*, bool> known;
+  known.get(current_device(), kernel, [&] {
+    cudaFuncAttributes code;
+    check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
+    const int most = static_cast<int>(multiprocessor().shared_of_block) - static_cast<int>(code.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+          "shared memory");
+    return true;
+  });
 }
 
 // How many blocks of this size a cluster of the kernel can have, at most kMaxCluster. 1 where it is code for sm_80,

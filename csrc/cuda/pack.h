@@ -1,6 +1,8 @@
 // 16-byte accesses to rows that start anywhere: a row is `head` single elements up to the first aligned address, then
 // packs of N elements, then single elements again. Both ends together are the edges.
 #pragma once
+#include <type_traits>
+
 #include "../host_device.h"
 #include "launch.h"
 
@@ -21,20 +23,19 @@ __device__ Pack<T, N> read(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 
-// To global memory, in one instruction: left to itself, the compiler stores the packs of an unrolled loop word by word.
+// In one instruction: left to itself, the compiler stores the packs of an unrolled loop word by word.
 template <class T, int N>
 __device__ void write(T* p, const Pack<T, N>& pack) {
 #ifdef __CUDA_ARCH__
-  if constexpr (sizeof pack >= 8) {
-    uint32_t w[sizeof pack / sizeof(uint32_t)];
-    memcpy(w, &pack, sizeof pack);
-    const auto address = __cvta_generic_to_global(p);
-    if constexpr (sizeof pack == 16) {
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
-                   : "memory");
-    } else {
-      asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(address), "r"(w[0]), "r"(w[1]) : "memory");
-    }
+  if constexpr (sizeof pack == 16) {
+    uint4 words;
+    memcpy(&words, &pack, sizeof pack);
+    *reinterpret_cast<uint4*>(p) = words;
+    return;
+  } else if constexpr (sizeof pack == 8) {
+    uint2 words;
+    memcpy(&words, &pack, sizeof pack);
+    *reinterpret_cast<uint2*>(p) = words;
     return;
   }
 #endif
@@ -55,6 +56,64 @@ __device__ Pack<T, N> unseen(Pack<T, N> pack) {
   }
 #endif
   return pack;
+}
+
+__device__ inline int unseen(int number) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
+// The largest number of U packs in half precision; a NaN is left out where there is a number. Two comparisons at once.
+template <int U, class T, int N>
+__device__ float largest_of(const Pack<T, N>* packs) {
+#ifdef __CUDA_ARCH__
+  uint32_t words[U * N / 2];
+  memcpy(words, packs, sizeof words);
+  const auto of_two = [](uint32_t a, uint32_t b) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      asm("max.bf16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    } else {
+      asm("max.f16x2 %0, %0, %1;" : "+r"(a) : "r"(b));
+    }
+    return a;
+  };
+#pragma unroll
+  for (int i = 1; i < U * N / 2; ++i) words[0] = of_two(words[0], words[i]);
+  const uint32_t both = of_two(words[0], words[0] >> 16 | words[0] << 16);
+  return widen(T{static_cast<uint16_t>(both)});
+#else
+  float top = -INFINITY;
+  for (int i = 0; i < U * N; ++i) top = std::fmax(top, widen(packs[i / N].at[i % N]));
+  return top;
+#endif
+}
+
+// Rounded once.
+template <class T, class A, int N>
+__device__ Pack<T, N> narrow(const A (&values)[N]) {
+  Pack<T, N> pack;
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 2 && N > 1) {
+    uint32_t words[N / 2];
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) {
+      if constexpr (std::is_same_v<T, bfloat16>) {
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+      } else {
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+      }
+    }
+    memcpy(&pack, words, sizeof pack);
+    return pack;
+  } else
+#endif
+  {
+#pragma unroll
+    for (int i = 0; i < N; ++i) store(pack.at + i, values[i]);
+    return pack;
+  }
 }
 
 template <int N>
@@ -80,6 +139,13 @@ __device__ Split<N> split(int64_t columns, const First* first, const Others*... 
   return {packs > 0 ? head : columns, packs, columns - packs * N};
 }
 
+// The packs and edges of one of `threads` threads become zeros.
+template <int N, class T>
+__device__ void clear(T* row, const Split<N>& split, int64_t thread, int threads) {
+  for (int64_t p = thread; p < split.packs; p += threads) write(row + split.pack(p), Pack<T, N>{});
+  for (int64_t e = thread; e < split.edges; e += threads) write(row + split.edge(e), Pack<T, 1>{});
+}
+
 template <int N>
 struct Width {
   static constexpr int value = N;
@@ -101,12 +167,14 @@ void flatten(int64_t& rows, int64_t& columns, Strides... strides) {
   rows = rows > 0 ? 1 : 0;
 }
 
+// As few tiles as blocks of kMaxThreads allow, and no more threads in each than its share of the packs needs.
 template <int N>
 Tiles tiles(int64_t columns) {
-  const int64_t packs = (columns + N - 1) / N, wanted = (packs + kPacksOfThread - 1) / kPacksOfThread;
-  const int64_t threads = wanted < kMaxThreads ? wanted / 32 * 32 + 32 : kMaxThreads;
-  const int64_t of_tile = threads * kPacksOfThread;
-  return {static_cast<unsigned>((packs + of_tile - 1) / of_tile), static_cast<int>(threads)};
+  constexpr int64_t kOfTile = kMaxThreads * kPacksOfThread;
+  const int64_t packs = (columns + N - 1) / N, of_row = (packs + kOfTile - 1) / kOfTile;
+  if (of_row == 0) return {0, kWarp};
+  const int64_t of_warp = of_row * kPacksOfThread * kWarp;  // packs, if each tile has one warp
+  return {static_cast<unsigned>(of_row), static_cast<int>((packs + of_warp - 1) / of_warp * kWarp)};
 }
 
 // finish(width, column, load(width, column)) for every piece of the tile; all packs are loaded before the first is

@@ -7,8 +7,6 @@
 namespace nitp {
 namespace cuda {
 
-constexpr int kWarp = 32;
-
 template <class V>
 __device__ V shuffle_xor(const V& value, int lanes) {
   static_assert(sizeof(V) % sizeof(uint32_t) == 0, "shuffled word by word");
@@ -43,41 +41,55 @@ __device__ V block_merge(V value, V none, V (&partials)[kWarp], WarpMerge warp_m
   return warp_merge(lane < warps ? partials[lane] : none);
 }
 
-// Who takes a row together: one block, or the blocks of a cluster. of(rank, here) is what stands at `here` in the
-// shared memory of the block of that rank; kCompiled: the code may have the instructions for it.
+// Who takes a row together: one block, or the blocks of a cluster. kCompiled: the code may have the instructions for
+// it.
 struct OneBlock {
   static constexpr bool kCompiled = true, kAlone = true;
+  template <class M>
+  struct Mail {};
   static __device__ int size() { return 1; }
   static __device__ int rank() { return 0; }
-  static __device__ void sync() { __syncthreads(); }
-  template <class S>
-  static __device__ const S& of(int, S& here) {
-    return here;
-  }
 };
 
 struct Cluster {
   static constexpr bool kCompiled = kClusters, kAlone = false;
+  template <class M>
+  using Mail = Inbox<M>;
   static __device__ int size() { return cluster_size(); }
   static __device__ int rank() { return cluster_rank(); }
-  static __device__ void sync() { cluster_sync(); }
-  template <class S>
-  static __device__ S of(int rank, S& here) {  // a copy: what is far is read once
-    return peer(here, rank);
-  }
 };
 
-// What every block leaves in `whole` and every warp of every block merges again, behind one barrier of the team. No
-// block may end before another barrier: its peers may still read.
-template <class Team, class V, class WarpMerge>
-__device__ V team_merge(V value, V none, V& whole, WarpMerge warp_merge) {
+// One message from each block to every block of its team, in turns: before anything else the blocks open their inboxes,
+// then each sends, and every warp of each merges what came, lane by lane in the order of the ranks: all have the same
+// bits. The messages are all that the blocks of a cluster tell one another:
+//
+// * open_inbox initialises the mbarrier that counts the bytes of an inbox and releases that to the cluster
+//   (fence.mbarrier_init, a relaxed arrival at the cluster's barrier); inboxes_are_open acquires it. So no message
+//   comes to a barrier that is not initialised, and every block has begun.
+// * A message lies in the sender's registers. st.async stores it and then completes its bytes at the mbarrier of the
+//   same inbox with release semantics at cluster scope; await_messages acquires that phase at cluster scope. So
+//   who has waited reads whole messages.
+// * The phase ends with the last byte for the inbox, and a block waits for it before it ends: nothing is stored into
+// the
+//   memory of a block that has ended. Nobody reads another block's memory, so none waits for its readers.
+//
+// A message releases nothing else of its sender. A row must not need it: of a row's memory each block reads and writes
+// what is its own alone (its columns, what it found of the targets in them), but for what nobody writes.
+template <class Team, class M>
+__device__ void open(typename Team::template Mail<M>& mail) {
+  if constexpr (!Team::kAlone) open_inbox(mail);
+}
+
+template <class Team, class M, class WarpMerge>
+__device__ M exchange(typename Team::template Mail<M>& mail, const M& message, const M& none, WarpMerge warp_merge) {
   if constexpr (Team::kAlone) {
-    return value;
+    return message;
   } else {
-    if (threadIdx.x == 0) whole = value;
-    Team::sync();
+    inboxes_are_open();
+    if (static_cast<int>(threadIdx.x) < Team::size()) send(mail, message, threadIdx.x);
+    await_messages(mail);
     const int lane = threadIdx.x % kWarp;
-    return warp_merge(lane < Team::size() ? Team::of(lane, whole) : none);
+    return warp_merge(lane < Team::size() ? mail.from[lane] : none);
   }
 }
 

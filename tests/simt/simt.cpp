@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../../csrc/cuda/launch.h"
+#include "../../csrc/cuda/pack.h"
 
 thread_local Index threadIdx, blockIdx, blockDim;
 
@@ -10,6 +10,7 @@ namespace nitp {
 namespace simt {
 
 Settings settings;
+int device = 0, questions = 0;
 Cluster* cluster = nullptr;
 int last_cluster = 0;
 
@@ -66,7 +67,8 @@ void Cluster::run(unsigned first_block) {
   char* stack = stacks_.get();
   for (unsigned rank = 0; rank < blocks_.size(); ++rank) {
     blocks_[rank].done = 0;
-    blocks_[rank].begun = false;
+    blocks_[rank].mail = {};
+    blocks_[rank].messages.clear();
     poison(rank);
     for (Fiber& fiber : blocks_[rank].fibers) {
       fiber.done = false;
@@ -99,7 +101,7 @@ bool Cluster::run_block(unsigned rank, unsigned index) {
       Fiber& fiber = block.fibers[i];
       const bool waits = fiber.waits_for && fiber.waits_for->round == fiber.round;
       if (fiber.done || waits) continue;
-      ever = moved = block.begun = true;
+      ever = moved = true;
       rank_ = static_cast<int>(rank);
       threadIdx = {i};
       blockIdx = {index};
@@ -119,11 +121,36 @@ void Cluster::meet(Meeting& meeting) {
     ++meeting.round;
     return;
   }
+  wait(meeting, meeting.round);
+}
+
+void Cluster::wait(Meeting& meeting, int64_t round) {
   Fiber& now = block().fibers[threadIdx.x];
   now.waits_for = &meeting;
-  now.round = meeting.round;
+  now.round = round;
   swapcontext(&now.context, &scheduler_);
   now.waits_for = nullptr;
+}
+
+// The barrier's arrival; inboxes_are_open waits for it, and here nobody goes on who would do so before all have opened.
+void Cluster::open_inbox() {
+  if (threadIdx.x == 0) block().mail.members = size();
+}
+
+void Cluster::send(const void* here, const void* message, size_t size, int rank) {
+  char* there = static_cast<char*>(peer(here, rank));
+  const char* bytes = static_cast<const char*>(message);
+  Block& to = blocks_[rank];
+  to.messages.push_back([there, sent = std::string(bytes, size)] { std::memcpy(there, sent.data(), sent.size()); });
+  if (++to.mail.arrived == to.mail.members) ++to.mail.round;
+}
+
+void Cluster::await_messages() {
+  Block& mine = block();
+  if (mine.mail.members == 0) fail("an inbox that was never opened");
+  if (mine.mail.round == 0) wait(mine.mail, 0);
+  for (const auto& arrives : mine.messages) arrives();
+  mine.messages.clear();
 }
 
 uint32_t Cluster::shuffle(uint32_t word, int lane) {
@@ -137,8 +164,8 @@ uint32_t Cluster::shuffle(uint32_t word, int lane) {
 void* Cluster::peer(const void* here, int rank) {
   if (rank < 0 || rank >= size()) fail("the cluster has no block of this rank");
   const Block& of = blocks_[rank];
-  if (!of.begun) fail("shared memory of a block that has not begun");
-  if (of.done == of.fibers.size()) fail("shared memory of a block that has ended");
+  if (of.mail.members == 0) fail("a message to a block whose inbox is not open");
+  if (of.done == of.fibers.size()) fail("a message to a block that has ended");
   const auto place = [&](const char* mine, size_t size) {
     const std::ptrdiff_t offset = static_cast<const char*>(here) - mine;
     return offset >= 0 && offset < static_cast<std::ptrdiff_t>(size) ? offset : -1;
@@ -163,7 +190,17 @@ void Cluster::fail(const std::string& what) {
 
 extern "C" __attribute__((visibility("default"))) void simt_set(int64_t order, int64_t shared_bytes, int64_t cluster,
                                                                 int64_t threads) {
+  ++nitp::simt::device;
   nitp::simt::settings = {static_cast<nitp::simt::Settings::Order>(order), shared_bytes, cluster, threads};
 }
 
+extern "C" __attribute__((visibility("default"))) int simt_questions() { return nitp::simt::questions; }
+
 extern "C" __attribute__((visibility("default"))) int simt_last_cluster() { return nitp::simt::last_cluster; }
+
+// How pack.h lays `columns` out over packs of `width` elements: tiles of a row and threads of a tile.
+extern "C" __attribute__((visibility("default"))) void simt_tiles(int64_t columns, int64_t width, int64_t* out) {
+  using namespace nitp::cuda;
+  const Tiles t = width == 2 ? tiles<2>(columns) : width == 4 ? tiles<4>(columns) : tiles<8>(columns);
+  out[0] = t.of_row, out[1] = t.threads;
+}

@@ -5,7 +5,7 @@
 // fibers wait, then the next one of its cluster does. In which order is a setting: a kernel that lacks a barrier gives
 // other results in another order. Shared memory starts as NaN in every block, is NaN again when the block has ended,
 // and ends where the launch says (AddressSanitizer then sees an access beyond). Threads that wait for others which
-// never come are an error, and so is the shared memory of a block that has not begun or has ended.
+// never come are an error, and so is a message to a block whose inbox is not open or that has ended.
 #pragma once
 #include <ucontext.h>
 
@@ -38,13 +38,14 @@ constexpr int kWarpSize = 32;
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kPoison = 0xff;  // a NaN in every floating-point type
 
-// What tests choose: the order in which fibers and blocks run, and what a device seems to have: bytes of shared memory,
-// blocks in a cluster (1: no clusters) and threads in a block.
+// What tests choose (each choice is another device): the order in which fibers and blocks run, and what a device seems
+// to have: bytes of shared memory, blocks in a cluster (1: no clusters) and threads in a block.
 struct Settings {
   enum Order : int64_t { forward, backward, shuffled } order = forward;
   int64_t shared_bytes = 227 * 1024, cluster = 1, threads = 1024;
 };
 extern Settings settings;
+extern int device, questions;  // which of them it is, and how often a launch asked what a device has
 
 // Threads that wait for one another: a warp, a block or a cluster. Passing twice is safe, because nobody passes the
 // second time before everybody has arrived there, and so has left the first.
@@ -77,9 +78,10 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Meeting all;
+  Meeting mail;                                 // of the messages; members: 0 until the inbox is open
+  std::vector<std::function<void()>> messages;  // sent, and there only once somebody waits for all of them
   std::unique_ptr<char[]> shared;
   size_t done = 0;  // fibers
-  bool begun = false;
 };
 
 class Cluster {
@@ -88,7 +90,9 @@ class Cluster {
   void run(unsigned first_block);
   void meet(Meeting& meeting);
   uint32_t shuffle(uint32_t word, int lane);
-  void* peer(const void* here, int rank);  // the same place in another block's shared memory
+  void open_inbox();
+  void send(const void* here, const void* message, size_t size, int rank);  // to the same place in another block
+  void await_messages();
   [[noreturn]] void fail(const std::string& what);
 
   int size() const { return static_cast<int>(blocks_.size()); }
@@ -101,6 +105,8 @@ class Cluster {
   std::vector<unsigned> order(size_t count);
   bool run_block(unsigned rank, unsigned index);  // whether anything moved
   void poison(unsigned rank);
+  void wait(Meeting& meeting, int64_t round);
+  void* peer(const void* here, int rank);  // the same place in another block's shared memory
   std::vector<Block> blocks_;
   std::unique_ptr<char[]> stacks_;
   int64_t shared_bytes_;
@@ -116,7 +122,10 @@ extern Cluster* cluster;  // that runs
 
 namespace cuda {
 
+inline int current_device() { return simt::device; }
+
 inline Multiprocessor multiprocessor() {
+  ++simt::questions;
   const auto& s = simt::settings;
   return {static_cast<int>(s.threads), s.shared_bytes, s.shared_bytes};
 }
@@ -146,15 +155,24 @@ inline void wait_for_copies() {
 constexpr bool kClusters = true;
 inline int cluster_rank() { return simt::cluster->rank(); }
 inline int cluster_size() { return simt::cluster->size(); }
-inline void cluster_sync() { simt::cluster->meet(simt::cluster->all); }
 
-template <class S>
-S& peer(S& here, int rank) {
-  return *static_cast<S*>(simt::cluster->peer(&here, rank));
+template <class M>
+void open_inbox(Inbox<M>&) {
+  simt::cluster->open_inbox();
+}
+inline void inboxes_are_open() { simt::cluster->meet(simt::cluster->all); }
+template <class M>
+void send(Inbox<M>& inbox, const M& message, int rank) {
+  simt::cluster->send(inbox.from + cluster_rank(), &message, sizeof(M), rank);
+}
+template <class M>
+void await_messages(Inbox<M>&) {
+  simt::cluster->await_messages();
 }
 
 template <class... Arguments>
 int largest_cluster(void (*)(Arguments...), int, int64_t) {
+  ++simt::questions;
   return static_cast<int>(simt::settings.cluster);
 }
 
@@ -172,6 +190,10 @@ void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t sh
 }  // namespace cuda
 }  // namespace nitp
 
+inline void __syncwarp() {
+  auto& block = nitp::simt::cluster->block();
+  nitp::simt::cluster->meet(block.warps[threadIdx.x / nitp::simt::kWarpSize].meeting);
+}
 inline void __syncthreads() { nitp::simt::cluster->meet(nitp::simt::cluster->block().all); }
 inline uint32_t __shfl_xor_sync(unsigned mask, uint32_t word, int lanes) {
   if (mask != 0xffffffffu) nitp::simt::cluster->fail("every lane takes part in a shuffle");
