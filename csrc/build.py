@@ -182,7 +182,7 @@ def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule facts",
-        f"  command = {quote(sys.executable)} csrc/build_cuda.py facts $out $in",
+        f"  command = {quote(sys.executable)} csrc/build_cuda.py $out $in",
     ]
     for name in kernels:
         lines += [f"build {name}.cu.o | {name}.cu.o.txt: nvcc csrc/cuda/{name}.cu"]

@@ -1,6 +1,8 @@
 """Compiles csrc/cuda with nvcc, and reads from the assembler's report what each kernel takes of a multiprocessor.
 
-python csrc/build_cuda.py        compiles every .cu for every architecture, prints the table, fails on a spill
+python csrc/build_cuda.py        compiles every .cu for every architecture, prints the table, fails on a spill, on more
+                                 registers than a full multiprocessor has and, where there is cuobjdump, on loops of
+                                 more instructions than LIMITS
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,16 +108,19 @@ def flags(nvcc: str) -> str:
     return f"{FLAGS} {' '.join(codes)}"
 
 
+def short_names(mangled: list[str]) -> list[str]:
+    """Kernels as "name<template arguments>"."""
+    shown = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    bare = re.sub(r"\w+_cu::|\(nitp::cuda::\w+\)|nitp::|cuda::|^void ", "", shown, flags=re.M)
+    return [name.partition("(")[0] for name in bare.splitlines()]
+
+
 def parse(report: str) -> list[Kernel]:
     """The kernels of an assembler's report (-Xptxas -v), by name and architecture."""
     names = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
-    shown = subprocess.run(
-        ["c++filt"], input="\n".join(n for n, _ in names), capture_output=True, text=True, check=True
-    )
     blocks = re.split(r"Compiling entry function ", report)[1:]
     kernels = []
-    for (_, architecture), name, block in zip(names, shown.stdout.splitlines(), blocks, strict=True):
-        short = re.sub(r"\w+_cu::|nitp::|cuda::|^void ", "", name).partition("(")[0]
+    for (_, architecture), short, block in zip(names, short_names([n for n, _ in names]), blocks, strict=True):
 
         def number(pattern: str, block: str = block) -> int:
             match = re.search(pattern, block)
@@ -164,31 +168,6 @@ def facts(file: Path, reports: list[Path]) -> str:
     return f'R"facts({json.dumps({**json.loads(file.read_text()), "kernels": told})})facts"\n'
 
 
-def main() -> int:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print("cuda-check: skipped, no nvcc on the PATH")
-        return 0
-
-    def compiled(kernel: str, folder: str) -> str:
-        command = [nvcc, *flags(nvcc).split(), "-c", str(FOLDER / f"{kernel}.cu"), "-o", f"{folder}/{kernel}.o"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        return done.stderr
-
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(lambda kernel: compiled(kernel, folder), KERNELS))
-    kernels = [kernel for report in reports for kernel in parse(report)]
-    print(table(kernels))
-    spilled = [kernel for kernel in kernels if kernel.spill_stores + kernel.spill_loads]
-    print(f"{len(kernels)} kernels, {len(spilled)} with spills, nvcc {version(nvcc)}")
-    return int(bool(spilled))
-
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["facts"]:
-        out, told, *reports = map(Path, sys.argv[2:])
-        out.write_text(facts(told, reports))
-    else:
-        sys.exit(main())
+    out, told, *reports = map(Path, sys.argv[1:])
+    out.write_text(facts(told, reports))
