@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
-from . import cuda, cuda_run, gpu_stages, overhead, peers, profiled, row_kernels, short_tasks
+from . import cuda, cuda_run, geometry, gpu_stages, overhead, peers, profiled, row_kernels, short_tasks
 from .cases import Sizes
 from .short_kinds import Piece, Records, Rows, Stage
 
@@ -22,6 +22,7 @@ HEADS = ((4096, 4096, 128256), (16384, 2048, 151936), (8192, 4096, 128256), (163
 OBJECTIVES = ("plain", "ntp", "ntp + nitp")
 CHUNK_ROWS = ("2048", "4096", "8192", "16384")
 CHUNKED: tuple[Sizes, ...] = ({"N": 16384, "d": 2048, "V": 151936}, {"N": 16384, "d": 4096, "V": 128256})
+GEOMETRIES: tuple[Sizes, ...] = ({"N": 4096, "D": 128256}, {"N": 4096, "D": 151936})
 #: Seconds of the tests, in which compilers run in the processes beside them.
 TESTS = 80.0
 
@@ -51,6 +52,9 @@ def pieces(capability: str) -> Iterator[Piece]:
     yield from memory_bound()
     for kernel in profiled.KERNELS:
         yield Records("counters", kernel, ("ours",), 25, partial(profiled.counters, kernel=kernel))
+    for sizes in GEOMETRIES:
+        task = partial(geometry.sweep, sizes=sizes, rounds=cuda_run.ROUNDS, seconds=cuda_run.SECONDS)
+        yield Records("geometry", "x".join(map(str, sizes.values())), geometry.NAMES, 25, task)
     for sizes in CHUNKED:
         name = "x".join(str(size) for size in sizes.values())
         task = partial(short_tasks.chunks, sizes=sizes, rounds=cuda_run.ROUNDS, seconds=cuda_run.SECONDS)

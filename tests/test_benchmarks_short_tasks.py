@@ -79,10 +79,8 @@ def test_a_peer_that_cannot_run_here_says_why(cpu_in_its_place, bench):
 def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch):
     monkeypatch.setattr(short_tasks, "COPIED", 64)
     monkeypatch.setattr(short_tasks, "SQUARE", 8)
-    counted = []
-    monkeypatch.setattr(profiled, "counters", lambda at, names, *, kernel: counted.append(kernel))
     for piece in short_pieces.pieces("9.0"):
-        if not isinstance(piece, Records) or piece.op == "counters":
+        if not isinstance(piece, Records) or piece.op in ("counters", "geometry"):  # a profiler's, and nvcc's
             continue
         if piece.op == "training_step":
             pytest.importorskip("transformers")
