@@ -11,7 +11,7 @@ INSTALL = $(PYTHON) -m pip install -q --constraint $(STAMP).torch
 # Threads that wait must not spin: two workers with two threads each share two cores (an example took 119 s, now 11).
 export OMP_WAIT_POLICY := PASSIVE
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* tests/simt/* tests/avx512/* tests/emulated/*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* benchmarks/*.cu tests/simt/* tests/avx512/* tests/emulated/*)
 
 .PHONY: help install demo test test-programs test-trainers test-ranks test-gpu-source test-package test-versions mutants lint
 .PHONY: format bench plots evidence wheel wheels doctor cuda-check clean
