@@ -43,6 +43,10 @@ def find_nvcc() -> str | None:
     """The nvcc of the PATH, if it compiles a kernel for one of the architectures; else None, after the reason."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
+        if os.environ.get("NITP_CUDA_ARCHITECTURES"):
+            raise SystemExit(
+                f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(wanted())}, but no nvcc is on the PATH"
+            )
         return None
     reason = unusable(nvcc)
     if reason is None:
@@ -53,16 +57,23 @@ def find_nvcc() -> str | None:
 
 def unusable(nvcc: str) -> str | None:
     """Why this nvcc cannot build the kernels, or None."""
-    if not architectures(nvcc):
-        return f"knows none of {', '.join(wanted())} (nvcc >= 12.0 does)"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "probe.cu"
-        source.write_text("__global__ void probe(int* x) { *x = 1; }\n")
-        command = [nvcc, *flags(nvcc).split(), "-c", str(source), "-o", f"{folder}/probe.o"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
-        return f"does not compile a kernel ({lines[0].strip() if lines else 'no message'})"
+    try:
+        if not architectures(nvcc):
+            return f"knows none of {', '.join(wanted())} (nvcc >= 12.0 does)"
+        with tempfile.TemporaryDirectory() as folder:
+            source, compiled = Path(folder) / "probe.cu", Path(folder) / "probe.o"
+            source.write_text("__global__ void probe(int* x) { *x = 1; }\n")
+            command = [nvcc, *flags(nvcc).split(), "-c", str(source), "-o", str(compiled)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            written = compiled.exists()
+        if done.returncode or not written:
+            lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
+            return f"does not compile a kernel ({lines[0].strip() if lines else 'no message'})"
+        libraries(nvcc)
+    except OSError as error:
+        return f"does not run ({error.strerror})"
+    except LookupError as error:
+        return str(error.args[0])
     return None
 
 
@@ -89,17 +100,24 @@ def architectures(nvcc: str) -> tuple[str, ...]:
 
 
 def version(nvcc: str) -> str:
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     match = re.search(r"release ([\d.]+)", told)
     return match[1] if match else "unknown"
 
 
 def libraries(nvcc: str) -> Path:
-    """The folder of libcudart_static.a, as nvcc itself would link it."""
+    """The folder of libcudart_static.a, as nvcc itself would link it.
+
+    Raises:
+        LookupError: there is none.
+    """
     command = [nvcc, "--dryrun", "-x", "cu", "/dev/null", "-o", "x"]
-    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
     folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', told.stderr)]
-    return next(folder.resolve() for folder in folders if (folder / "libcudart_static.a").exists())
+    for folder in folders:
+        if (folder / "libcudart_static.a").exists():
+            return folder.resolve()
+    raise LookupError("has no libcudart_static.a beside it")
 
 
 def flags(nvcc: str) -> str:

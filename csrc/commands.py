@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import sys
+import sysconfig
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,9 +34,14 @@ class BuildNative(build_ext):
         native = runpy.run_path(str(CSRC / "build.py"))
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         work = Path(self.build_temp).resolve()
+        headers = Path(sysconfig.get_path("include"), "Python.h")
+        ext.optional = not headers.exists()  # setuptools then asks for no file of it
+        if ext.optional:
+            print(f"nitp_ops: built without nitp_ops._C, which nothing needs: {headers} is absent", file=sys.stderr)
+        name = None if self.portable or ext.optional else module.name
         try:
             compiler = native["find_compiler"](self.portable)
-            native["build"](compiler, work, module.parent, None if self.portable else module.name, self.portable)
+            native["build"](compiler, work, module.parent, name, self.portable)
         except native["BuildError"] as error:
             sys.exit(str(error))
         self.facts = json.loads((work / "facts.json").read_text())
@@ -45,7 +51,8 @@ class BuildNative(build_ext):
         self.copy_file(str(Path(self.build_lib) / LIBRARY), str(CSRC.parent / LIBRARY))
 
     def get_outputs(self):
-        return [*([] if self.portable else super().get_outputs()), str(Path(self.build_lib) / LIBRARY)]
+        modules = [] if self.portable or any(ext.optional for ext in self.extensions) else super().get_outputs()
+        return [*modules, str(Path(self.build_lib) / LIBRARY)]
 
 
 class Wheel(bdist_wheel):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 # torch first: the compiled library takes its symbols from torch's.
 import torch  # noqa: F401
 
-from . import _library  # noqa: F401
+from . import _library
 from ._check import BackendError
 
 if TYPE_CHECKING:
@@ -68,17 +68,24 @@ _HOME = {
     "shared_linear_cross_entropy": "_shared_linear_cross_entropy",
     "swiglu": "_swiglu",
 }
-_MODULES = frozenset({"geometry", "integrations", "layers", "objectives", "reference"})
+_MODULES = frozenset({"distributed", "geometry", "integrations", "layers", "objectives", "reference"})
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name not in _HOME:
+    if name not in _HOME and name not in _MODULES:
         raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = found
-    return found
+    try:
+        module = importlib.import_module(f".{_HOME.get(name, name)}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.objectives":
+            raise
+        reason = (
+            _library.source_tree() or "nitp_ops.objectives is absent, install the package"
+        )  # the installer maps objectives/ into the package
+        raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}: {reason}") from error
+    if name in _HOME:
+        globals()[name] = getattr(module, name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

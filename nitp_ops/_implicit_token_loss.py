@@ -58,8 +58,8 @@ def implicit_token_loss(
             rolled or copied. It gets no gradient.
         gate, up: ``[m, d]``. Both None, and gate_up too: a linear projector.
         down: ``[D, m]`` (``[D, d]`` for a linear projector). None: no projector, then D = d.
-        gate_up: ``[2m, d]``, gate above up, instead of them: nothing is copied, where two matrices that do not lie side by
-            side in memory are joined on every call, and its gradient is one.
+        gate_up: ``[2m, d]``, gate above up, instead of them: nothing is copied, where two matrices that do not lie
+            side by side in memory are joined on every call, and its gradient is one.
         valid: bool ``[..., T]``: the pair that starts at t counts. The last `shift` rows never do.
         shift: >= 0; 1 is the paper's, 0 the same position.
         distance: "cosine", "mse", "smooth_l1" or "kl", as in `alignment`.

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import json
+import platform
+import shlex
 import sys
 import warnings
 from importlib import metadata
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).parent / "libnitp_ops.so"
+#: ELF's numbers of the machines that wheels are for.
+_MACHINES = {62: "x86_64", 183: "aarch64"}
 
 
 def _refuse_a_second_copy() -> None:
@@ -34,37 +38,84 @@ def _refuse_a_second_copy() -> None:
 
 def _load() -> str | None:
     """Load the library into PyTorch's dispatcher; the reason where that fails."""
-    if not LIBRARY.exists():
+    if not (LIBRARY.exists() or LIBRARY.is_symlink()):
         return _absent()
+    damage = _damage(LIBRARY)
+    if damage is not None:
+        return f"{LIBRARY} does not load: it {damage}"
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
         # torch names the path alone; the loader's own words (wrong architecture, old glibc) are the cause
         return f"{LIBRARY} does not load: {str(error.__cause__ or error).splitlines()[0]}"
+    if not hasattr(_functions(), "nitp_ops_registration_error"):
+        return f"{LIBRARY} does not load: it is not of this version of nitp_ops, build it again"
     failed = _call("nitp_ops_registration_error")
     return f"{LIBRARY} does not register: {failed} (is another copy of nitp_ops loaded?)" if failed else None
 
 
-def _absent() -> str:
-    """Why there is no library: a source tree that shadows an installed package, or an install without one."""
+def _damage(library: Path) -> str | None:
+    """What the ELF header tells that the loader does not: it crashes on a file that is cut short, and calls one for
+    another machine absent. None where the loader is to be asked."""
+    if not library.is_file():
+        return None
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:5] != b"\x7fELF\x02":
+        return None
+    machine = _MACHINES.get(int.from_bytes(header[18:20], "little"), "another machine")
+    if platform.machine() in _MACHINES.values() and machine != platform.machine():
+        return f"is for {machine}, this is {platform.machine()}"
+    sections, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    expected, found = sections + size * count, library.stat().st_size
+    return f"is cut short, {found} of {expected} bytes" if found < expected else None
+
+
+def source_tree() -> str | None:
+    """That this is a clone, which shadows an installed package or is not installed; None elsewhere."""
     here = Path(__file__).parent
-    if (here.parent / "csrc").is_dir():
-        # a build leaves its metadata in the clone (*.egg-info), and Python started there finds those first
-        roots = {Path(str(d.locate_file(""))).resolve() for d in metadata.distributions(name="nitp_ops")}
-        roots.discard(here.parent.resolve())
-        if not roots:
-            return f"this is the source tree at {here.parent}, nothing is installed: run pip install {here.parent}"
-        installed = next((root / "nitp_ops" for root in roots if (root / "nitp_ops").is_dir()), None)
-        if installed is not None:
-            return (
-                f"this is the source tree at {here.parent}; the installed package is at {installed}: start Python in "
-                "another folder"
-            )
+    if not (here.parent / "csrc").is_dir():
+        return None
+    # a build leaves its metadata in the clone (*.egg-info), and Python started there finds those first
+    roots = {Path(str(d.locate_file(""))).resolve() for d in metadata.distributions(name="nitp_ops")}
+    roots.discard(here.parent.resolve())
+    if not roots:
+        return f"this is the source tree at {here.parent}, nothing is installed: run pip install {here.parent}"
+    installed = next((root / "nitp_ops" for root in roots if (root / "nitp_ops").is_dir()), None)
+    if installed is None:
+        return None
+    shadowed = f"this is the source tree at {here.parent}; the installed package is at {installed}"
+    return f"{shadowed}: start Python in another folder"
+
+
+def _absent() -> str:
+    """Why there is no library."""
+    tree = source_tree()
+    if tree is not None:
+        return tree
     if __package__ != "nitp_ops":
+        here = Path(__file__).parent
         return f"{here} holds Python only, as the package `kernels` loads it: pip install nitp_ops has compiled kernels"
     return (
         "it was installed without its compiled library (NITP_OPS_PURE=1, or a wheel for any platform): install g++ and "
-        "run pip install --force-reinstall --no-cache-dir --no-binary nitp_ops nitp_ops"
+        f"run pip install --force-reinstall --no-cache-dir --no-deps {_source()}"
+    )
+
+
+def _source() -> str:
+    """What pip built this installation from (PEP 610), as its argument."""
+    try:
+        found = metadata.distribution("nitp_ops")
+    except metadata.PackageNotFoundError:  # a copy of the folder
+        return "CLONE, a clone of the sources"
+    told = json.loads(found.read_text("direct_url.json") or "{}")
+    url, vcs, editable = told.get("url", ""), told.get("vcs_info"), told.get("dir_info", {}).get("editable")
+    if vcs:
+        return shlex.quote(f"{vcs['vcs']}+{url}@{vcs['commit_id']}")
+    if url.endswith(".whl"):
+        return "CLONE, a clone of the sources"
+    return (
+        f"{'-e ' if editable else ''}{shlex.quote(url)}" if url else f"--no-binary nitp_ops nitp_ops=={found.version}"
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -15,7 +14,8 @@ from without_reading import OWN
 WITHOUT_NUMBERS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "populate_"}
 #: Arguments that are overwritten without being read.
 OVERWRITTEN = {
-    "copy_": {"self"}, "zero_": {"self"}, "fill_": {"self"}, "mm": {"out"}, "swiglu_rows": {"out"}, "scale_rows_": {"out"},
+    "copy_": {"self"}, "zero_": {"self"}, "fill_": {"self"}, "mm": {"out"}, "swiglu_rows": {"out"},
+    "scale_rows_": {"out"},
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import shlex
 import shutil
 import sys
 import zipfile
@@ -117,8 +118,10 @@ def test_a_pure_build_that_pip_has_cached_is_replaced_by_the_command_in_the_mess
     install(python, what, cwd=tmp_path, NITP_OPS_PURE="1", **cache)
     install(python, "--force-reinstall", what, cwd=tmp_path, **cache)
     told = run(python, "-W", "always", "-c", "import nitp_ops", cwd=tmp_path).stderr
-    assert "run pip install --force-reinstall --no-cache-dir" in told
-    install(python, "--force-reinstall", "--no-cache-dir", what, cwd=tmp_path, **cache)
+    (line,) = [line for line in told.splitlines() if "run pip install " in line]
+    arguments = shlex.split(line.partition("run pip install ")[2])
+    assert "--no-deps" in arguments and arguments[-1] == f"git+{clone.as_uri()}@{commit}"
+    install(python, *arguments, cwd=tmp_path, **cache)
     assert compiled(python, tmp_path)
 
 
@@ -126,6 +129,15 @@ def test_cxx_may_have_arguments(monkeypatch):
     native = runpy.run_path(str(ROOT / "csrc/build.py"))
     monkeypatch.setenv("CXX", "g++ -m64")
     assert native["find_compiler"]() == ["g++", "-m64"]
+
+
+def test_a_cxx_that_is_blank_is_none_and_one_that_is_no_command_is_an_error(monkeypatch):
+    native = runpy.run_path(str(ROOT / "csrc/build.py"))
+    monkeypatch.setenv("CXX", " ")
+    assert native["find_compiler"]() == ["g++"]
+    monkeypatch.setenv("CXX", "g++ '-m64")
+    with pytest.raises(native["BuildError"], match=r"CXX=g\+\+ '-m64 is no command \(No closing quotation\)"):
+        native["find_compiler"]()
 
 
 @pytest.mark.parametrize(
@@ -167,6 +179,17 @@ def test_an_nvcc_that_cannot_do_it_leaves_a_wheel_for_cpus_which_says_so(clone, 
     assert f"built without CUDA kernels: {nvcc} {reason}" in done.stdout + done.stderr
     assert compiled(python, tmp_path)
     assert "cuda: none" in run(python, "-m", "nitp_ops", "env", cwd=tmp_path).stdout
+
+
+def test_without_pythons_headers_the_library_comes_without_the_module(clone, path, tmp_path):
+    script = (
+        "import runpy, sys, sysconfig; found = sysconfig.get_path; "
+        "sysconfig.get_path = lambda name, *rest: '/absent' if name == 'include' else found(name, *rest); "
+        f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path / 'lib')!r}]; runpy.run_path('setup.py')"
+    )
+    done = run(sys.executable, "-c", script, cwd=clone, PATH=path)
+    assert "built without nitp_ops._C, which nothing needs: /absent/Python.h is absent" in done.stderr
+    assert [file.name for file in (tmp_path / "lib/nitp_ops").iterdir()] == ["libnitp_ops.so"]
 
 
 @pytest.mark.parametrize("damage", ["absent", "of another Python"])

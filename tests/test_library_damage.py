@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,8 +16,16 @@ import nitp_ops
 from nitp_ops import _library
 
 ROOT = Path(__file__).parents[1]
-#: The first bytes of a shared object for aarch64.
-FOREIGN = b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little") + (183).to_bytes(2, "little") + bytes(44)
+#: The header of a shared object: its first 18 bytes, the machine, where its sections begin, their size and number.
+SHARED_OBJECT = b"\x7fELF\x02\x01\x01" + bytes(9) + (3).to_bytes(2, "little")
+
+
+def elf(machine: int, sections: int) -> bytes:
+    table = sections.to_bytes(8, "little") + bytes(10) + (64).to_bytes(2, "little") + (2).to_bytes(2, "little")
+    return SHARED_OBJECT + machine.to_bytes(2, "little") + bytes(20) + table + bytes(2)
+
+
+HERE, FOREIGN, FOREIGN_NAME = (62, 183, "aarch64") if platform.machine() == "x86_64" else (183, 62, "x86_64")
 USE = """
 import nitp_ops, torch
 hidden = torch.randn(4, 8, requires_grad=True)
@@ -40,7 +50,15 @@ def run(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "file too short"), (b"x" * 4096, "invalid ELF header"), (FOREIGN, "cannot open shared object file|ELF")],
+    [
+        (b"", "file too short"),
+        (b"x" * 4096, "invalid ELF header"),
+        (
+            elf(FOREIGN, 0) + bytes(128),
+            f"it is for {FOREIGN_NAME}, this is {platform.machine()}",
+        ),
+        (elf(HERE, 4096), "it is cut short, 64 of 4224 bytes"),
+    ],
 )
 def test_the_loaders_reason_is_told_at_the_users_line(copy, content, reason):
     (copy / "libnitp_ops.so").write_bytes(content)
@@ -50,9 +68,32 @@ def test_the_loaders_reason_is_told_at_the_users_line(copy, content, reason):
     assert done.returncode == 0 and done.stdout == "gradient True\n", done.stderr
     told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
     assert len(told) == 1 and told[0].startswith(f"{script}:2: RuntimeWarning: nitp_ops: no compiled row kernels")
-    assert "does not load" in told[0] and any(word in told[0] for word in reason.split("|"))
+    assert "does not load" in told[0] and reason in told[0]
     doctor = run(copy, "-m", "nitp_ops", "doctor")
     assert doctor.returncode == 1 and "native     BROKEN: " in doctor.stdout and "torch      ok" in doctor.stdout
+
+
+def test_a_library_of_another_version_is_named(copy):
+    source = 'extern "C" const char* nitp_ops_build_info() { return "{}"; }'
+    command = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(copy / "libnitp_ops.so")]
+    subprocess.run(command, input=source, text=True, check=True)
+    done = run(copy, "-c", USE)
+    assert done.stdout == "gradient True\n", done.stderr
+    assert "libnitp_ops.so does not load: it is not of this version of nitp_ops, build it again" in done.stderr
+
+
+def test_without_the_objectives_a_command_says_so_in_one_line(copy, monkeypatch):
+    """As in a clone that shadows an installed package: only the installer maps objectives/ into the package."""
+    shutil.rmtree(copy / "objectives")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folder for folder in sys.path if "site-packages" in folder))
+    python = ("-S", "-W", "ignore")  # without site no editable install maps it either
+    for command in (["list"], ["explain", "ntp", "--hidden", "8", "--vocab", "9", "--layers", "2"]):
+        done = run(copy, *python, "-m", "nitp_ops", *command)
+        assert done.returncode == 2 and done.stderr.startswith(f"nitp_ops {command[0]}: "), done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    done = run(copy, *python, "-c", "import nitp_ops; print(hasattr(nitp_ops, 'objectives')); nitp_ops.attach")
+    assert done.stdout == "False\n", done.stderr
+    assert done.stderr.splitlines()[-1].startswith("AttributeError: module 'nitp_ops' has no attribute 'attach': ")
 
 
 def test_without_a_library_torch_serves_and_doctor_says_that_nothing_runs_compiled(copy):
