@@ -129,6 +129,10 @@ def legend(cases: list[dict[str, Any]]) -> str:
     )
 
 
+#: What the short table tells of a record.
+TOLD = {"per_second": "per second", "tokens_per_s": "tokens per second", "peak_gib": "GiB at the peak"}
+
+
 def summary(document: dict[str, Any]) -> str:
     """The short table: a line a case with the time over the floor of everybody, a line a stage."""
     if document.get("fake"):
@@ -146,6 +150,9 @@ def summary(document: dict[str, Any]) -> str:
         if case["op"] == overhead.NAME:
             found = ", ".join(f"{name} {_ratio(row)}" for name, row in case["rows"].items())
             lines.append(f"ntp + nitp over ntp, d={case['sizes']['d']}: {found}; by FLOPs {case['prediction']:.3f}")
+    for record in document.get("records", []):
+        told = [f"{record[key]:.5g} {unit}" for key, unit in TOLD.items() if key in record]
+        lines += [f"{record['op']}, {record['implementation']}: {', '.join(told)}"] if told else []
     for name, stage in document["stages"].items():
         lines.append(f"{name}: {'green' if stage['code'] == 0 else 'RED'} in {stage['seconds']:.0f} s, {stage['said']}")
     return "\n".join([*lines, machine_line(document["machine"])])

@@ -64,13 +64,15 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
             print(f"bundle: {unpack.library(part, ROOT)}", flush=True)
     except (OSError, ValueError, lzma.LZMAError) as error:
         print(f"bundle: {error}", flush=True)
+    (ROOT / unpack.SITE).mkdir(parents=True, exist_ok=True)  # a folder that is not there is never looked at again
+    sys.path[:0] = [str(ROOT / unpack.SITE)]
     if not options.dry_run:
         ours.start()
     try:
         if part:
             said, folders = unpack.wheels(part, ROOT)
             print(f"bundle: {said}", flush=True)
-            sys.path[:0] = folders
+            sys.path[:1] = folders
             os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
     except (OSError, lzma.LZMAError) as error:
         print(f"bundle: {error}", flush=True)

@@ -19,7 +19,7 @@ PATCHES = "unsloth"
 LEFT_OUT = ("ours-reference",)
 #: The heads of linear_cross_entropy that are measured first, by their sizes.
 HEADS = ((4096, 4096, 128256), (16384, 2048, 151936), (8192, 4096, 128256), (16384, 1280, 152064))
-OBJECTIVES = ("plain", "ntp", "ntp + nitp")
+OBJECTIVES = ("plain", "ntp", "ntp + nitp", "plain, liger head")
 CHUNK_ROWS = ("2048", "4096", "8192", "16384")
 CHUNKED: tuple[Sizes, ...] = ({"N": 16384, "d": 2048, "V": 151936}, {"N": 16384, "d": 4096, "V": 128256})
 GEOMETRIES: tuple[Sizes, ...] = ({"N": 4096, "D": 128256}, {"N": 4096, "D": 151936})
@@ -38,14 +38,10 @@ def pieces(capability: str) -> Iterator[Piece]:
         yield Rows(replace(case, names=own(case)), 14)
     for name in OBJECTIVES:
         case = "Qwen2-0.5B, context 8192, bfloat16"
-        yield Records(
-            "training_step",
-            case,
-            (name,),
-            15,
-            short_tasks.training,
-            unavailable=None if importlib.util.find_spec("transformers") else "transformers is not installed",
-        )
+        modules = ("transformers", *(("liger_kernel",) if "liger" in name else ()))
+        absent = [module for module in modules if importlib.util.find_spec(module) is None]
+        reason = f"{', '.join(absent)} is not installed" if absent else None
+        yield Records("training_step", case, (name,), 15, short_tasks.training, unavailable=reason)
     for case in token:
         yield Rows(replace(case, names=own(case)), 18)
         yield from by_peers(case, capability, fast=True)

@@ -83,6 +83,8 @@ def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch)
         if not isinstance(piece, Records) or piece.op in ("counters", "geometry"):  # a profiler's, and nvcc's
             continue
         if piece.op == "training_step":
+            if "liger" in piece.names[0]:
+                continue  # runs on a GPU alone
             pytest.importorskip("transformers")
             piece = replace(piece, task=partial(piece.task, steps=1, warmup=1, dtype="float32", **TINY))
         if piece.op == "chunk_rows":

@@ -84,11 +84,13 @@ def test_a_dry_run_is_refused_in_one_line_by_what_collects(tmp_path, capsys):
 
 def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage_did():
     whole = document("swiglu", 1.5)
+    whole["records"] = [{"op": "training_step", "implementation": "ntp", "tokens_per_s": 51234.5, "peak_gib": 9.5}]
     whole["stages"]["sanitize"] = {"code": 9, "seconds": 61.0, "said": "ERROR SUMMARY: 2 errors"}
     lines = gpu_report.summary(whole).splitlines()
     assert lines[0].split() == ["time", "/", "floor", "floor", "ms", "ours", "quack"]
     assert lines[2].split() == ["swiglu", "2x3", "float32", "1.500", "1.50", "x"]
-    assert lines[4] == "sanitize: RED in 61 s, ERROR SUMMARY: 2 errors"
+    assert lines[3] == "training_step, ntp: 51234 tokens per second, 9.5 GiB at the peak"
+    assert lines[5] == "sanitize: RED in 61 s, ERROR SUMMARY: 2 errors"
     assert lines[-1] == report.machine_line(GPU)
 
 
