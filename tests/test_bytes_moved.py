@@ -1,5 +1,7 @@
 """A call moves the bytes that its equations ask for, on the path of a GPU; float32, counted in numbers."""
 
+from typing import Any
+
 import pytest
 import torch
 from bytes_moved import BytesMoved
@@ -97,13 +99,11 @@ def nitp(rows=N):
 @pytest.mark.parametrize("case", ["one", "apart", "valid", "sequences"])
 def test_the_latent_loss_moves_its_gemms_its_activations_and_a_copy_only_where_it_must(case):
     hidden, target, down = normal(N + 1, D), torch.randn(N + 1, D), normal(D, M)
-    gate_up, given = normal(2 * M, D), {}
+    given: dict[str, Any] = {"gate_up": normal(2 * M, D)}
     gemms, expected = nitp()
     if case == "apart":
         given = {"gate": normal(M, D), "up": normal(M, D)}
         expected["cat"] = 4 * M * D
-    else:
-        given = {"gate_up": gate_up}
     if case == "valid":
         given["valid"] = torch.ones(N + 1, dtype=torch.bool)
     if case == "sequences":  # the last row of the first one lies between rows that count
