@@ -68,7 +68,7 @@ _HOME = {
     "shared_linear_cross_entropy": "_shared_linear_cross_entropy",
     "swiglu": "_swiglu",
 }
-_MODULES = frozenset({"distributed", "geometry", "integrations", "layers", "objectives", "reference"})
+_MODULES = frozenset({"distributed", "geometry", "integrations", "layers", "objectives", "reference", "rows"})
 
 
 def __getattr__(name: str) -> Any:

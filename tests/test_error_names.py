@@ -50,7 +50,7 @@ def test_an_objective_names_the_term_whose_rows_an_op_refuses():
     narrow = batch.hidden.detach().float()
     with pytest.raises(TypeError, match=r"^objective: main\.hidden is float32, expected float64"):
         build("main: ntp", model=INFO)(batch.streams(last_hidden=narrow))
-    with pytest.raises(TypeError, match=r"^late: gate is float64, expected float32"):
+    with pytest.raises(TypeError, match=r"^late: gate_up is float64, expected float32"):
         build("late: nitp", model=INFO)(batch.streams(last_hidden=narrow, hidden_states={1: narrow}))
 
 
