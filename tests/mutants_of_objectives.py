@@ -94,7 +94,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/_gradients.py", "upstream.to(reference.working(gradient)), _rows(out)",
            "torch.ones_like(upstream).to(reference.working(gradient)), _rows(out)", "token_semantics"),
     Mutant("nitp_ops/_gradients.py", "upstream.to(buffer.dtype)", "torch.ones_like(upstream).to(buffer.dtype)",
-           "weight_grad_out"),
+           "token_semantics"),
     # what weighs nothing reaches nothing
     Mutant("nitp_ops/_token_chunks.py", "d_hidden if silent is None else d_hidden.masked_fill_(silent, 0)", "d_hidden",
            "inactive_rows"),
