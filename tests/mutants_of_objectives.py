@@ -92,7 +92,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/_gradients.py", "recompute() if self.gradients is None else", "[] if False else",
            "linear_cross_entropy"),
     Mutant("nitp_ops/_gradients.py", "upstream.to(reference.working(gradient)), _rows(out)",
-           "torch.ones_like(upstream).to(reference.working(gradient)), _rows(out)", "token_semantics"),
+           "torch.ones_like(upstream).to(reference.working(gradient)), _rows(out)", "op_laws"),
     Mutant("nitp_ops/_gradients.py", "upstream.to(buffer.dtype)", "torch.ones_like(upstream).to(buffer.dtype)",
            "token_semantics"),
     # what weighs nothing reaches nothing
