@@ -96,7 +96,8 @@ class Copy:
         if builds:
             if not native.exists():
                 self._build()
-            shutil.copytree(native, kept / "native")  # what the edit does not touch is not compiled again
+            # what the edit does not touch is not compiled again
+            shutil.copytree(native, kept / "native", symlinks=True)
             shutil.copytree(self.folder / "nitp_ops", kept / "nitp_ops", symlinks=True)
         path = self.folder / mutant.file
         text, times = path.read_text(), path.stat()

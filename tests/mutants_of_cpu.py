@@ -26,7 +26,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("csrc/cpu/scale.cpp", "if (factor == A(0)) {", "if (false) {", "inactive_rows"),
     Mutant(ALIGNMENT, "by.p * p[j]);", "p[j]);", "large_values"),
     Mutant(ALIGNMENT, "if (!Far && kl != kl)", "if (false)", "large_values"),
-    Mutant("csrc/cpu/scale.cpp", "if (factor == A(0)) {", "if (false) {", "inactive_rows"),
     Mutant("csrc/cpu/columns.h", "sum = sum + at.only(body(at))", "sum = sum + body(at)", "instruction_sets"),
     Mutant("csrc/cpu/swiglu.cpp", "at.store(d_up, gradient.up)", "at.store(d_up, gradient.gate)",
            "alignment_and_swiglu"),
