@@ -9,12 +9,12 @@ import ctypes
 import functools
 import json
 import platform
-import shlex
 import sys
 import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 
@@ -109,9 +109,10 @@ def _source() -> str:
     except metadata.PackageNotFoundError:  # a copy of the folder
         return "CLONE, a clone of the sources"
     told = json.loads(found.read_text("direct_url.json") or "{}")
-    url, vcs, editable = told.get("url", ""), told.get("vcs_info"), told.get("dir_info", {}).get("editable")
+    url = quote(told.get("url", ""), safe=":/@+%")  # pip keeps a space of a folder as it is, and takes none
+    vcs, editable = told.get("vcs_info"), told.get("dir_info", {}).get("editable")
     if vcs:
-        return shlex.quote(f"{vcs['vcs']}+{url}@{vcs['commit_id']}")
+        return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
     if url.endswith(".whl"):
         return "CLONE, a clone of the sources"
     return (
