@@ -115,9 +115,9 @@ def _source() -> str:
         return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
     if url.endswith(".whl"):
         return "CLONE, a clone of the sources"
-    return (
-        f"{'-e ' if editable else ''}{shlex.quote(url)}" if url else f"--no-binary nitp_ops nitp_ops=={found.version}"
-    )
+    if not url:
+        return f"--no-binary nitp_ops nitp_ops=={found.version}"
+    return f"-e {url}" if editable else url
 
 
 def _call(name: str) -> str:

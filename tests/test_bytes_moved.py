@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from bytes_moved import BytesMoved
-from functorch.compile import make_boxed_func
 from objectives_cases import INFO, make_batch
 from torch._dynamo.backends.common import aot_autograd
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from without_reading import without_reading
 
 import nitp_ops
@@ -54,8 +54,7 @@ def test_a_head_moves_its_gemms_its_logits_twice_and_what_silences_rows(upstream
 def test_the_rows_that_are_left_out_are_all_that_is_filled():
     hidden, weight, labels = normal(2 * N, D), normal(V, D), torch.full((2 * N,), -100)
     labels[:N] = 1
-    options = {"max_rows": N}
-    forward, _ = numbers(lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels, **options))
+    forward, _ = numbers(lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels, max_rows=N))
     assert not {"zero_", "fill_", "zeros"} & set(forward) and forward["index_fill_"] == 2 * hidden.numel()
     assert hidden.grad is not None and hidden.grad[:N].abs().sum(1).min() > 0 and not hidden.grad[N:].any()
 
