@@ -182,7 +182,7 @@ def legend(cases: list[dict[str, Any]]) -> str:
     rows = max(op.error_rows for op in OPS.values())
     lines = [f"floor of {op}: {OPS[op].floor_name}" for op in dict.fromkeys(case["op"] for case in cases)]
     shown = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
-    lines += [f"{name}: {NAMES[name]}" for name in shown]
+    lines += [f"{name}: {NAMES[name]}" for name in shown if name in NAMES]  # a file may hold names of before
     lines += [f"malloc {name}: {MALLOC[name]}" for name in dict.fromkeys(case["malloc"] for case in cases)]
     lines += [
         "forward is that of training: ours (and PyTorch's own, Liger-Kernel) form a scalar loss's gradients in it",
