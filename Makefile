@@ -8,7 +8,7 @@ PYTHON := "$(BIN)/python"
 STAMP := $(if $(ACTIVE),build/installed-$(firstword $(shell printf %s "$(ACTIVE)" | cksum)),.venv/installed)
 TRAINERS := $(STAMP)-trainers
 INSTALL = $(PYTHON) -m pip install -q --constraint $(STAMP).torch
-# Threads that wait must not spin: two workers with two threads each share two cores (an example took 119 s, now 11).
+# Threads that wait must not spin: two workers with two threads each share two cores (an example took 119 s in the suite, 11 s alone).
 export OMP_WAIT_POLICY := PASSIVE
 NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* benchmarks/*.cu tests/simt/* tests/avx512/* tests/emulated/*)

@@ -3,7 +3,7 @@
     time = FLOPs / R + bytes / B + launches L            ratio = time / (FLOPs / R)
 
 R, B: the rate of a large GEMM and of a copy (read and written) on the device; L: what a small kernel takes. Nothing
-overlaps. With C chunks of rows (`nitp_ops.explain`), s bytes a number of the GEMMs:
+overlaps. With C chunks of rows (`nitp_ops.explain`), s bytes per element of the GEMMs:
 
     linear_cross_entropy, [N, d] by [V, d]               implicit_token_loss, width d, inner m = 4 d
     FLOPs     6 N d V                                     72 N d^2

@@ -52,7 +52,7 @@ def wheels(part: Path, root: Path) -> tuple[str, list[str]]:
     """(which wheels are new, what to put on the module search path).
 
     Raises:
-        OSError: one is damaged; what came before it is unpacked.
+        OSError: one is damaged; those before it are unpacked.
     """
     target, found = root / SITE, []
     target.mkdir(parents=True, exist_ok=True)

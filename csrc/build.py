@@ -66,9 +66,9 @@ def find_compiler(portable: str | None = None) -> list[str]:
     if sys.platform != "linux":
         raise BuildError(f"they are built on Linux, this is {sys.platform}")
     crossed = PORTABLE["cross_compiler"](portable) if portable else None
-    asked = None if crossed else os.environ.get("CXX", "").strip()
+    asked = "" if crossed else os.environ.get("CXX", "").strip()
     try:
-        compiler = crossed or shlex.split(asked or "") or ["g++" if shutil.which("g++") else "c++"]
+        compiler = crossed or shlex.split(asked) or ["g++" if shutil.which("g++") else "c++"]
     except ValueError as error:
         raise BuildError(f"CXX={asked} is no command ({error})") from error
     name = f"CXX={asked}" if asked else f"the C++ compiler {compiler[0]}"

@@ -1,8 +1,6 @@
-"""Compiles csrc/cuda with nvcc, and reads from the assembler's report what each kernel takes of a multiprocessor.
+"""Which nvcc compiles csrc/cuda and how, and what the assembler reports that each kernel takes of a multiprocessor.
 
-python csrc/build_cuda.py        compiles every .cu for every architecture, prints the table, fails on a spill, on more
-                                 registers than a full multiprocessor has and, where there is cuobjdump, on loops of
-                                 more instructions than LIMITS
+python csrc/build_cuda.py OUT FACTS REPORT...    writes the facts of a build, as ninja asks
 """
 
 from __future__ import annotations

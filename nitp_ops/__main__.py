@@ -126,10 +126,12 @@ def main(arguments: list[str] | None = None) -> int:
     spec.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, for the plan of passes")
     spec.add_argument("--mesh", help="bytes sent and held by a rank that has these tokens, e.g. tp=8,dp=1024,cp=4")
     chosen = parser.parse_args(arguments)
-    if chosen.command in ("explain", "list") and not hasattr(nitp_ops, "objectives"):
-        reason = _library.source_tree() or "nitp_ops.objectives is absent, install the package"
-        print(f"nitp_ops {chosen.command}: {reason}", file=sys.stderr)
-        return 2
+    if chosen.command in ("explain", "list"):
+        try:
+            _ = nitp_ops.objectives
+        except AttributeError as error:
+            print(f"nitp_ops {chosen.command}: {error}", file=sys.stderr)
+            return 2
     if chosen.command == "explain":
         return explain(chosen)
     if chosen.command == "list":

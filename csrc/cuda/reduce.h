@@ -60,7 +60,7 @@ struct Cluster {
 };
 
 // One message from each block to every block of its team, in turns: before anything else the blocks open their inboxes,
-// then each sends, and every warp of each merges what came, lane by lane in the order of the ranks: all have the same
+// then each sends, and every warp of each merges them all, lane by lane in the order of the ranks: all have the same
 // bits. The messages are all that the blocks of a cluster tell one another:
 //
 // * open_inbox initialises the mbarrier that counts the bytes of an inbox and releases that to the cluster
