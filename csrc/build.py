@@ -155,7 +155,7 @@ def module_rules(library: Path, module: Path, work: Path) -> list[str]:
     beside = f"-L{quote(library.parent)} -l:{library.name} -Wl,-rpath,'$$ORIGIN'"
     return [
         "build module.o: compile csrc/module.cpp",
-        f"  flags = {FLAGS} -O1 {python}",
+        f"  flags = {FLAGS} -O0 {python}",
         f"build {escape(module)}: link module.o | {escape(library)}",
         f"  flags = -s {beside}",
     ]
@@ -189,7 +189,7 @@ def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
     ]
     for name in kernels:
         lines += [f"build {name}.cu.o | {name}.cu.o.txt: nvcc csrc/cuda/{name}.cu"]
-        lines += [f"  flags = {CUDA['flags'](nvcc)}"]
+        lines += [f"  flags = {CUDA['flags'](nvcc, name)}"]
     reports = " ".join(f"{name}.cu.o.txt" for name in kernels)
     lines.append(f"build build_info.inc: facts facts.json {reports}")
     linked = f"-L{quote(CUDA['libraries'](nvcc))} -lcudart_static -lrt -lpthread" if nvcc else ""

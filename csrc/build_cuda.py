@@ -20,7 +20,18 @@ FOLDER = Path(__file__).parent / "cuda"
 KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "probe", "scale", "swiglu")
 #: Machine code for A100, H100/H200, B200/B300 and RTX 50; others translate the PTX of compute_90 at their first launch.
 #: Plain sm_90 and sm_100, not the "a" targets: the code is the same, and it runs on the whole generation.
-ARCHITECTURES = {"sm_80": "sm_80", "sm_90": "[sm_90,compute_90]", "sm_100": "sm_100", "sm_120": "sm_120"}
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+#: Compiled for each of them anew: of Hopper's PTX the loops over logits take 7 % more instructions on sm_100. All other
+#: kernels wait for memory, and half of the time of a build goes from sources to PTX.
+OVER_LOGITS = ("cross_entropy", "cross_entropy_gradient")
+#: What clusters exchange messages by (csrc/cuda/launch.h) came with CUDA 12.1.
+PROBE = """__global__ void probe(int* x) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%0];" ::"r"(0), "r"(1) : "memory");
+#endif
+  *x = 1;
+}
+"""
 FLAGS = "-std=c++20 -O3 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 
 
@@ -57,11 +68,11 @@ def unusable(nvcc: str) -> str | None:
     """Why this nvcc cannot build the kernels, or None."""
     try:
         if not architectures(nvcc):
-            return f"knows none of {', '.join(wanted())} (nvcc >= 12.0 does)"
+            return f"knows none of {', '.join(wanted())} (nvcc >= 12.1 does)"
         with tempfile.TemporaryDirectory() as folder:
             source, compiled = Path(folder) / "probe.cu", Path(folder) / "probe.o"
-            source.write_text("__global__ void probe(int* x) { *x = 1; }\n")
-            command = [nvcc, *flags(nvcc).split(), "-c", str(source), "-o", str(compiled)]
+            source.write_text(PROBE)
+            command = [nvcc, *flags(nvcc, source.stem).split(), "-c", str(source), "-o", str(compiled)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             written = compiled.exists()
         if done.returncode or not written:
@@ -81,7 +92,7 @@ def wanted() -> tuple[str, ...]:
     Raises:
         SystemExit: the variable names one that there is no code for.
     """
-    asked = tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split()) or tuple(ARCHITECTURES)
+    asked = tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split()) or ARCHITECTURES
     unknown = [name for name in asked if name not in ARCHITECTURES]
     if unknown:
         raise SystemExit(
@@ -118,10 +129,17 @@ def libraries(nvcc: str) -> Path:
     raise LookupError("has no libcudart_static.a beside it")
 
 
-def flags(nvcc: str) -> str:
+def flags(nvcc: str, kernel: str) -> str:
+    """Of the compile of csrc/cuda/{kernel}.cu."""
     known = architectures(nvcc)
-    codes = (f"-gencode arch={name.replace('sm_', 'compute_')},code={ARCHITECTURES[name]}" for name in known)
-    return f"{FLAGS} {' '.join(codes)}"
+    ptx = {name: name for name in known}
+    if kernel not in OVER_LOGITS and "sm_90" in known:
+        ptx |= {name: "sm_90" for name in known if name != "sm_80"}
+    codes = {source: [name for name in known if ptx[name] == source] for source in ptx.values()}
+    if "sm_90" in known:
+        codes["sm_90"].append("compute_90")
+    chosen = (f"-gencode arch={source.replace('sm_', 'compute_')},code=[{','.join(codes[source])}]" for source in codes)
+    return f"{FLAGS} {' '.join(chosen)}"
 
 
 def short_names(mangled: list[str]) -> list[str]:

@@ -29,7 +29,6 @@ LIMITS = {
     "cross_entropy_gradient_rows<bfloat16, float, 0>": (0, 6.5),
     "cross_entropy_gradient_rows<bfloat16, float, 1>": (0, 10.5),
 }
-COUNTED = ("cross_entropy", "cross_entropy_gradient")
 
 
 class Rate(NamedTuple):
@@ -59,11 +58,12 @@ def rate(name: str, loops: list[sass.Loop]) -> Rate:
 def compiled(nvcc: str, cuobjdump: str | None, kernel: str, folder: str) -> tuple[str, list[Rate]]:
     """The assembler's report, and the rates of the kernels that have a limit."""
     binary = Path(folder) / f"{kernel}.o"
-    command = [nvcc, *build_cuda.flags(nvcc).split(), "-c", str(build_cuda.FOLDER / f"{kernel}.cu"), "-o", str(binary)]
+    command = [nvcc, *build_cuda.flags(nvcc, kernel).split(), "-c", str(build_cuda.FOLDER / f"{kernel}.cu")]
+    command += ["-o", str(binary)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    if cuobjdump is None or kernel not in COUNTED or "sm_90" not in build_cuda.architectures(nvcc):
+    if cuobjdump is None or kernel not in build_cuda.OVER_LOGITS or "sm_90" not in build_cuda.architectures(nvcc):
         return done.stderr, []
     loops = sass.loops_of(cuobjdump, binary)
     named = dict(zip(build_cuda.short_names(list(loops)), loops.values(), strict=True))
@@ -82,7 +82,7 @@ def main() -> int:
     rates = [rate for _, rates in done for rate in rates]
     print(build_cuda.table(kernels))
     spilled = [kernel for kernel in kernels if kernel.spill_stores + kernel.spill_loads]
-    over_logits = [kernel for kernel in kernels if kernel.name.startswith(COUNTED) and "double" not in kernel.name]
+    over_logits = [kernel for kernel in kernels if kernel.name.startswith(build_cuda.OVER_LOGITS) and "double" not in kernel.name]
     large = [kernel for kernel in over_logits if kernel.registers > REGISTERS]
     print(f"{len(kernels)} kernels, {len(spilled)} with spills, nvcc {build_cuda.version(nvcc)}")
     for kernel in large:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -52,3 +53,41 @@ def test_architectures_that_are_asked_for_without_an_nvcc_are_an_error(cuda, mon
     monkeypatch.setenv("NITP_CUDA_ARCHITECTURES", "sm_90")
     with pytest.raises(SystemExit, match="NITP_CUDA_ARCHITECTURES names sm_90, but no nvcc is on the PATH"):
         cuda["find_nvcc"].__wrapped__()
+
+
+def codes(flags: str) -> dict[str, str]:
+    """Machine codes by the architecture whose PTX they are made from."""
+    return dict(re.findall(r"-gencode arch=(\w+),code=\[([\w,]+)\]", flags))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "asked", "expected"),
+    [
+        ("swiglu", "", {"compute_80": "sm_80", "compute_90": "sm_90,sm_100,sm_120,compute_90"}),
+        ("swiglu", "sm_100 sm_80", {"compute_80": "sm_80", "compute_100": "sm_100"}),
+        (
+            "cross_entropy",
+            "",
+            {
+                "compute_80": "sm_80",
+                "compute_90": "sm_90,compute_90",
+                "compute_100": "sm_100",
+                "compute_120": "sm_120",
+            },
+        ),
+        ("cross_entropy", "sm_90", {"compute_90": "sm_90,compute_90"}),
+    ],
+)
+def test_kernels_over_logits_alone_are_compiled_for_each_architecture(
+    cuda, monkeypatch, tmp_path, kernel, asked, expected
+):
+    nvcc = program(tmp_path, "nvcc", "echo compute_75 compute_80 compute_90 compute_100 compute_120")
+    monkeypatch.setenv("NITP_CUDA_ARCHITECTURES", asked)
+    assert codes(cuda["flags"](str(nvcc), kernel)) == expected
+
+
+def test_an_nvcc_that_knows_no_messages_between_blocks_is_told_apart(cuda, tmp_path):
+    """CUDA 12.0 knows sm_90 and not st.async."""
+    known = 'case "$*" in *--list-gpu-arch*) echo compute_90;; *) for f; do grep -q st.async "$f" 2>/dev/null && '
+    nvcc = program(tmp_path, "nvcc", known + "{ echo 'error: st.async' >&2; exit 1; }; done;; esac")
+    assert cuda["unusable"](str(nvcc)) == "does not compile a kernel (error: st.async)"

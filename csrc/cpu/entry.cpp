@@ -23,31 +23,36 @@ template <class First, class... Rest>
 constexpr bool rounds_to_bfloat16 =
     std::is_same_v<First, bfloat16> && ((std::is_same_v<Rest, bfloat16> || std::is_same_v<Rest, float>) && ...);
 
-// float64 beside another dtype: such an alignment is there for checks, so that one set serves it.
+template <class T, class... Types>
+constexpr bool has = (std::is_same_v<Types, T> || ...);
+// float64 beside another dtype, the one half precision beside the other: such an alignment is there for checks, so that
+// one set serves it.
 template <class... Types>
-constexpr bool mixes_float64 = (std::is_same_v<Types, double> || ...) && !(std::is_same_v<Types, double> && ...);
+constexpr bool for_checks = (has<double, Types...> && !(std::is_same_v<Types, double> && ...)) ||
+                            (has<bfloat16, Types...> && has<float16, Types...>);
 
-#define NITP_SERVE(Rows, function)                                                               \
-  template <class... Types>                                                                      \
-  static void run(const nitp::Rows<Types...>& args, int64_t rows, const Tensor&) {               \
-    const int64_t grain = args.columns > 0 ? 1 + (kElementsPerTask - 1) / args.columns : 1;      \
-    const auto over = [&](int64_t begin, int64_t end) {                                          \
-      if constexpr (mixes_float64<Types...>) {                                                   \
-        return nitp::portable::function(args, begin, end);                                       \
-      }                                                                                          \
-      switch (nitp_instruction_set()) {                                                          \
-        case nitp::InstructionSet::avx512_bf16:                                                  \
-          if constexpr (rounds_to_bfloat16<Types...>) {                                          \
-            nitp::NITP_AVX512_BF16::function(args, begin, end);                                  \
-            break;                                                                               \
-          }                                                                                      \
-          [[fallthrough]];                                                                       \
-        case nitp::InstructionSet::avx512: nitp::NITP_AVX512::function(args, begin, end); break; \
-        case nitp::InstructionSet::avx2: nitp::NITP_AVX2::function(args, begin, end); break;     \
-        case nitp::InstructionSet::portable: nitp::portable::function(args, begin, end); break;  \
-      }                                                                                          \
-    };                                                                                           \
-    if (rows > 0) nitp::torch_abi::parallel_for(0, rows, grain, over);                           \
+#define NITP_SERVE(Rows, function)                                                                 \
+  template <class... Types>                                                                        \
+  static void run(const nitp::Rows<Types...>& args, int64_t rows, const Tensor&) {                 \
+    const int64_t grain = args.columns > 0 ? 1 + (kElementsPerTask - 1) / args.columns : 1;        \
+    const auto over = [&](int64_t begin, int64_t end) {                                            \
+      if constexpr (for_checks<Types...>) {                                                        \
+        nitp::portable::function(args, begin, end);                                                \
+      } else {                                                                                     \
+        switch (nitp_instruction_set()) {                                                          \
+          case nitp::InstructionSet::avx512_bf16:                                                  \
+            if constexpr (rounds_to_bfloat16<Types...>) {                                          \
+              nitp::NITP_AVX512_BF16::function(args, begin, end);                                  \
+              break;                                                                               \
+            }                                                                                      \
+            [[fallthrough]];                                                                       \
+          case nitp::InstructionSet::avx512: nitp::NITP_AVX512::function(args, begin, end); break; \
+          case nitp::InstructionSet::avx2: nitp::NITP_AVX2::function(args, begin, end); break;     \
+          case nitp::InstructionSet::portable: nitp::portable::function(args, begin, end); break;  \
+        }                                                                                          \
+      }                                                                                            \
+    };                                                                                             \
+    if (rows > 0) nitp::torch_abi::parallel_for(0, rows, grain, over);                             \
   }
 
 struct Cpu {

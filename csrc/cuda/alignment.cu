@@ -1,6 +1,8 @@
 // Alignment over pairs of rows, a block a pair: one pass for the sums, one that writes the gradients, also in place.
 // What a thread reads of both rows stays in its registers between the passes (up to 8,192 bfloat16 or 4,096 float32
 // columns); longer rows are read again.
+#include <type_traits>
+
 #include "../alignment.h"
 #include "pack.h"
 #include "reduce.h"
@@ -10,9 +12,10 @@ namespace nitp {
 namespace cuda {
 inline namespace alignment_cu {
 
-// Packs of either row that a thread keeps.
-template <class A>
-constexpr int kInRegisters = sizeof(A) == 8 ? 1 : 4;
+// Packs of either row that a thread keeps. Few for what no training needs, float64 and the one half precision beside
+// the other: unrolled code takes its time to compile.
+template <class P, class Z>
+constexpr int kInRegisters = sizeof(P) == 8 || (sizeof(P) == sizeof(Z) && !std::is_same_v<P, Z>) ? 1 : 4;
 constexpr int kMaxRowThreads = 256, kBlocks = 2;  // a bound of 128 registers a thread: no spills
 
 template <class A, int W>
@@ -44,7 +47,7 @@ __device__ void put(T* row, int64_t j, const Values<A, W>& wide) {
 
 template <class P, class Z, class A>
 struct Pair {
-  static constexpr int N = kPackBytes / (sizeof(P) > sizeof(Z) ? sizeof(P) : sizeof(Z)), R = kInRegisters<A>;
+  static constexpr int N = kPackBytes / (sizeof(P) > sizeof(Z) ? sizeof(P) : sizeof(Z)), R = kInRegisters<P, Z>;
   const P* p;
   const Z* z;
   P* dp;
