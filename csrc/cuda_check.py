@@ -82,7 +82,9 @@ def main() -> int:
     rates = [rate for _, rates in done for rate in rates]
     print(build_cuda.table(kernels))
     spilled = [kernel for kernel in kernels if kernel.spill_stores + kernel.spill_loads]
-    over_logits = [kernel for kernel in kernels if kernel.name.startswith(build_cuda.OVER_LOGITS) and "double" not in kernel.name]
+    over_logits = [
+        kernel for kernel in kernels if kernel.name.startswith(build_cuda.OVER_LOGITS) and "double" not in kernel.name
+    ]
     large = [kernel for kernel in over_logits if kernel.registers > REGISTERS]
     print(f"{len(kernels)} kernels, {len(spilled)} with spills, nvcc {build_cuda.version(nvcc)}")
     for kernel in large:

@@ -2,14 +2,14 @@
 
     python examples/attach.py [steps]
 
-A tiny random Llama trains on the bytes of Python's own standard library. Needs transformers.
+A tiny random Llama trains on the bytes of Python's own standard library. Needs what `pip install transformers` brings.
 """
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import random
-import sys
 import tempfile
 
 import torch
@@ -72,4 +72,6 @@ def main(steps: int = 40) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="?", type=int, default=40)
+    main(parser.parse_args().steps)

@@ -7,9 +7,9 @@ The model knows nothing of objectives. It trains on the bytes of Python's own st
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import random
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -89,4 +89,6 @@ def main(steps: int = 60) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="?", type=int, default=60)
+    main(parser.parse_args().steps)

@@ -3,6 +3,7 @@
     python examples/trainer_accelerate.py                 or   accelerate launch --cpu examples/trainer_accelerate.py
 
 Three lines differ from a loop without it: the attached objective, the loop over its windows, and its `backward`.
+Needs what `pip install accelerate transformers` brings.
 """
 
 from __future__ import annotations

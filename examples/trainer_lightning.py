@@ -4,6 +4,7 @@
 
 The module knows nothing of objectives: the callback attaches one, counts the rows of the four batches of a step, logs
 the parts of the loss and keeps the own parameters in the checkpoint.
+Needs what `pip install lightning transformers` brings.
 """
 
 from __future__ import annotations

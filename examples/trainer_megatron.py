@@ -5,6 +5,7 @@
 `model_provider` and `forward_step` are what a training script of Megatron's hands to ``pretrain``. Its schedules and
 its DistributedDataParallel need a GPU: here a short loop does their part, with its own `forward_step_calc_loss`, and an
 attention in plain PyTorch stands in the layer spec, because Megatron's asks for a GPU.
+Needs what `pip install megatron-core` brings.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
     python examples/trainer_torchtitan.py    # its model and its objective in a plain loop, on the CPU
 
 ``--objective "ntp"`` on the command line of the first takes the place of the one below.
+Needs what `pip install torchtitan` brings.
 """
 
 from __future__ import annotations

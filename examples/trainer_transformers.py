@@ -3,6 +3,7 @@
     python examples/trainer_transformers.py
 
 The only line that a plain Trainer does not have is `objective=`.
+Needs what `pip install transformers accelerate` brings.
 """
 
 from __future__ import annotations

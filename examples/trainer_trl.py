@@ -4,6 +4,7 @@
 
 Lines of the source are the documents; several of them are packed into a row, and neither attention nor any term of the
 objective looks across their boundaries.
+Needs what `pip install trl` brings.
 """
 
 from __future__ import annotations
