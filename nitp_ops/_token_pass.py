@@ -64,13 +64,20 @@ def token_pass(
         head.logit_scale,
         head.chunk_bytes,
         gemm_dtype(head.op, head.unembedding, head.logits_dtype),
-        *((None, None, False) if head.shard is None else (head.shard.group, list(head.shard.sizes), head.shard.reduce)),
+        *_packed(head.shard),
         backend,
         entropy,
         [torch.is_grad_enabled() and not per_row and each for each in wanted],
         per_row,
     )
     return loss, RowValues(stats.detach(), prediction, target_logit.detach())
+
+
+def _packed(shard: VocabShard | None) -> tuple[str | None, list[int] | None, bool, bool]:
+    """A shard as the op takes it."""
+    if shard is None:
+        return None, None, False, False
+    return shard.group, list(shard.sizes), shard.reduce, shard.overlap
 
 
 @torch.library.custom_op("nitp_ops::token_pass", mutates_args=())
@@ -96,6 +103,7 @@ def _token_pass(
     group: str | None,
     shard_sizes: Sequence[int] | None,
     reduce: bool,
+    overlap: bool,
     backend: str,
     entropy: bool,
     wanted: list[bool],
@@ -109,7 +117,7 @@ def _token_pass(
     of_jobs = (hidden, labels, target_weight, row_weight, class_weight, hidden_buffers, many, label_smoothing, z_loss)
     jobs = [Job(*fields) for fields in zip(*of_jobs, max_rows, want_hidden, strict=True)]
     tensors, options = (unembedding, bias, weight_buffer), (ignore_index, softcap, logit_scale, chunk_bytes, dtype)
-    shard = None if group is None or shard_sizes is None else VocabShard(group, tuple(shard_sizes), reduce)
+    shard = None if group is None or shard_sizes is None else VocabShard(group, tuple(shard_sizes), reduce, overlap)
     formed = form(jobs, Head(op, backend, *tensors, *options, entropy, want_weight, want_bias, shard))
     loss, row_weights, values, gradients = formed
     if per_row:
@@ -119,8 +127,8 @@ def _token_pass(
 
 @_token_pass.register_fake
 def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, many, label_smoothing,
-      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, group, shard_sizes, reduce, backend,
-      entropy, wanted, per_row):  # fmt: skip
+      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, group, shard_sizes, reduce, overlap,
+      backend, entropy, wanted, per_row):  # fmt: skip
     work = reference.working(unembedding)
     rows, targets = sum(each.shape[0] for each in labels), sum(each.numel() for each in labels)
     leaves = zip((*hidden, unembedding, bias), buffers, wanted, strict=True)

@@ -30,11 +30,13 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 class VocabShard(NamedTuple):
     """Which columns are here: `sizes` of all ranks of the process group named `group`, in their order.
 
-    reduce: gradients of hidden states are summed over the ranks (else each keeps its part of the sum)."""
+    reduce: gradients of hidden states are summed over the ranks (else each keeps its part of the sum).
+    overlap: that sum is under way while the chunk's weight gradient is formed."""
 
     group: str
     sizes: tuple[int, ...]
     reduce: bool = True
+    overlap: bool = True
 
     @property
     def process_group(self) -> dist.ProcessGroup:
@@ -160,23 +162,23 @@ class ReducedRows:
     """dh = sum over ranks of dlogits_r W_r, in float32 (float64 for float64) and rounded once after the sum."""
 
     def __init__(self, shard: VocabShard, weight: Weight, product: Tensor, work: torch.dtype):
-        self.group, self.weight = shard.process_group, weight
+        self.group, self.weight, self.overlap = shard.process_group, weight, shard.overlap
         self.sum = product if product.dtype == work else torch.empty_like(product, dtype=work)
         # where a product of narrow numbers can be written in float32 it is
         self.product = product if direct(self.sum, slice(0, 0), weight.dtype) is None else self.sum
 
     def start(self, d_logits: Tensor) -> Callable[[], Tensor]:
-        """What waits for the sum of this chunk and returns it: products of the weight gradient can run meanwhile."""
+        """What waits for the sum of this chunk and returns it: the GEMM of the weight gradient can run meanwhile."""
         count = len(d_logits)
         product, total = self.product[:count], self.sum[:count]
         self.weight.back(d_logits, product)
         if self.product is not self.sum:
             total.copy_(product)
-        reduction = dist.all_reduce(total, group=self.group, async_op=True)
+        reduction = dist.all_reduce(total, group=self.group, async_op=self.overlap)
 
         def summed() -> Tensor:
-            assert reduction is not None  # it is for ranks outside the group only
-            reduction.wait()
+            if reduction is not None:
+                reduction.wait()
             return total
 
         return summed

@@ -117,6 +117,7 @@ def vocab_parallel_linear_cross_entropy(
     vocab_size: int | None = None,
     sizes: Sequence[int] | None = None,
     sequence_parallel: bool = False,
+    overlap: bool = True,
     bias: Tensor | None = None,
     weight_grad_out: Tensor | None = None,
     **options: Any,
@@ -137,6 +138,9 @@ def vocab_parallel_linear_cross_entropy(
         sequence_parallel: hidden, labels and weights are this rank's own rows instead, equally many on each rank: they
             are gathered before and the gradient is reduce-scattered. "mean" is that of all ranks' rows; stats and
             ``reduction="none"`` return the own rows. max_rows is only checked then.
+        overlap: the all-reduce of a chunk's hidden gradients runs while its weight gradient is formed. False:
+            before it, which may be faster where the collective takes multiprocessors from the GEMM. The bits
+            are the same; sequence_parallel reduces once, after all chunks, and has nothing to overlap.
         bias: ``[V_r]``, or a DTensor like unembedding. class_weight stays ``[V]``, on all ranks the same.
         weight_grad_out: float32 buffer ``[V_r, d]`` (float64 for float64).
         options: every other keyword of `nitp_ops.linear_cross_entropy`, but backend="reference".
@@ -165,7 +169,9 @@ def vocab_parallel_linear_cross_entropy(
         raise TypeError(f"{op}: {unknown[0]} came, expected a keyword of linear_cross_entropy")
     given = {name: options.get(name, parameter.default) for name, parameter in known.items()}
     of_head = {name: given[name] for name in _HEAD}
-    head, ranks = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
+    head, ranks = _head(
+        op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, overlap, of_head
+    )
     job = HeadJob(hidden, labels, *(given[name] for name in HeadJob._fields[2:]))
     reduction, stats = given["reduction"], given["return_stats"]
     rest = reduction, given["normalizer"], stats, _backend(op, given["backend"])
@@ -187,6 +193,7 @@ def vocab_parallel_shared_linear_cross_entropy(
     vocab_size: int | None = None,
     sizes: Sequence[int] | None = None,
     sequence_parallel: bool = False,
+    overlap: bool = True,
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
@@ -200,7 +207,7 @@ def vocab_parallel_shared_linear_cross_entropy(
 
     Args:
         jobs, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, backend: as there.
-        unembedding, group, vocab_size, sizes, sequence_parallel, bias, weight_grad_out: as in
+        unembedding, group, vocab_size, sizes, sequence_parallel, overlap, bias, weight_grad_out: as in
             `vocab_parallel_linear_cross_entropy`.
 
     Returns:
@@ -212,7 +219,9 @@ def vocab_parallel_shared_linear_cross_entropy(
     op = "vocab_parallel_shared_linear_cross_entropy"
     of_head = {"ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
     of_head |= {"logits_dtype": logits_dtype, "chunk_bytes": chunk_bytes}
-    head, ranks = _head(op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, of_head)
+    head, ranks = _head(
+        op, unembedding, bias, weight_grad_out, group, vocab_size, sizes, sequence_parallel, overlap, of_head
+    )
     backend = _backend(op, backend)
     if not sequence_parallel:
         return shared_token_loss(jobs, head, backend)
@@ -223,7 +232,8 @@ def vocab_parallel_shared_linear_cross_entropy(
 
 def _head(
     op: str, unembedding: Any, bias: Any, buffer: Tensor | None, group: dist.ProcessGroup | None,
-    vocab_size: int | None, sizes: Sequence[int] | None, sequence_parallel: bool, of_head: dict[str, Any],
+    vocab_size: int | None, sizes: Sequence[int] | None, sequence_parallel: bool, overlap: bool,
+    of_head: dict[str, Any],
 ) -> tuple[Unembedding, dist.ProcessGroup]:  # fmt: skip
     """With the group itself, as torch.compile of torch 2.11 cannot look it up by its name."""
     _check.is_tensor(op, "unembedding", unembedding)
@@ -236,6 +246,8 @@ def _head(
                 raise TypeError(f"{op}: bias is not sharded like unembedding, expected a DTensor with Shard(0)")
             bias = bias.to_local()
         unembedding = unembedding.to_local()
+    if not isinstance(overlap, bool):
+        raise TypeError(f"{op}: overlap is {overlap!r}, expected True or False")
     group = dist.group.WORLD if group is None else group
     if group is None:
         raise ValueError(f"{op}: group is None and no default group is there, expected a process group")
@@ -250,7 +262,7 @@ def _head(
     if unembedding.dim() != 2 or unembedding.shape[0] != cut[rank]:
         came = tuple(unembedding.shape)
         raise ValueError(f"{op}: unembedding has shape {came}, expected [{cut[rank]}, d] on rank {rank} of sizes {cut}")
-    shard = VocabShard(group.group_name, cut, reduce=not sequence_parallel)
+    shard = VocabShard(group.group_name, cut, reduce=not sequence_parallel, overlap=overlap)
     return head_of(op, unembedding, bias, **of_head, buffer=buffer, shard=shard), group
 
 

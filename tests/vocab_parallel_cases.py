@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -277,6 +278,7 @@ def what_does_not_fit_is_refused_by_name():
         f"expected .23, d. on rank {rank}": {"vocab_size": 23 * dist.get_world_size()},
         "one a rank": {"sizes": cut[1:]},
         "it knows no shards": {"sizes": cut, "backend": "reference"},
+        "overlap is 1, expected True or False": {"sizes": cut, "overlap": 1},
         "expected a keyword": {"sizes": cut, "smoothing": 0.1},
         r"class_weight has shape \(5,\), expected \(23,\)": {"sizes": cut, "class_weight": torch.ones(5)},
     }
@@ -286,3 +288,13 @@ def what_does_not_fit_is_refused_by_name():
     labels[3] = 23
     with pytest.raises(IndexError, match=r"labels\[3\] is 23, expected a value in \[0, 23\)"):
         vocab_parallel_linear_cross_entropy(hidden, shard, labels, sizes=cut)
+
+
+@case
+def without_overlap_the_all_reduce_ends_first_and_no_bit_changes():
+    (inputs, labels), found, asked = problem(), [], []
+    for overlap in (True, False):
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            found.append(run(inputs, labels, cuts(23)[1], chunk_bytes=8 * 23 * 8, overlap=overlap)[0])
+        asked.append([each.kwargs["async_op"] for each in reduced.call_args_list])
+    assert len(asked[0]) > 1 and all(asked[0]) and not any(asked[1]) and all(map(torch.equal, *found))
