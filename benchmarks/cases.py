@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nitp_ops._chunks import row_stride
+
 from .heads import HEADS, PROJECTORS
 
 Sizes = dict[str, int]
@@ -97,11 +99,13 @@ def _leaf(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 
 
 
 def products(layers: Layers, dtype: torch.dtype) -> list[Product]:
-    """(left, right, out) of the three products of each linear layer: output, input gradient, weight gradient."""
+    """(left, right, out) of the three products of each linear layer: output, input gradient, weight gradient.
+
+    Rows of the output are as far apart as the library's rows of logits."""
     calls = []
     for n, k, m in layers:
         x, weight = _random((n, k), dtype, n), _random((m, k), dtype, m, k**-0.5)
-        out = torch.empty(n, m, dtype=dtype)
+        out = torch.empty(n, row_stride(m, torch.get_default_device().type), dtype=dtype)[:, :m]
         d_x, d_weight = torch.empty_like(x), torch.empty_like(weight)
         calls += [(x, weight.T, out), (out, weight, d_x), (out.T, x, d_weight)]
     return calls

@@ -27,6 +27,8 @@ COPY_BYTES_ON_GPU = 512 * 2**20
 _MAPPED_BYTES = 32 * 2**20
 #: Rows of a chunk are a multiple of so many, which the products of libraries are fastest at.
 EVEN_ROWS = 8
+#: Numbers of one load, 16 bytes in bfloat16, and of the lines of 128 bytes that other rows of logits are padded to.
+_LOAD, _ALIGNED = 8, 64
 
 
 def rows_per_chunk(
@@ -61,6 +63,14 @@ def rows_per_chunk(
     even = EVEN_ROWS if most >= EVEN_ROWS else 1
     chunks = max(1, -(-rows // (most // even * even)))
     return max(1, min(rows, -(-rows // (chunks * even)) * even))
+
+
+def row_stride(columns: int, device: str) -> int:
+    """Numbers from one row of logits to the next: V, or on CUDA, where V is no multiple of 8, the next multiple of 64.
+    A GEMM over rows that do not begin at 16 bytes cannot load them 16 bytes at a time."""
+    if device != "cuda" or columns % _LOAD == 0:
+        return columns
+    return -(-columns // _ALIGNED) * _ALIGNED
 
 
 def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from . import _check, _latent_chunks
-from ._chunks import rows_per_chunk
+from ._chunks import row_stride, rows_per_chunk
 from ._gemm import even_rows
 
 _OP = "explain"
@@ -103,7 +103,7 @@ def explain(
     if op == "linear_cross_entropy":
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
         _check.integer(_OP, "jobs", jobs, least=1)
-        row_bytes, weights = vocabulary * dtype.itemsize, vocabulary * width
+        row_bytes, weights = row_stride(vocabulary, place) * dtype.itemsize, vocabulary * width
         longest = rows if jobs > 1 else None
         cuts, together = (1, jobs * rows) if place == "cpu" else (jobs, rows)  # a GPU's jobs are cut one by one
         sizes = row_bytes, chunk_bytes, weights

@@ -29,6 +29,7 @@ from ._chunks import (
     length_of,
     packed,
     place,
+    row_stride,
     rows_per_chunk,
     select,
     with_zeros,
@@ -60,7 +61,8 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     """Chunks: of all jobs that want the same gradients; of one job where it is silent, or where nobody may know."""
     weight, columns = head.unembedding, max(head.sizes)  # of the widest shard: all ranks must cut alike
     device = weight.device.type
-    sizes = columns * head.dtype.itemsize, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
+    row_bytes = row_stride(columns, device) * head.dtype.itemsize
+    sizes = row_bytes, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
     itemsize = max(head.dtype.itemsize, formed_dtype(weight, head.buffer).itemsize)
     groups = [[job] for job in range(len(jobs))]
     if _check.host_reads(weight.device):
@@ -179,7 +181,7 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
     bias = None if head.bias is None else head.bias.to(work).contiguous()
     rows_of = [_JobRows(index, job, head, sums, bias, unit) for index, job in enumerate(jobs)]
     most = max((even_rows(sum(length_of(part) for _, part in chunk), device, dtype) for chunk in cut), default=0)
-    buffer = workspace((most, columns), dtype, device)
+    buffer = workspace((most, row_stride(columns, device.type)), dtype, device)[:, :columns]
     rows_buffer = torch.empty((most, width), dtype=widest(device, dtype), device=device)
     shard = head.shard
     reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
