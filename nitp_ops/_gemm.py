@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,9 @@ BLOCK_BYTES_ON_GPU = 128 * 2**20
 #: A float32 sum that is rounded at the end stands in pieces of so many bytes or more, each given back once it is
 #: rounded: glibc maps blocks over 32 MiB one by one.
 _PIECE_BYTES = 40 * 2**20
+#: A GEMM that writes fewer numbers has less than two tiles of 128 x 256 for each multiprocessor of a
+#: large GPU, which a split of its sum would keep busy.
+SPLIT_NUMBERS = 2**23
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
 #: A product by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many
@@ -43,6 +48,21 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
         assert isinstance(logits_dtype, torch.dtype)
         dtype = logits_dtype
     return torch.float32 if device == "cpu" and dtype in _WITHOUT_PRODUCTS else dtype
+
+
+def operand_dtype(device: str, weight: torch.dtype, hidden: Sequence[torch.dtype], logits: torch.dtype) -> torch.dtype:
+    """In which dtype the GEMMs take their operands, where `logits` is the dtype of logits that was asked for.
+
+    On CUDA a GEMM of narrow operands can write float32: the logits of widened operands at the speed of narrow ones.
+    Elsewhere, and beside float32 hidden states, which must not be rounded, the operands are as wide as the logits."""
+    narrow = device == "cuda" and weight in _NARROW and all(each == weight for each in hidden)
+    return weight if narrow and logits == torch.float32 else logits
+
+
+def sums_in_float32(device: str, dtype: torch.dtype, numbers: int) -> bool:
+    """Whether a GEMM that writes so many numbers of `dtype` goes through float32: it may split its sum, and cuBLAS
+    adds the parts in the dtype of the result unless a global setting forbids it (docs/decisions/0037)."""
+    return device == "cuda" and dtype in _NARROW and numbers < SPLIT_NUMBERS
 
 
 def has_own(device: str, dtype: torch.dtype) -> bool:
@@ -89,6 +109,9 @@ def _widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b: by this library, else by torch."""
+    if out.dtype == a.dtype and sums_in_float32(a.device.type, a.dtype, out.numel()):
+        wide = out.float() if add else torch.empty_like(out, dtype=torch.float32)
+        return out.copy_(matmul(a, b, wide, add=add))
     if has_own(a.device.type, a.dtype):
         if min(*a.shape, *b.shape) == 0:
             return out if add else out.zero_()

@@ -89,8 +89,9 @@ def linear_cross_entropy(
         softcap: cap > 0, or None.
         logit_scale: scale > 0.
         normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
-        logits_dtype: "auto": the GEMMs' dtype; torch.float32: GEMMs and logits in float32 under narrower weights,
-            which are widened one block at a time.
+        logits_dtype: "auto": the GEMMs' dtype. torch.float32: logits in float32 under narrower weights. On CUDA, beside
+            hidden states of the weight's dtype, the first GEMM writes them and their gradient is rounded to that dtype
+            for the other two; else all three GEMMs run in float32, over a weight that is widened one block at a time.
         chunk_bytes: size of one chunk of logits. None: as large as the float32 weight gradient, within 32 to 120 MiB,
             or 512 rows up to 240 MiB; on a GPU 8192 rows, or all of them where that takes no more memory.
         max_rows: a bound on the rows that count, for devices where the host does not know their number; on CPU, where

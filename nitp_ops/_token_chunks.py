@@ -61,7 +61,7 @@ def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list
     """Chunks: of all jobs that want the same gradients; of one job where it is silent, or where nobody may know."""
     weight, columns = head.unembedding, max(head.sizes)  # of the widest shard: all ranks must cut alike
     device = weight.device.type
-    row_bytes = row_stride(columns, device) * head.dtype.itemsize
+    row_bytes = row_stride(columns, device) * head.logit_bytes
     sizes = row_bytes, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
     itemsize = max(head.dtype.itemsize, formed_dtype(weight, head.buffer).itemsize)
     groups = [[job] for job in range(len(jobs))]
@@ -181,11 +181,14 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
     bias = None if head.bias is None else head.bias.to(work).contiguous()
     rows_of = [_JobRows(index, job, head, sums, bias, unit) for index, job in enumerate(jobs)]
     most = max((even_rows(sum(length_of(part) for _, part in chunk), device, dtype) for chunk in cut), default=0)
-    buffer = workspace((most, row_stride(columns, device.type)), dtype, device)[:, :columns]
+    of_head = sums.d_weight is not None or sums.d_bias is not None
+    stride = row_stride(columns, device.type)
+    buffer, rounded = workspace((most, stride), head.logits, device)[:, :columns], None
+    if head.logits != dtype and (of_head or any(job.wanted for job in jobs)):
+        rounded = workspace((most, stride), dtype, device)[:, :columns]
     rows_buffer = torch.empty((most, width), dtype=widest(device, dtype), device=device)
     shard = head.shard
     reduced = None if shard is None or not shard.reduce else ReducedRows(shard, weight, rows_buffer, work)
-    of_head = sums.d_weight is not None or sums.d_bias is not None
     for chunk in cut:
         pieces = [(rows_of[job], part) for job, part in chunk]
         lengths = [length_of(part) for _, part in pieces]
@@ -208,19 +211,20 @@ def _add_all(jobs: list[Job], head: Head, sums: _Sums, cut: list[list[Piece]], u
                 if of_job.d_rows is not None:
                     clear(of_job.d_rows, part)
             continue
+        d_logits = padded if rounded is None else rounded[:even].copy_(padded)
         under_way = None
         if first.d_rows is not None:
             whole = len(pieces) == 1 and n == even
             if reduced is not None:
-                under_way = reduced.start(logits)
+                under_way = reduced.start(d_logits[:n])
             elif whole and (in_place := direct(first.d_rows, part, dtype)) is not None:
-                _silenced(weight.back(logits, in_place), silent)
+                _silenced(weight.back(d_logits, in_place), silent)
             else:
-                _place(pieces, _silenced(weight.back(padded, rows_buffer[:even])[:n], silent).split(lengths))
+                _place(pieces, _silenced(weight.back(d_logits, rows_buffer[:even])[:n], silent).split(lengths))
         if sums.d_weight is not None:
             # a NaN in a row of weight zero must not meet the zeros of its gradient
             heard = hidden if silent is None else with_zeros(hidden[:n].masked_fill(silent, 0), even)
-            sums.d_weight.add(padded, heard)
+            sums.d_weight.add(d_logits, heard)
         if sums.d_bias is not None:
             sums.d_bias += logits.sum(0, dtype=sums.d_bias.dtype)
         if under_way is not None:

@@ -30,8 +30,9 @@ class Job(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The unembedding [V, d] and what belongs to it; softcap 0 means none; dtype of the products.
+    """The unembedding [V, d] and what belongs to it; softcap 0 means none.
 
+    dtype: of the operands of the GEMMs. logits: of the logits, narrower than it never.
     shard: unembedding, bias and buffer are the part of this rank."""
 
     op: str
@@ -44,6 +45,7 @@ class Head(NamedTuple):
     logit_scale: float
     chunk_bytes: int | None
     dtype: torch.dtype
+    logits: torch.dtype
     entropy: bool
     want_weight: bool
     want_bias: bool
@@ -53,6 +55,11 @@ class Head(NamedTuple):
     def sizes(self) -> tuple[int, ...]:
         """Columns on each rank."""
         return (len(self.unembedding),) if self.shard is None else self.shard.sizes
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes of the workspace per logit: its own, and those of a gradient that is rounded for the GEMMs."""
+        return self.logits.itemsize + (0 if self.logits == self.dtype else self.dtype.itemsize)
 
 
 class RowValues(NamedTuple):

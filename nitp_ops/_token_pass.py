@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._gemm import gemm_dtype
+from ._gemm import gemm_dtype, operand_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 from ._token_chunks import form
 from ._token_job import Head, Job, RowValues
@@ -43,6 +43,11 @@ def token_pass(
 
     Its gradients are formed in the forward pass. per_row (one job): loss [rows] instead of the sum; the backward pass
     recomputes the logits under any upstream gradient."""
+    weight = head.unembedding
+    logits = gemm_dtype(head.op, weight, head.logits_dtype)
+    operands = logits
+    if head.logits_dtype == torch.float32:  # and not autocast's dtype, which is that of the operands too
+        operands = operand_dtype(weight.device.type, weight.dtype, [job.hidden.dtype for job in jobs], logits)
     wanted = [job.wanted for job in jobs]
     wanted += [x is not None and x.requires_grad for x in (head.unembedding, head.bias)]
     loss, stats, prediction, target_logit, _ = _token_pass(
@@ -63,7 +68,8 @@ def token_pass(
         head.softcap,
         head.logit_scale,
         head.chunk_bytes,
-        gemm_dtype(head.op, head.unembedding, head.logits_dtype),
+        operands,
+        logits,
         *_packed(head.shard),
         backend,
         entropy,
@@ -100,6 +106,7 @@ def _token_pass(
     logit_scale: float,
     chunk_bytes: int | None,
     dtype: torch.dtype,
+    logits_dtype: torch.dtype,
     group: str | None,
     shard_sizes: Sequence[int] | None,
     reduce: bool,
@@ -116,9 +123,11 @@ def _token_pass(
     *hidden_buffers, weight_buffer, _ = buffers
     of_jobs = (hidden, labels, target_weight, row_weight, class_weight, hidden_buffers, many, label_smoothing, z_loss)
     jobs = [Job(*fields) for fields in zip(*of_jobs, max_rows, want_hidden, strict=True)]
-    tensors, options = (unembedding, bias, weight_buffer), (ignore_index, softcap, logit_scale, chunk_bytes, dtype)
+    tensors, options = (unembedding, bias, weight_buffer), (ignore_index, softcap, logit_scale, chunk_bytes)
     shard = None if group is None or shard_sizes is None else VocabShard(group, tuple(shard_sizes), reduce, overlap)
-    formed = form(jobs, Head(op, backend, *tensors, *options, entropy, want_weight, want_bias, shard))
+    formed = form(
+        jobs, Head(op, backend, *tensors, *options, dtype, logits_dtype, entropy, want_weight, want_bias, shard)
+    )
     loss, row_weights, values, gradients = formed
     if per_row:
         loss = torch.where(row_weights == 0, 0, row_weights * values.stats[0])
@@ -127,8 +136,8 @@ def _token_pass(
 
 @_token_pass.register_fake
 def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, many, label_smoothing,
-      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, group, shard_sizes, reduce, overlap,
-      backend, entropy, wanted, per_row):  # fmt: skip
+      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, logits_dtype, group, shard_sizes,
+      reduce, overlap, backend, entropy, wanted, per_row):  # fmt: skip
     work = reference.working(unembedding)
     rows, targets = sum(each.shape[0] for each in labels), sum(each.numel() for each in labels)
     leaves = zip((*hidden, unembedding, bias), buffers, wanted, strict=True)

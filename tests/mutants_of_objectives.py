@@ -68,7 +68,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/_chunks.py", "block.nbytes > _MAPPED_BYTES", "block.nbytes < 0", "workspace"),
     Mutant("nitp_ops/_gemm.py", "gradient[end - len(piece) : end]", "gradient[: len(piece)]", "numerics"),
     Mutant("nitp_ops/_gemm.py", "first += len(piece)", "first += 0", "numerics"),
+    Mutant("nitp_ops/_gemm.py", "numbers < SPLIT_NUMBERS", "numbers < 0", "gemm_policy"),
+    Mutant("nitp_ops/_gemm.py", "out.float() if add else", "out.float() if False else", "gemm_policy"),
     Mutant("nitp_ops/_chunks.py", "-(-columns // _ALIGNED) * _ALIGNED", "columns", "gemm_policy"),
+    Mutant("nitp_ops/_token_chunks.py", "rounded[:even].copy_(padded)", "rounded[:even]", "gemm_policy"),
     Mutant("nitp_ops/_vocab_shard.py", "async_op=self.overlap", "async_op=True", "vocab_parallel"),
     Mutant(
         "nitp_ops/_explain.py",

@@ -1,18 +1,35 @@
 """What the passes choose for the GEMMs of a GPU: pure functions of device, dtype and shape, and their effect on CPU."""
 
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
-from budget import outputs
+from budget import EPS, outputs, widened, within_budget
 from without_reading import without_reading
 
 import nitp_ops
 from benchmarks import cases
-from nitp_ops import _gemm, _token_chunks, torch_rows
+from nitp_ops import _gemm, _token_chunks, _token_pass, reference, torch_rows
 from nitp_ops._chunks import row_stride
 
 ROWS, WIDTH, VOCABULARY = 65, 32, 301
+
+
+@pytest.fixture
+def widening(monkeypatch):
+    """GEMMs that write float32 beside narrow operands, as CUDA has them; returns the operands' and results' dtypes."""
+    seen, plain = [], _gemm.matmul
+
+    def matmul(a, b, out, *, add=False):
+        seen.append((a.dtype, out.dtype))
+        if a.dtype == out.dtype:
+            return plain(a, b, out, add=add)
+        return out.copy_(a.float() @ b.float() + (out if add else 0))
+
+    monkeypatch.setattr(_gemm, "matmul", matmul)
+    monkeypatch.setattr(_gemm, "_widens", lambda device, dtype: True)
+    return seen
 
 
 def way(reads, kernels=None):
@@ -54,6 +71,70 @@ def test_a_gap_behind_each_row_of_logits_changes_no_bit(monkeypatch, kernels, re
     assert set(seen) == {(320, 1)}
     for a, b in zip(padded, dense, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gemm_on_cuda_that_may_split_its_sum_goes_through_float32(widening, monkeypatch, dtype):
+    assert _gemm.sums_in_float32("cuda", dtype, 64 * 1024)
+    assert not _gemm.sums_in_float32("cuda", dtype, 4096 * 4096)  # tiles enough
+    assert not _gemm.sums_in_float32("cuda", torch.float32, 64) and not _gemm.sums_in_float32("cpu", dtype, 64)
+    a, b = torch.randn(16, 4096).to(dtype), torch.randn(4096, 24).to(dtype)
+    monkeypatch.setattr(_gemm, "sums_in_float32", lambda *given: True)
+    once = (a.float() @ b.float()).to(dtype)
+    out = torch.full_like(once, 3)
+    assert torch.equal(_gemm.matmul(a, b, out), once) and torch.equal(out, once)
+    _gemm.matmul(a, b, out.fill_(3), add=True)
+    assert torch.equal(out, (a.float() @ b.float() + 3).to(dtype))
+    assert (dtype, torch.float32) in widening
+
+
+def test_float32_logits_come_from_narrow_operands_only_where_those_are_all_there_is():
+    bf16, fp16, f32 = torch.bfloat16, torch.float16, torch.float32
+    assert _gemm.operand_dtype("cuda", bf16, [bf16, bf16], f32) == bf16
+    assert _gemm.operand_dtype("cuda", fp16, [fp16], f32) == fp16
+    assert _gemm.operand_dtype("cuda", bf16, [bf16, f32], f32) == f32  # hidden states that would be rounded
+    assert _gemm.operand_dtype("cpu", bf16, [bf16], f32) == f32
+    assert _gemm.operand_dtype("cuda", f32, [bf16], f32) == f32
+    assert _gemm.operand_dtype("cuda", bf16, [bf16], bf16) == bf16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunks", [1, 5])
+@pytest.mark.parametrize("reads", [True, False])
+def test_float32_logits_of_narrow_operands_stay_in_the_budget(widening, monkeypatch, dtype, chunks, reads):
+    monkeypatch.setattr(_token_pass, "operand_dtype", lambda device, *given: _gemm.operand_dtype("cuda", *given))
+    inputs, labels = head(dtype)
+    size = -(-ROWS // chunks) * VOCABULARY * 6
+    options = {"logits_dtype": torch.float32, "chunk_bytes": size}
+    widening.clear()
+
+    def loss(hidden, weight):
+        return nitp_ops.linear_cross_entropy(hidden, weight, labels, **options)
+
+    with way(reads):
+        ours = outputs(loss, inputs)
+    assert {operands for operands, _ in widening} == {dtype}  # no widened weight
+    assert sum(wide == torch.float32 for _, wide in widening) >= chunks  # the logits
+    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened(inputs))
+    eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), inputs)
+    within_budget(ours, eager, exact)
+    assert abs(ours[0].item() / exact[0].item() - 1) < 4 * EPS[torch.float32]  # narrow logits: 1e-4 and more
+
+
+def test_the_workspace_of_float32_logits_holds_their_rounded_gradient_where_one_is_wanted(widening, monkeypatch):
+    monkeypatch.setattr(_token_pass, "operand_dtype", lambda device, *given: _gemm.operand_dtype("cuda", *given))
+    with (
+        mock.patch.object(_token_chunks, "rows_per_chunk", wraps=_token_chunks.rows_per_chunk) as planned,
+        mock.patch.object(_token_chunks, "workspace", wraps=_token_chunks.workspace) as made,
+    ):
+        (hidden, weight), labels = head(torch.bfloat16)
+        nitp_ops.linear_cross_entropy(hidden, weight, labels, logits_dtype=torch.float32)
+        assert {call.args[1] for call in planned.call_args_list} == {VOCABULARY * (4 + 2)}
+        assert [call.args[1] for call in made.call_args_list] == [torch.float32, torch.bfloat16]
+        made.reset_mock()
+        with torch.no_grad():
+            nitp_ops.linear_cross_entropy(hidden, weight, labels, logits_dtype=torch.float32)
+        assert [call.args[1] for call in made.call_args_list] == [torch.float32]
 
 
 def test_the_gemms_that_a_benchmark_compares_with_have_the_same_rows(monkeypatch):
