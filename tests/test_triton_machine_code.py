@@ -70,16 +70,23 @@ def launch(name: str, dtype: torch.dtype) -> None:
             rows.cross_entropy_rows_(
                 logits, labels, None, None, None, scale, *outputs, -100, False, 0.0, 0.0, 0.0, 1.0, True
             )
-        case "cross-entropy with every option":
-            of_class, weight = values(VOCABULARY), values(ROWS, 4)
+        case "cross-entropy of rows that fit":
+            outputs = values(2, ROWS), values(ROWS, 1), best
+            rows.cross_entropy_rows_(
+                matrix(8000), labels, None, None, None, scale, *outputs, -100, False, 0.0, 0.0, 0.0, 1.0, True
+            )
+        case "cross-entropy with every option" | "every option of rows that fit":
+            columns = 8000 if name.endswith("fit") else VOCABULARY
+            of_class, weight = values(columns), values(ROWS, 4)
             outputs = values(3, ROWS), values(ROWS, 4), best
             rows.cross_entropy_rows_(
-                logits, labels.expand(ROWS, 4).contiguous(), weight, of_class, of_class, scale, *outputs, -100, True,
-                0.1, 0.1, 30.0, 0.5, True,
+                matrix(columns), labels.expand(ROWS, 4).contiguous(), weight, of_class, of_class, scale, *outputs,
+                -100, True, 0.1, 0.1, 30.0, 0.5, True,
             )  # fmt: skip
 
 
-#: Registers a thread: the most that leaves room for a second block of 256 threads on a multiprocessor is 128.
+#: Registers a thread: the most that leaves room for a second block of 256 threads on a multiprocessor is 128. Rows
+#: that fit take 512 threads, which have 128 each.
 MOST = {
     "swiglu": 64,
     "swiglu backward": 64,
@@ -90,7 +97,9 @@ MOST = {
     "smooth_l1": 96,
     "kl": 96,
     "cross-entropy": 96,
+    "cross-entropy of rows that fit": 128,
     "cross-entropy with every option": 255,
+    "every option of rows that fit": 128,
 }
 
 
@@ -107,6 +116,13 @@ def test_every_kernel_becomes_machine_code_without_spills(name, dtype, compiled,
     # rows are read and written 16 bytes a thread
     wide = re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", kernel.asm["ptx"])
     assert {access[:2] for access in wide} == {"ld", "st"}
+
+
+def test_a_row_of_logits_that_fits_is_read_once(compiled):
+    launch("cross-entropy of rows that fit", torch.bfloat16)
+    (kernel,) = compiled
+    loads = len(re.findall(r"ld\.global\S*\.v4\.b32", kernel.asm["ptx"]))
+    assert (loads, kernel.metadata.num_warps) == (2, 16)  # 2 x 8 numbers of each thread are 8192
 
 
 @pytest.mark.parametrize("name", ["swiglu", "swiglu backward", "accumulate", "scale", "cosine", "cross-entropy"])

@@ -1,8 +1,8 @@
 """Cross-entropy over rows of logits: csrc/cross_entropy.h holds the equations, csrc/library.cpp the arguments.
 
-One program a row. The first pass over its columns forms every sum online, lane by lane; the second writes the gradient,
-the K targets included, so that no element is stored twice and no store is read back. Scalars of a row are float64:
-few, and differences of large numbers.
+One program a row. A row that fits into its registers is read once. Of a longer one the first pass forms every sum
+online, lane by lane, and the second reads it again. Nothing is stored twice, the K targets included, and no store is
+read back. Scalars of a row are float64: few, and differences of large numbers.
 """
 
 # The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
@@ -18,6 +18,8 @@ from .softmax import LOWEST, absorb
 
 _OP = "cross_entropy_rows_"
 _BYTES = 16384  # of one block in the working precision, of which a thread holds 64: more spills in float64
+# A whole row in registers, 64 bytes of a thread: of 16384 float32 numbers every variant but the plainest spills.
+_WHOLE_BYTES = 32 * 1024
 
 
 @triton.jit
@@ -44,55 +46,125 @@ def read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.c
 
 
 @triton.jit
+def _of_whole_row(
+    z, weight, inside, lane, columns, SMOOTHED: tl.constexpr, ENTROPY: tl.constexpr, A: tl.constexpr
+):  # fmt: skip
+    """The maximum, its first column; sums of exp(z - maximum), weight (z - maximum), weight, and the entropy's."""
+    reached = tl.where(z > LOWEST, z, LOWEST)  # a NaN is left out here and shows in the sum
+    maximum = tl.max(reached)
+    best = tl.min(tl.where(reached == maximum, lane, columns))
+    step = z - maximum
+    e = tl.exp(step)
+    below, weights, spread = tl.zeros([], A), tl.zeros([], A), tl.zeros([], A)
+    if SMOOTHED:
+        below = tl.sum(tl.where(inside & (weight != 0), weight * step, 0.0))
+        weights = tl.sum(weight)
+    if ENTROPY:  # a probability of zero adds nothing, however far below its logit lies
+        spread = -tl.sum(tl.where(e > 0, e * step, 0.0))
+    # beside the largest, which is 1, the others of a sure row would be lost in float32
+    mass = tl.sum(tl.where(lane == best, e, 0.0)).to(tl.float64) + tl.sum(tl.where(lane == best, 0.0, e)).to(tl.float64)
+    return maximum, best, mass, below.to(tl.float64), weights.to(tl.float64), spread.to(tl.float64)
+
+
+@triton.jit
+def _gradient(
+    z, maximum, factor, uniform, at_target, softcap, logit_scale, labels, target_weight, class_weight,
+    column, inside, first, row, targets, ignore_index,
+    SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    g = factor * tl.exp(z - maximum)
+    if SMOOTHED:
+        if class_weight is not None:
+            g -= uniform * tl.load(class_weight + column, mask=inside, other=0.0)
+        else:
+            g -= uniform
+    for k in range(targets):
+        at = row * targets + k
+        label = tl.load(labels + at)
+        here = (label >= first) & (label < first + BLOCK) & (label != ignore_index)
+        if here:
+            w = at_target
+            if target_weight is not None:
+                w = at_target * tl.load(target_weight + at)
+            g -= tl.where(column == label, w, 0.0)
+    if CAPPED:
+        ratio = z / softcap
+        g *= logit_scale * (1 - ratio * ratio)
+    else:
+        g *= logit_scale
+    return g
+
+
+@triton.jit
 def _rows(
     logits, labels, target_weight, bias, class_weight, row_scale, stats, target_logit, prediction, parts,
     columns, targets, logits_stride: tl.int64, stats_stride: tl.int64, parts_stride: tl.int64, ignore_index: tl.int64,
     label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
     NEGATIVE_IS_ABSENT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
-    GRADIENT: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr, WHOLE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # tl.full: under the interpreter a scalar is a Python number, which keeps its float64 digits only this way
+    # tl.full: under the interpreter a scalar, a Python number, keeps its float64 digits only this way
     e, c = tl.full((), label_smoothing, tl.float64), tl.full((), z_loss, tl.float64)
     softcap, logit_scale = tl.full((), softcap, A), tl.full((), logit_scale, A)
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     lane = tl.arange(0, BLOCK)
 
-    # Of each lane: maximum, the block that holds it first, sum exp(z - maximum); with smoothing the weights so far and
-    # sum weight (z - maximum); for the entropy sum exp(z - maximum) (maximum - z).
-    most = tl.full([BLOCK], LOWEST, A)
-    found = tl.zeros([BLOCK], tl.int32)
-    total = tl.zeros([BLOCK], A)
-    weights = tl.zeros([BLOCK], A)
-    below = tl.zeros([BLOCK], A)
-    spread = tl.zeros([BLOCK], A)
-    for first in range(0, columns, BLOCK):
-        column = first + lane
-        inside = column < columns
-        z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+    if WHOLE:
+        inside = lane < columns
+        z = read_logits(logits, bias, lane, inside, logit_scale, softcap, CAPPED, A)
         z = tl.where(inside, z, float("-inf"))
-        step = z - most
-        if SMOOTHED:
-            weight = tl.where(inside, 1.0, 0.0).to(A)
-            if class_weight is not None:
-                weight = tl.load(class_weight + column, mask=inside, other=0.0)
-            below += tl.where(inside, weight * tl.minimum(step, 0.0), 0.0)
-            below -= tl.where(step > 0, weights * step, 0.0)
-            weights += weight
-        if ENTROPY:
-            shrink = tl.exp(-tl.abs(step))
-            spread = tl.where(step > 0, shrink * spread, spread)
-            # a probability of zero adds nothing, however far below its logit lies
-            spread += tl.where(shrink > 0, shrink * tl.where(step > 0, step * total, -step), 0.0)
-        found = tl.where(step > 0, first, found)
-        most, total = absorb(z, most, total)
+        weight = tl.where(inside, 1.0, 0.0).to(A)
+        if class_weight is not None:  # only with smoothing
+            weight = tl.load(class_weight + lane, mask=inside, other=0.0)
+        maximum, best, mass, all_below, all_weights, all_spread = _of_whole_row(
+            z, weight, inside, lane, columns, SMOOTHED, ENTROPY, A
+        )
+    else:
+        # Of each lane: maximum, the block that holds it first, sum exp(z - maximum); with smoothing the weights so far
+        # and sum weight (z - maximum); for the entropy sum exp(z - maximum) (maximum - z).
+        most = tl.full([BLOCK], LOWEST, A)
+        found = tl.zeros([BLOCK], tl.int32)
+        total = tl.zeros([BLOCK], A)
+        weights = tl.zeros([BLOCK], A)
+        below = tl.zeros([BLOCK], A)
+        spread = tl.zeros([BLOCK], A)
+        for first in range(0, columns, BLOCK):
+            column = first + lane
+            inside = column < columns
+            z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+            z = tl.where(inside, z, float("-inf"))
+            step = z - most
+            if SMOOTHED:
+                weight = tl.where(inside, 1.0, 0.0).to(A)
+                if class_weight is not None:
+                    weight = tl.load(class_weight + column, mask=inside, other=0.0)
+                below += tl.where(inside, weight * tl.minimum(step, 0.0), 0.0)
+                below -= tl.where(step > 0, weights * step, 0.0)
+                weights += weight
+            if ENTROPY:
+                shrink = tl.exp(-tl.abs(step))
+                spread = tl.where(step > 0, shrink * spread, spread)
+                # a probability of zero adds nothing, however far below its logit lies
+                spread += tl.where(shrink > 0, shrink * tl.where(step > 0, step * total, -step), 0.0)
+            found = tl.where(step > 0, first, found)
+            most, total = absorb(z, most, total)
 
-    maximum = tl.max(most)
-    best = tl.min(tl.where(most == maximum, found + lane, columns))
-    fraction = tl.exp(most - maximum)
-    mass = tl.sum((total * fraction).to(tl.float64))
-    wide_maximum = maximum.to(tl.float64)
-    log_sum = tl.log(mass)
+        maximum = tl.max(most)
+        best = tl.min(tl.where(most == maximum, found + lane, columns))
+        fraction = tl.exp(most - maximum)
+        mass = tl.sum((total * fraction).to(tl.float64))
+        all_below = tl.zeros([], tl.float64)
+        all_weights = tl.zeros([], tl.float64)
+        if SMOOTHED:
+            behind = weights.to(tl.float64) * (maximum.to(tl.float64) - most.to(tl.float64))
+            all_below = tl.sum(tl.where(weights == 0, 0.0, below.to(tl.float64) - behind))
+            all_weights = tl.sum(weights.to(tl.float64))
+        all_spread = tl.zeros([], tl.float64)
+        if ENTROPY:
+            spread = tl.where(fraction > 0, fraction * (spread + (maximum - most) * total), 0.0)
+            all_spread = tl.sum(spread.to(tl.float64))
+    wide_maximum, log_sum = maximum.to(tl.float64), tl.log(mass)
     lse = wide_maximum + log_sum
 
     # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), formed from differences. A label outside [0, V)
@@ -107,43 +179,35 @@ def _rows(
         if NEGATIVE_IS_ABSENT:
             absent = absent | (label < 0)
         valid = (label >= 0) & (label < columns) & (absent == 0)
-        z = read_logits(logits, bias, label, valid, logit_scale, softcap, CAPPED, A)
-        z = tl.where(valid, z, float("nan"))
-        tl.store(target_logit + at, z)
+        picked = read_logits(logits, bias, label, valid, logit_scale, softcap, CAPPED, A)
+        picked = tl.where(valid, picked, float("nan"))
+        tl.store(target_logit + at, picked)
         w = tl.full((), 1.0, A)
         if target_weight is not None:
             w = tl.load(target_weight + at)
         w = tl.where(valid, w, float("nan")).to(tl.float64)
         # a weight of zero adds nothing, even to an infinite gap
-        gap += tl.where(absent | (w == 0), 0.0, w * (log_sum + (wide_maximum - z.to(tl.float64))))
+        gap += tl.where(absent | (w == 0), 0.0, w * (log_sum + (wide_maximum - picked.to(tl.float64))))
         sum_of_weights += tl.where(absent, 0.0, w)
         present += tl.where(absent, 0, 1)
 
     loss = (1 - e) * gap
     smooth_mass = sum_of_weights
-    all_below = tl.zeros([], tl.float64)
     if SMOOTHED:
-        behind = weights.to(tl.float64) * (wide_maximum - most.to(tl.float64))
-        all_below = tl.sum(tl.where(weights == 0, 0.0, below.to(tl.float64) - behind))
         mean_below = all_below / columns
         if class_weight is not None:
-            smooth_mass = tl.sum(weights.to(tl.float64)) / columns
+            smooth_mass = all_weights / columns
             loss += e * (smooth_mass * log_sum - mean_below)
         else:
             loss += e * smooth_mass * (log_sum - mean_below)
     loss += tl.where(c > 0, c * lse * lse, 0.0)
-    unknown = float("nan")
     tl.store(prediction + row, best.to(tl.int64))
     tl.store(stats + row, tl.where(present > 0, loss, 0.0).to(A))
-    tl.store(stats + stats_stride + row, tl.where(present > 0, lse, unknown).to(A))
-    all_spread = tl.zeros([], tl.float64)
+    tl.store(stats + stats_stride + row, tl.where(present > 0, lse, float("nan")).to(A))
     if ENTROPY:
-        spread = tl.where(fraction > 0, fraction * (spread + (maximum - most) * total), 0.0)
-        all_spread = tl.sum(spread.to(tl.float64))
         entropy = log_sum + all_spread / mass
-        tl.store(stats + 2 * stats_stride + row, tl.where(present > 0, entropy, unknown).to(A))
-    if parts is not None:
-        # a lane that met nothing but -inf keeps the finite LOWEST
+        tl.store(stats + 2 * stats_stride + row, tl.where(present > 0, entropy, float("nan")).to(A))
+    if parts is not None:  # a row of nothing but -inf keeps the finite LOWEST
         tl.store(parts + row, tl.where(maximum > LOWEST, maximum, float("-inf")))
         tl.store(parts + parts_stride + row, mass.to(A))
         tl.store(parts + 2 * parts_stride + row, all_below.to(A))
@@ -161,33 +225,26 @@ def _rows(
             uniform = (scale * e / columns * sum_of_weights).to(A)
         at_target = (scale * (1 - e)).to(A)
         tl.debug_barrier()  # the logits of the targets are read: from here on they are overwritten
-        for first in range(0, columns, BLOCK):
-            column = first + lane
-            inside = column < columns
+        if WHOLE:
             g = tl.zeros([BLOCK], A)
             if live:  # else zeros, not 0 * gradient: a NaN under a zero weight stays out
-                z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
-                g = factor * tl.exp(z - maximum)
-                if SMOOTHED:
-                    if class_weight is not None:
-                        g -= uniform * tl.load(class_weight + column, mask=inside, other=0.0)
-                    else:
-                        g -= uniform
-                for k in range(targets):
-                    at = row * targets + k
-                    label = tl.load(labels + at)
-                    here = (label >= first) & (label < first + BLOCK) & (label != ignore_index)
-                    if here:
-                        w = at_target
-                        if target_weight is not None:
-                            w = at_target * tl.load(target_weight + at)
-                        g -= tl.where(column == label, w, 0.0)
-                if CAPPED:
-                    ratio = z / softcap
-                    g *= logit_scale * (1 - ratio * ratio)
-                else:
-                    g *= logit_scale
-            tl.store(logits + column, g, mask=inside)
+                g = _gradient(
+                    z, maximum, factor, uniform, at_target, softcap, logit_scale, labels, target_weight, class_weight,
+                    lane, inside, 0, row, targets, ignore_index, SMOOTHED, CAPPED, BLOCK,
+                )  # fmt: skip
+            tl.store(logits + lane, g, mask=inside)
+        else:
+            for first in range(0, columns, BLOCK):
+                column = first + lane
+                inside = column < columns
+                g = tl.zeros([BLOCK], A)
+                if live:
+                    z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
+                    g = _gradient(
+                        z, maximum, factor, uniform, at_target, softcap, logit_scale, labels, target_weight,
+                        class_weight, column, inside, first, row, targets, ignore_index, SMOOTHED, CAPPED, BLOCK,
+                    )  # fmt: skip
+                tl.store(logits + column, g, mask=inside)
 
 
 def cross_entropy_rows_(
@@ -209,10 +266,9 @@ def cross_entropy_rows_(
     gradient: bool,
     parts: Tensor | None = None,
 ) -> None:
-    """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over the logits.
+    """Loss, log-sum-exp (entropy, where stats has three rows) of each row; with `gradient` over logits [N, V].
 
-    logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N];
-    parts [4, N]."""
+    labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N]; parts [4, N]."""
     rows, columns = size_of(_OP, "logits", logits)
     dtype, work = working(logits)
     if labels.dim() != 2:
@@ -231,11 +287,14 @@ def cross_entropy_rows_(
     if parts is not None:
         check_rows(_OP, "parts", parts, logits, (4, rows), (dtype,))
     smoothed = label_smoothing > 0
+    whole = triton.next_power_of_2(columns) * dtype.itemsize <= _WHOLE_BYTES
+    size, warps = (_WHOLE_BYTES, 16) if whole else (_BYTES, 8)
     launch(
         _rows, (rows,), logits,
         logits, labels, target_weight, bias, class_weight if smoothed else None, row_scale, stats, target_logit,
         prediction, parts, columns, targets, logits.stride(0), stats.stride(0),
         0 if parts is None else parts.stride(0), ignore_index, label_smoothing, z_loss, softcap, logit_scale,
         NEGATIVE_IS_ABSENT=negative_is_absent, SMOOTHED=smoothed, CAPPED=softcap > 0, ENTROPY=fields == 3,
-        GRADIENT=gradient, A=work, **blocks(columns, _BYTES // dtype.itemsize, a_thread=64 // dtype.itemsize),
+        GRADIENT=gradient, WHOLE=whole, A=work,
+        **blocks(columns, size // dtype.itemsize, 64 // dtype.itemsize, warps),
     )  # fmt: skip

@@ -56,10 +56,10 @@ def check_values(
         raise ValueError(f"{op}: {argument} has {came}, expected {size} dense values")
 
 
-def blocks(columns: int, most: int, a_thread: int = 16) -> dict[str, int]:
+def blocks(columns: int, most: int, a_thread: int = 16, warps: int = 8) -> dict[str, int]:
     """BLOCK columns a step (one warp's worth at least: no two threads hold one element) and the warps that share it."""
     block = min(max(triton.next_power_of_2(columns), 32), most)
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // (32 * a_thread)))}
+    return {"BLOCK": block, "num_warps": max(1, min(warps, block // (32 * a_thread)))}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], device: Tensor, *arguments: Any, **meta: Any) -> None:
