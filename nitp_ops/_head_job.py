@@ -21,7 +21,8 @@ class TokenStats(NamedTuple):
     """Detached per-row values shaped like the labels of one target a row; float32 (float64 for float64).
 
     loss: the row's loss before token_weight, 0 where absent. log_sum_exp, target_logit: of the transformed logits, NaN
-    where absent (target_logit ``[..., K]`` with K targets). prediction: int64, arg-max, -1 where absent."""
+    where absent (target_logit ``[..., K]`` with K targets). prediction: int64, arg-max, -1 where absent; of equal
+    logits the first, of logits that only the rounding of a softcap makes equal any of them."""
 
     loss: Tensor
     log_sum_exp: Tensor

@@ -71,6 +71,19 @@ def test_a_capped_row_of_infinities_or_with_a_nan(where, dtype):
 
 
 @pytest.mark.parametrize("where", DEVICES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_the_prediction_of_a_capped_row_is_its_largest_logit(where, dtype):
+    """Also beyond nine caps, where float64 alone tells the capped logits apart; of equal ones the first."""
+    device(where)
+    logits = torch.randn(3, 5000).to(dtype)
+    logits[0, [40, 2048, 4990]] = torch.tensor([48.0, 50.0, 49.0]).to(dtype)
+    logits[1, [77, 3000, 4999]] = 64
+    logits[2], logits[2, 4321] = -60, -50
+    ours, exact = ours_and_exact(logits, torch.tensor([[40], [3000], [0]]), softcap=4.0)
+    assert ours[3].tolist() == exact[3].tolist() == [2048, 77, 4321]
+
+
+@pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, -3e5])
 def test_a_far_offset_costs_no_digit(offset, scale, where):

@@ -21,6 +21,9 @@ constexpr float kLargestCap = 1024;
 // A row is added up by values v of its logits x: exp(z - max z) = exp(unit (v - max v)). The maximum is kept as a key,
 // which is cheap to find; v grows with it.
 //
+// So the prediction of a capped row is that of exact arithmetic, its largest logit, also where the cap makes several
+// equal in float32.
+//
 //            key    value                    unit
 //   plain    x      x                        scale
 //   capped   x      tanh(scale x / cap)      cap
