@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-#: As csrc/build_cuda.py names them.
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
 @contextmanager
@@ -37,9 +35,8 @@ def importable(root: Path) -> Iterator[None]:
 
 def built(root: Path, capability: str, seconds: float) -> str | None:
     """Build the library in the tree, CUDA kernels for one architecture only; why that failed, or None."""
-    major = int(capability.partition(".")[0])
-    architecture = next((name for name in ARCHITECTURES if name == f"sm_{major}0"), None)
-    if architecture is None:
+    architecture = f"sm_{capability.partition('.')[0]}0"
+    if architecture not in runpy.run_path(str(root / "csrc/build_cuda.py"))["ARCHITECTURES"]:
         return f"there are no CUDA kernels for compute capability {capability}"
     if shutil.which("nvcc") is None:
         return "there is no nvcc to build it"
