@@ -7,7 +7,7 @@ overlaps. With C chunks of rows (`nitp_ops.explain`), s bytes per element of the
 
     linear_cross_entropy, [N, d] by [V, d]               implicit_token_loss, width d, inner m = 4 d
     FLOPs     6 N d V                                     72 N d^2
-    rows      CROSS_ENTROPY 2 s N V                       SWIGLU 8 s N m + ALIGNMENT 3 s N d
+    rows      CROSS_ENTROPY 2 s N V (CAPPED: a softcap)   SWIGLU 8 s N m + ALIGNMENT 3 s N d
     dW        (6 + SUM (2 + 8 (C - 1))) V d if C > 1      the same of 12 d^2
     launches  20 + 20 C                                   30 + 10 C
 
@@ -31,18 +31,19 @@ import nitp_ops
 
 from .cases import OPS, Sizes
 
+ITEM = torch.bfloat16.itemsize
 #: Time of a row kernel over a copy of the bytes that it must move, in bfloat16.
-CROSS_ENTROPY, CAPPED, SWIGLU, ALIGNMENT = 1.07, 1.17, 1.02, 1.05
+CROSS_ENTROPY, SWIGLU, ALIGNMENT = 1.07, 1.02, 1.05
 #: Of the bytes by which a GEMM adds to a sum in memory, the part that takes time.
 SUM = 0.4
 ROW_KERNELS = {
     "cross_entropy_rows_": CROSS_ENTROPY,
+    "cross_entropy_gradient_rows_": SWIGLU,  # one pass, as many bytes in flight
     "swiglu_rows": SWIGLU,
     "swiglu_rows_backward_": SWIGLU,
     "alignment_rows_": ALIGNMENT,
     "accumulate_rows_": 1.0,
 }
-ITEM = torch.bfloat16.itemsize
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Rates:
 
 #: Taken for an H200 until one is measured.
 H200 = Rates(790e12, 4.3e12)
+#: Special functions (exp2, tanh, 1/x) a second: 16 a clock on each of its 132 multiprocessors, at 1.98 GHz.
+SPECIAL_FUNCTIONS = 132 * 16 * 1.98e9
+#: As CROSS_ENTROPY, under a softcap: not the copy bounds a logit but its special functions, three in the pass that
+#: adds up and two in the one that writes.
+CAPPED = 5 / SPECIAL_FUNCTIONS / (2 * ITEM / H200.bytes)
 
 
 def measured_rates(document: Mapping[str, Any]) -> Rates | None:

@@ -60,6 +60,15 @@ def _cross_entropy(n: int, columns: int, dtype: torch.dtype) -> Call:
     return Call(arguments, 2 * logits.nbytes, partial(logits.copy_, kept))
 
 
+def _cross_entropy_gradient(n: int, columns: int, dtype: torch.dtype) -> Call:
+    kept = _normal(n, columns, dtype)
+    logits, labels, scale = kept.clone(), torch.randint(columns, (n, 1)), torch.rand(n, 1)
+    picked, top = kept.gather(1, labels).float(), kept.float().amax(1)
+    factors = torch.stack([top, 1 / (kept.float() - top[:, None]).exp().sum(1), torch.zeros(n)])
+    arguments = logits, labels, scale, picked, None, None, factors, 0.0, 1.0
+    return Call(arguments, 2 * logits.nbytes, partial(logits.copy_, kept))
+
+
 def _accumulate(n: int, columns: int, dtype: torch.dtype) -> Call:
     total, addend = torch.zeros(n, columns), _normal(n, columns, dtype)
     return Call((total, addend), 2 * total.nbytes + addend.nbytes)
@@ -74,6 +83,7 @@ KERNELS: dict[str, tuple[Callable[[int, int, torch.dtype], Call], tuple[Sizes, .
         _cross_entropy,
         ({"N": 2048, "D": 32000}, {"N": 4096, "D": 128256}, {"N": 4096, "D": 151936}),
     ),
+    "cross_entropy_gradient_rows_": (_cross_entropy_gradient, ({"N": 2048, "D": 32000}, {"N": 4096, "D": 75968})),
     "accumulate_rows_": (_accumulate, ({"N": 32000, "D": 1024}, {"N": 128256, "D": 4096})),
 }
 #: Who has row kernels.
