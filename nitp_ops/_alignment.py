@@ -5,13 +5,15 @@ The gradients stand in csrc/alignment.h; the equations in reference.alignment.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check, reference, rows
 from ._chunks import Rows, chunks, whole_or_chunk
+from ._dispatch import needs_dispatcher, plain_function
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._reference_rows import of_live_rows
 
@@ -91,11 +93,11 @@ def alignment(
 
         return of_live_rows(formula, prediction, target)
     _check.plain_autograd(_OP, prediction, target)
-    return _forward(prediction, target, DISTANCES[distance], eps, chosen)
+    run: Callable[..., Tensor] = _forward if needs_dispatcher((prediction, target)) else _plain
+    return run(prediction, target, DISTANCES[distance], eps, chosen)
 
 
-@torch.library.custom_op("nitp_ops::alignment", mutates_args=())
-def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: str) -> Tensor:
+def forward(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: str) -> Tensor:
     p, z = Rows(prediction), Rows(target)
     dtype = reference.working(prediction, target)
     stats = torch.empty(4, p.count, dtype=dtype, device=prediction.device)
@@ -106,13 +108,15 @@ def _forward(prediction: Tensor, target: Tensor, distance: int, eps: float, back
     return stats[0].view(p.shape).clone()
 
 
+_forward = torch.library.custom_op("nitp_ops::alignment", mutates_args=())(forward)
+
+
 @_forward.register_fake
 def _(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: str) -> Tensor:
     return prediction.new_empty(prediction.shape[:-1], dtype=reference.working(prediction, target))
 
 
-@torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=())
-def _backward(
+def backward(
     prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
 ) -> list[Tensor]:
     """[d_prediction] or, with wants_target, [d_prediction, d_target]."""
@@ -130,6 +134,9 @@ def _backward(
     return [d_prediction] if d_target is None else [d_prediction, d_target]
 
 
+_backward = torch.library.custom_op("nitp_ops::alignment_backward", mutates_args=())(backward)
+
+
 @_backward.register_fake
 def _(
     prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
@@ -144,12 +151,14 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, upstream: Tensor):
-    prediction, target = ctx.saved_tensors
+    tensors = *ctx.saved_tensors, upstream
+    run: Callable[..., Any] = _backward if torch.is_grad_enabled() or needs_dispatcher(tensors) else backward
     wants_prediction, wants_target = ctx.needs_input_grad[:2]
-    gradients = _backward(prediction, target, upstream, ctx.distance, ctx.eps, wants_target, ctx.backend)
+    gradients = run(*tensors, ctx.distance, ctx.eps, wants_target, ctx.backend)
     return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None, None
 
 
+_plain = plain_function("AlignmentFunction", forward, _save, _differentiate)
 _forward.register_vmap(refuse_vmap(_OP))
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(refuse_double_backward(_OP))

@@ -6,7 +6,7 @@ themselves, with the upstream gradient among the row weights: one gradient of th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from . import _check, reference, rows
 from ._chunks import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks
 from ._devices import sum_dtype
+from ._dispatch import needs_dispatcher, plain_function
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._head_job import (
     HeadJob,
@@ -107,7 +108,8 @@ def cross_entropy(
         None if bias is None else bias.to(work).contiguous(), flat.labels, flat.target_weight, flat.class_weight,
         flat.many, flat.label_smoothing, flat.z_loss, ignore_index, cap, scale, chosen,
     )  # fmt: skip
-    loss, stats, prediction, target_logit = _forward(
+    run: Callable[..., Any] = _forward if needs_dispatcher((logits, *kernel[:4])) else _plain
+    loss, stats, prediction, target_logit = run(
         logits, *kernel, weight, reduction == "none", return_stats == "entropy", inplace_gradient
     )
     loss = loss.view(logits.shape[:-1]) if reduction == "none" else loss
@@ -175,17 +177,21 @@ def _parts(source: Rows) -> Iterator[slice]:
         yield part
 
 
-def _overwrite(kernel: _Kernel, source: Rows, scale: Tensor, into: Tensor | None, d_bias: Tensor | None) -> None:
-    """scale times the gradient of each row over `into` [N, V] (None: over the logits); its sum over rows to d_bias."""
+def _gradients(kernel: _Kernel, logits: Tensor, scale: Tensor, want_bias: bool, in_place: bool) -> list[Tensor]:
+    """[d_logits] or, with want_bias, [d_logits, d_bias], each row times its scale; in_place: over the logits."""
+    logits, columns = logits.detach(), logits.shape[-1]
+    source = Rows(logits)
+    d_logits = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    d_bias = scale.new_zeros(columns) if want_bias else None
     for part in _parts(source):
-        chunk = source.take(part) if into is None else into[part].copy_(source.take(part))
+        chunk = source.take(part) if in_place else d_logits.view(-1, columns)[part].copy_(source.take(part))
         kernel(chunk, part, scale[part].contiguous(), kernel.values(scale.dtype, 2, len(chunk)))
         if d_bias is not None:
             d_bias += chunk.sum(0, dtype=d_bias.dtype)
+    return [d_logits] if d_bias is None else [d_logits, d_bias]
 
 
-@torch.library.custom_op("nitp_ops::cross_entropy", mutates_args=())
-def _forward(
+def forward(
     logits: Tensor,
     bias: Tensor | None,
     labels: Tensor,
@@ -204,10 +210,8 @@ def _forward(
     in_place: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats, prediction, target logits); in_place steers the backward pass."""
-    kernel = _Kernel(
-        bias, labels, target_weight, class_weight, many, label_smoothing, z_loss, ignore_index, softcap, logit_scale,
-        backend,
-    )  # fmt: skip
+    options = label_smoothing, z_loss, ignore_index, softcap, logit_scale, backend
+    kernel = _Kernel(bias, labels, target_weight, class_weight, many, *options)
     source, device = Rows(logits), logits.device
     if _check.host_reads(device):
         _check.labels_inside(_OP, "labels", labels, ignore_index, source.width, many)
@@ -220,6 +224,9 @@ def _forward(
     weight = torch.where(keep, row_weight, 0)
     loss = torch.where(weight == 0, 0, weight * stats[0])
     return loss if per_row else loss.sum(dtype=sum_dtype(device)).to(loss.dtype), stats, prediction, target_logit
+
+
+_forward = torch.library.custom_op("nitp_ops::cross_entropy", mutates_args=())(forward)
 
 
 @_forward.register_fake
@@ -248,15 +255,9 @@ def _backward(
     scale: Tensor,
     want_bias: bool,
 ) -> list[Tensor]:
-    """[d_logits] or, with want_bias, [d_logits, d_bias]."""
-    kernel = _Kernel(
-        bias, labels, target_weight, class_weight, many, label_smoothing, z_loss, ignore_index, softcap, logit_scale,
-        backend,
-    )  # fmt: skip
-    d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    d_bias = scale.new_zeros(logits.shape[-1]) if want_bias else None
-    _overwrite(kernel, Rows(logits), scale, d_logits.view(-1, logits.shape[-1]), d_bias)
-    return [d_logits] if d_bias is None else [d_logits, d_bias]
+    options = label_smoothing, z_loss, ignore_index, softcap, logit_scale, backend
+    kernel = _Kernel(bias, labels, target_weight, class_weight, many, *options)
+    return _gradients(kernel, logits, scale, want_bias, in_place=False)
 
 
 @_backward.register_fake
@@ -277,22 +278,23 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
     d_logits = d_bias = None
     want_logits, want_bias = ctx.needs_input_grad[:2]
     if upstream is not None:
-        logits, *tensors, row_weight = ctx.saved_tensors
+        saved = logits, *tensors, row_weight = ctx.saved_tensors  # read once: checkpointing allows no second time
         inactive = (row_weight == 0) | (upstream == 0)
         scale = torch.where(inactive, 0, row_weight * upstream)
         # eager only: tracing runs this once for many backward passes, and a graph must not write to what it is given
         eager = type(upstream) is Tensor and upstream.device.type != "meta" and not torch.is_grad_enabled()
-        if ctx.in_place and want_logits and eager:
-            d_logits = logits.detach()
-            d_bias = scale.new_zeros(logits.shape[-1]) if want_bias else None
-            _overwrite(_Kernel(*tensors, *ctx.options), Rows(d_logits), scale, None, d_bias)
-            torch.autograd.graph.increment_version(logits)
-        else:
+        in_place = ctx.in_place and want_logits and eager
+        if not in_place and (torch.is_grad_enabled() or needs_dispatcher((upstream, *saved))):
             d_logits, *of_bias = _backward(logits, *tensors, *ctx.options, scale, want_bias)
-            d_bias = of_bias[0] if want_bias else None
+        else:
+            d_logits, *of_bias = _gradients(_Kernel(*tensors, *ctx.options), logits, scale, want_bias, in_place)
+        if in_place:
+            torch.autograd.graph.increment_version(logits)
+        d_bias = of_bias[0] if want_bias else None
     return d_logits if want_logits else None, d_bias, *[None] * 14
 
 
+_plain = plain_function("CrossEntropyFunction", forward, _save, _differentiate)
 _forward.register_vmap(refuse_vmap(_OP))
 _forward.register_autograd(_differentiate, setup_context=_save)
 _backward.register_autograd(refuse_double_backward(_OP))

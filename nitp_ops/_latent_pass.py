@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import reference, rows
 from ._devices import sum_dtype
+from ._dispatch import needs_dispatcher
 from ._gemm import gemm_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 from ._latent_chunks import Options, Pairs, Projector, Wanted, form
@@ -36,12 +38,15 @@ def latent_pass(
         dtype = hidden.dtype  # there is no product that autocast could cast
     tensors = pairs.target.detach(), pairs.keep, pairs.scale, pairs.hidden_buffer
     options = pairs.shift, pairs.max_rows, pairs.gaps, distance, eps, chunk_bytes, dtype, backend
-    loss, stats, _ = _latent_pass(hidden, *projector, *tensors, *options, wanted, per_row)
+    inputs = hidden, *projector, *tensors, *options, wanted, per_row
+    if needs_dispatcher((hidden, *projector, *tensors)):
+        loss, stats, _ = _latent_pass(*inputs)
+    else:
+        loss, stats = ImplicitTokenLossFunction.apply(inputs, hidden, *projector)
     return loss, stats.detach()
 
 
-@torch.library.custom_op("nitp_ops::latent_pass", mutates_args=())
-def _latent_pass(
+def forward_and_gradients(
     hidden: Tensor,
     gate: Tensor | None,
     up: Tensor | None,
@@ -69,6 +74,9 @@ def _latent_pass(
     return losses if per_row else losses.sum(dtype=sum_dtype(losses.device)).to(losses.dtype), stats, gradients
 
 
+_latent_pass = torch.library.custom_op("nitp_ops::latent_pass", mutates_args=())(forward_and_gradients)
+
+
 @_latent_pass.register_fake
 def _(hidden, gate, up, down, target, keep, scale, hidden_buffer, shift, max_rows, gaps, distance, eps, chunk_bytes,
       dtype, backend, wanted, per_row):  # fmt: skip
@@ -83,10 +91,9 @@ def _(hidden, gate, up, down, target, keep, scale, hidden_buffer, shift, max_row
     return loss, hidden.new_empty((4, rows), dtype=work), gradients
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs: Sequence[Any], gradients: list[Tensor]) -> None:
     tensors, ctx.buffer, ctx.options, (ctx.wanted, ctx.per_row) = inputs[:7], inputs[7], inputs[8:-2], inputs[-2:]
-    ctx.formed = FormedGradients(output[2])
-    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
+    ctx.formed = FormedGradients(gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)  # not the buffer: each backward pass writes to it, which a saved tensor forbids
 
@@ -98,15 +105,18 @@ def _recompute(ctx, saved: Sequence[Tensor], wanted: Sequence[bool], upstream: T
     if upstream is not None:
         # rows under a zero upstream are left out, so that a NaN in them stays out too
         keep, scale, gaps = keep & (upstream != 0), upstream.contiguous(), True
-    return _latent_pass(*tensors, keep, scale, ctx.buffer, shift, max_rows, gaps, *options, wanted, False)[-1]
+    run: Callable[..., Any] = _latent_pass if needs_dispatcher(saved) else forward_and_gradients
+    with torch.no_grad():
+        return run(*tensors, keep, scale, ctx.buffer, shift, max_rows, gaps, *options, wanted, False)[-1]
 
 
-def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
+def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of hidden, gate, up and down; `needed` of them."""
     wanted, delivered, up = [False] * 4, [], None
     if upstream is not None:
         saved = ctx.saved_tensors  # read once: checkpointing allows no second time
         if ctx.per_row:
-            wanted = list(ctx.needs_input_grad[:4])
+            wanted = needed
             gradients = _recompute(ctx, saved, wanted, upstream)
         else:
             wanted = ctx.wanted
@@ -122,8 +132,32 @@ def _differentiate(ctx, upstream: Tensor | None, _stats, _gradients):
     both = next(ready) if wanted[1] or wanted[2] else None
     d_gate, d_up = (both, None) if both is None or up is None else both.chunk(2)
     d_down = next(ready) if wanted[3] else None
-    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down, *(None,) * 14
+    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down
+
+
+class ImplicitTokenLossFunction(torch.autograd.Function):
+    """The pass where nothing but autograd watches."""
+
+    @staticmethod
+    def forward(ctx, inputs: Sequence[Any], *_leaves: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss, stats, gradients = forward_and_gradients(*inputs)
+        _save(ctx, inputs, gradients)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor | None, _stats) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, ctx.needs_input_grad[1:], upstream)
+
+
+def _save_traced(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output[-1])
+    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
+
+
+def _differentiate_traced(ctx, upstream: Tensor | None, *_):
+    return *_gradients(ctx, ctx.needs_input_grad[:4], upstream), *(None,) * 14
 
 
 _latent_pass.register_vmap(refuse_vmap("implicit_token_loss"))
-_latent_pass.register_autograd(_differentiate, setup_context=_save)
+_latent_pass.register_autograd(_differentiate_traced, setup_context=_save_traced)

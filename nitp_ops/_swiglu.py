@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import _check, reference, rows
 from ._chunks import Rows, chunks, whole_or_chunk
+from ._dispatch import needs_dispatcher, plain_function
 from ._gradients import refuse_double_backward, refuse_vmap
 
 _OP = "swiglu"
@@ -47,11 +51,11 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     if chosen == "reference":
         return reference.swiglu(gate, up)
     _check.plain_autograd(_OP, gate, up)
-    return _forward(gate, up, chosen)
+    run: Callable[..., Tensor] = _forward if needs_dispatcher((gate, up)) else _plain
+    return run(gate, up, chosen)
 
 
-@torch.library.custom_op("nitp_ops::swiglu", mutates_args=())
-def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
+def forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = Rows(gate), Rows(up)
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u)):
@@ -59,13 +63,15 @@ def _forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return out
 
 
+_forward = torch.library.custom_op("nitp_ops::swiglu", mutates_args=())(forward)
+
+
 @_forward.register_fake
 def _(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=())
-def _backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+def backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     g, u, dy = Rows(gate), Rows(up), Rows(upstream)
     shape = (g.count, gate.shape[-1])
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
@@ -73,6 +79,9 @@ def _backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple
         into = d_gate.view(shape)[part], d_up.view(shape)[part]
         rows.kernels(backend).swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
     return d_gate, d_up
+
+
+_backward = torch.library.custom_op("nitp_ops::swiglu_backward", mutates_args=())(backward)
 
 
 @_backward.register_fake
@@ -86,7 +95,12 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, upstream: Tensor):
-    return *_backward(*ctx.saved_tensors, upstream, ctx.backend), None
+    tensors = *ctx.saved_tensors, upstream
+    run: Callable[..., Any] = _backward if torch.is_grad_enabled() or needs_dispatcher(tensors) else backward
+    return *run(*tensors, ctx.backend), None
+
+
+_plain = plain_function("SwigluFunction", forward, _save, _differentiate)
 
 
 _forward.register_vmap(refuse_vmap(_OP))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
+from ._dispatch import needs_dispatcher
 from ._gemm import gemm_dtype, operand_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
 from ._token_chunks import form
@@ -50,9 +51,10 @@ def token_pass(
         operands = operand_dtype(weight.device.type, weight.dtype, [job.hidden.dtype for job in jobs], logits)
     wanted = [job.wanted for job in jobs]
     wanted += [x is not None and x.requires_grad for x in (head.unembedding, head.bias)]
-    loss, stats, prediction, target_logit, _ = _token_pass(
+    hidden = [job.hidden for job in jobs]
+    inputs = (
         head.op,
-        [job.hidden for job in jobs],
+        hidden,
         head.unembedding,
         head.bias,
         [job.labels for job in jobs],
@@ -76,6 +78,11 @@ def token_pass(
         [torch.is_grad_enabled() and not per_row and each for each in wanted],
         per_row,
     )
+    if needs_dispatcher((*hidden, head.unembedding, *inputs[4])):
+        loss, stats, prediction, target_logit, _ = _token_pass(*inputs)
+    else:
+        outputs = LinearCrossEntropyFunction.apply(inputs, *hidden, head.unembedding, head.bias)
+        loss, stats, prediction, target_logit = outputs
     return loss, RowValues(stats.detach(), prediction, target_logit.detach())
 
 
@@ -86,8 +93,7 @@ def _packed(shard: VocabShard | None) -> tuple[str | None, list[int] | None, boo
     return shard.group, list(shard.sizes), shard.reduce, shard.overlap
 
 
-@torch.library.custom_op("nitp_ops::token_pass", mutates_args=())
-def _token_pass(
+def forward_and_gradients(
     op: str,
     hidden: list[Tensor],
     unembedding: Tensor,
@@ -134,6 +140,9 @@ def _token_pass(
     return loss, values.stats, values.prediction, values.target_logit, gradients
 
 
+_token_pass = torch.library.custom_op("nitp_ops::token_pass", mutates_args=())(forward_and_gradients)
+
+
 @_token_pass.register_fake
 def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, many, label_smoothing,
       z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, logits_dtype, group, shard_sizes,
@@ -147,15 +156,11 @@ def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_we
     return loss, stats, labels[0].new_empty(rows), unembedding.new_empty(targets, dtype=work), gradients
 
 
-def _save(ctx, inputs, output) -> None:
+def _save(ctx, inputs: Sequence[Any], gradients: list[Tensor]) -> None:
     ctx.op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, *options = inputs
     *ctx.options, ctx.wanted, ctx.per_row = options
     ctx.backend = ctx.options[-2]
-    # autograd expects a list of None for a list of tensors, and one None for anything else
-    tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs[4:]]
-    ctx.without = [[None] * len(x) if flag else None for x, flag in zip(inputs[4:], tensors, strict=True)]
-    ctx.jobs, ctx.formed = len(hidden), FormedGradients(output[-1])
-    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
+    ctx.jobs, ctx.formed = len(hidden), FormedGradients(gradients)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*hidden, unembedding, bias, *labels, *target_weight, *row_weight, *class_weight)
     ctx.buffers = buffers  # not saved: each backward pass writes to them, which a saved tensor forbids
@@ -171,16 +176,18 @@ def _recompute(
     )
     row_weight = row_weight if upstream is None else [each * upstream for each in row_weight]
     tensors = hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, ctx.buffers
-    return _token_pass(ctx.op, *tensors, *ctx.options, wanted, False)[-1]
+    run: Callable[..., Any] = _token_pass if needs_dispatcher(saved_tensors) else forward_and_gradients
+    with torch.no_grad():
+        return run(ctx.op, *tensors, *ctx.options, wanted, False)[-1]
 
 
-def _differentiate(ctx, upstream: Tensor | None, *_):
+def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Tensor | None]:
+    """Of hidden..., unembedding and bias; `needed` of them."""
     wanted, delivered = [False] * (ctx.jobs + 2), []
     if upstream is not None:
         saved = ctx.saved_tensors  # read once: checkpointing allows no second time
         if ctx.per_row:
-            _, of_hidden, *of_head = ctx.needs_input_grad[:4]
-            wanted = [*of_hidden, *of_head]
+            wanted = needed
             gradients = _recompute(ctx, saved, wanted, upstream)
         else:
             wanted = ctx.wanted
@@ -193,9 +200,37 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
         rest = None if ctx.per_row else upstream
         delivered = deliver(anchors, ctx.op, ctx.backend, gradients, rest, inputs, buffers)
     ready = iter(delivered)
-    *d_hidden, d_weight, d_bias = (next(ready) if flag else None for flag in wanted)
+    return [next(ready) if flag else None for flag in wanted]
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """The pass where nothing but autograd watches."""
+
+    @staticmethod
+    def forward(ctx, inputs: Sequence[Any], *_leaves: Tensor | None) -> tuple[Tensor, ...]:
+        *outputs, gradients = forward_and_gradients(*inputs)
+        _save(ctx, inputs, gradients)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, ctx.needs_input_grad[1:], upstream)
+
+
+def _save_traced(ctx, inputs, output) -> None:
+    _save(ctx, inputs, output[-1])
+    ctx.mark_non_differentiable(*output[1:-1], *output[-1])
+    # autograd expects a list of None for a list of tensors, and one None for anything else
+    tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs[4:]]
+    ctx.without = [[None] * len(x) if flag else None for x, flag in zip(inputs[4:], tensors, strict=True)]
+
+
+def _differentiate_traced(ctx, upstream: Tensor | None, *_):
+    _, of_hidden, *of_head = ctx.needs_input_grad[:4]
+    *d_hidden, d_weight, d_bias = _gradients(ctx, [*of_hidden, *of_head], upstream)
     return None, d_hidden, d_weight, d_bias, *ctx.without
 
 
 _token_pass.register_vmap(refuse_vmap())
-_token_pass.register_autograd(_differentiate, setup_context=_save)
+_token_pass.register_autograd(_differentiate_traced, setup_context=_save_traced)
