@@ -7,7 +7,7 @@ arguments that only steer the execution (chunk_bytes, backend) are absent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,14 +78,24 @@ def alignment(prediction: Tensor, target: Tensor, *, distance: str = "cosine", e
     raise ValueError(f"alignment: distance is {distance!r}, expected 'cosine', 'mse', 'smooth_l1' or 'kl'")
 
 
-def projection(hidden: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | None) -> Tensor:
-    """W_down (silu(W_gate h) * W_up h); without gate and up: W_down h; without any: h."""
+def projection(
+    hidden: Tensor,
+    gate: Tensor | None,
+    up: Tensor | None,
+    down: Tensor | None,
+    swiglu: Callable[[Tensor, Tensor], Tensor] = swiglu,
+) -> Tensor:
+    """W_down (silu(W_gate h) * W_up h); without gate and up: W_down h; without any: h.
+
+    gate alone is both, ``[2 m, d]``: one GEMM. swiglu: as the function above."""
     if down is None:
         return hidden
     hidden = hidden.to(down.dtype)
-    if gate is None or up is None:
+    if gate is None:
         return F.linear(hidden, down)
-    return F.linear(swiglu(F.linear(hidden, gate), F.linear(hidden, up)), down)
+    first = F.linear(hidden, gate)
+    both = first.chunk(2, -1) if up is None else (first, F.linear(hidden, up))
+    return F.linear(swiglu(*both), down)
 
 
 def pairs(hidden: Tensor, valid: Tensor | None, shift: int) -> Tensor:
@@ -161,7 +171,8 @@ def transformed_logits(
     No W: h are the logits."""
     logits = hidden if unembedding is None else F.linear(hidden.to(unembedding.dtype), unembedding)
     logits = logits.to(working(logits))
-    z = logit_scale * (logits if bias is None else logits + bias.to(logits.dtype))
+    z = logits if bias is None else logits + bias.to(logits.dtype)
+    z = z if logit_scale == 1 else logit_scale * z
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 

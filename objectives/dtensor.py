@@ -1,20 +1,11 @@
-"""Parameters that an engine has cut: recognising a DTensor, and giving it its part of whole values."""
+"""Parameters that an engine has cut: giving a DTensor its part of whole values."""
 
 from __future__ import annotations
-
-import sys
 
 import torch
 from torch import Tensor
 
-
-def is_dtensor(tensor: Tensor) -> bool:
-    """Whether it is a DTensor.
-
-    Where torch.distributed.tensor was never imported there is none; importing it took 2.3 s (2 busy cores).
-    """
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
+from nitp_ops._check import is_dtensor
 
 
 @torch.no_grad()

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from .dtensor import is_dtensor
+from nitp_ops import reference
+from nitp_ops._check import is_dtensor
+
 from .model_info import ModelInfo
 from .module_call import inside_call
-from .row_losses import logits_of
 
 _T = TypeVar("_T")
 
@@ -68,8 +69,12 @@ def through_head(
 
 
 def logits(head: nn.Module | Tensor, hidden: Tensor, info: ModelInfo) -> Tensor:
-    """The model's logits ``[..., V]`` of hidden states ``[..., d]``, see `logits_of`."""
-    return through_head(head, [hidden], lambda hidden, weight, bias: logits_of(hidden[0], weight, bias, info))
+    """The model's logits ``[..., V]`` of hidden states ``[..., d]``, in float32 (float64 for float64)."""
+
+    def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+        return reference.transformed_logits(hidden[0], weight, bias, info.softcap, info.logit_scale)
+
+    return through_head(head, [hidden], use)
 
 
 def embedded(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitp_ops import alignment
+from nitp_ops import alignment, reference
 from nitp_ops._devices import for_sums
 
 from .base import Context, HeadReading, LatentPart, LatentTerm
@@ -19,7 +19,7 @@ from .heads import embedded
 from .model_info import ModelInfo
 from .own_parameters import OwnParameters, width_problems
 from .registry import register
-from .row_losses import logits_of, sum_of_rows
+from .row_losses import sum_of_rows
 from .schema import number_problem
 from .shift import inputs_ahead, rows_ahead, valid_pairs
 from .streams import Streams
@@ -143,7 +143,8 @@ def _kl(keep: Tensor, info: ModelInfo, hidden: Sequence[Tensor], weight: Tensor,
 
     def formula(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         log_p = z.log_softmax(-1)
-        log_q = logits_of(target[rows], frozen, bias, info).log_softmax(-1)
+        z = reference.transformed_logits(target[rows], frozen, bias, info.softcap, info.logit_scale)
+        log_q = z.log_softmax(-1)
         q = log_q.exp()
         # 0 log 0 = 0, also for a token that the model's bias rules out
         losses = (q * (log_q - log_p)).masked_fill(q == 0, 0).sum(-1)

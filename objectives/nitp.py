@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -160,7 +161,9 @@ class NITP(LatentTerm):
         pairs = max(0, h.shape[1] - shift)
         keep = valid[:, :pairs]
         h, z = h[:, :pairs].masked_fill(~keep.unsqueeze(-1), 0), z[:, shift:]  # z has its zeros already
-        p = _project(h, matrices, context.backend)
+        gate_up, down = matrices
+        fused = partial(swiglu, backend=context.backend)
+        p = reference.projection(h, gate_up, None, down, fused)
         rows = alignment(p, z, distance=self.distance, eps=self.eps, backend=context.backend)
         rows = rows.masked_fill(~keep, 0)
         with torch.no_grad():
@@ -183,17 +186,6 @@ class NITP(LatentTerm):
             **(added if parameters else {}),
             "training FLOPs a token": f"{flops:,} ({products}18 d)",
         }
-
-
-def _project(h: Tensor, matrices: Matrices, backend: str | None) -> Tensor:
-    gate_up, down = matrices
-    if down is None:
-        return h
-    h = h.to(down.dtype)
-    if gate_up is None:
-        return F.linear(h, down)
-    gate, up = F.linear(h, gate_up).chunk(2, -1)
-    return F.linear(swiglu(gate, up, backend=backend), down)
 
 
 def _rms_normalised(z: Tensor, eps: float) -> Tensor:

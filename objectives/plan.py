@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nitp_ops import HeadJob, TokenStats, shared_linear_cross_entropy
+from nitp_ops._check import is_dtensor
 
 from .base import HeadReading, LatentPart
-from .dtensor import is_dtensor
 from .head_parts import HeadPart, Sums, Together, rows_of
 from .heads import through_head
 from .model_info import ModelInfo

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from nitp_ops import reference
 from nitp_ops._devices import sum_dtype
 
 from .model_info import ModelInfo
@@ -47,15 +47,6 @@ def sum_of_rows(
     return _RowLosses.apply(hidden, weight, bias, keep, info, formula, wanted)  # type: ignore[return-value]
 
 
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, info: ModelInfo) -> Tensor:
-    """``softcap * tanh(logit_scale (W h + b) / softcap)``: [N, V] in float32 (float64 for float64)."""
-    z = F.linear(hidden.to(weight.dtype), weight)
-    z = z.to(torch.promote_types(z.dtype, torch.float32))
-    z = z if bias is None else z + bias.to(z.dtype)
-    z = z if info.logit_scale == 1 else z * info.logit_scale
-    return z if info.softcap is None else info.softcap * torch.tanh(z / info.softcap)
-
-
 class _RowLosses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -77,7 +68,7 @@ class _RowLosses(torch.autograd.Function):
             rows = slice(first, first + step)
             masked = ~keep[rows].unsqueeze(1)
             h = hidden[rows].masked_fill(masked, 0)
-            z = logits_of(h, weight, bias, info)
+            z = reference.transformed_logits(h, weight, bias, info.softcap, info.logit_scale)
             slope = None if info.softcap is None else 1 - (z / info.softcap).square()
             own, dz = formula(z, rows)
             losses.append(own.masked_fill(masked.squeeze(1), 0))

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nitp_ops._check import is_dtensor
 from nitp_ops.objectives import CompositeObjective
-from nitp_ops.objectives.dtensor import is_dtensor
 
 from .attached_forward import AttachedForward
 from .hugging_face import is_linear_call

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nitp_ops._check import is_dtensor
 from nitp_ops.objectives import ModelInfo
-from nitp_ops.objectives.dtensor import is_dtensor
 
 from .foreign_hooks import refuse_foreign_hooks
 from .head_transform import Transform

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nitp_ops._check import is_dtensor
 from nitp_ops._files import checksum, write_whole
 from nitp_ops.objectives import CompositeObjective
 from nitp_ops.objectives.collectives import agree, is_distributed
-from nitp_ops.objectives.dtensor import is_dtensor
 
 FILE = "nitp_objective.safetensors"
 
