@@ -20,8 +20,15 @@ void swiglu_rows(Tensor gate, Tensor up, Tensor out) {
              "nitp_ops row kernel: gate, up and out must share one dtype");
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    const nitp::SwigluRows<T> args{data<T>(gate),  data<T>(up),  data<T>(out), columns,
-                                   gate.stride(0), up.stride(0), out.stride(0)};
+    const nitp::SwigluRows<T> args{
+        .gate = data<T>(gate),
+        .up = data<T>(up),
+        .out = data<T>(out),
+        .columns = columns,
+        .gate_stride = gate.stride(0),
+        .up_stride = up.stride(0),
+        .out_stride = out.stride(0),
+    };
     Backend::run(args, rows, gate);
   });
 }
@@ -39,9 +46,19 @@ void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream, std::optiona
   }
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
-    const nitp::SwigluRowsBackward<T> args{data<T>(gate),      data<T>(up),      data<T>(upstream), data<T>(d_gate),
-                                           data<T>(d_up),      columns,          gate.stride(0),    up.stride(0),
-                                           upstream.stride(0), d_gate.stride(0), d_up.stride(0)};
+    const nitp::SwigluRowsBackward<T> args{
+        .gate = data<T>(gate),
+        .up = data<T>(up),
+        .upstream = data<T>(upstream),
+        .d_gate = data<T>(d_gate),
+        .d_up = data<T>(d_up),
+        .columns = columns,
+        .gate_stride = gate.stride(0),
+        .up_stride = up.stride(0),
+        .upstream_stride = upstream.stride(0),
+        .d_gate_stride = d_gate.stride(0),
+        .d_up_stride = d_up.stride(0),
+    };
     Backend::run(args, rows, gate);
   });
 }
@@ -59,8 +76,14 @@ void accumulate_rows_(Tensor sum, Tensor addend, std::optional<Tensor> factor) {
     using T = decltype(zero);
     using A = working_t<T>;
     if constexpr (Backend::template adds<T>) {
-      const nitp::AccumulateRows<T, A> args{data<A>(sum), data<T>(addend), data<A>(factor),
-                                            columns,      sum.stride(0),   addend.stride(0)};
+      const nitp::AccumulateRows<T, A> args{
+          .sum = data<A>(sum),
+          .addend = data<T>(addend),
+          .factor = data<A>(factor),
+          .columns = columns,
+          .sum_stride = sum.stride(0),
+          .addend_stride = addend.stride(0),
+      };
       Backend::run(args, rows, sum);
     } else {
       NITP_CHECK(false, "nitp_ops row kernel: addend must not be float16 on ", Backend::device);
@@ -84,8 +107,14 @@ void scale_rows_(Tensor rows, Tensor factor, std::optional<Tensor> into) {
     using A = working_t<T>;
     const auto run = [&](auto of_out) {
       using Out = decltype(of_out);
-      const nitp::ScaleRows<T, Out, A> args{data<T>(rows), data<A>(factor), data<Out>(out),
-                                            rows.size(1),  rows.stride(0),  out.stride(0)};
+      const nitp::ScaleRows<T, Out, A> args{
+          .rows = data<T>(rows),
+          .factor = data<A>(factor),
+          .out = data<Out>(out),
+          .columns = rows.size(1),
+          .stride = rows.stride(0),
+          .out_stride = out.stride(0),
+      };
       Backend::run(args, rows.size(0), rows);
     };
     if constexpr (std::is_same_v<T, float>) {
@@ -128,23 +157,25 @@ void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> tar
         NITP_CHECK(false, "nitp_ops row kernel: float64 meets only float64 on ", Backend::device);
       } else {
         using A = decltype(working_t<P>{} + working_t<Z>{});
-        const nitp::AlignmentRows<P, Z, A> args{data<P>(prediction),
-                                                data<Z>(target),
-                                                indices,
-                                                data<A>(row_scale),
-                                                data<A>(stats),
-                                                data<P>(d_prediction),
-                                                data<Z>(d_target),
-                                                columns,
-                                                target.size(0),
-                                                prediction.stride(0),
-                                                target.stride(0),
-                                                stats.stride(0),
-                                                d_prediction.stride(0),
-                                                d_target.has_value() ? d_target->stride(0) : 0,
-                                                static_cast<A>(eps),
-                                                static_cast<nitp::Distance>(distance),
-                                                gradient};
+        const nitp::AlignmentRows<P, Z, A> args{
+            .prediction = data<P>(prediction),
+            .target = data<Z>(target),
+            .target_rows = indices,
+            .row_scale = data<A>(row_scale),
+            .stats = data<A>(stats),
+            .d_prediction = data<P>(d_prediction),
+            .d_target = data<Z>(d_target),
+            .columns = columns,
+            .target_count = target.size(0),
+            .prediction_stride = prediction.stride(0),
+            .target_stride = target.stride(0),
+            .stats_stride = stats.stride(0),
+            .d_prediction_stride = d_prediction.stride(0),
+            .d_target_stride = d_target.has_value() ? d_target->stride(0) : 0,
+            .eps = static_cast<A>(eps),
+            .distance = static_cast<nitp::Distance>(distance),
+            .gradient = gradient,
+        };
         Backend::run(args, rows, prediction);
       }
     });
@@ -181,30 +212,32 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
       for (int64_t v = 0; class_weight.has_value() && v < columns; ++v) class_mass += data<A>(class_weight)[v];
       class_mass /= static_cast<double>(columns);
     }
-    const nitp::CrossEntropyRows<T, A> args{data<T>(logits),
-                                            data<int64_t>(labels),
-                                            data<A>(target_weight),
-                                            data<A>(bias),
-                                            data<A>(class_weight),
-                                            data<A>(row_scale),
-                                            data<A>(stats),
-                                            data<A>(target_logit),
-                                            data<int64_t>(prediction),
-                                            data<A>(parts),
-                                            columns,
-                                            targets,
-                                            logits.stride(0),
-                                            stats.stride(0),
-                                            parts.has_value() ? parts->stride(0) : 0,
-                                            ignore_index,
-                                            class_mass,
-                                            static_cast<A>(label_smoothing),
-                                            static_cast<A>(z_loss),
-                                            static_cast<A>(softcap),
-                                            static_cast<A>(logit_scale),
-                                            negative_is_absent,
-                                            fields == 3,
-                                            gradient};
+    const nitp::CrossEntropyRows<T, A> args{
+        .logits = data<T>(logits),
+        .labels = data<int64_t>(labels),
+        .target_weight = data<A>(target_weight),
+        .bias = data<A>(bias),
+        .class_weight = data<A>(class_weight),
+        .row_scale = data<A>(row_scale),
+        .stats = data<A>(stats),
+        .target_logit = data<A>(target_logit),
+        .prediction = data<int64_t>(prediction),
+        .parts = data<A>(parts),
+        .columns = columns,
+        .targets = targets,
+        .logits_stride = logits.stride(0),
+        .stats_stride = stats.stride(0),
+        .parts_stride = parts.has_value() ? parts->stride(0) : 0,
+        .ignore_index = ignore_index,
+        .class_mass = class_mass,
+        .smoothing = static_cast<A>(label_smoothing),
+        .z_loss = static_cast<A>(z_loss),
+        .softcap = static_cast<A>(softcap),
+        .logit_scale = static_cast<A>(logit_scale),
+        .negative_is_absent = negative_is_absent,
+        .entropy = fields == 3,
+        .gradient = gradient,
+    };
     Backend::run(args, rows, logits);
   });
 }
@@ -228,19 +261,21 @@ void cross_entropy_gradient_rows_(Tensor logits, Tensor labels, Tensor target_sc
   with_dtype(logits, [&](auto zero) {
     using T = decltype(zero);
     using A = working_t<T>;
-    const nitp::CrossEntropyGradientRows<T, A> args{data<T>(logits),
-                                                    data<int64_t>(labels),
-                                                    data<A>(target_scale),
-                                                    data<A>(target_logit),
-                                                    data<A>(bias),
-                                                    data<A>(class_weight),
-                                                    data<A>(factors),
-                                                    columns,
-                                                    targets,
-                                                    logits.stride(0),
-                                                    factors.stride(0),
-                                                    static_cast<A>(softcap),
-                                                    static_cast<A>(logit_scale)};
+    const nitp::CrossEntropyGradientRows<T, A> args{
+        .logits = data<T>(logits),
+        .labels = data<int64_t>(labels),
+        .target_scale = data<A>(target_scale),
+        .target_logit = data<A>(target_logit),
+        .bias = data<A>(bias),
+        .class_weight = data<A>(class_weight),
+        .factors = data<A>(factors),
+        .columns = columns,
+        .targets = targets,
+        .logits_stride = logits.stride(0),
+        .factors_stride = factors.stride(0),
+        .softcap = static_cast<A>(softcap),
+        .logit_scale = static_cast<A>(logit_scale),
+    };
     Backend::run(args, rows, logits);
   });
 }

@@ -28,11 +28,13 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
   const int64_t i = blockIdx.x, first = i * a.targets;
   T* const logits = a.logits + i * a.logits_stride;
   const SoftmaxGradient<A> slopes{a.factors[i], a.factors[a.factors_stride + i], a.factors[2 * a.factors_stride + i]};
-  CrossEntropyRows<T, A> columns{};  // what a Row reads of its arguments
-  columns.bias = a.bias;
-  columns.class_weight = a.class_weight;
-  columns.softcap = a.softcap;
-  columns.logit_scale = a.logit_scale;
+  const CrossEntropyRows<T, A> columns{
+      // what a Row reads of its arguments
+      .bias = a.bias,
+      .class_weight = a.class_weight,
+      .softcap = a.softcap,
+      .logit_scale = a.logit_scale,
+  };
   const Row<T, A, K> row(columns);
   const Exponential<A> exp(row.unit, slopes.max, A(1));
   const Writer<T, A, K> writer{row, exp, row.common() * slopes.probability * exp.correction(),
