@@ -35,6 +35,7 @@ from .sequence_shard import SequenceShard
 from .spec import Spec, parse
 from .streams import Streams
 from .top import TOP
+from .window import Window
 
 __all__ = [
     "NITP",
@@ -69,6 +70,7 @@ __all__ = [
     "SpecError",
     "Streams",
     "Trunk",
+    "Window",
     "available",
     "build",
     "parse",

@@ -22,10 +22,10 @@ from .model_info import ModelInfo
 from .module_call import Sealed, inside_call, is_fully_sharded
 from .naming import sums_of
 from .schedule import weight_at
-from .schema import is_int, of_64_bits
 from .shift import check_targets
 from .spec import Spec, SpecLike, parse
 from .streams import Streams
+from .window import Window, window_of
 
 
 class _Part(NamedTuple):
@@ -114,40 +114,34 @@ class CompositeObjective(Sealed, KeepsValues):
         self,
         streams: Streams,
         *,
+        window: Window | None = None,
         counts: Counts | None = None,
         step: int | Tensor | None = None,
-        gradient_reduction: Literal["mean", "sum"] = "mean",
+        gradient_reduction: Literal["mean", "sum"] | None = None,
     ) -> Output:
         """``loss = sum over parts of weight * SUM / max(COUNT, 1)``, SUM over this batch, COUNT over the window.
 
         Args:
             streams: of this batch, with everything in `requires`.
-            counts: of the whole window (summed over microbatches, all-reduced); None: of this batch alone. Then losses
-                of microbatches and ranks add up to that of the window: do not divide by the number of steps again.
-            step: of training; needed where a weight is scheduled. A 0-d tensor keeps torch.compile from recompiling.
-            gradient_reduction: what the engine does with gradients. "mean" (DDP and FSDP average them) multiplies the
-                loss, not the metrics, by the number of ranks that counts were reduced over; "sum" does not. Without
-                reduced counts both are the same.
+            window: counts, step and reduction of the window that the batch belongs to, see `Window`.
+            counts, step, gradient_reduction: the same one by one, for a plain loop; not with window.
 
         Raises:
             TypeError, ValueError: missing or unfit streams, counts of other parts, no step for a schedule.
         """
-        self._check(streams, step, gradient_reduction)
+        window = window_of(window, counts, step, gradient_reduction)
+        self._check(streams, window)
         parts = self._parts(streams)
         local = Counts({name: part.valid.sum() for name, part in parts.items()})
-        if counts is None:
-            counts = local
-        elif not isinstance(counts, Counts):
-            raise TypeError(f"objective: counts is a {type(counts).__name__}, expected Counts (see `count`)")
-        elif counts.keys() != local.keys():
+        counts = local if window.counts is None else window.counts
+        if counts.keys() != local.keys():
             raise ValueError(f"objective: counts has parts {sorted(counts)}, expected {sorted(local)}")
-        ranks = counts.group_size if gradient_reduction == "mean" else 1
         weights = {
-            name: weight_at(part.term.weight, step, streams.device) * part.term.part_weight(part.piece)
+            name: weight_at(part.term.weight, window.step, streams.device) * part.term.part_weight(part.piece)
             for name, part in parts.items()
         }
         coefficients = {
-            name: weights[name] * ranks / counts[part.denominator].to(streams.device).clamp(min=1)
+            name: weights[name] * window.loss_factor / counts[part.denominator].to(streams.device).clamp(min=1)
             for name, part in parts.items()
         }
         losses, sums = self._run(streams, parts, coefficients)
@@ -265,7 +259,7 @@ class CompositeObjective(Sealed, KeepsValues):
         normalizer = {piece: 1 / coefficient for piece, coefficient in coefficients.items()}
         return Context(self.info, module, self.backend, normalizer, guard)
 
-    def _check(self, streams: Streams, step: int | Tensor | None, gradient_reduction: str) -> None:
+    def _check(self, streams: Streams, window: Window) -> None:
         if not isinstance(streams, Streams):
             raise TypeError(f"objective: streams is a {type(streams).__name__}, expected Streams")
         missing = sorted(name for name in self.requires if not streams.offers(name))
@@ -279,14 +273,10 @@ class CompositeObjective(Sealed, KeepsValues):
                 raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
         if any(term.predicts_tokens for term in self.spec.terms):
             check_targets(streams, self.info.vocab_size)
-        if gradient_reduction not in ("mean", "sum"):
-            raise ValueError(f'objective: gradient_reduction is {gradient_reduction!r}, expected "mean" or "sum"')
         scheduled = [str(term.label) for term in self.spec.terms if not isinstance(term.weight, float)]
-        if step is None and scheduled:
+        if window.step is None and scheduled:
             names = ", ".join(scheduled)
             raise ValueError(f"objective: step is None, expected an integer (scheduled weights: {names})")
-        if step is not None and not isinstance(step, Tensor) and not (is_int(step) and step >= 0):
-            raise ValueError(f"objective: step is {step!r}, expected an integer{of_64_bits(step)} >= 0")
 
 
 def _always_on(term: Objective) -> bool:

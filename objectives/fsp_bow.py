@@ -19,7 +19,7 @@ from .own_parameters import OwnHead
 from .registry import register
 from .row_losses import sum_of_rows
 from .schema import MOST_AHEAD, count_problem
-from .shift import Window
+from .shift import TargetWindow
 from .streams import Streams
 
 #: Tokens of windows that are held at once.
@@ -65,7 +65,7 @@ class FSPBagOfWords(LatentTerm):
         return OwnHead(info, seed)
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
-        return {"": Window(streams, 2, self.tau).occupied().view(streams.shape)}
+        return {"": TargetWindow(streams, 2, self.tau).occupied().view(streams.shape)}
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return []
@@ -73,7 +73,7 @@ class FSPBagOfWords(LatentTerm):
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, module, info = streams.last_hidden, context.module, context.info
         assert h is not None and module is not None
-        ahead = Window(streams, 2, self.tau)
+        ahead = TargetWindow(streams, 2, self.tau)
 
         def formula(z: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             # above the threshold softplus(z) is z: at 40 also in float64
@@ -101,7 +101,7 @@ class FSPBagOfWords(LatentTerm):
             "training FLOPs a token": f"{6 * parameters:,} (6 V d)",
         }
 
-    def _bags(self, ahead: Window, begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def _bags(self, ahead: TargetWindow, begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, the tokens of their windows, which of them are there), [rows, tau - 1], for some rows at a time."""
         step = max(1, _BAG_TOKENS // self.tau)
         for first in range(begin, end, step):

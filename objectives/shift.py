@@ -92,7 +92,7 @@ def target_weights(streams: Streams, k: int) -> Tensor | None:
     return _ahead(streams.token_weight.detach(), k, streams, 1.0).masked_fill(~valid_pairs(streams, k), 1.0)
 
 
-class Window:
+class TargetWindow:
     """The targets x[t+k], first <= k <= last, of each row, each token once, at its smallest k.
 
     What [B, T, last] would hold is built for the rows and the width that are asked for, from the nearest target on.

@@ -14,7 +14,7 @@ from .model_info import ModelInfo
 from .own_parameters import OwnHead
 from .registry import register
 from .schema import MOST_AHEAD, count_problem
-from .shift import Window
+from .shift import TargetWindow
 from .streams import Streams
 
 
@@ -62,7 +62,7 @@ class TOP(HeadTerm):
         return OwnHead(info, seed)
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
-        return {"": Window(streams, 1, self.window).occupied().view(streams.shape)}
+        return {"": TargetWindow(streams, 1, self.window).occupied().view(streams.shape)}
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return []
@@ -70,7 +70,7 @@ class TOP(HeadTerm):
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         hidden, head = streams.last_hidden, context.module
         assert hidden is not None and head is not None
-        ahead = Window(streams, 1, self.window)
+        ahead = TargetWindow(streams, 1, self.window)
         labels, k = ahead.targets(slice(None), self.most_targets(hidden.dtype))
         weight, counts = self.target_weights(labels != streams.ignore_index, k, hidden.dtype), None
         if (of_token := ahead.weights(k)) is not None:

@@ -9,7 +9,7 @@ import torch
 from objectives_cases import INFO, gradients, make_batch
 from torch import Tensor, nn
 
-from nitp_ops.objectives import available, build
+from nitp_ops.objectives import Window, available, build
 
 
 def test_a_compiled_objective_equals_eager_and_is_not_compiled_again_as_its_weight_changes():
@@ -18,7 +18,8 @@ def test_a_compiled_objective_equals_eager_and_is_not_compiled_again_as_its_weig
     objective = build("ntp + schedule(to=1, warmup=4)*nitp", model=INFO)
 
     def loss(hidden: Tensor, state: Tensor, step: Tensor) -> Tensor:
-        return objective(batch.streams(last_hidden=hidden, hidden_states={1: state}), step=step).loss
+        window = Window(step=step)
+        return objective(batch.streams(last_hidden=hidden, hidden_states={1: state}), window=window).loss
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     tensors = [batch.hidden, *batch.head.parameters(), *objective.parameters()]

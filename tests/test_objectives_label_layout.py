@@ -13,7 +13,7 @@ from objectives_cases import INFO, Batch, gradients, make_batch
 from torch import Tensor
 
 from nitp_ops.objectives import SequenceShard, Streams, available, build, sequence_shard
-from nitp_ops.objectives.shift import Window, target_weights, token_targets, valid_pairs
+from nitp_ops.objectives.shift import TargetWindow, target_weights, token_targets, valid_pairs
 
 IGNORED = -100
 # documents [1, 2, 3] and [5, 6, 7], shifted inside each, then packed
@@ -100,11 +100,11 @@ def test_targets_pairs_and_weights_follow_the_definition(case: Case, k: int):
         assert torch.equal(valid_pairs(streams, k, labelled=True), streams.here(labelled))
         assert torch.equal(target_weights(streams, k), streams.here(weights))
         window_is(
-            Window(streams, 1, window), streams.here(nearest).flatten(0, 1), streams.here(of_window).flatten(0, 1)
+            TargetWindow(streams, 1, window), streams.here(nearest).flatten(0, 1), streams.here(of_window).flatten(0, 1)
         )
 
 
-def window_is(window: Window, nearest: Tensor, weights: Tensor) -> None:
+def window_is(window: TargetWindow, nearest: Tensor, weights: Tensor) -> None:
     """The targets at their k, [rows, window], and the weights of those."""
     assert torch.equal(window.occupied(), (nearest != IGNORED).any(-1))
     labels, k = window.targets(slice(None), nearest.shape[1])

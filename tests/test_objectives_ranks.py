@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
-from nitp_ops.objectives import Streams, build
+from nitp_ops.objectives import Streams, Window, build
 
 pytestmark = pytest.mark.ranks
 
@@ -68,7 +68,8 @@ def reduced_counts_and_metrics(part: Batch) -> None:
     counts = model.objective.count(part.streams()).all_reduce()
     assert {name: n.item() for name, n in counts.items()} == COUNTS
     assert counts.group_size == RANKS
-    summed = model(part, counts=counts, gradient_reduction="sum")
+    window = Window(counts=counts, gradient_reduction="sum", group=dist.group.WORLD)
+    summed = model(part, window=window)
     loss = summed.loss.detach().clone()
     dist.all_reduce(loss)
     expected_gradients, expected = whole_gradients(SPEC)
