@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,3 +222,28 @@ class WeightGradient:
             gradient[end - len(piece) : end] = piece
             end -= len(piece)
         return gradient
+
+
+class WeightGemm:
+    """buffer += a^T b, which waits for the upstream gradient: none of the weight's is written, read and added."""
+
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
+        self.operands: tuple[Tensor, Tensor] | None = None
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        assert self.operands is None, "several chunks need a sum"
+        self.operands = a, b
+
+    def result(self) -> WeightGemm:
+        return self
+
+    def run(self, upstream: Tensor | None, kernels: Any) -> None:
+        """With b times the upstream gradient (None: one); where that is zero nothing is added, whatever it meets."""
+        if self.operands is None:
+            return
+        a, b = self.operands
+        if upstream is not None:
+            kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype))  # one costs nothing, zero leaves no NaN
+            b = torch.where(upstream == 0, 0, b * upstream).to(b.dtype)
+        matmul(a.t(), b, self.buffer, add=True)

@@ -73,11 +73,12 @@ def refuse_double_backward(op: str) -> Callable[..., None]:
     return refuse
 
 
-def refuse_vmap(op: str | None = None) -> Callable[..., None]:
-    """The batching rule of an op: a refusal by name; None: its first argument is the name."""
+def refuse_vmap(op: str | int) -> Callable[..., None]:
+    """The batching rule of an op: a refusal by name; a number is the place of the argument that is the name."""
 
     def refuse(info, in_dims, *arguments) -> None:
-        raise NotImplementedError(f"{op or arguments[0]}: vmap came, expected a batched call (or backend='reference')")
+        name = arguments[op] if isinstance(op, int) else op
+        raise NotImplementedError(f"{name}: vmap came, expected a batched call (or backend='reference')")
 
     return refuse
 
@@ -102,11 +103,10 @@ class FormedGradients:
     They are handed out once and then forgotten, so that no second copy of a weight gradient lives; a second backward
     pass recomputes them."""
 
-    def __init__(self, gradients: Sequence[Tensor]):
-        # detached: an op's own outputs would tie its context into a reference cycle
-        self.gradients: list[Tensor] | None = [gradient.detach() for gradient in gradients]
+    def __init__(self, gradients: Sequence[Any]):
+        self.gradients: list[Any] | None = list(gradients)
 
-    def take(self, upstream: Tensor, recompute: Callable[[], list[Tensor]]) -> list[Tensor]:
+    def take(self, upstream: Tensor, recompute: Callable[[], list[Any]]) -> list[Any]:
         gradients = recompute() if self.gradients is None else self.gradients
         if type(upstream) is Tensor:  # tracing runs this once for many backward passes
             self.gradients = None

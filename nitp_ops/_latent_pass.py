@@ -151,7 +151,8 @@ class ImplicitTokenLossFunction(torch.autograd.Function):
 
 
 def _save_traced(ctx, inputs, output) -> None:
-    _save(ctx, inputs, output[-1])
+    # detached: an op's own outputs would tie its context into a reference cycle
+    _save(ctx, inputs, [gradient.detach() for gradient in output[-1]])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
 
 

@@ -16,6 +16,7 @@ row without a label has the weight zero then, and jobs have chunks of their own 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,16 @@ from ._chunks import (
     workspace,
 )
 from ._devices import sum_dtype
-from ._gemm import Weight, WeightGradient, direct, even_rows, widest
+from ._gemm import Weight, WeightGemm, WeightGradient, direct, even_rows, widest
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._token_job import Formed, Head, Job, RowValues, present
 from ._vocab_shard import ReducedRows, ShardRows
 
 
-def form(jobs: list[Job], head: Head) -> Formed:
-    """loss = sum of row_weight * row loss over jobs, with the wanted gradients."""
+def form(jobs: list[Job], head: Head, defer: bool) -> Formed:
+    """loss = sum of row_weight * row loss over jobs, with the wanted gradients.
+
+    defer: the third GEMM may wait for the backward pass (`WeightGemm`)."""
     reads, dtype = _check.host_reads(head.unembedding.device), head.dtype
     keep = [present(job.labels, head.ignore_index, job.many) for job in jobs]
     scales = [_bounded(job, kept) for job, kept in zip(jobs, keep, strict=True)]
@@ -52,28 +55,44 @@ def form(jobs: list[Job], head: Head) -> Formed:
     # on CPU silent jobs count for nothing, so that they do not change how the others' gradient is rounded
     loud = [not reads or bool(scale.any()) for scale in scales]
     cut = _cut(jobs, head, [each.rows for each in selected], loud)
-    sums = _Sums(jobs, head, scales, keep, selected, parts=sum(loud[chunk[0].job] for chunk in cut))
+    deferred = _waits(head, cut) if defer else None
+    sums = _Sums(jobs, head, scales, keep, selected, parts=sum(loud[chunk[0].job] for chunk in cut), deferred=deferred)
     _add_all(jobs, head, sums, cut, unit)
     return sums.formed(jobs, head, unit)
 
 
-def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list[bool]) -> list[list[Piece]]:
-    """Chunks: of all jobs that want the same gradients; of one job where it is silent, or where nobody may know."""
+def _waits(head: Head, cut: list[list[Piece]]) -> WeightGemm | None:
+    """The third GEMM for the backward pass: where there is one chunk and a buffer that it can add into, and where the
+    logits' gradient, which is held until then, takes no more memory than the weight's would. Not in float16, whose
+    gradients wait for their upstream in float32."""
+    weight, buffer = head.unembedding, head.buffer
+    if buffer is None or not head.want_weight or len(cut) != 1 or head.dtype == torch.float16:
+        return None
+    rows = sum(length_of(part) for _, part in cut[0])
+    held = rows * row_stride(len(weight), weight.device.type) * head.dtype.itemsize
+    return WeightGemm(buffer) if held <= buffer.nbytes and widest(weight.device, head.dtype) == buffer.dtype else None
+
+
+def _rows_per_chunk(head: Head, rows: int, longest: int | None) -> int:
     weight, columns = head.unembedding, max(head.sizes)  # of the widest shard: all ranks must cut alike
     device = weight.device.type
     row_bytes = row_stride(columns, device) * head.logit_bytes
-    sizes = row_bytes, head.chunk_bytes, columns * weight.shape[1] if head.want_weight else 0
+    weights = columns * weight.shape[1] if head.want_weight else 0
     itemsize = max(head.dtype.itemsize, formed_dtype(weight, head.buffer).itemsize)
+    return rows_per_chunk(rows, row_bytes, head.chunk_bytes, weights, longest=longest, device=device, itemsize=itemsize)
+
+
+def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list[bool]) -> list[list[Piece]]:
+    """Chunks: of all jobs that want the same gradients; of one job where it is silent, or where nobody may know."""
     groups = [[job] for job in range(len(jobs))]
-    if _check.host_reads(weight.device):
+    if _check.host_reads(head.unembedding.device):
         alike = [[job for (job,) in groups if loud[job] and jobs[job].wanted == wanted] for wanted in (True, False)]
         groups = alike + [[job] for (job,) in groups if not loud[job]]
     cut = list[list[Piece]]()
     for group in groups:
         lengths = [length_of(selected[job]) for job in group]
         longest = max(lengths, default=0) if sum(loud) > 1 else None
-        step = rows_per_chunk(sum(lengths), *sizes, longest=longest, device=device, itemsize=itemsize)
-        cut += packed(selected, step, group)
+        cut += packed(selected, _rows_per_chunk(head, sum(lengths), longest), group)
     return cut
 
 
@@ -90,7 +109,7 @@ class _Sums:
 
     def __init__(
         self, jobs: list[Job], head: Head, scales: list[Tensor], keep: list[Tensor], selected: list[Selection],
-        parts: int,
+        parts: int, deferred: WeightGemm | None,
     ):  # fmt: skip
         weight, device = head.unembedding, head.unembedding.device
         work, labels = reference.working(weight), [job.labels for job in jobs]
@@ -108,8 +127,8 @@ class _Sums:
         for d_hidden, (_, rest) in zip(self.d_hidden, selected, strict=True):
             if d_hidden is not None:  # each chunk writes its own rows
                 clear(d_hidden.view(-1, weight.shape[1]), rest)
-        self.d_weight = None
-        if head.want_weight:
+        self.d_weight: WeightGradient | WeightGemm | None = deferred
+        if head.want_weight and deferred is None:
             formed = formed_dtype(weight, head.buffer)
             self.d_weight = WeightGradient(weight.shape, head.dtype, formed, weight, parts)
         self.d_bias = torch.zeros(len(weight), dtype=work, device=device) if head.want_bias else None
@@ -130,7 +149,7 @@ class _Sums:
         place(self.target_logit[job], 0, part, values.target_logit)
 
     def formed(self, jobs: list[Job], head: Head, unit: Tensor | None) -> Formed:
-        gradients = [each for each in self.d_hidden if each is not None]
+        gradients: list[Any] = [each for each in self.d_hidden if each is not None]
         if self.d_weight is not None:
             gradients.append(self.d_weight.result())
         if self.d_bias is not None and head.bias is not None:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._gemm import WeightGemm
 from ._vocab_shard import VocabShard
 
 
@@ -76,7 +77,7 @@ class Formed(NamedTuple):
     loss: Tensor
     row_weight: Tensor
     values: RowValues
-    gradients: list[Tensor]
+    gradients: list[Tensor | WeightGemm]
 
 
 def present(labels: Tensor, ignore_index: int, many: bool) -> Tensor:

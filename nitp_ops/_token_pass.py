@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import reference, rows
 from ._dispatch import needs_dispatcher
-from ._gemm import gemm_dtype, operand_dtype
+from ._gemm import WeightGemm, gemm_dtype, operand_dtype
 from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
+from ._packing import Packing, tensor_fields
 from ._token_chunks import form
 from ._token_job import Head, Job, RowValues
 from ._vocab_shard import VocabShard
@@ -44,193 +45,171 @@ def token_pass(
 
     Its gradients are formed in the forward pass. per_row (one job): loss [rows] instead of the sum; the backward pass
     recomputes the logits under any upstream gradient."""
-    weight = head.unembedding
+    weight, bias = head.unembedding, head.bias
     logits = gemm_dtype(head.op, weight, head.logits_dtype)
     operands = logits
     if head.logits_dtype == torch.float32:  # and not autocast's dtype, which is that of the operands too
         operands = operand_dtype(weight.device.type, weight.dtype, [job.hidden.dtype for job in jobs], logits)
-    wanted = [job.wanted for job in jobs]
-    wanted += [x is not None and x.requires_grad for x in (head.unembedding, head.bias)]
-    hidden = [job.hidden for job in jobs]
-    inputs = (
-        head.op,
-        hidden,
-        head.unembedding,
-        head.bias,
-        [job.labels for job in jobs],
-        [job.target_weight for job in jobs],
-        [job.row_weight for job in jobs],
-        [job.class_weight for job in jobs],
-        [*(job.buffer for job in jobs), head.weight_grad_out, None],
-        [job.many for job in jobs],
-        [job.label_smoothing for job in jobs],
-        [job.z_loss for job in jobs],
-        [job.max_rows for job in jobs],
-        head.ignore_index,
-        head.softcap,
-        head.logit_scale,
-        head.chunk_bytes,
-        operands,
-        logits,
-        *_packed(head.shard),
-        backend,
-        entropy,
-        [torch.is_grad_enabled() and not per_row and each for each in wanted],
-        per_row,
+    forms = torch.is_grad_enabled() and not per_row
+    jobs = [job._replace(wanted=forms and job.wanted) for job in jobs]
+    whole = Head(
+        op=head.op,
+        backend=backend,
+        unembedding=weight,
+        bias=bias,
+        buffer=head.weight_grad_out,
+        ignore_index=head.ignore_index,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        chunk_bytes=head.chunk_bytes,
+        dtype=operands,
+        logits=logits,
+        entropy=entropy,
+        want_weight=forms and weight.requires_grad,
+        want_bias=forms and bias is not None and bias.requires_grad,
+        shard=head.shard,
     )
-    if needs_dispatcher((*hidden, head.unembedding, *inputs[4])):
-        loss, stats, prediction, target_logit, _ = _token_pass(*inputs)
+    hidden, labels = [job.hidden for job in jobs], [job.labels for job in jobs]
+    if needs_dispatcher((*hidden, weight, *labels)):
+        loss, stats, prediction, target_logit, _ = _token_pass(*PACKING.pack(jobs, whole), per_row)
     else:
-        outputs = LinearCrossEntropyFunction.apply(inputs, *hidden, head.unembedding, head.bias)
+        outputs = LinearCrossEntropyFunction.apply(jobs, whole, per_row, *hidden, weight, bias)
         loss, stats, prediction, target_logit = outputs
     return loss, RowValues(stats.detach(), prediction, target_logit.detach())
 
 
-def _packed(shard: VocabShard | None) -> tuple[str | None, list[int] | None, bool, bool]:
-    """A shard as the op takes it."""
-    if shard is None:
-        return None, None, False, False
-    return shard.group, list(shard.sizes), shard.reduce, shard.overlap
-
-
 def forward_and_gradients(
-    op: str,
-    hidden: list[Tensor],
-    unembedding: Tensor,
-    bias: Tensor | None,
-    labels: list[Tensor],
-    target_weight: Sequence[Tensor | None],
-    row_weight: list[Tensor],
-    class_weight: Sequence[Tensor | None],
-    buffers: Sequence[Tensor | None],
-    many: list[bool],
-    label_smoothing: list[float],
-    z_loss: list[float],
-    max_rows: list[int],
-    ignore_index: int,
-    softcap: float,
-    logit_scale: float,
-    chunk_bytes: int | None,
-    dtype: torch.dtype,
-    logits_dtype: torch.dtype,
-    group: str | None,
-    shard_sizes: Sequence[int] | None,
-    reduce: bool,
-    overlap: bool,
-    backend: str,
-    entropy: bool,
-    wanted: list[bool],
-    per_row: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """(loss, stats, prediction, target logits, gradients).
-
-    wanted, buffers and gradients stand in the order hidden..., unembedding, bias; the buffers are the backward's."""
-    *want_hidden, want_weight, want_bias = wanted
-    *hidden_buffers, weight_buffer, _ = buffers
-    of_jobs = (hidden, labels, target_weight, row_weight, class_weight, hidden_buffers, many, label_smoothing, z_loss)
-    jobs = [Job(*fields) for fields in zip(*of_jobs, max_rows, want_hidden, strict=True)]
-    tensors, options = (unembedding, bias, weight_buffer), (ignore_index, softcap, logit_scale, chunk_bytes)
-    shard = None if group is None or shard_sizes is None else VocabShard(group, tuple(shard_sizes), reduce, overlap)
-    formed = form(
-        jobs, Head(op, backend, *tensors, *options, dtype, logits_dtype, entropy, want_weight, want_bias, shard)
-    )
-    loss, row_weights, values, gradients = formed
+    jobs: list[Job], head: Head, per_row: bool, defer: bool
+) -> tuple[Tensor, RowValues, list[Tensor | WeightGemm]]:
+    """(loss, values, gradients); these of hidden..., unembedding, bias, as far as they are wanted (`Formed`)."""
+    loss, row_weights, values, gradients = form(jobs, head, defer)
     if per_row:
         loss = torch.where(row_weights == 0, 0, row_weights * values.stats[0])
-    return loss, values.stats, values.prediction, values.target_logit, gradients
+    return loss, values, gradients
 
 
-_token_pass = torch.library.custom_op("nitp_ops::token_pass", mutates_args=())(forward_and_gradients)
+PACKING = Packing(Job, Head)
+_RETURNS = "(Tensor loss, Tensor stats, Tensor prediction, Tensor target_logit, Tensor[] gradients)"
+
+
+@torch.library.custom_op("nitp_ops::token_pass", mutates_args=(), schema=PACKING.schema("bool per_row", _RETURNS))
+def _token_pass(*packed):
+    loss, values, gradients = forward_and_gradients(*PACKING.unpack(packed[:-1]), packed[-1], defer=False)
+    return loss, *values, gradients
 
 
 @_token_pass.register_fake
-def _(op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, many, label_smoothing,
-      z_loss, max_rows, ignore_index, softcap, logit_scale, chunk_bytes, dtype, logits_dtype, group, shard_sizes,
-      reduce, overlap, backend, entropy, wanted, per_row):  # fmt: skip
-    work = reference.working(unembedding)
-    rows, targets = sum(each.shape[0] for each in labels), sum(each.numel() for each in labels)
-    leaves = zip((*hidden, unembedding, bias), buffers, wanted, strict=True)
-    gradients = [x.new_empty(x.shape, dtype=formed_dtype(x, buffer)) for x, buffer, flag in leaves if flag]
-    loss = unembedding.new_empty((rows,) if per_row else (), dtype=work)
-    stats = unembedding.new_empty((3 if entropy else 2, rows), dtype=work)
-    return loss, stats, labels[0].new_empty(rows), unembedding.new_empty(targets, dtype=work), gradients
+def _(*packed):
+    (jobs, head), per_row = PACKING.unpack(packed[:-1]), packed[-1]
+    weight, work = head.unembedding, reference.working(head.unembedding)
+    count, targets = sum(len(job.labels) for job in jobs), sum(job.labels.numel() for job in jobs)
+    gradients = [x.new_empty(x.shape, dtype=formed_dtype(x, buffer)) for x, buffer in _leaves(jobs, head)]
+    loss = weight.new_empty((count,) if per_row else (), dtype=work)
+    stats = weight.new_empty((3 if head.entropy else 2, count), dtype=work)
+    return loss, stats, jobs[0].labels.new_empty(count), weight.new_empty(targets, dtype=work), gradients
 
 
-def _save(ctx, inputs: Sequence[Any], gradients: list[Tensor]) -> None:
-    ctx.op, hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, buffers, *options = inputs
-    *ctx.options, ctx.wanted, ctx.per_row = options
-    ctx.backend = ctx.options[-2]
-    ctx.jobs, ctx.formed = len(hidden), FormedGradients(gradients)
+def _leaves(jobs: Sequence[Job], head: Head) -> list[tuple[Tensor, Tensor | None]]:
+    """Each input whose gradient is wanted, and the buffer that takes it."""
+    leaves: list[tuple[Tensor | None, Tensor | None, bool]] = [(job.hidden, job.buffer, job.wanted) for job in jobs]
+    leaves += [(head.unembedding, head.buffer, head.want_weight), (head.bias, None, head.want_bias)]
+    return [(x, buffer) for x, buffer, wanted in leaves if wanted and x is not None]
+
+
+#: What is saved. Not the buffers: each backward pass writes to them, which a saved tensor forbids.
+_OF_JOB = tuple(name for name in tensor_fields(Job) if name != "buffer")
+_OF_HEAD = tuple(name for name in tensor_fields(Head) if name != "buffer")
+
+
+def _save(ctx, jobs: Sequence[Job], head: Head, per_row: bool, gradients: Sequence[Tensor | WeightGemm]) -> None:
+    saved = [getattr(job, name) for job in jobs for name in _OF_JOB]
+    ctx.save_for_backward(*saved, *(getattr(head, name) for name in _OF_HEAD))
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*hidden, unembedding, bias, *labels, *target_weight, *row_weight, *class_weight)
-    ctx.buffers = buffers  # not saved: each backward pass writes to them, which a saved tensor forbids
+    ctx.jobs = [job._replace(**dict.fromkeys(_OF_JOB)) for job in jobs]
+    ctx.head, ctx.per_row = head._replace(**dict.fromkeys(_OF_HEAD)), per_row
+    ctx.formed = FormedGradients(gradients)
 
 
-def _recompute(
-    ctx, saved_tensors: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor | None = None
-) -> list[Tensor]:
-    """The gradients from the inputs again, the row weights times `upstream`."""
-    jobs, saved = ctx.jobs, iter(saved_tensors)
-    hidden, (unembedding, bias), labels, target_weight, row_weight, class_weight = (
-        [next(saved) for _ in range(size)] for size in (jobs, 2, jobs, jobs, jobs, jobs)
-    )
-    row_weight = row_weight if upstream is None else [each * upstream for each in row_weight]
-    tensors = hidden, unembedding, bias, labels, target_weight, row_weight, class_weight, ctx.buffers
-    run: Callable[..., Any] = _token_pass if needs_dispatcher(saved_tensors) else forward_and_gradients
+def _saved(ctx) -> tuple[list[Job], Head, list[Tensor]]:
+    """What was saved; read once: checkpointing allows no second time."""
+    tensors = ctx.saved_tensors
+    rest = iter(tensors)
+    jobs = [job._replace(**{name: next(rest) for name in _OF_JOB}) for job in ctx.jobs]
+    return jobs, ctx.head._replace(**{name: next(rest) for name in _OF_HEAD}), [x for x in tensors if x is not None]
+
+
+def _recompute(jobs: list[Job], head: Head, tensors: list[Tensor]) -> list[Tensor | WeightGemm]:
     with torch.no_grad():
-        return run(ctx.op, *tensors, *ctx.options, wanted, False)[-1]
+        if needs_dispatcher(tensors):
+            return _token_pass(*PACKING.pack(jobs, head), False)[-1]
+        return forward_and_gradients(jobs, head, False, defer=True)[-1]
 
 
 def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Tensor | None]:
     """Of hidden..., unembedding and bias; `needed` of them."""
-    wanted, delivered = [False] * (ctx.jobs + 2), []
-    if upstream is not None:
-        saved = ctx.saved_tensors  # read once: checkpointing allows no second time
-        if ctx.per_row:
-            wanted = needed
-            gradients = _recompute(ctx, saved, wanted, upstream)
+    if upstream is None:
+        return [None] * len(needed)
+    jobs, head, tensors = _saved(ctx)
+    if ctx.per_row:  # nothing was formed: the upstream enters the weights of the rows
+        *of_jobs, want_weight, want_bias = needed
+        weights = [job.row_weight * upstream for job in jobs]
+        weighted = zip(jobs, weights, of_jobs, strict=True)
+        jobs = [job._replace(row_weight=weight, wanted=wanted) for job, weight, wanted in weighted]
+        head = head._replace(want_weight=want_weight, want_bias=want_bias)
+        gradients = _recompute(jobs, head, tensors)
+    else:
+        gradients = ctx.formed.take(upstream, lambda: _recompute(jobs, head, tensors))
+    rest, formed = None if ctx.per_row else upstream, list[Any]()
+    for gradient, (leaf, buffer) in zip(gradients, _leaves(jobs, head), strict=True):
+        if isinstance(gradient, WeightGemm):
+            gradient.run(rest, rows.kernels(head.backend))
+            head = head._replace(want_weight=False)
         else:
-            wanted = ctx.wanted
-            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, saved, wanted))
-        inputs, buffers = (
-            [x for x, flag in zip(tensors, wanted, strict=True) if flag]
-            for tensors in (saved[: ctx.jobs + 2], ctx.buffers)
-        )
-        anchors = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
-        rest = None if ctx.per_row else upstream
-        delivered = deliver(anchors, ctx.op, ctx.backend, gradients, rest, inputs, buffers)
-    ready = iter(delivered)
-    return [next(ready) if flag else None for flag in wanted]
+            formed.append((gradient, leaf, buffer))
+    values, inputs, buffers = zip(*formed, strict=True) if formed else ((), (), ())
+    anchors = [x for x in (*tensors, upstream) if x.requires_grad]
+    delivered = iter(deliver(anchors, head.op, head.backend, values, rest, inputs, buffers))
+    flags = [*(job.wanted for job in jobs), head.want_weight, head.want_bias]
+    return [next(delivered) if flag else None for flag in flags]
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     """The pass where nothing but autograd watches."""
 
     @staticmethod
-    def forward(ctx, inputs: Sequence[Any], *_leaves: Tensor | None) -> tuple[Tensor, ...]:
-        *outputs, gradients = forward_and_gradients(*inputs)
-        _save(ctx, inputs, gradients)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return tuple(outputs)
+    def forward(ctx, jobs: list[Job], head: Head, per_row: bool, *_leaves: Tensor | None) -> tuple[Tensor, ...]:
+        loss, values, gradients = forward_and_gradients(jobs, head, per_row, defer=True)
+        _save(ctx, jobs, head, per_row, gradients)
+        ctx.mark_non_differentiable(*values)
+        return loss, *values
 
     @staticmethod
     def backward(ctx, upstream: Tensor | None, *_) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, ctx.needs_input_grad[1:], upstream)
+        return None, None, None, *_gradients(ctx, ctx.needs_input_grad[3:], upstream)
 
 
 def _save_traced(ctx, inputs, output) -> None:
-    _save(ctx, inputs, output[-1])
+    *packed, per_row = inputs
+    # detached: an op's own outputs would tie its context into a reference cycle
+    _save(ctx, *PACKING.unpack(packed), per_row, [gradient.detach() for gradient in output[-1]])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     # autograd expects a list of None for a list of tensors, and one None for anything else
-    tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs[4:]]
-    ctx.without = [[None] * len(x) if flag else None for x, flag in zip(inputs[4:], tensors, strict=True)]
+    tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs]
+    ctx.without = [[None] * len(x) if flag else None for x, flag in zip(inputs, tensors, strict=True)]
+
+
+#: Where the op takes hidden..., unembedding and bias.
+_PLACES = tuple([*Job._fields, *Head._fields].index(name) for name in ("hidden", "unembedding", "bias"))
 
 
 def _differentiate_traced(ctx, upstream: Tensor | None, *_):
-    _, of_hidden, *of_head = ctx.needs_input_grad[:4]
+    of_hidden, *of_head = (ctx.needs_input_grad[place] for place in _PLACES)
     *d_hidden, d_weight, d_bias = _gradients(ctx, [*of_hidden, *of_head], upstream)
-    return None, d_hidden, d_weight, d_bias, *ctx.without
+    gradients = list(ctx.without)
+    for place, gradient in zip(_PLACES, (d_hidden, d_weight, d_bias), strict=True):
+        gradients[place] = gradient
+    return tuple(gradients)
 
 
-_token_pass.register_vmap(refuse_vmap())
+_token_pass.register_vmap(refuse_vmap(len(Job._fields)))
 _token_pass.register_autograd(_differentiate_traced, setup_context=_save_traced)
