@@ -102,7 +102,8 @@ def _token_pass(*packed):
 def _(*packed):
     (jobs, head), per_row = PACKING.unpack(packed[:-1]), packed[-1]
     weight, work = head.unembedding, reference.working(head.unembedding)
-    count, targets = sum(len(job.labels) for job in jobs), sum(job.labels.numel() for job in jobs)
+    # not len: it would make a dynamic number of rows a constant
+    count, targets = sum(job.labels.shape[0] for job in jobs), sum(job.labels.numel() for job in jobs)
     gradients = [x.new_empty(x.shape, dtype=formed_dtype(x, buffer)) for x, buffer in _leaves(jobs, head)]
     loss = weight.new_empty((count,) if per_row else (), dtype=work)
     stats = weight.new_empty((3 if head.entropy else 2, count), dtype=work)

@@ -147,7 +147,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/shift.py", ".masked_fill(~valid_pairs(streams, k), 1.0)", "", "objectives_label_layout"),
     Mutant("objectives/shift.py", ".masked_fill(~pairs, 1.0)", "", "objectives_label_layout"),
     Mutant("objectives/documents.py", "positions[:, :-1] + 1", "positions[:, :-1]", "objectives_shift"),
-    Mutant("objectives/composite.py", '== "mean" else 1', '== "sum" else 1', "objectives_ranks"),
+    Mutant("objectives/window.py", '== "sum" else self', '== "mean" else self', "objectives_ranks"),
     Mutant("objectives/composite.py", ".clamp(min=1)\n            for name", "\n            for name",
            "objectives_properties"),
     Mutant("objectives/composite.py", "torch.where(coefficients[name] == 0, 0, part.loss)", "part.loss",
