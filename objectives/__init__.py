@@ -23,6 +23,7 @@ from .model_info import ModelInfo
 from .mtp_parallel import MTPParallel
 from .mtp_sequential import MTPSequential
 from .mtp_shared import MTPShared
+from .needs import Need
 from .next_embedding import NextEmbedding
 from .nextlat import NextLat
 from .nitp import NITP
@@ -59,6 +60,7 @@ __all__ = [
     "MTPShared",
     "Metrics",
     "ModelInfo",
+    "Need",
     "NextEmbedding",
     "NextLat",
     "Objective",

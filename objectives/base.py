@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .drafting import Drafter
 from .model_info import ModelInfo
+from .needs import Need
 from .schedule import Weight, as_weight
 from .schema import SpecError, field_types, tidy, type_problem
 from .streams import Streams
@@ -140,8 +141,8 @@ class Objective:
         """What is wrong with the term beside the other terms of its spec, one line each."""
         return []
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        """The streams that the term reads: "token_ids", "last_hidden", "hidden_states[3]", "head", ..."""
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        """The streams that the term reads, and which of them get a gradient from it."""
         raise NotImplementedError
 
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module | None:

@@ -21,6 +21,7 @@ from .metrics import Metrics
 from .model_info import ModelInfo
 from .module_call import Sealed, inside_call, is_fully_sharded
 from .naming import sums_of
+from .needs import checked, named
 from .schedule import weight_at
 from .shift import check_targets
 from .spec import Spec, SpecLike, parse
@@ -61,7 +62,7 @@ def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | Non
         >>> from nitp_ops.objectives import ModelInfo, Streams
         >>> info = ModelInfo(hidden_size=8, vocab_size=16, num_layers=4)
         >>> objective = build("ntp + 0.8*nitp(target_layer=0.2)", model=info)
-        >>> sorted(objective.requires)
+        >>> sorted(map(str, objective.requires))
         ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
         >>> h, s1 = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
         >>> out = objective(Streams(token_ids=torch.ones(2, 5, dtype=torch.int64), last_hidden=h, hidden_states={1: s1},
@@ -79,13 +80,18 @@ class CompositeObjective(Sealed, KeepsValues):
     """What `build` returns. It owns the terms' parameters and nothing else; heads come with the streams.
 
     Attributes:
-        spec: the frozen spec. info: the model's sizes. requires: names of the streams that a call must bring.
+        spec: the frozen spec. info: the model's sizes. requires: the streams that a call must bring, as `Need`s.
     """
 
     def __init__(self, spec: Spec, info: ModelInfo, seed: int, backend: str | None) -> None:
         super().__init__()
         self.spec, self.info, self.backend = spec, info, backend
-        self.requires = frozenset().union(*(term.requires(info) for term in spec.terms))
+        needs = [checked(str(term.label), term.requires(info)) for term in spec.terms]
+        self.requires = checked("build", (need for own in needs for need in own))
+        # torch.compile traces tuples of names, but no set of dataclasses
+        self._needs, self._names = tuple(sorted(self.requires, key=str)), tuple(named(self.requires))
+        readers = [name for own in needs for name in named(own)]
+        self._widened = [name for name in ("last_hidden", "last_residual") if readers.count(name) > 1]
         self.terms = nn.ModuleDict()
         for term in spec.terms:
             module = term.make_module(info, zlib.crc32(f"{seed}:{term.label}".encode()))
@@ -225,12 +231,11 @@ class CompositeObjective(Sealed, KeepsValues):
     ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         """(losses to be added, ``{part: sums}`` in declaration order)."""
         sums = {f"external[{name}]": total for name, (total, _) in streams.external_pairs.items()}
-        read = [x for name, x in (streams.hidden_streams() | sums).items() if name in self.requires]
+        read = [x for name, x in (streams.hidden_streams() | sums).items() if name in self._names]
         wide = any(x.dtype == torch.float64 for x in read)
         working = torch.float64 if wide else torch.float32
         coefficients = {name: value.to(working) for name, value in coefficients.items()}
-        readers = [name for term in self.spec.terms for name in term.requires(self.info)]
-        streams = streams.widened([name for name in ("last_hidden", "last_residual") if readers.count(name) > 1])
+        streams = streams.widened(self._widened)
         head_parts: list[HeadPart] = []
         latent: dict[str, LatentPart | HeadReading] = {}
         for term in self.spec.terms:
@@ -262,13 +267,11 @@ class CompositeObjective(Sealed, KeepsValues):
     def _check(self, streams: Streams, window: Window) -> None:
         if not isinstance(streams, Streams):
             raise TypeError(f"objective: streams is a {type(streams).__name__}, expected Streams")
-        missing = sorted(name for name in self.requires if not streams.offers(name))
+        missing = [str(need) for need in self._needs if not streams.offers(need)]
         if missing:
-            raise ValueError(
-                f"objective: streams lacks {', '.join(missing)}, expected {', '.join(sorted(self.requires))}"
-            )
+            raise ValueError(f"objective: streams lacks {', '.join(missing)}, expected {', '.join(self._names)}")
         for name, hidden in streams.hidden_streams().items():
-            if name in self.requires and hidden.shape[-1] != self.info.hidden_size:
+            if name in self._names and hidden.shape[-1] != self.info.hidden_size:
                 expected = (*streams.shape, self.info.hidden_size)
                 raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
         if any(term.predicts_tokens for term in self.spec.terms):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .heads import logits
 from .model_info import ModelInfo
+from .needs import Need
 from .schema import is_int, of_64_bits, suggestion
 from .streams import Streams
 
@@ -144,7 +145,7 @@ def _extended(trunk: Trunk, token_ids: Tensor, drafter: Drafter) -> Streams:
     if not isinstance(streams, Streams):
         raise TypeError(f"draft: trunk.extend returned a {type(streams).__name__}, expected Streams")
     wanted = dict.fromkeys(("last_hidden", drafter.source, "head", *drafter.needs))
-    missing = [name for name in wanted if not streams.offers(name)]
+    missing = [name for name in wanted if not streams.offers(Need(name))]
     if missing:
         raise ValueError(f"draft: the trunk's streams lack {', '.join(missing)}")
     if streams.shape != tuple(token_ids.shape):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .base import HeadTerm
 from .composite import build
 from .model_info import ModelInfo
+from .needs import reads
 from .sequence_shard import SequenceShard
 from .spec import SpecLike
 from .streams import Streams
@@ -81,7 +82,7 @@ def dry_run(spec: SpecLike, info: ModelInfo, *, sharded: bool) -> Uses:
     for name, module in {"head": head, "embed": embed, **dict(objective.terms.items())}.items():
         module.register_forward_pre_hook(_counting(name, uses))
     hidden = torch.ones(1, _LENGTH, _WIDTH)
-    external = [name[9:-1] for name in objective.requires if name.startswith("external[")]
+    external = [need.name for need in objective.requires if need.name is not None]
     streams = Streams(
         token_ids=torch.ones(1, _LENGTH, dtype=torch.int64),
         last_hidden=hidden,
@@ -95,7 +96,9 @@ def dry_run(spec: SpecLike, info: ModelInfo, *, sharded: bool) -> Uses:
     with torch.no_grad():
         sums = objective(streams, step=0).metrics.sums
     uses.parts = len(sums)
-    shared = [str(t.label) for t in objective.spec.terms if isinstance(t, HeadTerm) and "head" in t.requires(small)]
+    shared = [
+        str(t.label) for t in objective.spec.terms if isinstance(t, HeadTerm) and reads(t.requires(small), "head")
+    ]
     uses.head_parts = sum(name.partition("/")[0] in shared for name in sums)
     for own in sums.values():
         uses.numbers += sum(x.dim() == 0 for x in own.values())

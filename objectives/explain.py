@@ -11,9 +11,10 @@ import nitp_ops
 
 from .base import HeadTerm, Objective
 from .model_info import ModelInfo
+from .needs import named, reads
 from .registry import available, find, plugin_of
 
-_HIDDEN = ("last_hidden", "last_residual", "hidden_states[")
+_HIDDEN = ("last_hidden", "last_residual", "hidden_states")
 
 
 def explain(terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict, tokens: int) -> str:
@@ -35,9 +36,10 @@ def explain(terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict,
 
 def facts(term: Objective, info: ModelInfo) -> dict[str, object]:
     """What a term means for a model, in reading order."""
-    reads = sorted(term.requires(info))
-    found = {"weight": term.weight, "denominator": term.denominator, "reads": ", ".join(reads), **term.explain(info)}
-    states = sum(name.startswith(_HIDDEN) for name in reads)
+    needs = term.requires(info)
+    read = ", ".join(named(needs))
+    found = {"weight": term.weight, "denominator": term.denominator, "reads": read, **term.explain(info)}
+    states = sum(need.stream in _HIDDEN for need in needs)
     if states:
         size = info.dtype.itemsize
         of = f"{states} hidden stream{'' if states == 1 else 's'} of d numbers of {size} bytes"
@@ -64,7 +66,7 @@ def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[st
     groups: dict[str, list[str]] = {}
     states: dict[str, set[str]] = {}
     for term in terms:
-        shared = isinstance(term, HeadTerm) and "head" in term.requires(info)
+        shared = isinstance(term, HeadTerm) and reads(term.requires(info), "head")
         head = "" if shared else str(term.label)
         groups.setdefault(head, []).append(str(term.label))
         if isinstance(term, HeadTerm):

@@ -12,6 +12,7 @@ from nitp_ops._devices import for_sums
 
 from .base import Context, LatentPart, LatentTerm
 from .model_info import ModelInfo
+from .needs import Need
 from .registry import register
 from .streams import Streams
 
@@ -47,8 +48,8 @@ class External(LatentTerm):
         """The name in `Streams.external`."""
         return self.stream or self.label or self.name
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({f"external[{self.key()}]"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("external", name=self.key())})
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         if self.key() not in streams.external_pairs:

@@ -21,6 +21,7 @@ from .base import LatentTerm
 from .composite import build
 from .dry_run import Uses, dry_run
 from .model_info import ModelInfo
+from .needs import reads
 from .projectors import Projector
 from .schema import is_int, of_64_bits
 from .spec import SpecLike, parse
@@ -133,7 +134,7 @@ def footprint(spec: SpecLike, info: ModelInfo, mesh: Mesh, *, tokens: int, seque
         >>> [(each.purpose, each.bytes) for each in cost.traffic if each.collective == "all-reduce"]
         [('counts', 24), ('metrics', 600)]
     """
-    alone = [str(t.label) for t in parse(spec).terms if isinstance(t, LatentTerm) and "head" in t.requires(info)]
+    alone = [str(t.label) for t in parse(spec).terms if isinstance(t, LatentTerm) and reads(t.requires(info), "head")]
     if mesh.tp > 1 and alone:
         names = ", ".join(alone)
         raise ValueError(f"mesh: tp is {mesh.tp}, expected 1 with {names}: it reads the head outside the shared pass")
@@ -192,7 +193,7 @@ def _memory(
     with torch.device("meta"):
         objective = build(spec, model=info)
     state = tokens * width * size
-    tapped = sum(name.startswith("hidden_states[") for name in objective.requires)
+    tapped = sum(need.stream == "hidden_states" for need in objective.requires)
     passes = {name: numbers[name] * size for name in groups}
     for name in passes:
         module = dict(objective.terms.items()).get(name)

@@ -15,6 +15,7 @@ from nitp_ops._devices import sum_dtype
 from .base import Context, LatentPart, LatentTerm
 from .heads import through_head
 from .model_info import ModelInfo
+from .needs import Need
 from .own_parameters import OwnHead
 from .registry import register
 from .row_losses import sum_of_rows
@@ -58,8 +59,8 @@ class FSPBagOfWords(LatentTerm):
         problem = count_problem("tau", self.tau, 2, MOST_AHEAD)
         return [problem] if problem else []
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("token_ids"), Need("last_hidden")})
 
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
         return OwnHead(info, seed)

@@ -22,6 +22,7 @@ from .blocks import (
 from .drafters import ParallelDrafter
 from .model_info import ModelInfo
 from .module_call import Sealed
+from .needs import Need
 from .own_parameters import redraw, seeded
 from .registry import register
 from .schema import MOST_HEADS
@@ -75,8 +76,8 @@ class MTPParallel(TokenTerm):
     def farthest(self) -> int:
         return max(self.offsets)
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden", "head"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("token_ids"), Need("last_hidden"), Need("head")})
 
     def predicted(self) -> frozenset[int]:
         return frozenset(self.offsets)

@@ -22,6 +22,7 @@ from .drafters import SequentialDrafter
 from .heads import embedded
 from .model_info import ModelInfo
 from .module_call import Sealed
+from .needs import Need
 from .own_parameters import Matrix, redraw, seeded
 from .registry import register
 from .schedule import Weight
@@ -51,7 +52,7 @@ class MTPSequential(TokenTerm):
     Example:
         >>> from nitp_ops.objectives import ModelInfo, build
         >>> objective = build("ntp + 0.3*mtp_sequential", model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4))
-        >>> sorted(objective.requires)
+        >>> sorted(map(str, objective.requires))
         ['embed', 'head', 'last_hidden', 'token_ids']
 
     Source: arXiv 2412.19437; the embedding stands first in M_k, as in Megatron-LM and torchtitan.
@@ -77,8 +78,9 @@ class MTPSequential(TokenTerm):
     def farthest(self) -> int:
         return max(self.offsets)
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", self.source, "head", "embed"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        trunk = Need(self.source, grad=not self.detach_trunk)
+        return frozenset({Need("token_ids"), trunk, Need("head"), Need("embed")})
 
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
         return SequentialModules(self.depth, self.source == "last_hidden", info, seed)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .base import Context, HeadRows
 from .drafters import SharedDrafter
 from .model_info import ModelInfo
+from .needs import Need
 from .registry import register
 from .schema import number_problem
 from .streams import Streams
@@ -58,8 +59,8 @@ class MTPShared(TokenTerm):
     def farthest(self) -> int:
         return max(self.offsets)
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden", "head"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("token_ids"), Need("last_hidden"), Need("head")})
 
     def predicted(self) -> frozenset[int]:
         return frozenset(self.offsets)

@@ -22,7 +22,7 @@ class NextEmbedding(NITP):
     Example:
         >>> from nitp_ops.objectives import ModelInfo, build
         >>> term = build("next_embedding", model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4))
-        >>> sorted(term.requires), list(term.parameters())
+        >>> sorted(map(str, term.requires)), list(term.parameters())
         (['hidden_states[0]', 'last_hidden', 'token_ids'], [])
 
     Source: NEPA, arXiv 2512.16922 (on image patches).

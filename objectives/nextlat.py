@@ -17,6 +17,7 @@ from nitp_ops._devices import for_sums
 from .base import Context, HeadReading, LatentPart, LatentTerm
 from .heads import embedded
 from .model_info import ModelInfo
+from .needs import Need
 from .own_parameters import OwnParameters, width_problems
 from .registry import register
 from .row_losses import sum_of_rows
@@ -45,7 +46,7 @@ class NextLat(LatentTerm):
     Example:
         >>> from nitp_ops.objectives import ModelInfo, build
         >>> term = build("nextlat", model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4))
-        >>> sorted(term.requires), sum(p.numel() for p in term.parameters()) == 4 * 8**2
+        >>> sorted(map(str, term.requires)), sum(p.numel() for p in term.parameters()) == 4 * 8**2
         (['embed', 'head', 'last_hidden', 'token_ids'], True)
 
     Source: arXiv 2511.05963.
@@ -66,8 +67,9 @@ class NextLat(LatentTerm):
     def model_problems(self, info: ModelInfo) -> list[str]:
         return width_problems(self.intermediate_size, info)
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden", "embed"} | ({"head"} if self.kl_weight else set()))
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        own = {Need("head", grad=False)} if self.kl_weight else set()
+        return frozenset({Need("token_ids"), Need("last_hidden"), Need("embed"), *own})
 
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
         return LatentDynamics(info, self.intermediate_size or info.hidden_size, seed)

@@ -17,6 +17,7 @@ from nitp_ops._devices import sum_dtype
 from .base import Context, LatentPart, LatentTerm
 from .floor import unit_target_sum
 from .model_info import ModelInfo
+from .needs import Need
 from .own_parameters import width_problems
 from .projectors import Kind, Matrices, Projector
 from .registry import register
@@ -98,8 +99,9 @@ class NITP(LatentTerm):
     def farthest(self) -> int:
         return self.shift
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", self.source, f"hidden_states[{self.layer(info)}]"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        target = Need("hidden_states", layer=self.layer(info), grad=not self.stop_gradient)
+        return frozenset({Need("token_ids"), Need(self.source), target})
 
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
         return Projector(self.projector, info, self.intermediate_size or 4 * info.hidden_size, seed)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .base import Context, HeadRows
 from .model_info import ModelInfo
+from .needs import Need
 from .registry import register
 from .shift import token_targets
 from .streams import Streams
@@ -42,9 +43,9 @@ class NTP(TokenTerm):
     def farthest(self) -> int:
         return 1
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        own = {"class_weight"} if self.class_weight else set()
-        return frozenset({"token_ids", "last_hidden", "head", *own})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        own = {Need("class_weight")} if self.class_weight else set()
+        return frozenset({Need("token_ids"), Need("last_hidden"), Need("head"), *own})
 
     def predicted(self) -> frozenset[int]:
         return frozenset({1})

@@ -13,6 +13,7 @@ from nitp_ops.reference import in_square_range
 
 from .base import Context, LatentPart, LatentTerm
 from .model_info import ModelInfo
+from .needs import Need
 from .registry import register
 from .schema import number_problem
 from .streams import Streams
@@ -46,8 +47,8 @@ class CosineRegularizer(LatentTerm):
         problem = number_problem("eps", self.eps, 0, inclusive=False)
         return [problem] if problem else []
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("token_ids"), Need("last_hidden")})
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         documents, inside = _documents(streams)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .documents import derive_documents
+from .needs import Need
 from .schema import is_int, of_64_bits
 from .sequence_shard import SequenceShard, columns
 
@@ -124,21 +125,21 @@ class Streams:
                 return name
         raise ValueError("Streams: token_ids, labels and shift_labels are all missing, expected one of them")
 
-    def offers(self, stream: str) -> bool:
-        """Whether a stream is here: a field's name, ``hidden_states[k]`` or ``external[name]``."""
-        if stream == "token_ids":
-            return True
-        name, _, key = stream.removesuffix("]").partition("[")
-        if not key:
-            return getattr(self, name, None) is not None
-        return (int(key) if name == "hidden_states" else key) in getattr(self, name)
+    def offers(self, need: Need) -> bool:
+        """Whether a stream is here."""
+        if need.stream == "hidden_states":
+            return need.layer in self.hidden_states
+        if need.stream == "external":
+            return need.name in self.external
+        # labels stand in for token_ids
+        return need.stream == "token_ids" or getattr(self, need.stream, None) is not None
 
     def here(self, values: Tensor) -> Tensor:
         """Of a token stream ``[B, T, ...]`` the positions that the hidden streams have."""
         return columns(values, self.spans)
 
     def hidden_streams(self) -> dict[str, Tensor]:
-        """Every hidden stream that is here, under the name that objectives require it by."""
+        """Every hidden stream that is here, under the name of its `Need`."""
         named = {name: getattr(self, name) for name in _HIDDEN_FIELDS}
         named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items()}
         return {name: value for name, value in named.items() if value is not None}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .base import Context, HeadRows, HeadTerm
 from .model_info import ModelInfo
+from .needs import Need
 from .own_parameters import OwnHead
 from .registry import register
 from .schema import MOST_AHEAD, count_problem
@@ -55,8 +56,8 @@ class TOP(HeadTerm):
             found = f'window is {self.window}, expected at most 65504 with "fp16_scores"'
         return [found] if found else []
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"token_ids", "last_hidden"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("token_ids"), Need("last_hidden")})
 
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
         return OwnHead(info, seed)

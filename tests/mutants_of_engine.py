@@ -14,6 +14,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/metrics.py", 'rows = own["count"].clamp(min=1)', 'rows = own["count"]', "objectives_metrics"),
     Mutant("objectives/counts.py", "if self.group_size != other.group_size:", "if False:", "objectives_metrics"),
     Mutant("objectives/window.py", 'or self.gradient_reduction == "sum"', "", "objectives_accumulation"),
+    Mutant("objectives/needs.py", "need.grad or before.grad", "need.grad", "objectives_needs"),
+    Mutant("objectives/nitp.py", "grad=not self.stop_gradient", "grad=True", "objectives_properties objectives_needs"),
     Mutant("objectives/window.py", "counts.group_size % ranks", "counts.group_size > ranks", "objectives_accumulation"),
     Mutant("objectives/plan.py", "softcap=info.softcap", "softcap=None", "objectives_top"),
     Mutant("objectives/plan.py", "logit_scale=info.logit_scale", "logit_scale=1.0", "objectives_top"),

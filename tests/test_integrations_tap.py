@@ -12,10 +12,14 @@ from torch.utils.checkpoint import checkpoint
 
 from nitp_ops.integrations import Tap, tap
 from nitp_ops.integrations.sites import Sites
-from nitp_ops.objectives import ModelInfo, build
+from nitp_ops.objectives import ModelInfo, Need, build
 
 INFO = ModelInfo(hidden_size=8, vocab_size=16, num_layers=3, dtype=torch.float64)
 NAMES: dict[str, Any] = {"blocks": "trunk.h", "norm": "trunk.ln_f", "embed": "trunk.wte", "head": "lm_head"}
+
+
+def state(k: int, *, grad: bool = False) -> Need:
+    return Need("hidden_states", layer=k, grad=grad)
 
 
 class Block(nn.Module):
@@ -62,8 +66,8 @@ def ids() -> Tensor:
 
 
 def test_it_collects_what_is_required_and_nothing_else(model: Model, ids: Tensor):
-    requires = {"token_ids", "last_hidden", "last_residual", "hidden_states[0]", "hidden_states[2]", "hidden_states[3]"}
-    tapped = tap(model, requires | {"head"}, **NAMES)
+    streams = (Need(name) for name in ("token_ids", "last_hidden", "last_residual", "head"))
+    tapped = tap(model, {*streams, state(0), state(2), state(3)}, **NAMES)
     with tapped:
         model(ids)
     streams, states = tapped.streams(token_ids=ids), model.streams(ids)
@@ -76,7 +80,7 @@ def test_it_collects_what_is_required_and_nothing_else(model: Model, ids: Tensor
 def test_nothing_is_copied_and_what_was_collected_is_handed_out_once(model: Model, ids: Tensor):
     seen = []
     model.trunk["h"][1].register_forward_hook(lambda module, args, output: seen.append(output.data_ptr()))  # type: ignore[index]
-    tapped = tap(model, {"hidden_states[2]"}, **NAMES)
+    tapped = tap(model, {state(2)}, **NAMES)
     with tapped:
         model(ids)
     assert tapped.streams(token_ids=ids).hidden_states[2].data_ptr() == seen[0]
@@ -116,7 +120,7 @@ def test_three_lines_train_the_formula_under_every_checkpointing(
 
 
 def test_both_last_streams_carry_gradients(model: Model, ids: Tensor):
-    tapped = tap(model, {"last_hidden", "last_residual"}, **NAMES)
+    tapped = tap(model, {Need("last_hidden"), Need("last_residual")}, **NAMES)
     with tapped:
         model(ids)
     streams, states = tapped.streams(token_ids=ids), model.streams(ids)
@@ -138,7 +142,7 @@ def test_hooks_leave_with_the_context_also_after_an_error(model: Model, ids: Ten
 
 
 def test_a_stream_that_did_not_pass_or_passed_twice_is_an_error(model: Model, ids: Tensor):
-    tapped = tap(model, {"last_hidden"}, **NAMES)
+    tapped = tap(model, {Need("last_hidden")}, **NAMES)
     with pytest.raises(RuntimeError, match="tap: last_hidden did not pass, expected a forward pass inside"), tapped:
         pass
     with pytest.raises(RuntimeError, match="last_hidden passed twice, expected one forward pass"), tapped:
@@ -185,7 +189,7 @@ def test_blocks_may_be_modules_in_any_container_and_take_keywords(ids: Tensor):
 
     model = Keywords()
     for blocks in ("blocks", model.blocks, list(model.blocks.values()), ["blocks.0", "blocks.1"]):
-        tapped = tap(model, {"hidden_states[1]"}, blocks=blocks)
+        tapped = tap(model, {state(1)}, blocks=blocks)
         with tapped:
             model(ids)
         expected = model.blocks["0"](model.embed(ids))
@@ -195,18 +199,23 @@ def test_blocks_may_be_modules_in_any_container_and_take_keywords(ids: Tensor):
 @pytest.mark.parametrize(
     ("requires", "changes", "error", "message"),
     [
-        ({"last_hidden"}, {"norm": None}, ValueError, r"norm is None, expected a module or its name \(last_hidden is"),
-        ({"hidden_states[1]"}, {"blocks": None}, ValueError, r"blocks is None, expected the transformer blocks"),
-        ({"hidden_states[4]"}, {}, ValueError, r"hidden_states\[4\] is required, expected at most 3"),
-        ({"head"}, {"head": None}, ValueError, r"head is None, expected a module or its name"),
         (
-            {"head"},
+            {Need("last_hidden")},
+            {"norm": None},
+            ValueError,
+            r"norm is None, expected a module or its name \(last_hidden is",
+        ),
+        ({state(1)}, {"blocks": None}, ValueError, r"blocks is None, expected the transformer blocks"),
+        ({state(4)}, {}, ValueError, r"hidden_states\[4\] is required, expected at most 3"),
+        ({Need("head")}, {"head": None}, ValueError, r"head is None, expected a module or its name"),
+        (
+            {Need("head")},
             {"head": "unembed"},
             ValueError,
             r"head is 'unembed', expected a module of the Model \(which has",
         ),
-        ({"embed"}, {"embed": 3}, TypeError, "embed is a int, expected a module or its name"),
-        ({"hidden_states[1]"}, {"blocks": 3}, TypeError, "blocks is a int, expected a list of modules or its name"),
+        ({Need("embed")}, {"embed": 3}, TypeError, "embed is a int, expected a module or its name"),
+        ({state(1)}, {"blocks": 3}, TypeError, "blocks is a int, expected a list of modules or its name"),
     ],
     ids=str,
 )
@@ -222,7 +231,7 @@ def test_a_block_that_passes_no_tensor_is_named(ids: Tensor):
 
     block = Odd()
     with pytest.raises(TypeError, match=r"hidden_states\[0\] is a NoneType, expected a tensor"), \
-            tap(block, {"hidden_states[0]"}, blocks=[block]) as tapped:  # fmt: skip
+            tap(block, {state(0)}, blocks=[block]) as tapped:  # fmt: skip
         assert isinstance(tapped, Tap)
         block({"x": 1})
 
@@ -230,4 +239,4 @@ def test_a_block_that_passes_no_tensor_is_named(ids: Tensor):
 def test_an_error_names_the_function_that_was_called():
     for who in ("tap", "attach"):
         with pytest.raises(ValueError, match=rf"^{who}: blocks is None, expected the transformer blocks"):
-            Tap(Sites(), ["hidden_states[1]"], who=who)
+            Tap(Sites(), [state(1)], who=who)

@@ -7,7 +7,7 @@ import torch
 from objectives_cases import INFO, assert_same, gradients, make_batch
 from torch import Tensor
 
-from nitp_ops.objectives import Streams, build
+from nitp_ops.objectives import Need, Streams, build
 
 
 def given(**external: object) -> Streams:
@@ -28,8 +28,8 @@ def test_it_is_the_weighted_sum_over_the_count():
 
 
 def test_the_label_names_the_stream_unless_the_option_does():
-    assert build("balance: external", model=INFO).requires == {"external[balance]"}
-    assert build("balance: external(stream=router)", model=INFO).requires == {"external[router]"}
+    assert build("balance: external", model=INFO).requires == {Need("external", name="balance")}
+    assert build("balance: external(stream=router)", model=INFO).requires == {Need("external", name="router")}
 
 
 def test_a_missing_name_is_an_error_that_names_it():

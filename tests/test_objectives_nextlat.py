@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 from torch import Tensor, nn
 
-from nitp_ops.objectives import CompositeObjective, ModelInfo, NextLat, SpecError, Streams, build, row_losses
+from nitp_ops.objectives import CompositeObjective, ModelInfo, Need, NextLat, SpecError, Streams, build, row_losses
 
 
 def logits(batch: Batch, h: Tensor, info: ModelInfo) -> Tensor:
@@ -67,7 +67,7 @@ def test_its_losses_have_weights_of_their_own(smooth_weight: float, kl_weight: f
 
 def test_without_the_kl_it_needs_no_head():
     batch, objective = make_batch(), build("nextlat(kl_weight=0)", model=INFO)
-    assert objective.requires == {"token_ids", "last_hidden", "embed"}
+    assert objective.requires == {Need("token_ids"), Need("last_hidden"), Need("embed")}
     assert objective(batch.streams(head=None)).loss.isfinite()
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nitp_ops.integrations.optimizers import check_optimizers
 from nitp_ops.integrations.packages import check_streams, check_version
+from nitp_ops.objectives import Need
 
 ADAPTERS = {
     "lightning": ("lightning", "2.4", "3.0"),
@@ -69,10 +70,11 @@ def test_versions_compare_as_numbers(found, good, monkeypatch):
 
 def test_a_stream_that_is_not_provided_is_named_with_what_is():
     provided = ("token_ids", "hidden_states", "external[aux_loss]")
-    check_streams("loop", {"token_ids", "hidden_states[3]", "external[aux_loss]"}, provided)
+    needs = {Need("token_ids"), Need("hidden_states", layer=3), Need("external", name="aux_loss")}
+    check_streams("loop", needs, provided)
     expected = r"loop: the objective requires embed, external\[other\], expected only what .*: token_ids, hidden_states"
     with pytest.raises(ValueError, match=expected):
-        check_streams("loop", {"token_ids", "external[other]", "embed"}, provided)
+        check_streams("loop", {Need("token_ids"), Need("external", name="other"), Need("embed")}, provided)
 
 
 def test_a_parameter_that_no_optimizer_holds_is_named():

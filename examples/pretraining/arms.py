@@ -142,7 +142,7 @@ def check(spec: Spec, options: Options) -> None:
     """
     with torch.device("meta"):
         objective = build(spec, model=model_info(options.model))
-    missing = sorted(r for r in objective.requires - PROVIDED if not r.startswith("hidden_states["))
+    missing = sorted(str(need) for need in objective.requires if need.stream not in PROVIDED)
     if missing:
         raise SpecError([f"it needs {', '.join(missing)}, which this decoder does not provide"])
 

@@ -22,7 +22,7 @@ from .model import Decoder, ModelConfig
 from .options import Options
 from .schedule import warmup_stable_decay
 
-PROVIDED = {"token_ids", "document_ids", "last_hidden", "last_residual", "head", "embed"}
+PROVIDED = {"token_ids", "document_ids", "last_hidden", "last_residual", "hidden_states", "head", "embed"}
 
 
 def model_info(shapes: ModelConfig) -> ModelInfo:
@@ -68,11 +68,7 @@ class Run:
         self.backend = backend or backend_for(options.device)
         objective = build(spec, model=model_info(options.model), seed=options.seed, backend=self.backend)
         self.objective = objective.to(self.device)
-        self.keep = sorted(
-            int(stream.removeprefix("hidden_states[").removesuffix("]"))
-            for stream in self.objective.requires
-            if stream.startswith("hidden_states[")
-        )
+        self.keep = sorted(need.layer for need in self.objective.requires if need.layer is not None)
         parameters = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.AdamW(
             [

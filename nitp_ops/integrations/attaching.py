@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nitp_ops.objectives import CompositeObjective, build
+from nitp_ops.objectives.needs import reads
 from nitp_ops.objectives.spec import SpecLike
 from nitp_ops.objectives.streams import LabelLayout, check_label_layout
 
@@ -19,7 +20,7 @@ from .handle import AUX_LOSS, Handle
 from .head_transform import head_transform
 from .hugging_face import checked_head, head_of, model_info, refuse_hooks_on_head, unwrapped
 from .sites import hugging_face_sites
-from .tapping import Tap, differentiable_states
+from .tapping import Tap
 
 
 def attach(
@@ -88,13 +89,13 @@ def attach(
     _check_embedding(objective, plain)
     objective.to(head.weight.device)
     sites = replace(sites, trunk=transform.body)
-    tapped = Tap(sites, objective.requires, differentiable_states(objective), who="attach")
+    tapped = Tap(sites, objective.requires, who="attach")
     return Handle(model, plain, objective, tapped, label_layout)
 
 
 def _check_labels(objective: CompositeObjective) -> None:
     labels = {str(term.label) for term in objective.spec.terms}
-    if AUX_LOSS in labels and f"external[{AUX_LOSS}]" not in objective.requires:
+    if AUX_LOSS in labels and all(need.name != AUX_LOSS for need in objective.requires):
         raise ValueError(
             f'attach: a term is labelled "{AUX_LOSS}", expected another label (the metrics keep it for what the model '
             "adds to its loss)"
@@ -106,8 +107,8 @@ def _check_embedding(objective: CompositeObjective, plain: Any) -> None:
     weight = getattr(plain.get_input_embeddings(), "weight", None)
     shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))
     width, kind = objective.info.hidden_size, type(plain).__name__
-    if "embed" in objective.requires and len(shape) == 2 and shape[1] != width:
-        readers = [str(term.label) for term in objective.spec.terms if "embed" in term.requires(objective.info)]
+    if reads(objective.requires, "embed") and len(shape) == 2 and shape[1] != width:
+        readers = [str(term.label) for term in objective.spec.terms if reads(term.requires(objective.info), "embed")]
         raise ValueError(
             f"attach: {', '.join(readers)} reads the embedding, which is {shape[1]} wide in the {kind}, "
             f"expected {width}, the width that its head reads; leave it out of the spec"

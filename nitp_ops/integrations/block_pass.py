@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nitp_ops.objectives import Need
+
 from .routing import first_tensor, routed
 from .sites import Sites, block_lists, final_norm, head_shape, text_config
 
@@ -88,21 +90,21 @@ def _seen_in_a_pass(
     return _none(sites, "none of its lists of modules runs in a pass")
 
 
-def check_required(requires: Iterable[str], blocks: int, reasons: Mapping[str, str], kind: str) -> None:
+def check_required(requires: Iterable[Need], blocks: int, reasons: Mapping[str, str], kind: str) -> None:
     """See that no required stream passes a site that is missing for a reason.
 
     Args:
-        requires: names of streams. blocks: how many there are. reasons: see `checked_blocks`. kind: of the model.
+        requires: the streams. blocks: how many there are. reasons: see `checked_blocks`. kind: of the model.
 
     Raises:
         ValueError: one does; the reason is named.
     """
-    for name in sorted(requires):
-        after_all = name in ("last_residual", f"hidden_states[{blocks}]")
-        site = "norm" if after_all else "blocks" if name.startswith("hidden_states[") else None
+    for need in sorted(requires, key=str):
+        after_all = need.stream == "last_residual" or need.layer == blocks
+        site = "norm" if after_all else "blocks" if need.stream == "hidden_states" else None
         if site is not None and site in reasons:
             raise ValueError(
-                f"attach: {name} is required, but the {kind} does not offer it: {reasons[site]}; "
+                f"attach: {need} is required, but the {kind} does not offer it: {reasons[site]}; "
                 "leave it out of the spec, or collect it with tap"
             )
 

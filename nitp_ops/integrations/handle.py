@@ -60,7 +60,7 @@ class Handle:
         self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
         self._names = tuple(inspect.signature(plain.forward).parameters)
         self._attached = AttachedModel(plain, objective, tap)
-        self._external = [name[len("external[") : -1] for name in objective.requires if name.startswith("external[")]
+        self._external = [need.name for need in objective.requires if need.name is not None]
         setattr(plain, OBJECTIVE, objective)
         plain.__dict__[HANDLE] = self
         plain.forward = AttachedForward(plain)

@@ -33,10 +33,11 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Streams, build  # noqa: E402
+from nitp_ops.objectives.needs import named  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
 
 from .sites import Sites  # noqa: E402
-from .tapping import Tap, differentiable_states  # noqa: E402
+from .tapping import Tap  # noqa: E402
 
 OBJECTIVE = "nitp_objective"
 _HANDLE = "nitp_gpt"
@@ -71,11 +72,11 @@ def attach_gpt(model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str |
     objective = build(spec, model=info, seed=seed, backend=backend).to(head.weight.device)
     check_streams("megatron", objective.requires)
     norm: Any = model.decoder.final_layernorm
-    differentiable = differentiable_states(objective)
+    differentiable = [need for need in objective.requires if need.stream == "hidden_states" and need.grad]
     if differentiable and model.config.recompute_granularity == "full":
         raise ValueError(
             f'megatron: recompute_granularity is "full", expected None or "selective" (a term sends a gradient into '
-            f"{', '.join(sorted(differentiable))}, which full recomputation computes without one)"
+            f"{', '.join(named(differentiable))}, which full recomputation computes without one)"
         )
     sites = Sites(
         blocks=tuple(model.decoder.layers),
@@ -84,7 +85,7 @@ def attach_gpt(model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str |
         embed=model.embedding.word_embeddings,
         head=head,
     )
-    return GPTObjective(model, objective, _SequenceFirst(sites, objective.requires, differentiable).install())
+    return GPTObjective(model, objective, _SequenceFirst(sites, objective.requires).install())
 
 
 def objective_step(

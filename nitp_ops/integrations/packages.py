@@ -6,6 +6,9 @@ import re
 from collections.abc import Iterable
 from importlib import metadata
 
+from nitp_ops.objectives import Need
+from nitp_ops.objectives.needs import named
+
 STREAMS = ("token_ids", "last_hidden", "last_residual", "hidden_states", "head", "embed")
 
 
@@ -24,7 +27,7 @@ def check_version(package: str, lowest: str, below: str) -> None:
         raise ImportError(f"{package} is {found}, {expected}")
 
 
-def check_streams(adapter: str, requires: Iterable[str], provided: Iterable[str] = STREAMS) -> None:
+def check_streams(adapter: str, requires: Iterable[Need], provided: Iterable[str] = STREAMS) -> None:
     """Refuse an objective that requires streams which an adapter does not provide, before any step.
 
     A provided "hidden_states" stands for all of them, "external[aux_loss]" for that one.
@@ -33,10 +36,10 @@ def check_streams(adapter: str, requires: Iterable[str], provided: Iterable[str]
         ValueError: names what is required and what is provided.
 
     Example:
-        >>> check_streams("torchtitan", {"last_hidden", "hidden_states[3]"})
+        >>> check_streams("torchtitan", {Need("last_hidden"), Need("hidden_states", layer=3)})
     """
     provided = tuple(provided)
-    lacking = sorted(name for name in requires if not {name, name.partition("[")[0]} & set(provided))
+    lacking = named(need for need in requires if not {str(need), need.stream} & set(provided))
     if lacking:
         raise ValueError(
             f"{adapter}: the objective requires {', '.join(lacking)}, expected only what the adapter provides: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nitp_ops.objectives import CompositeObjective, Streams
+from nitp_ops.objectives import CompositeObjective, Need, Streams
+from nitp_ops.objectives.needs import checked, named, reads
 
 from .routing import first_tensor
 from .sites import BlocksLike, ModuleLike, Sites, named_sites
 
-_STATE = re.compile(r"hidden_states\[(\d+)\]")
-
 
 def tap(
     model: nn.Module,
-    requires: CompositeObjective | Iterable[str],
+    requires: CompositeObjective | Iterable[Need],
     *,
     blocks: BlocksLike | None = None,
     norm: ModuleLike | None = None,
@@ -35,11 +33,11 @@ def tap(
       final norm, after the last block);
     * ``head``, ``embed``: the modules.
 
-    hidden_states are detached at once, unless an objective is given one of whose terms sends a gradient into them.
+    Each is detached at once, unless a `Need` of it asks for its gradient.
 
     Args:
         model: the module tree that the forward pass runs through.
-        requires: an objective, or the names of streams (``objective.requires``).
+        requires: an objective, or needs of streams (``objective.requires``).
         blocks: the transformer blocks in order, or the name of their list. norm, embed, head: the final norm, the
             embedding and the unembedding, or their names. In a Hugging Face model all are found by structure.
 
@@ -59,9 +57,8 @@ def tap(
         >>> objective(tapped.streams(token_ids=ids)).loss.backward()
     """
     sites = named_sites(model, blocks=blocks, norm=norm, embed=embed, head=head)
-    if not isinstance(requires, CompositeObjective):
-        return Tap(sites, requires)
-    return Tap(sites, requires.requires, differentiable_states(requires))  # type: ignore[union-attr]
+    needs = requires.requires if isinstance(requires, CompositeObjective) else requires  # type: ignore[union-attr]
+    return Tap(sites, needs)
 
 
 class Tap:
@@ -71,22 +68,18 @@ class Tap:
     before: `install` registers them for good (torch.compile ignores hooks that come later), `remove` ends that.
 
     Args:
-        sites: modules that the streams pass. requires: names of streams. differentiable: hidden_states not to detach.
-        who: the function that the user called, for errors.
+        sites: modules that the streams pass. requires: the streams. who: the function that the user called, for errors.
     """
 
-    def __init__(
-        self, sites: Sites, requires: Iterable[str], differentiable: Iterable[str] = (), *, who: str = "tap"
-    ) -> None:
-        self.sites, self.requires, self.who = sites, frozenset(requires), who
-        self.differentiable = {"last_hidden", "last_residual", *differentiable}
+    def __init__(self, sites: Sites, requires: Iterable[Need], *, who: str = "tap") -> None:
+        self.sites, self.requires, self.who = sites, checked(who, requires), who
+        self._differentiable = {str(need) for need in self.requires if need.grad}
         self.collecting = False
         self._found: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._temporary = self._handed_out = False
-        matches = {name: _STATE.fullmatch(name) for name in self.requires}
-        self._states = {name: int(match[1]) for name, match in matches.items() if match is not None}
-        self._points = [point for name in sorted(self.requires) if (point := self._point(name)) is not None]
+        self._states = {str(need): need.layer for need in self.requires if need.layer is not None}
+        self._points = [point for name in named(self.requires) if (point := self._point(name)) is not None]
 
     def install(self) -> Tap:
         """Register the hooks until `remove`; they do nothing outside the context."""
@@ -167,7 +160,7 @@ class Tap:
         found = self._found
         given: dict[str, Any] = {"hidden_states": {k: found[name] for name, k in self._states.items()}}
         given |= {name: found[name] for name in ("last_hidden", "last_residual") if name in found}
-        given |= {name: getattr(self.sites, name) for name in ("head", "embed") if name in self.requires}
+        given |= {name: getattr(self.sites, name) for name in ("head", "embed") if reads(self.requires, name)}
         self._found, self._handed_out = {}, True
         return Streams(**(given | fields))
 
@@ -222,7 +215,7 @@ class Tap:
             raise TypeError(f"{self.who}: {name} is a {type(value).__name__}, expected a tensor")
         if name in self._found:
             raise RuntimeError(f"{self.who}: {name} passed twice, expected one forward pass inside the context")
-        self._found[name] = value if name in self.differentiable else value.detach()
+        self._found[name] = value if name in self._differentiable else value.detach()
 
 
 def _unless_empty(head: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
@@ -231,9 +224,3 @@ def _unless_empty(head: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
         vocabulary = head.out_features if isinstance(head, nn.Linear) else head.weight.shape[0]
         return hidden.new_empty((*hidden.shape[:-1], vocabulary))
     return type(head)._call_impl(head, hidden, *args, **kwargs)
-
-
-def differentiable_states(objective: CompositeObjective) -> set[str]:
-    """hidden_states that some term sends a gradient into: all but those whose terms say ``stop_gradient``."""
-    terms = [term for term in objective.spec.terms if not getattr(term, "stop_gradient", False)]
-    return {name for term in terms for name in term.requires(objective.info) if _STATE.fullmatch(name)}

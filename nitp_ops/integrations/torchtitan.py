@@ -69,7 +69,7 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
         >>> from torchtitan.models.llama3 import model_registry
         >>> with torch.device("meta"):
         ...     model = model_registry("debugmodel").model.build()
-        >>> sorted(attach_decoder(model, "ntp + 0.8*nitp(target_layer=0.2)").requires)
+        >>> sorted(map(str, attach_decoder(model, "ntp + 0.8*nitp(target_layer=0.2)").requires))
         ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
     """
     _check_decoder(model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nitp_ops.objectives import Context, HeadRows, HeadTerm, ModelInfo, Streams
+from nitp_ops.objectives import Context, HeadRows, HeadTerm, ModelInfo, Need, Streams
 
 
 @dataclass(kw_only=True)
@@ -42,8 +42,8 @@ class TopKDistillation(HeadTerm):
 
     renormalize: bool = True
 
-    def requires(self, info: ModelInfo) -> frozenset[str]:
-        return frozenset({"last_hidden", "head", "teacher_tokens", "teacher_probabilities"})
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset(map(Need, ("last_hidden", "head", "teacher_tokens", "teacher_probabilities")))
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": self._present(streams).any(-1)}
