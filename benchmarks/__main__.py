@@ -4,6 +4,7 @@ python -m benchmarks --quick                 every op against everybody, under t
 python -m benchmarks --case Llama-3-8B       one model's head        (--list names them all)
 python -m benchmarks --quick --base main     this checkout against a revision, two processes in turns
 python -m benchmarks --case scaling --save   how time and memory grow
+python -m benchmarks --case host             what a call costs the host, in microseconds
 python -m benchmarks plot                    draws docs/plots and docs/growth.md from the results kept
 """
 
@@ -29,7 +30,7 @@ from .heads import HEADS
 from .implementations import NAMES
 
 #: Cases that bring their own measurement: name -> module of this package with `run(options) -> int`.
-EXTRA = {"memory": "memory", "scaling": "scaling", "trainer": "trainer"}
+EXTRA = {"host": "host", "memory": "memory", "scaling": "scaling", "trainer": "trainer"}
 #: Options that a GPU run does not have.
 CPU_ONLY = ("quick", "save", "malloc", "base", "case", "csv", "markdown", "html")
 CASES = list(dict.fromkeys([name for op in OPS.values() for name in (*op.quick, *op.full)]))
