@@ -1,4 +1,4 @@
-"""Names of objectives: registered here, or by an entry point in the group ``nitp_ops.objectives``."""
+"""Names of objectives: registered, built in, or an entry point in the group ``nitp_ops.objectives``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ GROUP = "nitp_ops.objectives"
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 _registered: dict[str, type[Objective]] = {}
+_built_in: dict[str, EntryPoint] = {}
 _T = TypeVar("_T", bound=type[Objective])
 
 
@@ -46,9 +47,10 @@ def register(name: str) -> Callable[[_T], _T]:
         late = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
         if late:
             raise TypeError(f"register: {cls.__name__} has positional fields {', '.join(late)}, expected kw_only=True")
-        held = _registered.get(name)
-        if held is not None and (held.__module__, held.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f'register: name is "{name}", expected one that {held.__qualname__} does not hold')
+        held = _held(name)
+        if held not in (None, _home(cls)):
+            holder = held.rpartition(":")[2]
+            raise ValueError(f'register: name is "{name}", expected one that {holder} does not hold')
         cls.name = name
         _registered[name] = cls
         return cls
@@ -58,19 +60,24 @@ def register(name: str) -> Callable[[_T], _T]:
     return add
 
 
+def offer(package: str, homes: Mapping[str, str]) -> None:
+    """Names that a package has built in, as ``{name: "module:class"}`` inside it: found like a plugin's."""
+    _built_in.update({name: EntryPoint(name, f"{package}.{home}", GROUP) for name, home in homes.items()})
+
+
 def available() -> tuple[str, ...]:
-    """Names of all objectives, sorted; plugins are listed without being imported."""
-    return tuple(sorted({*_registered, *_plugins()}))
+    """Names of all objectives, sorted; what nobody named yet is listed without being imported."""
+    return tuple(sorted({*_registered, *_built_in, *_plugins()}))
 
 
 def find(name: str) -> type[Objective]:
-    """The class behind a name; a plugin is imported when it is first named.
+    """The class behind a name, which is imported when it is first named.
 
     Raises:
         SpecError: an unknown name (with the nearest known one), or a plugin that does not load (with its reason).
     """
     if name not in _registered:
-        plugin = _plugins().get(name)
+        plugin = _built_in.get(name) or _plugins().get(name)
         if plugin is None:
             known = available()
             raise SpecError([f'"{name}" is no objective, expected one of {listing(known)}.{suggestion(name, known)}'])
@@ -80,8 +87,19 @@ def find(name: str) -> type[Objective]:
 
 def plugin_of(name: str) -> str | None:
     """``module:class`` of a plugin that is not imported yet, else None."""
-    plugin = None if name in _registered else _plugins().get(name)
+    plugin = None if name in _registered or name in _built_in else _plugins().get(name)
     return None if plugin is None else plugin.value
+
+
+def _held(name: str) -> str | None:
+    """``module:class`` of the class that has a name, imported or built in."""
+    if name in _registered:
+        return _home(_registered[name])
+    return _built_in[name].value if name in _built_in else None
+
+
+def _home(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _plugins() -> Mapping[str, EntryPoint]:

@@ -40,6 +40,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/schema.py", "-(2**63) <= value < 2**63", "-(2**63) <= value", "objectives_spec_fuzz"),
     Mutant("objectives/expression.py", "self.depth == _DEEPEST", "False", "objectives_spec_fuzz"),
     Mutant("objectives/registry.py", "    except KeyboardInterrupt:\n        raise\n", "", "objectives_plugin_fails"),
+    Mutant("objectives/registry.py", "_built_in.get(name) or _plugins().get(name)",
+           "_plugins().get(name) or _built_in.get(name)", "objectives_lazy"),
     Mutant("objectives/registry.py", "except BaseException", "except Exception", "objectives_plugin_fails"),
     Mutant("objectives/schedule.py", "step >= self.begin + self.warmup", "step > self.begin + self.warmup",
            "objectives_schedule"),
