@@ -8,7 +8,7 @@ from setuptools import Extension, setup
 commands = runpy.run_path(str(Path(__file__).resolve().parent / "csrc/commands.py"))
 
 setup(
-    packages=["nitp_ops", "nitp_ops.triton", "nitp_ops.integrations", "nitp_ops.objectives"],
+    packages=["nitp_ops", "nitp_ops.torch_rows", "nitp_ops.triton", "nitp_ops.integrations", "nitp_ops.objectives"],
     package_dir={"nitp_ops": "nitp_ops", "nitp_ops.objectives": "objectives"},
     package_data={"nitp_ops": ["py.typed"]},
     ext_modules=[] if commands["PURE"] else [Extension("nitp_ops._C", sources=[])],

@@ -42,7 +42,7 @@ def cases(subjects: list[str], dtypes: list[str] | None) -> Iterator[Case]:
         named: dict[str, Sizes] = {}
         if subject in row_kernels.KERNELS:
             names, task = row_kernels.NAMES, partial(row_kernels.measure_kernel, kernel=subject)
-            sizes, own = row_kernels.KERNELS[subject][1], row_kernels.dtypes_of(subject)
+            sizes, own = row_kernels.KERNELS[subject], row_kernels.dtypes_of(subject)
         elif subject == overhead.NAME:
             names, task, sizes, own = overhead.NAMES, overhead.measure_overhead, overhead.CASES, ["bfloat16"]
         else:

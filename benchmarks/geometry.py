@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nitp_ops import rows
+from nitp_ops import _kernels, rows
 
 from . import cuda, measure
 from .isolated import At
-from .row_kernels import KERNELS
 
 SOURCE = Path(__file__).with_suffix(".cu")
 LIBRARY = SOURCE.parents[1] / "build/geometry.so"
@@ -33,7 +32,7 @@ def sweep(at: At, names: list[str], *, sizes: dict[str, int], rounds: int, secon
     """Milliseconds by geometry, and over a copy of the same bytes; {"skipped": reason} where it does not run."""
     at(None)
     launched = launcher(built())
-    make, _ = KERNELS[KERNEL]
+    make = _kernels.table()[KERNEL].sample
     with cuda.DEVICE:
         call = make(sizes["N"], sizes["D"], torch.bfloat16)
         source = torch.randint(256, (call.moved // 2,), dtype=torch.uint8)

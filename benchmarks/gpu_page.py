@@ -84,11 +84,11 @@ def both_losses(document: Document, rates: roofline.Rates) -> str:
 def memory_bound(document: Document) -> str:
     """Row kernels over a copy of their bytes."""
     lines: list[Row] = []
-    for kernel, (_, sizes) in row_kernels.KERNELS.items():
+    for kernel, sizes in row_kernels.KERNELS.items():
         for size in sizes:
             rows = rows_of(document, kernel, size)
             cells = (cell(rows, name) for name in row_kernels.NAMES)
-            lines.append([f"`{kernel}`", words(size), f"{roofline.ROW_KERNELS[kernel]:.2f}", *cells])
+            lines.append([f"`{kernel}`", words(size), f"{roofline.ROW_KERNELS.get(kernel, 1.0):.2f}", *cells])
     return markdown(["row kernel", "case", "model", *row_kernels.NAMES], lines)
 
 

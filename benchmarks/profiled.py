@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from nitp_ops import rows
+from nitp_ops import _kernels, rows
 
 from . import cuda
 from .isolated import At
-from .row_kernels import KERNELS as ROW_KERNELS
 
 #: Kernel -> a part of the name that the profiler knows it by.
 KERNELS = {"cross_entropy_rows_": "cross_entropy", "swiglu_rows strided": "swiglu", "weight gradient, beta = 1": ""}
@@ -46,7 +45,7 @@ def calls(scale: int = 1) -> dict[str, Callable[[], Callable[[], object]]]:
         return partial(getattr(rows.kernels(chosen), name), *arguments)
 
     def cross_entropy() -> Callable[[], object]:
-        make, _ = ROW_KERNELS["cross_entropy_rows_"]
+        make = _kernels.table()["cross_entropy_rows_"].sample
         return row_kernel("cross_entropy_rows_", make(4096 // scale, 128256 // scale, torch.bfloat16).arguments)
 
     def swiglu() -> Callable[[], object]:  # halves of one GEMM's output, as a fused gate and up leave them

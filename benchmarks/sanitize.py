@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import nitp_ops
-from nitp_ops import rows
+from nitp_ops import _kernels, rows
 
 #: One element, one pack and its neighbours, many steps of a block, and a row that no shared memory of one block holds.
 COLUMNS = (1, 7, 8, 33, 1000)
@@ -87,10 +87,13 @@ def _cross_entropy_gradient() -> Iterator[tuple[Any, ...]]:
         logits = _rows(3, columns, dtype, dense=plain)
         work = _working(logits)
         labels = torch.randint(-1, columns, (3, targets))
-        scale, at = torch.rand(3, targets, dtype=work), torch.rand(3, targets, dtype=work)
+        scale, cap = torch.rand(3, targets, dtype=work), 0.0 if plain else 5.0
+        scale[1] = 0  # a row of which nothing is asked
         extras = [None if plain else torch.rand(columns, dtype=work) for _ in range(2)]
+        z = 0.7 * (logits.to(work) if extras[0] is None else logits.to(work) + extras[0])
+        at = (cap * (z / cap).tanh() if cap else z).gather(1, labels.clamp(min=0))
         factors = torch.tensor([[99.0, 99.0, 99.0], [0.5, 0.0, 2.0], [0.0, 0.0, 0.1]], dtype=work)
-        yield logits, labels, scale, at, *extras, factors, 0.0 if plain else 5.0, 0.7
+        yield logits, labels, scale, at, *extras, factors, cap, 0.7
 
 
 def _accumulate() -> Iterator[tuple[Any, ...]]:
@@ -105,7 +108,7 @@ def _scale() -> Iterator[tuple[Any, ...]]:
 
 
 #: Row kernel -> arguments that reach its branches.
-CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
+BRANCHES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "swiglu_rows": _swiglu,
     "swiglu_rows_backward_": _swiglu_backward,
     "alignment_rows_": _alignment,
@@ -114,6 +117,13 @@ CALLS: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
     "accumulate_rows_": _accumulate,
     "scale_rows_": _scale,
 }
+
+
+def calls(kernel: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of every call: typical ones at every width, and what reaches the kernel's branches."""
+    for dtype, columns in product((torch.float64, torch.float32, torch.bfloat16), COLUMNS):
+        yield _kernels.table()[kernel].sample(3, columns, dtype).arguments
+    yield from BRANCHES.get(kernel, lambda: iter(()))()
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -127,7 +137,7 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def differences(kernel: str, kernels: Any, device: torch.device) -> Iterator[str]:
     """One line for each call whose results are not those of the CPU kernel."""
-    for arguments in CALLS[kernel]():
+    for arguments in calls(kernel):
         here = [moved(each, torch.device("cpu")) for each in arguments]
         there = [moved(each, device) for each in arguments]
         getattr(torch.ops.nitp_ops, kernel)(*here)
@@ -179,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"benchmarks.sanitize: {options.backend}: {reason}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    known = [kernel for kernel in CALLS if hasattr(torch.ops.nitp_ops, kernel)]
+    known = _kernels.table()
     wrong = [line for kernel in known for line in differences(kernel, rows.kernels(options.backend), device)]
     if options.ops:
         ops(device, options.backend)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from nitp_ops import rows
+from nitp_ops._kernels import table
 
-from .row_kernels import KERNELS, dtypes_of
+from .row_kernels import dtypes_of
 
 #: Sizes at which calling costs more than computing.
 TOY = 8, 32
 #: Kernels that a CPU has.
-SERVED = [name for name in KERNELS if rows.missing is None and hasattr(torch.ops.nitp_ops, name)]
+SERVED = [name for name in table() if rows.missing is None and hasattr(torch.ops.nitp_ops, name)]
 CASES = [(kernel, dtype) for kernel in SERVED for dtype in dtypes_of(kernel)]
 
 
@@ -18,7 +19,7 @@ CASES = [(kernel, dtype) for kernel in SERVED for dtype in dtypes_of(kernel)]
 @pytest.mark.parametrize(("kernel", "dtype"), CASES)
 def test_one_call(benchmark, kernel, dtype, who):
     torch.manual_seed(0)
-    call = KERNELS[kernel][0](*TOY, getattr(torch, dtype))
+    call = table()[kernel].sample(*TOY, getattr(torch, dtype))
     before = [each.clone() for each in call.arguments if isinstance(each, torch.Tensor)]
     source = torch.zeros(call.moved // 2, dtype=torch.uint8)
     copied = torch.empty_like(source)

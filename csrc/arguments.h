@@ -83,4 +83,38 @@ struct CrossEntropyGradientRows {
   A softcap, logit_scale;
 };
 
+// The table of row kernels: operator, arguments, their types, schema. It declares the kernels (cpu/rows.h,
+// cuda/rows.h), defines the operators (library.cpp) and registers the function of door.hpp that has the operator's name
+// (entry.cpp). nitp_ops/_kernels.py derives the same schemas from the torch implementations; a test compares them.
+//
+// `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A gradient argument that
+// is None means in place. stats tensors are [fields, rows] in the working precision (float64 for float64, else
+// float32). parts [4, rows] is what a row that continues on other devices has here: max z, sum exp(z - max),
+// sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present; factors [3, rows] is what the whole
+// row's gradient needs: max, probability, off (cross_entropy.h).
+#define NITP_ROW_KERNELS(ROW)                                                                    \
+  ROW(swiglu_rows, SwigluRows, (class T), (T), "(Tensor gate, Tensor up, Tensor(a!) out) -> ()") \
+  ROW(swiglu_rows_backward_, SwigluRowsBackward, (class T), (T),                                 \
+      "(Tensor(a!) gate, Tensor(b!) up, Tensor upstream, Tensor(c!)? d_gate=None, "              \
+      "Tensor(d!)? d_up=None) -> ()")                                                            \
+  ROW(alignment_rows_, AlignmentRows, (class P, class Z, class A), (P, Z, A),                    \
+      "(Tensor(a!) prediction, Tensor target, Tensor? target_rows, Tensor? row_scale, "          \
+      "Tensor(b!) stats, Tensor(c!)? d_prediction, Tensor(d!)? d_target, int distance, "         \
+      "float eps, bool gradient) -> ()")                                                         \
+  ROW(cross_entropy_rows_, CrossEntropyRows, (class T, class A), (T, A),                         \
+      "(Tensor(a!) logits, Tensor labels, Tensor? target_weight, Tensor? bias, "                 \
+      "Tensor? class_weight, Tensor? row_scale, Tensor(b!) stats, Tensor(c!) target_logit, "     \
+      "Tensor(d!) prediction, int ignore_index, bool negative_is_absent, "                       \
+      "float label_smoothing, float z_loss, float softcap, float logit_scale, bool gradient, "   \
+      "Tensor(e!)? parts=None) -> ()")                                                           \
+  ROW(cross_entropy_gradient_rows_, CrossEntropyGradientRows, (class T, class A), (T, A),        \
+      "(Tensor(a!) logits, Tensor labels, Tensor target_scale, Tensor target_logit, "            \
+      "Tensor? bias, Tensor? class_weight, Tensor factors, float softcap, "                      \
+      "float logit_scale) -> ()")                                                                \
+  ROW(accumulate_rows_, AccumulateRows, (class T, class A), (T, A),                              \
+      "(Tensor(a!) sum, Tensor addend, Tensor? factor=None) -> ()")                              \
+  ROW(scale_rows_, ScaleRows, (class T, class Out, class A), (T, Out, A),                        \
+      "(Tensor(a!) rows, Tensor factor, Tensor(b!)? out=None) -> ()")
+#define NITP_UNPACK(...) __VA_ARGS__
+
 }  // namespace nitp

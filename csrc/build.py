@@ -33,9 +33,10 @@ TARGET_FLAGS = {
     "avx512": AVX512,
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
-KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "gemm", "scale", "swiglu")
 #: What takes tensors: compiled once.
 ENTRIES = ("library", "build_info", "cpu/entry", "cpu/gemm_entry", "cpu/instruction_set", "cpu/populate")
+#: The other sources of csrc/cpu: compiled for each instruction set.
+KERNELS = tuple(sorted(path.stem for path in CSRC.glob("cpu/*.cpp") if f"cpu/{path.stem}" not in ENTRIES))
 FLAGS = (
     "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast -fvisibility=hidden "
     "-Wall -Wextra -Wno-unused-parameter -DNDEBUG"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 FOLDER = Path(__file__).parent / "cuda"
-KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "probe", "scale", "swiglu")
+KERNELS = tuple(sorted(path.stem for path in FOLDER.glob("*.cu")))
 #: Machine code for A100, H100/H200, B200/B300 and RTX 50; others translate the PTX of compute_90 at their first launch.
 #: Plain sm_90 and sm_100, not the "a" targets: the code is the same, and it runs on the whole generation.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")

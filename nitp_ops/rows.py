@@ -1,6 +1,6 @@
 """Who serves the row kernels: the tensor's device decides, through PyTorch's dispatcher.
 
-`csrc/library.cpp` holds the schemas; the library registers its kernels for CPU and, where a CUDA compiler built them,
+`_kernels.py` holds the table of them; the library registers its kernels for CPU and, where a CUDA compiler built them,
 for CUDA. Where it did not, `nitp_ops.triton` registers its own for CUDA tensors, on the first of them. Every other
 device, and a CPU without the library, is served by `torch_rows`: the same algorithm, row kernels of torch operations.
 A public function asks `choose` once and takes the row kernels by name from `kernels`.
@@ -119,7 +119,7 @@ def _warn_of_torch(kind: str) -> None:
 
 
 def kernels(backend: str) -> Any:
-    """The row kernels by the names of csrc/library.cpp, for a backend that `choose` returned.
+    """The row kernels by the names of the table, for a backend that `choose` returned.
 
     "native": the dispatcher's, which go by the tensor's device; "triton" and "torch": their own, also where compiled
     ones exist.

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-KERNELS = ("accumulate", "alignment", "cross_entropy", "cross_entropy_gradient", "scale", "swiglu")
-SOURCES = ("csrc/library.cpp", "csrc/cuda/entry.cpp", "tests/simt/simt.cpp", *(f"csrc/cuda/{k}.cu" for k in KERNELS))
+#: All but the probe, which asks a driver.
+KERNELS = sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "probe")
+SOURCES = (ROOT / "csrc/library.cpp", ROOT / "csrc/cuda/entry.cpp", ROOT / "tests/simt/simt.cpp", *KERNELS)
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 H200_SHARED = 227 * 1024
 
@@ -46,7 +47,7 @@ def build(folder: Path, sanitize: bool = False) -> Path:
         return str(out)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, [ROOT / source for source in SOURCES]))
+        objects = list(pool.map(compiled, SOURCES))
     library = folder / "libnitp_simt.so"
     linked = ["-Wl,--no-as-needed", f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     subprocess.run(["g++", "-shared", *checks, *objects, "-o", str(library), *linked], check=True)

@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FLOORS = {"examples": 4, "benchmarks": 4, "nitp_ops/integrations": 4, "objectives": 3, "nitp_ops": 2}
-ONE, NOTHING = ("rows.py", "_library.py", "torch_rows.py", "triton"), ("_check.py", "_devices.py", "reference.py")
-FLOORS |= {f"nitp_ops/{name}": 1 for name in ONE} | {f"nitp_ops/{name}": 0 for name in NOTHING}
+FLOORS |= {f"nitp_ops/{name}": 1 for name in ("rows.py", "_kernels.py", "_library.py", "torch_rows", "triton")}
+FLOORS |= {f"nitp_ops/{name}": 0 for name in ("_check.py", "_devices.py", "reference.py")}
 LAZY = {("nitp_ops/__init__.py", "objectives"), ("nitp_ops/__main__.py", "objectives")}  # resolved on first use
 PYTHON = [p for folder in ("nitp_ops", "objectives", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")]
 NATIVE = [path for path in ROOT.glob("csrc/**/*.*") if path.suffix != ".pyc"]

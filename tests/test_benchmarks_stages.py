@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import gpu_report, gpu_stages, report, sanitize
+from nitp_ops import _kernels
 
 pytestmark = pytest.mark.programs
 
@@ -124,13 +125,11 @@ def test_every_stage_names_modules_tests_and_options_that_exist(stage, tmp_path)
 
 
 def test_the_sanitized_script_calls_every_row_kernel_and_the_ops():
-    from nitp_ops.triton.schemas import SCHEMAS
-
-    assert set(SCHEMAS) <= set(sanitize.CALLS)
+    assert all(next(sanitize.calls(kernel)) for kernel in _kernels.table())
     sanitize.ops(torch.device("cpu"), "native")
 
 
-@pytest.mark.parametrize("kernel", [name for name in sanitize.CALLS if hasattr(torch.ops.nitp_ops, name)])
+@pytest.mark.parametrize("kernel", _kernels.table())
 def test_the_sanitized_script_sees_a_kernel_that_differs(kernel, monkeypatch):
     monkeypatch.setattr(sanitize, "LONG", 1200)
     assert not list(sanitize.differences(kernel, torch.ops.nitp_ops, torch.device("cpu")))

@@ -35,29 +35,6 @@ def a_gpu(monkeypatch):
     rows._load_triton.cache_clear()
 
 
-@NEEDS_TRITON
-def test_the_schemas_are_those_of_the_library():
-    from nitp_ops.triton import KERNELS, SCHEMAS
-
-    assert [kernel.__name__ for kernel in KERNELS] == list(SCHEMAS)
-    for name, schema in SCHEMAS.items():
-        assert str(torch._C.parse_schema(f"nitp_ops::{name}{schema}")) == str(
-            getattr(torch.ops.nitp_ops, name).default._schema
-        )
-
-
-@NEEDS_TRITON
-@pytest.mark.skipif(rows.missing is not None, reason="no compiled library")
-def test_a_launcher_has_the_arguments_of_its_schema():
-    from inspect import signature
-
-    from nitp_ops.triton import KERNELS
-
-    for kernel in KERNELS:
-        expected = getattr(torch.ops.nitp_ops, kernel.__name__).default._schema.arguments
-        assert list(signature(kernel).parameters) == [argument.name for argument in expected]
-
-
 BY_DISPATCHER = """
 import torch, warnings
 warnings.simplefilter("ignore")
@@ -122,15 +99,6 @@ def test_the_device_decides_and_compiled_kernels_come_first(a_gpu, monkeypatch):
     assert rows.choose("swiglu", CUDA, "triton") == "triton"
     monkeypatch.setattr(rows, "missing", "there is no library")
     assert rows.choose("swiglu", CUDA, None) == "triton"
-
-
-@NEEDS_TRITON
-def test_the_row_kernels_of_a_backend_are_found_by_name():
-    from nitp_ops import triton
-
-    for name in triton.SCHEMAS:
-        assert getattr(rows.kernels("triton"), name) is getattr(triton, name)
-        assert getattr(rows.kernels("native"), name) is getattr(torch.ops.nitp_ops, name)
 
 
 @NEEDS_TRITON

@@ -6,7 +6,7 @@ namespace nitp {
 namespace NITP_TARGET {
 
 template <class T, class A>
-void accumulate_rows(const AccumulateRows<T, A>& a, int64_t begin, int64_t end) {
+void run(const AccumulateRows<T, A>& a, int64_t begin, int64_t end) {
   const A factor = a.factor == nullptr ? A(1) : *a.factor;
   if (factor == A(0)) return;
   for (int64_t row = begin; row < end; ++row) {
@@ -17,10 +17,10 @@ void accumulate_rows(const AccumulateRows<T, A>& a, int64_t begin, int64_t end) 
   }
 }
 
-template void accumulate_rows(const AccumulateRows<bfloat16, float>&, int64_t, int64_t);
+template void run(const AccumulateRows<bfloat16, float>&, int64_t, int64_t);
 #ifndef __AVX512BF16__
-template void accumulate_rows(const AccumulateRows<double, double>&, int64_t, int64_t);
-template void accumulate_rows(const AccumulateRows<float, float>&, int64_t, int64_t);
+template void run(const AccumulateRows<double, double>&, int64_t, int64_t);
+template void run(const AccumulateRows<float, float>&, int64_t, int64_t);
 #endif
 
 }  // namespace NITP_TARGET

@@ -171,7 +171,7 @@ void clear(P* row, int64_t columns) {
 }  // namespace
 
 template <class P, class Z, class A>
-void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
+void run(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const P* prediction = a.prediction + i * a.prediction_stride;
     const Z* target = a.target + (a.target_rows ? a.target_rows[i] : i) * a.target_stride;
@@ -202,7 +202,7 @@ void alignment_rows(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end)
   }
 }
 
-#define NITP_INSTANTIATE(P, Z, A) template void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);
+#define NITP_INSTANTIATE(P, Z, A) template void run(const AlignmentRows<P, Z, A>&, int64_t, int64_t);
 NITP_INSTANTIATE(bfloat16, float, float)
 NITP_INSTANTIATE(bfloat16, bfloat16, float)
 #ifndef __AVX512BF16__

@@ -202,7 +202,7 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
 }  // namespace
 
 template <class T, class A>
-void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
+void run(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
   if (!(a.softcap > A(0))) {
     a.bias ? rows<true, false>(a, begin, end) : rows<false, false>(a, begin, end);
     return;
@@ -214,11 +214,11 @@ void cross_entropy_rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t 
   rows<true, true>(biased, begin, end);
 }
 
-template void cross_entropy_rows(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
+template void run(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
 #ifndef __AVX512BF16__
-template void cross_entropy_rows(const CrossEntropyRows<double, double>&, int64_t, int64_t);
-template void cross_entropy_rows(const CrossEntropyRows<float, float>&, int64_t, int64_t);
-template void cross_entropy_rows(const CrossEntropyRows<float16, float>&, int64_t, int64_t);
+template void run(const CrossEntropyRows<double, double>&, int64_t, int64_t);
+template void run(const CrossEntropyRows<float, float>&, int64_t, int64_t);
+template void run(const CrossEntropyRows<float16, float>&, int64_t, int64_t);
 #endif
 
 }  // namespace NITP_TARGET

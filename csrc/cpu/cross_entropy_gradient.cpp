@@ -50,7 +50,7 @@ void rows(const CrossEntropyGradientRows<T, A>& a, int64_t begin, int64_t end) {
 }  // namespace
 
 template <class T, class A>
-void cross_entropy_gradient_rows(const CrossEntropyGradientRows<T, A>& a, int64_t begin, int64_t end) {
+void run(const CrossEntropyGradientRows<T, A>& a, int64_t begin, int64_t end) {
   if (!(a.softcap > A(0))) {
     a.bias ? rows<true, false>(a, begin, end) : rows<false, false>(a, begin, end);
     return;
@@ -61,10 +61,10 @@ void cross_entropy_gradient_rows(const CrossEntropyGradientRows<T, A>& a, int64_
   rows<true, true>(biased, begin, end);
 }
 
-template void cross_entropy_gradient_rows(const CrossEntropyGradientRows<double, double>&, int64_t, int64_t);
-template void cross_entropy_gradient_rows(const CrossEntropyGradientRows<float, float>&, int64_t, int64_t);
-template void cross_entropy_gradient_rows(const CrossEntropyGradientRows<bfloat16, float>&, int64_t, int64_t);
-template void cross_entropy_gradient_rows(const CrossEntropyGradientRows<float16, float>&, int64_t, int64_t);
+template void run(const CrossEntropyGradientRows<double, double>&, int64_t, int64_t);
+template void run(const CrossEntropyGradientRows<float, float>&, int64_t, int64_t);
+template void run(const CrossEntropyGradientRows<bfloat16, float>&, int64_t, int64_t);
+template void run(const CrossEntropyGradientRows<float16, float>&, int64_t, int64_t);
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

@@ -31,30 +31,6 @@ template <class... Types>
 constexpr bool for_checks = (has<double, Types...> && !(std::is_same_v<Types, double> && ...)) ||
                             (has<bfloat16, Types...> && has<float16, Types...>);
 
-#define NITP_SERVE(Rows, function)                                                                 \
-  template <class... Types>                                                                        \
-  static void run(const nitp::Rows<Types...>& args, int64_t rows, const Tensor&) {                 \
-    const int64_t grain = args.columns > 0 ? 1 + (kElementsPerTask - 1) / args.columns : 1;        \
-    const auto over = [&](int64_t begin, int64_t end) {                                            \
-      if constexpr (for_checks<Types...>) {                                                        \
-        nitp::portable::function(args, begin, end);                                                \
-      } else {                                                                                     \
-        switch (nitp_instruction_set()) {                                                          \
-          case nitp::InstructionSet::avx512_bf16:                                                  \
-            if constexpr (rounds_to_bfloat16<Types...>) {                                          \
-              nitp::NITP_AVX512_BF16::function(args, begin, end);                                  \
-              break;                                                                               \
-            }                                                                                      \
-            [[fallthrough]];                                                                       \
-          case nitp::InstructionSet::avx512: nitp::NITP_AVX512::function(args, begin, end); break; \
-          case nitp::InstructionSet::avx2: nitp::NITP_AVX2::function(args, begin, end); break;     \
-          case nitp::InstructionSet::portable: nitp::portable::function(args, begin, end); break;  \
-        }                                                                                          \
-      }                                                                                            \
-    };                                                                                             \
-    if (rows > 0) nitp::torch_abi::parallel_for(0, rows, grain, over);                             \
-  }
-
 struct Cpu {
   static constexpr const char* device = "CPU";
   static constexpr bool reads_values = true;
@@ -64,23 +40,35 @@ struct Cpu {
   static constexpr bool adds = !std::is_same_v<T, float16>;
 
   static bool holds(const Tensor& t, const Tensor&) { return t.is_cpu(); }
-  NITP_SERVE(SwigluRows, swiglu_rows)
-  NITP_SERVE(SwigluRowsBackward, swiglu_rows_backward)
-  NITP_SERVE(AccumulateRows, accumulate_rows)
-  NITP_SERVE(ScaleRows, scale_rows)
-  NITP_SERVE(AlignmentRows, alignment_rows)
-  NITP_SERVE(CrossEntropyRows, cross_entropy_rows)
-  NITP_SERVE(CrossEntropyGradientRows, cross_entropy_gradient_rows)
+
+  template <template <class...> class Rows, class... Types>
+  static void run(const Rows<Types...>& args, int64_t rows, const Tensor&) {
+    const int64_t grain = args.columns > 0 ? 1 + (kElementsPerTask - 1) / args.columns : 1;
+    const auto over = [&](int64_t begin, int64_t end) {
+      if constexpr (for_checks<Types...>) {
+        nitp::portable::run(args, begin, end);
+      } else {
+        switch (nitp_instruction_set()) {
+          case nitp::InstructionSet::avx512_bf16:
+            if constexpr (rounds_to_bfloat16<Types...>) {
+              nitp::NITP_AVX512_BF16::run(args, begin, end);
+              break;
+            }
+            [[fallthrough]];
+          case nitp::InstructionSet::avx512: nitp::NITP_AVX512::run(args, begin, end); break;
+          case nitp::InstructionSet::avx2: nitp::NITP_AVX2::run(args, begin, end); break;
+          case nitp::InstructionSet::portable: nitp::portable::run(args, begin, end); break;
+        }
+      }
+    };
+    if (rows > 0) nitp::torch_abi::parallel_for(0, rows, grain, over);
+  }
 };
 
 const Library kernels(NITP_LIBRARY, "CPU", [](Library& m) {
-  m.impl<accumulate_rows_<Cpu>>("accumulate_rows_");
-  m.impl<scale_rows_<Cpu>>("scale_rows_");
-  m.impl<swiglu_rows<Cpu>>("swiglu_rows");
-  m.impl<swiglu_rows_backward_<Cpu>>("swiglu_rows_backward_");
-  m.impl<alignment_rows_<Cpu>>("alignment_rows_");
-  m.impl<cross_entropy_rows_<Cpu>>("cross_entropy_rows_");
-  m.impl<cross_entropy_gradient_rows_<Cpu>>("cross_entropy_gradient_rows_");
+#define NITP_REGISTER(name, Rows, types, of, schema) m.impl<name<Cpu>>(#name);
+  NITP_ROW_KERNELS(NITP_REGISTER)
+#undef NITP_REGISTER
 });
 
 }  // namespace

@@ -1,6 +1,6 @@
-// The CPU row kernels as plain C++: one function over rows [begin, end) an op. Every .cpp beside this file is compiled
-// once for each instruction set into a namespace of its own; entry.cpp picks the namespace at run time. avx512_bf16 has
-// instances for bfloat16 alone.
+// The CPU row kernels as plain C++: one overload over rows [begin, end) for each struct of arguments. Every .cpp beside
+// this file is compiled once for each instruction set into a namespace of its own; entry.cpp picks the namespace at run
+// time. avx512_bf16 has instances for bfloat16 alone.
 #pragma once
 #include <cstdint>
 
@@ -8,29 +8,22 @@
 
 namespace nitp {
 
-#define NITP_DECLARE_ROWS(target)                                                            \
-  namespace target {                                                                         \
-  template <class T>                                                                         \
-  void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t);                                  \
-  template <class T>                                                                         \
-  void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t);                 \
-  template <class P, class Z, class A>                                                       \
-  void alignment_rows(const AlignmentRows<P, Z, A>&, int64_t, int64_t);                      \
-  template <class T, class A>                                                                \
-  void cross_entropy_rows(const CrossEntropyRows<T, A>&, int64_t, int64_t);                  \
-  template <class T, class A>                                                                \
-  void cross_entropy_gradient_rows(const CrossEntropyGradientRows<T, A>&, int64_t, int64_t); \
-  template <class T, class A>                                                                \
-  void accumulate_rows(const AccumulateRows<T, A>&, int64_t, int64_t);                       \
-  template <class T, class Out, class A>                                                     \
-  void scale_rows(const ScaleRows<T, Out, A>&, int64_t, int64_t);                            \
-  }
-
-NITP_DECLARE_ROWS(portable)
-NITP_DECLARE_ROWS(avx2)
-NITP_DECLARE_ROWS(avx512)
-NITP_DECLARE_ROWS(avx512_bf16)
-#undef NITP_DECLARE_ROWS
+#define NITP_DECLARE(name, Rows, types, of, schema) \
+  template <NITP_UNPACK types>                      \
+  void run(const Rows<NITP_UNPACK of>&, int64_t begin, int64_t end);
+namespace portable {
+NITP_ROW_KERNELS(NITP_DECLARE)
+}
+namespace avx2 {
+NITP_ROW_KERNELS(NITP_DECLARE)
+}
+namespace avx512 {
+NITP_ROW_KERNELS(NITP_DECLARE)
+}
+namespace avx512_bf16 {
+NITP_ROW_KERNELS(NITP_DECLARE)
+}
+#undef NITP_DECLARE
 
 enum class InstructionSet { portable, avx2, avx512, avx512_bf16 };
 

@@ -7,7 +7,7 @@ namespace nitp {
 namespace NITP_TARGET {
 
 template <class T, class Out, class A>
-void scale_rows(const ScaleRows<T, Out, A>& a, int64_t begin, int64_t end) {
+void run(const ScaleRows<T, Out, A>& a, int64_t begin, int64_t end) {
   const A factor = *a.factor;
   if (factor == A(1) && static_cast<const void*>(a.out) == a.rows) return;
   for (int64_t i = begin; i < end; ++i) {
@@ -22,12 +22,12 @@ void scale_rows(const ScaleRows<T, Out, A>& a, int64_t begin, int64_t end) {
   }
 }
 
-template void scale_rows(const ScaleRows<bfloat16, bfloat16, float>&, int64_t, int64_t);
+template void run(const ScaleRows<bfloat16, bfloat16, float>&, int64_t, int64_t);
 #ifndef __AVX512BF16__
-template void scale_rows(const ScaleRows<double, double, double>&, int64_t, int64_t);
-template void scale_rows(const ScaleRows<float, float, float>&, int64_t, int64_t);
-template void scale_rows(const ScaleRows<float16, float16, float>&, int64_t, int64_t);
-template void scale_rows(const ScaleRows<float, float16, float>&, int64_t, int64_t);
+template void run(const ScaleRows<double, double, double>&, int64_t, int64_t);
+template void run(const ScaleRows<float, float, float>&, int64_t, int64_t);
+template void run(const ScaleRows<float16, float16, float>&, int64_t, int64_t);
+template void run(const ScaleRows<float, float16, float>&, int64_t, int64_t);
 #endif
 
 }  // namespace NITP_TARGET

@@ -8,7 +8,7 @@ namespace nitp {
 namespace NITP_TARGET {
 
 template <class T>
-void swiglu_rows(const SwigluRows<T>& a, int64_t begin, int64_t end) {
+void run(const SwigluRows<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* gate = a.gate + row * a.gate_stride;
     const T* up = a.up + row * a.up_stride;
@@ -18,7 +18,7 @@ void swiglu_rows(const SwigluRows<T>& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void swiglu_rows_backward(const SwigluRowsBackward<T>& a, int64_t begin, int64_t end) {
+void run(const SwigluRowsBackward<T>& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     const T* gate = a.gate + row * a.gate_stride;
     const T* up = a.up + row * a.up_stride;
@@ -33,9 +33,9 @@ void swiglu_rows_backward(const SwigluRowsBackward<T>& a, int64_t begin, int64_t
   }
 }
 
-#define NITP_INSTANTIATE(T)                                          \
-  template void swiglu_rows(const SwigluRows<T>&, int64_t, int64_t); \
-  template void swiglu_rows_backward(const SwigluRowsBackward<T>&, int64_t, int64_t);
+#define NITP_INSTANTIATE(T)                                  \
+  template void run(const SwigluRows<T>&, int64_t, int64_t); \
+  template void run(const SwigluRowsBackward<T>&, int64_t, int64_t);
 NITP_INSTANTIATE(bfloat16)
 #ifndef __AVX512BF16__
 NITP_INSTANTIATE(double)

@@ -29,13 +29,9 @@ struct Cuda {
 };
 
 const Library kernels(NITP_LIBRARY, nitp::cuda::kDevice, [](Library& m) {
-  m.impl<accumulate_rows_<Cuda>>("accumulate_rows_");
-  m.impl<scale_rows_<Cuda>>("scale_rows_");
-  m.impl<swiglu_rows<Cuda>>("swiglu_rows");
-  m.impl<swiglu_rows_backward_<Cuda>>("swiglu_rows_backward_");
-  m.impl<alignment_rows_<Cuda>>("alignment_rows_");
-  m.impl<cross_entropy_rows_<Cuda>>("cross_entropy_rows_");
-  m.impl<cross_entropy_gradient_rows_<Cuda>>("cross_entropy_gradient_rows_");
+#define NITP_REGISTER(name, Rows, types, of, schema) m.impl<name<Cuda>>(#name);
+  NITP_ROW_KERNELS(NITP_REGISTER)
+#undef NITP_REGISTER
 });
 
 }  // namespace

@@ -5,20 +5,11 @@
 namespace nitp {
 namespace cuda {
 
-template <class T>
-void run(const SwigluRows<T>&, int64_t rows, void* stream);
-template <class T>
-void run(const SwigluRowsBackward<T>&, int64_t rows, void* stream);
-template <class T, class A>
-void run(const AccumulateRows<T, A>&, int64_t rows, void* stream);
-template <class T, class Out, class A>
-void run(const ScaleRows<T, Out, A>&, int64_t rows, void* stream);
-template <class P, class Z, class A>
-void run(const AlignmentRows<P, Z, A>&, int64_t rows, void* stream);
-template <class T, class A>
-void run(const CrossEntropyRows<T, A>&, int64_t rows, void* stream);
-template <class T, class A>
-void run(const CrossEntropyGradientRows<T, A>&, int64_t rows, void* stream);
+#define NITP_DECLARE(name, Rows, types, of, schema) \
+  template <NITP_UNPACK types>                      \
+  void run(const Rows<NITP_UNPACK of>&, int64_t rows, void* stream);
+NITP_ROW_KERNELS(NITP_DECLARE)
+#undef NITP_DECLARE
 
 }  // namespace cuda
 }  // namespace nitp
