@@ -16,6 +16,7 @@ from without_reading import NoReading, without_reading
 
 import nitp_ops
 from nitp_ops import reference
+from nitp_ops.torch_rows import blocks
 
 BACKENDS = pytest.mark.parametrize("backend", ["native", "torch"])
 EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 2.0, "logit_scale": 0.7}
@@ -258,7 +259,7 @@ def test_reading_the_logits_leaves_their_version():
 @pytest.mark.parametrize(("overwrite", "gradients"), [(False, 1), (True, 0)])
 def test_the_memory_is_one_gradient_or_none(overwrite, gradients, backend, monkeypatch):
     monkeypatch.setattr(nitp_ops._cross_entropy, "LEAST_BYTES", 2**16)
-    monkeypatch.setattr(nitp_ops.torch_rows.blocks, "BLOCK", 2**12)
+    monkeypatch.setattr(blocks, "BLOCK", 2**12)
     leaf, labels = make(1024, 500, torch.bfloat16)
     logits = leaf * 1
     with torch.profiler.profile(profile_memory=True) as profile:
