@@ -43,11 +43,14 @@ from ._token_job import Formed, Head, Job, RowValues, present
 from ._vocab_shard import ReducedRows, ShardRows
 
 
-def form(jobs: list[Job], head: Head, defer: bool) -> Formed:
+def form(jobs: list[Job], head: Head, plain: bool) -> Formed:
     """loss = sum of row_weight * row loss over jobs, with the wanted gradients.
 
-    defer: the third GEMM may wait for the backward pass (`WeightGemm`)."""
+    plain: nobody but autograd watches. The labels have been checked, and the third GEMM may wait (`WeightGemm`)."""
     reads, dtype = _check.host_reads(head.unembedding.device), head.dtype
+    if reads and not plain:
+        for job in jobs:
+            _check.labels_inside(head.op, "labels", job.labels, head.ignore_index, sum(head.sizes), job.many)
     keep = [present(job.labels, head.ignore_index, job.many) for job in jobs]
     scales = [_bounded(job, kept) for job, kept in zip(jobs, keep, strict=True)]
     unit = power_of_two(scales) if dtype == torch.float16 else None
@@ -55,7 +58,7 @@ def form(jobs: list[Job], head: Head, defer: bool) -> Formed:
     # on CPU silent jobs count for nothing, so that they do not change how the others' gradient is rounded
     loud = [not reads or bool(scale.any()) for scale in scales]
     cut = _cut(jobs, head, [each.rows for each in selected], loud)
-    deferred = _waits(head, cut) if defer else None
+    deferred = _waits(head, cut) if plain else None
     sums = _Sums(jobs, head, scales, keep, selected, parts=sum(loud[chunk[0].job] for chunk in cut), deferred=deferred)
     _add_all(jobs, head, sums, cut, unit)
     return sums.formed(jobs, head, unit)
@@ -115,9 +118,9 @@ class _Sums:
         work, labels = reference.working(weight), [job.labels for job in jobs]
         counts = [len(each) for each in labels]
         self.scales, self.keep = scales, keep
-        # a NaN weight shows even where max_rows leaves its row out
-        spoiled = torch.cat(scales).isnan().any()
-        self.loss = torch.zeros((), dtype=sum_dtype(device), device=device).masked_fill_(spoiled, float("nan"))
+        self.loss = torch.zeros((), dtype=sum_dtype(device), device=device)
+        if not _check.host_reads(device):  # a NaN weight shows even where max_rows leaves its row out
+            self.loss.masked_fill_(_joined(scales).isnan().any(), float("nan"))
         self.d_hidden = [
             torch.empty(job.hidden.shape, dtype=formed_dtype(job.hidden, job.buffer), device=device)
             if job.wanted
@@ -138,12 +141,19 @@ class _Sums:
         self.target_logit = [self.stats.new_full(each.shape, float("nan")) for each in labels]
         self.rows = [slice(sum(counts[:job]), sum(counts[: job + 1])) for job in range(len(counts))]
 
-    def of_chunk(self, job: int, count: int) -> RowValues:
-        """Room for one chunk."""
-        logits = self.target_logit[job].new_empty(count, self.target_logit[job].shape[1])
-        return RowValues(self.stats.new_empty(len(self.stats), count), self.prediction.new_empty(count), logits)
+    def of_chunk(self, job: int, part: Tensor | slice) -> RowValues:
+        """Room for the values of one chunk: where they stay, or for `place` to put them there."""
+        stats, prediction = self.stats[:, self.rows[job]], self.prediction[self.rows[job]]
+        if isinstance(part, slice):
+            return RowValues(stats[:, part], prediction[part], self.target_logit[job][part])
+        count, targets = len(part), self.target_logit[job].shape[1]
+        return RowValues(
+            stats.new_empty(len(stats), count), prediction.new_empty(count), stats.new_empty(count, targets)
+        )
 
     def place(self, job: int, part: Tensor | slice, values: RowValues) -> None:
+        if isinstance(part, slice):
+            return
         place(self.stats[:, self.rows[job]], 1, part, values.stats)
         place(self.prediction[self.rows[job]], 0, part, values.prediction)
         place(self.target_logit[job], 0, part, values.target_logit)
@@ -157,17 +167,15 @@ class _Sums:
         if unit is not None:
             for gradient in gradients:
                 scale_in_place(rows.kernels(head.backend), gradient, unit)
-        self.prediction.masked_fill_(~torch.cat(self.keep), -1)
-        values = RowValues(self.stats, self.prediction, torch.cat([each.view(-1) for each in self.target_logit]))
-        return Formed(self.loss.to(self.stats.dtype), torch.cat(self.scales), values, gradients)
+        self.prediction.masked_fill_(~_joined(self.keep), -1)
+        values = RowValues(self.stats, self.prediction, _joined([each.view(-1) for each in self.target_logit]))
+        return Formed(self.loss.to(self.stats.dtype), _joined(self.scales), values, gradients)
 
 
 class _JobRows:
     """The rows of one job: their hidden states, their values and the gradient over their logits, that of the states."""
 
     def __init__(self, index: int, job: Job, head: Head, sums: _Sums, bias: Tensor | None, unit: Tensor | None):
-        if _check.host_reads(job.labels.device):
-            _check.labels_inside(head.op, "labels", job.labels, head.ignore_index, sum(head.sizes), job.many)
         self.index, self.job, self.head, self.sums, self.bias, self.unit = index, job, head, sums, bias, unit
         self.source, self.scale, d_hidden = Rows(job.hidden), sums.scales[index], sums.d_hidden[index]
         self.d_rows = None if d_hidden is None else d_hidden.view(len(job.labels), self.source.width)
@@ -177,7 +185,7 @@ class _JobRows:
     def __call__(self, logits: Tensor, part: Tensor | slice, differentiate: bool) -> None:
         """The row kernel over the logits of `part`: the gradient in their place."""
         job, head, sums = self.job, self.head, self.sums
-        values, scale = sums.of_chunk(self.index, len(logits)), self.scale[part].contiguous()
+        values, scale = sums.of_chunk(self.index, part), self.scale[part].contiguous()
         labels, weight = job.labels[part].contiguous(), job.target_weight
         weight = None if weight is None else weight[part].contiguous()
         row_scale = scale if self.unit is None else scale / self.unit

@@ -79,10 +79,10 @@ def token_pass(
 
 
 def forward_and_gradients(
-    jobs: list[Job], head: Head, per_row: bool, defer: bool
+    jobs: list[Job], head: Head, per_row: bool, plain: bool
 ) -> tuple[Tensor, RowValues, list[Tensor | WeightGemm]]:
     """(loss, values, gradients); these of hidden..., unembedding, bias, as far as they are wanted (`Formed`)."""
-    loss, row_weights, values, gradients = form(jobs, head, defer)
+    loss, row_weights, values, gradients = form(jobs, head, plain)
     if per_row:
         loss = torch.where(row_weights == 0, 0, row_weights * values.stats[0])
     return loss, values, gradients
@@ -94,7 +94,7 @@ _RETURNS = "(Tensor loss, Tensor stats, Tensor prediction, Tensor target_logit, 
 
 @torch.library.custom_op("nitp_ops::token_pass", mutates_args=(), schema=PACKING.schema("bool per_row", _RETURNS))
 def _token_pass(*packed):
-    loss, values, gradients = forward_and_gradients(*PACKING.unpack(packed[:-1]), packed[-1], defer=False)
+    loss, values, gradients = forward_and_gradients(*PACKING.unpack(packed[:-1]), packed[-1], plain=False)
     return loss, *values, gradients
 
 
@@ -143,7 +143,7 @@ def _recompute(jobs: list[Job], head: Head, tensors: list[Tensor]) -> list[Tenso
     with torch.no_grad():
         if needs_dispatcher(tensors):
             return _token_pass(*PACKING.pack(jobs, head), False)[-1]
-        return forward_and_gradients(jobs, head, False, defer=True)[-1]
+        return forward_and_gradients(jobs, head, False, plain=True)[-1]
 
 
 def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Tensor | None]:
@@ -179,7 +179,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, jobs: list[Job], head: Head, per_row: bool, *_leaves: Tensor | None) -> tuple[Tensor, ...]:
-        loss, values, gradients = forward_and_gradients(jobs, head, per_row, defer=True)
+        loss, values, gradients = forward_and_gradients(jobs, head, per_row, plain=True)
         _save(ctx, jobs, head, per_row, gradients)
         ctx.mark_non_differentiable(*values)
         return loss, *values
