@@ -8,6 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from nitp_ops._devices import for_sums
+
 from .drafting import Drafter
 from .model_info import ModelInfo
 from .needs import Need
@@ -32,6 +34,10 @@ class Context:
     backend: str | None
     normalizer: Mapping[str, Tensor]
     guard: Callable[[Tensor], Tensor]
+
+    def part(self, total: Tensor, means: Mapping[str, Tensor] | None = None) -> LatentPart:
+        """The only part of a latent term, from its SUM (0-d, differentiable)."""
+        return LatentPart(total / self.normalizer[""], for_sums(total.detach()), means or {})
 
 
 @dataclass(frozen=True)

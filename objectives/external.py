@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nitp_ops._devices import for_sums
-
 from .base import Context, LatentPart, LatentTerm
 from .model_info import ModelInfo
 from .needs import Need
@@ -61,7 +59,7 @@ class External(LatentTerm):
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         total, _ = streams.external_pairs[self.key()]
-        return {"": LatentPart(total / context.normalizer[""], for_sums(total.detach()))}
+        return {"": context.part(total)}
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         return {"rows": f"external[{self.key()}]: as many as the model counts, 1 a microbatch where it counts none"}

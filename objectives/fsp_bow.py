@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -76,16 +77,8 @@ class FSPBagOfWords(LatentTerm):
         assert h is not None and module is not None
         ahead = TargetWindow(streams, 2, self.tau)
 
-        def formula(z: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            # above the threshold softplus(z) is z: at 40 also in float64
-            losses, slope = F.softplus(z, threshold=40).sum(-1), z.sigmoid()
-            for rows, bag, inside in self._bags(ahead, part.start, part.start + len(z)):
-                here, counted = slice(rows.start - part.start, rows.stop - part.start), inside.to(z.dtype)
-                losses[here] -= (z[here].gather(1, bag) * counted).sum(-1)
-                slope[here].scatter_add_(1, bag, -counted)
-            return losses, slope
-
         def use(hidden: Sequence[Tensor], weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+            formula = partial(self._losses, ahead)
             return sum_of_rows(hidden[0], context.guard(weight), None, ahead.occupied(), info, formula)
 
         total, rows = through_head(module, [context.guard(h).flatten(0, 1)], use)
@@ -93,6 +86,16 @@ class FSPBagOfWords(LatentTerm):
         sizes = [inside.sum() for *_, inside in self._bags(ahead, 0, max(1, h.shape[0] * h.shape[1]))]
         total_loss = rows.sum(dtype=sum_dtype(rows.device)) / info.vocab_size
         return {"": LatentPart(loss, total_loss, {"tokens": torch.stack(sizes).sum()})}
+
+    def _losses(self, ahead: TargetWindow, z: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """(V times the losses of a chunk of rows, their derivatives by the logits z)."""
+        # above the threshold softplus(z) is z: at 40 also in float64
+        losses, slope = F.softplus(z, threshold=40).sum(-1), z.sigmoid()
+        for rows, bag, inside in self._bags(ahead, part.start, part.start + len(z)):
+            here, counted = slice(rows.start - part.start, rows.stop - part.start), inside.to(z.dtype)
+            losses[here] -= (z[here].gather(1, bag) * counted).sum(-1)
+            slope[here].scatter_add_(1, bag, -counted)
+        return losses, slope
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         parameters = info.vocab_size * info.hidden_size

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitp_ops import alignment, reference
-from nitp_ops._devices import for_sums
 
 from .base import Context, HeadReading, LatentPart, LatentTerm
 from .heads import embedded
@@ -81,8 +80,22 @@ class NextLat(LatentTerm):
         return []
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart | HeadReading]:
-        h, module = streams.last_hidden, context.module
-        assert h is not None and streams.embed is not None and isinstance(module, LatentDynamics)
+        keep, here, token, target = self._pairs(streams, context)
+        assert isinstance(context.module, LatentDynamics)
+        prediction = context.module(here, token, context.guard)
+        smooth: dict[str, Tensor] = {}
+        if self.smooth_l1_weight:
+            smooth["smooth_l1"] = alignment(prediction, target, distance="smooth_l1", backend=context.backend).sum()
+        if not self.kl_weight:
+            return {"": self._weighted(context, smooth)}
+        assert streams.head is not None
+        both, kl = [prediction.flatten(0, 1), target.flatten(0, 1)], partial(_kl, keep.flatten(), context.info)
+        return {"": HeadReading(streams.head, both, kl, partial(self._weighted, context, smooth))}
+
+    def _pairs(self, streams: Streams, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(which pairs count, h_t, E(x_{t+1}), stopgrad(h_{t+1}))."""
+        h = streams.last_hidden
+        assert h is not None and streams.embed is not None
         if streams.token_ids is None:
             raise ValueError(f"{self.label}: token_ids is missing, expected it beside the labels")
         target, shift = rows_ahead(streams, h, 1)
@@ -91,25 +104,12 @@ class NextLat(LatentTerm):
         # rows that do not count become zeros before anything reads them: a NaN there must not meet a zero gradient
         here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (context.guard(h[:, :pairs]), target[:, shift:]))
         token = embedded(streams.embed, inputs_ahead(streams, 1)[:, :pairs].masked_fill(~keep, 0))
-        token = context.guard(token).masked_fill(~keep.unsqueeze(-1), 0)
-        prediction = module(here, token, context.guard)
-        smooth: dict[str, Tensor] = {}
-        if self.smooth_l1_weight:
-            rows = alignment(prediction, target, distance="smooth_l1", backend=context.backend)
-            smooth["smooth_l1"] = rows.sum()
+        return keep, here, context.guard(token).masked_fill(~keep.unsqueeze(-1), 0), target
 
-        def finish(kl: Tensor | None = None) -> LatentPart:
-            sums = smooth if kl is None else smooth | {"kl": kl}
-            weighted = [getattr(self, f"{name}_weight") * loss for name, loss in sums.items()]
-            total = torch.stack(weighted).sum()
-            means = {name: loss.detach() for name, loss in sums.items()}
-            return LatentPart(total / context.normalizer[""], for_sums(total.detach()), means)
-
-        if not self.kl_weight:
-            return {"": finish()}
-        assert streams.head is not None
-        both = [prediction.flatten(0, 1), target.flatten(0, 1)]
-        return {"": HeadReading(streams.head, both, partial(_kl, keep.flatten(), context.info), finish)}
+    def _weighted(self, context: Context, smooth: dict[str, Tensor], kl: Tensor | None = None) -> LatentPart:
+        sums = smooth if kl is None else smooth | {"kl": kl}
+        total = torch.stack([getattr(self, f"{name}_weight") * loss for name, loss in sums.items()]).sum()
+        return context.part(total, {name: loss.detach() for name, loss in sums.items()})
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         d, m = info.hidden_size, self.intermediate_size or info.hidden_size

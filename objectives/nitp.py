@@ -115,16 +115,8 @@ class NITP(LatentTerm):
         return ["stop_gradient is False, expected True: rows of other ranks bring no gradient back"]
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
-        h = context.guard(getattr(streams, self.source))
-        z = streams.hidden_states[self.layer(context.info)]
-        z, shift = rows_ahead(streams, z, self.shift) if self.stop_gradient else (context.guard(z), self.shift)
-        valid = self.valid(streams)[""]
-        if not self.stop_gradient:
-            # targets that do not count become zeros before anything reads them: a NaN there must not meet a zero
-            # gradient
-            targets = F.pad(valid[:, : max(0, z.shape[1] - shift)], (min(shift, z.shape[1]), 0))
-            z = z.masked_fill(~targets.unsqueeze(-1), 0)
-        z = _rms_normalised(z, self.eps) if self.target_norm == "rms" else z
+        h, valid = context.guard(getattr(streams, self.source)), self.valid(streams)[""]
+        z, shift = self._targets(streams, context, valid)
 
         def distance(hidden: Tensor, *matrices: Tensor | None) -> _Outcome:
             score = self._one_sided if self.stop_gradient else self._two_sided
@@ -133,9 +125,21 @@ class NITP(LatentTerm):
         assert isinstance(context.module, Projector)
         loss, rows, prediction_norm, target_norm = context.module(h, distance, context.guard)
         means = {"prediction_norm": prediction_norm.sum(), "target_norm": target_norm.sum()}
-        cosine = self.distance == "cosine"
-        units = unit_target_sum(z, target_norm, valid, shift, self.eps) if cosine else None
+        units = unit_target_sum(z, target_norm, valid, shift, self.eps) if self.distance == "cosine" else None
         return {"": LatentPart(loss, rows.sum(dtype=sum_dtype(rows.device)), means, units)}
+
+    def _targets(self, streams: Streams, context: Context, valid: Tensor) -> tuple[Tensor, int]:
+        """(z, shift): h_t is paired with z[t + shift]."""
+        z = streams.hidden_states[self.layer(context.info)]
+        if self.stop_gradient:
+            z, shift = rows_ahead(streams, z, self.shift)
+        else:
+            z, shift = context.guard(z), self.shift
+            # targets that do not count become zeros before anything reads them: a NaN there must not meet a zero
+            # gradient
+            targets = F.pad(valid[:, : max(0, z.shape[1] - shift)], (min(shift, z.shape[1]), 0))
+            z = z.masked_fill(~targets.unsqueeze(-1), 0)
+        return (_rms_normalised(z, self.eps) if self.target_norm == "rms" else z), shift
 
     def _one_sided(
         self, h: Tensor, z: Tensor, shift: int, matrices: Matrices, valid: Tensor, context: Context

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nitp_ops._devices import for_sums
 from nitp_ops.reference import in_square_range
 
 from .base import Context, LatentPart, LatentTerm
@@ -70,7 +69,7 @@ class CosineRegularizer(LatentTerm):
         unit = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=self.eps * size)
         sums = torch.zeros_like(unit).scatter_add(1, documents.unsqueeze(-1).expand_as(unit), unit)
         total = sums.square().sum() - unit.square().sum()
-        return {"": LatentPart(total / context.normalizer[""], for_sums(total.detach()))}
+        return {"": context.part(total)}
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         return {"rows": "last_hidden against itself, pairs inside a document"}
