@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -118,16 +119,21 @@ def without_the_dead(
 
 def _serve(pipe: Connection) -> None:
     """Run every task that comes, until the pipe closes."""
-    while True:
-        try:
-            task, names = pipe.recv()  # imports what the task is made of
-        except EOFError:
-            return
-        except Exception as error:
-            pipe.send(("failed", one_line(error)))
-            continue
-        try:
-            pipe.send(("at", None))
-            pipe.send(("done", task(lambda name: pipe.send(("at", name)), names)))
-        except Exception as error:
-            pipe.send(("failed", str(error) if isinstance(error, Lost) else one_line(error)))
+    with suppress(EOFError, BrokenPipeError):  # who asked is gone
+        while True:
+            _answer(pipe)
+
+
+def _answer(pipe: Connection) -> None:
+    try:
+        task, names = pipe.recv()  # imports what the task is made of
+    except EOFError:
+        raise
+    except Exception as error:
+        pipe.send(("failed", one_line(error)))
+        return
+    try:
+        pipe.send(("at", None))
+        pipe.send(("done", task(lambda name: pipe.send(("at", name)), names)))
+    except Exception as error:
+        pipe.send(("failed", str(error) if isinstance(error, Lost) else one_line(error)))

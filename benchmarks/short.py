@@ -7,7 +7,6 @@ are kept already: a second call goes on where the first ended, and begins with w
 from __future__ import annotations
 
 import argparse
-import lzma
 import os
 import sys
 import time
@@ -62,7 +61,7 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
         if options.bundle:
             part = unpack.checked(options.bundle, options.bundle_mib)
             print(f"bundle: {unpack.library(part, ROOT)}", flush=True)
-    except (OSError, ValueError, lzma.LZMAError) as error:
+    except (OSError, ValueError) as error:
         print(f"bundle: {error}", flush=True)
     (ROOT / unpack.SITE).mkdir(parents=True, exist_ok=True)  # a folder that is not there is never looked at again
     sys.path[:0] = [str(ROOT / unpack.SITE)]
@@ -74,7 +73,7 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
             print(f"bundle: {said}", flush=True)
             sys.path[:1] = folders
             os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-    except (OSError, lzma.LZMAError) as error:
+    except OSError as error:
         print(f"bundle: {error}", flush=True)
 
 

@@ -39,12 +39,23 @@ def checked(part: Path, most_mib: float) -> Path:
 
 
 def library(part: Path, root: Path) -> str:
-    """Put the library into the package, unless one was built there; what was done."""
+    """Put the library into the package, unless one was built there; what was done.
+
+    Raises:
+        OSError: it is absent or damaged; nothing is left of it.
+    """
     whole, packed = root / LIBRARY, part / f"{Path(LIBRARY).name}.xz"
     if whole.exists():
         return f"{LIBRARY} was there"
-    with lzma.open(packed) as file, whole.open("wb") as there:
-        shutil.copyfileobj(file, there)
+    begun = whole.with_suffix(".part")
+    try:
+        with lzma.open(packed) as file, begun.open("wb") as there:
+            shutil.copyfileobj(file, there)
+        begun.replace(whole)
+    except (EOFError, lzma.LZMAError) as error:
+        raise OSError(f"{packed} is damaged ({error})") from error
+    finally:
+        begun.unlink(missing_ok=True)
     return f"{LIBRARY} unpacked"
 
 
@@ -58,7 +69,11 @@ def wheels(part: Path, root: Path) -> tuple[str, list[str]]:
     target.mkdir(parents=True, exist_ok=True)
     for piece in sorted(part.glob("*.tar.xz.*-of-*")):
         shutil.copyfile(piece, target / piece.name)
-    for name, digest in json.loads((part / MANIFEST).read_text())["packed"].items():
+    try:
+        packed = json.loads((part / MANIFEST).read_text())["packed"].items()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise OSError(f"{part / MANIFEST} is damaged ({error})") from error
+    for name, digest in packed:
         found += _joined(target, name, digest)
     return ", ".join(found) or "no whole wheel", search_path(target)
 
@@ -74,7 +89,7 @@ def _joined(target: Path, name: str, digest: str) -> list[str]:
             file.write(piece.read_bytes())
     if hashlib.sha256(whole.read_bytes()).hexdigest() != digest:
         raise OSError(f"{name}: its pieces are damaged or of different bundles")
-    with tarfile.open(whole) as archive:
+    with tarfile.open(whole) as archive:  # its bytes are those that were packed
         archive.extractall(target, filter="data")
     for path in (whole, *pieces):
         path.unlink()

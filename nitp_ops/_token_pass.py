@@ -163,7 +163,8 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
     rest, formed = None if ctx.per_row else upstream, list[Any]()
     for gradient, (leaf, buffer) in zip(gradients, _leaves(jobs, head), strict=True):
         if isinstance(gradient, WeightGemm):
-            gradient.run(rest, rows.kernels(head.backend))
+            with torch.no_grad():  # also under create_graph: a buffer has no graph
+                gradient.run(rest, rows.kernels(head.backend))
             head = head._replace(want_weight=False)
         else:
             formed.append((gradient, leaf, buffer))

@@ -57,6 +57,18 @@ def test_the_parts_hold_everything_within_their_limit(tmp_path, made, most):
     assert again == folders
 
 
+@pytest.mark.parametrize("damage", [lambda packed: packed[: len(packed) // 2], lambda packed: b"x" + packed[1:]])
+def test_of_a_damaged_library_nothing_is_left(tmp_path, made, damage):
+    library, archives = made
+    part, *_ = bundle.write(tmp_path / "out", library, archives, 100_000)
+    packed = part / "libnitp_ops.so.xz"
+    packed.write_bytes(damage(packed.read_bytes()))
+    (tmp_path / "nitp_ops").mkdir()
+    with pytest.raises(OSError, match="is damaged"):
+        unpack.library(part, tmp_path)
+    assert not any((tmp_path / "nitp_ops").iterdir())
+
+
 def test_a_part_above_its_limit_or_damaged_is_refused(tmp_path, made):
     library, archives = made
     first, *others = bundle.write(tmp_path / "out", library, archives, 4000)
@@ -69,6 +81,9 @@ def test_a_part_above_its_limit_or_damaged_is_refused(tmp_path, made):
     piece.write_bytes(b"x" * piece.stat().st_size)
     with pytest.raises(OSError, match="damaged"):
         unpack.wheels(others[-1], tmp_path)
+    (first / unpack.MANIFEST).write_text('{"packed": ')
+    with pytest.raises(OSError, match=r"bundle\.json is damaged"):
+        unpack.wheels(first, tmp_path)
     with pytest.raises(bundle.BundleError, match=r"the limit of a part is 0\.0 MiB"):
         bundle.write(tmp_path / "none", library, archives, 10)
 

@@ -84,7 +84,7 @@ def test_what_does_not_fit_is_told_and_first_in_the_next_call(tmp_path, capsys):
 
 def test_a_budget_too_short_for_one_case_is_one_line(tmp_path, capsys):
     made, processes = runner(tmp_path, 2, Clock(), 5)
-    made.run([Rows(case(1), 5), Rows(case(2), 20)])
+    assert made.run([Rows(case(1), 5), Rows(case(2), 20)]) == 2
     assert capsys.readouterr().err == "benchmarks/gpu.sh: the budget is too short: no piece takes less than 5 s\n"
     assert not processes["ours"].asked and not any(tmp_path.iterdir())
 
