@@ -200,8 +200,9 @@ def test_a_projector_pulls_the_hessian_back_and_adds_its_own_curvature(kind):
 def test_a_right_prediction_leaves_only_the_pulled_back_curvature():
     """At ``dL/dp = 0`` (c = 1) the Hessian in h is ``J'(I - u u')J / r^2``, positive semidefinite for any projector."""
     h, weights = normal(9, 5), [w.detach() for w in matrices("swiglu", 10)]
-    p = reference.projection(h, *weights)
-    jacobian = torch.autograd.functional.jacobian(lambda x: reference.projection(x, *weights), h)
+    gate, up, down = weights
+    p = reference.projection(h, gate, up, down)
+    jacobian = torch.autograd.functional.jacobian(lambda x: reference.projection(x, gate, up, down), h)
     assert isinstance(jacobian, Tensor)
     h_all = slope(row(nitp_ops, 3 * p, "swiglu", weights), h)
     close(h_all, jacobian.T @ lemma(p, 3 * p) @ jacobian, 1e-6)
