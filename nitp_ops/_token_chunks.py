@@ -118,8 +118,9 @@ class _Sums:
         work, labels = reference.working(weight), [job.labels for job in jobs]
         counts = [len(each) for each in labels]
         self.scales, self.keep = scales, keep
+        some_are_left = any(length_of(each.rest) > 0 for each in selected)
         self.loss = torch.zeros((), dtype=sum_dtype(device), device=device)
-        if not _check.host_reads(device):  # a NaN weight shows even where max_rows leaves its row out
+        if some_are_left and not _check.host_reads(device):  # a NaN weight shows even where max_rows leaves its row out
             self.loss.masked_fill_(_joined(scales).isnan().any(), float("nan"))
         self.d_hidden = [
             torch.empty(job.hidden.shape, dtype=formed_dtype(job.hidden, job.buffer), device=device)
@@ -135,10 +136,14 @@ class _Sums:
             formed = formed_dtype(weight, head.buffer)
             self.d_weight = WeightGradient(weight.shape, head.dtype, formed, weight, parts)
         self.d_bias = torch.zeros(len(weight), dtype=work, device=device) if head.want_bias else None
-        self.stats = torch.full((3 if head.entropy else 2, sum(counts)), float("nan"), dtype=work, device=device)
-        self.stats[0].zero_()
-        self.prediction = labels[0].new_full((sum(counts),), -1)
-        self.target_logit = [self.stats.new_full(each.shape, float("nan")) for each in labels]
+        self.stats = torch.empty((3 if head.entropy else 2, sum(counts)), dtype=work, device=device)
+        self.prediction = labels[0].new_empty(sum(counts))
+        self.target_logit = [self.stats.new_empty(each.shape) for each in labels]
+        if some_are_left:
+            for each in (self.stats, *self.target_logit):
+                each.fill_(float("nan"))
+            self.stats[0].zero_()
+            self.prediction.fill_(-1)
         self.rows = [slice(sum(counts[:job]), sum(counts[: job + 1])) for job in range(len(counts))]
 
     def of_chunk(self, job: int, part: Tensor | slice) -> RowValues:

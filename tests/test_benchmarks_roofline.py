@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from small_kernels import SmallKernels
+from without_reading import without_reading
 
 import nitp_ops
 from benchmarks import roofline
@@ -10,6 +12,7 @@ from benchmarks.roofline import H200, Cost, Rates, cost
 
 #: A GPU of 3.0 TB/s on which bfloat16 GEMMs of these sizes ran at 750 TFLOP/s.
 H100 = Rates(750e12, 3.0e12)
+OP = "implicit_token_loss"
 
 
 def head(n, d, v):
@@ -27,8 +30,8 @@ def head(n, d, v):
         ("implicit_token_loss", {"N": 16384, "d": 1280}, 1.20),
     ],
 )
-def test_an_h200_should_take_this_many_times_the_gemms(op, sizes, reach):
-    assert cost(op, sizes).ratio(H200) == pytest.approx(reach, abs=0.02)
+def test_an_h200_should_take_this_many_times_the_gemms_at_most(op, sizes, reach):
+    assert reach - 0.03 < cost(op, sizes).ratio(H200) <= reach + 0.005
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,35 @@ def test_an_h100_took_about_that(op, sizes, chunks, found):
     assert then.ratio(H100) == pytest.approx(found, abs=0.04)
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_a_call_launches_no_more_small_kernels_than_the_model_says(chunks):
+    n, d, v = 64, 48, 304
+    hidden, weight = (torch.randn(m, d).bfloat16().requires_grad_() for m in (n, v))
+    labels = torch.randint(0, v, (n,))
+    with without_reading(), SmallKernels() as count:
+        nitp_ops.linear_cross_entropy(hidden, weight, labels, chunk_bytes=2 * n * v // chunks).backward()
+    assert 0 <= cost("linear_cross_entropy", head(n, d, v), chunks).launches - count.launched.total() <= 1
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_a_call_of_nitp_launches_no_more_small_kernels_than_the_model_says(chunks):
+    batch, length, d = 2, 33, 48
+    hidden, target = (torch.randn(batch, length, d).bfloat16() for _ in range(2))
+    sizes = (4 * d, d), (4 * d, d), (d, 4 * d)
+    gate, up, down = (torch.randn(each).bfloat16().requires_grad_() for each in sizes)
+
+    def made(size: int) -> int:
+        return nitp_ops.explain(
+            OP, rows=batch * length, width=d, dtype=torch.bfloat16, device="cuda", chunk_bytes=size
+        ).chunks
+
+    size = next(size for size in range(2**18, 0, -256) if made(size) == chunks)
+    call = nitp_ops.implicit_token_loss
+    with without_reading(), SmallKernels() as count:
+        call(hidden.requires_grad_(), target, gate, up, down, chunk_bytes=size).backward()
+    assert 0 <= cost(OP, {"N": batch * length, "d": d}, chunks).launches - count.launched.total() <= 3
+
+
 def test_the_bytes_of_the_weight_gradient_s_sum_grow_with_the_chunks():
     sizes = head(64, 8, 40)
     one, two, three = (cost("linear_cross_entropy", sizes, chunks).sum_bytes / (8 * 40) for chunks in (1, 2, 3))
@@ -77,7 +109,7 @@ def test_the_chunks_are_those_that_the_op_makes_on_a_gpu():
 def test_faster_memory_brings_the_ratio_down_to_the_launches():
     found = cost("linear_cross_entropy", head(4096, 4096, 128256))
     assert found.ratio(Rates(H200.flops, 1e30, 0.0)) == 1
-    assert found.ratio(Rates(H200.flops, 1e30)) == pytest.approx(1 + 40 * 2.5e-6 * H200.flops / found.flops)
+    assert found.ratio(Rates(H200.flops, 1e30)) == pytest.approx(1 + 25 * 2.5e-6 * H200.flops / found.flops)
 
 
 def test_what_two_losses_take_is_what_they_take_together():
