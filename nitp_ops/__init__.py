@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ._linear_cross_entropy import linear_cross_entropy
     from ._shared_linear_cross_entropy import shared_linear_cross_entropy
     from ._swiglu import swiglu
+    from .layers import LinearCrossEntropy
 
 try:
     __version__ = metadata.version("nitp_ops")
@@ -38,6 +39,7 @@ __all__ = [
     "BackendError",
     "ChunkPlan",
     "HeadJob",
+    "LinearCrossEntropy",
     "TokenEntropyStats",
     "TokenStats",
     "alignment",
@@ -57,6 +59,7 @@ _HOME = {
     "AlignmentStats": "_alignment",
     "ChunkPlan": "_explain",
     "HeadJob": "_head_job",
+    "LinearCrossEntropy": "layers",
     "TokenEntropyStats": "_head_job",
     "TokenStats": "_head_job",
     "alignment": "_alignment",

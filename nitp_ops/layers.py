@@ -1,15 +1,60 @@
-"""Layers that the package `kernels` puts into models (transformers' `use_kernels=True`).
+"""Losses as modules without parameters.
 
-It takes classes with a forward and two flags, without state.
+`ForCausalLMLoss` is what the package `kernels` puts into models (transformers' `use_kernels=True`): it takes classes
+with a forward and two flags, without state.
 """
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
 from ._cross_entropy import cross_entropy
+from ._linear_cross_entropy import linear_cross_entropy
+
+_OPTIONS = tuple(
+    name for name, each in inspect.signature(linear_cross_entropy).parameters.items() if each.kind == each.KEYWORD_ONLY
+)
+
+
+class LinearCrossEntropy(nn.Module):
+    """`linear_cross_entropy` as a module, which holds the options and no parameters.
+
+    ``loss(hidden, unembedding, labels, **more) = linear_cross_entropy(hidden, unembedding, labels, **options, **more)``
+
+    Args:
+        options: any option of `linear_cross_entropy`; one that is given to a call takes the place of the module's.
+        hidden: ``[..., d]``, unembedding: ``[V, d]``, labels: ``[...]``, of a call.
+
+    Raises:
+        TypeError: no such option; and what `linear_cross_entropy` raises.
+
+    Example:
+        >>> import torch, nitp_ops
+        >>> loss = nitp_ops.LinearCrossEntropy(z_loss=1e-4, reduction="sum")
+        >>> loss
+        LinearCrossEntropy(z_loss=0.0001, reduction='sum')
+        >>> round(loss(torch.zeros(2, 8), torch.zeros(16, 8), torch.tensor([1, 2]), z_loss=0.0).item(), 4)  # 2 ln 16
+        5.5452
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        for name in options:
+            if name not in _OPTIONS:
+                near = difflib.get_close_matches(name, _OPTIONS, 1)
+                hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_OPTIONS)}"
+                raise TypeError(f"LinearCrossEntropy: no option {name}; {hint}")
+        self.options = options
+
+    def forward(self, hidden: Tensor, unembedding: Tensor, labels: Tensor, **more: Any) -> Any:
+        return linear_cross_entropy(hidden, unembedding, labels, **{**self.options, **more})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class ForCausalLMLoss(nn.Module):
