@@ -62,7 +62,7 @@ class Packing:
         for name in self.one._fields:
             if name in self.nested:
                 inner = [next(fields) for _ in self.nested[name]._fields]
-                inner = [each if each is None or isinstance(each, (str, bool)) else tuple(each) for each in inner]
+                inner = [tuple(each) if isinstance(each, list) else each for each in inner]
                 values.append(None if inner[0] is None else self.nested[name](*inner))
             else:
                 values.append(next(fields))

@@ -86,7 +86,8 @@ def _rows_per_chunk(head: Head, rows: int, longest: int | None) -> int:
 
 
 def _cut(jobs: list[Job], head: Head, selected: list[Tensor | slice], loud: list[bool]) -> list[list[Piece]]:
-    """Chunks: of all jobs that want the same gradients; of one job where it is silent, or where nobody may know."""
+    """Chunks: of all jobs that want the same gradients; of one job where it is inactive, or where that is not known on
+    the host."""
     groups = [[job] for job in range(len(jobs))]
     if _check.host_reads(head.unembedding.device):
         alike = [[job for (job,) in groups if loud[job] and jobs[job].wanted == wanted] for wanted in (True, False)]
@@ -118,9 +119,9 @@ class _Sums:
         work, labels = reference.working(weight), [job.labels for job in jobs]
         counts = [len(each) for each in labels]
         self.scales, self.keep = scales, keep
-        some_are_left = any(length_of(each.rest) > 0 for each in selected)
+        some_left_out = any(length_of(each.rest) > 0 for each in selected)
         self.loss = torch.zeros((), dtype=sum_dtype(device), device=device)
-        if some_are_left and not _check.host_reads(device):  # a NaN weight shows even where max_rows leaves its row out
+        if some_left_out and not _check.host_reads(device):  # a NaN weight shows even where max_rows leaves its row out
             self.loss.masked_fill_(_joined(scales).isnan().any(), float("nan"))
         self.d_hidden = [
             torch.empty(job.hidden.shape, dtype=formed_dtype(job.hidden, job.buffer), device=device)
@@ -139,7 +140,7 @@ class _Sums:
         self.stats = torch.empty((3 if head.entropy else 2, sum(counts)), dtype=work, device=device)
         self.prediction = labels[0].new_empty(sum(counts))
         self.target_logit = [self.stats.new_empty(each.shape) for each in labels]
-        if some_are_left:
+        if some_left_out:
             for each in (self.stats, *self.target_logit):
                 each.fill_(float("nan"))
             self.stats[0].zero_()

@@ -70,7 +70,7 @@ def token_pass(
         shard=head.shard,
     )
     hidden, labels = [job.hidden for job in jobs], [job.labels for job in jobs]
-    if needs_dispatcher((*hidden, weight, *labels)):
+    if needs_dispatcher((*hidden, weight, bias, *labels)):
         loss, stats, prediction, target_logit, _ = _token_pass(*PACKING.pack(jobs, whole), per_row)
     else:
         outputs = LinearCrossEntropyFunction.apply(jobs, whole, per_row, *hidden, weight, bias)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from without_reading import OWN
+from without_reading import OWN, inside
 
 #: Make memory and leave its numbers.
 WITHOUT_NUMBERS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "populate_"}
@@ -32,8 +32,7 @@ class BytesMoved(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in OWN:
-            with self:
-                return OWN[func]._init_fn(*args, **kwargs)
+            return inside(self, func, args, kwargs)
         result, name = func(*args, **kwargs), func._schema.name.partition("::")[2]
         a_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
         if name in WITHOUT_NUMBERS or a_view:

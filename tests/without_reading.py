@@ -24,6 +24,12 @@ OWN: dict[Any, Any] = {
 }
 
 
+def inside(mode: TorchDispatchMode, func: Any, args: Any, kwargs: Any) -> Any:
+    """One of the library's own operators, what it calls seen by the mode: that is off in its own handler."""
+    with mode:
+        return OWN[func]._init_fn(*args, **kwargs)
+
+
 class NoReading(TorchDispatchMode):
     """Refuses every operator that makes the host wait for a value, also inside the library's own operators."""
 
@@ -33,8 +39,7 @@ class NoReading(TorchDispatchMode):
         assert name != "index" or not any(x is not None and x.dtype == torch.bool for x in args[1]), f"{func} by a mask"
         if func not in OWN:
             return func(*args, **(kwargs or {}))
-        with self:  # a mode is off in its own handler: on again for what this operator calls
-            return OWN[func]._init_fn(*args, **(kwargs or {}))
+        return inside(self, func, args, kwargs or {})
 
 
 @contextmanager
