@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from .unpack import LIBRARY, MANIFEST, MIB
+from .unpack import LIBRARY, MANIFEST, MIB, amount
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Packed wheels of earlier bundles; ignored by git.
@@ -131,7 +131,7 @@ def write(out: Path, library: Path, files: Sequence[Path], most: int) -> list[Pa
 def main(arguments: Sequence[str] | None = None) -> int:
     """Download, pack, write the parts, print the size of each."""
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh bundle", description=__doc__)
-    parser.add_argument("--bundle-mib", type=float, required=True, help="most MiB of a part")
+    parser.add_argument("--bundle-mib", type=amount, required=True, help="most MiB of a part")
     parser.add_argument(
         "--out", type=Path, required=True, help="a folder that does not exist: part-1, ... are put in it"
     )

@@ -19,18 +19,20 @@ def importable(root: Path) -> Iterator[None]:
     objectives/ lies beside nitp_ops/, where only an installation finds it: a link stands in for one that takes longer.
     """
     link = root / "nitp_ops/objectives"
-    needed = not any(name.startswith("__editable___nitp_ops") for name in sys.modules) and not link.exists()
+    installed = any(name.startswith("__editable___nitp_ops") for name in sys.modules)
+    needed = not installed and (link.is_symlink() or not link.exists())  # a call that was killed leaves its link
     before = os.environ.get("PYTHONPATH")
     if needed:
+        link.unlink(missing_ok=True)
         link.symlink_to(Path("..") / "objectives", target_is_directory=True)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [before])])
     try:
         yield
     finally:
         if needed:
-            link.unlink()
-            os.environ.pop("PYTHONPATH")
-            os.environ.update({} if before is None else {"PYTHONPATH": before})
+            link.unlink(missing_ok=True)
+        os.environ.pop("PYTHONPATH", None)
+        os.environ.update({} if before is None else {"PYTHONPATH": before})
 
 
 def built(root: Path, capability: str, seconds: float) -> str | None:

@@ -13,6 +13,7 @@ import torch
 from . import overhead, row_kernels
 from .cases import OPS
 from .implementations import NAMES
+from .isolated import one_line
 from .measure import FLOOR
 from .report import RESULTS, case_table, case_title, commit, machine_line, read, results_path, table, write_json
 
@@ -49,15 +50,20 @@ def tests_are_green(known_commit: str | None, out: Path) -> bool:
     )
 
 
-def merged(kept: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+def merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """`new` over `kept`: of the same machine and commit, a row or a record measured again or a stage run again replaces
     the last.
 
     Raises:
-        ValueError: they are of different machines or commits, or one of them is fake.
+        ValueError: they are of different machines or commits, one of them is fake, or lacks what results have.
     """
-    if kept is None:
-        return new
+    try:
+        return _joined(kept, new)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"these are no results of a GPU: {one_line(error)}") from error
+
+
+def _joined(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if not same_machine(kept["machine"], new["machine"]):
         raise ValueError(f"results of {machine_line(kept['machine'])} and of {machine_line(new['machine'])} do not mix")
     if kept.get("fake") != new.get("fake"):
@@ -87,9 +93,24 @@ def record_identity(record: dict[str, Any]) -> tuple[Any, ...]:
 
 def keep(path: Path, document: dict[str, Any]) -> dict[str, Any]:
     """Adds `document` to the JSON at `path`, and returns all of it."""
-    whole = merged(read(path, document.get("fake", False)) if path.exists() else None, document)
+    whole = beside_kept(path, document)
     write_json(path, whole)
     return whole
+
+
+def beside_kept(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """`document` over what the JSON at `path` holds, if there is one.
+
+    Raises:
+        DamagedResults: it cannot be read, or one of both is fake.
+        ValueError: see `merged`.
+    """
+    if not path.exists():
+        return document
+    try:
+        return merged(read(path, document.get("fake", False)), document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def shown(case: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +94,7 @@ def _passed_on(step: Step, seconds: float) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="replace",
         start_new_session=True,  # so that its children can be ended with it
     )
     assert process.stdout is not None
@@ -100,19 +102,30 @@ def _passed_on(step: Step, seconds: float) -> tuple[int, str]:
 
     def stop() -> None:
         late.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        _end(process)
 
-    timer = threading.Timer(max(0.0, seconds), stop)
+    timer = threading.Timer(min(max(0.0, seconds), threading.TIMEOUT_MAX), stop)
     timer.start()
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.strip())
-    code = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.strip())
+        code = process.wait()
+    except BaseException:  # who waits is interrupted, or has nobody to pass the lines on to
+        _end(process)
+        raise
+    finally:
+        timer.cancel()
     if late.is_set():
         return 124, f"stopped after {seconds:.0f} s"
     return code, verdict(lines)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Kill it and its children."""
+    with suppress(ProcessLookupError):  # it has just ended
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def verdict(lines: list[str]) -> str:

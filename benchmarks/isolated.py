@@ -6,6 +6,7 @@ Nothing heavy is imported here: a process imports what its first task needs.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -39,11 +40,13 @@ class Isolated:
     def __init__(self) -> None:
         self._child: Any = None
         self._pipe: Connection | None = None
+        self._over = False
 
     def __enter__(self) -> Isolated:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._over = True  # for a thread that still asks
         self.close()
 
     def run(self, task: Task, names: Sequence[str], *, patience: float, deadline: float) -> tuple[Any, dict[str, str]]:
@@ -56,7 +59,7 @@ class Isolated:
             MeasurementError: it failed under no name, or the deadline passed.
         """
         reasons: dict[str, str] = {}
-        while True:
+        while not self._over:
             left = [name for name in names if name not in reasons]
             name, kind, value = self._once(task, left, patience, deadline)
             if kind == "done":
@@ -65,6 +68,7 @@ class Isolated:
             if name is None or time.monotonic() >= deadline:
                 raise MeasurementError(value if name is None else f"{name}: {value}")
             reasons[name] = value
+        raise MeasurementError("the run is over")
 
     def start(self) -> None:
         """Start the process, if there is none, without waiting for it."""
@@ -91,21 +95,22 @@ class Isolated:
     def _once(self, task: Task, names: list[str], patience: float, deadline: float) -> tuple[str | None, str, Any]:
         """(name that ran last, "done" | "failed", result or reason)."""
         self.start()
-        assert self._pipe is not None
+        child, pipe = self._child, self._pipe
+        assert pipe is not None
         name, allowed = None, START
         try:
-            self._pipe.send((task, names))
+            pipe.send((task, names))
             while True:
                 wait = min(allowed, deadline - time.monotonic())
-                if wait <= 0 or not self._pipe.poll(wait):
+                if wait <= 0 or not pipe.poll(wait):
                     return name, "failed", f"stopped: no answer within {max(0.0, wait):.0f} s"
-                kind, value = self._pipe.recv()
+                kind, value = pipe.recv()
                 if kind != "at":
                     return name, kind, value
                 name, allowed = value, START if value is None else patience
         except (EOFError, OSError):
-            self._child.join(5)
-            code = self._child.exitcode
+            child.join(5)
+            code = child.exitcode
             return name, "failed", f"the process ended with code {code} before it had a result"
 
 
@@ -119,6 +124,7 @@ def without_the_dead(
 
 def _serve(pipe: Connection) -> None:
     """Run every task that comes, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for who started this, who closes the pipe
     with suppress(EOFError, BrokenPipeError):  # who asked is gone
         while True:
             _answer(pipe)

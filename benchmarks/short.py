@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,8 +28,8 @@ DRY_SECONDS = 100.0
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="benchmarks/gpu.sh short", description=__doc__)
     add = result.add_argument
-    add("--budget-s", type=float, required=True, help="seconds that this call may take, from its start")
-    add("--bundle-mib", type=float, required=True, help="most MiB that a part of a bundle may have")
+    add("--budget-s", type=unpack.amount, required=True, help="seconds that this call may take, from its start")
+    add("--bundle-mib", type=unpack.amount, required=True, help="most MiB that a part of a bundle may have")
     add("--bundle", type=Path, help="folder with a part that `benchmarks/gpu.sh bundle` made")
     add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of <GPU>/<commit>.json")
     add("--commit", help="the commit of a tree that came without its history")
@@ -41,17 +42,21 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 1 where something of ours failed, 2 where nothing could be measured."""
+    """Measure; 1 where something of ours failed, 2 where nothing could be measured, 130 where somebody ended it."""
     start = time.monotonic()
     options = parser().parse_args(arguments)
     try:
         with carried.importable(ROOT), ExitStack() as stack:
+            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
             processes = {name: stack.enter_context(Isolated()) for name in PROCESSES}
             _begin(options, processes["ours"])
             return _run(options, processes, start)
-    except (MeasurementError, OSError, ValueError) as error:
+    except (MeasurementError, ImportError, OSError, ValueError) as error:
         print(f"benchmarks/gpu.sh: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks/gpu.sh: stopped; what was measured until now is kept", file=sys.stderr)
+        return 130
 
 
 def _begin(options: argparse.Namespace, ours: Isolated) -> None:
@@ -69,12 +74,12 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
         ours.start()
     try:
         if part:
-            said, folders = unpack.wheels(part, ROOT)
-            print(f"bundle: {said}", flush=True)
-            sys.path[:1] = folders
-            os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+            print(f"bundle: {unpack.wheels(part, ROOT)}", flush=True)
     except OSError as error:
         print(f"bundle: {error}", flush=True)
+    folders = unpack.search_path(ROOT / unpack.SITE)  # also of what an earlier call has unpacked
+    sys.path[:1] = folders
+    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: float) -> int:

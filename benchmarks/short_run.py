@@ -35,13 +35,13 @@ class Runner:
     ) -> None:
         self.path, self.scale, self.clock = report.results_path(info, out), scale, clock
         self.empty: Document = {"machine": info, "stages": {}, "cases": [], **({"fake": True} if fake else {})}
-        self.bench = Bench(processes, deadline - RESERVE / scale, self._kept(info, fake))
+        self.bench = Bench(processes, deadline - RESERVE / scale, self._kept(info))
         # of a tree that has no commit nobody knows what it was then: its results are added to, and measured again
         self.resumes = not any(word in info["commit"] for word in ("dirty", "unknown", "uncommitted"))
         self.given_up: dict[str, str] = {}
         self.broken: list[str] = []
 
-    def _kept(self, info: dict[str, Any], fake: bool) -> Document:
+    def _kept(self, info: dict[str, Any]) -> Document:
         """What earlier calls on this machine and commit left under --out, or brought back to the results.
 
         Raises:
@@ -49,8 +49,7 @@ class Runner:
         """
         whole = self.empty
         for path in dict.fromkeys([report.results_path(info), self.path]):
-            if path.exists():
-                whole = gpu_report.merged(report.read(path, fake), whole)
+            whole = gpu_report.beside_kept(path, whole)
         return whole
 
     def run(self, pieces: Iterable[Piece]) -> int:
@@ -100,7 +99,11 @@ class Runner:
         self.given_up |= stopped(found)
         document = {**self.empty, **found}
         self.bench.document = gpu_report.merged(self.bench.document, document)
-        report.write_json(self.path, self.bench.document)
+        try:
+            self.bench.document = gpu_report.keep(self.path, self.bench.document)
+        except (OSError, ValueError) as error:  # a full disk, say: the rest is shown at least
+            self.broken.append("keeping the results")
+            print(f"not kept: {error}", flush=True)
         print(f"\n{piece.name}: {seconds:.1f} s of {piece.seconds:.0f}", flush=True)
         if document.get("fake"):
             return
@@ -123,7 +126,8 @@ class Runner:
             print(f"\ndry run: {ran} pieces")
         else:
             print(f"\n{gpu_report.summary(document)}")
-        print(f"written to {self.path}" if ran else "nothing new was measured", flush=True)
+        kept = "not all is kept" if "keeping the results" in self.broken else f"written to {self.path}"
+        print(kept if ran else "nothing new was measured", flush=True)
         red = [name for name, stage in document["stages"].items() if stage["code"]]
         lost = [case["op"] for case in document["cases"] if "skipped" in case["rows"].get("ours", {})]
         for name in dict.fromkeys([*red, *lost, *self.broken]):

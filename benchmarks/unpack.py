@@ -6,7 +6,10 @@ the parts meet in the folder, which outlives a call; a wheel is there once all o
 
 from __future__ import annotations
 
+import argparse
+import glob
 import hashlib
+import io
 import json
 import lzma
 import re
@@ -14,6 +17,7 @@ import shutil
 import site
 import sys
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 MANIFEST = "bundle.json"
@@ -21,6 +25,18 @@ LIBRARY = "nitp_ops/libnitp_ops.so"
 #: Where wheels are unpacked: ignored by git, so that it is neither committed nor copied.
 SITE = "build/peers"
 MIB = 2**20
+
+
+def amount(text: str) -> float:
+    """Of seconds or MiB, on the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no finite number above 0.
+    """
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a finite number above 0, got {text!r}")
 
 
 def checked(part: Path, most_mib: float) -> Path:
@@ -59,41 +75,41 @@ def library(part: Path, root: Path) -> str:
     return f"{LIBRARY} unpacked"
 
 
-def wheels(part: Path, root: Path) -> tuple[str, list[str]]:
-    """(which wheels are new, what to put on the module search path).
+def wheels(part: Path, root: Path) -> str:
+    """Unpack what is whole; which wheels are new. One that is damaged loses itself alone, and is told in its place.
 
     Raises:
-        OSError: one is damaged; those before it are unpacked.
+        OSError: the manifest is damaged, or the disk is full.
     """
     target, found = root / SITE, []
     target.mkdir(parents=True, exist_ok=True)
-    for piece in sorted(part.glob("*.tar.xz.*-of-*")):
-        shutil.copyfile(piece, target / piece.name)
     try:
         packed = json.loads((part / MANIFEST).read_text())["packed"].items()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise OSError(f"{part / MANIFEST} is damaged ({error})") from error
+    for piece in sorted(part.glob("*.tar.xz.*-of-*")):
+        shutil.copyfile(piece, target / piece.name)
     for name, digest in packed:
         found += _joined(target, name, digest)
-    return ", ".join(found) or "no whole wheel", search_path(target)
+    return ", ".join(found) or "no whole wheel"
 
 
 def _joined(target: Path, name: str, digest: str) -> list[str]:
-    """Unpack one archive if all of its pieces have come."""
-    pieces = sorted(target.glob(f"{name}.*-of-*"), key=lambda path: int(path.suffix[1:].partition("-")[0]))
-    if not pieces or len(pieces) < int(re.findall(r"of-(\d+)$", pieces[0].name)[0]):
-        return []
-    whole = target / name
-    with whole.open("wb") as file:
-        for piece in pieces:
-            file.write(piece.read_bytes())
-    if hashlib.sha256(whole.read_bytes()).hexdigest() != digest:
-        raise OSError(f"{name}: its pieces are damaged or of different bundles")
-    with tarfile.open(whole) as archive:  # its bytes are those that were packed
-        archive.extractall(target, filter="data")
-    for path in (whole, *pieces):
-        path.unlink()
-    return [name.partition("-")[0]]
+    """Unpack one archive if all of its pieces have come; what is said of it."""
+    pieces: dict[int, dict[int, Path]] = {}  # by their count: those of another bundle may lie there too
+    for path in target.glob(f"{glob.escape(name)}.*"):
+        if numbers := re.fullmatch(r"\.(\d+)-of-(\d+)", path.name.removeprefix(name)):
+            pieces.setdefault(int(numbers[2]), {})[int(numbers[1])] = path
+    whole = [each for count, each in pieces.items() if len(each) == count]
+    for each in whole:
+        content = b"".join(each[number].read_bytes() for number in sorted(each))
+        if hashlib.sha256(content).hexdigest() == digest:
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:  # its bytes are those that were packed
+                archive.extractall(target, filter="data")
+            for path in (path for each in pieces.values() for path in each.values()):
+                path.unlink()
+            return [name.partition("-")[0]]
+    return [f"{name} (not used: its pieces are damaged or of different bundles)"] if whole else []
 
 
 def search_path(folder: Path) -> list[str]:

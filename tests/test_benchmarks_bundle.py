@@ -45,16 +45,17 @@ def test_the_parts_hold_everything_within_their_limit(tmp_path, made, most):
     for number, part in enumerate(parts, 1):
         assert unpack.checked(part, most / unpack.MIB) == part
         assert ("unpacked" in unpack.library(part, root)) is (number == 1)
-        said, folders = unpack.wheels(part, root)
+        said = unpack.wheels(part, root)
         assert ("large" in said) is (number == len(parts))
     assert (root / unpack.LIBRARY).read_bytes() == library.read_bytes()
+    folders = unpack.search_path(root / unpack.SITE)
     code = "import small_inside, large_inside; print(small_inside.one, len(large_inside.data))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "1 5000\n", done.stderr
     assert not list((root / unpack.SITE).glob("*.xz*"))
-    _, again = unpack.wheels(parts[0], root)  # of a later call on the same machine
-    assert again == folders
+    unpack.wheels(parts[0], root)  # of a later call on the same machine
+    assert unpack.search_path(root / unpack.SITE) == folders
 
 
 @pytest.mark.parametrize("damage", [lambda packed: packed[: len(packed) // 2], lambda packed: b"x" + packed[1:]])
@@ -71,21 +72,57 @@ def test_of_a_damaged_library_nothing_is_left(tmp_path, made, damage):
 
 def test_a_part_above_its_limit_or_damaged_is_refused(tmp_path, made):
     library, archives = made
-    first, *others = bundle.write(tmp_path / "out", library, archives, 4000)
+    first, *_ = bundle.write(tmp_path / "out", library, archives, 4000)
     with pytest.raises(ValueError, match=r"above its limit of 0\.001 MiB"):
         unpack.checked(first, 0.001)
-    unpack.wheels(first, tmp_path)
-    for part in others[:-1]:
-        unpack.wheels(part, tmp_path)
-    (piece,) = others[-1].glob("large*")
-    piece.write_bytes(b"x" * piece.stat().st_size)
-    with pytest.raises(OSError, match="damaged"):
-        unpack.wheels(others[-1], tmp_path)
     (first / unpack.MANIFEST).write_text('{"packed": ')
     with pytest.raises(OSError, match=r"bundle\.json is damaged"):
         unpack.wheels(first, tmp_path)
     with pytest.raises(bundle.BundleError, match=r"the limit of a part is 0\.0 MiB"):
         bundle.write(tmp_path / "none", library, archives, 10)
+
+
+def test_a_damaged_wheel_loses_itself_alone_until_a_good_piece_comes(tmp_path, made):
+    library, archives = made
+    (part,) = bundle.write(tmp_path / "out", library, archives[::-1], 100_000)  # the large one first
+    target = tmp_path / unpack.SITE
+    target.mkdir(parents=True)
+    (target / f"{archives[1].name}.1-of-2").write_bytes(b"of an earlier bundle")
+    (part / f"{archives[1].name}.x-of-y").write_bytes(b"no piece")
+    (piece,) = part.glob("large*.1-of-1")
+    good = piece.read_bytes()
+    piece.write_bytes(b"x" * len(good))
+    said = unpack.wheels(part, tmp_path)
+    assert said == f"{archives[1].name} (not used: its pieces are damaged or of different bundles), small"
+    assert (target / "small").is_dir() and not (target / "large").exists()
+    piece.write_bytes(good)
+    assert unpack.wheels(part, tmp_path) == "large, small"
+    assert not list(target.glob("large*.*-of-[12]"))
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many"])
+def test_what_is_no_amount_is_refused_before_anything_is_unpacked(tmp_path, capsys, given):
+    for main, option in ((short.main, "--budget-s"), (short.main, "--bundle-mib"), (bundle.main, "--bundle-mib")):
+        with pytest.raises(SystemExit) as ended:
+            main(["--out", str(tmp_path / "x"), f"{option}={given}"])
+        assert ended.value.code == 2
+        assert f"argument {option}: expected a finite number above 0, got '{given}'" in capsys.readouterr().err
+
+
+def test_wheels_of_an_earlier_call_are_found_without_a_bundle(tmp_path, monkeypatch):
+    inside = tmp_path / unpack.SITE / "nvidia/packages"
+    inside.mkdir(parents=True)
+    (tmp_path / unpack.SITE / "nvidia.pth").write_text("nvidia/packages\n")
+    (tmp_path / "nitp_ops/objectives").mkdir(parents=True)
+    seen = []
+    monkeypatch.setattr(short, "ROOT", tmp_path)
+    monkeypatch.setattr(short, "_run", lambda *_: seen.append((sys.path[1], os.environ["PYTHONPATH"])) or 0)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    before = os.environ.get("PYTHONPATH")
+    assert short.main(["--budget-s", "9", "--bundle-mib", "9", "--dry-run"]) == 0
+    assert os.environ.get("PYTHONPATH") == before
+    ((second, environment),) = seen
+    assert second == str(inside) and environment.split(os.pathsep)[:2] == [str(tmp_path / unpack.SITE), str(inside)]
 
 
 @pytest.mark.parametrize(("most", "said"), [(9.0, "holds no bundle.json"), (1e-6, "above its limit")])
@@ -120,6 +157,7 @@ def test_a_source_tree_finds_its_objectives_without_an_installation(tmp_path, mo
     (tmp_path / "objectives/__init__.py").write_text("found = 7\n")
     monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if not k.startswith("__editable___nitp")})
     link = tmp_path / "nitp_ops/objectives"
+    link.symlink_to("of a call that was killed")
     before = os.environ.get("PYTHONPATH")
     with carried.importable(tmp_path):
         code = "import nitp_ops.objectives as o; print(o.found)"
