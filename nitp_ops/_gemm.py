@@ -244,6 +244,6 @@ class WeightGemm:
             return
         a, b = self.operands
         if upstream is not None:
-            kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype))  # one costs nothing, zero leaves no NaN
+            kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype), a)  # one costs nothing, zero leaves no NaN
             b = torch.where(upstream == 0, 0, b * upstream).to(b.dtype)
         matmul(a.t(), b, self.buffer, add=True)

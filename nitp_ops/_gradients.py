@@ -42,8 +42,8 @@ def power_of_two(scales: Sequence[Tensor]) -> Tensor:
 def scale_in_place(kernels: Any, gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, a 0-d tensor: one costs nothing, zero leaves no NaN."""
     if gradient.numel() > 0:
-        factor = factor.to(reference.working(gradient))
-        kernels.scale_rows_(_rows(gradient), factor)
+        dense = _rows(gradient)  # named twice: allow_mutation_on_saved_tensors looks up what a schema says is written
+        kernels.scale_rows_(dense, factor.to(reference.working(gradient)), dense)
 
 
 @scale_gradients.register_fake

@@ -47,11 +47,14 @@ class BytesMoved(TorchDispatchMode):
 
 def _split(name: str, schema: Any, given: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     """(tensors that are read, tensors that are written) of the arguments."""
-    if name == "scale_rows_" and given.get("out") is None and given["factor"] == 1:
-        return [], []  # in place one touches nothing
+    in_place = name == "scale_rows_" and given.get("out", given["rows"]) is given["rows"]
+    if in_place and given["factor"] == 1:
+        return [], []  # one touches nothing
+    if in_place:
+        return [given["rows"], given["factor"]], [given["rows"]]
     overwritten = {"out"} if name == "gemm_" and not given["add"] else OVERWRITTEN.get(name, set())
     marked = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
-    if name == "scale_rows_" and given.get("out") is not None:
+    if name == "scale_rows_":
         marked = {"out"}
     if name == "cross_entropy_rows_" and not given["gradient"]:
         marked = marked - {"logits"}

@@ -5,6 +5,7 @@ import torch
 from budget import close, outputs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.autograd.graph import allow_mutation_on_saved_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
@@ -96,6 +97,16 @@ def test_opcheck_accepts_the_registration(call):
             return x.detach().requires_grad_(forward and x.requires_grad)
 
         torch.library.opcheck(func, tree_map_only(torch.Tensor, fresh, args))
+
+
+@EVERY
+def test_saved_tensors_may_be_mutated_around_a_call(call):
+    """In the context PyTorch looks up every argument that a schema says is written, also one that is left out."""
+    inputs = tensors()
+    wanted = outputs(call, inputs, 0.37)
+    with allow_mutation_on_saved_tensors():
+        got = outputs(call, inputs, 0.37)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 @EVERY
