@@ -71,14 +71,14 @@ def codes(flags: str) -> dict[str, str]:
             {
                 "compute_80": "sm_80",
                 "compute_90": "sm_90,compute_90",
-                "compute_100": "sm_100",
-                "compute_120": "sm_120",
+                "compute_100": "sm_100,sm_120",
             },
         ),
+        ("cross_entropy", "sm_120", {"compute_120": "sm_120"}),
         ("cross_entropy", "sm_90", {"compute_90": "sm_90,compute_90"}),
     ],
 )
-def test_kernels_over_logits_alone_are_compiled_for_each_architecture(
+def test_kernels_over_logits_alone_are_compiled_for_each_generation(
     cuda, monkeypatch, tmp_path, kernel, asked, expected
 ):
     nvcc = program(tmp_path, "nvcc", "echo compute_75 compute_80 compute_90 compute_100 compute_120")
