@@ -1,6 +1,7 @@
 // The row kernel of the cross-entropy with a cluster and threads that the caller chooses, for benchmarks/geometry.py.
 #include <algorithm>
 #include <exception>
+#include <stdexcept>
 #include <string>
 
 #include "../csrc/cuda/cross_entropy.cu"

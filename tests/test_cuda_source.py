@@ -201,3 +201,9 @@ def test_arguments_are_checked_at_the_door():
         cross_entropy(torch.randn(2, 9), torch.zeros(2, 1).int(), kernels=torch.ops.nitp_simt)
     with pytest.raises(RuntimeError, match="logits must be a CPU tensor of 2 rows with 9 dense columns"):
         cross_entropy(torch.randn(9, 2).t(), torch.zeros(2, 1).long(), kernels=torch.ops.nitp_simt)
+
+
+def test_a_row_that_a_kernel_cannot_take_is_an_error_in_python():
+    logits = torch.empty(1, 2**31 - 1, dtype=torch.bfloat16)  # never touched: no memory
+    with pytest.raises(RuntimeError, match=r"^nitp_ops row kernel: logits has more than 2\^31 - 2 columns$"):
+        cross_entropy(logits, torch.zeros(1, 1).long(), kernels=torch.ops.nitp_simt)

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.gpu_source
 ROOT = Path(__file__).parents[1]
 EIGHT_THREADS = """
 #include <cstdio>
+#include <mutex>
 #include <thread>
 #include <vector>
 #include "launch.h"

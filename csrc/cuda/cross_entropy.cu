@@ -7,7 +7,6 @@
 // block do. A column has one thread: its block alone reads it, the target's logit as well, and its warp alone
 // overwrites it.
 #include <cmath>
-#include <stdexcept>
 
 #include "../cross_entropy.h"
 #include "cross_entropy_plan.h"
@@ -257,7 +256,7 @@ void start(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
 template <class T, class A>
 void run(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
   if (rows == 0) return;
-  if (a.columns >= INT32_MAX) throw std::runtime_error("nitp_ops row kernel: logits has more than 2^31 - 2 columns");
+  if (a.columns >= INT32_MAX) throw Failure("logits has more than 2^31 - 2 columns");
   const bool general = a.bias || (a.class_weight && a.smoothing > A(0)) || a.entropy;
   if constexpr (sizeof(T) == 2) {
     if (!general && a.softcap > A(0) && a.softcap < kLargestCap) return start<Kind::capped>(a, rows, stream);

@@ -1,7 +1,6 @@
 // Over rows of logits whose maximum and sum of exponentials are known, their gradient: a block a row, one pass of
 // packs, one barrier, then the targets, whose logits come from outside. The rows of a vocabulary-parallel head.
 #include <cmath>
-#include <stdexcept>
 
 #include "../cross_entropy.h"
 #include "cross_entropy_row.h"
@@ -80,7 +79,7 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
 template <class T, class A>
 void run(const CrossEntropyGradientRows<T, A>& a, int64_t rows, void* stream) {
   if (rows == 0 || a.columns == 0) return;
-  if (a.columns >= INT32_MAX) throw std::runtime_error("nitp_ops row kernel: logits has more than 2^31 - 2 columns");
+  if (a.columns >= INT32_MAX) throw Failure("logits has more than 2^31 - 2 columns");
   const auto start = [&](auto kernel) { launch(kernel, rows, kGradientThreads, 0, stream, a); };
   const bool general = a.bias || a.class_weight;
   if constexpr (sizeof(T) == 2) {

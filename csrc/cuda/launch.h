@@ -3,11 +3,15 @@
 //
 // A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one holds the path of the
 // build folder, and the same sources would give other bytes elsewhere.
+//
+// Few headers of the standard library: nvcc reads a .cu once for the host and once for each kind of PTX, and <map>,
+// <mutex>, <stdexcept> and <string> took two of the three CPU seconds that a short one needs.
 #pragma once
+#include <pthread.h>
+
 #include <cstdint>
-#include <map>
-#include <mutex>
-#include <utility>
+#include <cstdio>
+#include <exception>
 
 namespace nitp {
 namespace cuda {
@@ -37,19 +41,43 @@ struct Inbox {
   uint64_t barrier;
 };
 
+// Why a kernel is not launched.
+class Failure : public std::exception {
+  char what_[256];
+
+ public:
+  explicit Failure(const char* what, const char* why = nullptr) {
+    std::snprintf(what_, sizeof what_, "nitp_ops row kernel: %s%s%s", what, why ? ": " : "", why ? why : "");
+  }
+  const char* what() const noexcept override { return what_; }
+};
+
 // What was asked of the driver, once per device and key: a launch after the first asks nothing. Host threads take
-// turns.
+// turns. The answers stay as long as the process: threads may still launch while it ends.
 template <class Key, class Value>
 class Known {
-  std::mutex one_at_a_time_;
-  std::map<std::pair<int, Key>, Value> known_;
+  struct Answer {
+    int device;
+    Key key;
+    Value value;
+    const Answer* earlier;
+  };
+  struct Turn {
+    pthread_mutex_t& mutex;
+    explicit Turn(pthread_mutex_t& mutex) : mutex(mutex) { pthread_mutex_lock(&mutex); }
+    ~Turn() { pthread_mutex_unlock(&mutex); }
+  };
+  pthread_mutex_t one_at_a_time_ = PTHREAD_MUTEX_INITIALIZER;
+  const Answer* latest_ = nullptr;
 
  public:
   template <class Ask>
   Value get(int device, const Key& key, Ask ask) {
-    const std::lock_guard<std::mutex> lock(one_at_a_time_);
-    const auto found = known_.find({device, key});
-    return found != known_.end() ? found->second : known_.emplace(std::pair(device, key), ask()).first->second;
+    const Turn turn(one_at_a_time_);
+    const Answer* answer = latest_;
+    while (answer && !(answer->device == device && answer->key == key)) answer = answer->earlier;
+    if (!answer) answer = latest_ = new Answer{device, key, ask(), latest_};
+    return answer->value;
   }
 };
 
@@ -57,16 +85,13 @@ class Known {
 }  // namespace nitp
 
 #ifdef __CUDACC__
-#include <stdexcept>
-#include <string>
-
 namespace nitp {
 namespace cuda {
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // taken, so that the next call does not report it once more
-  throw std::runtime_error(std::string("nitp_ops row kernel: ") + what + ": " + cudaGetErrorString(error));
+  throw Failure(what, cudaGetErrorString(error));
 }
 
 inline int current_device() {
@@ -238,7 +263,7 @@ int largest_cluster(void (*kernel)(Arguments...), int threads, int64_t shared_by
 template <class... Arguments>
 void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes, void* stream,
             Arguments... arguments) {
-  if (blocks.count > INT32_MAX) throw std::runtime_error("nitp_ops row kernel: more blocks than a grid has");
+  if (blocks.count > INT32_MAX) throw Failure("more blocks than a grid has");
   allow(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;

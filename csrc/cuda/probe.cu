@@ -1,6 +1,4 @@
 // Whether this build's kernels can run on a device: asked of the driver, once per device, before the first launch.
-#include <string>
-
 #include "launch.h"
 
 inline namespace probe_cu {
@@ -11,7 +9,6 @@ __global__ void probe() {}
 
 // nullptr, or why not: a driver older than the runtime that the library is linked with, or no code for the device.
 extern "C" __attribute__((visibility("default"))) const char* nitp_ops_cuda_refusal(int device) {
-  static thread_local std::string reason;
   int before = 0;
   cudaFuncAttributes code;
   cudaError_t error = cudaGetDevice(&before);
@@ -22,6 +19,5 @@ extern "C" __attribute__((visibility("default"))) const char* nitp_ops_cuda_refu
   }
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();  // taken, so that the next call does not report it once more
-  reason = cudaGetErrorString(error);
-  return reason.c_str();
+  return cudaGetErrorString(error);
 }
