@@ -19,8 +19,10 @@ void run(const AccumulateRows<T, A>& a, int64_t begin, int64_t end) {
 
 template void run(const AccumulateRows<bfloat16, float>&, int64_t, int64_t);
 #ifndef __AVX512BF16__
-template void run(const AccumulateRows<double, double>&, int64_t, int64_t);
 template void run(const AccumulateRows<float, float>&, int64_t, int64_t);
+#endif
+#ifndef __AVX512F__
+template void run(const AccumulateRows<double, double>&, int64_t, int64_t);
 #endif
 
 }  // namespace NITP_TARGET

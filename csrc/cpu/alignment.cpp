@@ -206,12 +206,14 @@ void run(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
 NITP_INSTANTIATE(bfloat16, float, float)
 NITP_INSTANTIATE(bfloat16, bfloat16, float)
 #ifndef __AVX512BF16__
-NITP_INSTANTIATE(double, double, double)
 NITP_INSTANTIATE(float, float, float)
 NITP_INSTANTIATE(float, bfloat16, float)
 NITP_INSTANTIATE(float, float16, float)
 NITP_INSTANTIATE(float16, float, float)
 NITP_INSTANTIATE(float16, float16, float)
+#endif
+#ifndef __AVX512F__
+NITP_INSTANTIATE(double, double, double)
 #endif
 #ifndef __AVX2__  // a sixth of the time of a build, for what no training needs
 NITP_INSTANTIATE(bfloat16, float16, float)

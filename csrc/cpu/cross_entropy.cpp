@@ -216,9 +216,11 @@ void run(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
 
 template void run(const CrossEntropyRows<bfloat16, float>&, int64_t, int64_t);
 #ifndef __AVX512BF16__
-template void run(const CrossEntropyRows<double, double>&, int64_t, int64_t);
 template void run(const CrossEntropyRows<float, float>&, int64_t, int64_t);
 template void run(const CrossEntropyRows<float16, float>&, int64_t, int64_t);
+#endif
+#ifndef __AVX512F__
+template void run(const CrossEntropyRows<double, double>&, int64_t, int64_t);
 #endif
 
 }  // namespace NITP_TARGET

@@ -61,10 +61,14 @@ void run(const CrossEntropyGradientRows<T, A>& a, int64_t begin, int64_t end) {
   rows<true, true>(biased, begin, end);
 }
 
-template void run(const CrossEntropyGradientRows<double, double>&, int64_t, int64_t);
-template void run(const CrossEntropyGradientRows<float, float>&, int64_t, int64_t);
 template void run(const CrossEntropyGradientRows<bfloat16, float>&, int64_t, int64_t);
+#ifndef __AVX512BF16__
+template void run(const CrossEntropyGradientRows<float, float>&, int64_t, int64_t);
 template void run(const CrossEntropyGradientRows<float16, float>&, int64_t, int64_t);
+#endif
+#ifndef __AVX512F__
+template void run(const CrossEntropyGradientRows<double, double>&, int64_t, int64_t);
+#endif
 
 }  // namespace NITP_TARGET
 }  // namespace nitp

@@ -55,7 +55,12 @@ struct Cpu {
               break;
             }
             [[fallthrough]];
-          case nitp::InstructionSet::avx512: nitp::NITP_AVX512::run(args, begin, end); break;
+          case nitp::InstructionSet::avx512:
+            if constexpr (!has<double, Types...>) {
+              nitp::NITP_AVX512::run(args, begin, end);
+              break;
+            }
+            [[fallthrough]];
           case nitp::InstructionSet::avx2: nitp::NITP_AVX2::run(args, begin, end); break;
           case nitp::InstructionSet::portable: nitp::portable::run(args, begin, end); break;
         }

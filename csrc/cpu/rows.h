@@ -1,6 +1,6 @@
 // The CPU row kernels as plain C++: one overload over rows [begin, end) for each struct of arguments. Every .cpp beside
 // this file is compiled once for each instruction set into a namespace of its own; entry.cpp picks the namespace at run
-// time. avx512_bf16 has instances for bfloat16 alone.
+// time. avx512_bf16 has instances for bfloat16 alone; over float64 the AVX-512 sets have none, and AVX2's serve.
 #pragma once
 #include <cstdint>
 

@@ -24,10 +24,12 @@ void run(const ScaleRows<T, Out, A>& a, int64_t begin, int64_t end) {
 
 template void run(const ScaleRows<bfloat16, bfloat16, float>&, int64_t, int64_t);
 #ifndef __AVX512BF16__
-template void run(const ScaleRows<double, double, double>&, int64_t, int64_t);
 template void run(const ScaleRows<float, float, float>&, int64_t, int64_t);
 template void run(const ScaleRows<float16, float16, float>&, int64_t, int64_t);
 template void run(const ScaleRows<float, float16, float>&, int64_t, int64_t);
+#endif
+#ifndef __AVX512F__
+template void run(const ScaleRows<double, double, double>&, int64_t, int64_t);
 #endif
 
 }  // namespace NITP_TARGET

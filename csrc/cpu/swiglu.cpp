@@ -38,9 +38,11 @@ void run(const SwigluRowsBackward<T>& a, int64_t begin, int64_t end) {
   template void run(const SwigluRowsBackward<T>&, int64_t, int64_t);
 NITP_INSTANTIATE(bfloat16)
 #ifndef __AVX512BF16__
-NITP_INSTANTIATE(double)
 NITP_INSTANTIATE(float)
 NITP_INSTANTIATE(float16)
+#endif
+#ifndef __AVX512F__
+NITP_INSTANTIATE(double)
 #endif
 
 }  // namespace NITP_TARGET
