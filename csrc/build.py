@@ -25,8 +25,7 @@ REVISION = runpy.run_path(str(CSRC / "revision.py"))
 LINK = "-s -Wl,--no-as-needed -Wl,-soname,libnitp_ops.so -Wl,--version-script=exports.txt"
 EXPORTS = "{ global: nitp_ops_*; local: *; };\n"
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
-#: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there, and over float64 avx2's, which are
-#: as fast.
+#: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there. Those over float64 are avx2's.
 #: On x86 the portable kernels are for processors of before 2013: -O2 compiles them in 2/3 of the time.
 TARGET_FLAGS = {
     "portable": "-O2",
@@ -127,14 +126,14 @@ def build(
         f"  command = {escape_value(shlex.join(linker))} -shared $in -o $out $flags",
     ]
     cuda_lines, cuda_objects, cuda_linked = cuda_rules(nvcc)
-    lines += cuda_lines
-    for name, source, own in objects:
+    lines += [*cuda_lines, *(module_rules(library, package / module_name, work) if module_name else ())]
+    for name, source, own in sorted(objects, key=lambda each: -length(work / each[1])):
         generated = " | build_info.inc" if name == "build_info" else ""
         lines += [f"build {name}.o: compile {source}{generated}", f"  flags = {own} -I."]
     lines += [
-        f"build {escape(library)}: link {' '.join([*(f'{name}.o' for name, *_ in objects), *cuda_objects])}",
+        f"build {escape(library)}: link {' '.join([*(f'{name}.o' for name, *_ in objects), *cuda_objects])}"
+        f"{' || module.o' if module_name else ''}",  # else ninja puts it off until the library is there
         f"  flags = {LINK} {' '.join(map(quote, [stub, *runtimes]))} -ldl {cuda_linked}",
-        *(module_rules(library, package / module_name, work) if module_name else ()),
     ]
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
     if subprocess.run([ninja(), "-C", str(work)], check=False).returncode:
@@ -146,6 +145,11 @@ def link(name: Path, folder: Path) -> None:
     if name.is_symlink():
         name.unlink()
     name.symlink_to(folder.resolve(), target_is_directory=True)
+
+
+def length(source: Path) -> int:
+    """ninja begins in the order of its rules: the long compiles first, so that none is left to one core at the end."""
+    return source.stat().st_size
 
 
 def module_rules(library: Path, module: Path, work: Path) -> list[str]:
@@ -189,7 +193,7 @@ def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
         "rule facts",
         f"  command = {quote(sys.executable)} csrc/build_cuda.py $out $in",
     ]
-    for name in kernels:
+    for name in sorted(kernels, key=lambda name: -length(CSRC / f"cuda/{name}.cu")):
         lines += [f"build {name}.cu.o | {name}.cu.o.txt: nvcc csrc/cuda/{name}.cu"]
         lines += [f"  flags = {CUDA['flags'](nvcc, name)}"]
     reports = " ".join(f"{name}.cu.o.txt" for name in kernels)
