@@ -184,7 +184,7 @@ def test_an_nvcc_that_cannot_do_it_leaves_a_wheel_for_cpus_which_says_so(clone, 
 def test_without_pythons_headers_the_library_comes_without_the_module(clone, path, tmp_path):
     script = (
         "import runpy, sys, sysconfig; found = sysconfig.get_path; "
-        "sysconfig.get_path = lambda name, *rest: '/absent' if name == 'include' else found(name, *rest); "
+        "sysconfig.get_path = lambda name, *a, **k: '/absent' if name == 'include' else found(name, *a, **k); "
         f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path / 'lib')!r}]; runpy.run_path('setup.py')"
     )
     done = run(sys.executable, "-c", script, cwd=clone, PATH=path)
