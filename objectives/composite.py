@@ -9,6 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nitp_ops._devices import for_sums
+
 from . import plan
 from .base import Context, HeadReading, HeadTerm, LatentPart, LatentTerm, Objective, check_shard
 from .counts import Counts
@@ -22,20 +24,11 @@ from .model_info import ModelInfo
 from .module_call import Sealed, inside_call, is_fully_sharded
 from .naming import sums_of
 from .needs import checked, named
-from .schedule import weight_at
 from .shift import check_targets
 from .spec import Spec, SpecLike, parse
 from .streams import Streams
+from .weighting import Part, always_on, contribution, divided, joined, unguarded, weight_of
 from .window import Window, window_of
-
-
-class _Part(NamedTuple):
-    """One part of one term: the rows that count, and the part whose count divides it."""
-
-    term: Objective
-    piece: str
-    valid: Tensor
-    denominator: str
 
 
 class Output(NamedTuple):
@@ -88,6 +81,8 @@ class CompositeObjective(Sealed, KeepsValues):
         self.spec, self.info, self.backend = spec, info, backend
         needs = [checked(str(term.label), term.requires(info)) for term in spec.terms]
         self.requires = checked("build", (need for own in needs for need in own))
+        self._predicts_tokens = any(term.predicts_tokens for term in spec.terms)
+        self._scheduled = [str(term.label) for term in spec.terms if not isinstance(term.weight, float)]
         # torch.compile traces tuples of names, but no set of dataclasses
         self._needs, self._names = tuple(sorted(self.requires, key=str)), tuple(named(self.requires))
         readers = [name for own in needs for name in named(own)]
@@ -100,7 +95,9 @@ class CompositeObjective(Sealed, KeepsValues):
 
     def __call__(self, streams: Streams, **options: Any) -> Output:
         """`forward`; under `fully_shard` the policy casts nothing of what comes in or goes out."""
-        if not isinstance(streams, Streams) or not is_fully_sharded(self):
+        if not is_fully_sharded(self):
+            return nn.Module.__call__(self, streams, **options)
+        if not isinstance(streams, Streams):
             return super().__call__(streams, **options)
         forward, hidden = self.forward, streams.hidden_streams()
 
@@ -114,7 +111,7 @@ class CompositeObjective(Sealed, KeepsValues):
 
     def count(self, streams: Streams) -> Counts:
         """Rows that count in each part. Needs no hidden stream: it can run over a whole window before the forward."""
-        return Counts({name: part.valid.sum() for name, part in self._parts(streams).items()})
+        return Counts({name: part.count for name, part in self._parts(streams.for_a_call()).items()})
 
     def forward(
         self,
@@ -136,25 +133,23 @@ class CompositeObjective(Sealed, KeepsValues):
             TypeError, ValueError: missing or unfit streams, counts of other parts, no step for a schedule.
         """
         window = window_of(window, counts, step, gradient_reduction)
-        self._check(streams, window)
+        hidden = self._check(streams, window)
+        working = torch.float64 if torch.float64 in [x.dtype for x in hidden] else torch.float32
+        streams = streams.for_a_call()
         parts = self._parts(streams)
-        local = Counts({name: part.valid.sum() for name, part in parts.items()})
-        counts = local if window.counts is None else window.counts
-        if counts.keys() != local.keys():
-            raise ValueError(f"objective: counts has parts {sorted(counts)}, expected {sorted(local)}")
-        weights = {
-            name: weight_at(part.term.weight, window.step, streams.device) * part.term.part_weight(part.piece)
-            for name, part in parts.items()
-        }
+        local = {name: part.count for name, part in parts.items()}
+        whole = local if window.counts is None else window.counts
+        if whole.keys() != local.keys():
+            raise ValueError(f"objective: counts has parts {sorted(whole)}, expected {sorted(local)}")
+        weights = {name: weight_of(part, window.step, streams.device) for name, part in parts.items()}
         coefficients = {
-            name: weights[name] * window.loss_factor / counts[part.denominator].to(streams.device).clamp(min=1)
+            name: divided(weights[name] * window.loss_factor, whole[part.denominator].to(streams.device), working)
             for name, part in parts.items()
         }
-        losses, sums = self._run(streams, parts, coefficients)
-        for name, own in sums.items():
-            # a NaN under a weight of zero shows in the term's own numbers, not in its contribution
-            own["weighted"] = torch.where(weights[name] == 0, 0, weights[name] * own["loss"])
-            own |= {"denominator": local[parts[name].denominator], "count": local[name]}
+        losses, sums = self._run(streams, parts, coefficients, window)
+        for name, part in parts.items():
+            sums[name]["weighted"] = contribution(weights[name], sums[name]["loss"])
+            sums[name] |= {"denominator": local[part.denominator], "count": part.count}
         return Output(sum(losses[1:], start=losses[0]), Metrics(sums))
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -216,77 +211,71 @@ class CompositeObjective(Sealed, KeepsValues):
         how the passes over ``tokens`` rows are cut into chunks."""
         return explain(self.spec.terms, self.info, self.terms, tokens)
 
-    def _parts(self, streams: Streams) -> dict[str, _Part]:
+    def _parts(self, streams: Streams) -> dict[str, Part]:
         check_shard(self.spec.terms, streams, self.info, self.terms)
         parts = {}
         for term in self.spec.terms:
             for piece, valid in term.valid(streams).items():
-                name = _joined(term, piece)
+                name = joined(term, piece)
                 denominator = str(self.spec.main_label) if term.denominator == "main" else name
-                parts[name] = _Part(term, piece, valid, denominator)
+                parts[name] = Part(term, piece, valid.sum(), denominator)
         return parts
 
     def _run(
-        self, streams: Streams, parts: dict[str, _Part], coefficients: dict[str, Tensor]
+        self, streams: Streams, parts: dict[str, Part], coefficients: dict[str, Tensor], window: Window
     ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         """(losses to be added, ``{part: sums}`` in declaration order)."""
-        sums = {f"external[{name}]": total for name, (total, _) in streams.external_pairs.items()}
-        read = [x for name, x in (streams.hidden_streams() | sums).items() if name in self._names]
-        wide = any(x.dtype == torch.float64 for x in read)
-        working = torch.float64 if wide else torch.float32
-        coefficients = {name: value.to(working) for name, value in coefficients.items()}
-        streams = streams.widened(self._widened)
+        if self._widened:
+            streams = streams.widened(self._widened)
         head_parts: list[HeadPart] = []
         latent: dict[str, LatentPart | HeadReading] = {}
         for term in self.spec.terms:
             own = {part.piece: coefficients[name] for name, part in parts.items() if part.term is term}
             context = self._context(term, own)
             if isinstance(term, HeadTerm):
+                alone = None if always_on(term) else str(term.label)
                 for piece, rows in term.rows(streams, context).items():
-                    alone = None if _always_on(term) else str(term.label)
-                    name = _joined(term, piece)
+                    name = joined(term, piece)
                     head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
             elif isinstance(term, LatentTerm):
-                latent |= {_joined(term, piece): part for piece, part in sums_of(term, streams, context).items()}
+                latent |= {joined(term, piece): part for piece, part in sums_of(term, streams, context).items()}
         losses, sums, computed = plan.run(head_parts, latent, self.info, self.backend)
         for name, part in computed.items():
-            losses.append(torch.where(coefficients[name] == 0, 0, part.loss))
-            sums[name] = {"loss": part.total, **part.means}
+            # counts of a window may be infinite: where it has no label at all
+            on = window.counts is None and always_on(parts[name].term)
+            losses.append(part.loss if on else torch.where(coefficients[name] == 0, 0, part.loss))
+            sums[name] = {"loss": for_sums(part.total), **part.means}
             if part.unit_target is not None:
                 sums[name]["unit_target"] = part.unit_target
         return losses, {name: sums[name] for name in parts}
 
     def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
         label = str(term.label)
-        module = dict(self.terms.items()).get(label)
+        module = self.terms[label] if label in self.terms else None  # noqa: SIM401 (a ModuleDict has no get)
         # the guard costs a pass over each gradient
-        guard = (lambda tensor: tensor) if _always_on(term) else guarded(torch.stack(list(coefficients.values())).any())
-        normalizer = {piece: 1 / coefficient for piece, coefficient in coefficients.items()}
+        guard = unguarded if always_on(term) else guarded(torch.stack(list(coefficients.values())).any())
+        summed = coefficients if isinstance(term, LatentTerm) else {}
+        normalizer = {piece: coefficient.reciprocal() for piece, coefficient in summed.items()}
         return Context(self.info, module, self.backend, normalizer, guard)
 
-    def _check(self, streams: Streams, window: Window) -> None:
+    def _check(self, streams: Streams, window: Window) -> list[Tensor]:
+        """Refuses what the terms can not use; returns the floating point streams that they read."""
         if not isinstance(streams, Streams):
             raise TypeError(f"objective: streams is a {type(streams).__name__}, expected Streams")
         missing = [str(need) for need in self._needs if not streams.offers(need)]
         if missing:
             raise ValueError(f"objective: streams lacks {', '.join(missing)}, expected {', '.join(self._names)}")
+        read = []
         for name, hidden in streams.hidden_streams().items():
-            if name in self._names and hidden.shape[-1] != self.info.hidden_size:
+            if name not in self._names:
+                continue
+            read.append(hidden)
+            if hidden.shape[-1] != self.info.hidden_size:
                 expected = (*streams.shape, self.info.hidden_size)
                 raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
-        if any(term.predicts_tokens for term in self.spec.terms):
+        if self._predicts_tokens:
             check_targets(streams, self.info.vocab_size)
-        scheduled = [str(term.label) for term in self.spec.terms if not isinstance(term.weight, float)]
-        if window.step is None and scheduled:
-            names = ", ".join(scheduled)
+        if window.step is None and self._scheduled:
+            names = ", ".join(self._scheduled)
             raise ValueError(f"objective: step is None, expected an integer (scheduled weights: {names})")
-
-
-def _always_on(term: Objective) -> bool:
-    """The weight is a constant other than zero."""
-    return isinstance(term.weight, float) and term.weight != 0
-
-
-def _joined(term: Objective, piece: str) -> str:
-    """Name of a part in counts and metrics."""
-    return f"{term.label}/{piece}" if piece else str(term.label)
+        return read + [pair[0] for name, pair in streams.external_pairs.items() if f"external[{name}]" in self._names]

@@ -27,15 +27,15 @@ def unit_target_sum(target: Tensor, target_norm: Tensor, valid: Tensor, shift: i
     """
     batch, length, width = target.shape
     dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-    scale = torch.where(valid, 1 / target_norm.to(dtype).clamp(min=eps), 0)
+    scale = torch.where(valid, target_norm.to(dtype).clamp(min=eps).reciprocal(), 0)
     total = torch.zeros(width, dtype=dtype, device=target.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, batch * width))
     for begin in range(0, length - shift, step):
         end = min(begin + step, length - shift)
-        keep = valid[:, begin:end].reshape(-1)
-        rows = target[:, begin + shift : end + shift].to(dtype).reshape(-1, width)
         # a masked target may hold NaN, which a factor of zero would keep
-        total += scale[:, begin:end].reshape(-1) @ rows.masked_fill(~keep.unsqueeze(1), 0)
+        absent = ~valid[:, begin:end].unsqueeze(-1)
+        rows = target[:, begin + shift : end + shift].to(dtype).masked_fill(absent, 0)
+        total += scale[:, begin:end].flatten() @ rows.flatten(0, 1)
     return total
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nitp_ops import HeadJob, TokenStats
-from nitp_ops._devices import for_sums
+from nitp_ops._devices import for_sums, sum_dtype
 
 from .base import HeadRows
 
@@ -56,17 +56,18 @@ class HeadPart:
 
     def sums(self, stats: TokenStats) -> Sums:
         """SUM (token weights included, the part's weight not) and the rows whose first target is predicted."""
-        losses = for_sums(stats.loss)
-        if self.rows.token_weight is not None:
-            weight = self.rows.token_weight
-            losses = torch.where(weight == 0, 0, losses * weight)
-        labels = self.rows.labels
+        labels, losses = self.rows.labels, stats.loss
         if self.rows.target_weight is not None:
             first = (labels != self.ignore_index).to(torch.uint8).argmax(-1, keepdim=True)
             labels = labels.gather(-1, first).squeeze(-1)
-        counted = labels != self.ignore_index
-        right = counted & (stats.prediction == labels)
-        return {self.name: {"loss": torch.where(counted, losses, 0).sum(), "accuracy": right.sum()}}
+        if self.rows.token_weight is not None:
+            weight, absent = self.rows.token_weight, labels == self.ignore_index
+            weighted = for_sums(losses) * weight
+            losses = torch.where((weight == 0) | absent, 0, weighted)
+        right = stats.prediction == labels  # an absent row predicts -1
+        if self.ignore_index == -1:
+            right &= labels != -1
+        return {self.name: {"loss": losses.sum(dtype=sum_dtype(losses.device)), "accuracy": right.count_nonzero()}}
 
 
 class Together(NamedTuple):
@@ -96,7 +97,8 @@ class Together(NamedTuple):
             losses = losses + left.unsqueeze(-1)
         found = {}
         for part, own in zip(self.parts, losses.unbind(-1), strict=True):
-            found |= part.sums(stats._replace(loss=own))
+            counted = part.rows.labels != part.ignore_index
+            found |= part.sums(stats._replace(loss=own.masked_fill(~counted, 0)))
         return found
 
     def _targets(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -47,12 +47,10 @@ def through_head(
         return use(hidden, _leaf("head", head), None)
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), Tensor):
         raise TypeError(f"objective: head is a {type(head).__name__}, expected a module with a weight, or a tensor")
-    if next(head.children(), None) is not None:
-        inside = ", ".join(name for name, _ in head.named_children())
+    if inside := [name for name, module in head._modules.items() if module is not None]:
         raise ValueError(
-            f"objective: head is a {type(head).__name__} with submodules {inside}, expected a plain linear"
+            f"objective: head is a {type(head).__name__} with submodules {', '.join(inside)}, expected a plain linear"
         )
-
     styled = _is_tensor_parallel(head)
     sharded = takes_shards and styled
 
@@ -113,13 +111,19 @@ def _is_style(hook: Callable[..., Any] | None) -> bool:
 
 def _is_tensor_parallel(head: nn.Module) -> bool:
     """A sharded weight alone says nothing: FSDP's own shards look the same outside the forward that gathers them."""
-    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values()]
-    return any(map(_is_style, hooks)) or _is_style(head.__dict__.get("forward"))
+    hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values(), head.__dict__.get("forward")]
+    return any(map(_is_style, hooks))
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) or getattr(nn_module, f"_global{kind}") for kind in kinds)
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(
+        own
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def _leaf(name: str, weight: Tensor) -> Tensor:

@@ -45,7 +45,17 @@ class Metrics:
     """
 
     def __init__(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.sums = {part: {name: for_sums(x.detach()) for name, x in own.items()} for part, own in sums.items()}
+        self._given = {
+            part: {name: x.detach() if x.requires_grad else x for name, x in own.items()} for part, own in sums.items()
+        }
+        self._sums: dict[str, dict[str, Tensor]] | None = None
+
+    @property
+    def sums(self) -> dict[str, dict[str, Tensor]]:
+        """``{part: {quantity: sum}}``, widened when they are first asked for: most passes are measured by nobody."""
+        if self._sums is None:
+            self._sums = {part: {name: for_sums(x) for name, x in own.items()} for part, own in self._given.items()}
+        return self._sums
 
     def __add__(self, other: Metrics) -> Metrics:
         if not isinstance(other, Metrics):

@@ -5,12 +5,12 @@ loss = sum over parts p of c_p * sum over rows i of p of token_weight_i * row_lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from nitp_ops import HeadJob, TokenStats, shared_linear_cross_entropy
+from nitp_ops import TokenStats, shared_linear_cross_entropy
 from nitp_ops._check import is_dtensor
 
 from .base import HeadReading, LatentPart
@@ -28,22 +28,31 @@ def run(
     softcap and logit scale belong to the model, so the head alone (its matrix and its bias) makes a group. Parts that
     share it share a pass, in declaration order.
     """
-    readings = {name: part for name, part in latent.items() if isinstance(part, HeadReading)}
-    heads = {id(each.head): each.head for each in (*(part.rows for part in parts), *readings.values())}
     losses: list[Tensor] = []
     sums: Sums = {}
     computed = dict(latent)
-    for head in heads.values():
-        group = [part for part in parts if part.rows.head is head]
-        others = {name: reading for name, reading in readings.items() if reading.head is head}
+    for head, group, readings in _by_head(parts, latent):
         jobs = rows_of(group)
-        outcome, values = _read(head, jobs, group, list(others.values()), info, backend)
+        outcome, values = _read(head, jobs, group, list(readings.values()), info, backend)
         if outcome is not None:
             losses.append(outcome[0])
             for job, own in zip(jobs, outcome[1], strict=True):
                 sums |= job.sums(own)
-        computed |= {name: own.finish(value) for (name, own), value in zip(others.items(), values, strict=True)}
+        computed |= {name: own.finish(value) for (name, own), value in zip(readings.items(), values, strict=True)}
     return losses, {part.name: sums[part.name] for part in parts}, computed  # type: ignore[return-value]
+
+
+def _by_head(
+    parts: Sequence[HeadPart], latent: Mapping[str, LatentPart | HeadReading]
+) -> Iterable[tuple[nn.Module | Tensor, list[HeadPart], dict[str, HeadReading]]]:
+    """(head, the parts that go through it, what else reads it), each head once."""
+    found: dict[int, tuple[nn.Module | Tensor, list[HeadPart], dict[str, HeadReading]]] = {}
+    for part in parts:
+        found.setdefault(id(part.rows.head), (part.rows.head, [], {}))[1].append(part)
+    for name, reading in latent.items():
+        if isinstance(reading, HeadReading):
+            found.setdefault(id(reading.head), (reading.head, [], {}))[2][name] = reading
+    return found.values()
 
 
 def _read(
@@ -60,35 +69,30 @@ def _read(
             raise ValueError(f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}")
         own = iter(hidden)
         mine = [job.job(next(own)) for job in jobs]
-        try:
-            outcome = _pass(mine, weight, bias, group[0].ignore_index, info, backend) if mine else None
-        except OP_ERRORS as error:
-            rename(error, "objective", [job.name for job in jobs])
-            raise
+        outcome = None
+        if mine:
+            try:
+                outcome = _op_of(weight)(
+                    mine,
+                    weight,
+                    bias=bias,
+                    ignore_index=group[0].ignore_index,
+                    softcap=info.softcap,
+                    logit_scale=info.logit_scale,
+                    backend=backend,
+                )
+            except OP_ERRORS as error:
+                rename(error, "objective", [job.name for job in jobs])
+                raise
         return outcome, [each.use([next(own) for _ in each.hidden], weight, bias) for each in readings]
 
     hidden = [*(job.rows.hidden for job in jobs), *(x for each in readings for x in each.hidden)]
     return through_head(head, hidden, use, takes_shards=not readings)
 
 
-def _pass(
-    jobs: Sequence[HeadJob],
-    weight: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    info: ModelInfo,
-    backend: str | None,
-) -> tuple[Tensor, tuple[TokenStats, ...]]:
-    if is_dtensor(weight):  # its vocabulary is sharded
-        from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy as op
-    else:
-        op = shared_linear_cross_entropy
-    return op(
-        jobs,
-        weight,
-        bias=bias,
-        ignore_index=ignore_index,
-        softcap=info.softcap,
-        logit_scale=info.logit_scale,
-        backend=backend,
-    )
+def _op_of(weight: Tensor) -> Callable[..., tuple[Tensor, tuple[TokenStats, ...]]]:
+    if not is_dtensor(weight):
+        return shared_linear_cross_entropy
+    from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy  # its vocabulary is sharded
+
+    return vocab_parallel_shared_linear_cross_entropy

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from nitp_ops._devices import for_sums, sum_dtype
+from nitp_ops._devices import for_sums
 
 from .schema import field_types, is_int, number_problem, of_64_bits, shown, suggestion, type_problem
 
@@ -163,10 +163,10 @@ def as_weight(value: object) -> Weight:
     return float(value)  # type: ignore[arg-type]
 
 
-def weight_at(weight: Weight, step: int | Tensor | None, device: torch.device) -> Tensor:
-    """The weight at a step as a 0-d float64 tensor (float32 on a device without it) on ``device``."""
+def weight_at(weight: Weight, step: int | Tensor | None, device: torch.device) -> float | Tensor:
+    """The weight at a step: a constant as it is, that of a schedule as `at` gives it, on ``device``."""
     if isinstance(weight, int | float):
-        return torch.full((), weight, dtype=sum_dtype(device), device=device)
+        return weight
     assert step is not None
     now = step.to(device) if isinstance(step, Tensor) else torch.full((), step, device=device)
     return weight.at(now)

@@ -16,13 +16,37 @@ are here: [B, T] is then [B, T/p].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
 
 from nitp_ops import _check
 
-from .sequence_shard import columns
 from .streams import Streams
+
+_T = TypeVar("_T")
+
+
+def _once_a_call(function: Callable[..., _T]) -> Callable[..., _T]:
+    """`function` of streams and constants, formed once while an objective's call lasts (`Streams.for_a_call`): terms
+    ask for the same targets, and count them before they use them. Nobody may write into what it returns."""
+
+    name = function.__name__
+
+    @wraps(function)
+    def kept(streams: Streams, *args: Any, **options: Any) -> _T:
+        found = streams.formed
+        if found is None:
+            return function(streams, *args, **options)
+        key = (name, *args, *options.values())
+        if key not in found:
+            found[key] = function(streams, *args, **options)
+        return found[key]
+
+    return kept
 
 
 def check_targets(streams: Streams, vocabulary: int) -> None:
@@ -35,6 +59,8 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
     """
     tokens = streams.tokens
     if torch.compiler.is_compiling() or type(tokens) is not Tensor or not _check.host_reads(tokens.device):
+        return
+    if _all_inside(tokens, vocabulary, streams.ignore_index):
         return
     targets, (here, known) = _targets(streams), _documents(streams)
     wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != streams.ignore_index)
@@ -50,22 +76,38 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
         )
 
 
+def _all_inside(tokens: Tensor, vocabulary: int, ignore_index: int) -> bool:
+    """Whether every token could be a target, wherever it stands: what most batches answer in a read or two."""
+    if not tokens.numel():
+        return True
+    low, high = map(int, torch.aminmax(tokens))
+    absent = low >= 0 or not bool(((tokens < 0) & (tokens != ignore_index)).any())
+    return high < vocabulary and absent
+
+
+@_once_a_call
 def valid_pairs(streams: Streams, k: int, *, labelled: bool = False) -> Tensor:
     """P_k, bool [B, T]; P_k & V_k with ``labelled``.
 
     Under shift_labels a document's first token has no label, which only ``k = 0`` can ask for.
     """
-    here, _ = _documents(streams)
-    valid = _equal_ahead(here, here, k, streams)
+    if streams.documents is None:
+        valid = _ahead(torch.ones_like(streams.tokens, dtype=torch.bool), k, streams, False)
+    else:
+        valid = _equal_ahead(streams.documents, streams.documents, k, streams)
     return valid & (token_targets(streams, k) != streams.ignore_index) if labelled else valid
 
 
+@_once_a_call
 def token_targets(streams: Streams, k: int) -> Tensor:
     """``x[t+k]`` where V_k holds, else ignore_index: int64 [B, T]."""
     targets = _ahead(_targets(streams), k, streams, streams.ignore_index)
+    if streams.documents is None:  # one document a row
+        return targets
     return targets.masked_fill(~_equal_ahead(*_documents(streams), k, streams), streams.ignore_index)
 
 
+@_once_a_call
 def inputs_ahead(streams: Streams, k: int) -> Tensor:
     """``token_ids[t+k]`` where P_k holds, else 0: int64 [B, T]. They are inputs: target_mask does not hide them.
 
@@ -74,7 +116,7 @@ def inputs_ahead(streams: Streams, k: int) -> Tensor:
     """
     if streams.token_ids is None:
         raise ValueError("objective: streams lacks token_ids, expected the ids that embed reads")
-    return _ahead(streams.token_ids.to(torch.int64), k, streams, 0).masked_fill(~valid_pairs(streams, k), 0)
+    return _inside(_ahead(streams.token_ids.to(torch.int64), k, streams, 0), k, streams, 0)
 
 
 def rows_ahead(streams: Streams, rows: Tensor, k: int) -> tuple[Tensor, int]:
@@ -87,9 +129,13 @@ def rows_ahead(streams: Streams, rows: Tensor, k: int) -> tuple[Tensor, int]:
 
 def target_weights(streams: Streams, k: int) -> Tensor | None:
     """``token_weight[t+k]`` where P_k holds, else 1: [B, T]; None without token weights."""
-    if streams.token_weight is None:
-        return None
-    return _ahead(streams.token_weight.detach(), k, streams, 1.0).masked_fill(~valid_pairs(streams, k), 1.0)
+    return None if streams.token_weight is None else _weights_ahead(streams, k)
+
+
+@_once_a_call
+def _weights_ahead(streams: Streams, k: int) -> Tensor:
+    assert streams.token_weight is not None
+    return _inside(_ahead(streams.token_weight.detach(), k, streams, 1.0), k, streams, 1.0)
 
 
 class TargetWindow:
@@ -147,10 +193,16 @@ class TargetWindow:
 def _targets(streams: Streams) -> Tensor:
     """x[t] where token t may be a target, else ignore_index: int64 [B, T] of the whole sequence, or
     [B, T+1] under shift_labels (x[0] is unknown)."""
+    if streams.shift_labels is not None:
+        return _shifted_targets(streams)
     tokens = streams.tokens.to(torch.int64)
-    if streams.shift_labels is None:
-        return tokens if streams.target_mask is None else tokens.masked_fill(~streams.target_mask, streams.ignore_index)
-    tokens = _after_unknown(tokens, streams.ignore_index)
+    return tokens if streams.target_mask is None else tokens.masked_fill(~streams.target_mask, streams.ignore_index)
+
+
+@_once_a_call
+def _shifted_targets(streams: Streams) -> Tensor:
+    assert streams.shift_labels is not None
+    tokens = _after_unknown(streams.shift_labels.to(torch.int64), streams.ignore_index)
     here, _ = _documents(streams)
     inside = here[:, 1:] == here[:, :-1]  # the token of this label is the next one of the label's document
     masked = torch.zeros_like(inside) if streams.label_layout == "document" else ~inside
@@ -160,6 +212,7 @@ def _targets(streams: Streams) -> Tensor:
     return tokens
 
 
+@_once_a_call
 def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
     """Documents of the whole sequence [B, T], and those that the labels in `_targets` belong to: of the position where
     each stands, the one before its token under shift_labels."""
@@ -171,7 +224,12 @@ def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
 
 def _after_unknown(values: Tensor, fill: int) -> Tensor:
     """[B, T+1]: values of the labels, each at its token; token 0 has none."""
-    return torch.cat([values.new_full((values.shape[0], 1), fill), values], dim=1)
+    return torch.constant_pad_nd(values, (1, 0), fill)
+
+
+def _inside(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
+    """Values k tokens ahead where P_k holds, else `fill`, which they have past the end."""
+    return values if streams.documents is None else values.masked_fill(~valid_pairs(streams, k), fill)
 
 
 def _equal_ahead(whole: Tensor, known: Tensor, k: int, streams: Streams) -> Tensor:
@@ -206,11 +264,11 @@ def _next_target(tokens: Tensor, documents: Tensor, ignore_index: int) -> Tensor
 
 def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
     """out[b, t] = values[b, t+k] at the positions t that are here, `fill` past the end; values: the whole sequence."""
-    k = min(k, values.shape[1])  # from there on nothing is left
-    return columns(_padded(values, k, streams, fill), streams.spans, k)
+    pieces = [_span_ahead(values, k, *span, fill) for span in streams.spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def _padded(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
-    """values [B, S], as many columns as t + k may ask for."""
-    missing = max(0, max(1, streams.spans[-1][1]) + k - values.shape[1])
-    return torch.cat([values, values.new_full((values.shape[0], missing), fill)], dim=1)
+def _span_ahead(values: Tensor, k: int, begin: int, end: int, fill: float) -> Tensor:
+    size = values.shape[1]
+    first = min(begin + k, size)  # from `size` on nothing is left
+    return torch.constant_pad_nd(values, (-first, end - begin - (size - first)), fill)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from .sequence_shard import SequenceShard, columns
 _TOKEN_FIELDS = (
     "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
 )  # fmt: skip
+_INTEGER_FIELDS = ("token_ids", "labels", "shift_labels", "document_ids", "position_ids", "cu_seqlens")
 _HIDDEN_FIELDS = ("last_hidden", "last_residual")
 #: Whose document a pre-shifted label belongs to, see `Streams`.
 LabelLayout: TypeAlias = Literal["document", "stream"]
 #: What `Streams` sets for itself. No fields: FSDP2 makes its inputs anew from theirs, all of which must be arguments.
-_DERIVED = ("spans", "shape", "device", "external_pairs", "documents")
+_DERIVED = ("spans", "shape", "device", "external_pairs", "documents", "formed")
 
 
 @dataclass(kw_only=True)
@@ -101,6 +102,7 @@ class Streams:
         self.spans = ((0, whole[1]),) if self.shard is None else self.shard.spans
         self.shape = whole if self.shard is None else (whole[0], self.shard.size)
         self.device = self.tokens.device
+        self.formed: dict[Any, Any] | None = None
         self._check_dtypes()
         self.external_pairs = {name: self._pair(name) for name in self.external}
         self.documents = derive_documents(
@@ -140,20 +142,31 @@ class Streams:
 
     def hidden_streams(self) -> dict[str, Tensor]:
         """Every hidden stream that is here, under the name of its `Need`."""
-        named = {name: getattr(self, name) for name in _HIDDEN_FIELDS}
-        named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items()}
-        return {name: value for name, value in named.items() if value is not None}
+        named = {name: value for name in _HIDDEN_FIELDS if (value := getattr(self, name)) is not None}
+        named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items() if value is not None}
+        return named
+
+    def for_a_call(self) -> Streams:
+        """The same for one call of an objective: what `shift` derives of the tokens is formed once there."""
+        other = self.with_hidden({})
+        other.formed = {}
+        return other
 
     def with_hidden(self, streams: Mapping[str, Tensor]) -> Streams:
         """The same with some hidden streams replaced by others of their shapes: nothing is checked or derived again.
-
-        By the names of fields, also of a subclass, and of what was derived: torch 2.11 traces neither copy nor vars.
 
         Args:
             streams: by the names of `hidden_streams`.
         """
         other = object.__new__(type(self))
-        for name in (*(each.name for each in fields(self)), *_DERIVED):
+        if (
+            torch.compiler.is_compiling()
+        ):  # torch 2.11 traces neither copy nor vars: names of fields, also of a subclass
+            for name in (*(each.name for each in fields(self)), *_DERIVED):
+                setattr(other, name, getattr(self, name))
+        else:
+            vars(other).update(vars(self))
+        for name in _HIDDEN_FIELDS:
             setattr(other, name, streams.get(name, getattr(self, name)))
         states = {k: streams[name] for k in self.hidden_states if (name := f"hidden_states[{k}]") in streams}
         if states:
@@ -163,7 +176,7 @@ class Streams:
     def widened(self, names: Iterable[str]) -> Streams:
         """Narrow streams of these names in float32: several gradients add up there and are rounded once. The ops still
         run their GEMMs in the weights' dtype, from the same values."""
-        given = {name: value for name, value in self.hidden_streams().items() if name in names and value.requires_grad}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None and value.requires_grad}
         wide = {name: x.float() for name, x in given.items() if x.dtype in (torch.bfloat16, torch.float16)}
         return self.with_hidden(wide) if wide else self
 
@@ -173,7 +186,7 @@ class Streams:
             raise ValueError(f"Streams: the token streams have shape {shape}, expected [B, T]")
         for name in _TOKEN_FIELDS:
             value = getattr(self, name)
-            if value is not None and tuple(value.shape) != shape:
+            if value is not None and value.shape != shape:
                 raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {shape}")
         positions, lengths = self.position_ids, self.cu_seqlens
         if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
@@ -187,13 +200,12 @@ class Streams:
             raise ValueError(f"Streams: the token streams have shape {shape}, expected all {self.shard.length} tokens")
         part = shape if self.shard is None else (shape[0], self.shard.size)
         for name, value in self.hidden_streams().items():
-            if value.dim() != 3 or tuple(value.shape[:2]) != part:
+            if value.dim() != 3 or value.shape[:2] != part:
                 raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {(*part, 'd')}")
         return shape  # type: ignore[return-value]
 
     def _check_dtypes(self) -> None:
-        integers = ("token_ids", "labels", "shift_labels", "document_ids", "position_ids", "cu_seqlens")
-        for name in integers:
+        for name in _INTEGER_FIELDS:
             value = getattr(self, name)
             if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
                 raise TypeError(f"Streams: {name} is {value.dtype}, expected an integer dtype")

@@ -62,6 +62,10 @@ class Window:
         return 1 if self.counts is None or self.gradient_reduction == "sum" else self.counts.group_size
 
 
+#: Each batch is a window of its own.
+_ALONE = Window()
+
+
 def window_of(
     window: Window | None,
     counts: Counts | None,
@@ -73,6 +77,8 @@ def window_of(
     Raises:
         TypeError, ValueError: both were given, or what `Window` refuses.
     """
+    if window is counts is step is gradient_reduction is None:
+        return _ALONE
     given = {"counts": counts, "step": step, "gradient_reduction": gradient_reduction}
     given = {name: value for name, value in given.items() if value is not None}
     if window is None:
