@@ -157,6 +157,9 @@ def has_gemm() -> bool:
     return function()
 
 
+has_gemm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
+
+
 def cuda_refusal(index: int) -> str | None:
     """Why the CUDA kernels cannot run on device `index` (an old driver, no code for it), asked once; None: they can."""
     return _cuda_refusal(index)

@@ -1,8 +1,11 @@
 """weight_grad_out of a call of one chunk: the third GEMM runs in the backward pass and adds into the buffer."""
 
+import warnings
+
 import pytest
 import torch
 from budget import EPS
+from torch._dynamo import compiled_autograd
 
 import nitp_ops
 from nitp_ops import _gemm, _gradients, _token_chunks, reference
@@ -154,3 +157,16 @@ def test_a_buffer_has_no_graph_under_create_graph(ran, monkeypatch, dtype, own):
         torch.autograd.grad(loss, hidden, create_graph=True)
         assert not buffer.requires_grad
     assert len(ran) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_backward_pass_calls_it_without_a_warning(dtype):
+    hidden, weight, labels, buffer = case(dtype)
+    eager = buffer.clone()
+    (0.37 * nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=eager)).backward()
+    loss = 0.37 * nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer)
+    torch._dynamo.reset()
+    with warnings.catch_warnings(), compiled_autograd._enable(torch.compile(backend="eager")):
+        warnings.filterwarnings("error", message="Dynamo detected a call to a `functools")
+        loss.backward()
+    assert torch.equal(buffer, eager)
