@@ -29,7 +29,7 @@ def test_a_record_is_json_and_says_what_ran(records):
         assert json.loads(json.dumps(found, allow_nan=False)) == found
         assert found["objective"] == objective and found["sizes"] == TINY and found["gradient_checkpointing"] is False
         assert found["tokens_per_s"] == pytest.approx(32e3 / found["milliseconds"]["median"])
-        assert found["peak_gib"] > 0 and found["rounds"] == 2
+        assert found["peak_gib"] > 0.05 and found["rounds"] == 2  # torch alone has more resident
 
 
 def test_plain_and_ntp_are_one_loss_and_nitp_adds_to_it(records):
@@ -40,10 +40,31 @@ def test_plain_and_ntp_are_one_loss_and_nitp_adds_to_it(records):
     assert ntp["parameters"] == plain["parameters"] < both["parameters"]
 
 
+@pytest.mark.parametrize("objective", ["plain", "ntp + nitp"])
+def test_every_step_goes_backward_and_moves_every_weight(objective, monkeypatch):
+    taken = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, closure=None):
+            weights = [weight for group in self.param_groups for weight in group["params"]]
+            before = [weight.detach().clone() for weight in weights]
+            assert all(weight.grad is not None and weight.grad.any() for weight in weights)
+            super().step(closure)
+            taken.append(all(not torch.equal(old, new) for old, new in zip(before, weights, strict=True)))
+
+    monkeypatch.setattr(torch.optim, "AdamW", Watched)
+    training_step.measure("cpu", objective, steps=2, warmup=3, **{"dtype": "float32", **TINY})
+    assert taken == [True] * 5
+
+
 def test_checkpointing_changes_no_loss(records):
     found = record("ntp", gradient_checkpointing=True)
     assert found["gradient_checkpointing"] is True
     assert found["loss"] == pytest.approx(records["ntp"]["loss"], rel=1e-6)
+    sizes = training_step.Sizes(**TINY)
+    for wanted in (True, False):
+        model, _ = training_step.build(torch.device("cpu"), "ntp", sizes, torch.float32, wanted)
+        assert model.is_gradient_checkpointing is wanted
 
 
 def test_the_sizes_are_those_of_qwen2():
