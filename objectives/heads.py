@@ -60,7 +60,7 @@ def through_head(
             _plain("head", weight)
         return use(hidden, weight, getattr(head, "bias", None))
 
-    if not _has_hooks(head):
+    if not has_hooks(head):
         return read(*hidden)
     with _without_styles(head) if styled else nullcontext():
         return inside_call(head, hidden, read)
@@ -115,7 +115,8 @@ def _is_tensor_parallel(head: nn.Module) -> bool:
     return any(map(_is_style, hooks))
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(
         own

@@ -60,6 +60,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/integrations/hugging_face.py", 'sequence_length=getattr(config, "max_position_embeddings", None)',
            "sequence_length=None",
            "integrations_structure::test_offsets_past_the_longest_sequence_of_the_config_are_refused"),
+    Mutant("nitp_ops/integrations/logit_settings.py", "return same_kinds and", "return", "attached_settings"),
+    Mutant("nitp_ops/integrations/logit_settings.py", "or plain.base_model is not self._base ", "",
+           "attached_settings"),
+    Mutant("nitp_ops/integrations/logit_settings.py", "config is self._config and ", "", "attached_settings"),
     Mutant("nitp_ops/integrations/head_transform.py", "abs(scale - 1) < 1e-4", "abs(scale - 1) < 1e-1",
            "integrations_structure::test_a_scale_that_is_no_rounding_of_one_is_kept_under_a_cap"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from nitp_ops._check import is_dtensor
 from nitp_ops.objectives import CompositeObjective
 
 from .attached_forward import AttachedForward
-from .hugging_face import is_linear_call
+from .hugging_face import active_copy, is_linear_call, refuse_hooks_on_head
 from .logit_settings import LogitSettings
 from .tapping import Tap
 
@@ -29,7 +29,7 @@ class AttachedModel:
 
     def __init__(self, plain: Any, objective: CompositeObjective, tap: Tap) -> None:
         self._objective, blocks = objective, tap.counted_blocks()
-        self._read = [*tap.modules(), *blocks]
+        self._read = _paths(plain, [*tap.modules(), *blocks])
         self._list = _list_of(plain, blocks)
         info = objective.info
         self._sizes = (info.vocab_size, info.hidden_size)
@@ -72,13 +72,16 @@ class AttachedModel:
         """The rest of it, which torch.compile can not trace.
 
         Args:
-            plain: the model. head: the head that computes now.
+            plain: the model. head: its output embeddings now.
 
         Raises:
-            ValueError: a call of the head is no longer that of a linear; modules that streams pass were replaced; the
-                logits have another softcap or scale.
+            ValueError: somebody has hooks on the head, or its call is no longer that of a linear; modules that streams
+                pass were replaced; the logits have another softcap or scale.
         """
-        self._check_call(head)
+        refuse_hooks_on_head(head)
+        computing = active_copy(head)
+        assert computing is not None
+        self._check_call(computing)
         self._check_modules(plain)
         self._settings.check(plain)
 
@@ -115,25 +118,27 @@ class AttachedModel:
             )
 
     def _check_head(self, head: nn.Module | None) -> None:
-        kind, inside = type(head).__name__, [] if head is None else [name for name, _ in head.named_children()]
-        if inside:
+        weight: Any = getattr(head, "weight", None)
+        biased = getattr(head, "bias", None) is not None
+        same = getattr(weight, "shape", None) == self._sizes
+        kind = type(head).__name__
+        if head is not None and (inside := [name for name, module in head._modules.items() if module is not None]):
             came = f"is a {kind} with submodules {', '.join(inside)}"
             more = "compile the model, not its head" if "_orig_mod" in inside else "an adapter is more"
             raise ValueError(f"attach: the model's head {came}, expected a plain linear ({more})")
+        # of the weight first: PEFT's tied copy of a head names them the other way round, ZeRO-3 empties the weight
         sizes = tuple(getattr(head, name, None) for name in ("out_features", "in_features"))
-        weight: Any = getattr(head, "weight", None)
-        # of the weight too: PEFT's tied copy of a head names them the other way round, ZeRO-3 empties the weight
-        same = self._sizes in (sizes, tuple(getattr(weight, "shape", ())))
-        biased = getattr(head, "bias", None) is not None
+        same = same or sizes == self._sizes
+        if same and biased == self._bias:
+            return
         before = f"{self._sizes[0]} x {self._sizes[1]}{' with a bias' if self._bias else ''} at attach"
         if not same:
             came = f"is a {kind}" if None in sizes else f"was resized to {sizes[0]} x {sizes[1]}"
             raise ValueError(
                 f"attach: the model's head {came}, it was {before}, expected attach after resizing {_DETACH}"
             )
-        if biased != self._bias:
-            came = "a bias" if biased else "no bias"
-            raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
+        came = "a bias" if biased else "no bias"
+        raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
 
     def _check_call(self, head: nn.Module) -> None:
         weight: Any = getattr(head, "weight", None)
@@ -154,17 +159,16 @@ class AttachedModel:
         )
 
     def _check_modules(self, plain: Any) -> None:
-        present = {id(module) for module in plain.modules()}
-        gone = [module for module in self._read if id(module) not in present]
+        moved = [module for path, module in self._read if _module(plain, path) is not module]
+        present = {id(module) for module in plain.modules()} if moved else ()
+        gone = [module for module in moved if id(module) not in present]
         if gone:
             raise ValueError(
                 f"attach: a {type(gone[0]).__name__} that streams pass is no part of the model any more, {_AGAIN}"
             )
         path, before = self._list
-        try:
-            now = len(list(plain.get_submodule(path).children())) if before else 0
-        except AttributeError:
-            now = 0
+        blocks = _module(plain, path.split(".")) if before else None
+        now = 0 if blocks is None else len(list(blocks.children()))
         if now != before:
             raise ValueError(f"attach: the model has {now} blocks, at attach it had {before}, {_AGAIN}")
 
@@ -183,6 +187,8 @@ def check_own_parameters(objective: CompositeObjective, head: nn.Module | None =
     Raises:
         ValueError: one is frozen, or on the meta device where the head is not.
     """
+    if not objective.terms:
+        return
     on_meta = getattr(getattr(head, "weight", None), "is_meta", False)
     for name, parameter in objective.named_parameters():
         if not parameter.requires_grad:
@@ -191,6 +197,20 @@ def check_own_parameters(objective: CompositeObjective, head: nn.Module | None =
         if parameter.is_meta and not on_meta:
             expected = f"expected values: model.{OBJECTIVE}.materialize(device)"
             raise ValueError(f"attach: {OBJECTIVE}.{name} is on the meta device, {expected}")
+
+
+def _paths(plain: nn.Module, modules: list[nn.Module]) -> list[tuple[list[str], nn.Module]]:
+    """The modules, each with the path to it."""
+    paths = {id(module): path for path, module in plain.named_modules()}
+    return [(paths[id(module)].split("."), module) for module in modules]
+
+
+def _module(plain: nn.Module, path: list[str]) -> nn.Module | None:
+    """What stands at a path now."""
+    here: nn.Module | None = plain
+    for name in path:
+        here = None if here is None else here._modules.get(name)
+    return here
 
 
 def _ties(plain: nn.Module) -> list[tuple[str, str]]:

@@ -76,7 +76,7 @@ def attach(
     check_label_layout("attach", label_layout)
     plain = unwrapped(model)
     sites = hugging_face_sites(plain)
-    refuse_hooks_on_head(plain)
+    refuse_hooks_on_head(plain.get_output_embeddings())
     head = checked_head(head_of(plain))
     sites = replace(sites, head=head)
     transform = head_transform(plain, plain.forward, sites)

@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from nitp_ops.objectives.heads import has_hooks
+
 _ENGINES = (
     "torch.distributed", "transformers", "accelerate", "deepspeed", "peft", "trl", "lightning", "pytorch_lightning",
     "torch.utils.module_tracker", "nitp_ops",
@@ -31,6 +33,8 @@ def refuse_foreign_hooks(head: nn.Module) -> None:
     Raises:
         ValueError: somebody has; the hook is named.
     """
+    if not has_hooks(head):
+        return
     for kind, name in _foreign_hooks(head):
         raise ValueError(
             f"attach: the model's head has a {kind} {name}, expected none: in training there are no logits for it to "

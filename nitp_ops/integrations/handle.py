@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from nitp_ops._devices import sum_dtype
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 from nitp_ops.objectives.module_call import is_fully_sharded
+from nitp_ops.objectives.needs import reads
 from nitp_ops.objectives.schema import is_int, of_64_bits
 from nitp_ops.objectives.streams import LabelLayout
 
 from . import sidecar
 from .attached_forward import HANDLE, AttachedForward
 from .attached_model import OBJECTIVE, AttachedModel, check_own_parameters
-from .hugging_face import head_of, refuse_hooks_on_head, virtual_tokens
+from .hugging_face import active_copy, head_of, virtual_tokens
 from .optimizers import check_optimizers
 from .tapping import Tap
 from .token_streams import label_count, token_streams, with_prompt
@@ -60,6 +61,7 @@ class Handle:
         self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
         self._names = tuple(inspect.signature(plain.forward).parameters)
         self._attached = AttachedModel(plain, objective, tap)
+        self._reads_embed = reads(objective.requires, "embed")
         self._external = [need.name for need in objective.requires if need.name is not None]
         setattr(plain, OBJECTIVE, objective)
         plain.__dict__[HANDLE] = self
@@ -155,8 +157,9 @@ class Handle:
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
             raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
-        self._attached.check(head_of(self._plain))
-        self._check_untraced()
+        head = self._plain.get_output_embeddings()
+        self._attached.check(active_copy(head))
+        self._check_untraced() if torch.compiler.is_compiling() else self._attached.check_untraced(self._plain, head)
         self._attached.check_ties(self._plain)
         fields = token_streams(call)
         labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
@@ -177,8 +180,8 @@ class Handle:
             **fields,
             label_layout=self.label_layout,
             external={name: self._given(out, name) for name in self._external},
-            head=head_of(self._plain),
-            embed=self._plain.get_input_embeddings(),
+            head=active_copy(head),
+            **({"embed": self._plain.get_input_embeddings()} if self._reads_embed else {}),
         )
         counts = self._window(streams, fields, call.get("num_items_in_batch"))
         loss, self.metrics = self.objective(
@@ -197,10 +200,7 @@ class Handle:
     @torch.compiler.assume_constant_result
     def _check_untraced(self) -> None:
         """torch.compile runs this each time that it traces the pass, and leaves it out of what it compiles."""
-        refuse_hooks_on_head(self._plain)
-        head = head_of(self._plain)
-        assert head is not None
-        self._attached.check_untraced(self._plain, head)
+        self._attached.check_untraced(self._plain, self._plain.get_output_embeddings())
 
     def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
         own = self._before_attach.get("forward")
@@ -269,7 +269,7 @@ class Handle:
         return (*exact, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "loss": exact[0]})
 
     def _trains(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs)
+        return module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs)
 
 
 def _has_labels(call: Mapping[str, Any]) -> bool:

@@ -63,7 +63,11 @@ def unwrapped(model: nn.Module) -> Any:
 
 def head_of(model: Any) -> nn.Module | None:
     """The head that computes now: where PEFT trains a copy of it (modules_to_save), the copy of the active adapter."""
-    head = model.get_output_embeddings()
+    return active_copy(model.get_output_embeddings())
+
+
+def active_copy(head: Any) -> nn.Module | None:
+    """The head itself, or the copy of it that PEFT trains and that is active."""
     copies = getattr(head, "modules_to_save", None)
     if not isinstance(copies, nn.ModuleDict):
         return head
@@ -80,13 +84,16 @@ def virtual_tokens(model: Any) -> int:
     return config.num_virtual_tokens
 
 
-def refuse_hooks_on_head(model: Any) -> None:
+def refuse_hooks_on_head(head: nn.Module | None) -> None:
     """See that nobody but an engine has hooks on the head, or on what PEFT put in its place.
+
+    Args:
+        head: the model's output embeddings.
 
     Raises:
         ValueError: somebody has; the hook is named.
     """
-    for module in (model.get_output_embeddings(), head_of(model)):
+    for module in (head, active_copy(head)):
         if module is not None:
             refuse_foreign_hooks(module)
 

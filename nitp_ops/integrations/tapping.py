@@ -79,6 +79,7 @@ class Tap:
         self._handles: list[RemovableHandle] = []
         self._temporary = self._handed_out = False
         self._states = {str(need): need.layer for need in self.requires if need.layer is not None}
+        self._given = [name for name in ("head", "embed") if reads(self.requires, name)]
         self._points = [point for name in named(self.requires) if (point := self._point(name)) is not None]
 
     def install(self) -> Tap:
@@ -160,7 +161,7 @@ class Tap:
         found = self._found
         given: dict[str, Any] = {"hidden_states": {k: found[name] for name, k in self._states.items()}}
         given |= {name: found[name] for name in ("last_hidden", "last_residual") if name in found}
-        given |= {name: getattr(self.sites, name) for name in ("head", "embed") if reads(self.requires, name)}
+        given |= {name: getattr(self.sites, name) for name in self._given}
         self._found, self._handed_out = {}, True
         return Streams(**(given | fields))
 
