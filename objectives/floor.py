@@ -18,25 +18,25 @@ _BLOCK_ELEMENTS = 2**20
 _LEAST_FLOOR = 1e-4
 
 
-@torch.no_grad()
 def unit_target_sum(target: Tensor, target_norm: Tensor, valid: Tensor, shift: int, eps: float) -> Tensor:
-    """``sum over valid t of z[t+shift] / max(|z[t+shift]|, eps)``: [D], float32 (float64 for float64).
+    """``sum over valid t of z[t+shift] / max(|z[t+shift]|, eps)``: [D], float32 (float64 for float64); detached.
 
     Args:
-        target: z ``[B, T, D]``. target_norm: ``|z[t+shift]|`` at t, ``[B, T]``. valid: bool ``[B, T]``.
+        target: z ``[B, T, D]``. target_norm: ``|z[t+shift]|`` at t, ``[B, T]``, detached. valid: bool ``[B, T]``.
     """
     batch, length, width = target.shape
     dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
-    scale = torch.where(valid, target_norm.to(dtype).clamp(min=eps).reciprocal(), 0)
-    total = torch.zeros(width, dtype=dtype, device=target.device)
+    absent = ~valid
+    scale = target_norm.to(dtype).clamp(min=eps).reciprocal().masked_fill(absent, 0)
     step = max(1, _BLOCK_ELEMENTS // max(1, batch * width))
+    sums = []
     for begin in range(0, length - shift, step):
         end = min(begin + step, length - shift)
+        rows = target.detach()[:, begin + shift : end + shift].to(dtype)
         # a masked target may hold NaN, which a factor of zero would keep
-        absent = ~valid[:, begin:end].unsqueeze(-1)
-        rows = target[:, begin + shift : end + shift].to(dtype).masked_fill(absent, 0)
-        total += scale[:, begin:end].flatten() @ rows.flatten(0, 1)
-    return total
+        rows = rows.masked_fill(absent[:, begin:end].unsqueeze(-1), 0)
+        sums.append(scale[:, begin:end].flatten() @ rows.flatten(0, 1))
+    return sum(sums[1:], start=sums[0]) if sums else target.new_zeros(width, dtype=dtype)
 
 
 def floor_and_skill(unit_sum: Tensor, count: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
