@@ -46,8 +46,9 @@ class LinearCrossEntropy(nn.Module):
         for name in options:
             if name not in _OPTIONS:
                 near = difflib.get_close_matches(name, _OPTIONS, 1)
-                hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_OPTIONS)}"
-                raise TypeError(f"LinearCrossEntropy: no option {name}; {hint}")
+                hint = f". Did you mean {near[0]}?" if near else ""
+                expected = f"expected one of {', '.join(_OPTIONS)}{hint}"
+                raise TypeError(f"LinearCrossEntropy: {name} is no option, {expected}")
         self.options = options
 
     def forward(self, hidden: Tensor, unembedding: Tensor, labels: Tensor, **more: Any) -> Any:

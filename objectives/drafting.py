@@ -147,7 +147,7 @@ def _extended(trunk: Trunk, token_ids: Tensor, drafter: Drafter) -> Streams:
     wanted = dict.fromkeys(("last_hidden", drafter.source, "head", *drafter.needs))
     missing = [name for name in wanted if not streams.offers(Need(name))]
     if missing:
-        raise ValueError(f"draft: the trunk's streams lack {', '.join(missing)}")
+        raise ValueError(f"draft: the trunk's streams lack {', '.join(missing)}, expected {', '.join(wanted)}")
     if streams.shape != tuple(token_ids.shape):
         came = tuple(streams.shape)
         raise ValueError(f"draft: trunk.extend returned streams of shape {came}, expected {tuple(token_ids.shape)}")

@@ -57,7 +57,8 @@ class Mesh:
         for part in text.split(","):
             name, _, ranks = (piece.strip() for piece in part.partition("="))
             if name not in names or name in found or not ranks.isdigit():
-                raise ValueError(f'mesh: came "{part}", expected each of {", ".join(names)} at most once, as in tp=8')
+                expected = f"expected each of {', '.join(names)} at most once, as in tp=8"
+                raise ValueError(f'mesh: an axis is "{part}", {expected}')
             found[name] = int(ranks)
         return cls(**found)
 

@@ -43,7 +43,10 @@ def register(name: str) -> Callable[[_T], _T]:
     def add(cls: _T) -> _T:
         parameters = cls.__dict__.get("__dataclass_params__")
         if not (issubclass(cls, HeadTerm | LatentTerm) and parameters and parameters.frozen):
-            raise TypeError(f"register: {cls.__name__} is no frozen dataclass under HeadTerm or LatentTerm")
+            raise TypeError(
+                f"register: {cls.__name__} is no frozen dataclass under HeadTerm or LatentTerm, "
+                "expected @dataclass(frozen=True, kw_only=True)"
+            )
         late = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
         if late:
             raise TypeError(f"register: {cls.__name__} has positional fields {', '.join(late)}, expected kw_only=True")

@@ -92,7 +92,7 @@ def test_the_command_prints_what_a_rank_sends(capsys: pytest.CaptureFixture[str]
     assert "on each rank of a mesh tp=2,dp=4,cp=2:" in text and "rows past the chunks: all-gather" in text
     assert "bytes sent a step of one microbatch" in text
     assert command.main(["explain", "ntp", *sizes, "--mesh", "tp=2,dp"]) == 2
-    assert 'mesh: came "dp"' in capsys.readouterr().err
+    assert 'mesh: an axis is "dp"' in capsys.readouterr().err
 
 
 def test_one_rank_that_holds_all_chunks_computes_what_it_does_without_a_shard():
