@@ -26,7 +26,8 @@ class Context:
         info: the model. module: the term's own module, or None. backend: for the ops.
         normalizer: ``{part: COUNT / weight}``, 0-d; a latent term divides its SUM by it.
         guard: passes tensors through; their gradients become exact zeros while the weight is zero, so that a NaN
-            inside a term of weight zero reaches nothing. A latent term sends its differentiable inputs through it.
+            inside a term of weight zero reaches nothing. The hidden streams of a latent term, and of a head term with
+            states of its own, have passed it; the term sends its own parameters and embedded tokens through it.
     """
 
     info: ModelInfo

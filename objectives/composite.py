@@ -26,7 +26,7 @@ from .naming import sums_of
 from .needs import checked, named
 from .shift import check_targets
 from .spec import Spec, SpecLike, parse
-from .streams import Streams
+from .streams import HIDDEN_STREAMS, Streams
 from .weighting import Part, always_on, contribution, divided, joined, unguarded, weight_of
 from .window import Window, window_of
 
@@ -85,6 +85,12 @@ class CompositeObjective(Sealed, KeepsValues):
         self._scheduled = [str(term.label) for term in spec.terms if not isinstance(term.weight, float)]
         # torch.compile traces tuples of names, but no set of dataclasses
         self._needs, self._names = tuple(sorted(self.requires, key=str)), tuple(named(self.requires))
+        # an op guards the rows of its jobs itself
+        self._guarded = {
+            str(term.label): sorted(str(need) for need in own if need.grad and need.stream in HIDDEN_STREAMS)
+            for term, own in zip(spec.terms, needs, strict=True)
+            if isinstance(term, LatentTerm) or (isinstance(term, HeadTerm) and term.own_states())
+        }
         readers = [name for own in needs for name in named(own)]
         self._widened = [name for name in ("last_hidden", "last_residual") if readers.count(name) > 1]
         self.terms = nn.ModuleDict()
@@ -232,13 +238,14 @@ class CompositeObjective(Sealed, KeepsValues):
         for term in self.spec.terms:
             own = {part.piece: coefficients[name] for name, part in parts.items() if part.term is term}
             context = self._context(term, own)
+            given = self._handed(streams, term, context)
             if isinstance(term, HeadTerm):
                 alone = None if always_on(term) else str(term.label)
-                for piece, rows in term.rows(streams, context).items():
+                for piece, rows in term.rows(given, context).items():
                     name = joined(term, piece)
                     head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
             elif isinstance(term, LatentTerm):
-                latent |= {joined(term, piece): part for piece, part in sums_of(term, streams, context).items()}
+                latent |= {joined(term, piece): part for piece, part in sums_of(term, given, context).items()}
         losses, sums, computed = plan.run(head_parts, latent, self.info, self.backend)
         for name, part in computed.items():
             # counts of a window may be infinite: where it has no label at all
@@ -257,6 +264,14 @@ class CompositeObjective(Sealed, KeepsValues):
         summed = coefficients if isinstance(term, LatentTerm) else {}
         normalizer = {piece: coefficient.reciprocal() for piece, coefficient in summed.items()}
         return Context(self.info, module, self.backend, normalizer, guard)
+
+    def _handed(self, streams: Streams, term: Objective, context: Context) -> Streams:
+        """The streams as the term gets them: those that it sends gradients into stay clean while its weight is zero."""
+        names = self._guarded.get(str(term.label))
+        if always_on(term) or not names:
+            return streams
+        hidden = streams.hidden_streams()
+        return streams.with_hidden({name: context.guard(hidden[name]) for name in names})
 
     def _check(self, streams: Streams, window: Window) -> list[Tensor]:
         """Refuses what the terms can not use; returns the floating point streams that they read."""

@@ -81,7 +81,7 @@ class FSPBagOfWords(LatentTerm):
             formula = partial(self._losses, ahead)
             return sum_of_rows(hidden[0], context.guard(weight), None, ahead.occupied(), info, formula)
 
-        total, rows = through_head(module, [context.guard(h).flatten(0, 1)], use)
+        total, rows = through_head(module, [h.flatten(0, 1)], use)
         loss = total / (info.vocab_size * context.normalizer[""])
         sizes = [inside.sum() for *_, inside in self._bags(ahead, 0, max(1, h.shape[0] * h.shape[1]))]
         total_loss = rows.sum(dtype=sum_dtype(rows.device)) / info.vocab_size

@@ -93,7 +93,7 @@ class MTPParallel(TokenTerm):
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert streams.last_hidden is not None and context.module is not None
-        trunk = context.guard(streams.last_hidden)
+        trunk = streams.last_hidden
         if self.heads == "block":
             trunk = without_padding(trunk, streams)
         else:  # no position looks at another: zeros wherever no head has a target, before anything is applied to them

@@ -97,7 +97,7 @@ class MTPSequential(TokenTerm):
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         trunk = getattr(streams, self.source)
         assert context.module is not None and streams.embed is not None
-        trunk = without_padding(trunk.detach() if self.detach_trunk else context.guard(trunk), streams)
+        trunk = without_padding(trunk.detach() if self.detach_trunk else trunk, streams)
         tokens = [self._tokens(streams, context, k) for k in range(1, self.depth + 1)]
         hidden = context.module(tokens, trunk, attention_mask(streams))
         return {str(k): self.against(streams, h, k) for k, h in zip(self.offsets, hidden, strict=True)}

@@ -102,7 +102,7 @@ class NextLat(LatentTerm):
         pairs = h.shape[1] - shift
         keep = self.valid(streams)[""][:, :pairs]
         # rows that do not count become zeros before anything reads them: a NaN there must not meet a zero gradient
-        here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (context.guard(h[:, :pairs]), target[:, shift:]))
+        here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (h[:, :pairs], target[:, shift:]))
         token = embedded(streams.embed, inputs_ahead(streams, 1)[:, :pairs].masked_fill(~keep, 0))
         return keep, here, context.guard(token).masked_fill(~keep.unsqueeze(-1), 0), target
 

@@ -115,7 +115,7 @@ class NITP(LatentTerm):
         return ["stop_gradient is False, expected True: rows of other ranks bring no gradient back"]
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
-        h, valid = context.guard(getattr(streams, self.source)), self.valid(streams)[""]
+        h, valid = getattr(streams, self.source), self.valid(streams)[""]
         z, shift = self._targets(streams, context, valid)
 
         def distance(hidden: Tensor, *matrices: Tensor | None) -> _Outcome:
@@ -134,7 +134,7 @@ class NITP(LatentTerm):
         if self.stop_gradient:
             z, shift = rows_ahead(streams, z, self.shift)
         else:
-            z, shift = context.guard(z), self.shift
+            shift = self.shift
             # targets that do not count become zeros before anything reads them: a NaN there must not meet a zero
             # gradient
             targets = F.pad(valid[:, : max(0, z.shape[1] - shift)], (min(shift, z.shape[1]), 0))

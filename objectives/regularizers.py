@@ -59,7 +59,7 @@ class CosineRegularizer(LatentTerm):
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         assert streams.last_hidden is not None
-        h = context.guard(streams.last_hidden)
+        h = streams.last_hidden
         documents, inside = _documents(streams)
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
         # masked rows become zeros before anything reads them: a NaN there must not meet a zero gradient

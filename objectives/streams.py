@@ -19,6 +19,8 @@ _TOKEN_FIELDS = (
 )  # fmt: skip
 _INTEGER_FIELDS = ("token_ids", "labels", "shift_labels", "document_ids", "position_ids", "cu_seqlens")
 _HIDDEN_FIELDS = ("last_hidden", "last_residual")
+#: Fields of hidden states, as a `Need` names them.
+HIDDEN_STREAMS = (*_HIDDEN_FIELDS, "hidden_states")
 #: Whose document a pre-shifted label belongs to, see `Streams`.
 LabelLayout: TypeAlias = Literal["document", "stream"]
 #: What `Streams` sets for itself. No fields: FSDP2 makes its inputs anew from theirs, all of which must be arguments.

@@ -157,7 +157,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/head_parts.py", "(1 - self.rows.label_smoothing) * (", "(", "objectives_mtp_shared"),
     # the objectives
     Mutant("objectives/nitp.py", "* info.num_layers + 0.75", "* info.num_layers", "objectives_build"),
-    Mutant("objectives/nitp.py", "= context.guard(z), self.shift", "= z.detach(), self.shift",
+    Mutant("objectives/nitp.py", "            shift = self.shift", "            z, shift = z.detach(), self.shift",
            "nitp_stop_gradient"),
     Mutant("objectives/nitp.py", "z[:, shift:]", "z[:, :pairs]", "objectives_values"),
     Mutant("objectives/floor.py", "math.nan, 1 - loss / floor", "math.nan, loss / floor",

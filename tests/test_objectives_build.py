@@ -196,7 +196,7 @@ def test_a_third_party_objective_trains_beside_ours():
 
         def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
             assert streams.last_hidden is not None
-            total = context.guard(streams.last_hidden).norm(dim=-1).pow(self.power).sum()
+            total = streams.last_hidden.norm(dim=-1).pow(self.power).sum()
             return {"": LatentPart(total / context.normalizer[""], total.detach())}
 
     assert "norm_penalty" in available()
