@@ -8,7 +8,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/weighting.py", " * part.term.part_weight(part.piece)", "", "objectives_mtp_sequential"),
     Mutant("objectives/weighting.py", "weight * loss if weight else torch.zeros_like(loss)", "weight * loss",
            "objectives_metrics"),
-    Mutant("objectives/composite.py", "if always_on(term) or not names:", "if True:", "objectives_plan"),
+    Mutant("objectives/composite.py", "if always_on(term) or not names:", "if True:", "objectives_properties"),
     Mutant("objectives/composite.py", "window.counts is None and ", "", "objectives_shortcuts"),
     Mutant("objectives/composite.py", "readers.count(name) > 1", "readers.count(name) > 2", "objectives_plan"),
     Mutant("objectives/composite.py", "(p.dim() == 2) == matrices]", "True]", "objectives_build"),
