@@ -8,13 +8,12 @@ from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from nitp_ops import reference
 from nitp_ops._check import is_dtensor
 
 from .model_info import ModelInfo
-from .module_call import inside_call
+from .module_call import has_hooks, opened
 
 _T = TypeVar("_T")
 
@@ -60,10 +59,8 @@ def through_head(
             _plain("head", weight)
         return use(hidden, weight, getattr(head, "bias", None))
 
-    if not has_hooks(head):
-        return read(*hidden)
-    with _without_styles(head) if styled else nullcontext():
-        return inside_call(head, hidden, read)
+    with _without_styles(head) if styled and has_hooks(head) else nullcontext():
+        return opened(head, hidden, read)
 
 
 def logits(head: nn.Module | Tensor, hidden: Tensor, info: ModelInfo) -> Tensor:
@@ -113,18 +110,6 @@ def _is_tensor_parallel(head: nn.Module) -> bool:
     """A sharded weight alone says nothing: FSDP's own shards look the same outside the forward that gathers them."""
     hooks = [*head._forward_pre_hooks.values(), *head._forward_hooks.values(), head.__dict__.get("forward")]
     return any(map(_is_style, hooks))
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than its forward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(
-        own
-        or nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
 
 
 def _leaf(name: str, weight: Tensor) -> Tensor:

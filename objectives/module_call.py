@@ -18,9 +18,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 _T = TypeVar("_T")
+
+
+def opened(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]) -> _T:
+    """``use(*values)`` where the parameters of a head or a projector may be read: inside its call if that has hooks."""
+    return inside_call(module, values, use) if has_hooks(module) else use(*values)
 
 
 def inside_call(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]) -> _T:
@@ -65,6 +71,18 @@ class Sealed(nn.Module):
             return forward(*args, **kwargs)
 
         return inside_call(self, values, use)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(
+        own
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 def is_fully_sharded(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from nitp_ops._devices import sum_dtype
 from .base import Context, LatentPart, LatentTerm
 from .floor import unit_target_sum
 from .model_info import ModelInfo
+from .module_call import opened
 from .needs import Need
 from .own_parameters import width_problems
 from .projectors import Kind, Matrices, Projector
@@ -116,21 +117,21 @@ class NITP(LatentTerm):
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, valid = getattr(streams, self.source), self.valid(streams)[""]
-        z, shift = self._targets(streams, context, valid)
+        z, shift = self._targets(streams, valid, context.info)
+        score, projector = self._one_sided if self.stop_gradient else self._two_sided, context.module
+        assert isinstance(projector, Projector)
 
-        def distance(hidden: Tensor, *matrices: Tensor | None) -> _Outcome:
-            score = self._one_sided if self.stop_gradient else self._two_sided
-            return score(hidden, z, shift, matrices, valid, context)  # type: ignore[arg-type]
+        def use(h: Tensor) -> _Outcome:
+            return score(h, z, shift, projector.matrices(context.guard), valid, context)
 
-        assert isinstance(context.module, Projector)
-        loss, rows, prediction_norm, target_norm = context.module(h, distance, context.guard)
+        loss, rows, prediction_norm, target_norm = opened(projector, [h], use)
         means = {"prediction_norm": prediction_norm.sum(), "target_norm": target_norm.sum()}
         units = unit_target_sum(z, target_norm, valid, shift, self.eps) if self.distance == "cosine" else None
         return {"": LatentPart(loss, rows.sum(dtype=sum_dtype(rows.device)), means, units)}
 
-    def _targets(self, streams: Streams, context: Context, valid: Tensor) -> tuple[Tensor, int]:
+    def _targets(self, streams: Streams, valid: Tensor, info: ModelInfo) -> tuple[Tensor, int]:
         """(z, shift): h_t is paired with z[t + shift]."""
-        z = streams.hidden_states[self.layer(context.info)]
+        z = streams.hidden_states[self.layer(info)]
         if self.stop_gradient:
             z, shift = rows_ahead(streams, z, self.shift)
         else:

@@ -1,9 +1,9 @@
-"""The projector P of a latent objective: training only, raw parameters, read only inside its own ``__call__``."""
+"""The projector P of a latent objective: training only, raw parameters, read only where it is `opened`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .model_info import ModelInfo
 from .own_parameters import OwnParameters
 
-_T = TypeVar("_T")
 Kind: TypeAlias = Literal["swiglu", "linear", "none"]
 Matrices: TypeAlias = tuple[Tensor | None, Tensor | None]
 
@@ -40,13 +39,8 @@ class Projector(OwnParameters):
         self.kind = kind
         self._down_checked = kind == "none"
 
-    def forward(
-        self,
-        hidden: Tensor,
-        use: Callable[..., _T],
-        guard: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-    ) -> _T:
-        """``use(hidden, gate_up, down)``: the caller's computation, run where the parameters may be read."""
+    def matrices(self, guard: Callable[[Tensor], Tensor]) -> Matrices:
+        """(gate_up, down) behind a guard; only where they may be read, see `opened`."""
         gate_up = None if self.gate_up is None else guard(self.gate_up)
         down = None if self.down is None else guard(self.down)
         # is_compiling comes first, so that a compiled graph is not guarded on the flag
@@ -54,7 +48,7 @@ class Projector(OwnParameters):
             if not bool(down.any()):
                 raise ValueError("Projector: down is all zero, expected initial values (call reset_parameters)")
             self._down_checked = True
-        return use(hidden, gate_up, down)
+        return gate_up, down
 
     def training_flops(self, width: int) -> int:
         """FLOPs a token, forward and backward: 6 a parameter of the GEMMs (18 m d for swiglu) + 18 d elementwise."""

@@ -36,7 +36,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/own_parameters.py", "manual_seed(self.seed)", "manual_seed(0)", "objectives_build"),
     Mutant("objectives/module_call.py", "        if own is not None:\n            module.forward = own", "",
            "objectives_plan"),
-    Mutant("objectives/heads.py", "or nn_module._global_forward_hooks", "or module._forward_hooks",
+    Mutant("objectives/module_call.py", "or nn_module._global_forward_hooks", "or module._forward_hooks",
            "objectives_plan objectives_build"),
     Mutant("objectives/heads.py", "if not weight.is_leaf:", "if False:", "objectives_build objectives_plan"),
     Mutant("objectives/spec.py", "or k < length:", "or k <= length:", "objectives_spec"),

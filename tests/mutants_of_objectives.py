@@ -168,7 +168,7 @@ MUTANTS: tuple[Mutant, ...] = (
            "objectives_mtp_sequential"),
     Mutant("objectives/mtp_shared.py", "self.weights[self.offsets.index(int(part))]", "self.weights[0]",
            "objectives_mtp_shared"),
-    Mutant("objectives/projectors.py", "return use(hidden, gate_up,", "return use(hidden, gate_up.flip(0),",
+    Mutant("objectives/projectors.py", "return gate_up, down", "return gate_up.flip(0), down",
            "objectives_values"),
     Mutant("objectives/mtp_parallel.py", "streams, f, k)", "streams, f, 1)", "objectives_mtp_parallel"),
     Mutant("objectives/top.py", "self.window + 1 - k", "k - 1", "objectives_top"),
