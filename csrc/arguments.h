@@ -83,6 +83,30 @@ struct CrossEntropyGradientRows {
   A softcap, logit_scale;
 };
 
+constexpr int kTotals = 5;
+
+template <class A>
+struct PrepareRows {
+  const int64_t* labels;   // [rows, targets]
+  const A* target_weight;  // [rows, targets]; null: 1
+  const A* row_weight;     // one number, or one per row; null: 1
+  const A* normalizer;     // one number; null: where `mean`, what the rows with a target count; else 1
+  A* scale;                // [rows]: row weight over normalizer, 0 where nothing of the row may show
+  int64_t* totals;  // rows with a target, rows with a scale, first and last row with a target, first label outside
+  A *stats, *target_logit;  // as of CrossEntropyRows: 0 and NaN
+  int64_t* prediction;      // -1
+  int64_t columns;          // the rows
+  int64_t targets, fields, stats_stride, weight_stride, ignore_index, classes, max_rows;
+  bool negative_is_absent, mean, needs_target_weight;
+};
+
+template <class A>
+struct FinishRows {
+  const A *losses, *scale;  // [rows]
+  double* loss;             // one number: sum of scale * losses
+  int64_t columns;          // the rows
+};
+
 // The table of row kernels: operator, arguments, their types, schema. It declares the kernels (cpu/rows.h,
 // cuda/rows.h), defines the operators (library.cpp) and registers the function of door.hpp that has the operator's name
 // (entry.cpp). nitp_ops/_kernels.py derives the same schemas from the torch implementations; a test compares them.
@@ -90,7 +114,8 @@ struct CrossEntropyGradientRows {
 // `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A gradient argument that
 // is None means in place. stats tensors are [fields, rows] in the working precision (float64 for float64, else
 // float32). parts [4, rows] is what a row that continues on other devices has here: max z, sum exp(z - max),
-// sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present; factors [3, rows] is what the whole
+// sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present: beside them prediction is the row's
+// own also without a target, else -1 there. factors [3, rows] is what the whole
 // row's gradient needs: max, probability, off (cross_entropy.h).
 #define NITP_ROW_KERNELS(ROW)                                                                    \
   ROW(swiglu_rows, SwigluRows, (class T), (T), "(Tensor gate, Tensor up, Tensor(a!) out) -> ()") \
@@ -114,7 +139,13 @@ struct CrossEntropyGradientRows {
   ROW(accumulate_rows_, AccumulateRows, (class T, class A), (T, A),                              \
       "(Tensor(a!) sum, Tensor addend, Tensor? factor=None) -> ()")                              \
   ROW(scale_rows_, ScaleRows, (class T, class Out, class A), (T, Out, A),                        \
-      "(Tensor(a!) rows, Tensor factor, Tensor(b!)? out=None) -> ()")
+      "(Tensor(a!) rows, Tensor factor, Tensor(b!)? out=None) -> ()")                            \
+  ROW(prepare_rows_, PrepareRows, (class A), (A),                                                \
+      "(Tensor labels, Tensor? target_weight, Tensor? row_weight, Tensor? normalizer, "          \
+      "Tensor(a!) scale, Tensor(b!) totals, Tensor(c!) stats, Tensor(d!) target_logit, "         \
+      "Tensor(e!) prediction, int ignore_index, bool negative_is_absent, int classes, "          \
+      "bool mean, bool needs_target_weight, int max_rows) -> ()")                                \
+  ROW(finish_rows_, FinishRows, (class A), (A), "(Tensor stats, Tensor scale, Tensor(a!) loss) -> ()")
 #define NITP_UNPACK(...) __VA_ARGS__
 
 }  // namespace nitp

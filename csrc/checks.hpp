@@ -36,6 +36,15 @@ void with_dtype(const Tensor& t, Function function) {
   }
 }
 
+template <class Function>
+void with_working_dtype(const Tensor& t, Function function) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double: function(double{}); break;
+    case ScalarType::Float: function(float{}); break;
+    default: NITP_CHECK(false, "nitp_ops row kernel: dtype must be float64 or float32");
+  }
+}
+
 inline ScalarType working(ScalarType a, ScalarType b) {
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

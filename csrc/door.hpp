@@ -6,6 +6,7 @@
 #pragma once
 
 #include "checks.hpp"
+#include "prepare.hpp"
 
 namespace {
 

@@ -118,6 +118,27 @@ def sums(run: Emulated) -> float:
     return max(error(total, exact), error(scaled, addend.double() * torch.full((1,), 0.3).double()))
 
 
+def before_and_after(run: Emulated) -> float:
+    """Rows weighed by class under their mean, and the sum of their losses."""
+    worst = 0.0
+    for dtype in (torch.float64, torch.float32):
+        labels = torch.randint(0, 9, (301, 1))
+        labels[::3], of_class, of_row = -100, torch.rand(9, dtype=dtype), torch.rand(301, dtype=dtype)
+        weight = of_class[labels.clamp(min=0)]
+        scale, loss, totals = of_row.clone(), torch.zeros((), dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+        stats, target_logit, prediction = torch.rand(2, 301, dtype=dtype), weight.clone(), torch.zeros(301).long()
+        given = labels, [weight], [of_row], None, scale, totals, stats, target_logit, prediction
+        run("prepare_rows_", *given, -100, False, 9, True, False, -1)
+        left = totals.tolist() == [200, 200, 1, 299, -1] and not stats[0].any() and stats[1].isnan().all()
+        assert left and target_logit.isnan().all() and (prediction == -1).all()
+        counted = torch.where(labels == -100, 0, weight).double().sum()
+        exact = torch.where(labels[:, 0] == -100, 0, of_row.double()) / counted
+        stats[0] = of_row
+        run("finish_rows_", stats, scale, loss)
+        worst = max(worst, error(scale, exact), error(loss, (scale * of_row).double().sum()))
+    return worst
+
+
 def check(wheel: Path, folder: Path) -> dict[str, float]:
     """Each kernel's largest error in its own allowance: above 1 it is wrong."""
     torch.manual_seed(0)
@@ -127,4 +148,4 @@ def check(wheel: Path, folder: Path) -> dict[str, float]:
         for kernel in (cross_entropy, swiglu, alignment)
         for dtype in CODES[:4]
     }
-    return errors | {"accumulate and scale": sums(run)}
+    return errors | {"accumulate and scale": sums(run), "before and after the chunks": before_and_after(run)}

@@ -44,6 +44,17 @@ for columns in (1, 9, 33, 1000, 4103):
                                         torch.empty(3 if cap else 2, 2, dtype=work), torch.empty(2, 1, dtype=work),
                                         torch.empty(2, dtype=torch.int64), -100, False, 0.1, 0.1, cap, 1.0, True)
             blocks.add(library.simt_last_cluster())
+for rows, targets in ((0, 1), (1, 0), (257, 2), (9001, 1)):
+    for dtype in (torch.float32, torch.float64):
+        def values(*shape):
+            return torch.zeros(shape, dtype=dtype)
+        labels, best = torch.randint(-100, 9, (rows, targets)), torch.empty(rows, dtype=torch.int64)
+        for weight, of_row, one in ((None, None, None), (values(rows, targets), values(rows), None),
+                                    (None, values(1), values(1))):
+            scale, stats, totals = values(rows), values(3, rows), torch.empty(5, dtype=torch.int64)
+            kernels.prepare_rows_(labels, weight, of_row, one, scale, totals, stats, values(rows, targets), best,
+                                  -100, targets != 1, 9, True, True, rows // 2)
+            kernels.finish_rows_(stats, scale, values(1).double())
 print("done", *sorted(blocks))
 """
 

@@ -83,6 +83,14 @@ def launch(name: str, dtype: torch.dtype) -> None:
                 matrix(columns), labels.expand(ROWS, 4).contiguous(), weight, of_class, of_class, scale, *outputs,
                 -100, True, 0.1, 0.1, 30.0, 0.5, True,
             )  # fmt: skip
+        case "labels" | "labels of classes":
+            of_row, of_target, one = (values(shape, of=dtype) for shape in ((ROWS,), (ROWS, 4), ()))
+            left = of_row.clone(), values(5, of=torch.int64), values(3, ROWS, of=dtype), of_target.clone(), best
+            given = (of_target, None, None) if name == "labels of classes" else (of_target, of_row, one)
+            options = -100, name == "labels", 9, True, True, ROWS
+            rows.prepare_rows_(labels.expand(ROWS, 4).contiguous(), *given, *left, *options)
+        case "loss":
+            rows.finish_rows_(values(2, ROWS, of=dtype), values(ROWS, of=dtype), values((), of=torch.float64))
 
 
 #: Registers a thread: the most that leaves room for a second block of 256 threads on a multiprocessor is 128. Rows
@@ -103,19 +111,35 @@ MOST = {
 }
 
 
+def registers(kernel, folder) -> int:
+    """Those of a thread, of a kernel that needs no other memory for them."""
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    found, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    assert (stack, local) == (0, 0), usage
+    return found
+
+
 @pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_kernel_becomes_machine_code_without_spills(name, dtype, compiled, tmp_path):
     launch(name, dtype)
     (kernel,) = compiled
-    binary = tmp_path / "kernel.cubin"
-    binary.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
-    assert (stack, local) == (0, 0) and registers <= MOST[name], usage
+    assert registers(kernel, tmp_path) <= MOST[name]
     # rows are read and written 16 bytes a thread
     wide = re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", kernel.asm["ptx"])
     assert {access[:2] for access in wide} == {"ld", "st"}
+
+
+@pytest.mark.parametrize(("name", "count"), [("labels", 2), ("labels of classes", 2), ("loss", 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_so_do_those_before_and_after_the_chunks(name, count, dtype, compiled, tmp_path):
+    launch(name, dtype)
+    assert len(compiled) == count
+    assert all(registers(kernel, tmp_path) <= 128 for kernel in compiled)  # 512 threads
+    pattern = r"tt\.addptr %\w+, %\w+ : tensor<\d{3,}x!tt\.ptr<\w+>>?, tensor<\d+x(i\d+)>"
+    assert {width for kernel in compiled for width in re.findall(pattern, kernel.asm["ttir"])} == {"i64"}
 
 
 def test_a_row_of_logits_that_fits_is_read_once(compiled):

@@ -167,7 +167,7 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
       const double parts[] = {row.max, row.sum, row.below, spread};
       for (int64_t field = 0; field < 4; ++field) a.parts[field * a.parts_stride + i] = static_cast<A>(parts[field]);
     }
-    a.prediction[i] = row.argmax;
+    a.prediction[i] = absent && !a.parts ? -1 : row.argmax;
     a.stats[i] = A(0);
     a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
     if (a.entropy) {

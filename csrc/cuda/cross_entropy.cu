@@ -171,7 +171,7 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
       const A x = row.key(logits[j], j);
       if (x > top) top = x, best = j;
     }
-    a.prediction[i] = best;
+    a.prediction[i] = absent && !a.parts ? -1 : best;
   }
   if (place == 0) {
     // of targets without weight nothing is left, even where the sum is no number

@@ -65,7 +65,7 @@ def cross_entropy_rows_(
     """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over the logits.
 
     logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N];
-    parts [4, N]."""
+    parts [4, N]. Without parts the prediction of a row without a target is -1."""
     columns, work, e = logits.shape[1], stats.dtype, label_smoothing
     unknown = float("nan")
     for part in blocks(logits):
@@ -109,7 +109,7 @@ def cross_entropy_rows_(
             stats[2, part] = torch.where(active, log_sum + entropy_sum / mass, unknown)
         stats[0, part] = torch.where(active, loss, 0)
         stats[1, part] = torch.where(active, lse, unknown)
-        prediction[part] = best
+        prediction[part] = best if parts is not None else best.masked_fill(~active, -1)
         target_logit.view(labels.shape)[part] = at_target
         if parts is not None:
             parts[:, part] = torch.stack([most.squeeze(1), mass, below_sum, entropy_sum])

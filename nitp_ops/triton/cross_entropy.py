@@ -1,8 +1,8 @@
 """Cross-entropy over rows of logits: csrc/cross_entropy.h holds the equations, csrc/library.cpp the arguments.
 
-One program a row. A row that fits into its registers is read once. Of a longer one the first pass forms every sum
-online, lane by lane, and the second reads it again. Nothing is stored twice, the K targets included, and no store is
-read back. Scalars of a row are float64: few, and differences of large numbers.
+One program per row. A row that fits into its registers is read once; of a longer one the first pass forms every sum
+online, lane by lane, and the second reads it again. No store is read back. Scalars of a row are float64: few, and
+differences of large numbers.
 """
 
 # The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
@@ -201,6 +201,8 @@ def _rows(
         else:
             loss += e * smooth_mass * (log_sum - mean_below)
     loss += tl.where(c > 0, c * lse * lse, 0.0)
+    if parts is None:
+        best = tl.where(present > 0, best, -1)
     tl.store(prediction + row, best.to(tl.int64))
     tl.store(stats + row, tl.where(present > 0, loss, 0.0).to(A))
     tl.store(stats + stats_stride + row, tl.where(present > 0, lse, float("nan")).to(A))
@@ -266,9 +268,7 @@ def cross_entropy_rows_(
     gradient: bool,
     parts: Tensor | None = None,
 ) -> None:
-    """Loss, log-sum-exp (entropy, where stats has three rows) of each row; with `gradient` over logits [N, V].
-
-    labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N]; parts [4, N]."""
+    """As torch_rows: loss, log-sum-exp (and entropy) of each row of logits [N, V]; with `gradient` over them."""
     rows, columns = size_of(_OP, "logits", logits)
     dtype, work = working(logits)
     if labels.dim() != 2:
