@@ -82,7 +82,7 @@ def _mkldnn_matmul() -> Callable[..., None] | None:
 
 def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
     """out = a b by nitp_ops itself, where it has such products."""
-    if not _gemm.has_own("cpu", a.dtype):
+    if not _gemm.has_native_gemm("cpu", a.dtype):
         return {}
     return {f"nitp_ops {name}": partial(torch.ops.nitp_ops.gemm_, out, a, b, False)}
 

@@ -9,12 +9,12 @@ overlaps. With C chunks of rows (`nitp_ops.explain`), s bytes per element of the
     FLOPs     6 N d V                                     72 N d^2
     rows      CROSS_ENTROPY 2 s N V (CAPPED: a softcap)   SWIGLU 8 s N m + ALIGNMENT 3 s N d
     dW        (6 + SUM (2 + 8 (C - 1))) V d if C > 1      the same of 12 d^2
-    launches  15 + 10 C                                   29 + 7 C
+    launches  8 + 4 C                                     24 + 7 C
 
 rows: every logit is read and written once; SwiGLU reads two and writes one forward, reads three and writes two
 backward; the alignment reads two and writes one. dW: with several chunks the weight gradient is summed in float32, so
 that the first GEMM writes 2 bytes more a number than GEMM time has and each further one reads and writes 4, of which a
-part hides behind the GEMM itself; a cast at the end reads 4 and writes 2. launches: as a test counts them. The
+part hides behind the GEMM itself; a cast at the end reads 4 and writes 2. launches: as a test counts them at most. The
 ratio of a row kernel to a copy is its constant here. The constants fit what an H100 showed (decision 0036) and the
 instructions of the kernels; nothing else in this file does.
 """
@@ -43,6 +43,7 @@ ROW_KERNELS = {
     "swiglu_rows_backward_": SWIGLU,
     "alignment_rows_": ALIGNMENT,
     "accumulate_rows_": 1.0,
+    "prepare_rows_": 2.0,  # so few bytes that launches are what it takes: two, a copy is one
 }
 
 
@@ -111,10 +112,10 @@ def cost(op: str, sizes: Sizes, chunks: int | None = None) -> Cost:
     count, n, d = chunks or chunks_of(op, sizes), sizes["N"], sizes["d"]
     if op == "linear_cross_entropy":
         factor = CAPPED if sizes.get("softcap") else CROSS_ENTROPY
-        rows, weights, launches = factor * 2 * ITEM * n * sizes["V"], sizes["V"] * d, 15 + 10 * count
+        rows, weights, launches = factor * 2 * ITEM * n * sizes["V"], sizes["V"] * d, 8 + 4 * count
     else:
         rows = (SWIGLU * 8 * 4 * d + ALIGNMENT * 3 * d) * ITEM * n
-        weights, launches = 12 * d**2, 29 + 7 * count
+        weights, launches = 12 * d**2, 24 + 7 * count
     summed = (6 + SUM * (2 + 8 * (count - 1))) * weights if count > 1 else 0
     return Cost(OPS[op].flops(sizes), rows, summed, launches)
 

@@ -25,12 +25,14 @@ SIZES: dict[str, tuple[Sizes, ...]] = {
     "cross_entropy_rows_": ({"N": 2048, "D": 32000}, {"N": 4096, "D": 128256}, {"N": 4096, "D": 151936}),
     "cross_entropy_gradient_rows_": ({"N": 2048, "D": 32000}, {"N": 4096, "D": 75968}),
     "accumulate_rows_": ({"N": 32000, "D": 1024}, {"N": 128256, "D": 4096}),
+    "prepare_rows_": ({"N": 8192, "D": 1}, {"N": 131072, "D": 1}),
+    "finish_rows_": ({"N": 8192, "D": 1}, {"N": 131072, "D": 1}),
 }
 KERNELS = {name: SIZES.get(name, ({"N": 2048, "D": 2048}, {"N": 8192, "D": 8192})) for name in _kernels.table()}
 #: Who has row kernels.
 NAMES = [name for name in BACKENDS if name != "ours-reference"]
-#: The sum takes narrower addends only.
-NARROW = {"accumulate_rows_"}
+#: The sum takes narrower addends only; what stands before the chunks and after them has no storage dtype.
+NARROW = {"accumulate_rows_", "prepare_rows_", "finish_rows_"}
 
 
 def dtypes_of(kernel: str) -> list[str]:

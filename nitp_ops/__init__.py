@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from ._alignment import AlignmentStats, alignment
     from ._cross_entropy import cross_entropy
     from ._explain import ChunkPlan, explain
-    from ._head_job import HeadJob, TokenEntropyStats, TokenStats
+    from ._grouped_linear_cross_entropy import grouped_linear_cross_entropy
     from ._implicit_token_loss import implicit_token_loss
     from ._linear_cross_entropy import linear_cross_entropy
-    from ._shared_linear_cross_entropy import shared_linear_cross_entropy
     from ._swiglu import swiglu
+    from ._term import CrossEntropyTerm
+    from ._token_stats import TokenEntropyStats, TokenStats
     from .layers import LinearCrossEntropy
 
 try:
@@ -38,7 +39,7 @@ __all__ = [
     "AlignmentStats",
     "BackendError",
     "ChunkPlan",
-    "HeadJob",
+    "CrossEntropyTerm",
     "LinearCrossEntropy",
     "TokenEntropyStats",
     "TokenStats",
@@ -46,11 +47,11 @@ __all__ = [
     "cross_entropy",
     "explain",
     "geometry",
+    "grouped_linear_cross_entropy",
     "implicit_token_loss",
     "layers",
     "linear_cross_entropy",
     "reference",
-    "shared_linear_cross_entropy",
     "swiglu",
 ]
 
@@ -58,17 +59,17 @@ __all__ = [
 _HOME = {
     "AlignmentStats": "_alignment",
     "ChunkPlan": "_explain",
-    "HeadJob": "_head_job",
+    "CrossEntropyTerm": "_term",
     "LinearCrossEntropy": "layers",
-    "TokenEntropyStats": "_head_job",
-    "TokenStats": "_head_job",
+    "TokenEntropyStats": "_token_stats",
+    "TokenStats": "_token_stats",
     "alignment": "_alignment",
     "attach": "integrations",
     "cross_entropy": "_cross_entropy",
     "explain": "_explain",
+    "grouped_linear_cross_entropy": "_grouped_linear_cross_entropy",
     "implicit_token_loss": "_implicit_token_loss",
     "linear_cross_entropy": "_linear_cross_entropy",
-    "shared_linear_cross_entropy": "_shared_linear_cross_entropy",
     "swiglu": "_swiglu",
 }
 _MODULES = frozenset({"distributed", "geometry", "integrations", "layers", "objectives", "reference", "rows"})

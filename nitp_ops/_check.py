@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REDUCTIONS = ("mean", "sum", "none")
 _INT64 = torch.iinfo(torch.int64)
 
 
@@ -41,7 +42,7 @@ def is_plain(op: str, argument: str, value: Any) -> None:
         placements = ", ".join(map(str, value.placements))
         raise TypeError(
             f"{op}: {argument} is a DTensor ({placements}), expected a plain tensor (or, for an unembedding with "
-            "Shard(0), nitp_ops.distributed.vocab_parallel_linear_cross_entropy)"
+            "Shard(0), group=nitp_ops.distributed.VocabularyShards())"
         )
 
 
@@ -197,6 +198,10 @@ def plain(tensor: Tensor) -> bool:
 def plain_autograd(op: str, *tensors: Tensor | None) -> None:
     """Refuses by name what a custom op cannot follow: forward mode would lose its tangent without a word."""
     if torch.compiler.is_compiling():
+        return
+    dual = forward_ad._current_level >= 0
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+    if not dual and not transformed:
         return
     for tensor in tensors:
         if tensor is None:

@@ -16,7 +16,7 @@ LEAST_BYTES = 32 * 2**20
 MOST_BYTES = 120 * 2**20
 #: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
 ENOUGH_ROWS = 512
-#: Several jobs share a pass to save memory: their chunk is at most this share of the gradient, or has so many rows.
+#: Several terms share a pass to save memory: their chunk is at most this share of the gradient, or has so many rows.
 SHARED_PART, ENOUGH_SHARED_ROWS = 0.6, 448
 #: Default on a GPU: so many rows, whatever the width (reading and writing the sum of the weight gradient takes a share
 #: of its GEMM that goes by the rows alone), and for a projector at least so many bytes (docs/decisions/0014).
@@ -25,7 +25,7 @@ ROWS_ON_GPU, PROJECTOR_BYTES_ON_GPU = 8192, 1280 * 2**20
 COPY_BYTES_ON_GPU = 512 * 2**20
 #: glibc maps larger blocks one by one.
 _MAPPED_BYTES = 32 * 2**20
-#: Rows of a chunk are a multiple of so many, which the products of libraries are fastest at.
+#: Rows of a chunk are a multiple of so many, which the GEMMs of libraries are fastest at.
 EVEN_ROWS = 8
 #: Numbers of one load, 16 bytes in bfloat16, and of the lines of 128 bytes that other rows of logits are padded to.
 _LOAD, _ALIGNED = 8, 64
@@ -45,12 +45,12 @@ def rows_per_chunk(
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
 
     weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. longest: rows of
-    the longest of several jobs that these are. itemsize: of a number of the products, or of the gradient where that is
-    wider. Chunks of several rows have a multiple of 8, which the products of a CPU are fastest at."""
+    the longest of several terms that these are. itemsize: of a number of the GEMMs, or of the gradient where that is
+    wider. Chunks of several rows have a multiple of 8, which the GEMMs of a CPU are fastest at."""
     if device == "cpu":
         part, enough = (1.0, ENOUGH_ROWS) if longest is None else (SHARED_PART, ENOUGH_SHARED_ROWS)
         default = max(min(int(part * 4 * weights), MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES))
-        if longest is not None:  # no more than a call for that job would need
+        if longest is not None:  # no more than a call for that term would need
             default = min(default, -(-longest // EVEN_ROWS) * EVEN_ROWS * row_bytes)
         default = max(least, default)
     else:
@@ -81,6 +81,13 @@ def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) ->
     return block
 
 
+def rows_of(tensor: Tensor, rows: Tensor | slice) -> Tensor:
+    """tensor[rows]; the tensor itself where these are all."""
+    if not isinstance(rows, slice):
+        return tensor.index_select(0, rows)
+    return tensor if rows.start == 0 and rows.stop == tensor.shape[0] else tensor[rows]
+
+
 class Rows:
     """A tensor [..., d] read as rows [N, d]: views where strides allow, else copies of one chunk at a time."""
 
@@ -94,11 +101,11 @@ class Rows:
 
     def take(self, rows: Tensor | slice) -> Tensor:
         """The rows of one chunk: [n, d]."""
-        if not self.flat:
-            if isinstance(rows, slice):
-                rows = torch.arange(rows.start, rows.stop, device=self.tensor.device)
-            return self.tensor[torch.unravel_index(rows, self.shape)]
-        return self.tensor[rows] if isinstance(rows, slice) else self.tensor.index_select(0, rows)
+        if self.flat:
+            return rows_of(self.tensor, rows)
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=self.tensor.device)
+        return self.tensor[torch.unravel_index(rows, self.shape)]
 
     def dense(self, rows: Tensor | slice) -> Tensor:
         """`take` with a dense last axis, which the row kernels need; copies (a chunk) only where it is not."""
@@ -114,29 +121,36 @@ def whole_or_chunk(*tensors: Rows) -> int:
 
 
 class Selection(NamedTuple):
-    """The rows that are computed, in order, and those that are not: a slice where they lie together, so that nothing
+    """The rows that are computed, in order, and those that are not: slices where they lie together, so that nothing
     need be gathered, else indices."""
 
     rows: Tensor | slice
-    rest: Tensor | slice
+    rest: tuple[Tensor | slice, ...]
+
+    @classmethod
+    def range(cls, first: int, last: int, count: int) -> Selection:
+        """The rows [first, last) of `count`."""
+        rest = (slice(0, first), slice(last, count))
+        return cls(slice(first, last), tuple(part for part in rest if part.stop > part.start))
 
 
 def select(keep: Tensor, max_rows: int | None = None) -> Selection:
     """The kept rows. Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without
     it, every row."""
-    every, none = slice(0, keep.numel()), slice(0, 0)
+    total = keep.numel()
     if not _check.host_reads(keep.device):
-        if max_rows is None or max_rows >= keep.numel():
-            return Selection(every, none)
+        if max_rows is None or max_rows >= total:
+            return Selection.range(0, total, total)
         order = keep.to(torch.uint8).argsort(descending=True, stable=True)
-        return Selection(order[:max_rows], order[max_rows:])
+        return Selection(order[:max_rows], (order[max_rows:],))
     indices = keep.nonzero().squeeze(1)
     count = indices.numel()
-    if count in (0, keep.numel()):
-        return Selection(every, none) if count else Selection(none, every)
+    if count in (0, total):
+        return Selection.range(0, count, total)
     first, last = indices[[0, -1]].tolist()
-    rest = keep.logical_not().nonzero().squeeze(1)
-    return Selection(slice(first, last + 1) if last - first == count - 1 else indices, rest)
+    if last - first == count - 1:
+        return Selection.range(first, last + 1, total)
+    return Selection(indices, (keep.logical_not().nonzero().squeeze(1),))
 
 
 def length_of(rows: Tensor | slice) -> int:
@@ -149,21 +163,23 @@ def chunks(selected: Tensor | slice, step: int) -> Iterator[Tensor | slice]:
         yield piece.rows
 
 
-class Piece(NamedTuple):
-    """Rows of one job in a chunk."""
+class RowRange(NamedTuple):
+    """Rows of one term in a chunk."""
 
-    job: int
+    term: int
     rows: Tensor | slice
 
 
-def packed(selected: Sequence[Tensor | slice], step: int, jobs: Sequence[int] | None = None) -> Iterator[list[Piece]]:
-    """The selected rows of each job, one job after the other, at most `step` of them a chunk."""
-    chunk, room = list[Piece](), step
-    for job in range(len(selected)) if jobs is None else jobs:
-        rows, first = selected[job], 0
+def packed(
+    selected: Sequence[Tensor | slice], step: int, terms: Sequence[int] | None = None
+) -> Iterator[list[RowRange]]:
+    """The selected rows of each term, one term after the other, at most `step` of them a chunk."""
+    chunk, room = list[RowRange](), step
+    for term in range(len(selected)) if terms is None else terms:
+        rows, first = selected[term], 0
         while first < length_of(rows):
             last = min(first + room, length_of(rows))
-            chunk.append(Piece(job, _between(rows, first, last)))
+            chunk.append(RowRange(term, _between(rows, first, last)))
             room -= last - first
             first = last
             if room == 0:

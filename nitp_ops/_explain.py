@@ -8,7 +8,7 @@ import torch
 
 from . import _check, _latent_chunks
 from ._chunks import row_stride, rows_per_chunk
-from ._gemm import even_rows
+from ._gemm import pad_to_alignment
 
 _OP = "explain"
 
@@ -17,9 +17,9 @@ _OP = "explain"
 class ChunkPlan:
     """The plan of one call, forward and backward.
 
-    jobs: sets of rows; rows of each; chunk_rows: rows a chunk; chunks of all jobs; workspace_bytes: the reused buffers
-    of one chunk; accumulator_bytes: the float32 sum of weight gradients that are returned in a narrower dtype, 0 where
-    none is needed; flops: of all GEMMs, two a multiply-add."""
+    terms: sets of rows; rows of each; chunk_rows: rows per chunk; chunks of all terms; workspace_bytes: the reused
+    buffers of one chunk; accumulator_bytes: the float32 sum of weight gradients that are returned in a narrower dtype,
+    0 where none is needed; flops: of all GEMMs, two per multiply-add."""
 
     op: str
     rows: int
@@ -28,7 +28,7 @@ class ChunkPlan:
     workspace_bytes: int
     accumulator_bytes: int
     flops: int
-    jobs: int = 1
+    terms: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -36,7 +36,7 @@ class ChunkPlan:
         return self.workspace_bytes + self.accumulator_bytes
 
     def __str__(self) -> str:
-        rows = f"{self.jobs} x {self.rows}" if self.jobs > 1 else f"{self.rows}"
+        rows = f"{self.terms} x {self.rows}" if self.terms > 1 else f"{self.rows}"
         return (
             f"{self.op}: {rows} rows in {self.chunks} chunks of {self.chunk_rows}, workspace "
             f"{self.workspace_bytes / 2**20:.1f} MiB, accumulators {self.accumulator_bytes / 2**20:.1f} MiB, "
@@ -55,12 +55,12 @@ def explain(
     dtype: torch.dtype = torch.float32,
     chunk_bytes: int | None = None,
     device: torch.device | str = "cpu",
-    jobs: int = 1,
+    terms: int = 1,
 ) -> ChunkPlan:
     """The chunk plan of `linear_cross_entropy` or `implicit_token_loss` with gradients for every input.
 
     Weights in the GEMMs' dtype and no gradient buffers: a copy that autocast makes, the float32 gradient that waits for
-    a buffer or for float16, come on top; so does what a product on CPU packs of its operands, up to 6.4 MiB a thread
+    a buffer or for float16, come on top; so does what a GEMM on CPU packs of its operands, up to 6.4 MiB a thread
     and 4 MiB for all.
 
     linear_cross_entropy: ``6 N d V`` FLOPs (three GEMMs). implicit_token_loss with a SwiGLU projector:
@@ -72,11 +72,11 @@ def explain(
         width: d.
         vocabulary: V, for linear_cross_entropy.
         inner, out_width: m and D for implicit_token_loss; None: 4 d and d.
-        dtype: of the GEMMs. On a CPU without fast products of it (float16 everywhere, bfloat16 on Intel's without
+        dtype: of the GEMMs. On a CPU without fast GEMMs of it (float16 everywhere, bfloat16 on Intel's without
             AVX-512) they run in float32: ask for that; the float32 sum of a narrower gradient comes on top.
         chunk_bytes: as given to the op.
         device: where the tensors are; the default chunks of a GPU are larger.
-        jobs: sets of N rows that share one pass (`shared_linear_cross_entropy`); for linear_cross_entropy.
+        terms: sets of N rows that share one pass (`grouped_linear_cross_entropy`); for linear_cross_entropy.
 
     Returns:
         A `ChunkPlan`; printed, it is one line.
@@ -102,15 +102,15 @@ def explain(
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # of a gradient before its upstream (`formed_dtype`)
     if op == "linear_cross_entropy":
         vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
-        _check.integer(_OP, "jobs", jobs, least=1)
+        _check.integer(_OP, "terms", terms, least=1)
         row_bytes, weights = row_stride(vocabulary, place) * dtype.itemsize, vocabulary * width
-        longest = rows if jobs > 1 else None
-        cuts, together = (1, jobs * rows) if place == "cpu" else (jobs, rows)  # a GPU's jobs are cut one by one
+        longest = rows if terms > 1 else None
+        cuts, together = (1, terms * rows) if place == "cpu" else (terms, rows)  # a GPU's terms are cut one by one
         sizes = row_bytes, chunk_bytes, weights
         step = rows_per_chunk(together, *sizes, longest=longest, device=place, itemsize=itemsize)
     else:
-        if jobs != 1:
-            raise ValueError(f"{_OP}: jobs is {jobs}, expected 1 (implicit_token_loss has a pass of its own)")
+        if terms != 1:
+            raise ValueError(f"{_OP}: terms is {terms}, expected 1 (implicit_token_loss has a pass of its own)")
         inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
@@ -125,8 +125,8 @@ def explain(
         rows=rows,
         chunk_rows=step,
         chunks=chunks,
-        workspace_bytes=even_rows(min(together, step), torch.device(device), dtype) * row_bytes,
+        workspace_bytes=pad_to_alignment(min(together, step), torch.device(device), dtype) * row_bytes,
         accumulator_bytes=4 * weights if rounded else 0,
-        flops=6 * jobs * rows * weights,
-        jobs=jobs,
+        flops=6 * terms * rows * weights,
+        terms=terms,
     )

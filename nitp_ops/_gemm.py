@@ -1,19 +1,19 @@
-"""Matrix products: in which dtype, by which library, and the sum of a weight gradient over chunks."""
+"""GEMMs: in which dtype, by which library, and the sum of a weight gradient over chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _check, _library
-from ._chunks import EVEN_ROWS, workspace
+from ._chunks import EVEN_ROWS, rows_of, workspace
 
-#: A block of a weight that is cast, or of a product that is summed, at a time: it stays in the second-level cache.
+#: A block of a weight that is cast, or of a GEMM that is summed, at a time: it stays in the second-level cache.
 BLOCK_BYTES = 2 * 2**20
-#: The same on a GPU, which needs large products to be busy.
+#: The same on a GPU, which needs large GEMMs to be busy.
 BLOCK_BYTES_ON_GPU = 128 * 2**20
 #: A float32 sum that is rounded at the end stands in pieces of so many bytes or more, each given back once it is
 #: rounded: glibc maps blocks over 32 MiB one by one.
@@ -23,7 +23,7 @@ _PIECE_BYTES = 40 * 2**20
 SPLIT_NUMBERS = 2**23
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: A product by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many
+#: A GEMM by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many
 #: and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md).
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
 #: Where a GEMM writes columns of a wider matrix; on MPS it left them unwritten (pytorch issue 104832).
@@ -35,8 +35,10 @@ _AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torc
 def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto") -> torch.dtype:
     """The autocast dtype where autocast is on (it leaves float64 alone), else the weight's; or `logits_dtype`.
 
-    On CPU float16 runs in float32, and so does bfloat16 where the processor has no product of it (decision 0010)."""
+    On CPU float16 runs in float32, and so does bfloat16 where the processor has no GEMM of it (decision 0010)."""
     device, dtype = weight.device.type, weight.dtype
+    if logits_dtype != "auto" and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
     if device in _AUTOCAST and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         if dtype not in _check.FLOATS:
@@ -45,10 +47,10 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
         allowed = {dtype, torch.promote_types(dtype, torch.float32)}
         if logits_dtype not in allowed:
             names = " or ".join(["'auto'", *sorted(f"torch.{_check.name_of(each)}" for each in allowed)])
-            raise ValueError(f"{op}: logits_dtype is {logits_dtype}, expected {names} (the product is {dtype})")
+            raise ValueError(f"{op}: logits_dtype is {logits_dtype}, expected {names} (the GEMM is {dtype})")
         assert isinstance(logits_dtype, torch.dtype)
         dtype = logits_dtype
-    return torch.float32 if device == "cpu" and dtype in _WITHOUT_PRODUCTS else dtype
+    return torch.float32 if device == "cpu" and dtype in _WITHOUT_GEMM else dtype
 
 
 def operand_dtype(device: str, weight: torch.dtype, hidden: Sequence[torch.dtype], logits: torch.dtype) -> torch.dtype:
@@ -66,46 +68,77 @@ def sums_in_float32(device: str, dtype: torch.dtype, numbers: int) -> bool:
     return device == "cuda" and dtype in _NARROW and numbers < SPLIT_NUMBERS
 
 
-def has_own(device: str, dtype: torch.dtype) -> bool:
+def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
     """Whether this library multiplies such numbers itself: on CPUs with AVX2 or AVX-512 that MKL is not made for."""
     return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _library.has_gemm()
 
 
 def torch_has_bfloat16() -> bool:
-    """Whether torch.mm has a fast product of bfloat16 numbers on CPU; one without oneDNN is taken to have its own.
+    """Whether torch.mm has a fast GEMM of bfloat16 numbers on CPU; one without oneDNN is taken to have its own.
 
     Where oneDNN has none torch.mm multiplies one by one: dh took 120 times as long as in float32 (AMD EPYC, AVX2)."""
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 #: On CPU, fast ones by anybody.
-_WITHOUT_PRODUCTS = frozenset(
-    {torch.float16} if has_own("cpu", torch.bfloat16) or torch_has_bfloat16() else {torch.float16, torch.bfloat16}
+_WITHOUT_GEMM = frozenset(
+    {torch.float16}
+    if has_native_gemm("cpu", torch.bfloat16) or torch_has_bfloat16()
+    else {torch.float16, torch.bfloat16}
 )
 
 
-def even_rows(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """As many rows as a product on `device` should have: up to 15 more, or none where products are our own."""
-    if device.type != "cpu" or rows < EVEN_ROWS or has_own(device.type, dtype):
+def pad_to_alignment(rows: int, device: torch.device, dtype: torch.dtype) -> int:
+    """As many rows as a GEMM on `device` should have: up to 15 more, or none where GEMMs are our own."""
+    if device.type != "cpu" or rows < EVEN_ROWS or has_native_gemm(device.type, dtype):
         return rows
     multiple = EVEN_ROWS if rows < _MANY_ROWS else 2 * EVEN_ROWS
     return -(-rows // multiple) * multiple
 
 
-def direct(out: Tensor, rows: Tensor | slice, dtype: torch.dtype) -> Tensor | None:
-    """The rows of `out` as a view that `matmul` of `dtype` numbers can write into, or None: then `place` them."""
-    fits = out.dtype == dtype or (dtype in _NARROW and out.dtype == torch.float32 and _widens(out.device, dtype))
-    return out[rows] if isinstance(rows, slice) and fits else None
+def writes_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GEMM of bfloat16 or float16 numbers can write, and add, float32 without a rounding."""
+    return dtype in _NARROW and (device.type == "cuda" or has_native_gemm(device.type, dtype))
 
 
-def widest(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In which `matmul` of `dtype` numbers can be written: float32 where that spares narrow ones a rounding."""
-    return torch.float32 if dtype in _NARROW and _widens(device, dtype) else dtype
+class GemmPolicy(NamedTuple):
+    """How the GEMMs of one call run; asked once.
+
+    dtype: of the operands. logits: of the logits, narrower than it never. out_dtype: what a GEMM can write, float32
+    where that spares narrow numbers a rounding."""
+
+    device: torch.device
+    dtype: torch.dtype
+    logits: torch.dtype
+    out_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype, logits: torch.dtype | None = None) -> GemmPolicy:
+        out = torch.float32 if writes_float32(device, dtype) else dtype
+        return cls(device, dtype, dtype if logits is None else logits, out)
+
+    @property
+    def logit_bytes(self) -> int:
+        """Of the workspace per logit: its own, and those of a gradient that is rounded for the GEMMs."""
+        return self.logits.itemsize + (0 if self.logits == self.dtype else self.dtype.itemsize)
+
+    def pad(self, rows: int) -> int:
+        """As many rows as the GEMMs should have."""
+        return pad_to_alignment(rows, self.device, self.dtype)
+
+    def out_view(self, out: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+        """The rows of `out` as a view that a GEMM can write into, or None: then `place` them."""
+        if out is None or not isinstance(rows, slice) or out.dtype not in (self.dtype, self.out_dtype):
+            return None
+        return rows_of(out, rows)
 
 
-def _widens(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a product of bfloat16 or float16 numbers can be written, and summed, in float32 without a rounding."""
-    return device.type == "cuda" or has_own(device.type, dtype)
+def gemm_policy(op: str, weight: Tensor, hidden: Sequence[Tensor], logits_dtype: torch.dtype | str) -> GemmPolicy:
+    """Of hidden states against the unembedding `weight`."""
+    logits = operands = gemm_dtype(op, weight, logits_dtype)
+    if logits_dtype == torch.float32:  # and not autocast's dtype, which is that of the operands too
+        operands = operand_dtype(weight.device.type, weight.dtype, [x.dtype for x in hidden], logits)
+    return GemmPolicy.of(weight.device, operands, logits)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
@@ -113,7 +146,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     if out.dtype == a.dtype and sums_in_float32(a.device.type, a.dtype, out.numel()):
         wide = out.float() if add else torch.empty_like(out, dtype=torch.float32)
         return out.copy_(matmul(a, b, wide, add=add))
-    if has_own(a.device.type, a.dtype):
+    if has_native_gemm(a.device.type, a.dtype):
         if min(*a.shape, *b.shape) == 0:
             return out if add else out.zero_()
         torch.ops.nitp_ops.gemm_(out, _dense(a), _dense(b), add)
@@ -136,56 +169,69 @@ def _dense(matrix: Tensor) -> Tensor:
 
 
 class Weight:
-    """A weight [m, k] in the dtype of the products.
+    """A weight [m, k] in the dtype of the GEMMs.
 
-    A narrower one is widened one block of rows at a time, which costs a product of n rows 1 / n; a wider one is copied
+    A narrower one is widened one block of rows at a time, which costs a GEMM of n rows 1 / n; a wider one is copied
     once, as autocast does."""
 
-    def __init__(self, matrix: Tensor, dtype: torch.dtype):
-        self.dtype, widened = dtype, torch.promote_types(matrix.dtype, dtype) == dtype != matrix.dtype
+    def __init__(self, matrix: Tensor, policy: GemmPolicy):
+        dtype = self.dtype = policy.dtype
+        widened = dtype != matrix.dtype and torch.promote_types(matrix.dtype, dtype) == dtype
         self.matrix = matrix if widened else matrix.to(dtype)
+        self.blocks: list[slice] = []
+        if not widened:
+            return
         block = BLOCK_BYTES if matrix.device.type == "cpu" else BLOCK_BYTES_ON_GPU
         fitting = block // max(1, matrix.shape[1] * dtype.itemsize)
-        rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS) if widened else max(1, matrix.shape[0])
+        rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
         self.blocks = [slice(first, first + rows) for first in range(0, max(1, matrix.shape[0]), rows)]
 
-    def times(self, x: Tensor, out: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """out = x W^T."""
+        if not self.blocks:
+            _into(x, self.matrix.t(), out)
         for block in self.blocks:
-            of_block, into = self.matrix[block].to(self.dtype).t(), out[:, block]
-            if into.is_contiguous() or out.device.type in _STRIDED_OUT:
-                matmul(x, of_block, into)
-            else:
-                into.copy_(matmul(x, of_block, torch.empty_like(into, memory_format=torch.contiguous_format)))
+            _into(x, self.matrix[block].to(self.dtype).t(), out[:, block])
         return out
 
-    def back(self, upstream: Tensor, out: Tensor) -> Tensor:
+    def grad_input(self, upstream: Tensor, out: Tensor) -> Tensor:
         """out = upstream W."""
+        if not self.blocks:
+            return matmul(upstream, self.matrix, out)
         for place, block in enumerate(self.blocks):
             matmul(upstream[:, block], self.matrix[block].to(self.dtype), out, add=place > 0)
         return out
 
 
+def _into(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, where `out` may be columns of a wider matrix."""
+    if out.device.type in _STRIDED_OUT or out.is_contiguous():
+        matmul(a, b, out)
+    else:
+        out.copy_(matmul(a, b, torch.empty_like(out, memory_format=torch.contiguous_format)))
+
+
 class WeightGradient:
     """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to `dtype`.
 
-    On CUDA, and where products on CPU are this library's own, the product itself adds to the float32 sum. ATen has no
-    bfloat16 x bfloat16 -> float32 product on CPU: elsewhere a chunk's product rounds to bfloat16 before it is added,
-    one block of rows at a time. A single chunk needs no float32 sum, nor do two on CPU: the second product is added to
-    the first before its own rounding."""
+    On CUDA, and where GEMMs on CPU are this library's own, the GEMM itself adds to the float32 sum. ATen has no
+    bfloat16 x bfloat16 -> float32 GEMM on CPU: elsewhere a chunk's GEMM rounds to bfloat16 before it is added, one
+    block of rows at a time. A single chunk needs no float32 sum, nor do two on CPU: the second GEMM is added to the
+    first before its own rounding."""
 
-    def __init__(self, shape: torch.Size, gemm_dtype: torch.dtype, dtype: torch.dtype, like: Tensor, chunks: int):
+    def __init__(self, shape: torch.Size, policy: GemmPolicy, dtype: torch.dtype, chunks: int):
         self.dtype, self.empty, self.shape = dtype, True, shape
-        on_cpu = like.device.type == "cpu"
+        device, gemm_dtype = policy.device, policy.dtype
+        on_cpu = device.type == "cpu"
         same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (2 if on_cpu else 1))
-        self.in_gemm = same or _widens(like.device, gemm_dtype)
+        self.in_gemm = same or writes_float32(device, gemm_dtype)
         sum_dtype = gemm_dtype if same else torch.float32
         fitting = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_ON_GPU) // max(1, shape[1] * gemm_dtype.itemsize)
         self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
         pieces = max(1, 4 * shape.numel() // _PIECE_BYTES) if on_cpu and sum_dtype != dtype else 1
         rows = -(-max(1, shape[0]) // (pieces * self.block_rows)) * self.block_rows
         heights = [min(rows, shape[0] - first) for first in range(0, max(1, shape[0]), rows)]
-        self.sums = [workspace((height, shape[1]), sum_dtype, like.device) for height in heights]
+        self.sums = [workspace((height, shape[1]), sum_dtype, device) for height in heights]
 
     def add(self, a: Tensor, b: Tensor) -> None:
         first = 0
@@ -201,13 +247,13 @@ class WeightGradient:
     def _add_rounded(self, a: Tensor, b: Tensor, sum_: Tensor) -> None:
         block = b.new_empty((min(self.block_rows, len(sum_)), self.shape[1]))
         for part, into in zip(a.split(self.block_rows), sum_.split(self.block_rows), strict=True):
-            product = matmul(part, b, block[: len(into)])
+            rounded = matmul(part, b, block[: len(into)])
             if self.empty:
-                into.copy_(product)
+                into.copy_(rounded)
             elif into.device.type == "cpu" and _library.load_error is None:
-                torch.ops.nitp_ops.accumulate_rows_(into, product)
+                torch.ops.nitp_ops.accumulate_rows_(into, rounded)
             else:
-                into += product
+                into += rounded
 
     def result(self) -> Tensor:
         """The gradient; the sum is gone."""

@@ -8,18 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import _check, reference, rows
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
 def scale_gradients(
-    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], anchors: list[Tensor], backend: str, op: str
-) -> list[Tensor]:
-    """upstream * gradient for each in its input's dtype, with the product formed in float32 and rounded once, in one
-    pass; an upstream of zero writes zeros, so that a NaN under it stays out.
+    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], double_backward_inputs: list[Tensor], backend: str,
+    op: str,
+) -> list[Tensor]:  # fmt: skip
+    """upstream * gradient for each in its input's dtype, formed in float32 and rounded once, in one pass; an upstream
+    of zero writes zeros, so that a NaN under it stays out.
 
-    The anchors (the inputs that the gradients depend on) are not read: through them a double backward finds its way
-    here and is refused, where constants would be silently wrong."""
+    The double_backward_inputs (what the gradients depend on) are not read: through them a double backward finds its
+    way here and is refused, where constants would be silently wrong."""
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
@@ -34,9 +35,9 @@ def _rows(dense: Tensor) -> Tensor:
     return dense.view(-1, dense.shape[-1])
 
 
-def power_of_two(scales: Sequence[Tensor]) -> Tensor:
+def power_of_two(scale: Tensor) -> Tensor:
     """0-d, near the largest weight of a row: float16 gradients are formed without it, else they would underflow."""
-    return reference.power_of_two(torch.cat([*scales, scales[0].new_zeros(1)]).abs().amax(0))
+    return reference.power_of_two(torch.cat([scale, scale.new_zeros(1)]).abs().amax(0))
 
 
 def scale_in_place(kernels: Any, gradient: Tensor, factor: Tensor) -> None:
@@ -47,7 +48,7 @@ def scale_in_place(kernels: Any, gradient: Tensor, factor: Tensor) -> None:
 
 
 @scale_gradients.register_fake
-def _(gradients, upstream, inputs, anchors, backend, op):
+def _(gradients, upstream, inputs, double_backward_inputs, backend, op):
     return [torch.empty_like(gradient, dtype=like.dtype) for gradient, like in zip(gradients, inputs, strict=True)]
 
 
@@ -113,34 +114,41 @@ class FormedGradients:
         return gradients
 
 
-def deliver(
-    anchors: list[Tensor], op: str, backend: str, gradients: Sequence[Tensor], upstream: Tensor | None,
-    inputs: Sequence[Tensor], buffers: Sequence[Tensor | None],
+def scaled_gradients(
+    double_backward_inputs: list[Tensor], op: str, backend: str,
+    formed: Sequence[tuple[Tensor, Tensor, Tensor | None]], upstream: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """What autograd gets for each input: upstream * gradient in the input's dtype, None where a buffer took it.
+    """upstream * gradient in its input's dtype for each (gradient, input, buffer); None where a buffer took it.
 
     upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing, another one a pass in
-    place: nobody else holds the gradients. Under create_graph they are tied to the anchors, so that a double backward
-    is refused by name."""
-    if not gradients:
+    place: nobody else holds the gradients. Under create_graph they are tied to the double_backward_inputs, so that a
+    double backward is refused by name."""
+    if not formed:
         return []
+    gradients, inputs, buffers = zip(*formed, strict=True)
     one, eager = upstream is None, type(gradients[0]) is Tensor and gradients[0].device.type != "meta"
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)
-    taken = [(buffer, gradient) for buffer, gradient in zip(buffers, gradients, strict=True) if buffer is not None]
+    taken = [(buffer, gradient) for gradient, _, buffer in formed if buffer is not None]
     if taken:
         add_gradients([buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream, backend)
     free = [place for place, buffer in enumerate(buffers) if buffer is None]
     values, leaves = [gradients[place] for place in free], [inputs[place] for place in free]
     if torch.is_grad_enabled():
-        values = scale_gradients(values, upstream, leaves, anchors, backend, op)
+        values = scale_gradients(values, upstream, leaves, double_backward_inputs, backend, op)
     elif not one and eager:
-        for value in values:
-            scale_in_place(rows.kernels(backend), value, upstream)
+        _scale_in_place(rows.kernels(backend), values, upstream)
     elif not one:
         values = scale_gradients(values, upstream, leaves, [], backend, op)
     result: list[Tensor | None] = [None] * len(gradients)
     for place, value, leaf in zip(free, values, leaves, strict=True):
         result[place] = value.to(leaf.dtype)
     return result
+
+
+def _scale_in_place(kernels: Any, gradients: Sequence[Tensor], factor: Tensor) -> None:
+    if _check.host_reads(factor.device) and factor.item() == 1:
+        return
+    for gradient in gradients:
+        scale_in_place(kernels, gradient, factor)

@@ -5,6 +5,7 @@ This file is the door: signature, checks, normalisation. `_latent_chunks.py` is 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from ._alignment import DISTANCES, AlignmentStats
 from ._devices import sum_dtype
 from ._latent_chunks import Pairs, Projector
 from ._latent_pass import latent_pass
-from ._linear_cross_entropy import REDUCTIONS
 from ._reference_rows import of_live_rows
 
 _OP = "implicit_token_loss"
@@ -95,14 +95,14 @@ def implicit_token_loss(
     """
     projector = _projector(hidden, target, gate_up, gate, up, down)
     _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
-    _check.one_of(_OP, "reduction", reduction, REDUCTIONS)
+    _check.one_of(_OP, "reduction", reduction, _check.REDUCTIONS)
     _check.integer(_OP, "shift", shift, least=0)
     eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(hidden))
     if chunk_bytes is not None:
         _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
     if normalizer is not None:
         if reduction != "mean":
-            raise ValueError(f"{_OP}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
+            raise ValueError(f'{_OP}: normalizer is only supported with reduction="mean", got {reduction!r}')
         _check.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
     if valid is not None:
         _check.is_tensor(_OP, "valid", valid)
@@ -117,7 +117,7 @@ def implicit_token_loss(
     if chosen == "reference":
         if hidden_grad_out is not None:
             raise ValueError(
-                f"{_OP}: hidden_grad_out came with backend='reference', expected none (it leaves gradients to autograd)"
+                f"{_OP}: hidden_grad_out is not supported with backend='reference' (it leaves gradients to autograd)"
             )
         terms = {"valid": valid, "shift": shift, "distance": distance, "eps": eps}
         gate, up = (gate, up) if gate_up is None else gate_up.chunk(2)
@@ -137,10 +137,7 @@ def implicit_token_loss(
     if max_rows is not None and _check.plain(hidden) and int(keep.sum()) > max_rows:
         raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
     gaps = valid is not None or (shift > 0 and keep.numel() > keep.shape[-1])
-    scale = torch.ones((), dtype=sum_dtype(hidden.device), device=hidden.device)
-    if reduction == "mean":
-        scale = scale / (keep.sum().clamp(min=1) if normalizer is None else normalizer)
-    scale = scale.to(reference.working(hidden, target))
+    scale = _scale(hidden, target, keep if valid is not None else None, shift, reduction, normalizer)
     loss, stats = latent_pass(
         Pairs(hidden, target, keep.reshape(-1), scale, hidden_grad_out, shift, max_rows, gaps),
         projector,
@@ -152,6 +149,17 @@ def implicit_token_loss(
     )
     loss = loss.view(keep.shape) if reduction == "none" else loss
     return (loss, AlignmentStats(*(row.view(keep.shape) for row in stats))) if return_stats else loss
+
+
+def _scale(hidden: Tensor, target: Tensor, keep: Tensor | None, shift: int, reduction: str, normalizer: Any) -> Tensor:
+    """0-d: what every loss is multiplied by; keep None: every pair counts that exists."""
+    device, work, wide = hidden.device, reference.working(hidden, target), sum_dtype(hidden.device)
+    if reduction == "mean" and normalizer is None and keep is not None:
+        normalizer = keep.sum().clamp(min=1)
+    if normalizer is not None:
+        return (torch.ones((), dtype=wide, device=device) / normalizer).to(work)
+    pairs = math.prod(hidden.shape[:-2]) * (hidden.shape[-2] - shift)
+    return torch.full((), 1 / max(1, pairs) if reduction == "mean" else 1.0, dtype=work, device=device)
 
 
 def _projector(

@@ -22,36 +22,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, reference
+from . import _check, rows
 from ._chunks import (
     LEAST_BYTES,
     MOST_BYTES,
     PROJECTOR_BYTES_ON_GPU,
     Rows,
+    Selection,
     chunks,
     clear,
     length_of,
     place,
+    rows_of,
     rows_per_chunk,
     select,
     with_zeros,
     workspace,
 )
-from ._gemm import WeightGradient, direct, even_rows, matmul
+from ._gemm import GemmPolicy, WeightGradient, matmul
 from ._gradients import formed_dtype, power_of_two, scale_in_place
+from ._labelled_rows import summed
 
 
 class Pairs(NamedTuple):
     """hidden [..., T, d] and target [..., T, D]; keep bool [N]: the pair that starts there counts.
 
-    scale: of every loss (0-d) or of each ([N]). hidden_buffer says in which dtype the gradient of hidden waits. gaps:
+    scale: of every loss (0-d) or of each ([N]). hidden_grad_out says in which dtype the gradient of hidden waits. gaps:
     pairs that do not count may lie before one that does; else they are the last `shift`."""
 
     hidden: Tensor
     target: Tensor
     keep: Tensor
     scale: Tensor
-    hidden_buffer: Tensor | None
+    hidden_grad_out: Tensor | None
     shift: int
     max_rows: int | None
     gaps: bool
@@ -81,19 +84,32 @@ class Projector(NamedTuple):
         return torch.cat([gate, up]).to(dtype)
 
 
-class Wanted(NamedTuple):
-    """Of which inputs the gradient is wanted; gate and up have one in common."""
+class Call(NamedTuple):
+    """How the pairs of one call are computed, and which gradients are wanted; gate and up have one in common.
 
-    hidden: bool
-    inner: bool
-    down: bool
+    dtype: of the operands of the GEMMs. per_row: each loss, not their sum."""
 
-
-class Options(NamedTuple):
+    backend: str
+    dtype: torch.dtype
     distance: int
     eps: float
     chunk_bytes: int | None
-    dtype: torch.dtype
+    per_row: bool
+    want_hidden: bool
+    want_inner: bool
+    want_down: bool
+
+    @property
+    def differentiates(self) -> bool:
+        return self.want_hidden or self.want_inner or self.want_down
+
+
+class Formed(NamedTuple):
+    """loss: 0-d or [N]; stats [4, N]; the wanted gradients of hidden, [gate; up] as one [2m, d] and down, in turn."""
+
+    loss: Tensor
+    stats: Tensor
+    gradients: list[Tensor]
 
 
 class _Sums(NamedTuple):
@@ -105,57 +121,79 @@ class _Sums(NamedTuple):
     d_down: WeightGradient | None
 
 
-def form(
-    pairs: Pairs, projector: Projector, options: Options, wanted: Wanted, kernels: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(scale * loss [N], stats [4, N], the wanted gradients of hidden, [gate; up] as one [2m, d], down)."""
-    hidden, (gate, up, down), dtype = pairs.hidden, projector, options.dtype
+def forward_and_gradients(pairs: Pairs, projector: Projector, call: Call) -> Formed:
+    """loss = sum of scale * loss over the pairs that count."""
+    hidden, kernels = pairs.hidden, rows.kernels(call.backend)
+    policy = GemmPolicy.of(hidden.device, call.dtype)
     reads, count = _check.host_reads(hidden.device), pairs.keep.numel()
     scale = _bounded(pairs)
-    any_scale = scale != 0
-    unit = power_of_two([scale]) if dtype == torch.float16 else None
-    # the last rows have no partner, so their targets need no bound
-    possible = count if reads else max(0, count - pairs.shift)
-    selected, rest = select(pairs.keep[:possible], pairs.max_rows)
-    rows = length_of(selected)
-    shared = ((gate, wanted.inner), (up, wanted.inner), (down, wanted.down))
-    weights = sum(w.numel() for w, flag in shared if flag and w is not None)
-    width, inner, out_width = hidden.shape[-1], projector.inner, pairs.target.shape[-1]
-    formed = [formed_dtype(w, None) for w, flag in shared if flag and w is not None]
-    itemsize = max(each.itemsize for each in (dtype, *formed))
-    sizes = width, inner, out_width, dtype, options.chunk_bytes, weights, itemsize
-    step = latent_rows(rows, *sizes, device=hidden.device.type)
-    parts = -(-rows // step)
-    work, device = reference.working(hidden, pairs.target), hidden.device
-    sums = _Sums(
-        torch.zeros((4, count), dtype=work, device=device),
-        torch.empty((count, width), dtype=formed_dtype(hidden, pairs.hidden_buffer), device=device)
-        if wanted.hidden
-        else None,
-        WeightGradient(torch.Size((2 * inner, width)), dtype, formed_dtype(gate, None), gate, parts)
-        if wanted.inner and gate is not None
-        else None,
-        WeightGradient(down.shape, dtype, formed_dtype(down, None), down, parts)
-        if wanted.down and down is not None
-        else None,
-    )
+    unit = power_of_two(scale) if policy.dtype == torch.float16 else None
+    selected, rest = _selected(pairs, reads)
+    step = _rows_per_chunk(pairs, projector, call, policy, length_of(selected))
+    parts = -(-length_of(selected) // step)
+    stats = torch.zeros((4, count), dtype=scale.dtype, device=hidden.device)
+    sums = _sums(pairs, projector, call, policy, stats, parts)
     # where no scale is other than zero, nothing is differentiated, and a NaN stays out
-    differentiate = any(wanted) and (not reads or bool(any_scale.any()))
+    differentiate = call.differentiates and (not reads or _some_active(pairs))
     if sums.d_hidden is not None:  # each chunk writes its own rows
-        clear(sums.d_hidden, rest if differentiate else slice(0, count))
-        clear(sums.d_hidden, slice(possible, count))
+        for part in rest if differentiate else (slice(0, count),):
+            clear(sums.d_hidden, part)
     kernel_scale = scale if unit is None else scale / unit
-    _add_all(pairs, projector, options, sums, kernels, selected, step, kernel_scale, differentiate)
+    _add_all(pairs, projector, call, policy, sums, kernels, selected, step, kernel_scale, differentiate)
     if not reads:
-        sums.stats.masked_fill_(~pairs.keep, 0)
-    losses = torch.where(any_scale, sums.stats[0] * scale, 0)
+        stats.masked_fill_(~pairs.keep, 0)
+    if call.per_row:
+        loss = torch.where(scale == 0, 0, stats[0] * scale)
+    else:
+        loss = summed(kernels, stats, scale).to(scale.dtype)
     gradients = [] if sums.d_hidden is None else [sums.d_hidden.view(hidden.shape)]
     gradients += [each.result() for each in (sums.d_gate_up, sums.d_down) if each is not None]
     if not reads:
-        factor = any_scale.any().to(work)
+        factor = (scale != 0).any().to(scale.dtype)
         for gradient in gradients:
             scale_in_place(kernels, gradient, factor if unit is None else factor * unit)
-    return losses, sums.stats, gradients
+    return Formed(loss, stats, gradients)
+
+
+def _selected(pairs: Pairs, reads: bool) -> Selection:
+    """The pairs that are computed; the last `shift` rows have no partner, so their targets need no bound."""
+    count, most = pairs.keep.numel(), pairs.max_rows
+    if not pairs.gaps:
+        possible = max(0, count - pairs.shift)
+        return Selection.range(0, possible if reads or most is None else min(possible, most), count)
+    possible = count if reads else max(0, count - pairs.shift)
+    found, rest = select(pairs.keep[:possible], most)
+    return Selection(found, (*rest, slice(possible, count)) if possible < count else rest)
+
+
+def _some_active(pairs: Pairs) -> bool:
+    """Whether a scale is other than zero; of pairs that do not count none is asked, as none is computed."""
+    return pairs.scale.item() != 0 if pairs.scale.dim() == 0 else bool(_bounded(pairs).any())
+
+
+def _rows_per_chunk(pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, count: int) -> int:
+    (gate, up, down), inner = projector, projector.inner
+    wanted = [w for w, flag in ((gate, call.want_inner), (up, call.want_inner), (down, call.want_down)) if flag]
+    weights = [w for w in wanted if w is not None]
+    itemsize = max(each.itemsize for each in (policy.dtype, *(formed_dtype(w, None) for w in weights)))
+    return latent_rows(
+        count, pairs.hidden.shape[-1], inner, pairs.target.shape[-1], policy.dtype, call.chunk_bytes,
+        sum(w.numel() for w in weights), itemsize, device=pairs.hidden.device.type,
+    )  # fmt: skip
+
+
+def _sums(pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, stats: Tensor, parts: int) -> _Sums:
+    hidden, (gate, _, down), width = pairs.hidden, projector, pairs.hidden.shape[-1]
+    d_hidden = d_gate_up = d_down = None
+    if call.want_hidden:
+        dtype = formed_dtype(hidden, pairs.hidden_grad_out)
+        d_hidden = torch.empty((pairs.keep.numel(), width), dtype=dtype, device=hidden.device)
+    if call.want_inner and gate is not None:
+        shape = torch.Size((2 * projector.inner, width))
+        d_gate_up = WeightGradient(shape, policy, formed_dtype(gate, None), parts)
+    if call.want_down and down is not None:
+        d_down = WeightGradient(down.shape, policy, formed_dtype(down, None), parts)
+    return _Sums(stats, d_hidden, d_gate_up, d_down)
 
 
 def _bounded(pairs: Pairs) -> Tensor:
@@ -167,11 +205,11 @@ def _bounded(pairs: Pairs) -> Tensor:
 
 
 def _add_all(
-    pairs: Pairs, projector: Projector, options: Options, sums: _Sums, kernels: Any, selected: Tensor | slice,
-    step: int, scale: Tensor, differentiate: bool,
+    pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, sums: _Sums, kernels: Any,
+    selected: Tensor | slice, step: int, scale: Tensor, differentiate: bool,
 ) -> None:  # fmt: skip
     """Every chunk; the workspace is gone when this returns, so that a cast of a weight gradient can take its place."""
-    down, dtype, reads = projector.down, options.dtype, _check.host_reads(scale.device)
+    down, dtype, reads = projector.down, policy.dtype, _check.host_reads(scale.device)
     source, latent = Rows(pairs.hidden), Rows(pairs.target)
     by_index = latent.flat and (latent.width < 2 or latent.tensor.stride(-1) == 1)
     # without gaps the rows that do not count are the last ones, which are not selected
@@ -179,14 +217,14 @@ def _add_all(
     gate_up = projector.gate_up(dtype)
     w_down = None if down is None else down.to(dtype)
     inner, out_width = projector.inner, latent.width
-    most = even_rows(min(step, length_of(selected)), scale.device, dtype)
+    most = policy.pad(min(step, length_of(selected)))
     buffer = workspace((most * (3 * inner + out_width),), dtype, scale.device)
     for part in chunks(selected, step):
         h = source.take(part).to(dtype)
         if masked:
             h = h.masked_fill(~pairs.keep[part].unsqueeze(1), 0)
         n = h.shape[0]
-        even = n if w_down is None else even_rows(n, scale.device, dtype)
+        even = n if w_down is None else policy.pad(n)
         h = with_zeros(h, even)
         both = buffer[: even * 2 * inner].view(even, 2 * inner)
         a = buffer[even * 2 * inner : even * 3 * inner].view(even, inner)
@@ -202,10 +240,8 @@ def _add_all(
             matmul(feature, w_down.t(), p)
         stats = sums.stats[:, part] if isinstance(part, slice) else sums.stats.new_empty(4, n)
         z, index = _partners(latent, part, pairs.shift, by_index)
-        part_scale = scale[part].contiguous()
-        kernels.alignment_rows_(
-            p[:n], z, index, part_scale, stats, None, None, options.distance, options.eps, differentiate
-        )
+        part_scale = rows_of(scale, part)
+        kernels.alignment_rows_(p[:n], z, index, part_scale, stats, None, None, call.distance, call.eps, differentiate)
         if not isinstance(part, slice):
             place(sums.stats, 1, part, stats)
         if not differentiate:
@@ -218,7 +254,7 @@ def _add_all(
         if sums.d_gate_up is not None:
             sums.d_gate_up.add(both, h)
         if sums.d_hidden is not None:
-            d_rows = direct(sums.d_hidden, part, dtype) if n == even else None
+            d_rows = policy.out_view(sums.d_hidden, part) if n == even else None
             upstream, weight = (p, w_down) if gate_up is None else (both, gate_up)
             if weight is None:
                 place(sums.d_hidden, 0, part, upstream)
@@ -239,7 +275,7 @@ def _partners(latent: Rows, part: Tensor | slice, shift: int, by_index: bool) ->
 
 
 def row_bytes(width: int, inner: int, out_width: int, dtype: torch.dtype) -> int:
-    """Workspace of one row: gate, up and product; prediction; the gathered and the gradient row of the hidden state."""
+    """Workspace of one row: gate, up and what is made of them; prediction; the hidden state and its gradient."""
     return (3 * inner + out_width + 2 * width) * dtype.itemsize
 
 
@@ -247,7 +283,7 @@ def latent_rows(
     rows: int, width: int, inner: int, out_width: int, dtype: torch.dtype, chunk_bytes: int | None, weights: int,
     itemsize: int, *, device: str = "cpu",
 ) -> int:  # fmt: skip
-    """Rows a chunk. A projector's row is small beside its products: its chunks are few and large (decision 0007).
+    """Rows per chunk. A projector's row is small beside its GEMMs: its chunks are few and large (decision 0007).
 
     weights, itemsize: numbers of the weight gradients, and the bytes of one as `rows_per_chunk` wants them."""
     size = row_bytes(width, inner, out_width, dtype)

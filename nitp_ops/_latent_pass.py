@@ -1,164 +1,169 @@
-"""The custom op around the chunked algorithm of implicit_token_loss (`_latent_chunks.py`), and its backward pass."""
+"""Autograd of implicit_token_loss: a plain autograd.Function, and the custom op that tracing needs around its pass.
+
+The gradients of a scalar loss are formed in the forward pass (`_latent_chunks.py`); the backward pass multiplies them
+by the upstream. Per-row losses are computed again under their upstream.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference, rows
-from ._devices import sum_dtype
+from . import reference
 from ._dispatch import needs_dispatcher
 from ._gemm import gemm_dtype
-from ._gradients import FormedGradients, deliver, formed_dtype, refuse_vmap
-from ._latent_chunks import Options, Pairs, Projector, Wanted, form
+from ._gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
+from ._latent_chunks import Call, Pairs, Projector, forward_and_gradients
+from ._packing import Packing
+
+_OP = "implicit_token_loss"
 
 
 def latent_pass(
-    pairs: Pairs,
-    projector: Projector,
-    *,
-    distance: int,
-    eps: float,
-    chunk_bytes: int | None,
-    backend: str,
+    pairs: Pairs, projector: Projector, *, distance: int, eps: float, chunk_bytes: int | None, backend: str,
     per_row: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """(loss, stats [4, rows]) with loss = scale * sum of the kept pairs' losses.
-
-    Its gradients are formed in the forward pass. per_row: loss [rows] instead of the sum; the backward pass recomputes
-    the chunks under any upstream gradient."""
-    hidden = pairs.hidden
-    wanted = [x is not None and x.requires_grad for x in (hidden, *projector)]
-    wanted = [torch.is_grad_enabled() and not per_row and each for each in wanted]
-    dtype = gemm_dtype("implicit_token_loss", hidden if projector.down is None else projector.down)
-    if projector.down is None and hidden.dtype != torch.float16:
-        dtype = hidden.dtype  # there is no product that autocast could cast
-    tensors = pairs.target.detach(), pairs.keep, pairs.scale, pairs.hidden_buffer
-    options = pairs.shift, pairs.max_rows, pairs.gaps, distance, eps, chunk_bytes, dtype, backend
-    inputs = hidden, *projector, *tensors, *options, wanted, per_row
-    if needs_dispatcher((hidden, *projector, *tensors)):
-        loss, stats, _ = _latent_pass(*inputs)
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(loss, stats [4, rows]) with loss = scale * sum of the kept pairs' losses; per_row: each of them, [rows]."""
+    hidden, (gate, up, down) = pairs.hidden, projector
+    forms = torch.is_grad_enabled() and not per_row
+    dtype = gemm_dtype(_OP, hidden if down is None else down)
+    if down is None and hidden.dtype != torch.float16:
+        dtype = hidden.dtype  # there is no GEMM that autocast could cast
+    call = Call(
+        backend=backend,
+        dtype=dtype,
+        distance=distance,
+        eps=eps,
+        chunk_bytes=chunk_bytes,
+        per_row=per_row,
+        want_hidden=forms and hidden.requires_grad,
+        want_inner=forms and any(x is not None and x.requires_grad for x in (gate, up)),
+        want_down=forms and down is not None and down.requires_grad,
+    )
+    pairs = pairs._replace(target=pairs.target.detach())
+    if needs_dispatcher((hidden, *projector, pairs.target, pairs.keep, pairs.scale, pairs.hidden_grad_out)):
+        loss, stats, _ = _latent_pass(*PACKING.pack(pairs, projector, call))
     else:
-        loss, stats = ImplicitTokenLossFunction.apply(inputs, hidden, *projector)
+        loss, stats = ImplicitTokenLossFunction.apply(pairs, projector, call, hidden, *projector)
     return loss, stats.detach()
 
 
-def forward_and_gradients(
-    hidden: Tensor,
-    gate: Tensor | None,
-    up: Tensor | None,
-    down: Tensor | None,
-    target: Tensor,
-    keep: Tensor,
-    scale: Tensor,
-    hidden_buffer: Tensor | None,
-    shift: int,
-    max_rows: int | None,
-    gaps: bool,
-    distance: int,
-    eps: float,
-    chunk_bytes: int | None,
-    dtype: torch.dtype,
-    backend: str,
-    wanted: list[bool],
-    per_row: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """(loss, stats, gradients): the wanted ones of hidden, [gate; up] as one [2m, d], down, in this order."""
-    pairs = Pairs(hidden, target, keep, scale, hidden_buffer, shift, max_rows, gaps)
-    asked = Wanted(wanted[0], wanted[1] or wanted[2], wanted[3])
-    options = Options(distance, eps, chunk_bytes, dtype)
-    losses, stats, gradients = form(pairs, Projector(gate, up, down), options, asked, rows.kernels(backend))
-    return losses if per_row else losses.sum(dtype=sum_dtype(losses.device)).to(losses.dtype), stats, gradients
+PACKING = Packing(None, Pairs, Projector, Call)
 
 
-_latent_pass = torch.library.custom_op("nitp_ops::latent_pass", mutates_args=())(forward_and_gradients)
+@torch.library.custom_op(
+    "nitp_ops::latent_pass",
+    mutates_args=(),
+    schema=PACKING.schema("(Tensor loss, Tensor stats, Tensor[] gradients)"),
+)
+def _latent_pass(*packed):
+    return tuple(forward_and_gradients(*PACKING.unpack(packed)))
 
 
 @_latent_pass.register_fake
-def _(hidden, gate, up, down, target, keep, scale, hidden_buffer, shift, max_rows, gaps, distance, eps, chunk_bytes,
-      dtype, backend, wanted, per_row):  # fmt: skip
-    work, rows = reference.working(hidden, target), keep.numel()
-    gradients = [hidden.new_empty(hidden.shape, dtype=formed_dtype(hidden, hidden_buffer))] if wanted[0] else []
-    if wanted[1] or wanted[2]:
-        shape = gate.shape if up is None else (2 * gate.shape[0], gate.shape[1])
-        gradients.append(gate.new_empty(shape, dtype=formed_dtype(gate, None)))
-    if wanted[3]:
-        gradients.append(down.new_empty(down.shape, dtype=formed_dtype(down, None)))
-    loss = hidden.new_empty((rows,) if per_row else (), dtype=work)
+def _(*packed):
+    pairs, projector, call = PACKING.unpack(packed)
+    hidden, rows = pairs.hidden, pairs.keep.numel()
+    work = reference.working(hidden, pairs.target)
+    gradients = [
+        x.new_empty(shape, dtype=formed_dtype(x, buffer)) for x, shape, buffer in _leaves(pairs, projector, call)
+    ]
+    loss = hidden.new_empty((rows,) if call.per_row else (), dtype=work)
     return loss, hidden.new_empty((4, rows), dtype=work), gradients
 
 
-def _save(ctx, inputs: Sequence[Any], gradients: list[Tensor]) -> None:
-    tensors, ctx.buffer, ctx.options, (ctx.wanted, ctx.per_row) = inputs[:7], inputs[7], inputs[8:-2], inputs[-2:]
-    ctx.formed = FormedGradients(gradients)
+def _leaves(pairs: Pairs, projector: Projector, call: Call) -> list[tuple[Tensor, Any, Tensor | None]]:
+    """(input, shape of the gradient, buffer) of what is wanted, in the order of the gradients."""
+    hidden, (gate, up, down) = pairs.hidden, projector
+    leaves: list[tuple[Tensor, Any, Tensor | None]] = []
+    if call.want_hidden:
+        leaves.append((hidden, hidden.shape, pairs.hidden_grad_out))
+    if call.want_inner and gate is not None:
+        leaves.append((gate, gate.shape if up is None else (2 * gate.shape[0], gate.shape[1]), None))
+    if call.want_down and down is not None:
+        leaves.append((down, down.shape, None))
+    return leaves
+
+
+def _save(ctx, pairs: Pairs, projector: Projector, call: Call, gradients: Sequence[Tensor]) -> None:
+    ctx.save_for_backward(pairs.hidden, pairs.target, pairs.keep, pairs.scale, *projector)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)  # not the buffer: each backward pass writes to it, which a saved tensor forbids
+    # the buffer is not saved: each backward pass writes to it, which a saved tensor forbids
+    ctx.pairs = pairs._replace(hidden=None, target=None, keep=None, scale=None)
+    ctx.call, ctx.formed = call, FormedGradients(gradients)
 
 
-def _recompute(ctx, saved: Sequence[Tensor], wanted: Sequence[bool], upstream: Tensor | None = None) -> list[Tensor]:
-    """The gradients from the inputs again, under one upstream gradient a row if given."""
-    *tensors, keep, scale = saved
-    shift, max_rows, gaps, *options = ctx.options
-    if upstream is not None:
-        # rows under a zero upstream are left out, so that a NaN in them stays out too
-        keep, scale, gaps = keep & (upstream != 0), upstream.contiguous(), True
-    run: Callable[..., Any] = _latent_pass if needs_dispatcher(saved) else forward_and_gradients
+def _recompute(pairs: Pairs, projector: Projector, call: Call, tensors: Sequence[Tensor | None]) -> list[Tensor]:
     with torch.no_grad():
-        return run(*tensors, keep, scale, ctx.buffer, shift, max_rows, gaps, *options, wanted, False)[-1]
+        if needs_dispatcher(tensors):
+            return _latent_pass(*PACKING.pack(pairs, projector, call))[-1]
+        return forward_and_gradients(pairs, projector, call).gradients
 
 
 def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> tuple[Tensor | None, ...]:
     """Of hidden, gate, up and down; `needed` of them."""
-    wanted, delivered, up = [False] * 4, [], None
-    if upstream is not None:
-        saved = ctx.saved_tensors  # read once: checkpointing allows no second time
-        if ctx.per_row:
-            wanted = needed
-            gradients = _recompute(ctx, saved, wanted, upstream)
-        else:
-            wanted = ctx.wanted
-            gradients = ctx.formed.take(upstream, lambda: _recompute(ctx, saved, wanted))
-        hidden, gate, up, down, *_ = saved
-        flagged = (wanted[0], hidden, ctx.buffer), (wanted[1] or wanted[2], gate, None), (wanted[3], down, None)
-        inputs, buffers = [x for flag, x, _ in flagged if flag], [b for flag, _, b in flagged if flag]
-        anchors = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
-        rest = None if ctx.per_row else upstream
-        delivered = deliver(anchors, "implicit_token_loss", ctx.options[-1], gradients, rest, inputs, buffers)
-    ready = iter(delivered)
-    d_hidden = next(ready) if wanted[0] else None
-    both = next(ready) if wanted[1] or wanted[2] else None
-    d_gate, d_up = (both, None) if both is None or up is None else both.chunk(2)
-    d_down = next(ready) if wanted[3] else None
-    return d_hidden, d_gate if wanted[1] else None, d_up if wanted[2] else None, d_down
+    if upstream is None:
+        return (None,) * 4
+    saved = ctx.saved_tensors  # read once: checkpointing allows no second time
+    hidden, target, keep, scale, *weights = saved
+    pairs = ctx.pairs._replace(hidden=hidden, target=target, keep=keep, scale=scale)
+    projector, call, rest = Projector(*weights), ctx.call, upstream
+    if call.per_row:
+        want_hidden, *want_inner, want_down = needed
+        call = call._replace(per_row=False, want_hidden=want_hidden, want_inner=any(want_inner), want_down=want_down)
+        # rows under a zero upstream are left out, so that a NaN in them stays out too
+        active = pairs._replace(keep=keep & (upstream != 0), scale=upstream.contiguous(), gaps=True)
+        gradients, rest = _recompute(active, projector, call, saved), None
+    else:
+        gradients = ctx.formed.take(upstream, lambda: _recompute(pairs, projector, call, saved))
+    leaves = _leaves(pairs, projector, call)
+    formed = [(gradient, x, buffer) for gradient, (x, _, buffer) in zip(gradients, leaves, strict=True)]
+    double_backward_inputs = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
+    scaled = iter(scaled_gradients(double_backward_inputs, _OP, call.backend, formed, rest))
+    d_hidden = next(scaled) if call.want_hidden else None
+    both = next(scaled) if call.want_inner else None
+    d_down = next(scaled) if call.want_down else None
+    d_gate, d_up = (both, None) if both is None or projector.up is None else both.chunk(2)
+    return d_hidden, d_gate if needed[1] else None, d_up if needed[2] else None, d_down
 
 
 class ImplicitTokenLossFunction(torch.autograd.Function):
     """The pass where nothing but autograd watches."""
 
     @staticmethod
-    def forward(ctx, inputs: Sequence[Any], *_leaves: Tensor | None) -> tuple[Tensor, Tensor]:
-        loss, stats, gradients = forward_and_gradients(*inputs)
-        _save(ctx, inputs, gradients)
+    def forward(ctx, pairs: Pairs, projector: Projector, call: Call, *_leaves: Tensor | None) -> tuple[Tensor, Tensor]:
+        loss, stats, gradients = forward_and_gradients(pairs, projector, call)
+        _save(ctx, pairs, projector, call, gradients)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx, upstream: Tensor | None, _stats) -> tuple[Tensor | None, ...]:
-        return None, *_gradients(ctx, ctx.needs_input_grad[1:], upstream)
+        return None, None, None, *_gradients(ctx, ctx.needs_input_grad[3:], upstream)
 
 
 def _save_traced(ctx, inputs, output) -> None:
+    pairs, projector, call = PACKING.unpack(inputs)
     # detached: an op's own outputs would tie its context into a reference cycle
-    _save(ctx, inputs, [gradient.detach() for gradient in output[-1]])
+    _save(ctx, pairs, projector, call, [gradient.detach() for gradient in output[-1]])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
+    ctx.count = len(inputs)
+
+
+#: Where the op takes hidden, gate, up and down.
+_PLACES = tuple(PACKING.place(name) for name in ("hidden", "gate", "up", "down"))
 
 
 def _differentiate_traced(ctx, upstream: Tensor | None, *_):
-    return *_gradients(ctx, ctx.needs_input_grad[:4], upstream), *(None,) * 14
+    gradients: list[Tensor | None] = [None] * ctx.count
+    needed = [ctx.needs_input_grad[place] for place in _PLACES]
+    for place, gradient in zip(_PLACES, _gradients(ctx, needed, upstream), strict=True):
+        gradients[place] = gradient
+    return tuple(gradients)
 
 
-_latent_pass.register_vmap(refuse_vmap("implicit_token_loss"))
+_latent_pass.register_vmap(refuse_vmap(_OP))
 _latent_pass.register_autograd(_differentiate_traced, setup_context=_save_traced)

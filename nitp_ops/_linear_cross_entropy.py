@@ -1,6 +1,6 @@
 """linear_cross_entropy: w [(1 - e) (lse - z_t) + e (lse - mean z) + c lse^2],  z = cap tanh(scale (W h + b) / cap).
 
-This file is the door: signature, normalisation, stats. `_head_job.py` checks, `_token_chunks.py` is the algorithm.
+The public function. `_term.py` checks, `_token_pass.py` is autograd, `_token_chunks.py` the loop over chunks.
 """
 
 from __future__ import annotations
@@ -8,25 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import _check, reference, rows
-from ._head_job import (
-    HeadJob,
-    check_job,
-    counted,
-    for_reference,
-    head_of,
-    labelled,
-    reference_loss,
-    reference_options,
-    stats_of,
-    tensors_of,
-)
-from ._token_pass import Unembedding, token_pass
+from . import _check, _term_reference, reference
+from ._sequence_rows import gathered_term, own_losses, own_stats
+from ._shards import VocabularyShards, chosen_backend, local_head
+from ._term import CrossEntropyTerm, check_scalar_outputs, checked_term, checked_unembedding, tensors_of
+from ._token_pass import token_pass
+from ._token_stats import stats_of
 
 _OP = "linear_cross_entropy"
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def linear_cross_entropy(
@@ -51,17 +43,18 @@ def linear_cross_entropy(
     hidden_grad_out: Tensor | None = None,
     weight_grad_out: Tensor | None = None,
     return_stats: bool | str = False,
+    group: VocabularyShards | dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Any:
     """Cross-entropy of ``hidden @ unembedding.T`` against labels, with one chunk of logits at a time.
 
     ``z = cap * tanh(scale * (W h + b) / cap)`` (scale, then softcap), ``lse = log sum_v exp(z_v)``,
-    ``loss = w * [(1 - e) * (lse - z_t) + e * (lse - mean_v z_v) + c * lse^2]``; with K weighted targets a row
+    ``loss = w * [(1 - e) * (lse - z_t) + e * (lse - mean_v z_v) + c * lse^2]``; with K weighted targets per row
     ``loss = w * [S * lse - (1 - e) * sum_k w_k z_k - e * S * mean_v z_v + c * lse^2]``, S = sum of present w_k.
 
     Rows go through in chunks; each chunk's logits are overwritten with their gradient, so that scalar reductions
     cost three GEMMs and "none" four. The weight gradient is summed over chunks in float32 and rounded once (two chunks
-    in bfloat16: the second product is added to the rounded first before its own rounding).
+    in bfloat16: the second GEMM is added to the rounded first before its own rounding).
 
     Under torch.compile a number among the options is a constant of the graph, so each new value of one compiles anew;
     past ``torch._dynamo.config.recompile_limit`` values, 8 unless set, the function runs eagerly (``fullgraph=True``:
@@ -70,7 +63,7 @@ def linear_cross_entropy(
     Args:
         hidden: ``[..., d]`` float64, float32, bfloat16 or float16.
         unembedding: ``[V, d]``. GEMMs run in the autocast dtype if autocast is on, else in this dtype;
-            on a CPU without fast products of that (float16; bfloat16 on Intel's without AVX-512) in float32.
+            on a CPU without fast GEMMs of that (float16; bfloat16 on Intel's without AVX-512) in float32.
         labels: ``[...]`` int64 in ``[0, V)``, or `ignore_index`: an ignored row is skipped and reaches nothing. With
             target_weight ``[..., K]``: negative ones are absent too, duplicates add, a row without any is ignored.
         bias: ``[V]``, added to the logits in float32.
@@ -95,11 +88,14 @@ def linear_cross_entropy(
         chunk_bytes: size of one chunk of logits. None: as large as the float32 weight gradient, within 32 to 120 MiB,
             or 512 rows up to 240 MiB; on a GPU 8192 rows, or all of them where that takes no more memory.
         max_rows: a bound on the rows that count, for devices where the host does not know their number; on CPU, where
-            absent rows are always skipped, it is only checked (not while tracing).
+            absent rows are always skipped, it is only checked.
         hidden_grad_out, weight_grad_out: contiguous float32 buffers (float64 for float64) of hidden's and unembedding's
             shape that every backward pass adds the gradient into, upstream included; autograd then gives None for that
             input. Also a pass that asks for other gradients only adds to it.
         return_stats: True: also return `TokenStats`; "entropy": `TokenEntropyStats`, with the entropy of each row.
+        group: the ranks over which the rows of unembedding and bias lie, each rank with its own part: a process group
+            (equally many rows on each) or `nitp_ops.distributed.VocabularyShards`, beside which unembedding may be a
+            DTensor with Shard(0).
         backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
@@ -121,41 +117,36 @@ def linear_cross_entropy(
     Source: cross-entropy with the chunking idea of the field; z-loss: PaLM, arXiv 2204.02311; softcap: Gemma 2,
     arXiv 2408.00118; weighted targets: TOP, arXiv 2508.19228.
     """
-    job = HeadJob(
-        hidden, labels, token_weight, label_smoothing, z_loss, target_weight, class_weight, hidden_grad_out, max_rows
-    )  # fmt: skip
-    head = head_of(
-        _OP, unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out
+    term = CrossEntropyTerm(
+        hidden,
+        labels,
+        token_weight=token_weight,
+        target_weight=target_weight,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        hidden_grad_out=hidden_grad_out,
+        max_rows=max_rows,
     )
-    return token_loss(job, head, reduction, normalizer, return_stats, backend)
-
-
-def token_loss(
-    job: HeadJob, head: Unembedding, reduction: str, normalizer: Any, return_stats: bool | str, backend: str | None
-) -> Any:
-    """`linear_cross_entropy` of arguments in their bundles."""
-    op = head.op
-    check_outputs(op, reduction, normalizer, return_stats, reference.working(head.unembedding))
-    check_job(op, job, head, "")
-    chosen = rows.choose(op, job.hidden.device, backend)
+    head = local_head(_OP, unembedding, bias, group)
+    given = checked_unembedding(
+        _OP, head.weight, head.bias, ignore_index, softcap, logit_scale, chunk_bytes, weight_grad_out, head.shard
+    )
+    check_scalar_outputs(_OP, reduction, normalizer, return_stats, reference.working(given.weight))
+    term = checked_term(_OP, term, given, "")
+    chosen = chosen_backend(given, backend)
     if chosen == "reference":
-        widened = for_reference(job, head)
-        return reference_loss(*widened, reduction, normalizer, return_stats, **reference_options(head))
-    _check.plain_autograd(op, head.unembedding, head.bias, *tensors_of(job))
-    flat = labelled(op, job, head.ignore_index)
-    if reduction == "mean":
-        count = counted(flat, head.ignore_index) if normalizer is None else normalizer
-        flat = flat._replace(row_weight=flat.row_weight / count)
-    loss, values = token_pass([flat], head, chosen, per_row=reduction == "none", entropy=return_stats == "entropy")
-    loss = loss.view(job.hidden.shape[:-1]) if reduction == "none" else loss
-    return (loss, stats_of(values, [job])[0]) if return_stats else loss
-
-
-def check_outputs(op: str, reduction: str, normalizer: Any, return_stats: bool | str, work: torch.dtype) -> None:
-    _check.one_of(op, "reduction", reduction, REDUCTIONS)
-    if normalizer is not None:
-        if reduction != "mean":
-            raise ValueError(f"{op}: normalizer came with reduction={reduction!r}, expected reduction='mean'")
-        _check.scalar(op, "normalizer", normalizer, work)
-    if not isinstance(return_stats, bool) and return_stats != "entropy":
-        raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
+        return _term_reference.token_loss(term, given, logits_dtype, reduction, normalizer, return_stats)
+    _check.plain_autograd(_OP, given.weight, given.bias, *tensors_of(term))
+    ranks = head.sequence_group
+    whole = term if ranks is None else gathered_term(term, ranks)
+    loss, values = token_pass(
+        [whole], given, chosen, logits_dtype, reduction=reduction, normalizer=normalizer,
+        entropy=return_stats == "entropy",
+    )  # fmt: skip
+    if ranks is not None and reduction == "none":
+        loss = own_losses(loss, ranks).view(term.leading)
+    if not return_stats:
+        return loss
+    stats = stats_of(values, [whole])[0]
+    return loss, stats if ranks is None else own_stats(stats, term, ranks)

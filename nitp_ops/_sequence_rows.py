@@ -5,6 +5,7 @@ Gathered in the order of ranks before a pass; backward, the ranks' parts of the 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,31 +13,41 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import reference
-from ._head_job import HeadJob
+from ._term import CrossEntropyTerm
 from ._vocab_shard import all_gather, reduce_scatter
 
 
-def gathered_job(job: HeadJob, group: dist.ProcessGroup) -> HeadJob:
-    """The job with the rows of all ranks, [rows, ...]; gradients of its hidden states come back to those given."""
-    leading = job.hidden.shape[:-1]
-    count, work = leading.numel(), reference.working(job.hidden)
-    many = job.target_weight is not None
+def gathered_term(term: CrossEntropyTerm, group: dist.ProcessGroup) -> CrossEntropyTerm:
+    """The term with the rows of all ranks, [rows, ...]; gradients of its hidden states come back to those given."""
+    leading = term.hidden.shape[:-1]
+    count, work = leading.numel(), reference.working(term.hidden)
+    several = term.several
     # a weight that is one number is the same on all ranks
-    of_rows = job.token_weight is not None and job.token_weight.dim() > 0
-    columns = [job.labels.reshape(count, job.labels.shape[-1] if many else 1)]
-    if job.target_weight is not None:
-        columns.append(_as_integers(job.target_weight.to(work).reshape(columns[0].shape)))
-    if job.token_weight is not None and of_rows:
-        columns.append(_as_integers(job.token_weight.to(work).expand(leading).reshape(count, 1)))
+    of_rows = term.token_weight is not None and term.token_weight.dim() > 0
+    columns = [term.labels.reshape(count, term.labels.shape[-1] if several else 1)]
+    if term.target_weight is not None:
+        columns.append(_as_integers(term.target_weight.to(work).reshape(columns[0].shape)))
+    if term.token_weight is not None and of_rows:
+        columns.append(_as_integers(term.token_weight.to(work).expand(leading).reshape(count, 1)))
     packed = torch.cat(columns, 1)
     whole = packed.new_empty(group.size() * count, packed.shape[1])
     all_gather(whole, packed, group=group)
     labels, *weights = (part.contiguous() for part in whole.split([column.shape[1] for column in columns], 1))
     weights = [weight.to(_bits(work)).view(work) for weight in weights]
-    hidden = GatheredRows.apply(job.hidden.reshape(count, job.hidden.shape[-1]), group, job.hidden_grad_out, work)
-    job = job._replace(hidden=hidden, labels=labels if many else labels.view(-1), hidden_grad_out=None, max_rows=None)
-    job = job._replace(target_weight=weights[0]) if many else job
-    return job._replace(token_weight=weights[-1].view(-1)) if of_rows else job
+    hidden = GatheredRows.apply(term.hidden.reshape(count, term.hidden.shape[-1]), group, term.hidden_grad_out, work)
+    of_term = {"hidden": hidden, "labels": labels if several else labels.view(-1)}
+    if several:
+        of_term["target_weight"] = weights[0]
+    if of_rows:
+        of_term["token_weight"] = weights[-1].view(-1)
+    return replace(term, hidden_grad_out=None, max_rows=None, **of_term)
+
+
+def own_stats(stats: Any, term: CrossEntropyTerm, group: dist.ProcessGroup) -> Any:
+    """`TokenStats` of the rows of this rank, shaped like them."""
+    fields = stats._asdict()
+    shapes = {name: term.labels.shape if name == "target_logit" else term.leading for name in fields}
+    return type(stats)(**{name: own_rows(value, group).reshape(shapes[name]) for name, value in fields.items()})
 
 
 def _as_integers(weight: Tensor) -> Tensor:
@@ -83,6 +94,10 @@ class OwnRows(torch.autograd.Function):
         whole = upstream.new_empty(ctx.group.size() * len(upstream))
         all_gather(whole, upstream.contiguous(), group=ctx.group)
         return whole, None
+
+
+def own_losses(whole: Tensor, group: dist.ProcessGroup) -> Tensor:
+    return OwnRows.apply(whole.view(-1), group)  # type: ignore[return-value]
 
 
 def own_rows(whole: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._devices import for_sums, sum_dtype
-from ._gemm import Weight, direct
+from ._gemm import Weight
 
 #: By their names from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -48,17 +48,19 @@ class VocabShard(NamedTuple):
 
 
 class ShardRows:
-    """The row kernel of one job where the vocabulary is sharded: over each chunk of logits, gradient and values."""
+    """The row kernel of one term where the vocabulary is sharded: over each chunk of logits, gradient and values."""
 
-    def __init__(self, kernels: Any, shard: VocabShard, job: Any, head: Any, bias: Tensor | None, work: torch.dtype):
-        self.kernels, self.job, self.head, self.bias, self.work = kernels, job, head, bias, work
+    def __init__(self, kernels: Any, term: Any, rows: Any, unembedding: Any, bias: Tensor | None, work: torch.dtype):
+        """term, rows: as the caller gave it, and its flat rows."""
+        shard: VocabShard = unembedding.shard
+        self.kernels, self.term, self.head, self.bias, self.work = kernels, term, unembedding, bias, work
         self.group, self.sizes, rank = shard.process_group, shard.sizes, shard.rank
         self.first, self.here = sum(shard.sizes[:rank]), shard.sizes[rank]
         self.vocabulary = sum(shard.sizes)
-        weights, dtype = job.class_weight, sum_dtype(job.row_weight.device)
+        weights, dtype = rows.smoothing_weight, sum_dtype(rows.labels.device)
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = [job.row_weight.new_full((), size, dtype=dtype) for size in self.sizes]
+            masses = [torch.full((), size, dtype=dtype, device=rows.labels.device) for size in self.sizes]
         else:
             masses = [own.sum(dtype=dtype) for own in weights.split(self.sizes)]
         self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
@@ -67,14 +69,14 @@ class ShardRows:
         self, logits: Tensor, labels: Tensor, weight: Tensor | None, scale: Tensor, values: Any, gradient: bool
     ) -> None:
         """As cross_entropy_rows_: the values of each row and, with `gradient`, the gradient over the logits."""
-        head, many = self.head, self.job.many
+        head, many = self.head, self.term.several
         present = (labels != head.ignore_index) & ((labels >= 0) if many else True)
         local = labels - self.first
         owned = present & (local >= 0) & (local < self.here)
         local = local.where(owned, -1)
         fields = self._gathered(logits, local, owned, values)
         top, total, log_sum = self._softmax(fields, values, labels)
-        e, c = self.job.label_smoothing, self.job.z_loss
+        e, c = self.term.label_smoothing, self.term.z_loss
         inside = present & (labels >= 0) & (labels < self.vocabulary)
         w = torch.ones_like(values.target_logit) if weight is None else weight
         # a label outside [0, V) poisons its row
@@ -96,6 +98,7 @@ class ShardRows:
         counted = present.any(1)
         values.stats[0].copy_(loss.where(counted, 0))
         values.stats[1].copy_(lse.where(counted, float("nan")))
+        values.prediction.masked_fill_(~counted, -1)
         if not gradient or self.here == 0:
             return
         live = counted & (scale != 0)
@@ -115,13 +118,13 @@ class ShardRows:
         if self.here > 0:
             self.kernels.cross_entropy_rows_(
                 logits, local, None, self.bias, self.class_weight, None, torch.empty_like(values.stats), at, best, -1,
-                True, self.job.label_smoothing, 0.0, self.head.softcap, self.head.logit_scale, False, parts,
+                True, self.term.label_smoothing, 0.0, self.head.softcap, self.head.logit_scale, False, parts,
             )  # fmt: skip
         else:
             parts[0].fill_(-torch.inf)
         bits = torch.int64 if self.work == torch.float64 else torch.int32
         best = (best + self.first).to(bits).view(self.work)  # carried as bits: float32 has no room for every column
-        wanted = {"max": True, "sum": True, "below": self.job.label_smoothing > 0, "spread": self.head.entropy}
+        wanted = {"max": True, "sum": True, "below": self.term.label_smoothing > 0, "spread": len(values.stats) == 3}
         kept = [part for part, flag in zip(parts, wanted.values(), strict=True) if flag]
         packed = torch.cat([torch.stack([best, *kept]), at.where(owned, 0).t()])
         ranks = len(self.sizes)
@@ -141,14 +144,14 @@ class ShardRows:
         fraction = (peak - top).exp().where(peak != -torch.inf, 0)  # no difference of infinities
         total = (fraction * fields["sum"]).sum(0)
         log_sum = total.log()
-        head, given = self.head, labels != self.head.ignore_index
+        given = labels != self.head.ignore_index
         inside = given & (labels >= 0) & (labels < self.vocabulary)
         # a target lies on one rank: the others add zeros
         values.target_logit.copy_(fields["targets"].sum(0).t().where(inside, float("nan")))
-        if head.entropy:
+        if len(values.stats) == 3:
             apart = (top - peak) * fields["sum"]
             spread = torch.where(fraction > 0, fraction * (fields["spread"] + apart), 0).sum(0)
-            counted = (given & (labels >= 0) if self.job.many else given).any(1)
+            counted = (given & (labels >= 0) if self.term.several else given).any(1)
             values.stats[2].copy_((log_sum + spread / total).where(counted, float("nan")))
         return top, total, log_sum
 
@@ -161,19 +164,18 @@ class ShardRows:
 class ReducedRows:
     """dh = sum over ranks of dlogits_r W_r, in float32 (float64 for float64) and rounded once after the sum."""
 
-    def __init__(self, shard: VocabShard, weight: Weight, product: Tensor, work: torch.dtype):
+    def __init__(self, shard: VocabShard, weight: Weight, part: Tensor, work: torch.dtype):
+        """part: room for dlogits_r W_r, in the dtype that the GEMM writes."""
         self.group, self.weight, self.overlap = shard.process_group, weight, shard.overlap
-        self.sum = product if product.dtype == work else torch.empty_like(product, dtype=work)
-        # where a product of narrow numbers can be written in float32 it is
-        self.product = product if direct(self.sum, slice(0, 0), weight.dtype) is None else self.sum
+        self.part, self.sum = part, part if part.dtype == work else torch.empty_like(part, dtype=work)
 
     def start(self, d_logits: Tensor) -> Callable[[], Tensor]:
         """What waits for the sum of this chunk and returns it: the GEMM of the weight gradient can run meanwhile."""
         count = len(d_logits)
-        product, total = self.product[:count], self.sum[:count]
-        self.weight.back(d_logits, product)
-        if self.product is not self.sum:
-            total.copy_(product)
+        part, total = self.part[:count], self.sum[:count]
+        self.weight.grad_input(d_logits, part)
+        if self.part is not self.sum:
+            total.copy_(part)
         reduction = dist.all_reduce(total, group=self.group, async_op=self.overlap)
 
         def summed() -> Tensor:

@@ -17,7 +17,10 @@ from torch import Tensor
 
 def working(*tensors: Tensor) -> torch.dtype:
     """float64 if any tensor is float64, else float32."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -236,7 +239,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
 
 
 def token_stats(
-    job: Any,
+    term: Any,
     unembedding: Tensor | None,
     *,
     bias: Tensor | None = None,
@@ -248,16 +251,16 @@ def token_stats(
     absent."""
     options = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
     names = ("label_smoothing", "z_loss", "target_weight", "class_weight")
-    terms = {name: getattr(job, name) for name in names}
-    loss = linear_cross_entropy(job.hidden, unembedding, job.labels, reduction="none", **terms, **options)
-    z = transformed_logits(job.hidden, unembedding, bias, softcap, logit_scale)
-    if job.target_weight is None:
-        present = job.labels != ignore_index
-        picked = z.gather(-1, job.labels.where(present, 0).unsqueeze(-1)).squeeze(-1)
+    terms = {name: getattr(term, name) for name in names}
+    loss = linear_cross_entropy(term.hidden, unembedding, term.labels, reduction="none", **terms, **options)
+    z = transformed_logits(term.hidden, unembedding, bias, softcap, logit_scale)
+    if term.target_weight is None:
+        present = term.labels != ignore_index
+        picked = z.gather(-1, term.labels.where(present, 0).unsqueeze(-1)).squeeze(-1)
         keep = present
     else:
-        present = (job.labels != ignore_index) & (job.labels >= 0)
-        picked = z.gather(-1, job.labels.where(present, 0))
+        present = (term.labels != ignore_index) & (term.labels >= 0)
+        picked = z.gather(-1, term.labels.where(present, 0))
         keep = present.any(-1)
     nan, lse = torch.full_like(loss, float("nan")), z.logsumexp(-1)
     p = (z - lse.unsqueeze(-1)).exp()
@@ -272,18 +275,18 @@ def token_stats(
     )
 
 
-def shared_linear_cross_entropy(jobs: Sequence[Any], unembedding: Tensor, **options: Any) -> Tensor:
-    """Sum over jobs of the weighted row losses against one unembedding."""
+def grouped_linear_cross_entropy(terms: Sequence[Any], unembedding: Tensor, **options: Any) -> Tensor:
+    """Sum over terms of the weighted row losses against one unembedding."""
     names = ("token_weight", "label_smoothing", "z_loss", "target_weight", "class_weight")
     losses = [
         linear_cross_entropy(
-            job.hidden,
+            term.hidden,
             unembedding,
-            job.labels,
+            term.labels,
             reduction="sum",
-            **{name: getattr(job, name) for name in names},
+            **{name: getattr(term, name) for name in names},
             **options,
         )
-        for job in jobs
+        for term in terms
     ]
     return torch.stack(losses).sum()

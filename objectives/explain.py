@@ -85,7 +85,7 @@ def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[st
             width=info.hidden_size,
             vocabulary=info.vocab_size,
             dtype=info.dtype,
-            jobs=len(states[head]),
+            terms=len(states[head]),
         )
         over = f"a head [V, d] of {head}" if head else "the unembedding"
         lines.append(f"{', '.join(labels)}: one pass over {over}; {plan}")

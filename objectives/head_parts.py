@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from nitp_ops import HeadJob, TokenStats
+from nitp_ops import CrossEntropyTerm, TokenStats
 from nitp_ops._devices import for_sums, sum_dtype
 
 from .base import HeadRows
@@ -45,14 +45,22 @@ class HeadPart:
         alike = (mine.label_smoothing, mine.z_loss) == (theirs.label_smoothing, theirs.z_loss)
         return mine.hidden is theirs.hidden and self.term == other.term and plain and alike
 
-    def job(self, hidden: Tensor) -> HeadJob:
+    def job(self, hidden: Tensor) -> CrossEntropyTerm:
         """The part as the op takes it; zero weights cost nothing there and let no NaN through."""
         rows, weight = self.rows, self.coefficient
         if rows.token_weight is not None:
             weight = weight * rows.token_weight.to(weight.dtype)
         labels = rows.labels if rows.target_weight is None else _several(rows.labels, self.ignore_index)
         targets, classes = rows.target_weight, rows.class_weight
-        return HeadJob(hidden, labels, weight, rows.label_smoothing, rows.z_loss, targets, classes)
+        return CrossEntropyTerm(
+            hidden,
+            labels,
+            token_weight=weight,
+            target_weight=targets,
+            class_weight=classes,
+            label_smoothing=rows.label_smoothing,
+            z_loss=rows.z_loss,
+        )
 
     def sums(self, stats: TokenStats) -> Sums:
         """SUM (token weights included, the part's weight not) and the rows whose first target is predicted."""
@@ -83,10 +91,17 @@ class Together(NamedTuple):
     def rows(self) -> HeadRows:
         return self.parts[0].rows
 
-    def job(self, hidden: Tensor) -> HeadJob:
+    def job(self, hidden: Tensor) -> CrossEntropyTerm:
         labels, shares, weight = self._targets()
         labels = _several(labels, self.parts[0].ignore_index)
-        return HeadJob(hidden, labels, weight, self.rows.label_smoothing, self.rows.z_loss, shares)
+        return CrossEntropyTerm(
+            hidden,
+            labels,
+            token_weight=weight,
+            target_weight=shares,
+            label_smoothing=self.rows.label_smoothing,
+            z_loss=self.rows.z_loss,
+        )
 
     def sums(self, stats: TokenStats) -> Sums:
         """The row loss of part p is ``(1 - e) (lse - z_p)`` and what is left of the row's loss without its targets."""

@@ -12,16 +12,15 @@ from .streams import Streams
 
 #: What an op raises for an argument that it does not take.
 OP_ERRORS = (TypeError, ValueError, IndexError, NotImplementedError, BackendError)
-_OF_HEADS = ("shared_linear_cross_entropy", "vocab_parallel_shared_linear_cross_entropy")
-_OPS = ("alignment", "implicit_token_loss", "swiglu", *_OF_HEADS)
+_OPS = ("alignment", "grouped_linear_cross_entropy", "implicit_token_loss", "swiglu")
 
 
-def rename(error: Exception, caller: str, jobs: Sequence[str] = ()) -> None:
-    """`op: reason` becomes `caller: reason`, and jobs[i] the name of that job; any other error stays as it is."""
+def rename(error: Exception, caller: str, terms: Sequence[str] = ()) -> None:
+    """`op: reason` becomes `caller: reason`, and terms[i] the name of that term; any other error stays as it is."""
     op, _, reason = str(error).partition(": ")
     if op in _OPS:
-        for place, name in enumerate(jobs):
-            reason = reason.replace(f"jobs[{place}].", f"{name}.")
+        for place, name in enumerate(terms):
+            reason = reason.replace(f"terms[{place}].", f"{name}.")
         error.args = (f"{caller}: {reason}",)
 
 

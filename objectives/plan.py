@@ -5,13 +5,14 @@ loss = sum over parts p of c_p * sum over rows i of p of token_weight_i * row_lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from nitp_ops import TokenStats, shared_linear_cross_entropy
+from nitp_ops import TokenStats, grouped_linear_cross_entropy
 from nitp_ops._check import is_dtensor
+from nitp_ops._shards import VocabularyShards
 
 from .base import HeadReading, LatentPart
 from .head_parts import HeadPart, Sums, Together, rows_of
@@ -72,13 +73,14 @@ def _read(
         outcome = None
         if mine:
             try:
-                outcome = _op_of(weight)(
+                outcome = grouped_linear_cross_entropy(
                     mine,
                     weight,
                     bias=bias,
                     ignore_index=group[0].ignore_index,
                     softcap=info.softcap,
                     logit_scale=info.logit_scale,
+                    group=VocabularyShards() if is_dtensor(weight) else None,
                     backend=backend,
                 )
             except OP_ERRORS as error:
@@ -88,11 +90,3 @@ def _read(
 
     hidden = [*(job.rows.hidden for job in jobs), *(x for each in readings for x in each.hidden)]
     return through_head(head, hidden, use, takes_shards=not readings)
-
-
-def _op_of(weight: Tensor) -> Callable[..., tuple[Tensor, tuple[TokenStats, ...]]]:
-    if not is_dtensor(weight):
-        return shared_linear_cross_entropy
-    from nitp_ops.distributed import vocab_parallel_shared_linear_cross_entropy  # its vocabulary is sharded
-
-    return vocab_parallel_shared_linear_cross_entropy

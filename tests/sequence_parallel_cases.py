@@ -12,16 +12,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from rank_cases import over_ranks
 from torch import Tensor
 from vocab_parallel_cases import cuts, on_all_ranks, own, problem, same
 
 import nitp_ops
-from nitp_ops import HeadJob, _gemm, _sequence_rows, _vocab_shard
-from nitp_ops.distributed import (
-    bytes_per_pass,
-    vocab_parallel_linear_cross_entropy,
-    vocab_parallel_shared_linear_cross_entropy,
-)
+from nitp_ops import CrossEntropyTerm, _gemm, _sequence_rows, _vocab_shard
+from nitp_ops.distributed import VocabularyShards, bytes_per_pass
 
 CASES: dict[str, Callable[[], None]] = {}
 ROWS = 5  # of each rank
@@ -48,7 +45,7 @@ def compare(several: int = 0, upstream: Tensor | float = 0.37, **options: Any) -
         hidden = mine(inputs[0].detach()).clone().requires_grad_()
         weight, bias = (own(x.detach(), cut).clone().requires_grad_() for x in inputs[1:])
         own_options = {name: mine(x) if name in rows_of else x for name, x in options.items()}
-        own_loss, own_stats = vocab_parallel_linear_cross_entropy(
+        own_loss, own_stats = over_ranks(
             hidden, weight, mine(labels), bias=bias, sizes=cut, sequence_parallel=True, return_stats="entropy",
             **own_options,
         )  # fmt: skip
@@ -91,38 +88,42 @@ def a_buffer_takes_the_gradient_of_the_own_rows():
     hidden, weight = mine(inputs[0].detach()).clone().requires_grad_(), own(inputs[1].detach(), cut).requires_grad_()
     buffer = torch.ones_like(hidden)
     options = {"sizes": cut, "sequence_parallel": True, "hidden_grad_out": buffer}
-    vocab_parallel_linear_cross_entropy(hidden, weight, mine(labels), **options).backward()
+    over_ranks(hidden, weight, mine(labels), **options).backward()
     assert hidden.grad is None
     same(buffer, 1 + mine(inputs[0].grad), "buffer")
 
 
 @case
-def jobs_share_a_pass():
+def terms_share_a_pass():
     count = ROWS * dist.get_world_size()
     inputs, labels = problem(rows=count)
     second, several = problem(rows=count, several=2)
     weight = torch.rand(count, 2, dtype=torch.float64)
     factor = torch.tensor(0.3, dtype=torch.float64)
-    jobs = [HeadJob(inputs[0], labels, factor), HeadJob(second[0], several, None, 0.1, target_weight=weight)]
-    loss, stats = nitp_ops.shared_linear_cross_entropy(jobs, inputs[1])
+    terms = [
+        CrossEntropyTerm(inputs[0], labels, token_weight=factor),
+        CrossEntropyTerm(second[0], several, label_smoothing=0.1, target_weight=weight),
+    ]
+    loss, stats = nitp_ops.grouped_linear_cross_entropy(terms, inputs[1])
     loss.backward()
     for sequence_parallel in (False, True):
         take = mine if sequence_parallel else lambda x: x
         for cut in cuts(23):
-            hidden = [take(job.hidden.detach()).clone().requires_grad_() for job in jobs]
+            hidden = [take(term.hidden.detach()).clone().requires_grad_() for term in terms]
             shard = own(inputs[1].detach(), cut).clone().requires_grad_()
-            own_jobs = [
-                HeadJob(hidden[0], take(labels), factor),
-                HeadJob(hidden[1], take(several), None, 0.1, target_weight=take(weight)),
+            own_terms = [
+                CrossEntropyTerm(hidden[0], take(labels), token_weight=factor),
+                CrossEntropyTerm(hidden[1], take(several), label_smoothing=0.1, target_weight=take(weight)),
             ]
-            # chunks of three rows: some hold rows of both jobs
-            own_loss, own_stats = vocab_parallel_shared_linear_cross_entropy(
-                own_jobs, shard, sizes=cut, sequence_parallel=sequence_parallel, chunk_bytes=3 * 8 * max(cut)
+            # chunks of three rows: some hold rows of both terms
+            shards = VocabularyShards(sizes=cut, sequence_parallel=sequence_parallel)
+            own_loss, own_stats = nitp_ops.grouped_linear_cross_entropy(
+                own_terms, shard, group=shards, chunk_bytes=3 * 8 * max(cut)
             )
             own_loss.backward()
             same(own_loss.detach(), loss.detach(), "loss")
             same(shard.grad, own(inputs[1].grad, cut), "dW")
-            for a, b in zip(hidden, jobs, strict=True):
+            for a, b in zip(hidden, terms, strict=True):
                 same(a.grad, take(b.hidden.grad), "dh")
             for a, b in zip(own_stats, stats, strict=True):
                 for name in b._fields:
@@ -164,7 +165,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             inputs, labels = problem(rows=rows, dtype=dtype, several=several)
             labels = labels.clamp(min=0)
             work = torch.float64 if dtype == torch.float64 else torch.float32
-            products = torch.float32 if dtype in _gemm._WITHOUT_PRODUCTS else dtype
+            products = torch.float32 if dtype in _gemm._WITHOUT_GEMM else dtype
             weight = torch.ones(rows, several, dtype=work) if several else None
             options: dict[str, Any] = {"label_smoothing": smoothing, "return_stats": "entropy" if entropy else True}
             wanted = {"targets": several or 1, "label_smoothing": smoothing > 0, "entropy": entropy, "dtype": dtype}
@@ -173,7 +174,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
                 with counted() as calls:
                     shard = own(inputs[1].detach(), cut).clone().requires_grad_()
                     size = chunk_rows * max(cut) * products.itemsize
-                    loss, _ = vocab_parallel_linear_cross_entropy(
+                    loss, _ = over_ranks(
                         inputs[0], shard, labels, sizes=cut, target_weight=weight, chunk_bytes=size, **options
                     )
                     loss.backward()
@@ -183,7 +184,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             with counted() as calls:
                 take = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
                 hidden, shard = inputs[0].detach()[take].requires_grad_(), own(inputs[1].detach(), cut).requires_grad_()
-                loss, _ = vocab_parallel_linear_cross_entropy(
+                loss, _ = over_ranks(
                     hidden, shard, labels[take], sizes=cut, target_weight=None if weight is None else weight[take],
                     sequence_parallel=True, **options,
                 )  # fmt: skip
@@ -201,7 +202,7 @@ def no_gradient_is_summed_that_nobody_wants():
     cut = cuts(23)[0]
     with counted() as calls:
         shard = own(inputs[1].detach(), cut).clone().requires_grad_()
-        vocab_parallel_linear_cross_entropy(inputs[0].detach(), shard, labels, sizes=cut).backward()
+        over_ranks(inputs[0].detach(), shard, labels, sizes=cut).backward()
     assert [len(x) for x in calls.values()] == [1, 0, 0]
 
 
@@ -213,9 +214,7 @@ def torch_compile_gives_the_same():
     for rows_are_sharded in (False, True):
 
         def step(hidden: Tensor, shard: Tensor, sequence_parallel: bool = rows_are_sharded) -> Tensor:
-            return vocab_parallel_linear_cross_entropy(
-                2 * hidden, shard, labels, sizes=cut, sequence_parallel=sequence_parallel
-            )
+            return over_ranks(2 * hidden, shard, labels, sizes=cut, sequence_parallel=sequence_parallel)
 
         found = []
         for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):

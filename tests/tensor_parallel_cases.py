@@ -22,7 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from vocab_parallel_cases import on_all_ranks, same
 
 import nitp_ops
-from nitp_ops.distributed import vocab_parallel_linear_cross_entropy
+from nitp_ops.distributed import VocabularyShards
 from nitp_ops.objectives import Streams, build
 
 SPEC = "ntp + mtp_shared + 0.5*top + mtp_parallel(offsets=[4]) + mtp_sequential(depth=2) + 0.8*nitp"
@@ -181,9 +181,9 @@ def dtensors_that_are_no_vocabulary_shards_are_refused():
     for placement in (Replicate(), Shard(1)):
         wrong = distribute_tensor(weight, mesh, [placement])
         with pytest.raises(TypeError, match=r"expected Shard[(]0[)] once"):
-            vocab_parallel_linear_cross_entropy(hidden, wrong, labels)
+            nitp_ops.linear_cross_entropy(hidden, wrong, labels, group=VocabularyShards())
     shard = distribute_tensor(weight, mesh, [Shard(0)])
-    with pytest.raises(TypeError, match=r"unembedding is a DTensor.*vocab_parallel_linear_cross_entropy"):
+    with pytest.raises(TypeError, match=r"unembedding is a DTensor.*group=nitp_ops.distributed.VocabularyShards"):
         nitp_ops.linear_cross_entropy(hidden, shard, labels)
     for name, given in {"hidden": (hidden, labels), "labels": (hidden, labels)}.items():
         given = [
@@ -191,7 +191,7 @@ def dtensors_that_are_no_vocabulary_shards_are_refused():
             for n, x in zip(("hidden", "labels"), given, strict=True)
         ]
         with pytest.raises(TypeError, match=f"{name} is a DTensor"):
-            vocab_parallel_linear_cross_entropy(given[0], shard, given[1])
+            nitp_ops.linear_cross_entropy(given[0], shard, given[1], group=VocabularyShards())
         with pytest.raises(TypeError, match=f"{name} is a DTensor"):
             nitp_ops.linear_cross_entropy(given[0], weight, given[1])
     # FSDP's shard of a head, read outside of its forward, looks like a vocabulary shard

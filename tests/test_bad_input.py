@@ -8,9 +8,9 @@ import torch
 
 import nitp_ops
 from nitp_ops import cross_entropy as ce
+from nitp_ops import grouped_linear_cross_entropy as shared
 from nitp_ops import implicit_token_loss as itl
 from nitp_ops import linear_cross_entropy as lce
-from nitp_ops import shared_linear_cross_entropy as shared
 
 H, W, Y = torch.zeros(3, 4), torch.zeros(9, 4), torch.zeros(3, dtype=torch.int64)
 G, U, D = torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(4, 8)
@@ -37,7 +37,7 @@ WRONG = [
     (IndexError, r"labels\[1\] is 9, expected a value in", lambda: lce(H, W, torch.tensor([0, 9, 1]))),
     (IndexError, r"labels\[0\] is -1,", lambda: lce(H, W, torch.tensor([-1, 2, 1]))),
     (ValueError, "reduction is 'avg', expected one of 'mean', 'sum', 'none'", lambda: lce(H, W, Y, reduction="avg")),
-    (ValueError, "normalizer came with reduction='sum'", lambda: lce(H, W, Y, reduction="sum", normalizer=2)),
+    (ValueError, "normalizer is only supported with reduction", lambda: lce(H, W, Y, reduction="sum", normalizer=2)),
     (ValueError, "normalizer is 0, expected a number > 0", lambda: lce(H, W, Y, normalizer=0)),
     (ValueError, "label_smoothing is 1.5, expected", lambda: lce(H, W, Y, label_smoothing=1.5)),
     (TypeError, "z_loss is 'x', expected a number >= 0", lambda: lce(H, W, Y, z_loss=A_WORD)),
@@ -62,7 +62,7 @@ WRONG = [
     (ValueError, r"labels has shape \(3,\), expected \(3, K\)", lambda: lce(H, W, Y, target_weight=Y1W)),
     (IndexError, r"labels\[2, 1\] is 9, expected a value in", lambda: lce(H, W, Y2 + 8, target_weight=Y2W)),
     (ValueError, r"class_weight has shape \(3,\), expected \(9,\)", lambda: lce(H, W, Y, class_weight=torch.ones(3))),
-    (ValueError, "class_weight came with target_weight", TWICE),
+    (ValueError, "class_weight is not supported with target_weight", TWICE),
     (TypeError, "logits_dtype is 'x', expected 'auto' or a torch.dtype", lambda: lce(H, W, Y, logits_dtype="x")),
     (ValueError, "logits_dtype is torch.bfloat16, expected", lambda: lce(H, W, Y, logits_dtype=torch.bfloat16)),
     (ValueError, "logits_dtype is torch.int64, expected", INTEGER_LOGITS),
@@ -73,9 +73,9 @@ WRONG = [
     (ValueError, r"hidden_grad_out has shape \(9, 4\), expected \(3, 4\)", lambda: lce(H, W, Y, hidden_grad_out=W)),
     (ValueError, "hidden_grad_out came, but hidden requires no", lambda: lce(H, W, Y, hidden_grad_out=H.clone())),
     (ValueError, "hidden_grad_out has strides", lambda: lce(HL, W, Y, hidden_grad_out=torch.zeros(4, 3).t())),
-    (ValueError, "hidden_grad_out came with backend='reference'", IN_PYTHON),
-    (ValueError, "jobs is empty", lambda: shared([], W)),
-    (ValueError, r"jobs\[0\].labels has shape", lambda: shared([nitp_ops.HeadJob(H, Y[:1])], W)),
+    (ValueError, r"hidden_grad_out is not supported with backend=.reference.", IN_PYTHON),
+    (ValueError, "terms is empty", lambda: shared([], W)),
+    (ValueError, r"terms\[0\].labels has shape", lambda: shared([nitp_ops.CrossEntropyTerm(H, Y[:1])], W)),
     (ValueError, r"target has shape \(2, 4\), expected \(3, 4\)", lambda: itl(H, H[:2], G, U, D)),
     (ValueError, "up is None, expected gate and up together", lambda: itl(H, H, G, None, D)),
     (ValueError, "gate_up came with gate and up, expected one of them", lambda: itl(H, H, G, U, D, gate_up=G)),
@@ -103,12 +103,12 @@ WRONG = [
     (ValueError, r"labels is on meta, expected cpu \(where logits is", lambda: ce(H, Y.to("meta"))),
     (ValueError, r"bias has shape \(9,\), expected \(4,\)", lambda: ce(H, Y, bias=W[:, 0])),
     (ValueError, r"class_weight has shape \(9,\), expected \(4,\)", lambda: ce(H, Y, class_weight=W[:, 0])),
-    (ValueError, "^cross_entropy: normalizer came with", lambda: ce(H, Y, reduction="sum", normalizer=2)),
+    (ValueError, "^cross_entropy: normalizer is only supported", lambda: ce(H, Y, reduction="sum", normalizer=2)),
     (ValueError, "^cross_entropy: return_stats is 'all'", lambda: ce(H, Y, return_stats="all")),
     (TypeError, "inplace_gradient is 'x', expected True or False", lambda: ce(H, Y, inplace_gradient=A_WORD)),
-    (ValueError, r"inplace_gradient=True came with logits of strides \(0, 1\), expected rows", OVERLAPPING),
-    (ValueError, r"inplace_gradient=True came with logits of strides \(1, 3\), expected rows", COLUMNS),
-    (ValueError, "inplace_gradient=True came with backend='reference', expected False", IN_PLACE_IN_PYTHON),
+    (ValueError, r"logits has strides \(0, 1\), expected dense rows", OVERLAPPING),
+    (ValueError, r"logits has strides \(1, 3\), expected dense rows", COLUMNS),
+    (ValueError, r"inplace_gradient is not supported with backend=.reference.", IN_PLACE_IN_PYTHON),
     (ValueError, "eps is 0, expected a number > 0", lambda: nitp_ops.alignment(H, H, eps=0)),
     (ValueError, r"target has shape \(9, 4\), expected \(3, 4\)", lambda: nitp_ops.alignment(H, W)),
     (TypeError, "up is float64, expected float32", lambda: nitp_ops.swiglu(H, H.double())),

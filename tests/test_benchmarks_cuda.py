@@ -181,7 +181,8 @@ def test_the_floor_runs_every_product_and_is_its_faster_form(cpu_in_its_place, m
 @pytest.mark.parametrize("kernel", row_kernels.KERNELS)
 def test_a_row_kernel_moves_its_arguments_once_each(cpu_in_its_place, kernel):
     numbers = {"swiglu_rows": 3, "swiglu_rows_backward_": 5, "alignment_rows_": 3}  # others: what they overwrite
-    expected = 4 * 16 * (2 * 4 + 2) if kernel == "accumulate_rows_" else 4 * 16 * 2 * numbers.get(kernel, 2)
+    own = {"accumulate_rows_": 4 * 16 * (2 * 4 + 2), "prepare_rows_": 4 * (2 * 8 + 4 * 4), "finish_rows_": 4 * 2 * 4}
+    expected = own.get(kernel, 4 * 16 * 2 * numbers.get(kernel, 2))
     assert _kernels.table()[kernel].sample(4, 16, torch.bfloat16).moved == expected
     rows = row_kernels.measure_kernel(
         at, ["ours"], kernel=kernel, sizes={"N": 4, "D": 16}, dtype="bfloat16", rounds=2, seconds=9
@@ -225,6 +226,7 @@ def test_the_cases_are_those_of_the_plan():
     assert ("implicit_token_loss", 8192, 4096, "bfloat16") in found
     assert ("nitp_over_ntp", 16384, 1280, 152064, "bfloat16") in found
     assert {dtype for op, *_, dtype in found if op == "alignment_rows_"} == {"bfloat16", "float32"}
-    assert {dtype for op, *_, dtype in found if op == "accumulate_rows_"} == {"bfloat16"}
+    for kernel in ("accumulate_rows_", "prepare_rows_", "finish_rows_"):
+        assert {dtype for op, *_, dtype in found if op == kernel} == {"bfloat16"}
     stages = [subject for subjects in gpu_stages.SUBJECTS.values() for subject in subjects]
     assert sorted(stages) == sorted(cuda_run.SUBJECTS)

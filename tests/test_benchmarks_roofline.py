@@ -51,12 +51,12 @@ def test_an_h200_should_take_this_many_times_the_gemms_at_most(op, sizes, reach)
 def test_an_h100_took_about_that(op, sizes, chunks, found):
     """Measured on 2026-11-26 at commit 1e48a0d, which moved more (decision 0036)."""
     now = cost(op, sizes, chunks)
-    copied = 0.0
+    copied, launches = 0.0, 15 + 10 * chunks
     if op == "linear_cross_entropy":  # its kernel took 1.15 of a copy
         copied = (1.15 / roofline.CROSS_ENTROPY - 1) * now.row_bytes
     if op == "implicit_token_loss":  # hidden states masked, its gradient zeroed, gate and up joined
-        copied = 6 * sizes["N"] * sizes["d"] + 32 * sizes["d"] ** 2
-    then = Cost(now.flops, now.row_bytes, now.sum_bytes + copied, now.launches)
+        copied, launches = 6 * sizes["N"] * sizes["d"] + 32 * sizes["d"] ** 2, 29 + 7 * chunks
+    then = Cost(now.flops, now.row_bytes, now.sum_bytes + copied, launches)
     assert then.ratio(H100) == pytest.approx(found, abs=0.04)
 
 
@@ -67,6 +67,7 @@ def test_a_call_launches_no_more_small_kernels_than_the_model_says(chunks):
     labels = torch.randint(0, v, (n,))
     with without_reading(), SmallKernels() as count:
         nitp_ops.linear_cross_entropy(hidden, weight, labels, chunk_bytes=2 * n * v // chunks).backward()
+    # of few chunks the weight gradient needs no cast
     assert 0 <= cost("linear_cross_entropy", head(n, d, v), chunks).launches - count.launched.total() <= 1
 
 
@@ -86,7 +87,7 @@ def test_a_call_of_nitp_launches_no_more_small_kernels_than_the_model_says(chunk
     call = nitp_ops.implicit_token_loss
     with without_reading(), SmallKernels() as count:
         call(hidden.requires_grad_(), target, gate, up, down, chunk_bytes=size).backward()
-    assert 0 <= cost(OP, {"N": batch * length, "d": d}, chunks).launches - count.launched.total() <= 3
+    assert 0 <= cost(OP, {"N": batch * length, "d": d}, chunks).launches - count.launched.total() <= 2
 
 
 def test_the_bytes_of_the_weight_gradient_s_sum_grow_with_the_chunks():
@@ -109,7 +110,7 @@ def test_the_chunks_are_those_that_the_op_makes_on_a_gpu():
 def test_faster_memory_brings_the_ratio_down_to_the_launches():
     found = cost("linear_cross_entropy", head(4096, 4096, 128256))
     assert found.ratio(Rates(H200.flops, 1e30, 0.0)) == 1
-    assert found.ratio(Rates(H200.flops, 1e30)) == pytest.approx(1 + 25 * 2.5e-6 * H200.flops / found.flops)
+    assert found.ratio(Rates(H200.flops, 1e30)) == pytest.approx(1 + 12 * 2.5e-6 * H200.flops / found.flops)
 
 
 def test_what_two_losses_take_is_what_they_take_together():

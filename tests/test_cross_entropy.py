@@ -130,7 +130,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     logits, labels = make(40)
     bias = torch.randn(31, dtype=torch.float64, requires_grad=True)
     whole = outputs(loss_of(nitp_ops, labels, reduction="sum"), [logits, bias])
-    monkeypatch.setattr(nitp_ops._cross_entropy, "LEAST_BYTES", 7 * 31 * 8)
+    monkeypatch.setattr(nitp_ops._logits_pass, "LEAST_BYTES", 7 * 31 * 8)
     for ours in (loss_of(nitp_ops, labels, reduction="sum"), in_place(labels, reduction="sum")):
         for a, b in zip(outputs(ours, [logits, bias]), whole, strict=True):
             close(a, b)
@@ -171,6 +171,18 @@ def test_ignored_and_weightless_rows_that_are_nan_reach_nothing(backend):
     ours = loss_of(nitp_ops, labels, token_weight=weight, backend=backend)
     for a, b in zip(outputs(ours, [spoiled.requires_grad_()]), outputs(ours, [logits]), strict=True):
         assert torch.equal(a, b)
+
+
+@BACKENDS
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_weight_of_zero_hides_a_loss_that_is_no_number(backend, reduction):
+    logits, labels = make()
+    with torch.no_grad():
+        logits[3], logits[5, labels[5]] = torch.nan, -torch.inf
+    weight = torch.ones(12, dtype=torch.float64)
+    weight[[3, 5]] = 0
+    loss = nitp_ops.cross_entropy(logits, labels, token_weight=weight, reduction=reduction, backend=backend)
+    assert loss.isfinite().all() and (reduction == "sum" or (loss == 0).tolist() == (weight == 0).tolist())
 
 
 def test_an_upstream_of_zero_gives_zeros_whatever_it_meets():
@@ -217,6 +229,8 @@ def test_the_gradient_stands_where_the_logits_were(backend):
 class Unseen:
     """Row kernels whose writes autograd does not see, as Triton's."""
 
+    prepare_rows_, finish_rows_ = torch.ops.nitp_ops.prepare_rows_, torch.ops.nitp_ops.finish_rows_
+
     @staticmethod
     def cross_entropy_rows_(logits, *rest):
         torch.ops.nitp_ops.cross_entropy_rows_(logits.data, *rest)
@@ -258,7 +272,7 @@ def test_reading_the_logits_leaves_their_version():
 @BACKENDS
 @pytest.mark.parametrize(("overwrite", "gradients"), [(False, 1), (True, 0)])
 def test_the_memory_is_one_gradient_or_none(overwrite, gradients, backend, monkeypatch):
-    monkeypatch.setattr(nitp_ops._cross_entropy, "LEAST_BYTES", 2**16)
+    monkeypatch.setattr(nitp_ops._logits_pass, "LEAST_BYTES", 2**16)
     monkeypatch.setattr(blocks, "BLOCK", 2**12)
     leaf, labels = make(1024, 500, torch.bfloat16)
     logits = leaf * 1

@@ -50,10 +50,10 @@ def latents(dtype: torch.dtype, **options):
 
 def shared(dtype: torch.dtype, **options):
     first, second, weight = leaf(9, 8, dtype=dtype), leaf(5, 8, dtype=dtype), leaf(33, 8, dtype=dtype)
-    jobs = [nitp_ops.HeadJob(x, torch.randint(0, 33, (len(x),)), **options) for x in (first, second)]
+    jobs = [nitp_ops.CrossEntropyTerm(x, torch.randint(0, 33, (len(x),)), **options) for x in (first, second)]
 
     def call():
-        loss, stats = nitp_ops.shared_linear_cross_entropy(jobs, weight)
+        loss, stats = nitp_ops.grouped_linear_cross_entropy(jobs, weight)
         return loss, [field for of_job in stats for field in of_job]
 
     return (first, second, weight), call

@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: What an argument did. Other kinds of errors tell of the world (a rank that stopped), and Python's own of attributes.
 VERB = r"(is|are|were|has|have|holds|lacks?|came|requires|can|returned|disagrees|at column)"
 REFUSALS = ("TypeError", "ValueError", "IndexError", "NotImplementedError", "SpecError")
-FORM = re.compile(rf"\S.* {VERB}\b.*[,;(] ?expected \S")
+FORM = re.compile(rf"\S.* (?:{VERB}\b.*[,;(] ?expected \S|is (?:not|only) supported\b)")
 #: Expectations, or all of a message, that a variable holds: the other tests see them.
 COMPUTED = (": {}", ", {}", ", {}{}")
 NAMED = re.compile(rf"^[\w.]+: {FORM.pattern}")

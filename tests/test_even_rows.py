@@ -6,7 +6,7 @@ from budget import close, outputs
 
 from nitp_ops import explain, implicit_token_loss, linear_cross_entropy
 from nitp_ops._chunks import with_zeros
-from nitp_ops._gemm import even_rows, has_own
+from nitp_ops._gemm import has_native_gemm, pad_to_alignment
 
 CPU = torch.device("cpu")
 COUNTS = [1, 7, 8, 9, 15, 23, 2049]
@@ -16,10 +16,10 @@ COUNTS = [1, 7, 8, 9, 15, 23, 2049]
     ("rows", "even"), [(0, 0), (3, 3), (8, 8), (9, 16), (511, 512), (2047, 2048), (2049, 2064), (4096, 4096)]
 )
 def test_a_product_has_a_multiple_of_eight_rows_and_of_sixteen_where_they_are_many(rows, even):
-    assert even_rows(rows, CPU, torch.float64) == even
-    assert even_rows(rows, torch.device("cuda"), torch.float64) == rows
+    assert pad_to_alignment(rows, CPU, torch.float64) == even
+    assert pad_to_alignment(rows, torch.device("cuda"), torch.float64) == rows
     for dtype in (torch.float32, torch.bfloat16):
-        assert even_rows(rows, CPU, dtype) == (rows if has_own("cpu", dtype) else even)
+        assert pad_to_alignment(rows, CPU, dtype) == (rows if has_native_gemm("cpu", dtype) else even)
 
 
 def test_explain_counts_the_zeros():

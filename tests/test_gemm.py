@@ -8,7 +8,9 @@ from processor import parameters
 
 from nitp_ops import _gemm, _library
 
-pytestmark = pytest.mark.skipif(not _gemm.has_own("cpu", torch.float32), reason="products are another library's here")
+pytestmark = pytest.mark.skipif(
+    not _gemm.has_native_gemm("cpu", torch.float32), reason="GEMMs are another library's here"
+)
 DTYPES = (torch.float32, torch.bfloat16)
 SETS = ("avx2", "avx512", "avx512_bf16")
 BEST = _library.instruction_set()
@@ -144,7 +146,7 @@ def test_the_portable_instruction_set_leaves_products_to_torch(instruction_set):
     a, b = torch.randn(40, 50), torch.randn(50, 60)
     try:
         _library.choose_instruction_set("portable")
-        assert not any(_gemm.has_own("cpu", dtype) for dtype in DTYPES)
+        assert not any(_gemm.has_native_gemm("cpu", dtype) for dtype in DTYPES)
         with pytest.raises(RuntimeError, match="not for this processor"):
             gemm(torch.empty(40, 60), a, b)
         product = _gemm.matmul(a.bfloat16(), b.bfloat16(), torch.empty(40, 60, dtype=torch.bfloat16))

@@ -10,7 +10,7 @@ from without_reading import without_reading
 
 import nitp_ops
 from benchmarks import cases
-from nitp_ops import _gemm, _token_chunks, _token_pass, reference, torch_rows
+from nitp_ops import _gemm, _head_pass, _token_chunks, reference, torch_rows
 from nitp_ops._chunks import row_stride
 
 ROWS, WIDTH, VOCABULARY = 65, 32, 301
@@ -28,7 +28,7 @@ def widening(monkeypatch):
         return out.copy_(a.float() @ b.float() + (out if add else 0))
 
     monkeypatch.setattr(_gemm, "matmul", matmul)
-    monkeypatch.setattr(_gemm, "_widens", lambda device, dtype: True)
+    monkeypatch.setattr(_gemm, "writes_float32", lambda device, dtype: True)
     return seen
 
 
@@ -64,9 +64,10 @@ def test_a_gap_behind_each_row_of_logits_changes_no_bit(monkeypatch, kernels, re
         with way(reads, kernels):
             return outputs(loss, [*inputs, bias])
 
-    dense, seen, times = run(), [], _gemm.Weight.times
-    monkeypatch.setattr(_token_chunks, "row_stride", lambda columns, device: row_stride(columns, "cuda"))
-    monkeypatch.setattr(_gemm.Weight, "times", lambda *given: seen.append(given[2].stride()) or times(*given))
+    dense, seen, times = run(), [], _gemm.Weight.forward
+    for module in (_token_chunks, _head_pass):
+        monkeypatch.setattr(module, "row_stride", lambda columns, device: row_stride(columns, "cuda"))
+    monkeypatch.setattr(_gemm.Weight, "forward", lambda *given: seen.append(given[2].stride()) or times(*given))
     padded = run()
     assert set(seen) == {(320, 1)}
     for a, b in zip(padded, dense, strict=True):
@@ -98,11 +99,16 @@ def test_float32_logits_come_from_narrow_operands_only_where_those_are_all_there
     assert _gemm.operand_dtype("cuda", bf16, [bf16], bf16) == bf16
 
 
+def as_on_cuda(monkeypatch):
+    of_device = _gemm.operand_dtype
+    monkeypatch.setattr(_gemm, "operand_dtype", lambda device, *given: of_device("cuda", *given))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunks", [1, 5])
 @pytest.mark.parametrize("reads", [True, False])
 def test_float32_logits_of_narrow_operands_stay_in_the_budget(widening, monkeypatch, dtype, chunks, reads):
-    monkeypatch.setattr(_token_pass, "operand_dtype", lambda device, *given: _gemm.operand_dtype("cuda", *given))
+    as_on_cuda(monkeypatch)
     inputs, labels = head(dtype)
     size = -(-ROWS // chunks) * VOCABULARY * 6
     options = {"logits_dtype": torch.float32, "chunk_bytes": size}
@@ -122,10 +128,10 @@ def test_float32_logits_of_narrow_operands_stay_in_the_budget(widening, monkeypa
 
 
 def test_the_workspace_of_float32_logits_holds_their_rounded_gradient_where_one_is_wanted(widening, monkeypatch):
-    monkeypatch.setattr(_token_pass, "operand_dtype", lambda device, *given: _gemm.operand_dtype("cuda", *given))
+    as_on_cuda(monkeypatch)
     with (
         mock.patch.object(_token_chunks, "rows_per_chunk", wraps=_token_chunks.rows_per_chunk) as planned,
-        mock.patch.object(_token_chunks, "workspace", wraps=_token_chunks.workspace) as made,
+        mock.patch.object(_head_pass, "workspace", wraps=_head_pass.workspace) as made,
     ):
         (hidden, weight), labels = head(torch.bfloat16)
         nitp_ops.linear_cross_entropy(hidden, weight, labels, logits_dtype=torch.float32)

@@ -79,10 +79,10 @@ def test_each_job_of_a_shared_pass_has_its_own_bound(backend):
 
     def loss(bounds):
         jobs = [
-            nitp_ops.HeadJob(hidden, each)._replace(max_rows=most)
+            nitp_ops.CrossEntropyTerm(hidden, each, max_rows=most)
             for each, most in zip((labels, other), bounds, strict=True)
         ]
-        return nitp_ops.shared_linear_cross_entropy(jobs, weight, backend=served(backend))[0]
+        return nitp_ops.grouped_linear_cross_entropy(jobs, weight, backend=served(backend))[0]
 
     count = int((labels >= 0).sum())
     close(loss((count, count + 3)), loss((None, None)))

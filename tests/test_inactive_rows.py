@@ -10,7 +10,7 @@ from torch import Tensor
 from without_reading import without_reading
 
 import nitp_ops
-from nitp_ops import HeadJob
+from nitp_ops import CrossEntropyTerm
 
 NAN, INF = float("nan"), float("inf")
 LABELS = torch.tensor([1, 2, 5, 4, 10])
@@ -51,8 +51,11 @@ def test_a_row_of_weight_zero_has_no_gradient_whatever_the_unembedding_holds(chu
 def test_so_has_a_row_of_one_job_beside_rows_of_another(chunk_bytes):
     hidden, weight = head(INF)
     other = torch.randn(3, 6, requires_grad=True)
-    jobs = [HeadJob(hidden, LABELS, torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])), HeadJob(other, LABELS[:3])]
-    loss, _ = nitp_ops.shared_linear_cross_entropy(jobs, weight, chunk_bytes=chunk_bytes)
+    jobs = [
+        CrossEntropyTerm(hidden, LABELS, token_weight=torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0])),
+        CrossEntropyTerm(other, LABELS[:3]),
+    ]
+    loss, _ = nitp_ops.grouped_linear_cross_entropy(jobs, weight, chunk_bytes=chunk_bytes)
     ours, theirs = torch.autograd.grad(loss, (hidden, other))
     assert not ours[[1, 4]].any() and ours[[0, 2, 3]].isnan().any(-1).all() and theirs.isnan().any(-1).all()
 

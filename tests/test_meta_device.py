@@ -19,7 +19,9 @@ def inputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
 CALLS = {
     "mean": lambda h, w, g, u, d, z, y: nitp_ops.linear_cross_entropy(h, w, y),
     "none": lambda h, w, g, u, d, z, y: nitp_ops.linear_cross_entropy(h, w, y, reduction="none"),
-    "shared": lambda h, w, g, u, d, z, y: nitp_ops.shared_linear_cross_entropy([nitp_ops.HeadJob(h, y)] * 2, w)[0],
+    "shared": lambda h, w, g, u, d, z, y: nitp_ops.grouped_linear_cross_entropy(
+        [nitp_ops.CrossEntropyTerm(h, y)] * 2, w
+    )[0],
     "projector": lambda h, w, g, u, d, z, y: nitp_ops.implicit_token_loss(h, z.detach(), g, u, d),
     "no projector": lambda h, w, g, u, d, z, y: nitp_ops.implicit_token_loss(h, z.detach(), None, None, None),
     "alignment": lambda h, w, g, u, d, z, y: nitp_ops.alignment(h, z),

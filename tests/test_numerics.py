@@ -15,7 +15,7 @@ def products(request):
     """Every test with the CPU's products by nitp_ops, where it has them, and by the libraries that others use."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "libraries":
-            patch.setattr(_gemm, "has_own", lambda device, dtype: False)
+            patch.setattr(_gemm, "has_native_gemm", lambda device, dtype: False)
         yield request.param
 
 
@@ -181,7 +181,7 @@ def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_pro
 
     monkeypatch.setattr(_token_chunks, "rows_per_chunk", spy)
     monkeypatch.setattr(_latent_chunks, "rows_per_chunk", spy)
-    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", set())
+    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", set())
     hidden, weight = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
     if narrow:
         hidden, weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
@@ -191,38 +191,40 @@ def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_pro
     assert set(seen) == {2 if narrow else 4}
 
 
-def test_jobs_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
-    def plan(jobs, rows):
+def test_terms_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
+    def plan(terms, rows):
         sizes = {"width": 1024, "vocabulary": 25_000, "dtype": torch.bfloat16}
-        return nitp_ops.explain("linear_cross_entropy", rows=rows, jobs=jobs, **sizes)
+        return nitp_ops.explain("linear_cross_entropy", rows=rows, terms=terms, **sizes)
 
     gradient = 4 * 1024 * 25_000
     one, four = plan(1, 8192), plan(4, 8192)
     assert 0.9 * gradient < one.workspace_bytes <= gradient
     assert 0.5 * gradient < four.workspace_bytes <= 0.6 * gradient
     assert (four.flops, four.accumulator_bytes) == (4 * one.flops, one.accumulator_bytes)
-    # and no larger than the longest job, unless that is small: then jobs share chunks
+    # and no larger than the longest term, unless that is small: then terms share chunks
     assert (plan(4, 801).chunk_rows, plan(4, 801).chunks) == (808, 4)
     few = plan(4, 100)
     assert (few.chunk_rows, few.chunks) == (400, 1)
-    on_a_gpu = nitp_ops.explain("linear_cross_entropy", rows=100, width=64, vocabulary=99, jobs=4, device="cuda")
-    assert on_a_gpu.chunks == 4  # nobody may know there which jobs are silent
-    with pytest.raises(ValueError, match="jobs is 2, expected 1"):
-        nitp_ops.explain("implicit_token_loss", rows=1, width=8, jobs=2)
+    on_a_gpu = nitp_ops.explain("linear_cross_entropy", rows=100, width=64, vocabulary=99, terms=4, device="cuda")
+    assert on_a_gpu.chunks == 4  # nobody may know there which terms are silent
+    with pytest.raises(ValueError, match="terms is 2, expected 1"):
+        nitp_ops.explain("implicit_token_loss", rows=1, width=8, terms=2)
 
 
 def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
     for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
         monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
     monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(_chunks.rows_per_chunk, least=1))
-    monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)  # libraries round the product of every chunk
-    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", set())
+    monkeypatch.setattr(
+        _gemm, "has_native_gemm", lambda device, dtype: False
+    )  # libraries round the product of every chunk
+    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", set())
     hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
     labels = torch.randint(0, 64, (512,))
 
     def gradient(*weights):
-        jobs = [nitp_ops.HeadJob(hidden, labels, torch.tensor(w)) for w in weights]
-        return torch.autograd.grad(nitp_ops.shared_linear_cross_entropy(jobs, weight)[0], weight)[0]
+        terms = [nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(w)) for w in weights]
+        return torch.autograd.grad(nitp_ops.grouped_linear_cross_entropy(terms, weight)[0], weight)[0]
 
     assert torch.equal(gradient(1.0), gradient(1.0, 0.0))
     assert not torch.equal(gradient(1.0), gradient(0.5, 0.5))  # chunks of half the rows round in other places
@@ -230,7 +232,7 @@ def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_where_the_cpu_has_no_product_of_a_dtype_it_is_formed_in_float32(monkeypatch, dtype):
-    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", {torch.float16, torch.bfloat16})
+    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", {torch.float16, torch.bfloat16})
     hidden, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 24), (90, 24)))
     loss = partial(nitp_ops.linear_cross_entropy, labels=torch.arange(40), chunk_bytes=90 * 4 * 16)
     ours, exact = outputs(loss, [hidden, weight]), outputs(loss, widened([hidden, weight]))
@@ -243,10 +245,10 @@ def test_where_the_cpu_has_no_product_of_a_dtype_it_is_formed_in_float32(monkeyp
 def test_a_sum_in_pieces_is_the_sum(monkeypatch, height):
     monkeypatch.setattr(_gemm, "BLOCK_BYTES", 1)  # 16 rows a block
     chunks = [(torch.randn(24, height).bfloat16(), torch.randn(24, 8).bfloat16()) for _ in range(3)]
-    gradients, pieces = [], []
+    gradients, pieces, policy = [], [], _gemm.GemmPolicy.of(torch.device("cpu"), torch.bfloat16)
     for bytes_of_one in (2**40, 1000):
         monkeypatch.setattr(_gemm, "_PIECE_BYTES", bytes_of_one)
-        sum_ = _gemm.WeightGradient(torch.Size((height, 8)), torch.bfloat16, torch.bfloat16, chunks[0][0], chunks=3)
+        sum_ = _gemm.WeightGradient(torch.Size((height, 8)), policy, torch.bfloat16, chunks=3)
         for a, b in chunks:
             sum_.add(a, b)
         pieces.append(len(sum_.sums))

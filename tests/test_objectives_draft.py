@@ -273,7 +273,9 @@ def test_a_trunk_that_breaks_its_word_is_refused_by_name():
             return self.model(torch.cat([token_ids, token_ids], dim=1))
 
     own = objective("ntp + mtp_sequential(source=last_residual)")
-    with pytest.raises(ValueError, match=r"^draft: the trunk's streams lack last_residual, head, embed, expected last_"):
+    with pytest.raises(
+        ValueError, match=r"^draft: the trunk's streams lack last_residual, head, embed, expected last_"
+    ):
         own.draft(Silent(Model(0)), torch.tensor([[1, 2]]), 4)
     with pytest.raises(ValueError, match=r"returned streams of shape \(1, 4\), expected \(1, 2\)"):
         own.draft(Long(Model(0)), torch.tensor([[1, 2]]), 4)

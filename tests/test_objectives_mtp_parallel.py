@@ -77,9 +77,11 @@ def test_a_residual_head_is_the_trunk_plus_silu_and_starts_as_the_trunk():
 
 def test_all_heads_and_ntp_share_one_pass_over_the_unembedding(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    real = plan_module.shared_linear_cross_entropy
+    real = plan_module.grouped_linear_cross_entropy
     monkeypatch.setattr(
-        plan_module, "shared_linear_cross_entropy", lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k)
+        plan_module,
+        "grouped_linear_cross_entropy",
+        lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k),
     )
     batch, spec = make_batch(), "ntp + 0.5*mtp_parallel(z_loss=0.1)"
     loss = build(spec, model=INFO)(batch.streams()).loss

@@ -24,10 +24,10 @@ def token_loss(batch: Batch, b: int, t: int, k: int, smoothing: float = 0.0, z_l
 def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many jobs each pass over a head was given."""
     calls: list[int] = []
-    real = plan_module.shared_linear_cross_entropy
+    real = plan_module.grouped_linear_cross_entropy
     monkeypatch.setattr(
         plan_module,
-        "shared_linear_cross_entropy",
+        "grouped_linear_cross_entropy",
         lambda given, *a, **k: calls.append(len(given)) or real(given, *a, **k),
     )
     return calls

@@ -40,9 +40,11 @@ def test_the_plan_equals_the_sum_of_its_terms(weights, smoothing, z_loss, softca
 
 def test_head_terms_of_one_head_share_one_pass(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    real = plan_module.shared_linear_cross_entropy
+    real = plan_module.grouped_linear_cross_entropy
     monkeypatch.setattr(
-        plan_module, "shared_linear_cross_entropy", lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k)
+        plan_module,
+        "grouped_linear_cross_entropy",
+        lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k),
     )
     build("ntp + a: 0.5*ntp(z_loss=1) + nitp + b: 0*ntp", model=INFO)(make_batch().streams())
     assert calls == [3]

@@ -62,9 +62,13 @@ def calls(labels=LABELS):
     yield "alignment", lambda h, w, g, u, d: nitp_ops.alignment(h, TARGET.to(h.dtype))
     yield "swiglu", lambda h, w, g, u, d: nitp_ops.swiglu(h, h.sin())
     yield (
-        "shared_linear_cross_entropy",
-        lambda h, w, g, u, d: nitp_ops.shared_linear_cross_entropy(
-            [nitp_ops.HeadJob(h, labels, torch.tensor(0.1)), nitp_ops.HeadJob(h * 2, labels)], w
+        "grouped_linear_cross_entropy",
+        lambda h, w, g, u, d: nitp_ops.grouped_linear_cross_entropy(
+            [
+                nitp_ops.CrossEntropyTerm(h, labels, token_weight=torch.tensor(0.1)),
+                nitp_ops.CrossEntropyTerm(h * 2, labels),
+            ],
+            w,
         )[0],
     )
 
@@ -164,7 +168,7 @@ def test_the_reference_backend_gives_the_same_numbers(call, monkeypatch):
 def test_autocast_decides_the_gemm_dtype_and_gradients_keep_their_inputs_dtype():
     hidden, weight, gate, up, down = tensors()
     bias = torch.randn(11, requires_grad=True)
-    dtype = torch.float32 if torch.bfloat16 in _gemm._WITHOUT_PRODUCTS else torch.bfloat16
+    dtype = torch.float32 if torch.bfloat16 in _gemm._WITHOUT_GEMM else torch.bfloat16
     half = [x.detach().to(dtype) for x in (hidden, weight, gate, up, down)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = nitp_ops.linear_cross_entropy(hidden, weight, LABELS, bias=bias)

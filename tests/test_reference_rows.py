@@ -35,7 +35,7 @@ def latent(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
 
 
 def shared(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    return nitp_ops.shared_linear_cross_entropy([nitp_ops.HeadJob(hidden, LABELS)], weight, **options)[0]
+    return nitp_ops.grouped_linear_cross_entropy([nitp_ops.CrossEntropyTerm(hidden, LABELS)], weight, **options)[0]
 
 
 def gradients(call: Any, upstream: Tensor, hidden: Tensor, **options: Any) -> list[Tensor]:

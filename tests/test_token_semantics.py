@@ -152,7 +152,8 @@ def test_weights_are_widened_a_block_at_a_time(monkeypatch):
     hidden, weight, labels = make(rows=20, width=16, vocabulary=500, dtype=torch.bfloat16)
     whole = outputs(lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32), [hidden, weight])
     monkeypatch.setattr(_gemm, "BLOCK_BYTES", 16 * 4 * 64)
-    assert len(_gemm.Weight(weight.detach(), torch.float32).blocks) == 8
+    policy = _gemm.GemmPolicy.of(weight.device, torch.float32)
+    assert len(_gemm.Weight(weight.detach(), policy).blocks) == 8
     blocks = outputs(lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32), [hidden, weight])
     close(blocks[0], whole[0], 1e-6)
     for a, b in zip(blocks[1:], whole[1:], strict=True):

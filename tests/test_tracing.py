@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 import nitp_ops
-from nitp_ops import HeadJob
+from nitp_ops import CrossEntropyTerm
 
 
 class Model(nn.Module):
@@ -38,7 +38,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     "targets": lambda m, h, y, z: nitp_ops.linear_cross_entropy(
         h, m.head, torch.stack([y, y], -1), target_weight=torch.ones(*y.shape, 2)
     ),
-    "shared": lambda m, h, y, z: nitp_ops.shared_linear_cross_entropy([HeadJob(h, y), HeadJob(z, y)], m.head),
+    "shared": lambda m, h, y, z: nitp_ops.grouped_linear_cross_entropy(
+        [CrossEntropyTerm(h, y), CrossEntropyTerm(z, y)], m.head
+    ),
     "latent": lambda m, h, y, z: nitp_ops.implicit_token_loss(
         h, z, m.gate, m.up, m.down, valid=y > 3, return_stats=True
     ),

@@ -8,7 +8,7 @@ from budget import EPS
 from torch._dynamo import compiled_autograd
 
 import nitp_ops
-from nitp_ops import _gemm, _gradients, _token_chunks, reference
+from nitp_ops import _gemm, _gradients, reference
 
 N, D, V = 24, 64, 96
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -40,7 +40,9 @@ def case(dtype: torch.dtype, rows: int = N):
 
 def waits(dtype: torch.dtype) -> bool:
     """Whether a GEMM of such operands can add into a float32 sum here."""
-    return _gemm.widest(torch.device("cpu"), dtype) == (torch.float64 if dtype == torch.float64 else torch.float32)
+    return _gemm.GemmPolicy.of(torch.device("cpu"), dtype).out_dtype == (
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
 
 
 def exact(hidden, weight, labels, upstream: float) -> list[torch.Tensor]:
@@ -113,8 +115,11 @@ def test_no_gradient_of_the_weight_is_formed(ran, monkeypatch):
     monkeypatch.setattr(_gradients, "add_gradients", refuse)
     hidden, weight, labels, buffer = case(torch.float32)
     nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer).backward()
-    jobs = [nitp_ops.HeadJob(hidden[: N // 2], labels[: N // 2]), nitp_ops.HeadJob(hidden[N // 2 :], labels[N // 2 :])]
-    nitp_ops.shared_linear_cross_entropy(jobs, weight, weight_grad_out=buffer)[0].backward()
+    jobs = [
+        nitp_ops.CrossEntropyTerm(hidden[: N // 2], labels[: N // 2]),
+        nitp_ops.CrossEntropyTerm(hidden[N // 2 :], labels[N // 2 :]),
+    ]
+    nitp_ops.grouped_linear_cross_entropy(jobs, weight, weight_grad_out=buffer)[0].backward()
     frozen = hidden.detach()
     nitp_ops.linear_cross_entropy(frozen, weight, labels, weight_grad_out=buffer).backward()
     assert len(ran) == 3
@@ -137,8 +142,9 @@ def test_where_it_does_not_wait_the_buffer_takes_the_gradient_all_the_same(ran, 
 
 def test_float16_waits_in_float32_where_a_gemm_could_add(ran, monkeypatch):
     """As on a GPU: without its upstream the gradient of float16 logits would underflow."""
-    monkeypatch.setattr(_gemm, "_WITHOUT_PRODUCTS", frozenset())
-    monkeypatch.setattr(_token_chunks, "widest", lambda device, dtype: torch.float32)
+    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", frozenset())
+    policy = _gemm.GemmPolicy(torch.device("cpu"), torch.float16, torch.float16, torch.float32)
+    monkeypatch.setattr(_gemm.GemmPolicy, "of", lambda *given: policy)
     hidden, weight, labels, buffer = case(torch.float16)
     started, (_, of_weight) = buffer.clone(), exact(hidden, weight, labels, 1.0)
     nitp_ops.linear_cross_entropy(hidden.detach(), weight, labels, weight_grad_out=buffer).backward()
@@ -150,7 +156,7 @@ def test_float16_waits_in_float32_where_a_gemm_could_add(ran, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_buffer_has_no_graph_under_create_graph(ran, monkeypatch, dtype, own):
     if not own:  # as on a processor that this library has no GEMM for
-        monkeypatch.setattr(_gemm, "has_own", lambda device, dtype: False)
+        monkeypatch.setattr(_gemm, "has_native_gemm", lambda device, dtype: False)
     hidden, weight, labels, buffer = case(dtype)
     for _ in range(2):
         loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from without_reading import NoReading, without_reading
 
 import nitp_ops
-from nitp_ops import HeadJob, reference
+from nitp_ops import CrossEntropyTerm, reference
 
 NAN = float("nan")
 #: No bound, one that is too large for nothing, and one that just holds.
@@ -96,10 +96,10 @@ def everything(with_bounds: bool):
             (loss * 0.3).sum().backward(retain_graph=True)
             loss.sum().backward()
         jobs = [
-            HeadJob(hidden, labels, 0.5 * weights, max_rows=most),
-            HeadJob(hidden, labels, torch.zeros(()).double()),
+            CrossEntropyTerm(hidden, labels, token_weight=0.5 * weights, max_rows=most),
+            CrossEntropyTerm(hidden, labels, token_weight=torch.zeros(()).double()),
         ]
-        nitp_ops.shared_linear_cross_entropy(jobs, weight)[0].backward()
+        nitp_ops.grouped_linear_cross_entropy(jobs, weight)[0].backward()
         nitp_ops.alignment(h, h.detach() + 1).sum().backward()
         nitp_ops.swiglu(h, h).sum().backward()
 
@@ -167,12 +167,14 @@ def test_a_nan_under_a_weight_of_zero_reaches_no_gradient():
 @pytest.mark.parametrize("options", [{}, {"chunk_bytes": 400}], ids=["one chunk", "several"])
 def test_a_weight_of_zero_leaves_the_other_jobs_bit_identical(options):
     hidden, weight, labels = head(dtype=torch.bfloat16)
-    silent = HeadJob(torch.randn(31, 5).bfloat16(), torch.randint(0, 33, (31,)), torch.tensor(0.0))
+    silent = CrossEntropyTerm(
+        torch.randn(31, 5).bfloat16(), torch.randint(0, 33, (31,)), token_weight=torch.tensor(0.0)
+    )
 
     def loss(*others):
         def of_tensors(hidden, weight):
-            jobs = [HeadJob(hidden, labels, torch.tensor(0.2)), *others]
-            return nitp_ops.shared_linear_cross_entropy(jobs, weight, **options)[0]
+            jobs = [CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(0.2)), *others]
+            return nitp_ops.grouped_linear_cross_entropy(jobs, weight, **options)[0]
 
         return of_tensors
 
@@ -187,7 +189,7 @@ def test_float16_gradients_do_not_underflow_under_a_large_count(monkeypatch):
     hidden, weight, labels = head(64, 32, 50)
     inputs = [hidden.detach().half().requires_grad_(), weight.detach().half().requires_grad_()]
     h, z, *projector = (x.detach().half().requires_grad_(x.requires_grad) for x in latent.make(length=32, width=16))
-    for module in ("_token_pass", "_latent_pass"):
+    for module in ("_gemm", "_latent_pass"):
         monkeypatch.setattr(f"nitp_ops.{module}.gemm_dtype", lambda *_: torch.float16)
     options = {"normalizer": 2.0**22}  # a gradient of a logit is 1e-9 then: float16 ends at 6e-8
     token_loss, latent_loss = (

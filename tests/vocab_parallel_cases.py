@@ -2,7 +2,6 @@
 
 # Gradients that a backward pass just left, and options in dictionaries, are more than a type checker follows.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
-# pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
 import functools
@@ -14,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from budget import within_budget
+from rank_cases import over_ranks
 from torch import Tensor
 
 import nitp_ops
 from nitp_ops import reference
-from nitp_ops.distributed import shard_rows, vocab_parallel_linear_cross_entropy
+from nitp_ops.distributed import shard_rows
 
 D, NAN = 6, float("nan")
 CASES: dict[str, Callable[[], None]] = {}
@@ -65,7 +65,7 @@ def run(inputs, labels, cut, upstream: Any = 0.37, **options: Any) -> tuple[list
         weight, bias = (
             None if x is None else own(x.detach(), cut).clone().requires_grad_(x.requires_grad) for x in (weight, bias)
         )
-        loss = vocab_parallel_linear_cross_entropy(hidden, weight, labels, bias=bias, sizes=cut, **options)
+        loss = over_ranks(hidden, weight, labels, bias=bias, sizes=cut, **options)
     else:
         loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
     loss, stats = loss if options.get("return_stats") else (loss, None)
@@ -205,15 +205,15 @@ def a_second_backward_pass_and_gradient_buffers():
     for cut in cuts(23):
         hidden, weight = inputs[0].detach().requires_grad_(), own(inputs[1].detach(), cut).clone().requires_grad_()
         expected, _ = run([*inputs[:2], None], labels, None, 1.0)
-        loss = vocab_parallel_linear_cross_entropy(hidden, weight, labels, sizes=cut)
+        loss = over_ranks(hidden, weight, labels, sizes=cut)
         first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
         second = torch.autograd.grad(loss * 2, (hidden, weight))
         for a, b, c in zip(first, second, (expected[1], own(expected[2], cut)), strict=True):
             same(a, c, "first")
             same(b, 2 * c, "second")
         buffers = torch.ones_like(hidden), torch.ones_like(weight)
-        options = {"hidden_grad_out": buffers[0], "weight_grad_out": buffers[1], "sizes": cut}
-        loss = vocab_parallel_linear_cross_entropy(hidden, weight, labels, **options)
+        out = {"hidden_grad_out": buffers[0], "weight_grad_out": buffers[1]}
+        loss = over_ranks(hidden, weight, labels, sizes=cut, **out)
         (0.5 * loss).backward()
         assert hidden.grad is None and weight.grad is None
         same(buffers[0], 1 + 0.5 * expected[1], "hidden buffer")
@@ -233,7 +233,7 @@ def a_tied_embedding_adds_both_gradients():
         embedded = rows.detach().clone()
         dist.all_reduce(embedded)
         hidden = (embedded + inputs[0].detach()).requires_grad_()
-        vocab_parallel_linear_cross_entropy(hidden, shard, labels, sizes=cut).backward()
+        over_ranks(hidden, shard, labels, sizes=cut).backward()
         rows.backward(hidden.grad)  # on each rank its own rows of the embedding
         same(shard.grad, own(whole.grad, cut), f"tied at {cut}")
 
@@ -274,20 +274,20 @@ def what_does_not_fit_is_refused_by_name():
     rank, cut = dist.get_rank(), cuts(23)[0]
     shard = own(weight.detach(), cut)
     wrong: dict[str, dict[str, Any]] = {
-        "exactly one of them": {"vocab_size": 23, "sizes": cut},
+        "expected at most one of them": {"vocab_size": 23, "sizes": cut},
         f"expected .23, d. on rank {rank}": {"vocab_size": 23 * dist.get_world_size()},
-        "one a rank": {"sizes": cut[1:]},
-        "it knows no shards": {"sizes": cut, "backend": "reference"},
+        "one per rank": {"sizes": cut[1:]},
+        "not supported with a sharded unembedding": {"sizes": cut, "backend": "reference"},
         "overlap is 1, expected True or False": {"sizes": cut, "overlap": 1},
-        "expected a keyword": {"sizes": cut, "smoothing": 0.1},
+        "group is a int, expected a ProcessGroup or a VocabularyShards": {"group": 3},
         r"class_weight has shape \(5,\), expected \(23,\)": {"sizes": cut, "class_weight": torch.ones(5)},
     }
     for message, options in wrong.items():
         with pytest.raises((TypeError, ValueError), match=message):
-            vocab_parallel_linear_cross_entropy(hidden, shard, labels, **options)
+            over_ranks(hidden, shard, labels, **options)
     labels[3] = 23
     with pytest.raises(IndexError, match=r"labels\[3\] is 23, expected a value in \[0, 23\)"):
-        vocab_parallel_linear_cross_entropy(hidden, shard, labels, sizes=cut)
+        over_ranks(hidden, shard, labels, sizes=cut)
 
 
 @case

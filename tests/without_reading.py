@@ -11,14 +11,14 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nitp_ops import _alignment, _check, _cross_entropy, _gradients, _latent_pass, _swiglu, _token_pass, rows
+from nitp_ops import _alignment, _check, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass, rows
 
 #: Operators that make the host wait for a value.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "item"}
 
 OWN: dict[Any, Any] = {
     op._opoverload: op
-    for module in (_alignment, _cross_entropy, _gradients, _latent_pass, _swiglu, _token_pass)
+    for module in (_alignment, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass)
     for op in vars(module).values()
     if isinstance(op, CustomOpDef)
 }
