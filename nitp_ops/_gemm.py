@@ -143,20 +143,21 @@ def gemm_policy(op: str, weight: Tensor, hidden: Sequence[Tensor], logits_dtype:
 
 def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """out = a b, or out += a b: by this library, else by torch."""
-    if out.dtype == a.dtype and sums_in_float32(a.device.type, a.dtype, out.numel()):
+    device, dtype = a.device.type, a.dtype
+    if out.dtype == dtype and sums_in_float32(device, dtype, out.numel()):
         wide = out.float() if add else torch.empty_like(out, dtype=torch.float32)
         return out.copy_(matmul(a, b, wide, add=add))
-    if has_native_gemm(a.device.type, a.dtype):
-        if min(*a.shape, *b.shape) == 0:
+    if has_native_gemm(device, dtype):
+        if 0 in a.shape or 0 in b.shape:
             return out if add else out.zero_()
         torch.ops.nitp_ops.gemm_(out, _dense(a), _dense(b), add)
         return out
-    if out.dtype != a.dtype:
+    if out.dtype != dtype:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     whole = a.shape[0] // _EVEN_ROWS * _EVEN_ROWS
-    if a.device.type == "cpu" and a.dtype in _NARROW and _MANY_ROWS <= whole < a.shape[0]:
+    if device == "cpu" and dtype in _NARROW and _MANY_ROWS <= whole < a.shape[0]:
         matmul(a[:whole], b, out[:whole], add=add)
         matmul(a[whole:], b, out[whole:], add=add)
         return out
@@ -165,7 +166,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
 
 def _dense(matrix: Tensor) -> Tensor:
     """With dense rows or dense columns."""
-    return matrix if 1 in (*matrix.shape, *matrix.stride()) else matrix.contiguous()
+    return matrix if 1 in matrix.stride() or 1 in matrix.shape else matrix.contiguous()
 
 
 class Weight:

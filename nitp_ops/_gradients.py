@@ -143,7 +143,7 @@ def scaled_gradients(
         values = scale_gradients(values, upstream, leaves, [], backend, op)
     result: list[Tensor | None] = [None] * len(gradients)
     for place, value, leaf in zip(free, values, leaves, strict=True):
-        result[place] = value.to(leaf.dtype)
+        result[place] = value if value.dtype == leaf.dtype else value.to(leaf.dtype)
     return result
 
 

@@ -146,10 +146,17 @@ def choose_instruction_set(name: str) -> None:
     function.restype = ctypes.c_bool
     if not function(ctypes.c_char_p(name.encode())):
         raise ValueError(f"choose_instruction_set: name is {name!r}, expected 'portable' or one that this CPU has")
+    _has_gemm.cache_clear()
 
 
 def has_gemm() -> bool:
     """Whether GEMMs of float32 and of bfloat16 on CPU are this library's own; False without the library."""
+    return _has_gemm()
+
+
+@functools.cache
+def _has_gemm() -> bool:
+    """Of the instruction set that is chosen."""
     if load_error is not None:
         return False
     function = _functions().nitp_ops_has_gemm
