@@ -1,4 +1,4 @@
-"""The argument structs of csrc/arguments.h are filled by field name, and csrc/door.hpp leaves no field to its zero."""
+"""The argument structs of csrc/arguments.h are filled by field name, and no field is left to its zero."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,8 @@ def names(initialiser: str) -> list[str]:
 
 @pytest.mark.parametrize("struct", STRUCTS)
 def test_the_argument_checks_fill_every_field_by_name(struct):
-    (filled,) = initialisers((CSRC / "door.hpp").read_text(), struct)
+    checks = "".join((CSRC / name).read_text() for name in ("door.hpp", "prepare.hpp"))
+    (filled,) = initialisers(checks, struct)
     assert names(filled) == STRUCTS[struct]
 
 
