@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -194,6 +195,8 @@ def test_two_calls_hold_their_budgets_and_a_killed_one_keeps_what_it_measured(tm
     first = dry(tmp_path, 230)
     said, _ = first.communicate(timeout=120)
     assert first.returncode == 0 and "left for the next call" in said
+    took = [float(each) for each in re.findall(r"^.+: ([\d.]+) s of \d+$", said, re.M)]
+    assert len(took) > 5 and 100 < sum(took) <= 230
     before = kept(tmp_path)
     assert before["fake"] and before["stages"]["test"]["code"] == 0
     took = time.monotonic()
