@@ -40,6 +40,12 @@ NITP_HD A normalizer_of(const PrepareRows<A>& a, double count) {
   return a.mean && count != 0.0 ? static_cast<A>(count) : A(1);
 }
 
+// A weight of zero stays zero, whatever divides it.
+template <class A>
+NITP_HD A scale_of(A weight, A normalizer) {
+  return weight == A(0) ? A(0) : weight / normalizer;
+}
+
 // The values of a row that is not computed.
 template <class A>
 NITP_HD void clear_values(const PrepareRows<A>& a, int64_t row) {

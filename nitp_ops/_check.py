@@ -54,6 +54,7 @@ def has_dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dt
 
 def is_float(op: str, argument: str, value: object) -> None:
     """A dense tensor of a dtype that the row kernels serve."""
+    is_plain(op, argument, value)
     is_tensor(op, argument, value)
     assert isinstance(value, Tensor)
     if value.layout != torch.strided:
@@ -138,15 +139,18 @@ def integer(op: str, argument: str, value: object, *, least: int = _INT64.min) -
     return value
 
 
-def scalar(op: str, argument: str, value: object, dtype: torch.dtype) -> None:
-    """A positive number for arithmetic in dtype, or a 0-d tensor without gradient (never read on the host)."""
+def scalar(op: str, argument: str, value: Any, dtype: torch.dtype) -> Any:
+    """A positive number for arithmetic in dtype, as float (while tracing as it is: no constant), or a 0-d tensor
+    without gradient, which is never read on the host."""
     if isinstance(value, Tensor):
+        is_plain(op, argument, value)
         has_shape(op, argument, value, ())
         no_gradient(op, argument, value)
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{op}: {argument} is {name_of(value.dtype)}, expected a real number")
-    else:
-        _number(op, argument, value, 0.0, True, dtype)
+        return value
+    real = _number(op, argument, value, 0.0, True, dtype)
+    return value if torch.compiler.is_compiling() else real
 
 
 def no_gradient(op: str, argument: str, tensor: Tensor) -> None:
@@ -166,6 +170,7 @@ def labels_inside(op: str, argument: str, labels: Tensor, ignore_index: int, cla
 
 def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) -> None:
     """A dense buffer that a backward pass adds the gradient of `tensor` into: float32 (float64 for float64)."""
+    is_plain(op, argument, value)
     is_tensor(op, argument, value)
     assert isinstance(value, Tensor)
     has_dtype(op, argument, value, (torch.float64 if tensor.dtype == torch.float64 else torch.float32,))

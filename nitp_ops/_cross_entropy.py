@@ -14,7 +14,7 @@ from ._chunks import Rows
 from ._logits_pass import logits_pass
 from ._term import (
     CrossEntropyTerm,
-    check_scalar_outputs,
+    checked_normalizer,
     checked_targets,
     checked_transform,
     labels_inside,
@@ -84,7 +84,7 @@ def cross_entropy(
         raise ValueError(f"{_OP}: logits has shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
     columns, work = logits.shape[-1], reference.working(logits)
     cap, scale = checked_transform(_OP, "logits", logits, columns, bias, ignore_index, softcap, logit_scale)
-    check_scalar_outputs(_OP, reduction, normalizer, return_stats, work)
+    normalizer = checked_normalizer(_OP, reduction, normalizer, return_stats, work)
     term = CrossEntropyTerm(
         logits,
         labels,

@@ -148,7 +148,7 @@ def scaled_gradients(
 
 
 def _scale_in_place(kernels: Any, gradients: Sequence[Tensor], factor: Tensor) -> None:
-    if _check.host_reads(factor.device) and factor.item() == 1:
+    if _check.plain(factor) and factor.item() == 1:
         return
     for gradient in gradients:
         scale_in_place(kernels, gradient, factor)

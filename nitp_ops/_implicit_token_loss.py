@@ -103,8 +103,9 @@ def implicit_token_loss(
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f'{_OP}: normalizer is only supported with reduction="mean", got {reduction!r}')
-        _check.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
+        normalizer = _check.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
     if valid is not None:
+        _check.is_plain(_OP, "valid", valid)
         _check.is_tensor(_OP, "valid", valid)
         _check.has_dtype(_OP, "valid", valid, (torch.bool,))
         _check.has_shape(_OP, "valid", valid, hidden.shape[:-1], "hidden's without its last axis")

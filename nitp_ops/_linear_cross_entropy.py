@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _check, _term_reference, reference
 from ._sequence_rows import gathered_term, own_losses, own_stats
 from ._shards import VocabularyShards, chosen_backend, local_head
-from ._term import CrossEntropyTerm, check_scalar_outputs, checked_term, checked_unembedding, tensors_of
+from ._term import CrossEntropyTerm, checked_normalizer, checked_term, checked_unembedding, tensors_of
 from ._token_pass import token_pass
 from ._token_stats import stats_of
 
@@ -132,7 +132,7 @@ def linear_cross_entropy(
     given = checked_unembedding(
         _OP, head.weight, head.bias, ignore_index, softcap, logit_scale, chunk_bytes, weight_grad_out, head.shard
     )
-    check_scalar_outputs(_OP, reduction, normalizer, return_stats, reference.working(given.weight))
+    normalizer = checked_normalizer(_OP, reduction, normalizer, return_stats, reference.working(given.weight))
     term = checked_term(_OP, term, given, "")
     chosen = chosen_backend(given, backend)
     if chosen == "reference":

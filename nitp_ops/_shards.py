@@ -93,7 +93,8 @@ def local_head(op: str, unembedding: Any, bias: Any, group: Any) -> LocalHead:
     ranks, vocab_size, sizes = given.group, given.vocab_size, given.sizes
     if of_dtensor:
         if vocab_size is not None or sizes is not None:
-            raise ValueError(f"{op}: group has sizes beside a DTensor, expected none (it brings them)")
+            got = f"vocab_size={vocab_size}" if sizes is None else f"sizes={sizes}"
+            raise ValueError(f"{op}: group has {got} beside a DTensor, expected neither (it brings them)")
         own = _group_of(op, "unembedding", unembedding)
         if ranks is not None and ranks.group_name != own.group_name:
             raise ValueError(
@@ -145,6 +146,10 @@ def _sizes(
     world = ranks.size()
     if vocab_size is not None and sizes is not None:
         raise ValueError(f"{op}: group has vocab_size={vocab_size} and sizes={sizes}, expected at most one of them")
+    if vocab_size is not None:
+        _check.integer(op, "group.vocab_size", vocab_size, least=1)
+    if sizes is not None and not isinstance(sizes, Sequence):
+        raise TypeError(f"{op}: group.sizes is {sizes!r}, expected a sequence of integers")
     cut = (here,) * world if sizes is None else tuple(sizes)
     if vocab_size is not None:
         cut = shard_rows(vocab_size, world)

@@ -203,11 +203,13 @@ def labels_inside(op: str, term: CrossEntropyTerm, ignore_index: int, vocabulary
     _check.labels_inside(op, f"{prefix}labels", term.labels, ignore_index, vocabulary, term.several)
 
 
-def check_scalar_outputs(op: str, reduction: Any, normalizer: Any, return_stats: Any, work: torch.dtype) -> None:
+def checked_normalizer(op: str, reduction: Any, normalizer: Any, return_stats: Any, work: torch.dtype) -> Any:
+    """The normalizer; refuses outputs that do not exist, too."""
     _check.one_of(op, "reduction", reduction, _check.REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f'{op}: normalizer is only supported with reduction="mean", got {reduction!r}')
-        _check.scalar(op, "normalizer", normalizer, work)
+        normalizer = _check.scalar(op, "normalizer", normalizer, work)
     if not isinstance(return_stats, bool) and return_stats != "entropy":
         raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
+    return normalizer

@@ -23,7 +23,7 @@ def token_loss(
     return_stats: bool | str,
 ) -> Any:  # fmt: skip
     """As `linear_cross_entropy`."""
-    _check_values([term], unembedding)
+    _check_values([term], unembedding, [""])
     term, weight = _widened(term, unembedding, logits_dtype)
     return loss_of_rows(term, weight, reduction, normalizer, return_stats, **_options(unembedding))
 
@@ -32,7 +32,7 @@ def grouped_token_loss(
     terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, logits_dtype: torch.dtype | str
 ) -> tuple[Tensor, tuple[Any, ...]]:
     """As `grouped_linear_cross_entropy`."""
-    _check_values(terms, unembedding)
+    _check_values(terms, unembedding, [f"terms[{place}]." for place in range(len(terms))])
     widened = [_widened(term, unembedding, logits_dtype) for term in terms]
     options, ignore_index = _options(unembedding), unembedding.ignore_index
 
@@ -75,11 +75,10 @@ def _options(unembedding: Unembedding) -> dict[str, Any]:
     return options | {"softcap": softcap, "logit_scale": unembedding.logit_scale}
 
 
-def _check_values(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding) -> None:
+def _check_values(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, prefixes: Sequence[str]) -> None:
     """Of labels, where the host may read them."""
-    for place, term in enumerate(terms):
+    for term, prefix in zip(terms, prefixes, strict=True):
         if _check.plain(term.labels):
-            prefix = "" if len(terms) == 1 else f"terms[{place}]."
             labels_inside(unembedding.op, term, unembedding.ignore_index, unembedding.vocabulary, prefix)
 
 

@@ -154,7 +154,9 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
     if call.reduction == "none":  # nothing was formed: the upstream enters the weights of the rows
         (term,), (want_hidden, want_weight, want_bias) = terms, needed
         given = term.token_weight
-        weight = upstream if given is None else given.to(upstream.dtype) * upstream
+        weight = upstream
+        if given is not None:  # a NaN beside a zero reaches no row
+            weight = torch.where((given == 0) | (upstream == 0), 0, given.to(upstream.dtype) * upstream)
         terms, rest = [replace(term, token_weight=weight)], None
         call = call._replace(reduction="sum", want_hidden=(want_hidden,), want_weight=want_weight, want_bias=want_bias)
         gradients = _recompute(terms, unembedding, call, tensors)

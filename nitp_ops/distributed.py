@@ -1,7 +1,7 @@
 """Vocabulary-parallel heads: the token losses with an unembedding sharded over the ranks of a process group.
 
     loss = linear_cross_entropy(hidden, shard, labels, group=VocabularyShards(group, vocab_size=V))
-    loss = linear_cross_entropy(hidden, lm_head.weight, labels)        # a DTensor with Shard(0)
+    loss = linear_cross_entropy(hidden, lm_head.weight, labels, group=VocabularyShards())  # a DTensor with Shard(0)
 
 Each chunk of rows costs one all-gather of a few numbers per row (one for each term that has rows in it) and one sum of
 its hidden gradients; the gradients of unembedding and bias stay on their ranks. Loss, stats and hidden gradients are

@@ -108,7 +108,7 @@ def exact_scale(case: Case) -> tuple[list[float], list[bool]]:
         divisor = case.normalizer.item()
     elif case.mean:
         divisor = math.fsum(counted) or 1.0
-    scale = [each / divisor for each in scale]
+    scale = [each / divisor if each else 0.0 for each in scale]
     if 0 <= case.max_rows < sum(present):
         scale = [NAN if has else each for each, has in zip(scale, present, strict=True)]
     return scale, present

@@ -1,5 +1,6 @@
 """`benchmarks/gpu.sh short` where somebody ends it, the disk is full, files are damaged, or two calls run at once."""
 
+import functools
 import json
 import os
 import signal
@@ -20,7 +21,9 @@ pytestmark = pytest.mark.programs
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_who_is_ended_in_a_stage_says_so_in_one_line_and_takes_its_processes_along(tmp_path, sent):
     """As by Ctrl-C, or by a machine at the end of its time; the budget would be over minutes later."""
-    run = dry(tmp_path, 60_000, start_new_session=True, stderr=subprocess.PIPE)
+    # a shell ignores SIGINT in what it runs behind it, and so would the child
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    run = dry(tmp_path, 60_000, start_new_session=True, stderr=subprocess.PIPE, preexec_fn=heeds)
     assert run.stdout is not None
     for line in run.stdout:
         if "time.sleep(0.8)" in line:

@@ -76,6 +76,18 @@ def test_make_fx_traces_real_tensors(name: str):
 
 
 @EVERY
+def test_make_fx_traces_the_backward_pass_of_real_tensors(name: str):
+    model, given = Model(CALLS[name]), inputs()
+
+    def gradient(hidden: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+        hidden = hidden.detach().requires_grad_()
+        out = next(x for x in tree_leaves(model(hidden, labels, target)) if x.requires_grad)
+        return torch.autograd.grad(out, hidden, 0.37 * torch.ones_like(out))[0]
+
+    agree(make_fx(gradient)(*given)(*given), gradient(*given))
+
+
+@EVERY
 def test_functionalize_is_refused_by_name(name: str):
     model, given = Model(CALLS[name]), inputs()
     refusal = r"^\w+: a torch.func transform \(.*functionalize\) came, expected plain reverse mode"

@@ -40,7 +40,7 @@ void run(const PrepareRows<A>& a, int64_t, int64_t) {
   int64_t active = 0;
   for (int64_t row = 0; row < a.columns; ++row) {
     A& scale = a.scale[row];
-    scale = too_many && read_labels(a, row).present ? A(NAN) : scale / normalizer;
+    scale = too_many && read_labels(a, row).present ? A(NAN) : scale_of(scale, normalizer);
     active += scale != A(0);
   }
   const int64_t totals[] = {present, active, first, last, outside};

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kAdders) count_rows(PrepareRows<A> a) {
   each_row(
       a.columns, [&](int64_t row) { return too_many && has_target(row) ? A(NAN) : a.scale[row]; },
       [&](int64_t row, A weight) {
-        a.scale[row] = weight / normalizer;
+        a.scale[row] = portable::scale_of(weight, normalizer);
         a.prediction[row] = -1;
       });
   if (threadIdx.x < kTotals) a.totals[threadIdx.x] = threadIdx.x == 0 ? all.present : -1;

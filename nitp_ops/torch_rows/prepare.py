@@ -43,6 +43,7 @@ def prepare_rows_(
     max_rows: int,
 ) -> None:
     """scale = row_weight / normalizer, 0 where the row has no target; with needs_target_weight, none with a weight.
+    A weight of zero stays zero, whatever divides it.
 
     labels, target_weight, target_logit [N, K]; row_weight [N] or one number; normalizer one number; scale, prediction
     [N]. `mean` without a normalizer divides by the rows with a target, of class weights (one target, no other is
@@ -63,7 +64,7 @@ def prepare_rows_(
             counts = torch.where(present, weight[:, 0], 0).to(sum_dtype(labels.device))
     scale.copy_(torch.where(needed, 1 if row_weight is None else row_weight.view(-1), 0))
     if normalizer is not None:
-        scale /= normalizer.view(())
+        scale.copy_(torch.where(scale == 0, 0, scale / normalizer.view(())))
     elif mean:
         divisor = counts.sum().to(scale.dtype)
         scale /= torch.where(divisor == 0, 1, divisor)

@@ -74,7 +74,8 @@ def _count(
         row = (first + lane).to(tl.int64)
         inside = row < rows
         has = tl.load(prediction + row, mask=inside, other=-1) >= 0
-        by = tl.load(scale + row, mask=inside, other=0.0) / divisor
+        weight = tl.load(scale + row, mask=inside, other=0.0)
+        by = tl.where(weight == 0, 0.0, weight / divisor)
         tl.store(scale + row, tl.where(too_many & has, float("nan"), by), mask=inside)
         tl.store(prediction + row, tl.full([BLOCK], -1, tl.int64), mask=inside)
     place = tl.arange(0, 8)
