@@ -98,6 +98,11 @@ def formed_dtype(tensor: Tensor, buffer: Tensor | None) -> torch.dtype:
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
+def _is_value(tensor: Tensor) -> bool:
+    """Whether a backward pass computes with it now; tracing runs one for many, and a subclass may be of a trace."""
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
+
+
 class FormedGradients:
     """Gradients that the forward pass formed, for the backward pass to hand out, times the upstream.
 
@@ -109,7 +114,7 @@ class FormedGradients:
 
     def take(self, upstream: Tensor, recompute: Callable[[], list[Any]]) -> list[Any]:
         gradients = recompute() if self.gradients is None else self.gradients
-        if type(upstream) is Tensor:  # tracing runs this once for many backward passes
+        if _is_value(upstream):
             self.gradients = None
         return gradients
 
@@ -126,7 +131,7 @@ def scaled_gradients(
     if not formed:
         return []
     gradients, inputs, buffers = zip(*formed, strict=True)
-    one, eager = upstream is None, type(gradients[0]) is Tensor and gradients[0].device.type != "meta"
+    one, eager = upstream is None, _is_value(gradients[0]) and (upstream is None or _is_value(upstream))
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)

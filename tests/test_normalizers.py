@@ -45,3 +45,25 @@ def test_a_normalizer_is_any_real_number(backend):
     for exact in numbers:
         loss = linear_cross_entropy(hidden, weight, labels, normalizer=exact, backend=backend)
         assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels, normalizer=float(exact), backend=backend))
+
+
+class Subclass(torch.Tensor):
+    """As a tensor of another library."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, lambda x: x.as_subclass(Subclass)])
+@pytest.mark.parametrize("op", ["linear_cross_entropy", "implicit_token_loss"])
+def test_two_backward_passes_of_one_graph_agree_whatever_type_the_upstream_has(op, kind):
+    hidden, weight, labels = make(rows=9, width=6, vocabulary=11)
+
+    def loss():
+        if op == "linear_cross_entropy":
+            return linear_cross_entropy(hidden, weight, labels)
+        return nitp_ops.implicit_token_loss(hidden[None], hidden[None].detach(), None, None, weight[:6])
+
+    upstream = torch.tensor(0.37, dtype=hidden.dtype)
+    expected, again = torch.autograd.grad(loss(), (hidden, weight), upstream), loss()
+    for _ in range(2):
+        found = torch.autograd.grad(again, (hidden, weight), kind(upstream), retain_graph=True)
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a.as_subclass(torch.Tensor), b)
