@@ -15,7 +15,7 @@ from ._token_stats import RowValues
 from .torch_rows.prepare import TOTALS
 
 
-class Rows(NamedTuple):
+class FlatRows(NamedTuple):
     """labels and target_weight [N, K]; smoothing_weight [V]: the class weights of the smoothing term, target_weight
     holds them for the rest."""
 
@@ -35,7 +35,7 @@ class Totals(NamedTuple):
     last: int = -1
 
 
-def flat_rows(term: CrossEntropyTerm, ignore_index: int) -> Rows:
+def flat_rows(term: CrossEntropyTerm, ignore_index: int) -> FlatRows:
     work, count = reference.working(term.hidden), term.leading.numel()
     labels = term.labels.reshape(count, term.labels.shape[-1] if term.several else 1).contiguous()
     target_weight = smoothing_weight = None
@@ -48,7 +48,7 @@ def flat_rows(term: CrossEntropyTerm, ignore_index: int) -> Rows:
         smoothing_weight = of_class if smooth else None
     # a row whose targets all weigh nothing must be inactive, not multiplied by zero, unless something else weighs
     needed = target_weight is not None and term.z_loss == 0 and not smooth
-    return Rows(labels, target_weight, smoothing_weight, needed)
+    return FlatRows(labels, target_weight, smoothing_weight, needed)
 
 
 def row_weight(term: CrossEntropyTerm) -> Tensor | None:
@@ -61,7 +61,7 @@ def row_weight(term: CrossEntropyTerm) -> Tensor | None:
 
 
 def prepare(
-    kernels: Any, op: str, term: CrossEntropyTerm, rows: Rows, ignore_index: int, vocabulary: int, *, mean: bool,
+    kernels: Any, op: str, term: CrossEntropyTerm, rows: FlatRows, ignore_index: int, vocabulary: int, *, mean: bool,
     normalizer: Tensor | None, scale: Tensor, values: RowValues, prefix: str = "",
 ) -> Totals:  # fmt: skip
     """Writes the scale of each row [N] and the values of a row that is not computed; refuses labels outside [0, V)."""
@@ -89,7 +89,7 @@ def summed(kernels: Any, stats: Tensor, scale: Tensor) -> Tensor:
     return loss
 
 
-def selection(rows: Rows, totals: Totals, ignore_index: int, max_rows: int | None, several: bool) -> Selection:
+def selection(rows: FlatRows, totals: Totals, ignore_index: int, max_rows: int | None, several: bool) -> Selection:
     """The rows that are computed."""
     count = rows.labels.shape[0]
     if totals.present in (0, count):

@@ -1,4 +1,4 @@
-"""Every refusal has one form: `name: argument is|has what came, expected what`, and of names the nearest valid one.
+"""Every refusal has one form: `name: argument is|has what was got, expected what`, and of names the nearest valid one.
 
 The first test reads the sources, so that no error is forgotten; the others look at what users see."""
 
@@ -68,7 +68,7 @@ def raised() -> Iterator[tuple[str, str]]:
 
 def test_every_refusal_that_stands_in_the_sources_has_the_form():
     found = list(raised())
-    # what came, or what was expected, may be all in a variable
+    # what was got, or what was expected, may be all in a variable
     known = [
         (at, text.replace(": {}, expected", ": it is it, expected"), text.endswith(COMPUTED)) for at, text in found
     ]

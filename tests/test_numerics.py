@@ -206,7 +206,7 @@ def test_terms_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
     few = plan(4, 100)
     assert (few.chunk_rows, few.chunks) == (400, 1)
     on_a_gpu = nitp_ops.explain("linear_cross_entropy", rows=100, width=64, vocabulary=99, terms=4, device="cuda")
-    assert on_a_gpu.chunks == 4  # nobody may know there which terms are silent
+    assert on_a_gpu.chunks == 4  # it is not known on the host there which terms are inactive
     with pytest.raises(ValueError, match="terms is 2, expected 1"):
         nitp_ops.explain("implicit_token_loss", rows=1, width=8, terms=2)
 
