@@ -3,12 +3,16 @@
 import runpy
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 commands = runpy.run_path(str(Path(__file__).resolve().parent / "csrc/commands.py"))
 
 setup(
-    packages=["nitp_ops", "nitp_ops.torch_rows", "nitp_ops.triton", "nitp_ops.integrations", "nitp_ops.objectives"],
+    packages=[
+        *find_packages(include=["nitp_ops", "nitp_ops.*"]),
+        "nitp_ops.objectives",
+        *(f"nitp_ops.objectives.{name}" for name in find_packages("objectives")),
+    ],
     package_dir={"nitp_ops": "nitp_ops", "nitp_ops.objectives": "objectives"},
     package_data={"nitp_ops": ["py.typed"]},
     ext_modules=[] if commands["PURE"] else [Extension("nitp_ops._C", sources=[])],

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nitp_ops._chunks import row_stride
+from nitp_ops.core.chunking import row_stride
 
 from .heads import HEADS, PROJECTORS
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nitp_ops import _gemm
+from nitp_ops.core import gemm
 
 from . import measure
 
@@ -40,7 +40,7 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 def served(dtype: torch.dtype) -> bool:
     """Whether a library behind torch has products of such numbers here: else torch.mm multiplies one by one."""
-    return dtype == torch.float32 or _gemm.torch_has_bfloat16()
+    return dtype == torch.float32 or gemm.torch_has_bfloat16()
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
@@ -82,7 +82,7 @@ def _mkldnn_matmul() -> Callable[..., None] | None:
 
 def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
     """out = a b by nitp_ops itself, where it has such products."""
-    if not _gemm.has_native_gemm("cpu", a.dtype):
+    if not gemm.has_native_gemm("cpu", a.dtype):
         return {}
     return {f"nitp_ops {name}": partial(torch.ops.nitp_ops.gemm_, out, a, b, False)}
 

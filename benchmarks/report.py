@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nitp_ops._files import write_whole
+from nitp_ops.core.files import write_whole
 
 from .cases import OPS
 from .implementations import NAMES

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 # torch first: the compiled library takes its symbols from torch's.
 import torch  # noqa: F401
 
-from . import _library
-from ._check import BackendError
+from .core import library
+from .core.checks import BackendError
 
 if TYPE_CHECKING:
     from . import geometry, layers, reference
@@ -84,7 +84,7 @@ def __getattr__(name: str) -> Any:
         if error.name != f"{__name__}.objectives":
             raise
         reason = (
-            _library.source_tree() or "nitp_ops.objectives is absent, install the package"
+            library.source_tree() or "nitp_ops.objectives is absent, install the package"
         )  # the installer maps objectives/ into the package
         raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}: {reason}") from error
     if name in _HOME:

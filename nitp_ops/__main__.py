@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 import nitp_ops
-from nitp_ops import _library, reference, rows
-from nitp_ops._devices import sum_dtype
+
+from . import reference, rows
+from .core import library
+from .core.devices import sum_dtype
 
 
 def env() -> int:
@@ -25,8 +27,8 @@ def env() -> int:
     if rows.missing is not None:
         print(f"library  none: {rows.missing}")
         return 0
-    print(f"library  {rows.LIBRARY.name}, instruction set {_library.instruction_set()}")
-    facts = _library.build_info()
+    print(f"library  {rows.LIBRARY.name}, instruction set {library.instruction_set()}")
+    facts = library.build_info()
     kernels = facts.pop("kernels")
     for key, value in facts.items():
         print(f"built    {key}: {value or 'none'}")

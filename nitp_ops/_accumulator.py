@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._devices import with_float64
+from .core.devices import with_float64
 from .reference import in_square_range
 
 _EPS = torch.finfo(torch.float64).eps

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, reference, rows
-from ._chunks import Rows, chunks, whole_or_chunk
-from ._dispatch import needs_dispatcher, plain_function
+from . import reference, rows
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._reference_rows import of_live_rows
+from .core import checks
+from .core.chunking import Rows, chunks, whole_or_chunk
+from .core.dispatch import needs_dispatcher, plain_function
 
 _OP = "alignment"
 
@@ -75,13 +76,13 @@ def alignment(
 
     Source: the distances of NITP's ablation table, arXiv 2605.24956.
     """
-    _check.is_float(_OP, "prediction", prediction)
-    _check.is_float(_OP, "target", target)
-    _check.has_dim(_OP, "prediction", prediction, 1, "[..., D]")
-    _check.has_shape(_OP, "target", target, prediction.shape, "prediction's")
-    _check.same_device(_OP, "target", target, "prediction", prediction)
-    _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
-    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target))
+    checks.is_float(_OP, "prediction", prediction)
+    checks.is_float(_OP, "target", target)
+    checks.has_dim(_OP, "prediction", prediction, 1, "[..., D]")
+    checks.has_shape(_OP, "target", target, prediction.shape, "prediction's")
+    checks.same_device(_OP, "target", target, "prediction", prediction)
+    checks.one_of(_OP, "distance", distance, tuple(DISTANCES))
+    eps = checks.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target))
     chosen = rows.choose(_OP, prediction.device, backend)
     if chosen == "reference":
 
@@ -92,7 +93,7 @@ def alignment(
             return found.new_zeros(live.shape).masked_scatter(live, found)
 
         return of_live_rows(formula, prediction, target)
-    _check.plain_autograd(_OP, prediction, target)
+    checks.plain_autograd(_OP, prediction, target)
     run: Callable[..., Tensor] = _forward if needs_dispatcher((prediction, target)) else _plain
     return run(prediction, target, DISTANCES[distance], eps, chosen)
 

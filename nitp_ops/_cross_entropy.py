@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _check, _term_reference, reference, rows
-from ._chunks import Rows
+from . import _term_reference, reference, rows
 from ._logits_pass import logits_pass
 from ._term import (
     CrossEntropyTerm,
@@ -22,6 +21,8 @@ from ._term import (
 )
 from ._token_pass import as_tensor
 from ._token_stats import stats_of
+from .core import checks
+from .core.chunking import Rows
 
 _OP = "cross_entropy"
 
@@ -78,8 +79,8 @@ def cross_entropy(
 
     Source: as of `linear_cross_entropy`.
     """
-    _check.is_plain(_OP, "logits", logits)
-    _check.is_float(_OP, "logits", logits)
+    checks.is_plain(_OP, "logits", logits)
+    checks.is_float(_OP, "logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
         raise ValueError(f"{_OP}: logits has shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
     columns, work = logits.shape[-1], reference.working(logits)
@@ -98,11 +99,11 @@ def cross_entropy(
     chosen = rows.choose(_OP, logits.device, backend)
     _check_in_place(inplace_gradient, logits, chosen)
     if chosen == "reference":
-        if _check.plain(labels):
+        if checks.plain(labels):
             labels_inside(_OP, term, ignore_index, columns)
         transform = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": scale}
         return _term_reference.loss_of_rows(term, None, reduction, normalizer, return_stats, **transform)
-    _check.plain_autograd(_OP, bias, *tensors_of(term))
+    checks.plain_autograd(_OP, bias, *tensors_of(term))
     given = (
         logits, bias, labels, token_weight, target_weight, class_weight, term.label_smoothing, term.z_loss,
         ignore_index, cap, scale, chosen, reduction, as_tensor(normalizer, logits), return_stats == "entropy",

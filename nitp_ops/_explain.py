@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _check, _latent_chunks
-from ._chunks import row_stride, rows_per_chunk
-from ._gemm import pad_to_alignment
+from . import _latent_chunks
+from .core import checks
+from .core.chunking import row_stride, rows_per_chunk
+from .core.gemm import pad_to_alignment
 
 _OP = "explain"
 
@@ -89,20 +90,20 @@ def explain(
         >>> nitp_ops.explain("implicit_token_loss", rows=1, width=1280).flops == 72 * 1280**2
         True
     """
-    _check.one_of(_OP, "op", op, ("linear_cross_entropy", "implicit_token_loss"))
+    checks.one_of(_OP, "op", op, ("linear_cross_entropy", "implicit_token_loss"))
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{_OP}: dtype is {dtype!r}, expected a torch.dtype")
-    if dtype not in _check.FLOATS:
-        raise TypeError(f"{_OP}: dtype is {_check.name_of(dtype)}, expected a floating point dtype of the ops")
+    if dtype not in checks.FLOATS:
+        raise TypeError(f"{_OP}: dtype is {checks.name_of(dtype)}, expected a floating point dtype of the ops")
     if chunk_bytes is not None:
-        _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
-    _check.integer(_OP, "rows", rows, least=0)
+        checks.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
+    checks.integer(_OP, "rows", rows, least=0)
     place = torch.device(device).type
-    _check.integer(_OP, "width", width, least=1)
+    checks.integer(_OP, "width", width, least=1)
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize  # of a gradient before its upstream (`formed_dtype`)
     if op == "linear_cross_entropy":
-        vocabulary = _check.integer(_OP, "vocabulary", vocabulary, least=1)
-        _check.integer(_OP, "terms", terms, least=1)
+        vocabulary = checks.integer(_OP, "vocabulary", vocabulary, least=1)
+        checks.integer(_OP, "terms", terms, least=1)
         row_bytes, weights = row_stride(vocabulary, place) * dtype.itemsize, vocabulary * width
         longest = rows if terms > 1 else None
         cuts, together = (1, terms * rows) if place == "cpu" else (terms, rows)  # a GPU's terms are cut one by one
@@ -111,8 +112,8 @@ def explain(
     else:
         if terms != 1:
             raise ValueError(f"{_OP}: terms is {terms}, expected 1 (implicit_token_loss has a pass of its own)")
-        inner = 4 * width if inner is None else _check.integer(_OP, "inner", inner, least=1)
-        out_width = width if out_width is None else _check.integer(_OP, "out_width", out_width, least=1)
+        inner = 4 * width if inner is None else checks.integer(_OP, "inner", inner, least=1)
+        out_width = width if out_width is None else checks.integer(_OP, "out_width", out_width, least=1)
         row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
         weights, cuts, together = 2 * inner * width + out_width * inner, 1, rows
         sizes = width, inner, out_width, dtype, chunk_bytes, weights, itemsize

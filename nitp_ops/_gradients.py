@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, reference, rows
+from . import reference, rows
+from .core import checks
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
@@ -153,7 +154,7 @@ def scaled_gradients(
 
 
 def _scale_in_place(kernels: Any, gradients: Sequence[Tensor], factor: Tensor) -> None:
-    if _check.plain(factor) and factor.item() == 1:
+    if checks.plain(factor) and factor.item() == 1:
         return
     for gradient in gradients:
         scale_in_place(kernels, gradient, factor)

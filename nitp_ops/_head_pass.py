@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import _check, rows
-from ._chunks import length_of, row_stride, rows_of, with_zeros, workspace
-from ._gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
+from . import rows
 from ._term import Unembedding
 from ._term_rows import TermRows, joined
 from ._vocab_shard import ReducedRows, ShardRows
+from .core import checks
+from .core.chunking import length_of, row_stride, rows_of, with_zeros, workspace
+from .core.gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
 
 
 class Chunk(NamedTuple):
@@ -39,7 +40,7 @@ class Chunk(NamedTuple):
             return cls(terms, parts, lengths, hidden, None, True)
         scale = joined([rows_of(term.scale, part) for term, part in pieces])
         inactive = (scale == 0).unsqueeze(1)
-        if not _check.host_reads(scale.device):
+        if not checks.host_reads(scale.device):
             return cls(terms, parts, lengths, hidden, inactive, True)
         some, every = bool(inactive.any()), bool(inactive.all())
         return cls(terms, parts, lengths, hidden, inactive if some else None, not every)

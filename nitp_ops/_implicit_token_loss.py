@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, reference, rows
+from . import reference, rows
 from ._alignment import DISTANCES, AlignmentStats
-from ._devices import sum_dtype
 from ._latent_chunks import Pairs, Projector
 from ._latent_pass import latent_pass
 from ._reference_rows import of_live_rows
+from .core import checks
+from .core.devices import sum_dtype
 
 _OP = "implicit_token_loss"
 
@@ -94,26 +95,26 @@ def implicit_token_loss(
     Source: NITP, arXiv 2605.24956.
     """
     projector = _projector(hidden, target, gate_up, gate, up, down)
-    _check.one_of(_OP, "distance", distance, tuple(DISTANCES))
-    _check.one_of(_OP, "reduction", reduction, _check.REDUCTIONS)
-    _check.integer(_OP, "shift", shift, least=0)
-    eps = _check.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(hidden))
+    checks.one_of(_OP, "distance", distance, tuple(DISTANCES))
+    checks.one_of(_OP, "reduction", reduction, checks.REDUCTIONS)
+    checks.integer(_OP, "shift", shift, least=0)
+    eps = checks.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(hidden))
     if chunk_bytes is not None:
-        _check.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
+        checks.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f'{_OP}: normalizer is only supported with reduction="mean", got {reduction!r}')
-        normalizer = _check.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
+        normalizer = checks.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
     if valid is not None:
-        _check.is_plain(_OP, "valid", valid)
-        _check.is_tensor(_OP, "valid", valid)
-        _check.has_dtype(_OP, "valid", valid, (torch.bool,))
-        _check.has_shape(_OP, "valid", valid, hidden.shape[:-1], "hidden's without its last axis")
-        _check.same_device(_OP, "valid", valid, "hidden", hidden)
+        checks.is_plain(_OP, "valid", valid)
+        checks.is_tensor(_OP, "valid", valid)
+        checks.has_dtype(_OP, "valid", valid, (torch.bool,))
+        checks.has_shape(_OP, "valid", valid, hidden.shape[:-1], "hidden's without its last axis")
+        checks.same_device(_OP, "valid", valid, "hidden", hidden)
     if max_rows is not None:
-        _check.integer(_OP, "max_rows", max_rows, least=0)
+        checks.integer(_OP, "max_rows", max_rows, least=0)
     if hidden_grad_out is not None:
-        _check.is_buffer(_OP, "hidden_grad_out", hidden_grad_out, "hidden", hidden)
+        checks.is_buffer(_OP, "hidden_grad_out", hidden_grad_out, "hidden", hidden)
     chosen = rows.choose(_OP, hidden.device, backend)
     if chosen == "reference":
         if hidden_grad_out is not None:
@@ -133,9 +134,9 @@ def implicit_token_loss(
         if not return_stats:
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
-    _check.plain_autograd(_OP, hidden, target, *projector, valid)
+    checks.plain_autograd(_OP, hidden, target, *projector, valid)
     keep = reference.pairs(hidden, valid, shift)
-    if max_rows is not None and _check.plain(hidden) and int(keep.sum()) > max_rows:
+    if max_rows is not None and checks.plain(hidden) and int(keep.sum()) > max_rows:
         raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
     gaps = valid is not None or (shift > 0 and keep.numel() > keep.shape[-1])
     scale = _scale(hidden, target, keep if valid is not None else None, shift, reduction, normalizer)
@@ -168,12 +169,12 @@ def _projector(
 ) -> Projector:
     """Checks the tensors against each other; shapes first, so that the message names what is wrong."""
     for name, tensor in (("hidden", hidden), ("target", target)):
-        _check.is_float(_OP, name, tensor)
-        _check.has_dim(_OP, name, tensor, 2, "[..., T, d]")
+        checks.is_float(_OP, name, tensor)
+        checks.has_dim(_OP, name, tensor, 2, "[..., T, d]")
     if target.shape[:-1] != hidden.shape[:-1]:
         expected = (*hidden.shape[:-1], target.shape[-1])
-        _check.has_shape(_OP, "target", target, expected, "hidden's leading shape")
-    _check.same_device(_OP, "target", target, "hidden", hidden)
+        checks.has_shape(_OP, "target", target, expected, "hidden's leading shape")
+    checks.same_device(_OP, "target", target, "hidden", hidden)
     if (gate is None) != (up is None):
         raise ValueError(f"{_OP}: {'gate' if gate is None else 'up'} is None, expected gate and up together or neither")
     if gate_up is not None and gate is not None:
@@ -186,22 +187,22 @@ def _projector(
     weights = {"gate_up": gate_up, "gate": gate, "up": up, "down": down}
     named = [(name, w) for name, w in weights.items() if w is not None]
     for name, weight in named:
-        _check.is_float(_OP, name, weight)
-        _check.has_dtype(_OP, name, weight, (named[0][1].dtype,))
-        _check.same_device(_OP, name, weight, "hidden", hidden)
+        checks.is_float(_OP, name, weight)
+        checks.has_dtype(_OP, name, weight, (named[0][1].dtype,))
+        checks.same_device(_OP, name, weight, "hidden", hidden)
         if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
-            came, expected = _check.name_of(weight.dtype), _check.name_of(hidden.dtype)
+            came, expected = checks.name_of(weight.dtype), checks.name_of(hidden.dtype)
             raise TypeError(f"{_OP}: {name} is {came}, expected {expected} (float64 does not mix with other dtypes)")
     if gate is not None and up is not None:
         if gate.dim() != 2 or gate.shape[1] != width:
             raise ValueError(f"{_OP}: gate has shape {tuple(gate.shape)}, expected (m, {width}), hidden's width")
-        _check.has_shape(_OP, "up", up, gate.shape, "gate's")
+        checks.has_shape(_OP, "up", up, gate.shape, "gate's")
     if gate_up is not None and (gate_up.dim() != 2 or gate_up.shape[1] != width or len(gate_up) % 2):
         raise ValueError(f"{_OP}: gate_up has shape {tuple(gate_up.shape)}, expected (2 m, {width}), hidden's width")
     projector = Projector(gate if gate_up is None else gate_up, up, down)
     inner = projector.inner if projector.gate is not None else width
     if down is not None:
-        _check.has_shape(_OP, "down", down, (out, inner), "target's width by the inner width")
+        checks.has_shape(_OP, "down", down, (out, inner), "target's width by the inner width")
     elif out != width:
         raise ValueError(f"{_OP}: target has width {out}, expected {width} (hidden's, as there is no projector)")
     return projector

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, reference
-from ._chunks import Selection, select
-from ._devices import sum_dtype
+from . import reference
 from ._term import CrossEntropyTerm, labels_inside
 from ._token_stats import RowValues
+from .core import checks
+from .core.chunking import Selection, select
+from .core.devices import sum_dtype
 from .torch_rows.prepare import TOTALS
 
 
@@ -65,7 +66,7 @@ def prepare(
     normalizer: Tensor | None, scale: Tensor, values: RowValues, prefix: str = "",
 ) -> Totals:  # fmt: skip
     """Writes the scale of each row [N] and the values of a row that is not computed; refuses labels outside [0, V)."""
-    reads = _check.host_reads(rows.labels.device)
+    reads = checks.host_reads(rows.labels.device)
     totals = rows.labels.new_empty(TOTALS)
     kernels.prepare_rows_(
         rows.labels, rows.target_weight, row_weight(term), normalizer, scale, totals, values.stats,

@@ -22,8 +22,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, rows
-from ._chunks import (
+from . import rows
+from ._gradients import formed_dtype, power_of_two, scale_in_place
+from ._labelled_rows import summed
+from .core import checks
+from .core.chunking import (
     LEAST_BYTES,
     MOST_BYTES,
     PROJECTOR_BYTES_ON_GPU,
@@ -39,9 +42,7 @@ from ._chunks import (
     with_zeros,
     workspace,
 )
-from ._gemm import GemmPolicy, WeightGradient, matmul
-from ._gradients import formed_dtype, power_of_two, scale_in_place
-from ._labelled_rows import summed
+from .core.gemm import GemmPolicy, WeightGradient, matmul
 
 
 class Pairs(NamedTuple):
@@ -125,7 +126,7 @@ def forward_and_gradients(pairs: Pairs, projector: Projector, call: Call) -> For
     """loss = sum of scale * loss over the pairs that count."""
     hidden, kernels = pairs.hidden, rows.kernels(call.backend)
     policy = GemmPolicy.of(hidden.device, call.dtype)
-    reads, count = _check.host_reads(hidden.device), pairs.keep.numel()
+    reads, count = checks.host_reads(hidden.device), pairs.keep.numel()
     scale = _bounded(pairs)
     unit = power_of_two(scale) if policy.dtype == torch.float16 else None
     selected, rest = _selected(pairs, reads)
@@ -199,7 +200,7 @@ def _sums(pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, st
 def _bounded(pairs: Pairs) -> Tensor:
     """[N], 0 where invalid; NaN where more pairs are valid than max_rows, which nobody may see."""
     scale = torch.where(pairs.keep, pairs.scale, 0)
-    if pairs.max_rows is None or _check.host_reads(scale.device):
+    if pairs.max_rows is None or checks.host_reads(scale.device):
         return scale
     return scale.masked_fill(pairs.keep & (pairs.keep.sum() > pairs.max_rows), float("nan"))
 
@@ -209,7 +210,7 @@ def _add_all(
     selected: Tensor | slice, step: int, scale: Tensor, differentiate: bool,
 ) -> None:  # fmt: skip
     """Every chunk; the workspace is gone when this returns, so that a cast of a weight gradient can take its place."""
-    down, dtype, reads = projector.down, policy.dtype, _check.host_reads(scale.device)
+    down, dtype, reads = projector.down, policy.dtype, checks.host_reads(scale.device)
     source, latent = Rows(pairs.hidden), Rows(pairs.target)
     by_index = latent.flat and (latent.width < 2 or latent.tensor.stride(-1) == 1)
     # without gaps the rows that do not count are the last ones, which are not selected

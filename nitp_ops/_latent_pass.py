@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._dispatch import needs_dispatcher
-from ._gemm import gemm_dtype
 from ._gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
 from ._latent_chunks import Call, Pairs, Projector, forward_and_gradients
-from ._packing import Packing
+from .core.dispatch import needs_dispatcher
+from .core.gemm import gemm_dtype
+from .core.packing import Packing
 
 _OP = "implicit_token_loss"
 

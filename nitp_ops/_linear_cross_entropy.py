@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _check, _term_reference, reference
+from . import _term_reference, reference
 from ._sequence_rows import gathered_term, own_losses, own_stats
 from ._shards import VocabularyShards, chosen_backend, local_head
 from ._term import CrossEntropyTerm, checked_normalizer, checked_term, checked_unembedding, tensors_of
 from ._token_pass import token_pass
 from ._token_stats import stats_of
+from .core import checks
 
 _OP = "linear_cross_entropy"
 
@@ -137,7 +138,7 @@ def linear_cross_entropy(
     chosen = chosen_backend(given, backend)
     if chosen == "reference":
         return _term_reference.token_loss(term, given, logits_dtype, reduction, normalizer, return_stats)
-    _check.plain_autograd(_OP, given.weight, given.bias, *tensors_of(term))
+    checks.plain_autograd(_OP, given.weight, given.bias, *tensors_of(term))
     ranks = head.sequence_group
     whole = term if ranks is None else gathered_term(term, ranks)
     loss, values = token_pass(

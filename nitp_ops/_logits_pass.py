@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, reference, rows
-from ._chunks import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks, rows_of
-from ._dispatch import needs_dispatcher, plain_function
+from . import reference, rows
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._labelled_rows import flat_rows, prepare, summed
 from ._term import CrossEntropyTerm
 from ._token_stats import RowValues
+from .core import checks
+from .core.chunking import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks, rows_of
+from .core.dispatch import needs_dispatcher, plain_function
 
 _OP = "cross_entropy"
 
@@ -65,7 +66,7 @@ class _Rows:
     def parts(self) -> Iterator[slice]:
         """Chunks of rows: a copy of one stays small beside the logits."""
         source = self.source
-        size = LEAST_BYTES if _check.host_reads(source.tensor.device) else COPY_BYTES_ON_GPU
+        size = LEAST_BYTES if checks.host_reads(source.tensor.device) else COPY_BYTES_ON_GPU
         step = max(1, size // (source.width * source.tensor.itemsize))
         for part in chunks(slice(0, source.count), step):
             assert isinstance(part, slice)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import _check
-from ._devices import with_float64
+from .core import checks
+from .core.devices import with_float64
 from .reference import in_square_range
 
 # 2**22 numbers: the largest temporary of a probe, 32 MiB in float64 and 16 MiB in float32.
@@ -98,32 +98,32 @@ def split_rows(
     seed: int,
 ) -> Split:
     """The rows that count on each side and the moments of the training side."""
-    _check.is_tensor(op, "hidden", hidden)
+    checks.is_tensor(op, "hidden", hidden)
     if not hidden.is_floating_point():
-        raise TypeError(f"{op}: hidden is {_check.name_of(hidden.dtype)}, expected a floating point dtype")
+        raise TypeError(f"{op}: hidden is {checks.name_of(hidden.dtype)}, expected a floating point dtype")
     if hidden.dim() < 3 or hidden.shape[-1] == 0 or hidden.shape[:-2].numel() < 2:
         raise ValueError(
             f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., T, d) with two or more sequences"
         )
-    _check.integer(op, "offset", offset, least=0)
+    checks.integer(op, "offset", offset, least=0)
     leading, length, d = hidden.shape[:-2], hidden.shape[-2], hidden.shape[-1]
     beside = {"token_ids": token_ids, "document_ids": document_ids, "target_mask": target_mask}
     for name, tensor in beside.items():
         if tensor is not None:
-            _check.is_tensor(op, name, tensor)
-            _check.has_shape(op, name, tensor, hidden.shape[:-1])
-            _check.same_device(op, name, tensor, "hidden", hidden)
-    _check.has_dtype(op, "token_ids", token_ids, (torch.int64,))
+            checks.is_tensor(op, name, tensor)
+            checks.has_shape(op, name, tensor, hidden.shape[:-1])
+            checks.same_device(op, name, tensor, "hidden", hidden)
+    checks.has_dtype(op, "token_ids", token_ids, (torch.int64,))
     hidden, token_ids = with_float64(hidden), with_float64(token_ids)
     tokens = token_ids.reshape(-1, length)
     counts = torch.arange(length, device=hidden.device).expand_as(tokens) + offset < length
     ahead = (torch.arange(length, device=hidden.device) + offset).clamp(max=length - 1)
     if document_ids is not None:
-        _check.has_dtype(op, "document_ids", document_ids, (torch.int64, torch.int32))
+        checks.has_dtype(op, "document_ids", document_ids, (torch.int64, torch.int32))
         documents = document_ids.to(hidden.device).reshape(-1, length)
         counts = counts & (documents >= 0) & (documents[:, ahead] == documents)
     if target_mask is not None:
-        _check.has_dtype(op, "target_mask", target_mask, (torch.bool,))
+        checks.has_dtype(op, "target_mask", target_mask, (torch.bool,))
         counts = counts & target_mask.to(hidden.device).reshape(-1, length)[:, ahead]
     tested = _held_out(op, held_out, leading, seed, hidden.device).unsqueeze(-1)
     flat, targets = hidden.detach().reshape(-1, d), tokens[:, ahead].reshape(-1)
@@ -160,10 +160,10 @@ def _held_out(op: str, held_out: float | Tensor, leading: torch.Size, seed: int,
     """Which sequences are held out, bool [S]."""
     sequences = leading.numel()
     if isinstance(held_out, Tensor):
-        _check.has_shape(op, "held_out", held_out, leading, "one a sequence")
-        _check.has_dtype(op, "held_out", held_out, (torch.bool,))
+        checks.has_shape(op, "held_out", held_out, leading, "one a sequence")
+        checks.has_dtype(op, "held_out", held_out, (torch.bool,))
         return held_out.reshape(-1).to(device)
-    share = _check.number(op, "held_out", held_out, least=0.0, open_end=True)
+    share = checks.number(op, "held_out", held_out, least=0.0, open_end=True)
     if share >= 1:
         raise ValueError(f"{op}: held_out is {held_out!r}, expected a number inside (0, 1) or a bool a sequence")
     count = min(sequences - 1, max(1, round(share * sequences)))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _check
 from ._probe_rows import Probe, split_rows
+from .core import checks
 
 __all__ = ["Probe", "knn_probe", "linear_probe"]
 
@@ -64,7 +64,7 @@ def linear_probe(
     Friedman, "The Elements of Statistical Learning", section 4.2.
     """
     op = "linear_probe"
-    ridge = _check.number(op, "ridge", ridge, least=0.0, open_end=True)
+    ridge = checks.number(op, "ridge", ridge, least=0.0, open_end=True)
     split = split_rows(op, hidden, token_ids, offset, document_ids, target_mask, held_out, seed)
     definition = (
         f"held-out accuracy for x[t+{offset}] of ridge regression to one-hot tokens (ridge {ridge:g}; features "
@@ -133,7 +133,7 @@ def knn_probe(
     Khandelwal et al., arXiv 1911.00172.
     """
     op = "knn_probe"
-    k = _check.integer(op, "k", k, least=1)
+    k = checks.integer(op, "k", k, least=1)
     split = split_rows(op, hidden, token_ids, offset, document_ids, target_mask, held_out, seed)
     definition = f"held-out accuracy for x[t+{offset}] of the vote of the {k} nearest training rows (Euclidean)"
     if split.empty:

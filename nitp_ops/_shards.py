@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _check, rows
+from . import rows
 from ._term import Unembedding
 from ._vocab_shard import VocabShard
+from .core import checks
 
 
 def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:
@@ -22,8 +23,8 @@ def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:
         >>> shard_rows(10, 4), shard_rows(3, 4)
         ((3, 3, 3, 1), (1, 1, 1, 0))
     """
-    _check.integer("shard_rows", "vocab_size", vocab_size, least=1)
-    _check.integer("shard_rows", "world", world, least=1)
+    checks.integer("shard_rows", "vocab_size", vocab_size, least=1)
+    checks.integer("shard_rows", "world", world, least=1)
     step = -(-vocab_size // world)
     return tuple(max(0, min(step, vocab_size - rank * step)) for rank in range(world))
 
@@ -87,8 +88,8 @@ def local_head(op: str, unembedding: Any, bias: Any, group: Any) -> LocalHead:
     """group: a `VocabularyShards`, a process group (equally many rows on each rank), or None."""
     if group is None:
         return LocalHead(unembedding, bias, None, None)
-    of_dtensor = _check.is_dtensor(unembedding)
-    _check.is_tensor(op, "unembedding", unembedding)
+    of_dtensor = checks.is_dtensor(unembedding)
+    checks.is_tensor(op, "unembedding", unembedding)
     given = _shards(op, group)
     ranks, vocab_size, sizes = given.group, given.vocab_size, given.sizes
     if of_dtensor:
@@ -102,7 +103,7 @@ def local_head(op: str, unembedding: Any, bias: Any, group: Any) -> LocalHead:
             )
         ranks, vocab_size = own, unembedding.shape[0]
         if bias is not None:
-            if not _check.is_dtensor(bias) or _group_of(op, "bias", bias).group_name != ranks.group_name:
+            if not checks.is_dtensor(bias) or _group_of(op, "bias", bias).group_name != ranks.group_name:
                 raise TypeError(f"{op}: bias is not sharded like unembedding, expected a DTensor with Shard(0)")
             bias = bias.to_local()
         unembedding = unembedding.to_local()
@@ -147,14 +148,14 @@ def _sizes(
     if vocab_size is not None and sizes is not None:
         raise ValueError(f"{op}: group has vocab_size={vocab_size} and sizes={sizes}, expected at most one of them")
     if vocab_size is not None:
-        _check.integer(op, "group.vocab_size", vocab_size, least=1)
+        checks.integer(op, "group.vocab_size", vocab_size, least=1)
     if sizes is not None and not isinstance(sizes, Sequence):
         raise TypeError(f"{op}: group.sizes is {sizes!r}, expected a sequence of integers")
     cut = (here,) * world if sizes is None else tuple(sizes)
     if vocab_size is not None:
         cut = shard_rows(vocab_size, world)
     for rank, size in enumerate(cut):
-        _check.integer(op, f"group.sizes[{rank}]", size, least=0)
+        checks.integer(op, f"group.sizes[{rank}]", size, least=0)
     if len(cut) != world or sum(cut) == 0:
         raise ValueError(f"{op}: group.sizes is {cut}, expected {world} numbers, one per rank, not all 0")
     return cut

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, reference, rows
-from ._chunks import Rows, chunks, whole_or_chunk
-from ._dispatch import needs_dispatcher, plain_function
+from . import reference, rows
 from ._gradients import refuse_double_backward, refuse_vmap
+from .core import checks
+from .core.chunking import Rows, chunks, whole_or_chunk
+from .core.dispatch import needs_dispatcher, plain_function
 
 _OP = "swiglu"
 
@@ -41,16 +42,16 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer", arXiv 2002.05202.
     """
-    _check.is_float(_OP, "gate", gate)
-    _check.is_float(_OP, "up", up)
-    _check.has_dtype(_OP, "up", up, (gate.dtype,))
-    _check.has_dim(_OP, "gate", gate, 1, "[..., m]")
-    _check.has_shape(_OP, "up", up, gate.shape, "gate's")
-    _check.same_device(_OP, "up", up, "gate", gate)
+    checks.is_float(_OP, "gate", gate)
+    checks.is_float(_OP, "up", up)
+    checks.has_dtype(_OP, "up", up, (gate.dtype,))
+    checks.has_dim(_OP, "gate", gate, 1, "[..., m]")
+    checks.has_shape(_OP, "up", up, gate.shape, "gate's")
+    checks.same_device(_OP, "up", up, "gate", gate)
     chosen = rows.choose(_OP, gate.device, backend)
     if chosen == "reference":
         return reference.swiglu(gate, up)
-    _check.plain_autograd(_OP, gate, up)
+    checks.plain_autograd(_OP, gate, up)
     run: Callable[..., Tensor] = _forward if needs_dispatcher((gate, up)) else _plain
     return run(gate, up, chosen)
 

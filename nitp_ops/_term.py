@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, reference
+from . import reference
 from ._vocab_shard import VocabShard
+from .core import checks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,15 +84,15 @@ def checked_unembedding(
     chunk_bytes: int | None, weight_grad_out: Tensor | None, shard: VocabShard | None = None,
 ) -> Unembedding:  # fmt: skip
     """The arguments that all terms share; of a sharded vocabulary they are the part of this rank."""
-    _check.is_plain(op, "unembedding", weight)
-    _check.is_float(op, "unembedding", weight)
+    checks.is_plain(op, "unembedding", weight)
+    checks.is_float(op, "unembedding", weight)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shard is None):
         raise ValueError(f"{op}: unembedding has shape {tuple(weight.shape)}, expected [V, d] with V >= 1")
     cap, scale = checked_transform(op, "unembedding", weight, weight.shape[0], bias, ignore_index, softcap, logit_scale)
     if chunk_bytes is not None:
-        _check.integer(op, "chunk_bytes", chunk_bytes, least=1)
+        checks.integer(op, "chunk_bytes", chunk_bytes, least=1)
     if weight_grad_out is not None:
-        _check.is_buffer(op, "weight_grad_out", weight_grad_out, "unembedding", weight)
+        checks.is_buffer(op, "weight_grad_out", weight_grad_out, "unembedding", weight)
     return Unembedding(op, weight, bias, ignore_index, cap, scale, chunk_bytes, weight_grad_out, shard)
 
 
@@ -103,34 +104,34 @@ def checked_transform(
 
     logits: the argument `like`, of their dtype and on their device."""
     if bias is not None:
-        _check.is_plain(op, "bias", bias)
-        _check.is_float(op, "bias", bias)
-        _check.has_shape(op, "bias", bias, (columns,), "[V]")
-        _check.same_device(op, "bias", bias, like, logits)
-    _check.integer(op, "ignore_index", ignore_index)
+        checks.is_plain(op, "bias", bias)
+        checks.is_float(op, "bias", bias)
+        checks.has_shape(op, "bias", bias, (columns,), "[V]")
+        checks.same_device(op, "bias", bias, like, logits)
+    checks.integer(op, "ignore_index", ignore_index)
     work = reference.working(logits)
-    cap = 0.0 if softcap is None else _check.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
-    return cap, _check.number(op, "logit_scale", logit_scale, least=0.0, open_end=True, dtype=work)
+    cap = 0.0 if softcap is None else checks.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
+    return cap, checks.number(op, "logit_scale", logit_scale, least=0.0, open_end=True, dtype=work)
 
 
 def checked_term(op: str, term: CrossEntropyTerm, unembedding: Unembedding, prefix: str) -> CrossEntropyTerm:
     """The term, its numbers constants of the graph; values of labels are checked where they are read."""
     hidden, weight = term.hidden, unembedding.weight
     name = f"{prefix}hidden"
-    _check.is_plain(op, name, hidden)
-    _check.is_float(op, name, hidden)
-    _check.has_dim(op, name, hidden, 1, "[..., d]")
+    checks.is_plain(op, name, hidden)
+    checks.is_float(op, name, hidden)
+    checks.has_dim(op, name, hidden, 1, "[..., d]")
     if hidden.shape[-1] != weight.shape[1]:
         expected = (*term.leading, weight.shape[1])
         raise ValueError(f"{op}: {name} has shape {tuple(hidden.shape)}, expected {expected} (unembedding's width)")
-    _check.same_device(op, name, hidden, "unembedding", weight)
+    checks.same_device(op, name, hidden, "unembedding", weight)
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
-        got, expected = _check.name_of(hidden.dtype), _check.name_of(weight.dtype)
+        got, expected = checks.name_of(hidden.dtype), checks.name_of(weight.dtype)
         raise TypeError(f"{op}: {name} is {got}, expected {expected} (float64 does not mix with other dtypes)")
     if term.max_rows is not None:
-        _check.integer(op, f"{prefix}max_rows", term.max_rows, least=0)
+        checks.integer(op, f"{prefix}max_rows", term.max_rows, least=0)
     if term.hidden_grad_out is not None:
-        _check.is_buffer(op, f"{prefix}hidden_grad_out", term.hidden_grad_out, name, hidden)
+        checks.is_buffer(op, f"{prefix}hidden_grad_out", term.hidden_grad_out, name, hidden)
     return checked_targets(op, term, "hidden", unembedding.vocabulary, prefix)
 
 
@@ -138,10 +139,10 @@ def checked_targets(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int,
     """Everything of a term but its rows, which are the argument `rows`."""
     _check_labels(op, term, rows, prefix)
     _check_weights(op, term, rows, vocabulary, prefix)
-    smoothing = _check.number(op, f"{prefix}label_smoothing", term.label_smoothing, least=0.0)
+    smoothing = checks.number(op, f"{prefix}label_smoothing", term.label_smoothing, least=0.0)
     if smoothing > 1:
         raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
-    z_loss = _check.number(op, f"{prefix}z_loss", term.z_loss, least=0.0, dtype=reference.working(term.hidden))
+    z_loss = checks.number(op, f"{prefix}z_loss", term.z_loss, least=0.0, dtype=reference.working(term.hidden))
     if type(term.label_smoothing) is float and type(term.z_loss) is float:
         return term
     return replace(term, label_smoothing=smoothing, z_loss=z_loss)
@@ -149,20 +150,20 @@ def checked_targets(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int,
 
 def _check_labels(op: str, term: CrossEntropyTerm, rows: str, prefix: str) -> None:
     labels, leading, name = term.labels, term.leading, f"{prefix}labels"
-    _check.is_plain(op, name, labels)
-    _check.is_tensor(op, name, labels)
-    _check.has_dtype(op, name, labels, (torch.int64,))
+    checks.is_plain(op, name, labels)
+    checks.is_tensor(op, name, labels)
+    checks.has_dtype(op, name, labels, (torch.int64,))
     if term.target_weight is None:
         if labels.dim() == term.hidden.dim() and labels.shape[:-1] == leading:
             raise ValueError(
                 f"{op}: {prefix}target_weight is None, expected {tuple(labels.shape)} beside labels with "
                 f"{labels.shape[-1]} targets per row"
             )
-        _check.has_shape(op, name, labels, leading, f"{rows} without its last axis")
+        checks.has_shape(op, name, labels, leading, f"{rows} without its last axis")
     elif labels.dim() != term.hidden.dim() or labels.shape[:-1] != leading:
         expected = f"({', '.join([*map(str, leading), 'K'])})"
         raise ValueError(f"{op}: {name} has shape {tuple(labels.shape)}, expected {expected} (got target_weight)")
-    _check.same_device(op, name, labels, prefix + rows, term.hidden)
+    checks.same_device(op, name, labels, prefix + rows, term.hidden)
 
 
 def _check_weights(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, prefix: str) -> None:
@@ -170,19 +171,19 @@ def _check_weights(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, 
         weight = getattr(term, name)
         if weight is None:
             continue
-        _check.is_plain(op, prefix + name, weight)
-        _check.is_float(op, prefix + name, weight)
-        _check.no_gradient(op, prefix + name, weight)
-        _check.same_device(op, prefix + name, weight, prefix + rows, term.hidden)
+        checks.is_plain(op, prefix + name, weight)
+        checks.is_float(op, prefix + name, weight)
+        checks.no_gradient(op, prefix + name, weight)
+        checks.same_device(op, prefix + name, weight, prefix + rows, term.hidden)
     if term.target_weight is not None:
-        _check.has_shape(op, f"{prefix}target_weight", term.target_weight, term.labels.shape, "the labels'")
+        checks.has_shape(op, f"{prefix}target_weight", term.target_weight, term.labels.shape, "the labels'")
     if term.token_weight is not None and term.token_weight.dim() > 0:
         try:
             term.token_weight.expand(term.leading)
         except RuntimeError:
-            _check.has_shape(op, f"{prefix}token_weight", term.token_weight, term.leading, "one per row")
+            checks.has_shape(op, f"{prefix}token_weight", term.token_weight, term.leading, "one per row")
     if term.class_weight is not None:
-        _check.has_shape(op, f"{prefix}class_weight", term.class_weight, (vocabulary,), "[V]")
+        checks.has_shape(op, f"{prefix}class_weight", term.class_weight, (vocabulary,), "[V]")
         if term.target_weight is not None:
             raise ValueError(f"{op}: {prefix}class_weight is not supported with target_weight, expected one of them")
 
@@ -200,16 +201,16 @@ def checked_terms(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding) -
 
 
 def labels_inside(op: str, term: CrossEntropyTerm, ignore_index: int, vocabulary: int, prefix: str = "") -> None:
-    _check.labels_inside(op, f"{prefix}labels", term.labels, ignore_index, vocabulary, term.several)
+    checks.labels_inside(op, f"{prefix}labels", term.labels, ignore_index, vocabulary, term.several)
 
 
 def checked_normalizer(op: str, reduction: Any, normalizer: Any, return_stats: Any, work: torch.dtype) -> Any:
     """The normalizer; refuses outputs that do not exist, too."""
-    _check.one_of(op, "reduction", reduction, _check.REDUCTIONS)
+    checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
             raise ValueError(f'{op}: normalizer is only supported with reduction="mean", got {reduction!r}')
-        normalizer = _check.scalar(op, "normalizer", normalizer, work)
+        normalizer = checks.scalar(op, "normalizer", normalizer, work)
     if not isinstance(return_stats, bool) and return_stats != "entropy":
         raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
     return normalizer

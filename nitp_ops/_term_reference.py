@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _check, reference
-from ._gemm import gemm_dtype
+from . import reference
 from ._reference_rows import of_live_rows
 from ._term import CrossEntropyTerm, Unembedding, labels_inside
 from ._token_stats import TokenEntropyStats, TokenStats
+from .core import checks
+from .core.gemm import gemm_dtype
 
 _OF_ROWS = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
 
@@ -78,7 +79,7 @@ def _options(unembedding: Unembedding) -> dict[str, Any]:
 def _check_values(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, prefixes: Sequence[str]) -> None:
     """Of labels, where the host may read them."""
     for term, prefix in zip(terms, prefixes, strict=True):
-        if _check.plain(term.labels):
+        if checks.plain(term.labels):
             labels_inside(unembedding.op, term, unembedding.ignore_index, unembedding.vocabulary, prefix)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import reference
-from ._chunks import Rows, clear, place, rows_of
 from ._gradients import formed_dtype
 from ._labelled_rows import Totals, flat_rows, prepare, selection
 from ._term import CrossEntropyTerm, Unembedding
 from ._token_stats import RowValues
+from .core.chunking import Rows, clear, place, rows_of
 
 
 class TermRows:

@@ -20,15 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, rows
-from ._chunks import RowRange, clear, length_of, packed, place, row_stride, rows_per_chunk
-from ._gemm import GemmPolicy, WeightGemm, WeightGradient
+from . import rows
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._head_pass import Chunk, HeadPass, MaterializedLogits
 from ._labelled_rows import summed
 from ._term import CrossEntropyTerm, Unembedding
 from ._term_rows import TermRows, term_rows
 from ._token_stats import RowValues
+from .core import checks
+from .core.chunking import RowRange, clear, length_of, packed, place, row_stride, rows_per_chunk
+from .core.gemm import GemmPolicy, WeightGemm, WeightGradient
 
 
 class Call(NamedTuple):
@@ -140,7 +141,7 @@ def _chunks(of_terms: list[TermRows], unembedding: Unembedding, call: Call, poli
     """Of all terms that want the same gradients; of one term where it is inactive, or where that is not known on the
     host."""
     groups = [[place] for place in range(len(of_terms))]
-    if len(of_terms) > 1 and _check.host_reads(unembedding.weight.device):
+    if len(of_terms) > 1 and checks.host_reads(unembedding.weight.device):
         active = [place for place, each in enumerate(of_terms) if each.may_be_active]
         alike = [[place for place in active if call.want_hidden[place] == wanted] for wanted in (True, False)]
         groups = alike + [[place] for place, each in enumerate(of_terms) if not each.may_be_active]

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from . import reference, rows
-from ._dispatch import needs_dispatcher
-from ._gemm import WeightGemm, gemm_policy
 from ._gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
-from ._packing import Packing, tensor_fields
 from ._term import CrossEntropyTerm, Unembedding
 from ._token_chunks import Call, forward_and_gradients
 from ._token_stats import RowValues
+from .core.dispatch import needs_dispatcher
+from .core.gemm import WeightGemm, gemm_policy
+from .core.packing import Packing, tensor_fields
 
 
 def token_pass(

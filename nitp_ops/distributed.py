@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import _check
 from ._shards import VocabularyShards, shard_rows
+from .core import checks
 
 __all__ = ["PassBytes", "VocabularyShards", "bytes_per_pass", "shard_rows"]
 
@@ -67,7 +67,7 @@ def bytes_per_pass(
         PassBytes(statistics=131072, gradient=134217728, hidden=0, labels=0)
     """
     for name, value in {"rows": rows, "width": width, "world": world, "targets": targets, "weights": weights}.items():
-        _check.integer("bytes_per_pass", name, value, least=0 if name in ("rows", "weights") else 1)
+        checks.integer("bytes_per_pass", name, value, least=0 if name in ("rows", "weights") else 1)
     number = torch.promote_types(dtype, torch.float32).itemsize
     statistics = rows * (3 + targets + label_smoothing + entropy) * number
     gradient = rows * width * number

@@ -23,8 +23,8 @@ from ._accumulator import (
     spectral_floor,
     unit_rows,
 )
-from ._devices import with_float64
 from ._probes import Probe, knn_probe, linear_probe
+from .core.devices import with_float64
 
 __all__ = [
     "Accumulator",

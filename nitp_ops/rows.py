@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from . import _check, _library
-from ._library import LIBRARY, users_stacklevel
-from ._library import load_error as missing
+from .core import checks, library
+from .core.library import LIBRARY, users_stacklevel
+from .core.library import load_error as missing
 
 BACKENDS = ("native", "triton", "torch", "reference")
 
@@ -71,7 +71,7 @@ def refusal(device: torch.device, backend: str = "native") -> str | None:
     if device.type not in _COMPILED_FOR:
         return f"no compiled row kernels for {device.type} tensors"
     if device.type == "cuda" and torch.cuda.is_available():
-        return _library.cuda_refusal(device.index or 0)
+        return library.cuda_refusal(device.index or 0)
     return None
 
 
@@ -90,11 +90,11 @@ def choose(op: str, device: torch.device, backend: str | None) -> str:
         if device.type != "cpu":  # of CPU tensors the import has told
             _say_torch_serves(device.type)
         return "torch"
-    _check.one_of(op, "backend", backend, BACKENDS)
+    checks.one_of(op, "backend", backend, BACKENDS)
     if backend == "reference" or refusal(device, backend) is None:
         return backend
     reasons = " ".join(f"{name}: {refusal(device, name) or 'serves them'}." for name in ("native", "triton", "torch"))
-    raise _check.BackendError(
+    raise checks.BackendError(
         f"{op}: backend={backend!r} does not serve {device.type} tensors. {reasons} reference: only on request, "
         "backend='reference'."
     )

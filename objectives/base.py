@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from nitp_ops._devices import for_sums
+from nitp_ops.core.devices import for_sums
 
 from .drafting import Drafter
 from .model_info import ModelInfo

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nitp_ops._devices import for_sums
+from nitp_ops.core.devices import for_sums
 
 from . import plan
 from .base import Context, HeadReading, HeadTerm, LatentPart, LatentTerm, Objective, check_shard

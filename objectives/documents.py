@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nitp_ops import _check
+from nitp_ops.core import checks
 
 
 def derive_documents(
@@ -60,7 +60,7 @@ def _from_positions(positions: Tensor) -> Tensor:
 def _check_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     """By value only on the CPU: elsewhere a look would wait for the device."""
     tokens = shape[0] * shape[1]
-    if not _check.host_reads(cu_seqlens.device) or torch.compiler.is_compiling():
+    if not checks.host_reads(cu_seqlens.device) or torch.compiler.is_compiling():
         return
     rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
     if cu_seqlens.dim() != 1 or not rising or bool((cu_seqlens < 0).any()) or bool((cu_seqlens > tokens).any()):

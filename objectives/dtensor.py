@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nitp_ops._check import is_dtensor
+from nitp_ops.core.checks import is_dtensor
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitp_ops._devices import sum_dtype
+from nitp_ops.core.devices import sum_dtype
 
 from .base import Context, LatentPart, LatentTerm
 from .heads import through_head

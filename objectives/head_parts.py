@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nitp_ops import CrossEntropyTerm, TokenStats
-from nitp_ops._devices import for_sums, sum_dtype
+from nitp_ops.core.devices import for_sums, sum_dtype
 
 from .base import HeadRows
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitp_ops import reference
-from nitp_ops._check import is_dtensor
+from nitp_ops.core.checks import is_dtensor
 
 from .model_info import ModelInfo
 from .module_call import has_hooks, opened

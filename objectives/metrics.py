@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nitp_ops._devices import for_sums
+from nitp_ops.core.devices import for_sums
 
 from .collectives import all_reduce, is_distributed
 from .floor import floor_and_skill

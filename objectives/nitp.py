@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitp_ops import alignment, implicit_token_loss, reference, swiglu
-from nitp_ops._devices import sum_dtype
+from nitp_ops.core.devices import sum_dtype
 
 from .base import Context, LatentPart, LatentTerm
 from .floor import unit_target_sum

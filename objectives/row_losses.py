@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nitp_ops import reference
-from nitp_ops._devices import sum_dtype
+from nitp_ops.core.devices import sum_dtype
 
 from .model_info import ModelInfo
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from nitp_ops._devices import for_sums
+from nitp_ops.core.devices import for_sums
 
 from .schema import field_types, is_int, number_problem, of_64_bits, shown, suggestion, type_problem
 

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nitp_ops import _check
+from nitp_ops.core import checks
 
 from .streams import Streams
 
@@ -58,7 +58,7 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
         IndexError: such a token is a target of the position before it.
     """
     tokens = streams.tokens
-    if torch.compiler.is_compiling() or type(tokens) is not Tensor or not _check.host_reads(tokens.device):
+    if torch.compiler.is_compiling() or type(tokens) is not Tensor or not checks.host_reads(tokens.device):
         return
     if _all_inside(tokens, vocabulary, streams.ignore_index):
         return

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nitp_ops._check import plain
-from nitp_ops._devices import sum_dtype
+from nitp_ops.core.checks import plain
+from nitp_ops.core.devices import sum_dtype
 
 from .base import Objective
 from .schedule import weight_at

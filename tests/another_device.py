@@ -10,7 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from without_reading import NoReading
 
-from nitp_ops import _check, _devices, _gemm, _library, rows
+from nitp_ops import rows
+from nitp_ops.core import checks, devices, gemm, library
 
 
 class AnotherDevice(NoReading):
@@ -37,10 +38,10 @@ def another_device() -> Iterator[None]:
     """Here CPU tensors are treated as those of a device that has nothing but torch's operations."""
     with ExitStack() as stack:
         for module, name, value in (
-            (_check, "host_reads", lambda device: False),
-            (_devices, "WITH_FLOAT64", frozenset()),
-            (_gemm, "_STRIDED_OUT", frozenset()),
-            (_library, "load_error", "hidden"),
+            (checks, "host_reads", lambda device: False),
+            (devices, "WITH_FLOAT64", frozenset()),
+            (gemm, "_STRIDED_OUT", frozenset()),
+            (library, "load_error", "hidden"),
             (rows, "missing", "hidden"),
         ):
             stack.enter_context(mock.patch.object(module, name, value))

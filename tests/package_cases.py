@@ -27,8 +27,8 @@ print("objectives", nitp_ops.objectives.__name__, "gradient", bool(hidden.grad.a
 """
 COMPILED = """
 import nitp_ops
-from nitp_ops import _library
-print("compiled", _library.load_error is None, nitp_ops.__file__)
+from nitp_ops.core import library
+print("compiled", library.load_error is None, nitp_ops.__file__)
 """
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from vocab_parallel_cases import cuts, on_all_ranks, own, problem, same
 
 import nitp_ops
-from nitp_ops import CrossEntropyTerm, _gemm, _sequence_rows, _vocab_shard
+from nitp_ops import CrossEntropyTerm, _sequence_rows, _vocab_shard
+from nitp_ops.core import gemm
 from nitp_ops.distributed import VocabularyShards, bytes_per_pass
 
 CASES: dict[str, Callable[[], None]] = {}
@@ -165,7 +166,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             inputs, labels = problem(rows=rows, dtype=dtype, several=several)
             labels = labels.clamp(min=0)
             work = torch.float64 if dtype == torch.float64 else torch.float32
-            products = torch.float32 if dtype in _gemm._WITHOUT_GEMM else dtype
+            products = torch.float32 if dtype in gemm._WITHOUT_GEMM else dtype
             weight = torch.ones(rows, several, dtype=work) if several else None
             options: dict[str, Any] = {"label_smoothing": smoothing, "return_stats": "entropy" if entropy else True}
             wanted = {"targets": several or 1, "label_smoothing": smoothing > 0, "entropy": entropy, "dtype": dtype}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import nitp_ops
-from nitp_ops import _devices, _library, reference, rows
+from nitp_ops import reference, rows
+from nitp_ops.core import devices, library
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -28,22 +29,22 @@ def test_a_number_without_a_size_has_the_power_one():
 
 
 def test_sums_are_float64_where_the_device_has_it():
-    assert _devices.sum_dtype(torch.device("cuda")) is torch.float64
-    assert _devices.sum_dtype(torch.device("mps")) is _devices.sum_dtype(torch.device("xpu")) is torch.float32
+    assert devices.sum_dtype(torch.device("cuda")) is torch.float64
+    assert devices.sum_dtype(torch.device("mps")) is devices.sum_dtype(torch.device("xpu")) is torch.float32
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_driver_the_cuda_kernels_say_why_they_cannot_run():
     if rows.missing is not None or "cuda" not in rows._COMPILED_FOR:
         pytest.skip("the library was built without nvcc")
-    assert "cuda:0: " in (_library.cuda_refusal(0) or "")
+    assert "cuda:0: " in (library.cuda_refusal(0) or "")
 
 
 def test_a_device_that_the_compiled_kernels_refuse_is_left_to_others(monkeypatch):
     device, reason = torch.device("cuda", 1), "the compiled kernels cannot run on cuda:1: no kernel image"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta", "cuda"})
-    monkeypatch.setattr(_library, "cuda_refusal", lambda index: reason if index == 1 else None)
+    monkeypatch.setattr(library, "cuda_refusal", lambda index: reason if index == 1 else None)
     monkeypatch.setattr(rows, "triton_missing", lambda: None)
     assert rows.choose("swiglu", device, None) == "triton"
     assert rows.choose("swiglu", torch.device("cuda", 0), None) == "native"

@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nitp_ops
-from nitp_ops._dispatch import needs_dispatcher
+from nitp_ops.core.dispatch import needs_dispatcher
 
 
 class Watch(TorchDispatchMode):

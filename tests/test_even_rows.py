@@ -5,8 +5,8 @@ import torch
 from budget import close, outputs
 
 from nitp_ops import explain, implicit_token_loss, linear_cross_entropy
-from nitp_ops._chunks import with_zeros
-from nitp_ops._gemm import has_native_gemm, pad_to_alignment
+from nitp_ops.core.chunking import with_zeros
+from nitp_ops.core.gemm import has_native_gemm, pad_to_alignment
 
 CPU = torch.device("cpu")
 COUNTS = [1, 7, 8, 9, 15, 23, 2049]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import plots, readme, report
-from nitp_ops._files import write_whole
+from nitp_ops.core.files import write_whole
 from nitp_ops.integrations import sidecar
 from nitp_ops.objectives import ModelInfo, build
 

@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processor import parameters
 
-from nitp_ops import _gemm, _library
+from nitp_ops.core import gemm, library
 
 pytestmark = pytest.mark.skipif(
-    not _gemm.has_native_gemm("cpu", torch.float32), reason="GEMMs are another library's here"
+    not gemm.has_native_gemm("cpu", torch.float32), reason="GEMMs are another library's here"
 )
 DTYPES = (torch.float32, torch.bfloat16)
 SETS = ("avx2", "avx512", "avx512_bf16")
-BEST = _library.instruction_set()
+BEST = library.instruction_set()
 #: Terms that are summed before they are added to the rest.
 CHAIN = {torch.float32: 256, torch.bfloat16: 2048}
 sides = st.one_of(st.integers(1, 70), st.sampled_from([111, 112, 113, 511, 530]))
@@ -22,12 +22,12 @@ depths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 103
 
 @pytest.fixture(autouse=True, scope="module", params=parameters(SETS))
 def instruction_set(request):
-    _library.choose_instruction_set(request.param)
+    library.choose_instruction_set(request.param)
     yield request.param
-    _library.choose_instruction_set(BEST)
+    library.choose_instruction_set(BEST)
 
 
-def gemm(out, a, b, add=False):
+def multiply(out, a, b, add=False):
     torch.ops.nitp_ops.gemm_(out, a, b, add)
     return out
 
@@ -54,7 +54,7 @@ def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(m, n, k, 
     out_dtype = torch.float32 if which < 2 else dtype
     a, b = matrix(m, k, dtype, layout % 2 == 1), matrix(k, n, dtype, layout > 1, seed=1)
     around = torch.full((m + 2, n + 4), 3.0, dtype=out_dtype)
-    out = gemm(around[1 : m + 1, 2 : n + 2], a, b, add)
+    out = multiply(around[1 : m + 1, 2 : n + 2], a, b, add)
     exact = a.double() @ b.double() + 3.0 * add
     assert ((out.double() - exact).abs() <= bound(a, b, out_dtype, 3.0 * add)).all()
     around[1 : m + 1, 2 : n + 2] = 3.0
@@ -67,7 +67,7 @@ def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(m, n, k, 
 )
 def test_more_than_one_cell_or_part_a_thread(dtype, m, n, k):
     a, b = matrix(m, k, dtype), matrix(k, n, dtype, seed=1)
-    out = gemm(torch.empty(m, n, dtype=dtype), a, b)
+    out = multiply(torch.empty(m, n, dtype=dtype), a, b)
     assert ((out.double() - a.double() @ b.double()).abs() <= bound(a, b, dtype)).all()
 
 
@@ -80,11 +80,11 @@ def test_a_number_of_the_product_depends_on_its_row_and_column_alone(dtype, k):
     try:
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            found.append(gemm(torch.empty(130, 90, dtype=dtype), a, b))
+            found.append(multiply(torch.empty(130, 90, dtype=dtype), a, b))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(each, found[0]) for each in found)
-    assert torch.equal(gemm(torch.empty(29, 7, dtype=dtype), a[50:79], b[:, 13:20]), found[0][50:79, 13:20])
+    assert torch.equal(multiply(torch.empty(29, 7, dtype=dtype), a[50:79], b[:, 13:20]), found[0][50:79, 13:20])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -97,14 +97,14 @@ def test_rows_that_all_cells_share_give_the_same_numbers(dtype, m, words, instru
     try:
         for count in (1, 2):
             torch.set_num_threads(count)
-            found.append(gemm(torch.empty(m, 9000, dtype=dtype), a, b))
+            found.append(multiply(torch.empty(m, 9000, dtype=dtype), a, b))
     finally:
         torch.set_num_threads(threads)
     out = found[0]
     assert torch.equal(out, found[1])
     for rows in (slice(0, 20), slice(m // 2 - 10, m // 2 + 30), slice(m - 20, m)):
         for columns in (slice(0, 40), slice(2990, 3050), slice(5990, 6050), slice(8970, 9000)):
-            apart = gemm(torch.empty_like(out[rows, columns].contiguous()), a[rows], b[:, columns])
+            apart = multiply(torch.empty_like(out[rows, columns].contiguous()), a[rows], b[:, columns])
             assert torch.equal(out[rows, columns], apart)
 
 
@@ -113,7 +113,7 @@ def test_float32_sums_round_little_more_than_those_of_mkl(k, most):
     """One chain of 512 made it 1.7, chains of any length as long as the depth 2.2 (decision 0008)."""
     a, b = matrix(200, k, torch.float32), matrix(k, 200, torch.float32, seed=1)
     exact = a.double() @ b.double()
-    ours, torchs = gemm(torch.empty(200, 200), a, b), torch.mm(a, b)
+    ours, torchs = multiply(torch.empty(200, 200), a, b), torch.mm(a, b)
     assert (ours - exact).norm() <= most * (torchs - exact).norm()
 
 
@@ -121,7 +121,7 @@ def test_float32_sums_round_little_more_than_those_of_mkl(k, most):
 def test_what_is_not_finite_stays_in_its_row_and_column(dtype):
     a, b = matrix(33, 61, dtype).clone(), matrix(61, 45, dtype, seed=1).clone()
     a[7, 60], b[3, 44] = float("nan"), float("inf")
-    out = gemm(torch.empty(33, 45, dtype=dtype), a, b)
+    out = multiply(torch.empty(33, 45, dtype=dtype), a, b)
     assert out[7].isnan().all() and not out[:, 44].isfinite().any()
     assert out[torch.arange(33) != 7][:, :44].isfinite().all()
 
@@ -139,20 +139,20 @@ def test_what_is_no_product_is_refused():
         ((torch.empty(3, 0), a, b[:, :0]), "not empty"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            gemm(*bad)
+            multiply(*bad)
 
 
 def test_the_portable_instruction_set_leaves_products_to_torch(instruction_set):
     a, b = torch.randn(40, 50), torch.randn(50, 60)
     try:
-        _library.choose_instruction_set("portable")
-        assert not any(_gemm.has_native_gemm("cpu", dtype) for dtype in DTYPES)
+        library.choose_instruction_set("portable")
+        assert not any(gemm.has_native_gemm("cpu", dtype) for dtype in DTYPES)
         with pytest.raises(RuntimeError, match="not for this processor"):
-            gemm(torch.empty(40, 60), a, b)
-        product = _gemm.matmul(a.bfloat16(), b.bfloat16(), torch.empty(40, 60, dtype=torch.bfloat16))
+            multiply(torch.empty(40, 60), a, b)
+        product = gemm.matmul(a.bfloat16(), b.bfloat16(), torch.empty(40, 60, dtype=torch.bfloat16))
         assert torch.equal(product, a.bfloat16() @ b.bfloat16())
     finally:
-        _library.choose_instruction_set(instruction_set)
+        library.choose_instruction_set(instruction_set)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -161,5 +161,5 @@ def test_matmul_takes_any_stride_and_any_size(dtype):
         a, b = torch.randn(m, 2 * k)[:, ::2].to(dtype), torch.randn(k, 2 * n)[:, ::2].to(dtype)
         strided = torch.randn(2 * m, 2 * k).to(dtype)[::2, ::2]
         for left in (a, strided):
-            out = _gemm.matmul(left, b, torch.full((m, n), 7.0))
+            out = gemm.matmul(left, b, torch.full((m, n), 7.0))
             assert torch.allclose(out, left.float() @ b.float(), atol=1e-4)

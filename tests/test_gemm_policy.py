@@ -10,8 +10,9 @@ from without_reading import without_reading
 
 import nitp_ops
 from benchmarks import cases
-from nitp_ops import _gemm, _head_pass, _token_chunks, reference, torch_rows
-from nitp_ops._chunks import row_stride
+from nitp_ops import _head_pass, _token_chunks, reference, torch_rows
+from nitp_ops.core import gemm
+from nitp_ops.core.chunking import row_stride
 
 ROWS, WIDTH, VOCABULARY = 65, 32, 301
 
@@ -19,7 +20,7 @@ ROWS, WIDTH, VOCABULARY = 65, 32, 301
 @pytest.fixture
 def widening(monkeypatch):
     """GEMMs that write float32 beside narrow operands, as CUDA has them; returns the operands' and results' dtypes."""
-    seen, plain = [], _gemm.matmul
+    seen, plain = [], gemm.matmul
 
     def matmul(a, b, out, *, add=False):
         seen.append((a.dtype, out.dtype))
@@ -27,8 +28,8 @@ def widening(monkeypatch):
             return plain(a, b, out, add=add)
         return out.copy_(a.float() @ b.float() + (out if add else 0))
 
-    monkeypatch.setattr(_gemm, "matmul", matmul)
-    monkeypatch.setattr(_gemm, "writes_float32", lambda device, dtype: True)
+    monkeypatch.setattr(gemm, "matmul", matmul)
+    monkeypatch.setattr(gemm, "writes_float32", lambda device, dtype: True)
     return seen
 
 
@@ -64,10 +65,10 @@ def test_a_gap_behind_each_row_of_logits_changes_no_bit(monkeypatch, kernels, re
         with way(reads, kernels):
             return outputs(loss, [*inputs, bias])
 
-    dense, seen, times = run(), [], _gemm.Weight.forward
+    dense, seen, times = run(), [], gemm.Weight.forward
     for module in (_token_chunks, _head_pass):
         monkeypatch.setattr(module, "row_stride", lambda columns, device: row_stride(columns, "cuda"))
-    monkeypatch.setattr(_gemm.Weight, "forward", lambda *given: seen.append(given[2].stride()) or times(*given))
+    monkeypatch.setattr(gemm.Weight, "forward", lambda *given: seen.append(given[2].stride()) or times(*given))
     padded = run()
     assert set(seen) == {(320, 1)}
     for a, b in zip(padded, dense, strict=True):
@@ -76,32 +77,32 @@ def test_a_gap_behind_each_row_of_logits_changes_no_bit(monkeypatch, kernels, re
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gemm_on_cuda_that_may_split_its_sum_goes_through_float32(widening, monkeypatch, dtype):
-    assert _gemm.sums_in_float32("cuda", dtype, 64 * 1024)
-    assert not _gemm.sums_in_float32("cuda", dtype, 4096 * 4096)  # tiles enough
-    assert not _gemm.sums_in_float32("cuda", torch.float32, 64) and not _gemm.sums_in_float32("cpu", dtype, 64)
+    assert gemm.sums_in_float32("cuda", dtype, 64 * 1024)
+    assert not gemm.sums_in_float32("cuda", dtype, 4096 * 4096)  # tiles enough
+    assert not gemm.sums_in_float32("cuda", torch.float32, 64) and not gemm.sums_in_float32("cpu", dtype, 64)
     a, b = torch.randn(16, 4096).to(dtype), torch.randn(4096, 24).to(dtype)
-    monkeypatch.setattr(_gemm, "sums_in_float32", lambda *given: True)
+    monkeypatch.setattr(gemm, "sums_in_float32", lambda *given: True)
     once = (a.float() @ b.float()).to(dtype)
     out = torch.full_like(once, 3)
-    assert torch.equal(_gemm.matmul(a, b, out), once) and torch.equal(out, once)
-    _gemm.matmul(a, b, out.fill_(3), add=True)
+    assert torch.equal(gemm.matmul(a, b, out), once) and torch.equal(out, once)
+    gemm.matmul(a, b, out.fill_(3), add=True)
     assert torch.equal(out, (a.float() @ b.float() + 3).to(dtype))
     assert (dtype, torch.float32) in widening
 
 
 def test_float32_logits_come_from_narrow_operands_only_where_those_are_all_there_is():
     bf16, fp16, f32 = torch.bfloat16, torch.float16, torch.float32
-    assert _gemm.operand_dtype("cuda", bf16, [bf16, bf16], f32) == bf16
-    assert _gemm.operand_dtype("cuda", fp16, [fp16], f32) == fp16
-    assert _gemm.operand_dtype("cuda", bf16, [bf16, f32], f32) == f32  # hidden states that would be rounded
-    assert _gemm.operand_dtype("cpu", bf16, [bf16], f32) == f32
-    assert _gemm.operand_dtype("cuda", f32, [bf16], f32) == f32
-    assert _gemm.operand_dtype("cuda", bf16, [bf16], bf16) == bf16
+    assert gemm.operand_dtype("cuda", bf16, [bf16, bf16], f32) == bf16
+    assert gemm.operand_dtype("cuda", fp16, [fp16], f32) == fp16
+    assert gemm.operand_dtype("cuda", bf16, [bf16, f32], f32) == f32  # hidden states that would be rounded
+    assert gemm.operand_dtype("cpu", bf16, [bf16], f32) == f32
+    assert gemm.operand_dtype("cuda", f32, [bf16], f32) == f32
+    assert gemm.operand_dtype("cuda", bf16, [bf16], bf16) == bf16
 
 
 def as_on_cuda(monkeypatch):
-    of_device = _gemm.operand_dtype
-    monkeypatch.setattr(_gemm, "operand_dtype", lambda device, *given: of_device("cuda", *given))
+    of_device = gemm.operand_dtype
+    monkeypatch.setattr(gemm, "operand_dtype", lambda device, *given: of_device("cuda", *given))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

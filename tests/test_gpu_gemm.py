@@ -5,7 +5,7 @@ import torch
 from gpu_cases import DEVICE, ON_GPU, normal
 
 import nitp_ops
-from nitp_ops import _gemm
+from nitp_ops.core import gemm
 
 pytestmark = ON_GPU
 FLAGS = {
@@ -22,7 +22,7 @@ def test_a_long_sum_of_few_rows_is_never_reduced_in_a_narrow_dtype(monkeypatch, 
     found = []
     for allowed in (True, False):
         monkeypatch.setattr(torch.backends.cuda.matmul, FLAGS[dtype], allowed)
-        found.append(_gemm.matmul(upstream, weight, torch.empty(rows, width, dtype=dtype, device=DEVICE)))
+        found.append(gemm.matmul(upstream, weight, torch.empty(rows, width, dtype=dtype, device=DEVICE)))
     assert torch.equal(*found)
     assert (found[0].double() - exact).norm() <= 1.05 * (exact.to(dtype).double() - exact).norm()
 

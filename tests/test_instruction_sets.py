@@ -6,12 +6,13 @@ from budget import near, outputs, widened, within_budget
 from processor import SETS, parameters
 
 import nitp_ops
-from nitp_ops import _library, reference, rows
+from nitp_ops import reference, rows
+from nitp_ops.core import library
 
 if rows.missing is not None:
     pytest.skip(f"no compiled kernels: {rows.missing}", allow_module_level=True)
 
-BEST = _library.instruction_set()
+BEST = library.instruction_set()
 ALL = ("portable", "avx2", "avx512", "avx512_bf16")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 EVERY_SET = pytest.mark.parametrize("name", parameters(ALL))
@@ -20,7 +21,7 @@ EVERY_SET = pytest.mark.parametrize("name", parameters(ALL))
 @pytest.fixture(autouse=True)
 def _back_to_the_best():
     yield
-    _library.choose_instruction_set(BEST)
+    library.choose_instruction_set(BEST)
 
 
 def test_the_best_that_the_processor_has_is_chosen():
@@ -31,8 +32,8 @@ def test_the_best_that_the_processor_has_is_chosen():
 @DTYPES
 @pytest.mark.parametrize("columns", [1, 15, 512, 1537])
 def test_cross_entropy_with_every_option(name, dtype, columns):
-    _library.choose_instruction_set(name)
-    assert _library.instruction_set() == name
+    library.choose_instruction_set(name)
+    assert library.instruction_set() == name
     inputs = [torch.randn(7, 5).to(dtype).requires_grad_(), torch.randn(columns, 5).to(dtype).requires_grad_()]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     bias, class_weight = torch.randn(columns, dtype=work), torch.rand(columns, dtype=work)
@@ -54,7 +55,7 @@ def test_cross_entropy_with_every_option(name, dtype, columns):
 @EVERY_SET
 def test_the_prediction_is_the_first_of_equal_maxima(name):
     """Of blocks of 512 columns too; 0 where no number is one."""
-    _library.choose_instruction_set(name)
+    library.choose_instruction_set(name)
     logits = torch.zeros(5, 1537)
     logits[0, [37, 512 + 37, 1500]] = 2.0
     logits[1, [513, 516, 1536]] = 2.0
@@ -69,7 +70,7 @@ def test_the_prediction_is_the_first_of_equal_maxima(name):
 @DTYPES
 @pytest.mark.parametrize("distance", ["cosine", "mse", "smooth_l1", "kl"])
 def test_alignment_and_swiglu(name, dtype, distance):
-    _library.choose_instruction_set(name)
+    library.choose_instruction_set(name)
     inputs = [torch.randn(9, 301).to(dtype).requires_grad_() for _ in range(2)]
     for ours, exact in (
         (
@@ -87,8 +88,8 @@ def test_alignment_and_swiglu(name, dtype, distance):
 
 def test_an_instruction_set_that_is_not_here_is_refused():
     with pytest.raises(ValueError, match="name is 'avx1024', expected 'portable' or one that this CPU has"):
-        _library.choose_instruction_set("avx1024")
-    assert _library.instruction_set() == BEST
+        library.choose_instruction_set("avx1024")
+    assert library.instruction_set() == BEST
 
 
 @DTYPES
@@ -125,7 +126,7 @@ def every_bfloat16(columns: int) -> torch.Tensor:
 @pytest.mark.parametrize("columns", [1, 64, 77])
 @pytest.mark.parametrize("factor", [1.0078125, 0.3333333, 3e-39, 3e38, float("nan"), float("inf")])
 def test_bfloat16_is_rounded_to_nearest_even_and_nan_stays_nan(name, columns, factor):
-    _library.choose_instruction_set(name)
+    library.choose_instruction_set(name)
     x = every_bfloat16(columns)
     exact = (x.float() * factor).bfloat16()
     if name == "avx512_bf16":  # its rounding takes subnormal numbers for zero (docs/decisions/0028)
@@ -139,7 +140,7 @@ def test_bfloat16_is_rounded_to_nearest_even_and_nan_stays_nan(name, columns, fa
 @EVERY_SET
 @pytest.mark.parametrize("columns", [1, 64, 77])
 def test_swiglu_of_every_bfloat16_gate_is_right_to_a_rounding(name, columns):
-    _library.choose_instruction_set(name)
+    library.choose_instruction_set(name)
     gate = every_bfloat16(columns).clone()
     gate[~(gate.abs() < 2.0**126)] = 0  # infinity times zero is no number, and the product may overflow
     inputs = [gate.requires_grad_(), torch.full_like(gate, -1.5, requires_grad=True)]

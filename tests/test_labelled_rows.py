@@ -14,7 +14,8 @@ from labelled_cases import (
 )
 from processor import parameters
 
-from nitp_ops import _library, rows
+from nitp_ops import rows
+from nitp_ops.core import library
 
 NATIVE = "portable", "avx2", "avx512", "avx512_bf16"
 NEEDS_LIBRARY = pytest.mark.skipif(rows.missing is not None, reason="no compiled library")
@@ -27,10 +28,10 @@ def run(request):
     if request.param == "torch":
         yield in_place(rows.kernels("torch"))
         return
-    best = _library.instruction_set()
-    _library.choose_instruction_set(request.param)
+    best = library.instruction_set()
+    library.choose_instruction_set(request.param)
     yield in_place(torch.ops.nitp_ops)
-    _library.choose_instruction_set(best)
+    library.choose_instruction_set(best)
 
 
 @given(case=cases())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import nitp_ops
-from nitp_ops import _library
+from nitp_ops.core import library
 
 ROOT = Path(__file__).parents[1]
 #: The header of a shared object: its first 18 bytes, the machine, where its sections begin, their size and number.
@@ -114,9 +114,9 @@ def test_no_lazy_module_of_others_is_imported_to_look_for_a_second_copy(monkeypa
     lazy = types.ModuleType("transformers.models.any.image_processing_any_fast")
     lazy.__dict__["__getattr__"] = lambda name: pytest.fail(f"read {name}")
     monkeypatch.setitem(sys.modules, lazy.__name__, lazy)
-    _library._refuse_a_second_copy()
-    other = types.ModuleType("other._library")
-    other.__dict__["LIBRARY"] = Path("/elsewhere") / _library.LIBRARY.name
+    library._refuse_a_second_copy()
+    other = types.ModuleType("other.core.library")
+    other.__dict__["LIBRARY"] = Path("/elsewhere") / library.LIBRARY.name
     monkeypatch.setitem(sys.modules, other.__name__, other)
     with pytest.raises(ImportError, match="loaded from /elsewhere"):
-        _library._refuse_a_second_copy()
+        library._refuse_a_second_copy()

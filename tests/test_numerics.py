@@ -7,7 +7,8 @@ import torch
 from budget import outputs, widened, within_budget
 
 import nitp_ops
-from nitp_ops import _chunks, _gemm, _latent_chunks, _token_chunks, reference
+from nitp_ops import _latent_chunks, _token_chunks, reference
+from nitp_ops.core import chunking, gemm
 
 
 @pytest.fixture(scope="module", autouse=True, params=["own", "libraries"])
@@ -15,7 +16,7 @@ def products(request):
     """Every test with the CPU's products by nitp_ops, where it has them, and by the libraries that others use."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "libraries":
-            patch.setattr(_gemm, "has_native_gemm", lambda device, dtype: False)
+            patch.setattr(gemm, "has_native_gemm", lambda device, dtype: False)
         yield request.param
 
 
@@ -167,8 +168,8 @@ def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_
     for dtype in (torch.float32, torch.float16):  # whose sum is, or waits as, a float32 gradient
         assert plan(8192 + 8, dtype).chunks == 2
     sizes = 8192 * 2, None, 4096 * 4096
-    assert _chunks.rows_per_chunk(10000, *sizes, device="cuda", itemsize=2) == 10000
-    assert _chunks.rows_per_chunk(10000, *sizes, device="cuda", itemsize=4) == 5000
+    assert chunking.rows_per_chunk(10000, *sizes, device="cuda", itemsize=2) == 10000
+    assert chunking.rows_per_chunk(10000, *sizes, device="cuda", itemsize=4) == 5000
 
 
 @pytest.mark.parametrize("narrow", [True, False])
@@ -177,11 +178,11 @@ def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_pro
 
     def spy(rows, *sizes, itemsize, **options):
         seen.append(itemsize)
-        return _chunks.rows_per_chunk(rows, *sizes, itemsize=itemsize, **options)
+        return chunking.rows_per_chunk(rows, *sizes, itemsize=itemsize, **options)
 
     monkeypatch.setattr(_token_chunks, "rows_per_chunk", spy)
     monkeypatch.setattr(_latent_chunks, "rows_per_chunk", spy)
-    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", set())
+    monkeypatch.setattr(gemm, "_WITHOUT_GEMM", set())
     hidden, weight = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
     if narrow:
         hidden, weight = (x.detach().bfloat16().requires_grad_() for x in (hidden, weight))
@@ -213,12 +214,12 @@ def test_terms_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
 
 def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
     for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
-        monkeypatch.setattr(_chunks, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
-    monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(_chunks.rows_per_chunk, least=1))
+        monkeypatch.setattr(chunking, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
+    monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(chunking.rows_per_chunk, least=1))
     monkeypatch.setattr(
-        _gemm, "has_native_gemm", lambda device, dtype: False
+        gemm, "has_native_gemm", lambda device, dtype: False
     )  # libraries round the product of every chunk
-    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", set())
+    monkeypatch.setattr(gemm, "_WITHOUT_GEMM", set())
     hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
     labels = torch.randint(0, 64, (512,))
 
@@ -232,7 +233,7 @@ def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_where_the_cpu_has_no_product_of_a_dtype_it_is_formed_in_float32(monkeypatch, dtype):
-    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", {torch.float16, torch.bfloat16})
+    monkeypatch.setattr(gemm, "_WITHOUT_GEMM", {torch.float16, torch.bfloat16})
     hidden, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 24), (90, 24)))
     loss = partial(nitp_ops.linear_cross_entropy, labels=torch.arange(40), chunk_bytes=90 * 4 * 16)
     ours, exact = outputs(loss, [hidden, weight]), outputs(loss, widened([hidden, weight]))
@@ -243,12 +244,12 @@ def test_where_the_cpu_has_no_product_of_a_dtype_it_is_formed_in_float32(monkeyp
 
 @pytest.mark.parametrize("height", [1, 16, 100])
 def test_a_sum_in_pieces_is_the_sum(monkeypatch, height):
-    monkeypatch.setattr(_gemm, "BLOCK_BYTES", 1)  # 16 rows a block
+    monkeypatch.setattr(gemm, "BLOCK_BYTES", 1)  # 16 rows a block
     chunks = [(torch.randn(24, height).bfloat16(), torch.randn(24, 8).bfloat16()) for _ in range(3)]
-    gradients, pieces, policy = [], [], _gemm.GemmPolicy.of(torch.device("cpu"), torch.bfloat16)
+    gradients, pieces, policy = [], [], gemm.GemmPolicy.of(torch.device("cpu"), torch.bfloat16)
     for bytes_of_one in (2**40, 1000):
-        monkeypatch.setattr(_gemm, "_PIECE_BYTES", bytes_of_one)
-        sum_ = _gemm.WeightGradient(torch.Size((height, 8)), policy, torch.bfloat16, chunks=3)
+        monkeypatch.setattr(gemm, "_PIECE_BYTES", bytes_of_one)
+        sum_ = gemm.WeightGradient(torch.Size((height, 8)), policy, torch.bfloat16, chunks=3)
         for a, b in chunks:
             sum_.add(a, b)
         pieces.append(len(sum_.sums))

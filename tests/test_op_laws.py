@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 import nitp_ops
-from nitp_ops import _gemm
+from nitp_ops.core import gemm
 
 torch._dynamo.config.cache_size_limit = 64
 
@@ -168,7 +168,7 @@ def test_the_reference_backend_gives_the_same_numbers(call, monkeypatch):
 def test_autocast_decides_the_gemm_dtype_and_gradients_keep_their_inputs_dtype():
     hidden, weight, gate, up, down = tensors()
     bias = torch.randn(11, requires_grad=True)
-    dtype = torch.float32 if torch.bfloat16 in _gemm._WITHOUT_GEMM else torch.bfloat16
+    dtype = torch.float32 if torch.bfloat16 in gemm._WITHOUT_GEMM else torch.bfloat16
     half = [x.detach().to(dtype) for x in (hidden, weight, gate, up, down)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = nitp_ops.linear_cross_entropy(hidden, weight, LABELS, bias=bias)

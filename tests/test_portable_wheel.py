@@ -15,7 +15,7 @@ from processor import HAS_OWN_GEMM, SETS
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]  # zig builds its own C library the first time
 
-CHOSEN = "from nitp_ops import _library; print(_library.instruction_set(), _library.has_gemm())"
+CHOSEN = "from nitp_ops.core import library; print(library.instruction_set(), library.has_gemm())"
 THROWN = """
 import torch, nitp_ops
 rows = torch.randn(2, 8)

@@ -5,12 +5,13 @@ import shard_rows_cases as cases
 import torch
 from budget import near
 
-from nitp_ops import _library, rows
+from nitp_ops import rows
+from nitp_ops.core import library
 
 if rows.missing is not None:
     pytest.skip(f"no compiled kernels: {rows.missing}", allow_module_level=True)
 
-BEST = _library.instruction_set()
+BEST = library.instruction_set()
 ALL = ("portable", "avx2", "avx512", "avx512_bf16")
 SETS = ALL[: ALL.index(BEST) + 1]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -19,9 +20,9 @@ COLUMNS = pytest.mark.parametrize("columns", [1, 15, 512, 1537])
 
 @pytest.fixture(params=SETS)
 def kernels(request):
-    _library.choose_instruction_set(request.param)
+    library.choose_instruction_set(request.param)
     yield torch.ops.nitp_ops
-    _library.choose_instruction_set(BEST)
+    library.choose_instruction_set(BEST)
 
 
 @DTYPES

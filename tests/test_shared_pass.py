@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nitp_ops
-from nitp_ops import _gemm, reference
+from nitp_ops import reference
+from nitp_ops.core import gemm
 
 
 def make(rows=12, width=6, vocabulary=31, dtype=torch.float64):
@@ -46,13 +47,13 @@ def test_a_longer_term_of_weight_zero_does_not_move_the_chunks_of_the_others(dty
 
 def rows_of_gemms(monkeypatch, name):
     """Rows of every GEMM h W^T ("forward") or dlogits W ("grad_input") from here on."""
-    seen, real = [], getattr(_gemm.Weight, name)
+    seen, real = [], getattr(gemm.Weight, name)
 
     def spy(self, x, out):
         seen.append(len(x))
         return real(self, x, out)
 
-    monkeypatch.setattr(_gemm.Weight, name, spy)
+    monkeypatch.setattr(gemm.Weight, name, spy)
     return seen
 
 
@@ -85,7 +86,7 @@ def test_no_product_is_made_for_hidden_states_that_want_no_gradient(monkeypatch)
 
 
 @pytest.mark.skipif(
-    not _gemm.has_native_gemm("cpu", torch.bfloat16), reason="no bfloat16 product is written in float32 here"
+    not gemm.has_native_gemm("cpu", torch.bfloat16), reason="no bfloat16 product is written in float32 here"
 )
 def test_a_float32_buffer_takes_hidden_gradients_of_a_shared_chunk_without_a_rounding():
     hidden = [torch.randn(8, 64).bfloat16().requires_grad_() for _ in range(2)]

@@ -147,13 +147,13 @@ def test_float32_logits_under_narrow_weights_are_as_exact_as_float32_weights(dty
 
 
 def test_weights_are_widened_a_block_at_a_time(monkeypatch):
-    from nitp_ops import _gemm
+    from nitp_ops.core import gemm
 
     hidden, weight, labels = make(rows=20, width=16, vocabulary=500, dtype=torch.bfloat16)
     whole = outputs(lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32), [hidden, weight])
-    monkeypatch.setattr(_gemm, "BLOCK_BYTES", 16 * 4 * 64)
-    policy = _gemm.GemmPolicy.of(weight.device, torch.float32)
-    assert len(_gemm.Weight(weight.detach(), policy).blocks) == 8
+    monkeypatch.setattr(gemm, "BLOCK_BYTES", 16 * 4 * 64)
+    policy = gemm.GemmPolicy.of(weight.device, torch.float32)
+    assert len(gemm.Weight(weight.detach(), policy).blocks) == 8
     blocks = outputs(lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32), [hidden, weight])
     close(blocks[0], whole[0], 1e-6)
     for a, b in zip(blocks[1:], whole[1:], strict=True):

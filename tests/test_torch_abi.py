@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitp_ops import _library
+from nitp_ops.core import library
 
 ROOT = Path(__file__).parents[1]
 HEADER = ROOT / "csrc/torch_abi.h"
@@ -54,7 +54,7 @@ def test_a_declaration_that_differs_does_not_compile(ours, wrong, tmp_path):
 
 def test_the_library_needs_nothing_of_torch_but_what_the_header_declares():
     listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(_library.LIBRARY)], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", str(library.LIBRARY)], capture_output=True, text=True, check=True
     ).stdout
     wanted = {line.split()[-1] for line in listed.splitlines() if "torch" in line or "c10" in line}
     declared = HEADER.read_text()
@@ -69,7 +69,7 @@ def test_an_error_in_a_kernel_arrives_in_python_with_its_message():
 
 
 def test_a_second_copy_of_the_library_is_refused_and_the_first_goes_on(tmp_path):
-    copy = shutil.copy(_library.LIBRARY, tmp_path / "libnitp_ops_again.so")
+    copy = shutil.copy(library.LIBRARY, tmp_path / "libnitp_ops_again.so")
     code = f"""
 import ctypes, torch, nitp_ops
 again = ctypes.CDLL({str(copy)!r})
@@ -85,7 +85,7 @@ print("first:", nitp_ops.swiglu(torch.ones(1, 4), torch.ones(1, 4)).sum().item()
 def test_the_pybind11_module_says_what_the_library_says():
     from nitp_ops import _C
 
-    assert _C.instruction_set() == _library.instruction_set() and _C.has_gemm() == _library.has_gemm()
-    assert _C.build_info() == _library.build_info()
+    assert _C.instruction_set() == library.instruction_set() and _C.has_gemm() == library.has_gemm()
+    assert _C.build_info() == library.build_info()
     with pytest.raises(ValueError, match="name is 'avx1024'"):
         _C.choose_instruction_set("avx1024")

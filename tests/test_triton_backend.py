@@ -10,7 +10,8 @@ import torch
 
 import nitp_ops
 from nitp_ops import __main__ as command
-from nitp_ops import _library, rows
+from nitp_ops import rows
+from nitp_ops.core import library
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 NEEDS_TRITON = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
@@ -29,7 +30,7 @@ def a_gpu(monkeypatch):
     """As on a machine with a GPU whose kernels no CUDA compiler built."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta"})
-    monkeypatch.setattr(_library, "cuda_refusal", lambda index: None)
+    monkeypatch.setattr(library, "cuda_refusal", lambda index: None)
     rows._load_triton.cache_clear()
     yield
     rows._load_triton.cache_clear()
@@ -55,12 +56,12 @@ NO_CUDA_BUILT = pytest.mark.skipif("cuda" in rows._COMPILED_FOR, reason="the lib
 
 @NEEDS_TRITON
 @pytest.mark.parametrize(
-    "library",
+    "with_library",
     [pytest.param(True, marks=NO_CUDA_BUILT, id="beside the library"), pytest.param(False, id="without the library")],
 )
-def test_the_dispatcher_reaches_triton_for_cuda_tensors(library):
-    hide = "" if library else "torch.ops.load_library = no_library"
-    printed = python(BY_DISPATCHER.format(hide=hide, library=library), TRITON_INTERPRET="1")
+def test_the_dispatcher_reaches_triton_for_cuda_tensors(with_library):
+    hide = "" if with_library else "torch.ops.load_library = no_library"
+    printed = python(BY_DISPATCHER.format(hide=hide, library=with_library), TRITON_INTERPRET="1")
     assert printed.strip() == "nitp_ops::swiglu_rows(Tensor gate, Tensor up, Tensor(a!) out) -> ()"
 
 

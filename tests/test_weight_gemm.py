@@ -8,7 +8,8 @@ from budget import EPS
 from torch._dynamo import compiled_autograd
 
 import nitp_ops
-from nitp_ops import _gemm, _gradients, reference
+from nitp_ops import _gradients, reference
+from nitp_ops.core import gemm
 
 N, D, V = 24, 64, 96
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -19,13 +20,13 @@ NAN = float("nan")
 def ran(monkeypatch):
     """The operands of every such GEMM; other sums of a weight gradient are an error."""
     seen = []
-    run = _gemm.WeightGemm.run
+    run = gemm.WeightGemm.run
 
     def noted(self, upstream, kernels):
         seen.append(self.operands)
         run(self, upstream, kernels)
 
-    monkeypatch.setattr(_gemm.WeightGemm, "run", noted)
+    monkeypatch.setattr(gemm.WeightGemm, "run", noted)
     return seen
 
 
@@ -40,7 +41,7 @@ def case(dtype: torch.dtype, rows: int = N):
 
 def waits(dtype: torch.dtype) -> bool:
     """Whether a GEMM of such operands can add into a float32 sum here."""
-    return _gemm.GemmPolicy.of(torch.device("cpu"), dtype).out_dtype == (
+    return gemm.GemmPolicy.of(torch.device("cpu"), dtype).out_dtype == (
         torch.float64 if dtype == torch.float64 else torch.float32
     )
 
@@ -111,7 +112,7 @@ def test_no_gradient_of_the_weight_is_formed(ran, monkeypatch):
     def refuse(*given, **options):
         raise AssertionError("a weight gradient was formed or added")
 
-    monkeypatch.setattr(_gemm.WeightGradient, "__init__", refuse)
+    monkeypatch.setattr(gemm.WeightGradient, "__init__", refuse)
     monkeypatch.setattr(_gradients, "add_gradients", refuse)
     hidden, weight, labels, buffer = case(torch.float32)
     nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer).backward()
@@ -142,9 +143,9 @@ def test_where_it_does_not_wait_the_buffer_takes_the_gradient_all_the_same(ran, 
 
 def test_float16_waits_in_float32_where_a_gemm_could_add(ran, monkeypatch):
     """As on a GPU: without its upstream the gradient of float16 logits would underflow."""
-    monkeypatch.setattr(_gemm, "_WITHOUT_GEMM", frozenset())
-    policy = _gemm.GemmPolicy(torch.device("cpu"), torch.float16, torch.float16, torch.float32)
-    monkeypatch.setattr(_gemm.GemmPolicy, "of", lambda *given: policy)
+    monkeypatch.setattr(gemm, "_WITHOUT_GEMM", frozenset())
+    policy = gemm.GemmPolicy(torch.device("cpu"), torch.float16, torch.float16, torch.float32)
+    monkeypatch.setattr(gemm.GemmPolicy, "of", lambda *given: policy)
     hidden, weight, labels, buffer = case(torch.float16)
     started, (_, of_weight) = buffer.clone(), exact(hidden, weight, labels, 1.0)
     nitp_ops.linear_cross_entropy(hidden.detach(), weight, labels, weight_grad_out=buffer).backward()
@@ -156,7 +157,7 @@ def test_float16_waits_in_float32_where_a_gemm_could_add(ran, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_buffer_has_no_graph_under_create_graph(ran, monkeypatch, dtype, own):
     if not own:  # as on a processor that this library has no GEMM for
-        monkeypatch.setattr(_gemm, "has_native_gemm", lambda device, dtype: False)
+        monkeypatch.setattr(gemm, "has_native_gemm", lambda device, dtype: False)
     hidden, weight, labels, buffer = case(dtype)
     for _ in range(2):
         loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer)

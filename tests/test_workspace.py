@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nitp_ops import _chunks
+from nitp_ops.core import chunking
 
 STATM = Path("/proc/self/statm")
 
@@ -72,5 +72,5 @@ def test_a_workspace_is_populated_where_it_is_large(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.ops.nitp_ops, "populate_", lambda block: seen.append(block.nbytes))
     for bytes_ in (32 * 2**20, 32 * 2**20 + 4):
-        assert _chunks.workspace((bytes_ // 4,), torch.float32, torch.device("cpu")).nbytes == bytes_
+        assert chunking.workspace((bytes_ // 4,), torch.float32, torch.device("cpu")).nbytes == bytes_
     assert seen == [32 * 2**20 + 4]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import processor
 
-from nitp_ops import _library, rows
+from nitp_ops import rows
+from nitp_ops.core import library
 
-rows.missing = _library.load_error = "hidden by tests/without_library.py"
+rows.missing = library.load_error = "hidden by tests/without_library.py"
 processor.HAS_OWN_GEMM = False

@@ -11,7 +11,8 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nitp_ops import _alignment, _check, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass, rows
+from nitp_ops import _alignment, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass, rows
+from nitp_ops.core import checks
 
 #: Operators that make the host wait for a value.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "item"}
@@ -46,7 +47,7 @@ class NoReading(TorchDispatchMode):
 def without_reading(kernels: Any = None) -> Iterator[None]:
     """Here the passes take the way of a GPU, over the row kernels `kernels` (the CPU's own if None)."""
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(_check, "host_reads", lambda device: False))
+        stack.enter_context(mock.patch.object(checks, "host_reads", lambda device: False))
         if kernels is not None:
             stack.enter_context(mock.patch.object(rows, "kernels", lambda backend: kernels))
         yield

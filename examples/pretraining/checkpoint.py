@@ -16,7 +16,7 @@ import safetensors
 import safetensors.torch
 import torch
 
-from nitp_ops._files import checksum, write_whole
+from nitp_ops.core.files import checksum, write_whole
 
 from .failure import BadInput
 from .model import Decoder, ModelConfig

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections.abc import Callable
 
-from nitp_ops._files import UNFINISHED
+from nitp_ops.core.files import UNFINISHED
 
 from .checkpoint import Table, export_weights, save_checkpoint, stored_checkpoint
 from .evaluate import HeldOut, evaluate

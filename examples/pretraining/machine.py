@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import nitp_ops
-from nitp_ops import _library, rows
+from nitp_ops import rows
+from nitp_ops.core import library
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,4 +61,4 @@ def commit() -> str:
 def _kernels() -> str:
     if rows.missing is not None:
         return "none"
-    return _library.instruction_set()
+    return library.instruction_set()

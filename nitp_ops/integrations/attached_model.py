@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nitp_ops._check import is_dtensor
+from nitp_ops.core.checks import is_dtensor
 from nitp_ops.objectives import CompositeObjective
 
 from .attached_forward import AttachedForward

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nitp_ops._devices import sum_dtype
+from nitp_ops.core.devices import sum_dtype
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 from nitp_ops.objectives.module_call import is_fully_sharded
 from nitp_ops.objectives.needs import reads

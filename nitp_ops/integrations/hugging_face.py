@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nitp_ops._check import is_dtensor
+from nitp_ops.core.checks import is_dtensor
 from nitp_ops.objectives import ModelInfo
 
 from .foreign_hooks import refuse_foreign_hooks

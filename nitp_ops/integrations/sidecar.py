@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nitp_ops._check import is_dtensor
-from nitp_ops._files import checksum, write_whole
+from nitp_ops.core.checks import is_dtensor
+from nitp_ops.core.files import checksum, write_whole
 from nitp_ops.objectives import CompositeObjective
 from nitp_ops.objectives.collectives import agree, is_distributed
 

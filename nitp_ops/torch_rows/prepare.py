@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _check
-from .._devices import sum_dtype
+from nitp_ops.core import checks
+from nitp_ops.core.devices import sum_dtype
+
 from .._kernels import Sample, row_kernel
 from ..reference import working
 
@@ -72,7 +73,7 @@ def prepare_rows_(
         scale.masked_fill_(present & (count > max_rows), float("nan"))
     totals.fill_(-1)
     totals[0] = count
-    if _check.host_reads(labels.device):
+    if checks.host_reads(labels.device):
         outside = given & ((labels < 0) | (labels >= classes))
         rows, places = present.nonzero().view(-1), outside.view(-1).nonzero().view(-1)
         totals[1] = (scale != 0).sum()

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _check
+from nitp_ops.core import checks
+
 from .launch import blocks, check_rows, check_values, launch, size_of, working
 from .softmax import LOWEST, absorb, join
 
@@ -230,7 +231,7 @@ def alignment_rows_(
     dtype, work = working(prediction, target)
     into = prediction if d_prediction is None else d_prediction
     targets = rows if target_rows is None or target.dim() == 0 else target.shape[0]
-    check_rows(_OP, "target", target, prediction, (targets, columns), _check.FLOATS)
+    check_rows(_OP, "target", target, prediction, (targets, columns), checks.FLOATS)
     check_values(_OP, "target_rows", target_rows, prediction, rows)
     check_values(_OP, "row_scale", row_scale, prediction, rows, dtype)
     check_rows(_OP, "stats", stats, prediction, (4, rows), (dtype,))

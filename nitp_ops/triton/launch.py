@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import _check, reference
+from nitp_ops import reference
+from nitp_ops.core import checks
 
 _WORKING = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -24,7 +25,7 @@ def working(*tensors: Tensor) -> tuple[torch.dtype, tl.dtype]:
     return dtype, _WORKING[dtype]
 
 
-def size_of(op: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = _check.FLOATS) -> tuple[int, int]:
+def size_of(op: str, argument: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = checks.FLOATS) -> tuple[int, int]:
     """(rows, columns) of the argument that the others are measured by."""
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected (rows, columns)")
@@ -36,9 +37,9 @@ def check_rows(
     op: str, argument: str, tensor: Tensor, like: Tensor, shape: Sequence[int], dtypes: Sequence[torch.dtype]
 ) -> None:
     """Rows at any distance from each other, each of them dense."""
-    _check.has_shape(op, argument, tensor, shape)
-    _check.has_dtype(op, argument, tensor, dtypes)
-    _check.same_device(op, argument, tensor, "the first argument", like)
+    checks.has_shape(op, argument, tensor, shape)
+    checks.has_dtype(op, argument, tensor, dtypes)
+    checks.same_device(op, argument, tensor, "the first argument", like)
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(f"{op}: {argument} has strides {tensor.stride()}, expected a dense last axis")
 
@@ -49,8 +50,8 @@ def check_values(
     """`size` dense values of any shape, or None."""
     if tensor is None:
         return
-    _check.has_dtype(op, argument, tensor, (dtype,))
-    _check.same_device(op, argument, tensor, "the first argument", like)
+    checks.has_dtype(op, argument, tensor, (dtype,))
+    checks.same_device(op, argument, tensor, "the first argument", like)
     if tensor.numel() != size or not tensor.is_contiguous():
         came = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         raise ValueError(f"{op}: {argument} has {came}, expected {size} dense values")

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, _library
-from ._chunks import EVEN_ROWS, rows_of, workspace
+from . import checks, library
+from .chunking import EVEN_ROWS, rows_of, workspace
 
 #: A block of a weight that is cast, or of a GEMM that is summed, at a time: it stays in the second-level cache.
 BLOCK_BYTES = 2 * 2**20
@@ -41,12 +41,12 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
         raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
     if device in _AUTOCAST and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        if dtype not in _check.FLOATS:
-            raise TypeError(f"{op}: autocast is {_check.name_of(dtype)}, expected bfloat16 or float16 (or no autocast)")
+        if dtype not in checks.FLOATS:
+            raise TypeError(f"{op}: autocast is {checks.name_of(dtype)}, expected bfloat16 or float16 (or no autocast)")
     if logits_dtype != "auto":
         allowed = {dtype, torch.promote_types(dtype, torch.float32)}
         if logits_dtype not in allowed:
-            names = " or ".join(["'auto'", *sorted(f"torch.{_check.name_of(each)}" for each in allowed)])
+            names = " or ".join(["'auto'", *sorted(f"torch.{checks.name_of(each)}" for each in allowed)])
             raise ValueError(f"{op}: logits_dtype is {logits_dtype}, expected {names} (the GEMM is {dtype})")
         assert isinstance(logits_dtype, torch.dtype)
         dtype = logits_dtype
@@ -70,7 +70,7 @@ def sums_in_float32(device: str, dtype: torch.dtype, numbers: int) -> bool:
 
 def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
     """Whether this library multiplies such numbers itself: on CPUs with AVX2 or AVX-512 that MKL is not made for."""
-    return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and _library.has_gemm()
+    return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and library.has_gemm()
 
 
 def torch_has_bfloat16() -> bool:
@@ -251,7 +251,7 @@ class WeightGradient:
             rounded = matmul(part, b, block[: len(into)])
             if self.empty:
                 into.copy_(rounded)
-            elif into.device.type == "cpu" and _library.load_error is None:
+            elif into.device.type == "cpu" and library.load_error is None:
                 torch.ops.nitp_ops.accumulate_rows_(into, rounded)
             else:
                 into += rounded

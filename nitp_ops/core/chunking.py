@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, _library
+from . import checks, library
 
 #: Default workspace on CPU: small ones stay in the last-level cache and in memory that glibc keeps.
 LEAST_BYTES = 32 * 2**20
@@ -76,7 +76,7 @@ def row_stride(columns: int, device: str) -> int:
 def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Memory that will be written as a whole: on CPU the pages of a block that glibc maps afresh come at once."""
     block = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and block.nbytes > _MAPPED_BYTES and _library.load_error is None:
+    if device.type == "cpu" and block.nbytes > _MAPPED_BYTES and library.load_error is None:
         torch.ops.nitp_ops.populate_(block)
     return block
 
@@ -138,7 +138,7 @@ def select(keep: Tensor, max_rows: int | None = None) -> Selection:
     """The kept rows. Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without
     it, every row."""
     total = keep.numel()
-    if not _check.host_reads(keep.device):
+    if not checks.host_reads(keep.device):
         if max_rows is None or max_rows >= total:
             return Selection.range(0, total, total)
         order = keep.to(torch.uint8).argsort(descending=True, stable=True)

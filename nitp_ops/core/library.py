@@ -18,7 +18,8 @@ from urllib.parse import quote
 
 import torch
 
-LIBRARY = Path(__file__).parent / "libnitp_ops.so"
+_PACKAGE = Path(__file__).parents[1]
+LIBRARY = _PACKAGE / "libnitp_ops.so"
 #: ELF's numbers of the machines that wheels are for.
 _MACHINES = {62: "x86_64", 183: "aarch64"}
 
@@ -26,7 +27,7 @@ _MACHINES = {62: "x86_64", 183: "aarch64"}
 def _refuse_a_second_copy() -> None:
     """Two copies in a process, such as an installed one and one that the package `kernels` loads from its folder, would
     overwrite each other's operators: these have one name in a process (docs/decisions/0035)."""
-    copies = [module for name, module in sys.modules.items() if name.endswith("._library") and name != __name__]
+    copies = [module for name, module in sys.modules.items() if name.endswith(".core.library") and name != __name__]
     for module in copies:  # an attribute of any other module may be a lazy import (transformers has hundreds)
         other = getattr(module, "LIBRARY", None)
         if isinstance(other, Path) and other.name == LIBRARY.name:
@@ -73,18 +74,18 @@ def _damage(library: Path) -> str | None:
 
 def source_tree() -> str | None:
     """That this is a clone, which shadows an installed package or is not installed; None elsewhere."""
-    here = Path(__file__).parent
-    if not (here.parent / "csrc").is_dir():
+    root = _PACKAGE.parent
+    if not (root / "csrc").is_dir():
         return None
     # a build leaves its metadata in the clone (*.egg-info), and Python started there finds those first
     roots = {Path(str(d.locate_file(""))).resolve() for d in metadata.distributions(name="nitp_ops")}
-    roots.discard(here.parent.resolve())
+    roots.discard(root.resolve())
     if not roots:
-        return f"this is the source tree at {here.parent}, nothing is installed: run pip install {here.parent}"
-    installed = next((root / "nitp_ops" for root in roots if (root / "nitp_ops").is_dir()), None)
+        return f"this is the source tree at {root}, nothing is installed: run pip install {root}"
+    installed = next((other / "nitp_ops" for other in roots if (other / "nitp_ops").is_dir()), None)
     if installed is None:
         return None
-    shadowed = f"this is the source tree at {here.parent}; the installed package is at {installed}"
+    shadowed = f"this is the source tree at {root}; the installed package is at {installed}"
     return f"{shadowed}: start Python in another folder"
 
 
@@ -93,9 +94,8 @@ def _absent() -> str:
     tree = source_tree()
     if tree is not None:
         return tree
-    if __package__ != "nitp_ops":
-        here = Path(__file__).parent
-        return f"{here} holds Python only, as the package `kernels` loads it: pip install nitp_ops has compiled kernels"
+    if __package__ != "nitp_ops.core":
+        return f"{_PACKAGE} holds Python only, as the package `kernels` loads it: pip install nitp_ops has compiled kernels"
     return (
         "it was installed without its compiled library (NITP_OPS_PURE=1, or a wheel for any platform): install g++ and "
         f"run pip install --force-reinstall --no-cache-dir --no-deps {_source()}"
