@@ -21,7 +21,7 @@ from typing import NoReturn
 
 import torch
 
-from nitp_ops import rows
+from nitp_ops.kernels import select
 
 from . import base, cuda_run, gpu_report, measure, plots, report, run
 from .cases import OPS
@@ -109,8 +109,8 @@ def check(options: argparse.Namespace) -> str | None:
     only_cuda = [name for name in options.op or () if name not in OPS]
     if only_cuda:
         return f"{only_cuda[0]} is measured with --device cuda only"
-    if rows.missing and not (options.list or options.command or options.implementation):
-        return f"there are no compiled kernels to measure: {rows.missing}"
+    if select.load_error and not (options.list or options.command or options.implementation):
+        return f"there are no compiled kernels to measure: {select.load_error}"
     if not sys.platform.startswith("linux"):
         return "needs Linux: it forks its measurements and reads /proc for their memory"
     if options.threads < 1:

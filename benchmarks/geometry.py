@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nitp_ops import _kernels, rows
+from nitp_ops.kernels import select, table
 
 from . import cuda, measure
 from .isolated import At
@@ -32,7 +32,7 @@ def sweep(at: At, names: list[str], *, sizes: dict[str, int], rounds: int, secon
     """Milliseconds by geometry, and over a copy of the same bytes; {"skipped": reason} where it does not run."""
     at(None)
     launched = launcher(built())
-    make = _kernels.table()[KERNEL].sample
+    make = table.all_kernels()[KERNEL].sample
     with cuda.DEVICE:
         call = make(sizes["N"], sizes["D"], torch.bfloat16)
         source = torch.randint(256, (call.moved // 2,), dtype=torch.uint8)
@@ -43,8 +43,8 @@ def sweep(at: At, names: list[str], *, sizes: dict[str, int], rounds: int, secon
     for name in names:
         at(name)
         if name == CHOSEN:
-            backend = rows.choose(KERNEL, cuda.DEVICE, "native")
-            runs[name] = partial(getattr(rows.kernels(backend), KERNEL), *call.arguments)
+            backend = select.select_backend(KERNEL, cuda.DEVICE, "native")
+            runs[name] = partial(getattr(select.row_kernels(backend), KERNEL), *call.arguments)
         else:
             runs[name] = partial(launched, given, *map(int, name.split("x")))
         found[name] = cuda.attempt(name, lambda run=runs[name]: (run(), {})[1])

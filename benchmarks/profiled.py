@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nitp_ops import _kernels, rows
+from nitp_ops.kernels import select, table
 
 from . import cuda
 from .isolated import At
@@ -41,11 +41,11 @@ def calls(scale: int = 1) -> dict[str, Callable[[], Callable[[], object]]]:
     """Kernel -> what makes its inputs and returns one launch of it; scale divides the rows."""
 
     def row_kernel(name: str, arguments: tuple[Any, ...]) -> Callable[[], object]:
-        chosen = rows.choose(name, cuda.DEVICE, "native")
-        return partial(getattr(rows.kernels(chosen), name), *arguments)
+        chosen = select.select_backend(name, cuda.DEVICE, "native")
+        return partial(getattr(select.row_kernels(chosen), name), *arguments)
 
     def cross_entropy() -> Callable[[], object]:
-        make = _kernels.table()["cross_entropy_rows_"].sample
+        make = table.all_kernels()["cross_entropy_rows_"].sample
         return row_kernel("cross_entropy_rows_", make(4096 // scale, 128256 // scale, torch.bfloat16).arguments)
 
     def swiglu() -> Callable[[], object]:  # halves of one GEMM's output, as a fused gate and up leave them

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nitp_ops import _kernels, rows
+from nitp_ops.kernels import select, table
 
 from . import cuda, measure
 from .cases import Sizes
@@ -28,7 +28,7 @@ SIZES: dict[str, tuple[Sizes, ...]] = {
     "prepare_rows_": ({"N": 8192, "D": 1}, {"N": 131072, "D": 1}),
     "finish_rows_": ({"N": 8192, "D": 1}, {"N": 131072, "D": 1}),
 }
-KERNELS = {name: SIZES.get(name, ({"N": 2048, "D": 2048}, {"N": 8192, "D": 8192})) for name in _kernels.table()}
+KERNELS = {name: SIZES.get(name, ({"N": 2048, "D": 2048}, {"N": 8192, "D": 8192})) for name in table.all_kernels()}
 #: Who has row kernels.
 NAMES = [name for name in BACKENDS if name != "ours-reference"]
 #: The sum takes narrower addends only; what stands before the chunks and after them has no storage dtype.
@@ -42,7 +42,7 @@ def dtypes_of(kernel: str) -> list[str]:
 def measure_kernel(at: At, names: list[str], *, kernel: str, sizes: Sizes, dtype: str, rounds: int, seconds: float):
     """Rows by name (cuda.measure_case): the copy, and the kernel of each backend."""
     with cuda.DEVICE:
-        call = _kernels.table()[kernel].sample(sizes["N"], sizes["D"], cuda.DTYPES[dtype])
+        call = table.all_kernels()[kernel].sample(sizes["N"], sizes["D"], cuda.DTYPES[dtype])
         # the copy reads one half of the bytes and writes the other
         source = torch.randint(256, (call.moved // 2,), dtype=torch.uint8)
         copied = torch.empty_like(source)
@@ -52,8 +52,8 @@ def measure_kernel(at: At, names: list[str], *, kernel: str, sizes: Sizes, dtype
         at(name)
 
         def first(name: str = name) -> dict[str, Any]:
-            device = rows.choose(kernel, cuda.DEVICE, BACKENDS[name])
-            runs[name] = partial(getattr(rows.kernels(device), kernel), *call.arguments)
+            device = select.select_backend(kernel, cuda.DEVICE, BACKENDS[name])
+            runs[name] = partial(getattr(select.row_kernels(device), kernel), *call.arguments)
             runs[name]()
             return {}
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import nitp_ops
-from nitp_ops import _kernels, rows
+from nitp_ops.kernels import select, table
 
 #: One element, one pack and its neighbours, many steps of a block, and a row that no shared memory of one block holds.
 COLUMNS = (1, 7, 8, 33, 1000)
@@ -145,7 +145,7 @@ BRANCHES: dict[str, Callable[[], Iterator[tuple[Any, ...]]]] = {
 def calls(kernel: str) -> Iterator[tuple[Any, ...]]:
     """Arguments of every call: typical ones at every width, and what reaches the kernel's branches."""
     for dtype, columns in product((torch.float64, torch.float32, torch.bfloat16), COLUMNS):
-        yield _kernels.table()[kernel].sample(3, columns, dtype).arguments
+        yield table.all_kernels()[kernel].sample(3, columns, dtype).arguments
     yield from BRANCHES.get(kernel, lambda: iter(()))()
 
 
@@ -214,13 +214,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.sanitize: torch sees no GPU (torch.cuda.is_available() is False)", file=sys.stderr)
         return 2
     device = torch.device("cuda")
-    reason = rows.refusal(device, options.backend)
+    reason = select.unavailable_reason(device, options.backend)
     if reason:
         print(f"benchmarks.sanitize: {options.backend}: {reason}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    known = _kernels.table()
-    wrong = [line for kernel in known for line in differences(kernel, rows.kernels(options.backend), device)]
+    known = table.all_kernels()
+    wrong = [line for kernel in known for line in differences(kernel, select.row_kernels(options.backend), device)]
     if options.ops:
         ops(device, options.backend)
     torch.cuda.synchronize()

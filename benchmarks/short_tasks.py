@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 import nitp_ops
-from nitp_ops import rows
 from nitp_ops.core import library
+from nitp_ops.kernels import select
 
 from . import cuda, gpu_report, measure
 from .cases import OPS, Sizes
@@ -29,8 +29,12 @@ def about(at: At, names: list[str], *, commit: str | None) -> dict[str, Any]:
     at(None)
     if not torch.cuda.is_available():
         return {"refusal": "torch sees no GPU (torch.cuda.is_available() is False)"}
-    built_of = None if rows.missing else library.build_info()["commit"]
-    return {"machine": gpu_report.machine(commit), "native": rows.refusal(cuda.DEVICE), "built_of": built_of}
+    built_of = None if select.load_error else library.build_info()["commit"]
+    return {
+        "machine": gpu_report.machine(commit),
+        "native": select.unavailable_reason(cuda.DEVICE),
+        "built_of": built_of,
+    }
 
 
 def ceilings(at: At, names: list[str]) -> dict[str, dict[str, Any]]:

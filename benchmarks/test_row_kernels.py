@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from nitp_ops import rows
-from nitp_ops._kernels import table
+from nitp_ops.kernels import select
+from nitp_ops.kernels.table import all_kernels
 
 from .row_kernels import dtypes_of
 
 #: Sizes at which calling costs more than computing.
 TOY = 8, 32
 #: Kernels that a CPU has.
-SERVED = [name for name in table() if rows.missing is None and hasattr(torch.ops.nitp_ops, name)]
+SERVED = [name for name in all_kernels() if select.load_error is None and hasattr(torch.ops.nitp_ops, name)]
 CASES = [(kernel, dtype) for kernel in SERVED for dtype in dtypes_of(kernel)]
 
 
@@ -19,11 +19,11 @@ CASES = [(kernel, dtype) for kernel in SERVED for dtype in dtypes_of(kernel)]
 @pytest.mark.parametrize(("kernel", "dtype"), CASES)
 def test_one_call(benchmark, kernel, dtype, who):
     torch.manual_seed(0)
-    call = table()[kernel].sample(*TOY, getattr(torch, dtype))
+    call = all_kernels()[kernel].sample(*TOY, getattr(torch, dtype))
     before = [each.clone() for each in call.arguments if isinstance(each, torch.Tensor)]
     source = torch.zeros(call.moved // 2, dtype=torch.uint8)
     copied = torch.empty_like(source)
-    run = getattr(rows.kernels("native"), kernel)
+    run = getattr(select.row_kernels("native"), kernel)
     benchmark.group = f"{kernel} {dtype}"
     if who == "copy":
         benchmark.pedantic(copied.copy_, (source,), rounds=20, warmup_rounds=2)

@@ -109,7 +109,7 @@ struct FinishRows {
 
 // The table of row kernels: operator, arguments, their types, schema. It declares the kernels (cpu/rows.h,
 // cuda/rows.h), defines the operators (library.cpp) and registers the function of door.hpp that has the operator's name
-// (entry.cpp). nitp_ops/_kernels.py derives the same schemas from the torch implementations; a test compares them.
+// (entry.cpp). nitp_ops/kernels/table.py derives the same schemas from the torch implementations; a test compares them.
 //
 // `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A gradient argument that
 // is None means in place. stats tensors are [fields, rows] in the working precision (float64 for float64, else

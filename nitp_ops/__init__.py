@@ -72,7 +72,7 @@ _HOME = {
     "linear_cross_entropy": "_linear_cross_entropy",
     "swiglu": "_swiglu",
 }
-_MODULES = frozenset({"distributed", "geometry", "integrations", "layers", "objectives", "reference", "rows"})
+_MODULES = frozenset({"distributed", "geometry", "integrations", "kernels", "layers", "objectives", "reference"})
 
 
 def __getattr__(name: str) -> Any:

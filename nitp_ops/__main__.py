@@ -14,9 +14,10 @@ import torch
 
 import nitp_ops
 
-from . import reference, rows
+from . import reference
 from .core import library
 from .core.devices import sum_dtype
+from .kernels import select
 
 
 def env() -> int:
@@ -24,10 +25,10 @@ def env() -> int:
     print(f"nitp_ops {nitp_ops.__version__}   torch {torch.__version__}   python {platform.python_version()}")
     print(f"package  {Path(nitp_ops.__file__).parent}")
     print(f"machine  {platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}")
-    if rows.missing is not None:
-        print(f"library  none: {rows.missing}")
+    if select.load_error is not None:
+        print(f"library  none: {select.load_error}")
         return 0
-    print(f"library  {rows.LIBRARY.name}, instruction set {library.instruction_set()}")
+    print(f"library  {select.LIBRARY.name}, instruction set {library.instruction_set()}")
     facts = library.build_info()
     kernels = facts.pop("kernels")
     for key, value in facts.items():
@@ -81,9 +82,9 @@ def doctor() -> int:
     checks += [(other.type, "torch", other.type)] if other is not None and other.type != "cuda" else []
     for name, backend, place in [*checks, ("reference", "reference", "cpu")]:
         device = torch.device(place)
-        reason = None if backend == "reference" else rows.refusal(device, backend)
+        reason = None if backend == "reference" else select.unavailable_reason(device, backend)
         if reason is not None:
-            installed = rows.installed(backend) and name != "cuda"  # CUDA kernels are built only where nvcc is
+            installed = select.installed(backend) and name != "cuda"  # CUDA kernels are built only where nvcc is
             print(f"{name:10} {'BROKEN' if installed else 'off'}: {reason}")
             broken |= installed or name == "native"  # without it, calls on CPU do not run compiled
             continue

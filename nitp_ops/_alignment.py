@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import reference
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._reference_rows import of_live_rows
 from .core import checks
 from .core.chunking import Rows, chunks, whole_or_chunk
 from .core.dispatch import needs_dispatcher, plain_function
+from .kernels import select
 
 _OP = "alignment"
 
@@ -83,7 +84,7 @@ def alignment(
     checks.same_device(_OP, "target", target, "prediction", prediction)
     checks.one_of(_OP, "distance", distance, tuple(DISTANCES))
     eps = checks.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target))
-    chosen = rows.choose(_OP, prediction.device, backend)
+    chosen = select.select_backend(_OP, prediction.device, backend)
     if chosen == "reference":
 
         def formula(live: Tensor | None, p: Tensor, z: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ def forward(prediction: Tensor, target: Tensor, distance: int, eps: float, backe
     dtype = reference.working(prediction, target)
     stats = torch.empty(4, p.count, dtype=dtype, device=prediction.device)
     for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
-        rows.kernels(backend).alignment_rows_(
+        select.row_kernels(backend).alignment_rows_(
             p.dense(part), z.dense(part), None, None, stats[:, part], None, None, distance, eps, False
         )
     return stats[0].view(p.shape).clone()
@@ -129,7 +130,7 @@ def backward(
     stats = torch.empty(4, p.count, dtype=scale.dtype, device=scale.device)
     for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
         into = d_prediction.view(shape)[part], None if d_target is None else d_target.view(shape)[part]
-        rows.kernels(backend).alignment_rows_(
+        select.row_kernels(backend).alignment_rows_(
             p.dense(part), z.dense(part), None, scale[part], stats[:, part], *into, distance, eps, True
         )
     return [d_prediction] if d_target is None else [d_prediction, d_target]

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _term_reference, reference, rows
+from . import _term_reference, reference
 from ._logits_pass import logits_pass
 from ._term import (
     CrossEntropyTerm,
@@ -23,6 +23,7 @@ from ._token_pass import as_tensor
 from ._token_stats import stats_of
 from .core import checks
 from .core.chunking import Rows
+from .kernels import select
 
 _OP = "cross_entropy"
 
@@ -96,7 +97,7 @@ def cross_entropy(
         z_loss=z_loss,
     )
     term = checked_targets(_OP, term, "logits", columns)
-    chosen = rows.choose(_OP, logits.device, backend)
+    chosen = select.select_backend(_OP, logits.device, backend)
     _check_in_place(inplace_gradient, logits, chosen)
     if chosen == "reference":
         if checks.plain(labels):

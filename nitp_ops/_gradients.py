@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import reference
 from .core import checks
+from .kernels import select
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
@@ -27,7 +28,7 @@ def scale_gradients(
         out = torch.empty_like(gradient, dtype=like.dtype)
         if gradient.numel() > 0:
             of_rows = _rows(gradient), upstream.to(reference.working(gradient)), _rows(out)
-            rows.kernels(backend).scale_rows_(*of_rows)
+            select.row_kernels(backend).scale_rows_(*of_rows)
         scaled.append(out)
     return scaled
 
@@ -60,7 +61,7 @@ def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tens
     for buffer, gradient in zip(buffers, gradients, strict=True):
         if buffer.numel() > 0:
             of_rows = _rows(buffer), _rows(gradient), upstream.to(buffer.dtype)
-            rows.kernels(backend).accumulate_rows_(*of_rows)
+            select.row_kernels(backend).accumulate_rows_(*of_rows)
 
 
 def refuse_double_backward(op: str) -> Callable[..., None]:
@@ -144,7 +145,7 @@ def scaled_gradients(
     if torch.is_grad_enabled():
         values = scale_gradients(values, upstream, leaves, double_backward_inputs, backend, op)
     elif not one and eager:
-        _scale_in_place(rows.kernels(backend), values, upstream)
+        _scale_in_place(select.row_kernels(backend), values, upstream)
     elif not one:
         values = scale_gradients(values, upstream, leaves, [], backend, op)
     result: list[Tensor | None] = [None] * len(gradients)

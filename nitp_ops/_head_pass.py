@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from . import rows
 from ._term import Unembedding
 from ._term_rows import TermRows, joined
 from ._vocab_shard import ReducedRows, ShardRows
 from .core import checks
 from .core.chunking import length_of, row_stride, rows_of, with_zeros, workspace
 from .core.gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
+from .kernels import select
 
 
 class Chunk(NamedTuple):
@@ -82,7 +82,7 @@ class MaterializedLogits:
         columns, width = weight.shape
         device, most = weight.device, policy.pad(longest)
         self.unembedding, self.policy, self.unit = unembedding, policy, unit
-        self.kernels, self.weight = rows.kernels(call.backend), Weight(weight, policy)
+        self.kernels, self.weight = select.row_kernels(call.backend), Weight(weight, policy)
         self.buffer = _logits(most, columns, policy.logits, device)
         self.rounded: Tensor | None = None
         if policy.logits != policy.dtype and (with_head or any(call.want_hidden)):

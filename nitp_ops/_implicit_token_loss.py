@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import reference
 from ._alignment import DISTANCES, AlignmentStats
 from ._latent_chunks import Pairs, Projector
 from ._latent_pass import latent_pass
 from ._reference_rows import of_live_rows
 from .core import checks
 from .core.devices import sum_dtype
+from .kernels import select
 
 _OP = "implicit_token_loss"
 
@@ -115,7 +116,7 @@ def implicit_token_loss(
         checks.integer(_OP, "max_rows", max_rows, least=0)
     if hidden_grad_out is not None:
         checks.is_buffer(_OP, "hidden_grad_out", hidden_grad_out, "hidden", hidden)
-    chosen = rows.choose(_OP, hidden.device, backend)
+    chosen = select.select_backend(_OP, hidden.device, backend)
     if chosen == "reference":
         if hidden_grad_out is not None:
             raise ValueError(

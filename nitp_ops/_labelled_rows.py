@@ -11,9 +11,9 @@ from . import reference
 from ._term import CrossEntropyTerm, labels_inside
 from ._token_stats import RowValues
 from .core import checks
-from .core.chunking import Selection, select
+from .core.chunking import Selection, select_rows
 from .core.devices import sum_dtype
-from .torch_rows.prepare import TOTALS
+from .kernels.torch_rows.prepare import TOTALS
 
 
 class FlatRows(NamedTuple):
@@ -100,4 +100,4 @@ def selection(rows: FlatRows, totals: Totals, ignore_index: int, max_rows: int |
     if totals.present < 0 and (max_rows is None or max_rows >= count):
         return Selection.range(0, count, count)
     given = rows.labels != ignore_index
-    return select((given & (rows.labels >= 0) if several else given).any(1), max_rows)
+    return select_rows((given & (rows.labels >= 0) if several else given).any(1), max_rows)

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import rows
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._labelled_rows import summed
 from .core import checks
@@ -38,11 +37,12 @@ from .core.chunking import (
     place,
     rows_of,
     rows_per_chunk,
-    select,
+    select_rows,
     with_zeros,
     workspace,
 )
 from .core.gemm import GemmPolicy, WeightGradient, matmul
+from .kernels import select
 
 
 class Pairs(NamedTuple):
@@ -124,7 +124,7 @@ class _Sums(NamedTuple):
 
 def forward_and_gradients(pairs: Pairs, projector: Projector, call: Call) -> Formed:
     """loss = sum of scale * loss over the pairs that count."""
-    hidden, kernels = pairs.hidden, rows.kernels(call.backend)
+    hidden, kernels = pairs.hidden, select.row_kernels(call.backend)
     policy = GemmPolicy.of(hidden.device, call.dtype)
     reads, count = checks.host_reads(hidden.device), pairs.keep.numel()
     scale = _bounded(pairs)
@@ -163,7 +163,7 @@ def _selected(pairs: Pairs, reads: bool) -> Selection:
         possible = max(0, count - pairs.shift)
         return Selection.range(0, possible if reads or most is None else min(possible, most), count)
     possible = count if reads else max(0, count - pairs.shift)
-    found, rest = select(pairs.keep[:possible], most)
+    found, rest = select_rows(pairs.keep[:possible], most)
     return Selection(found, (*rest, slice(possible, count)) if possible < count else rest)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import reference
 from ._gradients import refuse_double_backward, refuse_vmap
 from ._labelled_rows import flat_rows, prepare, summed
 from ._term import CrossEntropyTerm
@@ -21,6 +21,7 @@ from ._token_stats import RowValues
 from .core import checks
 from .core.chunking import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks, rows_of
 from .core.dispatch import needs_dispatcher, plain_function
+from .kernels import select
 
 _OP = "cross_entropy"
 
@@ -33,7 +34,7 @@ class _Rows:
         logit_scale: float, backend: str,
     ) -> None:  # fmt: skip
         work = reference.working(logits)
-        self.source, self.kernels, self.term = Rows(logits), rows.kernels(backend), term
+        self.source, self.kernels, self.term = Rows(logits), select.row_kernels(backend), term
         self.bias = None if bias is None else bias.to(work).contiguous()
         self.ignore_index, self.softcap, self.logit_scale = ignore_index, softcap, logit_scale
         self.rows = flat_rows(term, ignore_index)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from . import rows
 from ._term import Unembedding
 from ._vocab_shard import VocabShard
 from .core import checks
+from .kernels import select
 
 
 def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:
@@ -123,11 +123,11 @@ def local_head(op: str, unembedding: Any, bias: Any, group: Any) -> LocalHead:
 
 
 def chosen_backend(unembedding: Unembedding, backend: str | None) -> str:
-    """`rows.choose` for the device of the unembedding; the reference knows no shards."""
+    """`select_backend` for the device of the unembedding; the reference knows no shards."""
     op = unembedding.op
     if backend == "reference" and unembedding.shard is not None:
         raise ValueError(f'{op}: backend="reference" is not supported with a sharded unembedding')
-    return rows.choose(op, unembedding.weight.device, backend)
+    return select.select_backend(op, unembedding.weight.device, backend)
 
 
 def _shards(op: str, group: Any) -> VocabularyShards:

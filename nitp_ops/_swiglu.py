@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import reference
 from ._gradients import refuse_double_backward, refuse_vmap
 from .core import checks
 from .core.chunking import Rows, chunks, whole_or_chunk
 from .core.dispatch import needs_dispatcher, plain_function
+from .kernels import select
 
 _OP = "swiglu"
 
@@ -48,7 +49,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     checks.has_dim(_OP, "gate", gate, 1, "[..., m]")
     checks.has_shape(_OP, "up", up, gate.shape, "gate's")
     checks.same_device(_OP, "up", up, "gate", gate)
-    chosen = rows.choose(_OP, gate.device, backend)
+    chosen = select.select_backend(_OP, gate.device, backend)
     if chosen == "reference":
         return reference.swiglu(gate, up)
     checks.plain_autograd(_OP, gate, up)
@@ -60,7 +61,7 @@ def forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = Rows(gate), Rows(up)
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u)):
-        rows.kernels(backend).swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
+        select.row_kernels(backend).swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
     return out
 
 
@@ -78,7 +79,7 @@ def backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u, dy)):
         into = d_gate.view(shape)[part], d_up.view(shape)[part]
-        rows.kernels(backend).swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
+        select.row_kernels(backend).swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
     return d_gate, d_up
 
 

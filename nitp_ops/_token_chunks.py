@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import rows
 from ._gradients import formed_dtype, power_of_two, scale_in_place
 from ._head_pass import Chunk, HeadPass, MaterializedLogits
 from ._labelled_rows import summed
@@ -30,6 +29,7 @@ from ._token_stats import RowValues
 from .core import checks
 from .core.chunking import RowRange, clear, length_of, packed, place, row_stride, rows_per_chunk
 from .core.gemm import GemmPolicy, WeightGemm, WeightGradient
+from .kernels import select
 
 
 class Call(NamedTuple):
@@ -62,7 +62,7 @@ def forward_and_gradients(
     terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Call, plain: bool
 ) -> Formed:
     """plain: nobody but autograd watches, so that the third GEMM may wait for the backward pass (`WeightGemm`)."""
-    weight, kernels = unembedding.weight, rows.kernels(call.backend)
+    weight, kernels = unembedding.weight, select.row_kernels(call.backend)
     policy = GemmPolicy.of(weight.device, call.dtype, call.logits)
     given = term_rows(terms, unembedding, call, kernels)
     unit = power_of_two(given.scale) if policy.dtype == torch.float16 else None

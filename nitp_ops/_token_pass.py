@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference, rows
+from . import reference
 from ._gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
 from ._term import CrossEntropyTerm, Unembedding
 from ._token_chunks import Call, forward_and_gradients
@@ -22,6 +22,7 @@ from ._token_stats import RowValues
 from .core.dispatch import needs_dispatcher
 from .core.gemm import WeightGemm, gemm_policy
 from .core.packing import Packing, tensor_fields
+from .kernels import select
 
 
 def token_pass(
@@ -166,7 +167,7 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
     for gradient, leaf in zip(gradients, leaves, strict=True):
         if isinstance(gradient, WeightGemm):
             with torch.no_grad():  # also under create_graph: a buffer has no graph
-                gradient.run(rest, rows.kernels(call.backend))
+                gradient.run(rest, select.row_kernels(call.backend))
             call = call._replace(want_weight=False)
         else:
             formed.append((gradient, *leaf))

@@ -10,8 +10,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 from without_reading import NoReading
 
-from nitp_ops import rows
 from nitp_ops.core import checks, devices, gemm, library
+from nitp_ops.kernels import select
 
 
 class AnotherDevice(NoReading):
@@ -42,7 +42,7 @@ def another_device() -> Iterator[None]:
             (devices, "WITH_FLOAT64", frozenset()),
             (gemm, "_STRIDED_OUT", frozenset()),
             (library, "load_error", "hidden"),
-            (rows, "missing", "hidden"),
+            (select, "load_error", "hidden"),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import nitp_ops
-from nitp_ops import rows
+from nitp_ops.kernels import select
 
 DEVICE = torch.device("cuda")
 ON_GPU = [
@@ -26,7 +26,7 @@ Call = Callable[..., Any]
 
 def served(backend: str) -> str:
     """The backend; the test is skipped where the installation was made without it, never where it is broken."""
-    if backend == "native" and "cuda" not in rows._COMPILED_FOR:
+    if backend == "native" and "cuda" not in select._COMPILED_FOR:
         pytest.skip("nitp_ops was built without nvcc")
     if backend == "triton" and util.find_spec("triton") is None:
         pytest.skip("triton is not installed")

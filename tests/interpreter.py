@@ -41,7 +41,7 @@ def _unpack(value: bytes) -> Any:
 
 
 def _call(name: str, packed: bytes) -> bytes:
-    from nitp_ops import triton
+    from nitp_ops.kernels import triton
 
     arguments = _unpack(packed)
     getattr(triton, name)(*arguments)

@@ -13,7 +13,7 @@ from benchmarks import cuda, cuda_run, gpu_report, gpu_stages, measure, overhead
 from benchmarks.cases import OPS
 from benchmarks.implementations import EAGER
 from benchmarks.isolated import Isolated, Lost, MeasurementError, without_the_dead
-from nitp_ops import _kernels
+from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.programs
 
@@ -183,7 +183,7 @@ def test_a_row_kernel_moves_its_arguments_once_each(cpu_in_its_place, kernel):
     numbers = {"swiglu_rows": 3, "swiglu_rows_backward_": 5, "alignment_rows_": 3}  # others: what they overwrite
     own = {"accumulate_rows_": 4 * 16 * (2 * 4 + 2), "prepare_rows_": 4 * (2 * 8 + 4 * 4), "finish_rows_": 4 * 2 * 4}
     expected = own.get(kernel, 4 * 16 * 2 * numbers.get(kernel, 2))
-    assert _kernels.table()[kernel].sample(4, 16, torch.bfloat16).moved == expected
+    assert table.all_kernels()[kernel].sample(4, 16, torch.bfloat16).moved == expected
     rows = row_kernels.measure_kernel(
         at, ["ours"], kernel=kernel, sizes={"N": 4, "D": 16}, dtype="bfloat16", rounds=2, seconds=9
     )

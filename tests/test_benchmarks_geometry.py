@@ -10,7 +10,7 @@ import torch
 from cpu_in_its_place import stand_in
 
 from benchmarks import geometry
-from nitp_ops import _kernels
+from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.gpu_source
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def test_every_geometry_gives_the_numbers_of_the_op(library):
     launch = geometry.launcher(library)
     for name in geometry.NAMES[1:]:
         torch.manual_seed(0)
-        call = _kernels.table()[geometry.KERNEL].sample(SIZES["N"], SIZES["D"], torch.bfloat16)
+        call = table.all_kernels()[geometry.KERNEL].sample(SIZES["N"], SIZES["D"], torch.bfloat16)
         logits, labels, *_, scale, stats, picked, best = call.arguments[:9]
         mine = [torch.zeros_like(tensor) for tensor in (stats, picked, best)]
         overwritten = logits.clone()

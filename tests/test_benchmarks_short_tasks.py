@@ -161,7 +161,7 @@ def test_the_machine_is_told_with_what_its_library_lacks(monkeypatch):
     assert torch.cuda.is_available() or "sees no GPU" in short_tasks.about(at, [], commit="abc")["refusal"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu_report, "machine", lambda commit: {"commit": commit})
-    monkeypatch.setattr(short_tasks.rows, "refusal", lambda device: f"no code for {device.type}")
+    monkeypatch.setattr(short_tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}")
     told = short_tasks.about(at, [], commit="abc")
     assert told["machine"] == {"commit": "abc"} and told["native"] == "no code for cuda"
 

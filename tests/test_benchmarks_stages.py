@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import gpu_report, gpu_stages, report, sanitize
-from nitp_ops import _kernels
+from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.programs
 
@@ -125,11 +125,11 @@ def test_every_stage_names_modules_tests_and_options_that_exist(stage, tmp_path)
 
 
 def test_the_sanitized_script_calls_every_row_kernel_and_the_ops():
-    assert all(next(sanitize.calls(kernel)) for kernel in _kernels.table())
+    assert all(next(sanitize.calls(kernel)) for kernel in table.all_kernels())
     sanitize.ops(torch.device("cpu"), "native")
 
 
-@pytest.mark.parametrize("kernel", _kernels.table())
+@pytest.mark.parametrize("kernel", table.all_kernels())
 def test_the_sanitized_script_sees_a_kernel_that_differs(kernel, monkeypatch):
     monkeypatch.setattr(sanitize, "LONG", 1200)
     assert not list(sanitize.differences(kernel, torch.ops.nitp_ops, torch.device("cpu")))

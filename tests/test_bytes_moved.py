@@ -11,7 +11,8 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from without_reading import without_reading
 
 import nitp_ops
-from nitp_ops import _gradients, _kernels, rows
+from nitp_ops import _gradients
+from nitp_ops.kernels import select, table
 from nitp_ops.objectives import build
 
 N, D, V, M = 64, 48, 304, 96
@@ -90,9 +91,9 @@ def test_nothing_else_in_a_compiled_backward_touches_a_gradient():
 
 @pytest.mark.parametrize("kernel", ["prepare_rows_", "finish_rows_"])
 def test_what_stands_before_and_after_the_chunks_moves_its_sample_s_bytes(kernel):
-    call = _kernels.table()[kernel].sample(N, 7, torch.float32)
+    call = table.all_kernels()[kernel].sample(N, 7, torch.float32)
     with BytesMoved(1) as count:
-        getattr(rows.kernels("native"), kernel)(*call.arguments)
+        getattr(select.row_kernels("native"), kernel)(*call.arguments)
     # beside them the totals; of the stats the sum reads the losses alone
     beside = call.arguments[5].nbytes if kernel == "prepare_rows_" else 8 + call.arguments[0][1].nbytes
     assert count.total() == call.moved + beside

@@ -16,7 +16,7 @@ from without_reading import NoReading, without_reading
 
 import nitp_ops
 from nitp_ops import reference
-from nitp_ops.torch_rows import blocks
+from nitp_ops.kernels.torch_rows import blocks
 
 BACKENDS = pytest.mark.parametrize("backend", ["native", "torch"])
 EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 2.0, "logit_scale": 0.7}
@@ -237,7 +237,7 @@ class Unseen:
 
 
 def test_whoever_needs_overwritten_logits_is_told(monkeypatch):
-    monkeypatch.setattr(nitp_ops.rows, "kernels", lambda backend: Unseen)
+    monkeypatch.setattr(nitp_ops.kernels.select, "kernels", lambda backend: Unseen)
     leaf, labels = make()
     logits = leaf * 1
     loss = nitp_ops.cross_entropy(logits, labels, inplace_gradient=True)

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from without_reading import without_reading
 
 import nitp_ops
-from nitp_ops import reference, rows
+from nitp_ops import reference
+from nitp_ops.kernels import select
 
 pytestmark = pytest.mark.gpu_source
 
-if rows.missing is not None:
-    pytest.skip(f"no compiled kernels beside the CUDA ones: {rows.missing}", allow_module_level=True)
+if select.load_error is not None:
+    pytest.skip(f"no compiled kernels beside the CUDA ones: {select.load_error}", allow_module_level=True)
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 

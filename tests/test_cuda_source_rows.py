@@ -7,12 +7,12 @@ from cuda_source import choose, placed, simt, untouched
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nitp_ops import rows
+from nitp_ops.kernels import select
 
 pytestmark = pytest.mark.gpu_source
 
-if rows.missing is not None:
-    pytest.skip(f"no compiled kernels to compare with: {rows.missing}", allow_module_level=True)
+if select.load_error is not None:
+    pytest.skip(f"no compiled kernels to compare with: {select.load_error}", allow_module_level=True)
 
 NAN = float("nan")
 NARROW = [torch.float32, torch.bfloat16, torch.float16]

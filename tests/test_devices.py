@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import nitp_ops
-from nitp_ops import reference, rows
+from nitp_ops import reference
 from nitp_ops.core import devices, library
+from nitp_ops.kernels import select
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -35,7 +36,7 @@ def test_sums_are_float64_where_the_device_has_it():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_driver_the_cuda_kernels_say_why_they_cannot_run():
-    if rows.missing is not None or "cuda" not in rows._COMPILED_FOR:
+    if select.load_error is not None or "cuda" not in select._COMPILED_FOR:
         pytest.skip("the library was built without nvcc")
     assert "cuda:0: " in (library.cuda_refusal(0) or "")
 
@@ -43,10 +44,10 @@ def test_without_a_driver_the_cuda_kernels_say_why_they_cannot_run():
 def test_a_device_that_the_compiled_kernels_refuse_is_left_to_others(monkeypatch):
     device, reason = torch.device("cuda", 1), "the compiled kernels cannot run on cuda:1: no kernel image"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(rows, "_COMPILED_FOR", {"cpu", "meta", "cuda"})
+    monkeypatch.setattr(select, "_COMPILED_FOR", {"cpu", "meta", "cuda"})
     monkeypatch.setattr(library, "cuda_refusal", lambda index: reason if index == 1 else None)
-    monkeypatch.setattr(rows, "triton_missing", lambda: None)
-    assert rows.choose("swiglu", device, None) == "triton"
-    assert rows.choose("swiglu", torch.device("cuda", 0), None) == "native"
+    monkeypatch.setattr(select, "triton_unavailable_reason", lambda: None)
+    assert select.select_backend("swiglu", device, None) == "triton"
+    assert select.select_backend("swiglu", torch.device("cuda", 0), None) == "native"
     with pytest.raises(nitp_ops.BackendError, match=r"backend='native' does not serve cuda.*no kernel image"):
-        rows.choose("swiglu", device, "native")
+        select.select_backend("swiglu", device, "native")

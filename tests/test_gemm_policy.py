@@ -10,9 +10,10 @@ from without_reading import without_reading
 
 import nitp_ops
 from benchmarks import cases
-from nitp_ops import _head_pass, _token_chunks, reference, torch_rows
+from nitp_ops import _head_pass, _token_chunks, reference
 from nitp_ops.core import gemm
 from nitp_ops.core.chunking import row_stride
+from nitp_ops.kernels import torch_rows
 
 ROWS, WIDTH, VOCABULARY = 65, 32, 301
 

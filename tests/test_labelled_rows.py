@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from labelled_cases import (
     CLOSE,
+    Case,
     cases,
     check_finished,
     check_long_sums,
@@ -14,11 +15,11 @@ from labelled_cases import (
 )
 from processor import parameters
 
-from nitp_ops import rows
 from nitp_ops.core import library
+from nitp_ops.kernels import select
 
 NATIVE = "portable", "avx2", "avx512", "avx512_bf16"
-NEEDS_LIBRARY = pytest.mark.skipif(rows.missing is not None, reason="no compiled library")
+NEEDS_LIBRARY = pytest.mark.skipif(select.load_error is not None, reason="no compiled library")
 
 
 @pytest.fixture(params=["torch", *(pytest.param(*each.values, marks=[*each.marks, NEEDS_LIBRARY])
@@ -26,7 +27,7 @@ NEEDS_LIBRARY = pytest.mark.skipif(rows.missing is not None, reason="no compiled
 def run(request):
     """The row kernels of one backend, or of one instruction set."""
     if request.param == "torch":
-        yield in_place(rows.kernels("torch"))
+        yield in_place(select.row_kernels("torch"))
         return
     best = library.instruction_set()
     library.choose_instruction_set(request.param)
@@ -36,6 +37,23 @@ def run(request):
 
 @given(case=cases())
 def test_rows_are_prepared_as_their_labels_say(run, case):
+    check_prepared(run, case)
+
+
+def test_an_ignored_row_keeps_weight_zero_when_the_sum_of_class_weights_is_nan(run):
+    case = Case(
+        labels=torch.tensor([[4], [-100], [0]]),
+        target_weight=torch.tensor([[1.0], [1.0], [float("nan")]]),
+        row_weight=None,
+        normalizer=None,
+        ignore_index=-100,
+        negative_is_absent=False,
+        mean=True,
+        needs_target_weight=False,
+        max_rows=-1,
+        fields=2,
+        dtype=torch.float32,
+    )
     check_prepared(run, case)
 
 

@@ -160,7 +160,7 @@ def test_double_backward_is_refused_by_name(call):
 def test_the_reference_backend_gives_the_same_numbers(call, monkeypatch):
     inputs = tensors(torch.float64)
     native = outputs(call, inputs)
-    monkeypatch.setattr(nitp_ops.rows, "choose", lambda *_: "reference")
+    monkeypatch.setattr(nitp_ops.kernels.select, "select_backend", lambda *_: "reference")
     for a, b in zip(native, outputs(call, inputs), strict=True):
         close(a, b)
 
@@ -181,17 +181,17 @@ def test_autocast_decides_the_gemm_dtype_and_gradients_keep_their_inputs_dtype()
 
 
 def test_without_the_library_torch_serves_and_native_is_refused_with_every_reason(monkeypatch):
-    monkeypatch.setattr(nitp_ops.rows, "missing", "the compiled library does not load: no such symbol")
+    monkeypatch.setattr(nitp_ops.kernels.select, "load_error", "the compiled library does not load: no such symbol")
     assert nitp_ops.swiglu(torch.ones(2), torch.ones(2)).shape == (2,)
     with pytest.raises(nitp_ops.BackendError, match=r"native: the compiled library does not load.*reference: only on"):
         nitp_ops.swiglu(torch.ones(2), torch.ones(2), backend="native")
 
 
 def test_other_devices_have_no_compiled_kernels(monkeypatch):
-    monkeypatch.setattr(nitp_ops.rows, "missing", None)
+    monkeypatch.setattr(nitp_ops.kernels.select, "load_error", None)
     meta = torch.empty(2, 3, device="meta")
     assert nitp_ops.swiglu(meta, meta).shape == (2, 3)
-    refusal = nitp_ops.rows.refusal(torch.device("xpu"))
+    refusal = nitp_ops.kernels.select.unavailable_reason(torch.device("xpu"))
     assert refusal == "no compiled row kernels for xpu tensors"
 
 

@@ -11,15 +11,15 @@ from cuda_source import simt
 from interpreter import equal
 
 from benchmarks import sanitize
-from nitp_ops import _kernels, rows
+from nitp_ops.kernels import select, table
 
-TABLE = _kernels.table()
+TABLE = table.all_kernels()
 ARGUMENTS = Path(__file__).parents[1] / "csrc/arguments.h"
 KERNELS = pytest.mark.parametrize("kernel", TABLE)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 CPU = torch.device("cpu")
 NEEDS_TRITON = pytest.mark.skipif(util.find_spec("triton") is None, reason="no triton")
-NEEDS_LIBRARY = pytest.mark.skipif(rows.missing is not None, reason="no compiled library")
+NEEDS_LIBRARY = pytest.mark.skipif(select.load_error is not None, reason="no compiled library")
 
 
 def test_both_tables_have_the_same_rows():
@@ -36,7 +36,7 @@ def test_both_tables_have_the_same_schema(kernel):
 
 @pytest.mark.parametrize("package", ["torch_rows", pytest.param("triton", marks=NEEDS_TRITON)])
 def test_a_package_implements_every_row_with_the_arguments_of_its_schema(package):
-    found = _kernels.implementations(package)
+    found = table.implementations(package)
     assert found.keys() == TABLE.keys()
     for kernel, function in found.items():
         schema = torch._C.parse_schema(f"nitp_ops::{kernel}{TABLE[kernel].schema}")
@@ -47,19 +47,19 @@ def test_a_package_implements_every_row_with_the_arguments_of_its_schema(package
 @NEEDS_TRITON
 def test_the_row_kernels_of_a_backend_are_found_by_name():
     for backend, package in (("torch", "torch_rows"), ("triton", "triton")):
-        for name, function in _kernels.implementations(package).items():
-            assert getattr(rows.kernels(backend), name) is function
+        for name, function in table.implementations(package).items():
+            assert getattr(select.row_kernels(backend), name) is function
         with pytest.raises(AttributeError, match=f"'nitp_ops.{package}' has no attribute 'cosine'"):
-            _ = rows.kernels(backend).cosine
+            _ = select.row_kernels(backend).cosine
     for name in TABLE:
-        assert getattr(rows.kernels("native"), name) is getattr(torch.ops.nitp_ops, name)
+        assert getattr(select.row_kernels("native"), name) is getattr(torch.ops.nitp_ops, name)
 
 
 @KERNELS
 def test_a_sample_writes_what_its_schema_says_and_nothing_else(kernel):
     call = TABLE[kernel].sample(3, 33, torch.float32)
     before = [x.clone() if isinstance(x, torch.Tensor) else x for x in call.arguments]
-    getattr(rows.kernels("torch"), kernel)(*call.arguments)
+    getattr(select.row_kernels("torch"), kernel)(*call.arguments)
     schema = torch._C.parse_schema(f"nitp_ops::{kernel}{TABLE[kernel].schema}")
     changed = {
         argument.name
@@ -74,7 +74,7 @@ def test_a_sample_writes_what_its_schema_says_and_nothing_else(kernel):
 @KERNELS
 def test_torch_gives_what_the_compiled_kernels_give(kernel, monkeypatch):
     monkeypatch.setattr(sanitize, "LONG", 1200)
-    assert list(sanitize.differences(kernel, rows.kernels("torch"), CPU)) == []
+    assert list(sanitize.differences(kernel, select.row_kernels("torch"), CPU)) == []
 
 
 @pytest.mark.gpu_source

@@ -5,11 +5,11 @@ import shard_rows_cases as cases
 import torch
 from budget import near
 
-from nitp_ops import rows
 from nitp_ops.core import library
+from nitp_ops.kernels import select
 
-if rows.missing is not None:
-    pytest.skip(f"no compiled kernels: {rows.missing}", allow_module_level=True)
+if select.load_error is not None:
+    pytest.skip(f"no compiled kernels: {select.load_error}", allow_module_level=True)
 
 BEST = library.instruction_set()
 ALL = ("portable", "avx2", "avx512", "avx512_bf16")

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import nitp_ops
-from nitp_ops import reference, rows
+from nitp_ops import reference
+from nitp_ops.kernels import select
 from nitp_ops.objectives import ModelInfo, Streams, build
 
 HERE = Path(__file__).parent
@@ -130,7 +131,7 @@ class _Largest(TorchDispatchMode):
 
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits():
-    from nitp_ops import torch_rows
+    from nitp_ops.kernels import torch_rows
 
     columns, n = 4096, 2048
     logits = torch.randn(n, columns).bfloat16()
@@ -145,19 +146,23 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
 
 
 def test_devices_without_kernels_are_served_after_one_warning(monkeypatch):
-    rows._warn_of_torch.cache_clear()
+    select._warn_of_torch.cache_clear()
     device = torch.device("mps")
     with pytest.warns(
         RuntimeWarning, match=r"mps tensors are served by backend='torch'.*native: no compiled.*triton: "
     ) as told:
-        assert rows.choose("swiglu", device, None) == "torch"
+        assert select.select_backend("swiglu", device, None) == "torch"
     assert len(told) == 1 and told[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert rows.choose("swiglu", device, None) == "torch" == rows.choose("swiglu", torch.device("cpu"), "torch")
-        assert rows.choose("swiglu", torch.device("cpu"), None) == "native"
+        assert (
+            select.select_backend("swiglu", device, None)
+            == "torch"
+            == select.select_backend("swiglu", torch.device("cpu"), "torch")
+        )
+        assert select.select_backend("swiglu", torch.device("cpu"), None) == "native"
     with pytest.raises(nitp_ops.BackendError, match=r"backend='native' does not serve mps tensors.*torch: serves them"):
-        rows.choose("swiglu", device, "native")
+        select.select_backend("swiglu", device, "native")
 
 
 @pytest.mark.trainers

@@ -59,7 +59,7 @@ for _ in range(2):
     except ImportError as error: print(error)
 logits = torch.zeros(2, 3, requires_grad=True)
 first.cross_entropy(logits, torch.tensor([0, 1])).backward()
-print(first.rows.missing, logits.grad.abs().sum().item())
+print(first.kernels.select.load_error, logits.grad.abs().sum().item())
 """
 
 

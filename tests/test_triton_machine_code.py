@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import JITFunction  # noqa: E402
 
-from nitp_ops import triton as rows  # noqa: E402
+from nitp_ops.kernels import triton as rows  # noqa: E402
 
 pytestmark = pytest.mark.gpu_source
 

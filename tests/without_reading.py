@@ -11,8 +11,9 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nitp_ops import _alignment, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass, rows
+from nitp_ops import _alignment, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass
 from nitp_ops.core import checks
+from nitp_ops.kernels import select
 
 #: Operators that make the host wait for a value.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "item"}
@@ -49,5 +50,5 @@ def without_reading(kernels: Any = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(checks, "host_reads", lambda device: False))
         if kernels is not None:
-            stack.enter_context(mock.patch.object(rows, "kernels", lambda backend: kernels))
+            stack.enter_context(mock.patch.object(select, "kernels", lambda backend: kernels))
         yield

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 import nitp_ops
-from nitp_ops import rows
 from nitp_ops.core import library
+from nitp_ops.kernels import select
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +59,6 @@ def commit() -> str:
 
 
 def _kernels() -> str:
-    if rows.missing is not None:
+    if select.load_error is not None:
         return "none"
     return library.instruction_set()

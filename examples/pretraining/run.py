@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from nitp_ops.kernels.select import unavailable_reason
 from nitp_ops.objectives import ModelInfo, Spec, Streams, build
-from nitp_ops.rows import refusal
 
 from .checkpoint import load_checkpoint, stored_checkpoint
 from .data import Corpus, Order
@@ -38,7 +38,7 @@ def model_info(shapes: ModelConfig) -> ModelInfo:
 
 def backend_for(device: str) -> str | None:
     """None where row kernels serve the device, else "reference": the objectives as plain PyTorch."""
-    return None if refusal(torch.device(device)) is None else "reference"
+    return None if unavailable_reason(torch.device(device)) is None else "reference"
 
 
 class Run:

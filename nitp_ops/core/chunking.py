@@ -134,7 +134,7 @@ class Selection(NamedTuple):
         return cls(slice(first, last), tuple(part for part in rest if part.stop > part.start))
 
 
-def select(keep: Tensor, max_rows: int | None = None) -> Selection:
+def select_rows(keep: Tensor, max_rows: int | None = None) -> Selection:
     """The kept rows. Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without
     it, every row."""
     total = keep.numel()

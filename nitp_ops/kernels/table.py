@@ -75,14 +75,14 @@ def _schema(function: Callable[..., None], writes: Sequence[str]) -> str:
 
 
 def _modules(package: str) -> list[ModuleType]:
-    """Every module of the package nitp_ops.<package>."""
+    """Every module of the package nitp_ops.kernels.<package>."""
     path = importlib.import_module(f".{package}", __package__).__path__
     names = sorted(module.name for module in pkgutil.iter_modules(path))
     return [importlib.import_module(f".{package}.{name}", __package__) for name in names]
 
 
 @functools.cache
-def table() -> Mapping[str, RowKernel]:
+def all_kernels() -> Mapping[str, RowKernel]:
     """Row kernels by name, in its order: who imports one module of torch_rows before the others changes nothing."""
     _modules("torch_rows")
     return dict(sorted(_declared.items()))
@@ -95,7 +95,7 @@ def implementations(package: str) -> Mapping[str, Callable[..., None]]:
         name: function
         for module in _modules(package)
         for name, function in vars(module).items()
-        if name in table() and function.__module__ == module.__name__
+        if name in all_kernels() and function.__module__ == module.__name__
     }
 
 
@@ -105,7 +105,7 @@ def attributes(package: str) -> Callable[[str], Callable[..., None]]:
     def look_up(name: str) -> Callable[..., None]:
         # dunders are what the import system asks for while the package is loading
         if name.startswith("__") or name not in implementations(package):
-            raise AttributeError(f"module 'nitp_ops.{package}' has no attribute {name!r}")
+            raise AttributeError(f"module 'nitp_ops.kernels.{package}' has no attribute {name!r}")
         return implementations(package)[name]
 
     return look_up

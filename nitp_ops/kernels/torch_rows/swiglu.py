@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._kernels import Sample, row_kernel
-from ..reference import working
+from ...reference import working
+from ..table import Sample, row_kernel
 from .blocks import blocks, normal, wide
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._kernels import Sample, row_kernel
-from ..reference import power_of_two, working
+from ...reference import power_of_two, working
+from ..table import Sample, row_kernel
 from .blocks import blocks, normal, wide
 
 _COSINE, _MSE, _SMOOTH_L1, _KL = range(4)

@@ -2,11 +2,11 @@
 
 The equations are those of csrc/cross_entropy.h, csrc/alignment.h and csrc/swiglu.h, the laws those of the compiled
 kernels: float32 arithmetic (float64 for float64), one rounding at the store, rows of weight zero left out and not
-multiplied by it. Each function here is a row of the table (`_kernels.py`).
+multiplied by it. Each function here is a row of the table (`table.py`).
 """
 
 from __future__ import annotations
 
-from .. import _kernels
+from .. import table
 
-__getattr__ = _kernels.attributes("torch_rows")
+__getattr__ = table.attributes("torch_rows")

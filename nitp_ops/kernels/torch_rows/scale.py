@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._kernels import Sample, row_kernel
-from ..reference import working
+from ...reference import working
+from ..table import Sample, row_kernel
 from .blocks import blocks, normal
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from nitp_ops.core import checks
 from nitp_ops.core.devices import sum_dtype
 
-from .._kernels import Sample, row_kernel
-from ..reference import working
+from ...reference import working
+from ..table import Sample, row_kernel
 
 #: rows with a target, rows with a scale, first and last row with a target, first label outside [0, classes)
 TOTALS = 5
@@ -64,11 +64,12 @@ def prepare_rows_(
         if not negative_is_absent:
             counts = torch.where(present, weight[:, 0], 0).to(sum_dtype(labels.device))
     scale.copy_(torch.where(needed, 1 if row_weight is None else row_weight.view(-1), 0))
-    if normalizer is not None:
-        scale.copy_(torch.where(scale == 0, 0, scale / normalizer.view(())))
-    elif mean:
-        divisor = counts.sum().to(scale.dtype)
-        scale /= torch.where(divisor == 0, 1, divisor)
+    divisor = normalizer
+    if normalizer is None and mean:
+        total = counts.sum().to(scale.dtype)
+        divisor = torch.where(total == 0, 1, total)
+    if divisor is not None:
+        scale.copy_(torch.where(scale == 0, 0, scale / divisor.view(())))
     if max_rows >= 0:
         scale.masked_fill_(present & (count > max_rows), float("nan"))
     totals.fill_(-1)

@@ -1,9 +1,9 @@
 """Who serves the row kernels: the tensor's device decides, through PyTorch's dispatcher.
 
-`_kernels.py` holds the table of them; the library registers its kernels for CPU and, where a CUDA compiler built them,
-for CUDA. Where it did not, `nitp_ops.triton` registers its own for CUDA tensors, on the first of them. Every other
+`table.py` holds the table of them; the library registers its kernels for CPU and, where a CUDA compiler built them,
+for CUDA. Where it did not, `nitp_ops.kernels.triton` registers its own for CUDA tensors, on the first of them. Every other
 device, and a CPU without the library, is served by `torch_rows`: the same algorithm, row kernels of torch operations.
-A public function asks `choose` once and takes the row kernels by name from `kernels`.
+A public function asks `select_backend` once and takes the row kernels by name from `row_kernels`.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 import torch
 
-from .core import checks, library
-from .core.library import LIBRARY, users_stacklevel
-from .core.library import load_error as missing
+from ..core import checks, library
+from ..core.library import LIBRARY, load_error, users_stacklevel
 
 BACKENDS = ("native", "triton", "torch", "reference")
 
 
 def _compiled_for_cuda() -> bool:
-    return missing is None and torch._C._dispatch_has_kernel_for_dispatch_key("nitp_ops::cross_entropy_rows_", "CUDA")
+    return load_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "nitp_ops::cross_entropy_rows_", "CUDA"
+    )
 
 
 # Asked before Triton registers its own.
@@ -44,13 +45,13 @@ def _load_triton() -> str | None:
     return None
 
 
-def triton_missing() -> str | None:
+def triton_unavailable_reason() -> str | None:
     """None when the Triton kernels are loaded (by the first call), else why they are not."""
     return _load_triton()
 
 
 # What torch.compiler.assume_constant_result sets; the function itself would import torch._dynamo, and triton with it.
-triton_missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+triton_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def installed(backend: str) -> bool:
@@ -60,14 +61,14 @@ def installed(backend: str) -> bool:
     return backend in ("torch", "reference") or LIBRARY.exists()
 
 
-def refusal(device: torch.device, backend: str = "native") -> str | None:
+def unavailable_reason(device: torch.device, backend: str = "native") -> str | None:
     """Why the row kernels of `backend` ("native", "triton" or "torch") cannot serve tensors on `device`, or None."""
     if backend == "torch":
         return None
     if backend == "triton":
-        return triton_missing() if device.type == "cuda" else "its row kernels serve cuda tensors only"
-    if missing is not None:
-        return missing
+        return triton_unavailable_reason() if device.type == "cuda" else "its row kernels serve cuda tensors only"
+    if load_error is not None:
+        return load_error
     if device.type not in _COMPILED_FOR:
         return f"no compiled row kernels for {device.type} tensors"
     if device.type == "cuda" and torch.cuda.is_available():
@@ -75,7 +76,7 @@ def refusal(device: torch.device, backend: str = "native") -> str | None:
     return None
 
 
-def choose(op: str, device: torch.device, backend: str | None) -> str:
+def select_backend(op: str, device: torch.device, backend: str | None) -> str:
     """The backend that runs this call: "native" where compiled kernels serve the device, else "triton", else "torch",
     after one RuntimeWarning per device type; or `backend`.
 
@@ -85,15 +86,17 @@ def choose(op: str, device: torch.device, backend: str | None) -> str:
     """
     if backend is None:
         for name in ("native", "triton"):
-            if refusal(device, name) is None:
+            if unavailable_reason(device, name) is None:
                 return name
         if device.type != "cpu":  # of CPU tensors the import has told
             _say_torch_serves(device.type)
         return "torch"
     checks.one_of(op, "backend", backend, BACKENDS)
-    if backend == "reference" or refusal(device, backend) is None:
+    if backend == "reference" or unavailable_reason(device, backend) is None:
         return backend
-    reasons = " ".join(f"{name}: {refusal(device, name) or 'serves them'}." for name in ("native", "triton", "torch"))
+    reasons = " ".join(
+        f"{name}: {unavailable_reason(device, name) or 'serves them'}." for name in ("native", "triton", "torch")
+    )
     raise checks.BackendError(
         f"{op}: backend={backend!r} does not serve {device.type} tensors. {reasons} reference: only on request, "
         "backend='reference'."
@@ -104,13 +107,13 @@ def _say_torch_serves(kind: str) -> None:
     _warn_of_torch(kind)
 
 
-# As triton_missing: nothing of it is traced.
+# As triton_unavailable_reason: nothing of it is traced.
 _say_torch_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _warn_of_torch(kind: str) -> None:
-    reasons = "; ".join(f"{name}: {refusal(torch.device(kind), name)}" for name in ("native", "triton"))
+    reasons = "; ".join(f"{name}: {unavailable_reason(torch.device(kind), name)}" for name in ("native", "triton"))
     warnings.warn(
         f"nitp_ops: {kind} tensors are served by backend='torch', same memory bound but slower ({reasons})",
         RuntimeWarning,
@@ -118,8 +121,8 @@ def _warn_of_torch(kind: str) -> None:
     )
 
 
-def kernels(backend: str) -> Any:
-    """The row kernels by the names of the table, for a backend that `choose` returned.
+def row_kernels(backend: str) -> Any:
+    """The row kernels by the names of the table, for a backend that `select_backend` returned.
 
     "native": the dispatcher's, which go by the tensor's device; "triton" and "torch": their own, also where compiled
     ones exist.
