@@ -19,16 +19,16 @@ from .core.checks import BackendError
 
 if TYPE_CHECKING:
     from . import geometry, layers, reference
-    from ._alignment import AlignmentStats, alignment
-    from ._cross_entropy import cross_entropy
-    from ._explain import ChunkPlan, explain
-    from ._grouped_linear_cross_entropy import grouped_linear_cross_entropy
-    from ._implicit_token_loss import implicit_token_loss
-    from ._linear_cross_entropy import linear_cross_entropy
-    from ._swiglu import swiglu
-    from ._term import CrossEntropyTerm
-    from ._token_stats import TokenEntropyStats, TokenStats
     from .layers import LinearCrossEntropy
+    from .ops.alignment import AlignmentStats, alignment
+    from .ops.chunk_plan import ChunkPlan, explain
+    from .ops.cross_entropy.api import linear_cross_entropy
+    from .ops.cross_entropy.grouped import grouped_linear_cross_entropy
+    from .ops.cross_entropy.logits.api import cross_entropy
+    from .ops.cross_entropy.stats import TokenEntropyStats, TokenStats
+    from .ops.cross_entropy.term import CrossEntropyTerm
+    from .ops.implicit_token.api import implicit_token_loss
+    from .ops.swiglu import swiglu
 
 try:
     __version__ = metadata.version("nitp_ops")
@@ -57,20 +57,20 @@ __all__ = [
 
 #: The module that holds a public name. It is imported on first use: defining the custom ops takes longer than all else.
 _HOME = {
-    "AlignmentStats": "_alignment",
-    "ChunkPlan": "_explain",
-    "CrossEntropyTerm": "_term",
+    "AlignmentStats": "ops.alignment",
+    "ChunkPlan": "ops.chunk_plan",
+    "CrossEntropyTerm": "ops.cross_entropy.term",
     "LinearCrossEntropy": "layers",
-    "TokenEntropyStats": "_token_stats",
-    "TokenStats": "_token_stats",
-    "alignment": "_alignment",
+    "TokenEntropyStats": "ops.cross_entropy.stats",
+    "TokenStats": "ops.cross_entropy.stats",
+    "alignment": "ops.alignment",
     "attach": "integrations",
-    "cross_entropy": "_cross_entropy",
-    "explain": "_explain",
-    "grouped_linear_cross_entropy": "_grouped_linear_cross_entropy",
-    "implicit_token_loss": "_implicit_token_loss",
-    "linear_cross_entropy": "_linear_cross_entropy",
-    "swiglu": "_swiglu",
+    "cross_entropy": "ops.cross_entropy.logits.api",
+    "explain": "ops.chunk_plan",
+    "grouped_linear_cross_entropy": "ops.cross_entropy.grouped",
+    "implicit_token_loss": "ops.implicit_token.api",
+    "linear_cross_entropy": "ops.cross_entropy.api",
+    "swiglu": "ops.swiglu",
 }
 _MODULES = frozenset({"distributed", "geometry", "integrations", "kernels", "layers", "objectives", "reference"})
 

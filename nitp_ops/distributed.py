@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from ._shards import VocabularyShards, shard_rows
 from .core import checks
+from .ops.cross_entropy.sharded.shards import VocabularyShards, shard_rows
 
 __all__ = ["PassBytes", "VocabularyShards", "bytes_per_pass", "shard_rows"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._cross_entropy import cross_entropy
-from ._linear_cross_entropy import linear_cross_entropy
+from .ops.cross_entropy.api import linear_cross_entropy
+from .ops.cross_entropy.logits.api import cross_entropy
 
 _OPTIONS = tuple(
     name for name, each in inspect.signature(linear_cross_entropy).parameters.items() if each.kind == each.KEYWORD_ONLY

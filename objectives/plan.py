@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nitp_ops import TokenStats, grouped_linear_cross_entropy
-from nitp_ops._shards import VocabularyShards
 from nitp_ops.core.checks import is_dtensor
+from nitp_ops.ops.cross_entropy.sharded.shards import VocabularyShards
 
 from .base import HeadReading, LatentPart
 from .head_parts import HeadPart, Sums, Together, rows_of

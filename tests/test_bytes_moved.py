@@ -11,9 +11,9 @@ from torch._functorch._aot_autograd.utils import make_boxed_func
 from without_reading import without_reading
 
 import nitp_ops
-from nitp_ops import _gradients
 from nitp_ops.kernels import select, table
 from nitp_ops.objectives import build
+from nitp_ops.ops import gradients
 
 N, D, V, M = 64, 48, 304, 96
 
@@ -69,9 +69,9 @@ def test_a_buffer_takes_its_gradient_in_one_pass():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_compiled_backward_reads_and_writes_each_gradient_once(dtype):
     like = torch.empty(V, D, dtype=dtype)
-    formed = like.new_zeros(V, D, dtype=_gradients.formed_dtype(like, None))
+    formed = like.new_zeros(V, D, dtype=gradients.formed_dtype(like, None))
     with BytesMoved(N) as count:
-        _gradients.scale_gradients([formed], torch.tensor(0.5), [like], [], "native", "test")
+        gradients.scale_gradients([formed], torch.tensor(0.5), [like], [], "native", "test")
     assert count.moved == {"scale_rows_": formed.nbytes + like.nbytes}
 
 

@@ -130,7 +130,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     logits, labels = make(40)
     bias = torch.randn(31, dtype=torch.float64, requires_grad=True)
     whole = outputs(loss_of(nitp_ops, labels, reduction="sum"), [logits, bias])
-    monkeypatch.setattr(nitp_ops._logits_pass, "LEAST_BYTES", 7 * 31 * 8)
+    monkeypatch.setattr(nitp_ops.ops.cross_entropy.logits.autograd, "LEAST_BYTES", 7 * 31 * 8)
     for ours in (loss_of(nitp_ops, labels, reduction="sum"), in_place(labels, reduction="sum")):
         for a, b in zip(outputs(ours, [logits, bias]), whole, strict=True):
             close(a, b)
@@ -272,7 +272,7 @@ def test_reading_the_logits_leaves_their_version():
 @BACKENDS
 @pytest.mark.parametrize(("overwrite", "gradients"), [(False, 1), (True, 0)])
 def test_the_memory_is_one_gradient_or_none(overwrite, gradients, backend, monkeypatch):
-    monkeypatch.setattr(nitp_ops._logits_pass, "LEAST_BYTES", 2**16)
+    monkeypatch.setattr(nitp_ops.ops.cross_entropy.logits.autograd, "LEAST_BYTES", 2**16)
     monkeypatch.setattr(blocks, "BLOCK", 2**12)
     leaf, labels = make(1024, 500, torch.bfloat16)
     logits = leaf * 1

@@ -11,16 +11,18 @@ import pytest
 from nitp_ops.objectives import registry
 
 ROOT = Path(__file__).parents[1]
-SKIPPED = {"__main__", "_C"}
+SKIPPED = {"__main__"}
+NEED_PACKAGES = ("integrations", "trainers")  # the folders whose modules import a trainer
 
 
 def modules() -> list[str]:
     """Every Python module of the package that holds an example."""
     found = []
-    for folder, package in (("nitp_ops", "nitp_ops"), ("objectives", "nitp_ops.objectives")):
-        for path in sorted((ROOT / folder).glob("*.py")):
-            if ">>> " in path.read_text() and path.stem not in SKIPPED:
-                found.append(package if path.stem == "__init__" else f"{package}.{path.stem}")
+    for folder, package in (("nitp_ops", ()), ("objectives", ("nitp_ops",))):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.parent.name not in NEED_PACKAGES and ">>> " in path.read_text() and path.stem not in SKIPPED:
+                parts = path.relative_to(ROOT).with_suffix("").parts
+                found.append(".".join(package + parts).removesuffix(".__init__"))
     return found
 
 

@@ -10,10 +10,11 @@ from without_reading import without_reading
 
 import nitp_ops
 from benchmarks import cases
-from nitp_ops import _head_pass, _token_chunks, reference
+from nitp_ops import reference
 from nitp_ops.core import gemm
 from nitp_ops.core.chunking import row_stride
 from nitp_ops.kernels import torch_rows
+from nitp_ops.ops.cross_entropy import chunked, head_pass
 
 ROWS, WIDTH, VOCABULARY = 65, 32, 301
 
@@ -67,7 +68,7 @@ def test_a_gap_behind_each_row_of_logits_changes_no_bit(monkeypatch, kernels, re
             return outputs(loss, [*inputs, bias])
 
     dense, seen, times = run(), [], gemm.Weight.forward
-    for module in (_token_chunks, _head_pass):
+    for module in (chunked, head_pass):
         monkeypatch.setattr(module, "row_stride", lambda columns, device: row_stride(columns, "cuda"))
     monkeypatch.setattr(gemm.Weight, "forward", lambda *given: seen.append(given[2].stride()) or times(*given))
     padded = run()
@@ -132,8 +133,8 @@ def test_float32_logits_of_narrow_operands_stay_in_the_budget(widening, monkeypa
 def test_the_workspace_of_float32_logits_holds_their_rounded_gradient_where_one_is_wanted(widening, monkeypatch):
     as_on_cuda(monkeypatch)
     with (
-        mock.patch.object(_token_chunks, "rows_per_chunk", wraps=_token_chunks.rows_per_chunk) as planned,
-        mock.patch.object(_head_pass, "workspace", wraps=_head_pass.workspace) as made,
+        mock.patch.object(chunked, "rows_per_chunk", wraps=chunked.rows_per_chunk) as planned,
+        mock.patch.object(head_pass, "workspace", wraps=head_pass.workspace) as made,
     ):
         (hidden, weight), labels = head(torch.bfloat16)
         nitp_ops.linear_cross_entropy(hidden, weight, labels, logits_dtype=torch.float32)

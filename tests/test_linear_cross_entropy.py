@@ -264,18 +264,18 @@ def test_a_masked_vocabulary_entry_leaves_the_loss_finite(backend):
 
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
-    from nitp_ops import _token_chunks
+    from nitp_ops.ops.cross_entropy import chunked
 
     hidden, weight, labels = make()
     made = []
-    original = _token_chunks.WeightGradient
+    original = chunked.WeightGradient
 
     class Counted(original):
         def __init__(self, *args):
             made.append(1)
             super().__init__(*args)
 
-    monkeypatch.setattr(_token_chunks, "WeightGradient", Counted)
+    monkeypatch.setattr(chunked, "WeightGradient", Counted)
     nitp_ops.linear_cross_entropy(hidden, weight.detach(), labels).backward()
     assert not made
     nitp_ops.linear_cross_entropy(hidden, weight, labels).backward()

@@ -7,8 +7,10 @@ import torch
 from budget import outputs, widened, within_budget
 
 import nitp_ops
-from nitp_ops import _latent_chunks, _token_chunks, reference
+from nitp_ops import reference
 from nitp_ops.core import chunking, gemm
+from nitp_ops.ops.cross_entropy import chunked as token_chunks
+from nitp_ops.ops.implicit_token import chunked as latent_chunks
 
 
 @pytest.fixture(scope="module", autouse=True, params=["own", "libraries"])
@@ -180,8 +182,8 @@ def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_pro
         seen.append(itemsize)
         return chunking.rows_per_chunk(rows, *sizes, itemsize=itemsize, **options)
 
-    monkeypatch.setattr(_token_chunks, "rows_per_chunk", spy)
-    monkeypatch.setattr(_latent_chunks, "rows_per_chunk", spy)
+    monkeypatch.setattr(token_chunks, "rows_per_chunk", spy)
+    monkeypatch.setattr(latent_chunks, "rows_per_chunk", spy)
     monkeypatch.setattr(gemm, "_WITHOUT_GEMM", set())
     hidden, weight = (torch.randn(8, 8, requires_grad=True) for _ in range(2))
     if narrow:
@@ -215,7 +217,7 @@ def test_terms_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
 def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
     for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
         monkeypatch.setattr(chunking, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
-    monkeypatch.setattr(_token_chunks, "rows_per_chunk", partial(chunking.rows_per_chunk, least=1))
+    monkeypatch.setattr(token_chunks, "rows_per_chunk", partial(chunking.rows_per_chunk, least=1))
     monkeypatch.setattr(
         gemm, "has_native_gemm", lambda device, dtype: False
     )  # libraries round the product of every chunk

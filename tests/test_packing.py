@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from nitp_ops import CrossEntropyTerm
-from nitp_ops._term import Unembedding
-from nitp_ops._token_chunks import Call
-from nitp_ops._token_pass import PACKING
-from nitp_ops._vocab_shard import VocabShard
 from nitp_ops.core.packing import names_of
+from nitp_ops.ops.cross_entropy.autograd import PACKING
+from nitp_ops.ops.cross_entropy.chunked import Call
+from nitp_ops.ops.cross_entropy.sharded.reduction import VocabShard
+from nitp_ops.ops.cross_entropy.term import Unembedding
 
 
 def unembedding(shard):

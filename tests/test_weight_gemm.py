@@ -8,8 +8,9 @@ from budget import EPS
 from torch._dynamo import compiled_autograd
 
 import nitp_ops
-from nitp_ops import _gradients, reference
+from nitp_ops import reference
 from nitp_ops.core import gemm
+from nitp_ops.ops import gradients
 
 N, D, V = 24, 64, 96
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -113,7 +114,7 @@ def test_no_gradient_of_the_weight_is_formed(ran, monkeypatch):
         raise AssertionError("a weight gradient was formed or added")
 
     monkeypatch.setattr(gemm.WeightGradient, "__init__", refuse)
-    monkeypatch.setattr(_gradients, "add_gradients", refuse)
+    monkeypatch.setattr(gradients, "add_gradients", refuse)
     hidden, weight, labels, buffer = case(torch.float32)
     nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer).backward()
     jobs = [

@@ -11,16 +11,19 @@ import torch
 from torch._library.custom_ops import CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nitp_ops import _alignment, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass
 from nitp_ops.core import checks
 from nitp_ops.kernels import select
+from nitp_ops.ops import alignment, gradients, swiglu
+from nitp_ops.ops.cross_entropy import autograd as token_autograd
+from nitp_ops.ops.cross_entropy.logits import autograd as logits_autograd
+from nitp_ops.ops.implicit_token import autograd as latent_autograd
 
 #: Operators that make the host wait for a value.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "item"}
 
 OWN: dict[Any, Any] = {
     op._opoverload: op
-    for module in (_alignment, _gradients, _latent_pass, _logits_pass, _swiglu, _token_pass)
+    for module in (alignment, gradients, latent_autograd, logits_autograd, swiglu, token_autograd)
     for op in vars(module).values()
     if isinstance(op, CustomOpDef)
 }

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._gradients import formed_dtype
-from ._labelled_rows import Totals, flat_rows, prepare, selection
-from ._term import CrossEntropyTerm, Unembedding
-from ._token_stats import RowValues
-from .core.chunking import Rows, clear, place, rows_of
+from ... import reference
+from ...core.chunking import Rows, clear, place, rows_of
+from ..gradients import formed_dtype
+from .labelled_rows import Totals, flat_rows, prepare, selection
+from .stats import RowValues
+from .term import CrossEntropyTerm, Unembedding
 
 
 class TermRows:

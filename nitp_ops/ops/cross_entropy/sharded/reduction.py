@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core.devices import for_sums, sum_dtype
-from .core.gemm import Weight
+from ....core.devices import for_sums, sum_dtype
+from ....core.gemm import Weight
 
 #: By their names from torch 2.13 on, and before.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

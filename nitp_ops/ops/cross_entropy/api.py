@@ -1,6 +1,6 @@
 """linear_cross_entropy: w [(1 - e) (lse - z_t) + e (lse - mean z) + c lse^2],  z = cap tanh(scale (W h + b) / cap).
 
-The public function. `_term.py` checks, `_token_pass.py` is autograd, `_token_chunks.py` the loop over chunks.
+The public function. `term.py` checks, `autograd.py` is autograd, `chunked.py` the loop over chunks.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _term_reference, reference
-from ._sequence_rows import gathered_term, own_losses, own_stats
-from ._shards import VocabularyShards, chosen_backend, local_head
-from ._term import CrossEntropyTerm, checked_normalizer, checked_term, checked_unembedding, tensors_of
-from ._token_pass import token_pass
-from ._token_stats import stats_of
-from .core import checks
+from ... import reference
+from ...core import checks
+from . import term_reference
+from .autograd import token_pass
+from .sharded.sequence_rows import gathered_term, own_losses, own_stats
+from .sharded.shards import VocabularyShards, chosen_backend, local_head
+from .stats import stats_of
+from .term import CrossEntropyTerm, checked_normalizer, checked_term, checked_unembedding, tensors_of
 
 _OP = "linear_cross_entropy"
 
@@ -137,7 +138,7 @@ def linear_cross_entropy(
     term = checked_term(_OP, term, given, "")
     chosen = chosen_backend(given, backend)
     if chosen == "reference":
-        return _term_reference.token_loss(term, given, logits_dtype, reduction, normalizer, return_stats)
+        return term_reference.token_loss(term, given, logits_dtype, reduction, normalizer, return_stats)
     checks.plain_autograd(_OP, given.weight, given.bias, *tensors_of(term))
     ranks = head.sequence_group
     whole = term if ranks is None else gathered_term(term, ranks)

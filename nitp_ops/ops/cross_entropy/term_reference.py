@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._reference_rows import of_live_rows
-from ._term import CrossEntropyTerm, Unembedding, labels_inside
-from ._token_stats import TokenEntropyStats, TokenStats
-from .core import checks
-from .core.gemm import gemm_dtype
+from ... import reference
+from ...core import checks
+from ...core.gemm import gemm_dtype
+from ..reference_rows import of_live_rows
+from .stats import TokenEntropyStats, TokenStats
+from .term import CrossEntropyTerm, Unembedding, labels_inside
 
 _OF_ROWS = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _latent_chunks
-from .core import checks
-from .core.chunking import row_stride, rows_per_chunk
-from .core.gemm import pad_to_alignment
+from ..core import checks
+from ..core.chunking import row_stride, rows_per_chunk
+from ..core.gemm import pad_to_alignment
+from .implicit_token import chunked
 
 _OP = "explain"
 
@@ -114,10 +114,10 @@ def explain(
             raise ValueError(f"{_OP}: terms is {terms}, expected 1 (implicit_token_loss has a pass of its own)")
         inner = 4 * width if inner is None else checks.integer(_OP, "inner", inner, least=1)
         out_width = width if out_width is None else checks.integer(_OP, "out_width", out_width, least=1)
-        row_bytes = _latent_chunks.row_bytes(width, inner, out_width, dtype)
+        row_bytes = chunked.row_bytes(width, inner, out_width, dtype)
         weights, cuts, together = 2 * inner * width + out_width * inner, 1, rows
         sizes = width, inner, out_width, dtype, chunk_bytes, weights, itemsize
-        step = _latent_chunks.latent_rows(rows, *sizes, device=place)
+        step = chunked.latent_rows(rows, *sizes, device=place)
     few = 2 if place == "cpu" else 1  # chunks whose sum needs no buffer beside the returned gradient
     chunks = cuts * -(-together // step)
     rounded = dtype.itemsize < 4 and chunks > few

@@ -1,6 +1,6 @@
 """implicit_token_loss: distance(P(h_t), stopgrad(s_{t+shift})),  P(h) = W_down (silu(W_gate h) * W_up h).
 
-This file is the door: signature, checks, normalisation. `_latent_chunks.py` is the chunked algorithm behind it.
+The public function: signature, checks, normalisation. `chunked.py` is the chunked algorithm behind it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._alignment import DISTANCES, AlignmentStats
-from ._latent_chunks import Pairs, Projector
-from ._latent_pass import latent_pass
-from ._reference_rows import of_live_rows
-from .core import checks
-from .core.devices import sum_dtype
-from .kernels import select
+from ... import reference
+from ...core import checks
+from ...core.devices import sum_dtype
+from ...kernels import select
+from ..alignment import DISTANCES, AlignmentStats
+from ..reference_rows import of_live_rows
+from .autograd import latent_pass
+from .chunked import Pairs, Projector
 
 _OP = "implicit_token_loss"
 

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ._term import Unembedding
-from ._term_rows import TermRows, joined
-from ._vocab_shard import ReducedRows, ShardRows
-from .core import checks
-from .core.chunking import length_of, row_stride, rows_of, with_zeros, workspace
-from .core.gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
-from .kernels import select
+from ...core import checks
+from ...core.chunking import length_of, row_stride, rows_of, with_zeros, workspace
+from ...core.gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
+from ...kernels import select
+from .sharded.reduction import ReducedRows, ShardRows
+from .term import Unembedding
+from .term_rows import TermRows, joined
 
 
 class Chunk(NamedTuple):

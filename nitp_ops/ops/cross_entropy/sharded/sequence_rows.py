@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import reference
-from ._term import CrossEntropyTerm
-from ._vocab_shard import all_gather, reduce_scatter
+from .... import reference
+from ..term import CrossEntropyTerm
+from .reduction import all_gather, reduce_scatter
 
 
 def gathered_term(term: CrossEntropyTerm, group: dist.ProcessGroup) -> CrossEntropyTerm:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._gradients import refuse_double_backward, refuse_vmap
-from .core import checks
-from .core.chunking import Rows, chunks, whole_or_chunk
-from .core.dispatch import needs_dispatcher, plain_function
-from .kernels import select
+from .. import reference
+from ..core import checks
+from ..core.chunking import Rows, chunks, whole_or_chunk
+from ..core.dispatch import needs_dispatcher, plain_function
+from ..kernels import select
+from .gradients import refuse_double_backward, refuse_vmap
 
 _OP = "swiglu"
 

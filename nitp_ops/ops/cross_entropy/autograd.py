@@ -1,6 +1,6 @@
 """Autograd of the token losses: a plain autograd.Function, and the custom op that tracing needs around the same pass.
 
-The gradients of a scalar loss are formed in the forward pass (`_token_chunks.py`); the backward pass multiplies them by
+The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass multiplies them by
 the upstream. Per-row losses are computed again under their upstream.
 """
 
@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
-from ._term import CrossEntropyTerm, Unembedding
-from ._token_chunks import Call, forward_and_gradients
-from ._token_stats import RowValues
-from .core.dispatch import needs_dispatcher
-from .core.gemm import WeightGemm, gemm_policy
-from .core.packing import Packing, tensor_fields
-from .kernels import select
+from ... import reference
+from ...core.dispatch import needs_dispatcher
+from ...core.gemm import WeightGemm, gemm_policy
+from ...core.packing import Packing, tensor_fields
+from ...kernels import select
+from ..gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
+from .chunked import Call, forward_and_gradients
+from .stats import RowValues
+from .term import CrossEntropyTerm, Unembedding
 
 
 def token_pass(

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._gradients import refuse_double_backward, refuse_vmap
-from ._labelled_rows import flat_rows, prepare, summed
-from ._term import CrossEntropyTerm
-from ._token_stats import RowValues
-from .core import checks
-from .core.chunking import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks, rows_of
-from .core.dispatch import needs_dispatcher, plain_function
-from .kernels import select
+from .... import reference
+from ....core import checks
+from ....core.chunking import COPY_BYTES_ON_GPU, LEAST_BYTES, Rows, chunks, rows_of
+from ....core.dispatch import needs_dispatcher, plain_function
+from ....kernels import select
+from ...gradients import refuse_double_backward, refuse_vmap
+from ..labelled_rows import flat_rows, prepare, summed
+from ..stats import RowValues
+from ..term import CrossEntropyTerm
 
 _OP = "cross_entropy"
 

@@ -1,6 +1,6 @@
 """Autograd of implicit_token_loss: a plain autograd.Function, and the custom op that tracing needs around its pass.
 
-The gradients of a scalar loss are formed in the forward pass (`_latent_chunks.py`); the backward pass multiplies them
+The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass multiplies them
 by the upstream. Per-row losses are computed again under their upstream.
 """
 
@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from ._gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
-from ._latent_chunks import Call, Pairs, Projector, forward_and_gradients
-from .core.dispatch import needs_dispatcher
-from .core.gemm import gemm_dtype
-from .core.packing import Packing
+from ... import reference
+from ...core.dispatch import needs_dispatcher
+from ...core.gemm import gemm_dtype
+from ...core.packing import Packing
+from ..gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
+from .chunked import Call, Pairs, Projector, forward_and_gradients
 
 _OP = "implicit_token_loss"
 

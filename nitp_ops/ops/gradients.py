@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
-from .core import checks
-from .kernels import select
+from .. import reference
+from ..core import checks
+from ..kernels import select
 
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())

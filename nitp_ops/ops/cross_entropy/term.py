@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._vocab_shard import VocabShard
-from .core import checks
+from ... import reference
+from ...core import checks
+from .sharded.reduction import VocabShard
 
 
 @dataclass(frozen=True, slots=True, eq=False)

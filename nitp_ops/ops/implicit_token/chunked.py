@@ -22,10 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._gradients import formed_dtype, power_of_two, scale_in_place
-from ._labelled_rows import summed
-from .core import checks
-from .core.chunking import (
+from ...core import checks
+from ...core.chunking import (
     LEAST_BYTES,
     MOST_BYTES,
     PROJECTOR_BYTES_ON_GPU,
@@ -41,8 +39,10 @@ from .core.chunking import (
     with_zeros,
     workspace,
 )
-from .core.gemm import GemmPolicy, WeightGradient, matmul
-from .kernels import select
+from ...core.gemm import GemmPolicy, WeightGradient, matmul
+from ...kernels import select
+from ..cross_entropy.labelled_rows import summed
+from ..gradients import formed_dtype, power_of_two, scale_in_place
 
 
 class Pairs(NamedTuple):

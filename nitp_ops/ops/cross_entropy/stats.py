@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._term import CrossEntropyTerm
+from .term import CrossEntropyTerm
 
 
 class TokenStats(NamedTuple):

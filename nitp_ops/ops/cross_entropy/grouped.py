@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _term_reference
-from ._sequence_rows import gathered_term, own_stats
-from ._shards import VocabularyShards, chosen_backend, local_head
-from ._term import CrossEntropyTerm, checked_terms, checked_unembedding, tensors_of
-from ._token_pass import token_pass
-from ._token_stats import TokenStats, stats_of
-from .core import checks
+from ...core import checks
+from . import term_reference
+from .autograd import token_pass
+from .sharded.sequence_rows import gathered_term, own_stats
+from .sharded.shards import VocabularyShards, chosen_backend, local_head
+from .stats import TokenStats, stats_of
+from .term import CrossEntropyTerm, checked_terms, checked_unembedding, tensors_of
 
 _OP = "grouped_linear_cross_entropy"
 
@@ -72,7 +72,7 @@ def grouped_linear_cross_entropy(
     terms = checked_terms(terms, given)
     chosen = chosen_backend(given, backend)
     if chosen == "reference":
-        return _term_reference.grouped_token_loss(terms, given, logits_dtype)
+        return term_reference.grouped_token_loss(terms, given, logits_dtype)
     checks.plain_autograd(_OP, given.weight, given.bias, *(x for term in terms for x in tensors_of(term)))
     ranks = head.sequence_group
     whole = terms if ranks is None else [gathered_term(term, ranks) for term in terms]

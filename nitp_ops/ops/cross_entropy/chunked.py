@@ -6,7 +6,7 @@ for each chunk of labelled rows, of one term or of several:
     dh = logits W                       GEMM 2
     dW += logits^T h                    GEMM 3, float32 sum
 
-Before the loop one row kernel reads the labels (`_labelled_rows.py`), after it another adds up the loss.
+Before the loop one row kernel reads the labels (`labelled_rows.py`), after it another adds up the loss.
 
 Where the host must not read values (GPUs), every row takes part, or the first max_rows with the labelled ones first; a
 row without a label has the weight zero then, and terms have chunks of their own (docs/decisions/0031).
@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._gradients import formed_dtype, power_of_two, scale_in_place
-from ._head_pass import Chunk, HeadPass, MaterializedLogits
-from ._labelled_rows import summed
-from ._term import CrossEntropyTerm, Unembedding
-from ._term_rows import TermRows, term_rows
-from ._token_stats import RowValues
-from .core import checks
-from .core.chunking import RowRange, clear, length_of, packed, place, row_stride, rows_per_chunk
-from .core.gemm import GemmPolicy, WeightGemm, WeightGradient
-from .kernels import select
+from ...core import checks
+from ...core.chunking import RowRange, clear, length_of, packed, place, row_stride, rows_per_chunk
+from ...core.gemm import GemmPolicy, WeightGemm, WeightGradient
+from ...kernels import select
+from ..gradients import formed_dtype, power_of_two, scale_in_place
+from .head_pass import Chunk, HeadPass, MaterializedLogits
+from .labelled_rows import summed
+from .stats import RowValues
+from .term import CrossEntropyTerm, Unembedding
+from .term_rows import TermRows, term_rows
 
 
 class Call(NamedTuple):

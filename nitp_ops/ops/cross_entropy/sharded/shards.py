@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
-from ._term import Unembedding
-from ._vocab_shard import VocabShard
-from .core import checks
-from .kernels import select
+from ....core import checks
+from ....kernels import select
+from ..term import Unembedding
+from .reduction import VocabShard
 
 
 def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:

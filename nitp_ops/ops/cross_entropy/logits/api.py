@@ -1,6 +1,6 @@
 """cross_entropy: the loss of logits that exist already, by the row kernel of `linear_cross_entropy`.
 
-The public function. `_term.py` checks, `_logits_pass.py` is autograd.
+The public function. `term.py` checks, `autograd.py` is autograd.
 """
 
 from __future__ import annotations
@@ -9,9 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from . import _term_reference, reference
-from ._logits_pass import logits_pass
-from ._term import (
+from .... import reference
+from ....core import checks
+from ....core.chunking import Rows
+from ....kernels import select
+from .. import term_reference
+from ..autograd import as_tensor
+from ..stats import stats_of
+from ..term import (
     CrossEntropyTerm,
     checked_normalizer,
     checked_targets,
@@ -19,11 +24,7 @@ from ._term import (
     labels_inside,
     tensors_of,
 )
-from ._token_pass import as_tensor
-from ._token_stats import stats_of
-from .core import checks
-from .core.chunking import Rows
-from .kernels import select
+from .autograd import logits_pass
 
 _OP = "cross_entropy"
 
@@ -103,7 +104,7 @@ def cross_entropy(
         if checks.plain(labels):
             labels_inside(_OP, term, ignore_index, columns)
         transform = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": scale}
-        return _term_reference.loss_of_rows(term, None, reduction, normalizer, return_stats, **transform)
+        return term_reference.loss_of_rows(term, None, reduction, normalizer, return_stats, **transform)
     checks.plain_autograd(_OP, bias, *tensors_of(term))
     given = (
         logits, bias, labels, token_weight, target_weight, class_weight, term.label_smoothing, term.z_loss,

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
-from ._term import CrossEntropyTerm, labels_inside
-from ._token_stats import RowValues
-from .core import checks
-from .core.chunking import Selection, select_rows
-from .core.devices import sum_dtype
-from .kernels.torch_rows.prepare import TOTALS
+from ... import reference
+from ...core import checks
+from ...core.chunking import Selection, select_rows
+from ...core.devices import sum_dtype
+from ...kernels.torch_rows.prepare import TOTALS
+from .stats import RowValues
+from .term import CrossEntropyTerm, labels_inside
 
 
 class FlatRows(NamedTuple):

@@ -1,0 +1,1 @@
+"""implicit_token_loss: api -> autograd -> chunked -> the row kernels."""
