@@ -133,7 +133,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("nitp_ops/ops/cross_entropy/sharded/sequence_rows.py", "dist.get_rank(group) * count, count", "0, count", "sequence_parallel"),
     Mutant("objectives/sequence_shard.py", "(rank, 2 * ranks - 1 - rank)", "(rank, ranks + rank)",
            "objectives_footprint"),
-    Mutant("nitp_ops/_accumulator.py", "* (n * m / (n + m))", "* (n * m / n)", "geometry"),
+    Mutant("nitp_ops/geometry/streaming.py", "* (n * m / (n + m))", "* (n * m / n)", "geometry"),
     # which rows count, and what divides them
     Mutant("objectives/shift.py", "values, k, *span", "values, k - 1, *span", "objectives_shift"),
     Mutant("objectives/shift.py", "k, streams, -1) == here) & (here >= 0)", "k, streams, -1) == here)",

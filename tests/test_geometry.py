@@ -155,7 +155,7 @@ def test_merged_accumulators_equal_one_that_saw_everything(x, cut):
 def test_a_large_update_is_cut_into_blocks_and_changes_nothing(monkeypatch):
     x = gaussian(100, 6, offset=1.0)
     whole = accumulated(x)
-    monkeypatch.setattr("nitp_ops._accumulator._BLOCK_ELEMENTS", 6 * 7)
+    monkeypatch.setattr("nitp_ops.geometry.streaming._BLOCK_ELEMENTS", 6 * 7)
     for name, value in accumulated(x).items():
         assert same(value, whole[name]), name
 

@@ -128,7 +128,7 @@ def test_rotation_scale_offset_and_leading_axes_change_nothing(probe):
 def test_small_blocks_and_strided_states_change_nothing(probe, monkeypatch):
     ids, hidden = tokens(), code(tokens(), 1, spread=1.0).repeat_interleave(2, dim=-1)
     whole = probe(hidden[..., ::2].contiguous(), ids)
-    monkeypatch.setattr("nitp_ops._probe_rows._BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("nitp_ops.geometry.probe_rows._BLOCK_ELEMENTS", 100)
     assert probe(hidden[..., ::2], ids) == whole
 
 

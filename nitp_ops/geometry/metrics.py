@@ -1,10 +1,4 @@
-"""Geometry of hidden states: effective rank, mean cosine, top component, mean norm ratio, uniformity, probes.
-
-Each function of ``x[..., d]`` (all leading axes are rows) works in float64 and returns a Python float. `linear_probe`
-and `knn_probe` take sequences and ask what a frozen state says about a later token.
-`Accumulator` gives the same numbers from a stream of batches and writes each number's definition beside it,
-because published values differ mostly by definition (centred or not, covariance or singular values, n, d).
-"""
+"""Effective rank, mean cosine, top component, mean norm ratio and uniformity of rows of hidden states."""
 
 from __future__ import annotations
 
@@ -12,8 +6,8 @@ from typing import Literal
 
 import torch
 
-from ._accumulator import (
-    Accumulator,
+from ..core.devices import with_float64
+from .streaming import (
     UniformSample,
     check_finite,
     check_tensor,
@@ -23,20 +17,6 @@ from ._accumulator import (
     spectral_floor,
     unit_rows,
 )
-from ._probes import Probe, knn_probe, linear_probe
-from .core.devices import with_float64
-
-__all__ = [
-    "Accumulator",
-    "Probe",
-    "effective_rank",
-    "knn_probe",
-    "linear_probe",
-    "mean_norm_ratio",
-    "mean_pairwise_cosine",
-    "top_component_share",
-    "uniformity",
-]
 
 RankDefinition = Literal["covariance", "singular"]
 

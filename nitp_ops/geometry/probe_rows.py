@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .core import checks
-from .core.devices import with_float64
-from .reference import in_square_range
+from ..core import checks
+from ..core.devices import with_float64
+from ..reference import in_square_range
 
 # 2**22 numbers: the largest temporary of a probe, 32 MiB in float64 and 16 MiB in float32.
 _BLOCK_ELEMENTS = 2**22

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .core.devices import with_float64
-from .reference import in_square_range
+from ..core.devices import with_float64
+from ..reference import in_square_range
 
 _EPS = torch.finfo(torch.float64).eps
 # 2**22 float64 numbers are 32 MiB: the largest temporary of an update.

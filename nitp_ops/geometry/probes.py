@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._probe_rows import Probe, split_rows
-from .core import checks
+from ..core import checks
+from .probe_rows import Probe, split_rows
 
 __all__ = ["Probe", "knn_probe", "linear_probe"]
 
