@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitp_ops.integrations import tap
+from nitp_ops.attaching import tap
 from nitp_ops.objectives import ModelInfo, build
 
 WIDTH, LAYERS, HEADS, CONTEXT, ROWS = 64, 4, 4, 64, 16

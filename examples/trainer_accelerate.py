@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nitp_ops
-from nitp_ops.integrations.accelerate import Accumulation
+from nitp_ops.trainers.accelerate import Accumulation
 
 
 def byte_rows(length: int = 64, count: int = 160) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nitp_ops.integrations.lightning import ObjectiveCallback
+from nitp_ops.trainers.lightning import ObjectiveCallback
 
 
 class LanguageModel(L.LightningModule):

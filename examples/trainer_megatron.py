@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from nitp_ops.integrations.megatron import attach_gpt, objective_step
+from nitp_ops.trainers.megatron import attach_gpt, objective_step
 
 LENGTH, MICROBATCHES = 64, 2
 

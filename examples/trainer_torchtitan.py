@@ -23,7 +23,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 
-from nitp_ops.integrations.torchtitan import (
+from nitp_ops.trainers.torchtitan import (
     ObjectiveTrainer,
     attach_decoder,
     objective_loss,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import NitpTrainer
 
 
 def byte_rows(length: int = 64, count: int = 200) -> Any:

@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig  # type: ignore[reportPrivateImportUsage]
 
-from nitp_ops.integrations.trl import NitpSFTTrainer
+from nitp_ops.trainers.trl import NitpSFTTrainer
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ _HOME = {
     "TokenEntropyStats": "ops.cross_entropy.stats",
     "TokenStats": "ops.cross_entropy.stats",
     "alignment": "ops.alignment",
-    "attach": "integrations",
+    "attach": "attaching",
     "cross_entropy": "ops.cross_entropy.logits.api",
     "explain": "ops.chunk_plan",
     "grouped_linear_cross_entropy": "ops.cross_entropy.grouped",
@@ -72,7 +72,9 @@ _HOME = {
     "linear_cross_entropy": "ops.cross_entropy.api",
     "swiglu": "ops.swiglu",
 }
-_MODULES = frozenset({"distributed", "geometry", "integrations", "kernels", "layers", "objectives", "reference"})
+_MODULES = frozenset(
+    {"attaching", "distributed", "geometry", "kernels", "layers", "objectives", "reference", "trainers"}
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -13,8 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import nitp_ops
-from nitp_ops.integrations import handle_of, tap
-from nitp_ops.integrations.token_streams import token_streams
+from nitp_ops.attaching import handle_of, tap
+from nitp_ops.attaching.batch_streams import token_streams
 from nitp_ops.objectives import Counts, ModelInfo, Streams, build
 
 RANKS, VOCABULARY, ROWS, LENGTH = 2, 61, 4, 10

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from mutants_of_objectives import Mutant
 
-TITAN = "nitp_ops/integrations/torchtitan.py"
-MEGATRON = "nitp_ops/integrations/megatron.py"
-TAPPING = "nitp_ops/integrations/tapping.py"
-OPTIMIZERS = "nitp_ops/integrations/optimizers.py"
-PACKAGES = "nitp_ops/integrations/packages.py"
-SIDECAR = "nitp_ops/integrations/sidecar.py"
+TITAN = "nitp_ops/trainers/torchtitan.py"
+MEGATRON = "nitp_ops/trainers/megatron.py"
+TAPPING = "nitp_ops/attaching/tapping.py"
+OPTIMIZERS = "nitp_ops/attaching/optimizers.py"
+PACKAGES = "nitp_ops/trainers/requirements.py"
+SIDECAR = "nitp_ops/attaching/sidecar.py"
 
 MUTANTS: tuple[Mutant, ...] = (
     Mutant(TITAN, "        if own is not None:\n            model.forward = own", "", "trainer_torchtitan"),
@@ -35,35 +35,35 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(SIDECAR, "    if shapes != (there :=", "    if False and (there :=", "integrations_checkpoints"),
     Mutant(PACKAGES, "_numbers(found) < _numbers(below)", "_numbers(found) <= _numbers(below)", "trainer_packages"),
     Mutant(OPTIMIZERS, "if id(parameter) not in held]", "if id(parameter) in held]", "trainer_packages"),
-    Mutant("nitp_ops/integrations/token_streams.py", '("cu_seq_lens_q", "cu_seqlens")', '("cu_seq_lens_q",)',
+    Mutant("nitp_ops/attaching/batch_streams.py", '("cu_seq_lens_q", "cu_seqlens")', '("cu_seq_lens_q",)',
            "integrations_label_layout"),
     # windows without a label, lengths and scales that are read off a model
-    Mutant("nitp_ops/integrations/handle.py", "count.clamp(min=1) * inverse", "count * inverse",
+    Mutant("nitp_ops/attaching/handle.py", "count.clamp(min=1) * inverse", "count * inverse",
            "trainer_runs::test_a_window_without_any_label_is_zero_under_the_stock_trainer"),
-    Mutant("nitp_ops/integrations/window.py", "/ torch.as_tensor(count).clamp(min=1)", "/ torch.as_tensor(count)",
+    Mutant("nitp_ops/trainers/window.py", "/ torch.as_tensor(count).clamp(min=1)", "/ torch.as_tensor(count)",
            "trainer_accelerate::test_a_window_without_any_label_is_no_ntp"),
-    Mutant("nitp_ops/integrations/handle.py", "torch.where(labels == 0, torch.inf, inverse)", "inverse",
+    Mutant("nitp_ops/attaching/handle.py", "torch.where(labels == 0, torch.inf, inverse)", "inverse",
            "trainer_runs::test_a_window_without_any_label_is_zero_under_the_stock_trainer"),
     # windows under trainers: what is averaged, where they end, what they leave behind
-    Mutant("nitp_ops/integrations/handle.py", "as_tensor(counts.batches,", "as_tensor(1,",
+    Mutant("nitp_ops/attaching/handle.py", "as_tensor(counts.batches,", "as_tensor(1,",
            "trainer_balance::test_a_plain_loop_with_counts_averages_it_over_the_microbatches"),
     Mutant("objectives/counts.py", "self.batches + other.batches", "self.batches",
            "trainer_balance::test_a_plain_loop_with_counts_averages_it_over_the_microbatches"),
-    Mutant("nitp_ops/integrations/window.py", "total.group_size * divisor", "total.group_size",
+    Mutant("nitp_ops/trainers/window.py", "total.group_size * divisor", "total.group_size",
            "trainer_runs::test_a_second_run_of_one_trainer_logs_its_own_steps"),
-    Mutant("nitp_ops/integrations/transformers.py", "if self._step_log.drop():", "if False:",
+    Mutant("nitp_ops/trainers/transformers.py", "if self._step_log.drop():", "if False:",
            "trainer_runs::test_a_window_that_the_trainer_takes_no_step_for_does_not_join_the_next_one"),
-    Mutant("nitp_ops/integrations/accelerate.py", "self.accelerator.step = index", "pass",
+    Mutant("nitp_ops/trainers/accelerate.py", "self.accelerator.step = index", "pass",
            "trainer_accelerate::test_a_loop_that_is_left_inside_a_window_leaves_nothing_to_the_next_one"),
-    Mutant("nitp_ops/integrations/lightning.py", "trainer.num_training_batches - 1 - batch_idx)", "steps)",
+    Mutant("nitp_ops/trainers/lightning.py", "trainer.num_training_batches - 1 - batch_idx)", "steps)",
            "trainer_lightning_windows::test_the_last_window_of_an_epoch_is_what_it_trains_on"),
-    Mutant("nitp_ops/integrations/hugging_face.py", 'sequence_length=getattr(config, "max_position_embeddings", None)',
+    Mutant("nitp_ops/attaching/inspection/hugging_face.py", 'sequence_length=getattr(config, "max_position_embeddings", None)',
            "sequence_length=None",
            "integrations_structure::test_offsets_past_the_longest_sequence_of_the_config_are_refused"),
-    Mutant("nitp_ops/integrations/logit_settings.py", "return same_kinds and", "return", "attached_settings"),
-    Mutant("nitp_ops/integrations/logit_settings.py", "or plain.base_model is not self._base ", "",
+    Mutant("nitp_ops/attaching/inspection/logit_settings.py", "return same_kinds and", "return", "attached_settings"),
+    Mutant("nitp_ops/attaching/inspection/logit_settings.py", "or plain.base_model is not self._base ", "",
            "attached_settings"),
-    Mutant("nitp_ops/integrations/logit_settings.py", "config is self._config and ", "", "attached_settings"),
-    Mutant("nitp_ops/integrations/head_transform.py", "abs(scale - 1) < 1e-4", "abs(scale - 1) < 1e-1",
+    Mutant("nitp_ops/attaching/inspection/logit_settings.py", "config is self._config and ", "", "attached_settings"),
+    Mutant("nitp_ops/attaching/inspection/logit_transform.py", "abs(scale - 1) < 1e-4", "abs(scale - 1) < 1e-1",
            "integrations_structure::test_a_scale_that_is_no_rounding_of_one_is_kept_under_a_cap"),
 )  # fmt: skip

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from nitp_ops.integrations import sidecar
+from nitp_ops.attaching import sidecar
 from nitp_ops.objectives import CompositeObjective, ModelInfo, build
 
 

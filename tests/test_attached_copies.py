@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from hugging_face_cases import batch, gradients, make
 
 import nitp_ops
-from nitp_ops.integrations import handle_of
+from nitp_ops.attaching import handle_of
 
 pytestmark = pytest.mark.trainers
 SPEC = "ntp + schedule(to=0.8, begin=0, warmup=2)*nitp(target_layer=1) + 0.3*mtp_sequential + top(window=4)"

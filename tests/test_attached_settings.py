@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch import nn
 
-from nitp_ops.integrations import logit_settings
-from nitp_ops.integrations.logit_settings import LogitSettings
+from nitp_ops.attaching.inspection import logit_settings
+from nitp_ops.attaching.inspection.logit_settings import LogitSettings
 from nitp_ops.objectives import ModelInfo
 
 

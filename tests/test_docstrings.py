@@ -12,7 +12,7 @@ from nitp_ops.objectives import registry
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {"__main__"}
-NEED_PACKAGES = ("integrations", "trainers")  # the folders whose modules import a trainer
+NEED_PACKAGES = ("trainers",)  # the folders whose modules import a trainer
 
 
 def modules() -> list[str]:

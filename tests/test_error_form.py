@@ -60,7 +60,7 @@ def template(node: ast.expr) -> str:
 def raised() -> Iterator[tuple[str, str]]:
     """(place, template) of every refusal of the ops and the objectives."""
     for path in sorted([*(ROOT / "nitp_ops").rglob("*.py"), *(ROOT / "objectives").rglob("*.py")]):
-        if path.relative_to(ROOT).parts[1] in ("attaching", "integrations", "trainers"):
+        if path.relative_to(ROOT).parts[1] in ("attaching", "trainers"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             error = node.exc if isinstance(node, ast.Raise) else None

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks import __main__ as benchmarks
 from benchmarks import plots, readme, report
+from nitp_ops.attaching import sidecar
 from nitp_ops.core.files import write_whole
-from nitp_ops.integrations import sidecar
 from nitp_ops.objectives import ModelInfo, build
 
 INFO = ModelInfo(hidden_size=4, vocab_size=8, num_layers=4)

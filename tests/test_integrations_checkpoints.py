@@ -15,7 +15,7 @@ from hugging_face_cases import assert_equal_training, batch, gradients, make
 from safetensors import safe_open
 
 import nitp_ops
-from nitp_ops.integrations import handle_of
+from nitp_ops.attaching import handle_of
 
 pytestmark = pytest.mark.trainers
 SPEC = "ntp + 0.8*nitp(target_layer=1)"

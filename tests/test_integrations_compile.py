@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from hugging_face_cases import batch, gradients, make
 
 import nitp_ops
-from nitp_ops.integrations import handle_of
+from nitp_ops.attaching import handle_of
 
 pytestmark = pytest.mark.trainers
 

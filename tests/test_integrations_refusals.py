@@ -16,15 +16,15 @@ from hugging_face_cases import batch, make
 from torch import Tensor, nn
 
 import nitp_ops
-from nitp_ops.integrations import handle_of
+from nitp_ops.attaching import handle_of
 from nitp_ops.objectives import SpecError
 
 pytestmark = pytest.mark.trainers
 
 
 def test_importing_the_package_imports_no_trainer_and_attach_resolves_lazily():
-    code = "import nitp_ops, sys; a = {'transformers', 'nitp_ops.integrations'} & set(sys.modules); nitp_ops.attach; "
-    code += "assert not a and 'transformers' not in sys.modules and nitp_ops.integrations.attach is nitp_ops.attach"
+    code = "import nitp_ops, sys; a = {'transformers', 'nitp_ops.attaching'} & set(sys.modules); nitp_ops.attach; "
+    code += "assert not a and 'transformers' not in sys.modules and nitp_ops.attaching.attach is nitp_ops.attach"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -216,7 +216,7 @@ def test_accelerate_may_wrap_the_forward_and_unwrap_it_again():
         ({"attention_mask": torch.ones(3, 1, 10, 10)}, r"attention_mask has shape \(3, 1, 10, 10\), expected \[B, T\]"),
         ({"position_ids": torch.zeros(3, 9).long()}, r"position_ids has shape \(3, 9\), expected"),
         ({"labels": torch.zeros(3, 9).long()}, r"labels has shape \(3, 9\), expected \(3, 10\)"),
-        ({"fused_lm_head": True}, r"fused_lm_head is True, expected a trainer of nitp_ops\.integrations\.trl"),
+        ({"fused_lm_head": True}, r"fused_lm_head is True, expected a trainer of nitp_ops\.trainers\.trl"),
     ],
     ids=["4-D mask", "positions", "labels", "fused head of TRL"],
 )

@@ -15,8 +15,8 @@ import transformers
 from hugging_face_cases import FAMILIES, SIZES, assert_equal_training, batch, make
 
 import nitp_ops
-from nitp_ops.integrations.block_pass import checked_blocks
-from nitp_ops.integrations.sites import hugging_face_sites
+from nitp_ops.attaching.hook_points import hugging_face_sites
+from nitp_ops.attaching.inspection.block_pass import checked_blocks
 from nitp_ops.objectives import SpecError
 
 pytestmark = pytest.mark.trainers

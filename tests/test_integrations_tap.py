@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nitp_ops.integrations import Tap, tap
-from nitp_ops.integrations.sites import Sites
+from nitp_ops.attaching import Tap, tap
+from nitp_ops.attaching.hook_points import Sites
 from nitp_ops.objectives import ModelInfo, Need, build
 
 INFO = ModelInfo(hidden_size=8, vocab_size=16, num_layers=3, dtype=torch.float64)

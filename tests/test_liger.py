@@ -119,7 +119,7 @@ def test_accelerate_may_wrap_a_forward_that_liger_replaced_before_attach(patch: 
 
 @pytest.mark.parametrize("config", [None, {"fused_linear_cross_entropy": True}])
 def test_the_trainer_refuses_use_liger_kernel_with_its_loss(tmp_path: Any, config: Any):
-    from nitp_ops.integrations.transformers import NitpTrainer
+    from nitp_ops.trainers.transformers import NitpTrainer
 
     arguments = trainer_arguments(tmp_path, use_liger_kernel=True, liger_kernel_config=config)
     with pytest.raises(ValueError, match=r'expected it with liger_kernel_config=\{"fused_linear_cross_entropy": False'):
@@ -127,7 +127,7 @@ def test_the_trainer_refuses_use_liger_kernel_with_its_loss(tmp_path: Any, confi
 
 
 def test_the_trainer_takes_the_other_kernels(tmp_path: Any):
-    from nitp_ops.integrations.transformers import NitpTrainer
+    from nitp_ops.trainers.transformers import NitpTrainer
 
     found = []
     for options in ({}, {"liger_kernel_config": {"fused_linear_cross_entropy": False, **_NOTHING_ELSE}}):

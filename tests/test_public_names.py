@@ -24,7 +24,7 @@ print(torch.equal(loss(*tensors), nitp_ops.linear_cross_entropy(*tensors)))
 """
 
 
-@pytest.mark.parametrize("name", sorted({*nitp_ops.__all__, "attach", "integrations", "objectives"}))
+@pytest.mark.parametrize("name", sorted({*nitp_ops.__all__, "attach", "attaching", "objectives"}))
 def test_a_public_name_resolves_and_is_listed(name):
     value = getattr(nitp_ops, name)
     assert getattr(nitp_ops, name) is value

@@ -17,7 +17,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
 
-from nitp_ops.integrations.accelerate import Accumulation, data_parallel_only
+from nitp_ops.trainers.accelerate import Accumulation, data_parallel_only
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("axolotl.integrations.base")
-pytest.importorskip("nitp_ops.integrations.axolotl", exc_type=ImportError)
+pytest.importorskip("nitp_ops.trainers.axolotl", exc_type=ImportError)
 
 from dataclasses import dataclass
 
@@ -21,11 +21,11 @@ from axolotl.integrations.config import merge_input_args
 from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
-from nitp_ops.integrations.axolotl import NitpArgs, NitpPlugin
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.trainers.axolotl import NitpArgs, NitpPlugin
+from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
-NAME = "nitp_ops.integrations.axolotl.NitpPlugin"
+NAME = "nitp_ops.trainers.axolotl.NitpPlugin"
 SPEC = {"ntp": {}, "nitp": {"weight": 0.8, "target_layer": 1}}
 
 

@@ -24,8 +24,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer
 
-from nitp_ops.integrations.accelerate import Accumulation
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.trainers.accelerate import Accumulation
+from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 CUTS = [(4, 1), (1, 4), (2, 2), (3, 2)]  # rows of a microbatch, microbatches; the last one ends with a single row
@@ -176,7 +176,7 @@ def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path):
     from transformers import ByT5Tokenizer
     from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
-    from nitp_ops.integrations.trl import NitpSFTTrainer
+    from nitp_ops.trainers.trl import NitpSFTTrainer
 
     models, logs = (experts(), experts()), []
     data = Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in rows()])
@@ -197,7 +197,7 @@ def test_lightning_averages_it_over_the_microbatches(size, steps):
     L = pytest.importorskip("lightning")
     from test_trainer_lightning import QUIET, Wrapped
 
-    from nitp_ops.integrations.lightning import ObjectiveCallback
+    from nitp_ops.trainers.lightning import ObjectiveCallback
 
     module = Wrapped(experts())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1.0)  # type: ignore[method-assign]

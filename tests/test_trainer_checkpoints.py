@@ -14,8 +14,8 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from nitp_ops.integrations import sidecar
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.attaching import sidecar
+from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = pytest.mark.trainers
 

@@ -14,8 +14,8 @@ from hugging_face_cases import batch, gradients, make
 from test_trainer_lightning import SPEC, Wrapped, fit, llama, rows
 
 import nitp_ops
-from nitp_ops.integrations import handle_of
-from nitp_ops.integrations.lightning import SIDECAR, ObjectiveCallback
+from nitp_ops.attaching import handle_of
+from nitp_ops.trainers.lightning import SIDECAR, ObjectiveCallback
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 

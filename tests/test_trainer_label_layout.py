@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from nitp_ops.integrations.accelerate import Accumulation
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.trainers.accelerate import Accumulation
+from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 SPEC = "ntp + 0.3*mtp_shared(offsets=[2]) + 0.8*nitp(target_layer=1)"
@@ -109,7 +109,7 @@ def test_trl_counts_its_shift_labels_like_its_labels(tmp_path):
     from transformers import ByT5Tokenizer
     from trl import SFTConfig  # type: ignore[reportPrivateImportUsage]
 
-    from nitp_ops.integrations.trl import NitpSFTTrainer
+    from nitp_ops.trainers.trl import NitpSFTTrainer
 
     options: dict[str, Any] = {
         "processing_class": ByT5Tokenizer(), "arguments": SFTConfig, "objective": SPEC,
@@ -128,7 +128,7 @@ def test_axolotl_counts_its_shift_labels_like_its_labels_and_its_config_names_th
     from datasets import Dataset
     from test_trainer_axolotl import Arguments
 
-    from nitp_ops.integrations.axolotl import NitpArgs, NitpPlugin
+    from nitp_ops.trainers.axolotl import NitpArgs, NitpPlugin
 
     plugin, data, found = NitpPlugin(), Dataset.from_list(ragged_rows()), []
     for shifts, layout in ((False, None), (True, None), (False, "stream")):
@@ -164,7 +164,7 @@ def test_lightning_counts_shift_labels_as_it_was_told():
     L = pytest.importorskip("lightning")
     from test_trainer_lightning import QUIET, Wrapped
 
-    from nitp_ops.integrations.lightning import ObjectiveCallback
+    from nitp_ops.trainers.lightning import ObjectiveCallback
 
     found, cases = [], (("document", packed), ("stream", lambda rows: shifted(packed(rows))))
     for layout, collate in cases:

@@ -22,8 +22,8 @@ import lightning as L
 import transformers
 
 import nitp_ops
-from nitp_ops.integrations.lightning import SIDECAR, ObjectiveCallback, objective_loss
 from nitp_ops.objectives import ModelInfo, Streams, build
+from nitp_ops.trainers.lightning import SIDECAR, ObjectiveCallback, objective_loss
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 SPEC = "ntp + 0.8*nitp(target_layer=1)"

@@ -16,8 +16,8 @@ import lightning as L
 from lightning.pytorch.utilities import CombinedLoader
 from test_trainer_lightning import QUIET, SPEC, OwnStreams, Wrapped, by_hand, fit, llama, rows, tokens
 
-from nitp_ops.integrations.lightning import ObjectiveCallback
 from nitp_ops.objectives import Streams
+from nitp_ops.trainers.lightning import ObjectiveCallback
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 

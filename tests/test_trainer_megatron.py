@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 pytest.importorskip("megatron.core")
-pytest.importorskip("nitp_ops.integrations.megatron", exc_type=ImportError)
+pytest.importorskip("nitp_ops.trainers.megatron", exc_type=ImportError)
 
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
@@ -23,8 +23,8 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel.schedules import forward_step_calc_loss
 from megatron.core.transformer.moe import moe_utils
 
-from nitp_ops.integrations.megatron import attach_gpt, objective_step
 from nitp_ops.objectives import Counts
+from nitp_ops.trainers.megatron import attach_gpt, objective_step
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[1]

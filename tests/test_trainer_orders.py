@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import Trainer
 
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5

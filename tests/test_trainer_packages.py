@@ -10,9 +10,9 @@ from importlib import metadata
 import pytest
 import torch
 
-from nitp_ops.integrations.optimizers import check_optimizers
-from nitp_ops.integrations.packages import check_streams, check_version
+from nitp_ops.attaching.optimizers import check_optimizers
 from nitp_ops.objectives import Need
+from nitp_ops.trainers.requirements import check_streams, check_version
 
 ADAPTERS = {
     "lightning": ("lightning", "2.4", "3.0"),
@@ -23,9 +23,9 @@ ADAPTERS = {
 
 
 def test_importing_nitp_ops_imports_no_trainer():
-    code = "import sys, nitp_ops.objectives, nitp_ops.integrations; print(*sorted(sys.modules))"
+    code = "import sys, nitp_ops.objectives, nitp_ops.attaching; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "nitp_ops.integrations.attaching" in loaded
+    assert "nitp_ops.attaching.api" in loaded
     trainers = {
         "lightning",
         "torchtitan",
@@ -52,10 +52,10 @@ def test_an_adapter_refuses_a_package_that_it_was_not_tested_with(adapter, found
         return found
 
     monkeypatch.setattr(metadata, "version", version)
-    monkeypatch.delitem(sys.modules, f"nitp_ops.integrations.{adapter}", raising=False)
+    monkeypatch.delitem(sys.modules, f"nitp_ops.attaching.{adapter}", raising=False)
     came = "is not installed" if found is None else f"is {found}"
     with pytest.raises(ImportError, match=f"^{package} {came}, expected {package}>={lowest},<{below}$"):
-        importlib.import_module(f"nitp_ops.integrations.{adapter}")
+        importlib.import_module(f"nitp_ops.attaching.{adapter}")
 
 
 @pytest.mark.parametrize(("found", "good"), [("2.4", True), ("2.10.1", True), ("2.3.9", False), ("3.0.0rc1", False)])

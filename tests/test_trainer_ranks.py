@@ -48,7 +48,7 @@ def on_two_ranks(worker: Callable[[int, str], None], folder: Path) -> None:
 
 
 def trainer_of_objectives(rank: int, folder: str) -> None:
-    from nitp_ops.integrations.transformers import NitpTrainer
+    from nitp_ops.trainers.transformers import NitpTrainer
 
     with launched(rank, folder):
         arguments = trainer_arguments(
@@ -98,7 +98,7 @@ def stock_trainer(rank: int, folder: str) -> None:
 def accelerate_loop(rank: int, folder: str) -> None:
     from accelerate import Accelerator
 
-    from nitp_ops.integrations.accelerate import Accumulation
+    from nitp_ops.trainers.accelerate import Accumulation
 
     with launched(rank, folder):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -126,7 +126,7 @@ def experts_with_accelerate(accelerator: Any) -> None:
     """Two microbatches of a row on either rank."""
     from test_trainer_balance import check_step, collate, experts, rows
 
-    from nitp_ops.integrations.accelerate import Accumulation
+    from nitp_ops.trainers.accelerate import Accumulation
 
     model = experts()
     accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp"))

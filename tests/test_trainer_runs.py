@@ -15,7 +15,7 @@ pytest.importorskip("accelerate")
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from nitp_ops.integrations.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 RATE = 0.5

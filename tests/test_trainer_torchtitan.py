@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 pytest.importorskip("torchtitan")
-pytest.importorskip("nitp_ops.integrations.torchtitan", exc_type=ImportError)
+pytest.importorskip("nitp_ops.trainers.torchtitan", exc_type=ImportError)
 
 import packed_texts
 from torchtitan.components.loss import cross_entropy_loss
@@ -28,8 +28,8 @@ from torchtitan.models.llama3 import model_registry
 from torchtitan.models.llama3.config_registry import llama3_debugmodel
 from torchtitan.trainer import Trainer
 
-from nitp_ops.integrations import torchtitan as adapter
 from nitp_ops.objectives import Streams
+from nitp_ops.trainers import torchtitan as adapter
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ import torchtitan.models
 from torchtitan.models.common.decoder import Decoder
 from torchtitan.models.deepseek_v3 import model_registry
 
-from nitp_ops.integrations.torchtitan import attach_decoder
+from nitp_ops.trainers.torchtitan import attach_decoder
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 DOCS = Path(__file__).parents[1] / "docs/trainers.md"

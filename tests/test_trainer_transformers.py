@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import DataCollatorWithFlattening, Trainer
 
-from nitp_ops.integrations.transformers import NitpTrainer, NitpTrainerMixin
+from nitp_ops.trainers.transformers import NitpTrainer, NitpTrainerMixin
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
-from nitp_ops.integrations.trl import NitpSFTTrainer
+from nitp_ops.trainers.trl import NitpSFTTrainer
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5

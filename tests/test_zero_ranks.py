@@ -88,7 +88,7 @@ def attached_to_a_llama(rank: int) -> None:
     """The model's own call of its head, on no rows, gathers nothing; the objective's does."""
     import deepspeed
 
-    from nitp_ops.integrations import attach
+    from nitp_ops.attaching import attach
 
     expected: Any = tiny_llama(dtype=torch.float32)
     attach(expected, EVERY_READER)

@@ -58,7 +58,7 @@ from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa
 from torchtitan.trainer import Trainer  # noqa: E402
 
 from examples import trainer_torchtitan as example  # noqa: E402
-from nitp_ops.integrations import torchtitan as adapter  # noqa: E402
+from nitp_ops.trainers import torchtitan as adapter  # noqa: E402
 
 
 class Ragged(example.Bytes):

@@ -6,9 +6,9 @@
 No trainer package is imported before one of its adapters is asked for.
 """
 
-from .attaching import attach, handle_of
+from .api import attach, handle_of
+from .batch_streams import token_streams
 from .handle import Handle
 from .tapping import Tap, tap
-from .token_streams import token_streams
 
 __all__ = ["Handle", "Tap", "attach", "handle_of", "tap", "token_streams"]

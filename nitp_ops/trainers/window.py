@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nitp_ops.attaching.handle import AUX_LOSS
 from nitp_ops.objectives import Counts, Metrics, Spec
-
-from .handle import AUX_LOSS
 
 
 def count_window(counted: Iterable[Counts], *, divisor: int, device: torch.device | str | None = None) -> Counts:

@@ -19,9 +19,9 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from nitp_ops.attaching.handle import Handle
 from nitp_ops.objectives import Counts
 
-from .handle import Handle
 from .window import StepLog, count_window
 
 _PARALLEL = ("tp_size", "cp_size", "sp_size")

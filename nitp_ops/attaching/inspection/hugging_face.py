@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nitp_ops.attaching.hook_points import Sites, head_shape, is_hugging_face, text_config
 from nitp_ops.core.checks import is_dtensor
 from nitp_ops.objectives import ModelInfo
 
 from .foreign_hooks import refuse_foreign_hooks
-from .head_transform import Transform
-from .sites import Sites, head_shape, is_hugging_face, text_config
+from .logit_transform import Transform
 
 
 def unwrapped(model: nn.Module) -> Any:

@@ -16,18 +16,18 @@ import transformers
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from nitp_ops.attaching.api import attach, handle_of
+from nitp_ops.attaching.handle import Handle
 from nitp_ops.objectives import Counts
 from nitp_ops.objectives.spec import SpecLike
 from nitp_ops.objectives.streams import LabelLayout
 
 from .accelerate import data_parallel_only
-from .attaching import attach, handle_of
-from .handle import Handle
 from .window import StepLog, count_window
 
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
     raise ImportError(
-        f"nitp_ops.integrations.transformers: transformers {transformers.__version__} has no "
+        f"nitp_ops.trainers.transformers: transformers {transformers.__version__} has no "
         "Trainer.loss_is_scaled_for_ga, expected a version that lets a trainer scale its own loss (5.24 does)"
     )
 

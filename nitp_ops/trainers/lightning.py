@@ -13,22 +13,23 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
-from .optimizers import check_optimizers
-from .packages import STREAMS, check_streams, check_version
+from nitp_ops.attaching.optimizers import check_optimizers
+
+from .requirements import STREAMS, check_streams, check_version
 
 check_version("lightning", "2.4", "3.0")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from nitp_ops.attaching.api import attach  # noqa: E402
+from nitp_ops.attaching.attached_forward import HANDLE  # noqa: E402
+from nitp_ops.attaching.handle import Handle  # noqa: E402
+from nitp_ops.attaching.hook_points import is_hugging_face  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams, parse  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
 from nitp_ops.objectives.streams import LabelLayout  # noqa: E402
 
-from .attached_forward import HANDLE  # noqa: E402
-from .attaching import attach  # noqa: E402
-from .handle import Handle  # noqa: E402
-from .sites import is_hugging_face  # noqa: E402
 from .window import count_window  # noqa: E402
 
 SIDECAR = "nitp_objective"

@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from nitp_ops.objectives import CompositeObjective, Need, Streams
 from nitp_ops.objectives.needs import checked, named, reads
 
-from .routing import first_tensor
-from .sites import BlocksLike, ModuleLike, Sites, named_sites
+from .hook_points import BlocksLike, ModuleLike, Sites, named_sites
+from .inspection.routing import first_tensor
 
 
 def tap(

@@ -15,11 +15,11 @@ from nitp_ops.objectives.spec import SpecLike
 from nitp_ops.objectives.streams import LabelLayout, check_label_layout
 
 from .attached_forward import HANDLE
-from .block_pass import check_required, checked_blocks
 from .handle import AUX_LOSS, Handle
-from .head_transform import head_transform
-from .hugging_face import checked_head, head_of, model_info, refuse_hooks_on_head, unwrapped
-from .sites import hugging_face_sites
+from .hook_points import hugging_face_sites
+from .inspection.block_pass import check_required, checked_blocks
+from .inspection.hugging_face import checked_head, head_of, model_info, refuse_hooks_on_head, unwrapped
+from .inspection.logit_transform import head_transform
 from .tapping import Tap
 
 

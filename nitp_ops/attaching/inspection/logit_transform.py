@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .own_loss import check_loss_function
+from nitp_ops.attaching.hook_points import Sites, head_shape
+
+from .loss_function import check_loss_function
 from .routing import routed
-from .sites import Sites, head_shape
 
 _SMALL, _LARGE = 2.0**-10, 1e30
 _VALUES = [sign * value for value in (_SMALL, 0.1, 0.5, 1.0, 2.0, 7.0, 30.0, 100.0, 1000.0, _LARGE) for sign in (1, -1)]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .packages import check_streams, check_version
+from .requirements import check_streams, check_version
 
 check_version("torchtitan", "0.3", "0.4")
 
@@ -27,10 +27,9 @@ from torchtitan.models.common.decoder import Decoder  # noqa: E402
 from torchtitan.models.deepseek_v3.mtp import MTPDecoder  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
+from nitp_ops.attaching.tapping import Tap, tap  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Output, Streams, build  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
-
-from .tapping import Tap, tap  # noqa: E402
 
 OBJECTIVE = "nitp_objective"
 _Batch = tuple[dict[str, Tensor], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .attached_forward import HANDLE
+from nitp_ops.attaching.attached_forward import HANDLE
 
 
 def check_loss_function(model: Any, device: torch.device) -> None:

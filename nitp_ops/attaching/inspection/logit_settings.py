@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nitp_ops.attaching.attached_forward import plain_forward
+from nitp_ops.attaching.hook_points import Sites, text_config
 from nitp_ops.objectives import ModelInfo
 
-from .attached_forward import plain_forward
-from .head_transform import Transform, head_transform
-from .sites import Sites, text_config
+from .logit_transform import Transform, head_transform
 
 _Settings = dict[tuple[str, str], object]
 

@@ -21,10 +21,10 @@ from nitp_ops.objectives.streams import LabelLayout
 from . import sidecar
 from .attached_forward import HANDLE, AttachedForward
 from .attached_model import OBJECTIVE, AttachedModel, check_own_parameters
-from .hugging_face import active_copy, head_of, virtual_tokens
+from .batch_streams import label_count, token_streams, with_prompt
+from .inspection.hugging_face import active_copy, head_of, virtual_tokens
 from .optimizers import check_optimizers
 from .tapping import Tap
-from .token_streams import label_count, token_streams, with_prompt
 
 # where Hugging Face models put the balance loss of their experts; the part of the loss that a model adds itself
 AUX_LOSS = "aux_loss"
@@ -156,7 +156,7 @@ class Handle:
         if not self._plain.training or not _has_labels(call):
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
-            raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.integrations.trl")
+            raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.trainers.trl")
         head = self._plain.get_output_embeddings()
         self._attached.check(active_copy(head))
         self._check_untraced() if torch.compiler.is_compiling() else self._attached.check_untraced(self._plain, head)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nitp_ops.attaching.hook_points import Sites, block_lists, final_norm, head_shape, text_config
 from nitp_ops.objectives import Need
 
 from .routing import first_tensor, routed
-from .sites import Sites, block_lists, final_norm, head_shape, text_config
 
 _TOKENS = 4
 #: A pass as long as the model's longest text costs memory; longer ones are not tried.

@@ -11,8 +11,8 @@ from nitp_ops.core.checks import is_dtensor
 from nitp_ops.objectives import CompositeObjective
 
 from .attached_forward import AttachedForward
-from .hugging_face import active_copy, is_linear_call, refuse_hooks_on_head
-from .logit_settings import LogitSettings
+from .inspection.hugging_face import active_copy, is_linear_call, refuse_hooks_on_head
+from .inspection.logit_settings import LogitSettings
 from .tapping import Tap
 
 OBJECTIVE = "nitp_objective"

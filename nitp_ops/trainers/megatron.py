@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from .packages import check_streams, check_version
+from .requirements import check_streams, check_version
 
 check_version("megatron-core", "0.16", "0.17")
 
@@ -32,12 +32,11 @@ import torch  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from nitp_ops.attaching.hook_points import Sites  # noqa: E402
+from nitp_ops.attaching.tapping import Tap  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Streams, build  # noqa: E402
 from nitp_ops.objectives.needs import named  # noqa: E402
 from nitp_ops.objectives.spec import SpecLike  # noqa: E402
-
-from .sites import Sites  # noqa: E402
-from .tapping import Tap  # noqa: E402
 
 OBJECTIVE = "nitp_objective"
 _HANDLE = "nitp_gpt"

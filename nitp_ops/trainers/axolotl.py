@@ -1,7 +1,7 @@
 """Axolotl: a plugin, for supervised and completion training.
 
     plugins:
-      - nitp_ops.integrations.axolotl.NitpPlugin
+      - nitp_ops.trainers.axolotl.NitpPlugin
     nitp_objective: ntp + 0.8*nitp(target_layer=0.2)
 
 The objective is attached to the loaded model, after its adapters; Axolotl's own trainer then counts whole accumulation
@@ -12,16 +12,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from .packages import check_version
+from .requirements import check_version
 
 check_version("axolotl", "0.19", "0.20")
 
 from axolotl.integrations.base import BasePlugin  # noqa: E402
 from pydantic import BaseModel, field_validator, model_validator  # noqa: E402
 
+from nitp_ops.attaching.api import attach  # noqa: E402
 from nitp_ops.objectives import parse  # noqa: E402
-
-from .attaching import attach  # noqa: E402
 
 # options that put another loss, or another forward, in the objective's place
 _OTHER_LOSS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "chunked_cross_entropy")
