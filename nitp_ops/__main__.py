@@ -100,15 +100,15 @@ def doctor() -> int:
 def explain(arguments: argparse.Namespace) -> int:
     """The resolved objective: layers, weights, parameters, FLOPs, bytes, passes."""
     objectives = nitp_ops.objectives
-    importlib.import_module("nitp_ops.objectives.footprint")
+    cost_model = importlib.import_module("nitp_ops.engine.reports.cost_model")
     try:
         sizes = {"hidden_size": arguments.hidden, "vocab_size": arguments.vocab, "num_layers": arguments.layers}
         info = objectives.ModelInfo(**sizes)
         with torch.device("meta"):
             print(objectives.build(arguments.spec, model=info).explain(arguments.tokens))
         if arguments.mesh is not None:
-            shape = objectives.footprint.Mesh.parse(arguments.mesh)
-            cost = objectives.footprint.footprint(arguments.spec, info, shape, tokens=arguments.tokens)
+            shape = cost_model.Mesh.parse(arguments.mesh)
+            cost = cost_model.footprint(arguments.spec, info, shape, tokens=arguments.tokens)
             print(f"on each rank of a mesh {arguments.mesh}:", *cost.lines(), sep="\n    ")
     except (TypeError, ValueError) as error:  # SpecError is a ValueError
         print(f"nitp_ops explain: {error}", file=sys.stderr)
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "explain":
         return explain(chosen)
     if chosen.command == "list":
-        print("\n".join(nitp_ops.objectives.explain.listing()))
+        print("\n".join(nitp_ops.engine.reports.explain.listing()))
         return 0
     return {"env": env, "doctor": doctor}[chosen.command]()
 

@@ -14,48 +14,48 @@ if __name__ != "nitp_ops.objectives":
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .base import Context, HeadReading, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
-from .blocks import KeyValues
-from .composite import CompositeObjective, Output, build
-from .counts import Counts
-from .drafting import Drafting, Trunk
-from .metrics import Metrics
-from .model_info import ModelInfo
-from .needs import Need
-from .registry import available, offer, register
-from .schedule import Piecewise, Ramp, schedule
-from .schema import SpecError
-from .sequence_shard import SequenceShard
-from .spec import Spec, parse
-from .streams import Streams
-from .window import Window
+from nitp_ops.engine.base import Context, HeadReading, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
+from nitp_ops.engine.composite import CompositeObjective, Output, build
+from nitp_ops.engine.counts import Counts
+from nitp_ops.engine.drafting.decoding import Drafting, Trunk
+from nitp_ops.engine.metrics import Metrics
+from nitp_ops.engine.modules.blocks import KeyValues
+from nitp_ops.engine.registry import available, offer, register
+from nitp_ops.engine.spec.schedule import Piecewise, Ramp, schedule
+from nitp_ops.engine.spec.spec import Spec, parse
+from nitp_ops.engine.spec.validation import SpecError
+from nitp_ops.engine.streams.context_parallel import SequenceShard
+from nitp_ops.engine.streams.model_info import ModelInfo
+from nitp_ops.engine.streams.needs import Need
+from nitp_ops.engine.streams.streams import Streams
+from nitp_ops.engine.window import Window
 
 if TYPE_CHECKING:
     from .external import External
-    from .fsp_bow import FSPBagOfWords
-    from .mtp_parallel import MTPParallel
-    from .mtp_sequential import MTPSequential
-    from .mtp_shared import MTPShared
-    from .next_embedding import NextEmbedding
-    from .nextlat import NextLat
-    from .nitp import NITP
-    from .ntp import NTP
-    from .regularizers import CosineRegularizer
-    from .top import TOP
+    from .latent.fsp_bow import FSPBagOfWords
+    from .latent.next_embedding import NextEmbedding
+    from .latent.nextlat import NextLat
+    from .latent.nitp import NITP
+    from .regularizers.cosine_regularizer import CosineRegularizer
+    from .tokens.mtp_parallel import MTPParallel
+    from .tokens.mtp_sequential import MTPSequential
+    from .tokens.mtp_shared import MTPShared
+    from .tokens.ntp import NTP
+    from .tokens.top import TOP
 
 #: Where the objectives of this package live, each imported when it is first named, like those of other packages.
 _BUILT_IN = {
-    "cosine_regularizer": "regularizers:CosineRegularizer",
+    "cosine_regularizer": "regularizers.cosine_regularizer:CosineRegularizer",
     "external": "external:External",
-    "fsp_bow": "fsp_bow:FSPBagOfWords",
-    "mtp_parallel": "mtp_parallel:MTPParallel",
-    "mtp_sequential": "mtp_sequential:MTPSequential",
-    "mtp_shared": "mtp_shared:MTPShared",
-    "next_embedding": "next_embedding:NextEmbedding",
-    "nextlat": "nextlat:NextLat",
-    "nitp": "nitp:NITP",
-    "ntp": "ntp:NTP",
-    "top": "top:TOP",
+    "fsp_bow": "latent.fsp_bow:FSPBagOfWords",
+    "mtp_parallel": "tokens.mtp_parallel:MTPParallel",
+    "mtp_sequential": "tokens.mtp_sequential:MTPSequential",
+    "mtp_shared": "tokens.mtp_shared:MTPShared",
+    "next_embedding": "latent.next_embedding:NextEmbedding",
+    "nextlat": "latent.nextlat:NextLat",
+    "nitp": "latent.nitp:NITP",
+    "ntp": "tokens.ntp:NTP",
+    "top": "tokens.top:TOP",
 }
 offer(__name__, _BUILT_IN)
 

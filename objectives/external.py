@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Context, LatentPart, LatentTerm
-from .model_info import ModelInfo
-from .needs import Need
-from .registry import register
-from .streams import Streams
+from nitp_ops.engine.base import Context, LatentPart, LatentTerm
+from nitp_ops.engine.registry import register
+from nitp_ops.engine.streams.model_info import ModelInfo
+from nitp_ops.engine.streams.needs import Need
+from nitp_ops.engine.streams.streams import Streams
 
 
 @register("external")

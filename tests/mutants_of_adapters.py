@@ -47,7 +47,7 @@ MUTANTS: tuple[Mutant, ...] = (
     # windows under trainers: what is averaged, where they end, what they leave behind
     Mutant("nitp_ops/attaching/handle.py", "as_tensor(counts.batches,", "as_tensor(1,",
            "trainer_balance::test_a_plain_loop_with_counts_averages_it_over_the_microbatches"),
-    Mutant("objectives/counts.py", "self.batches + other.batches", "self.batches",
+    Mutant("nitp_ops/engine/counts.py", "self.batches + other.batches", "self.batches",
            "trainer_balance::test_a_plain_loop_with_counts_averages_it_over_the_microbatches"),
     Mutant("nitp_ops/trainers/window.py", "total.group_size * divisor", "total.group_size",
            "trainer_runs::test_a_second_run_of_one_trainer_logs_its_own_steps"),

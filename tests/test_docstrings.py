@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nitp_ops.objectives import registry
+from nitp_ops.engine import registry
 
 ROOT = Path(__file__).parents[1]
 SKIPPED = {"__main__"}

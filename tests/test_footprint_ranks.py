@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nitp_ops.engine.reports.cost_model import Mesh, footprint
+from nitp_ops.engine.reports.dry_run import dry_run
 from nitp_ops.objectives import SequenceShard, Streams, build
-from nitp_ops.objectives.dry_run import dry_run
-from nitp_ops.objectives.footprint import Mesh, footprint
 
 pytestmark = [
     pytest.mark.ranks,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nitp_ops import TokenStats
-from nitp_ops.objectives.module_call import inside_call
+from nitp_ops.engine.modules.module_call import inside_call
 
 
 def casting(module: nn.Module) -> list[str]:

@@ -20,8 +20,8 @@ def test_each_edit_stands_once_in_its_file_and_leaves_it_readable(mutant):
 
 
 def test_an_edit_without_its_place_is_told():
-    with pytest.raises(ValueError, match=r"^objectives/ntp.py: 'gone' stands there 0 times, expected once$"):
-        mutants.mutated(mutants.Mutant("objectives/ntp.py", "gone", "", "objectives_build"), "x = 1")
+    with pytest.raises(ValueError, match=r"^objectives/tokens/ntp.py: 'gone' stands there 0 times, expected once$"):
+        mutants.mutated(mutants.Mutant("objectives/tokens/ntp.py", "gone", "", "objectives_build"), "x = 1")
 
 
 def test_a_word_that_no_mutant_holds_is_told(capsys):
@@ -32,7 +32,7 @@ def test_a_word_that_no_mutant_holds_is_told(capsys):
 def test_a_part_chooses_its_table_and_a_word_what_holds_it():
     assert mutants.choose(["cpu"]) == list(mutants.OF_CPU)
     assert mutants.choose(["cpu", "adapters"]) == [*mutants.OF_ADAPTERS, *mutants.OF_CPU]
-    assert {m.file for m in mutants.choose(["objectives/top.py"])} == {"objectives/top.py"}
+    assert {m.file for m in mutants.choose(["objectives/tokens/top.py"])} == {"objectives/tokens/top.py"}
     assert mutants.choose([]) == list(mutants.MUTANTS)
 
 

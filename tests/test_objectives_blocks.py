@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from objectives_cases import INFO, make_batch
 from torch import Tensor, nn
 
+from nitp_ops.engine.modules.blocks import Block, attention_mask, make_block, without_padding
 from nitp_ops.objectives import ModelInfo, SpecError, Streams, build
-from nitp_ops.objectives.blocks import Block, attention_mask, make_block, without_padding
 
 WIDE = ModelInfo(hidden_size=192, vocab_size=8, num_layers=1)
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nitp_ops.engine.reports.cost_model import Mesh
+from nitp_ops.engine.streams.context_parallel import SequenceShard
 from nitp_ops.objectives import ModelInfo, SpecError, Streams, build, schedule
-from nitp_ops.objectives.footprint import Mesh
-from nitp_ops.objectives.sequence_shard import SequenceShard
 
 INFO = ModelInfo(hidden_size=4, vocab_size=8, num_layers=2)
 

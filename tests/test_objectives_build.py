@@ -12,6 +12,7 @@ import torch
 from objectives_cases import INFO, make_batch
 from torch import Tensor, nn
 
+from nitp_ops.engine import registry
 from nitp_ops.objectives import (
     NITP,
     NTP,
@@ -26,7 +27,6 @@ from nitp_ops.objectives import (
     build,
     parse,
     register,
-    registry,
 )
 
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from nitp_ops.engine.base import Context
+from nitp_ops.engine.modules.blocks import Block
 from nitp_ops.objectives import CompositeObjective, KeyValues, ModelInfo, Streams, build
-from nitp_ops.objectives.base import Context
-from nitp_ops.objectives.blocks import Block
 
 INFO = ModelInfo(hidden_size=8, vocab_size=5, num_layers=1, dtype=torch.float64, initializer_range=0.5)
 SPECS = (

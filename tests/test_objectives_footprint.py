@@ -10,8 +10,10 @@ from objectives_cases import INFO, make_batch
 
 import nitp_ops
 from nitp_ops import __main__ as command
-from nitp_ops.objectives import ModelInfo, SequenceShard, Streams, available, build, scaling, sequence_shard
-from nitp_ops.objectives.footprint import Mesh, footprint
+from nitp_ops.engine.reports import scaling
+from nitp_ops.engine.reports.cost_model import Mesh, footprint
+from nitp_ops.engine.streams import context_parallel
+from nitp_ops.objectives import ModelInfo, SequenceShard, Streams, available, build
 
 PAGE = Path(__file__).parents[1] / "docs/scaling.md"
 WIDE = ModelInfo(hidden_size=64, vocab_size=512, num_layers=24, dtype=torch.bfloat16)
@@ -23,7 +25,7 @@ def by_purpose(spec: str, mesh: Mesh, **options: int) -> dict[str, int]:
 
 
 def test_the_page_is_what_the_calculator_says():
-    assert PAGE.read_text() == scaling.page(), "run python -m nitp_ops.objectives.scaling > docs/scaling.md"
+    assert PAGE.read_text() == scaling.page(), "run python -m nitp_ops.engine.reports.scaling > docs/scaling.md"
 
 
 def test_the_page_has_the_papers_widths():
@@ -114,7 +116,7 @@ def test_one_rank_that_holds_all_chunks_computes_what_it_does_without_a_shard():
 )
 def test_which_positions_each_rank_holds(layout, expected, monkeypatch: pytest.MonkeyPatch):
     for rank, positions in enumerate(expected):
-        monkeypatch.setattr(sequence_shard, "group_size", lambda group, rank=rank: (4, rank))
+        monkeypatch.setattr(context_parallel, "group_size", lambda group, rank=rank: (4, rank))
         assert SequenceShard(length=16, layout=layout).take(torch.arange(16).view(1, 16)).tolist() == [positions]
 
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 from torch import Tensor
 
-from nitp_ops.objectives import FSPBagOfWords, ModelInfo, SpecError, Streams, build, row_losses
-from nitp_ops.objectives.composite import CompositeObjective
+from nitp_ops.engine.composite import CompositeObjective
+from nitp_ops.engine.modules import logit_losses
+from nitp_ops.objectives import FSPBagOfWords, ModelInfo, SpecError, Streams, build
 
 
 def bags(batch: Batch, tau: int, target_ok: Tensor | None = None) -> dict[tuple[int, int], set[int]]:
@@ -39,7 +40,7 @@ def equation(
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "softcap and scale"])
 @pytest.mark.parametrize("tau", [2, 4, 12])
 def test_it_equals_its_equation_with_every_gradient(tau: int, head: dict, rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(row_losses, "CHUNK_LOGITS", rows * INFO.vocab_size)
+    monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", rows * INFO.vocab_size)
     info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5, **head)
     batch, objective = make_batch(), build([FSPBagOfWords(tau=tau)], model=info)
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [0] * 7, [0, 1, 2, 3, 4, 4, 4]])

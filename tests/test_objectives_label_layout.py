@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from objectives_cases import INFO, Batch, gradients, make_batch
 from torch import Tensor
 
-from nitp_ops.objectives import SequenceShard, Streams, available, build, sequence_shard
-from nitp_ops.objectives.shift import TargetWindow, target_weights, token_targets, valid_pairs
+from nitp_ops.engine.streams import context_parallel
+from nitp_ops.engine.streams.targets import TargetWindow, target_weights, token_targets, valid_pairs
+from nitp_ops.objectives import SequenceShard, Streams, available, build
 
 IGNORED = -100
 # documents [1, 2, 3] and [5, 6, 7], shifted inside each, then packed
@@ -98,7 +99,8 @@ def test_targets_pairs_and_weights_follow_the_definition(case: Case, k: int):
         assert torch.equal(valid_pairs(streams, k), streams.here(pairs))
         labelled = pairs & (expected != IGNORED)
         assert torch.equal(valid_pairs(streams, k, labelled=True), streams.here(labelled))
-        assert torch.equal(target_weights(streams, k), streams.here(weights))
+        weight = target_weights(streams, k)
+        assert weight is not None and torch.equal(weight, streams.here(weights))
         window_is(
             TargetWindow(streams, 1, window), streams.here(nearest).flatten(0, 1), streams.here(of_window).flatten(0, 1)
         )
@@ -123,7 +125,7 @@ def parts(case: Case) -> list[Streams]:
     found = [Streams(**fields)]
     for layout in ("contiguous", "zigzag"):
         for rank in range(2):
-            with mock.patch.object(sequence_shard, "group_size", lambda group, rank=rank: (2, rank)):
+            with mock.patch.object(context_parallel, "group_size", lambda group, rank=rank: (2, rank)):
                 found.append(Streams(**fields, shard=SequenceShard(length=case.length, layout=layout)))
     return found
 

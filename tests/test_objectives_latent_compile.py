@@ -7,11 +7,12 @@ import torch
 from objectives_cases import INFO, gradients, make_batch
 from torch import Tensor
 
-from nitp_ops.objectives import build, row_losses
+from nitp_ops.engine.modules import logit_losses
+from nitp_ops.objectives import build
 
 
 def test_a_composition_of_latent_terms_compiles_into_one_graph(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(row_losses, "CHUNK_LOGITS", 5 * INFO.vocab_size)
+    monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", 5 * INFO.vocab_size)
     batch = make_batch()
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1]] * 3)
     objective = build("ntp + next_embedding + 0.3*nextlat + fsp_bow + schedule(to=2, warmup=2)*external", model=INFO)

@@ -10,7 +10,8 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from nitp_ops import objectives
-from nitp_ops.objectives import NITP, SpecError, available, parse, register, registry
+from nitp_ops.engine import registry
+from nitp_ops.objectives import NITP, SpecError, available, parse, register
 
 SCRIPT = """
 import importlib, pkgutil, sys
@@ -21,14 +22,14 @@ def loaded():
     return {name for name, home in homes.items() if home in sys.modules}
 
 assert set(objectives.available()) >= set(homes) and not loaded(), loaded()
-for module in pkgutil.iter_modules(objectives.__path__, "nitp_ops.objectives."):
-    if module.name not in homes.values() and not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+import nitp_ops.engine
+for module in pkgutil.walk_packages(nitp_ops.engine.__path__, "nitp_ops.engine."):
+    importlib.import_module(module.name)
 assert not loaded(), f"the engine imports {loaded()}"
 assert objectives.parse("ntp").terms[0].label == "ntp" and loaded() == {"ntp"}, loaded()
 from nitp_ops.objectives import TOP, NextEmbedding
 assert loaded() == {"ntp", "top", "next_embedding", "nitp"}, loaded()
-assert TOP.name == "top" and objectives.TOP is TOP and objectives.registry.find("top") is TOP
+assert TOP.name == "top" and objectives.TOP is TOP and nitp_ops.engine.registry.find("top") is TOP
 from nitp_ops.objectives import *
 assert NITP().name == "nitp" and loaded() == set(homes), set(homes) - loaded()
 print("lazy")
@@ -69,7 +70,7 @@ def test_a_plugin_does_not_take_a_built_in_name(monkeypatch: pytest.MonkeyPatch)
     other = EntryPoint("ntp", "elsewhere:NTP", registry.GROUP)
     monkeypatch.setattr(registry, "_plugins", lambda: {"ntp": other})
     assert registry.plugin_of("ntp") is None
-    assert type(parse("ntp").terms[0]).__module__ == "nitp_ops.objectives.ntp"
+    assert type(parse("ntp").terms[0]).__module__ == "nitp_ops.objectives.tokens.ntp"
 
 
 @pytest.mark.usefixtures("own_registry")

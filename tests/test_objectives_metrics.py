@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from objectives_cases import INFO, gradients, make_batch, pairs, project
 
+from nitp_ops.engine.skill import unit_target_sum
 from nitp_ops.objectives import NITP, Counts, Metrics, ModelInfo, Streams, build
-from nitp_ops.objectives.floor import unit_target_sum
 
 SPEC = "ntp + 0.8*nitp + early: 0.5*nitp(target_layer=0, mask=document+label, denominator=main)"
 
@@ -149,7 +149,7 @@ def test_the_sum_of_unit_targets_is_the_same_in_blocks(monkeypatch: pytest.Monke
     norm = torch.nn.functional.pad(target.norm(dim=-1)[:, 1:], (0, 1))
     valid = torch.arange(9).expand(2, 9) < 7
     whole = unit_target_sum(target, norm, valid, 1, 1e-6)
-    monkeypatch.setattr("nitp_ops.objectives.floor._BLOCK_ELEMENTS", 24)
+    monkeypatch.setattr("nitp_ops.engine.skill._BLOCK_ELEMENTS", 24)
     torch.testing.assert_close(unit_target_sum(target, norm, valid, 1, 1e-6), whole)
     expected = torch.nn.functional.normalize(target[:, 1:8], dim=-1).sum((0, 1))
     torch.testing.assert_close(whole, expected)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 from torch import Tensor, nn
 
+from nitp_ops.engine import plan as plan_module
+from nitp_ops.engine.modules.blocks import attention_mask
 from nitp_ops.objectives import CompositeObjective, SpecError, build, parse
-from nitp_ops.objectives import plan as plan_module
-from nitp_ops.objectives.blocks import attention_mask
 
 PACKED = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, -1, -1], [2, 2, 2, 2, 2, 2, 2]])
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 from torch import Tensor, nn
 
+from nitp_ops.engine.modules.blocks import attention_mask
 from nitp_ops.objectives import MTPSequential, SpecError, Streams, build, parse
-from nitp_ops.objectives.blocks import attention_mask
 
 
 def rms(x: Tensor, weight: Tensor) -> Tensor:

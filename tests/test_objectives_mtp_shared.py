@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch, ntp_sum, pairs
 from torch import Tensor
 
+from nitp_ops.engine import plan as plan_module
 from nitp_ops.objectives import NTP, ModelInfo, MTPShared, SpecError, Streams, build, parse
-from nitp_ops.objectives import plan as plan_module
 
 
 def token_loss(batch: Batch, b: int, t: int, k: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from objectives_cases import INFO
 
+from nitp_ops.engine.streams.needs import checked
 from nitp_ops.objectives import NITP, NTP, Need, build
-from nitp_ops.objectives.needs import checked
 
 
 def state(k: int, *, grad: bool) -> Need:

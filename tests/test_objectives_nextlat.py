@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 from torch import Tensor, nn
 
-from nitp_ops.objectives import CompositeObjective, ModelInfo, Need, NextLat, SpecError, Streams, build, row_losses
+from nitp_ops.engine.modules import logit_losses
+from nitp_ops.objectives import CompositeObjective, ModelInfo, Need, NextLat, SpecError, Streams, build
 
 
 def logits(batch: Batch, h: Tensor, info: ModelInfo) -> Tensor:
@@ -41,7 +42,7 @@ def leaves(objective: CompositeObjective, batch: Batch) -> list[Tensor]:
 @pytest.mark.parametrize("rows", [1, 4, 100], ids="chunks of {} rows".format)
 @pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "softcap and scale"])
 def test_it_equals_its_equation_with_every_gradient(head: dict, rows: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(row_losses, "CHUNK_LOGITS", rows * INFO.vocab_size)
+    monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", rows * INFO.vocab_size)
     info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5, **head)
     batch, objective = make_batch(), build("nextlat", model=info)
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [0] * 7, [0, 1, 2, 3, 4, 4, 4]])

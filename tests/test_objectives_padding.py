@@ -6,8 +6,8 @@ import pytest
 import torch
 from objectives_cases import INFO, gradients, make_batch
 
+from nitp_ops.engine.modules.logit_losses import sum_of_rows
 from nitp_ops.objectives import build
-from nitp_ops.objectives.row_losses import sum_of_rows
 
 TWO_SIDED = "nitp(stop_gradient=false, target_norm=rms)"
 #: No position looks at another: a row that no pair counts is one that does not count.

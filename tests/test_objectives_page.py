@@ -9,18 +9,19 @@ import torch
 from objectives_cases import INFO
 
 from nitp_ops import __main__ as command
-from nitp_ops.objectives import ModelInfo, available, build, document
+from nitp_ops.engine.reports import pages
+from nitp_ops.objectives import ModelInfo, available, build
 
 PAGE = Path(__file__).parents[1] / "docs/objectives.md"
 SIZES = ["--hidden", "1280", "--vocab", "152064", "--layers", "24"]
 
 
 def test_the_page_is_what_the_registry_says():
-    assert PAGE.read_text() == document.page(), "run python -m nitp_ops.objectives.document > docs/objectives.md"
+    assert PAGE.read_text() == pages.page(), "run python -m nitp_ops.engine.reports.pages > docs/objectives.md"
 
 
 def test_every_objective_has_a_section_with_its_options_and_its_source():
-    sections = {text.partition("\n")[0]: text for text in document.page().split("\n## ")[1:]}
+    sections = {text.partition("\n")[0]: text for text in pages.page().split("\n## ")[1:]}
     assert set(sections) == set(available())
     assert "| kl_weight | a number | `1.0` |" in sections["nextlat"] and "arXiv 2511.05963" in sections["nextlat"]
     assert "hidden_states[5] of 24 blocks" in sections["nitp"]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from objectives_cases import INFO, Batch, assert_same, gradients, make_batch
 from torch import Tensor, nn
 
+from nitp_ops.engine import plan as plan_module
+from nitp_ops.engine.head_terms import _several
 from nitp_ops.objectives import NITP, NTP, ModelInfo, Streams, build
-from nitp_ops.objectives import plan as plan_module
-from nitp_ops.objectives.head_parts import _several
 
 
 @settings(deadline=None, max_examples=25)

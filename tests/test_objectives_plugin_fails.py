@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nitp_ops.engine.registry import GROUP
 from nitp_ops.objectives import SpecError, available, parse
-from nitp_ops.objectives.registry import GROUP
 
 GOOD = """
 from dataclasses import dataclass
@@ -61,7 +61,7 @@ def test_the_plugin_and_its_reason_are_named(plugins, name):
 
 
 def test_a_good_plugin_beside_them_loads(plugins, monkeypatch):
-    from nitp_ops.objectives import registry
+    from nitp_ops.engine import registry
 
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     assert parse("good_one").terms[0].name == "good_one"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from objectives_cases import INFO, gradients, make_batch
 
+from nitp_ops.engine.registry import find
 from nitp_ops.objectives import HeadTerm, LatentTerm, available, build, parse
-from nitp_ops.objectives.registry import find
 
 NAMES = available()
 

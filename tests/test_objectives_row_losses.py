@@ -10,8 +10,9 @@ from objectives_cases import gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nitp_ops.objectives import ModelInfo, row_losses
-from nitp_ops.objectives.row_losses import sum_of_rows
+from nitp_ops.engine.modules import logit_losses
+from nitp_ops.engine.modules.logit_losses import sum_of_rows
+from nitp_ops.objectives import ModelInfo
 
 INFO = ModelInfo(hidden_size=4, vocab_size=9, num_layers=2, softcap=5.0, logit_scale=1.3)
 ROWS, WIDTH, VOCABULARY = 7, 4, 9
@@ -28,7 +29,7 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.fixture(params=[1, 3, 100], ids="chunks of {} rows".format)
 def chunk_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(row_losses, "CHUNK_LOGITS", request.param * VOCABULARY)
+    monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", request.param * VOCABULARY)
     return request.param
 
 
@@ -81,11 +82,11 @@ def test_only_wanted_gradients_are_formed():
 def test_the_gradient_of_a_narrow_weight_is_summed_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch):
     hidden, weight = leaf(512, WIDTH, dtype=torch.bfloat16), leaf(VOCABULARY, WIDTH, dtype=torch.bfloat16)
     keep = torch.ones(512, dtype=torch.bool)
-    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
-    expected = gradients(sum_of_rows(*exact, None, keep, INFO, quartic)[0], exact[1:])[0]
+    exact_hidden, exact = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    expected = gradients(sum_of_rows(exact_hidden, exact, None, keep, INFO, quartic)[0], [exact])[0]
 
     def error(rows: int) -> float:
-        monkeypatch.setattr(row_losses, "CHUNK_LOGITS", rows * VOCABULARY)
+        monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", rows * VOCABULARY)
         mine = gradients(sum_of_rows(hidden, weight, None, keep, INFO, quartic)[0], [weight])[0]
         assert mine.dtype == torch.bfloat16
         return float((mine.double() - expected).norm() / expected.norm())
@@ -115,7 +116,7 @@ def test_no_row_at_all_gives_zeros():
 
 def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(monkeypatch: pytest.MonkeyPatch):
     rows, vocabulary, chunk = 60, 50, 5
-    monkeypatch.setattr(row_losses, "CHUNK_LOGITS", chunk * vocabulary)
+    monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", chunk * vocabulary)
     hidden, weight = leaf(rows, WIDTH), leaf(vocabulary, WIDTH)
     keep = torch.ones(rows, dtype=torch.bool)
     with Seen() as seen:

@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from objectives_cases import INFO, gradients, make_batch
 
+from nitp_ops.engine.registry import find
 from nitp_ops.objectives import HeadTerm, Ramp, available, build, parse
-from nitp_ops.objectives.registry import find
 
 # offsets that no other of the drawn terms predicts from the same hidden states with the same head
 OPTIONS = {"mtp_parallel": "(offsets=[4, 5])", "mtp_shared": "(offsets=[2, 3], weights=[1, 0.5])"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from objectives_cases import INFO, assert_same, make_batch, ntp_sum, pairs
 from torch import nn
 
+from nitp_ops.engine.streams.targets import target_weights, token_targets, valid_pairs
 from nitp_ops.objectives import ModelInfo, Streams, build
-from nitp_ops.objectives.shift import target_weights, token_targets, valid_pairs
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9]])
 

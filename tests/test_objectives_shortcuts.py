@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nitp_ops.engine.streams.targets import token_targets, valid_pairs
 from nitp_ops.objectives import NTP, CosineRegularizer, Counts, ModelInfo, Ramp, Streams, Window, build
-from nitp_ops.objectives.shift import token_targets, valid_pairs
 
 INFO = ModelInfo(hidden_size=8, vocab_size=16, num_layers=4)
 IDS = torch.arange(10).view(2, 5)

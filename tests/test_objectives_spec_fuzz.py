@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nitp_ops.engine.spec.grammar import parse_expression
 from nitp_ops.objectives import NTP, ModelInfo, MTPShared, Spec, SpecError, available, build, parse
-from nitp_ops.objectives.expression import parse_expression
 
 INFO = ModelInfo(hidden_size=4, vocab_size=8, num_layers=2)
 DEEP: list[Any] = []

@@ -64,7 +64,7 @@ def test_top_over_a_long_window_is_the_dense_list_net_loss(window: int, dtype: t
 
 @pytest.mark.parametrize("tau", [50, 2000])
 def test_a_bag_of_a_long_window_is_the_set_of_its_tokens(tau: int, monkeypatch: pytest.MonkeyPatch):
-    from nitp_ops.objectives import fsp_bow
+    from nitp_ops.objectives.latent import fsp_bow
 
     monkeypatch.setattr(fsp_bow, "_BAG_TOKENS", 7 * tau)  # seven rows at a time
     streams = batch(torch.float64)

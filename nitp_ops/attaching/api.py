@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from nitp_ops.engine.spec.spec import SpecLike
+from nitp_ops.engine.streams.needs import reads
+from nitp_ops.engine.streams.streams import LabelLayout, check_label_layout
 from nitp_ops.objectives import CompositeObjective, build
-from nitp_ops.objectives.needs import reads
-from nitp_ops.objectives.spec import SpecLike
-from nitp_ops.objectives.streams import LabelLayout, check_label_layout
 
 from .attached_forward import HANDLE
 from .handle import AUX_LOSS, Handle

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from nitp_ops.core.devices import sum_dtype
+from nitp_ops.engine.modules.module_call import is_fully_sharded
+from nitp_ops.engine.spec.validation import is_int, of_64_bits
+from nitp_ops.engine.streams.needs import reads
+from nitp_ops.engine.streams.streams import LabelLayout
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
-from nitp_ops.objectives.module_call import is_fully_sharded
-from nitp_ops.objectives.needs import reads
-from nitp_ops.objectives.schema import is_int, of_64_bits
-from nitp_ops.objectives.streams import LabelLayout
 
 from . import sidecar
 from .attached_forward import HANDLE, AttachedForward
@@ -49,7 +49,8 @@ class Handle:
         tap: Tap,
         label_layout: LabelLayout = "document",
     ) -> None:
-        self.objective, self.label_layout = objective, label_layout
+        self.objective = objective
+        self.label_layout: LabelLayout = label_layout
         self.metrics: Metrics | None = None
         self._model, self._plain, self._tap = model, plain, tap
         self._counts: Counts | None = None

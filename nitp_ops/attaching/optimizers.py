@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nitp_ops.objectives.module_call import is_fully_sharded
+from nitp_ops.engine.modules.module_call import is_fully_sharded
 
 
 def check_optimizers(who: str, model: nn.Module, objective: nn.Module, optimizers: Iterable[Optimizer]) -> None:

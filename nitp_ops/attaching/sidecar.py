@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nitp_ops.core.checks import is_dtensor
 from nitp_ops.core.files import checksum, write_whole
+from nitp_ops.engine.streams.collectives import agree, is_distributed
 from nitp_ops.objectives import CompositeObjective
-from nitp_ops.objectives.collectives import agree, is_distributed
 
 FILE = "nitp_objective.safetensors"
 

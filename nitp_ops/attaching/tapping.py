@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from nitp_ops.engine.streams.needs import checked, named, reads
 from nitp_ops.objectives import CompositeObjective, Need, Streams
-from nitp_ops.objectives.needs import checked, named, reads
 
 from .hook_points import BlocksLike, ModuleLike, Sites, named_sites
 from .inspection.routing import first_tensor

@@ -34,9 +34,9 @@ from torch import Tensor, nn  # noqa: E402
 
 from nitp_ops.attaching.hook_points import Sites  # noqa: E402
 from nitp_ops.attaching.tapping import Tap  # noqa: E402
+from nitp_ops.engine.spec.spec import SpecLike  # noqa: E402
+from nitp_ops.engine.streams.needs import named  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Streams, build  # noqa: E402
-from nitp_ops.objectives.needs import named  # noqa: E402
-from nitp_ops.objectives.spec import SpecLike  # noqa: E402
 
 OBJECTIVE = "nitp_objective"
 _HANDLE = "nitp_gpt"

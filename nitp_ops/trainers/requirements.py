@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from importlib import metadata
 
+from nitp_ops.engine.streams.needs import named
 from nitp_ops.objectives import Need
-from nitp_ops.objectives.needs import named
 
 STREAMS = ("token_ids", "last_hidden", "last_residual", "hidden_states", "head", "embed")
 

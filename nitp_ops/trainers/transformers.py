@@ -18,9 +18,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nitp_ops.attaching.api import attach, handle_of
 from nitp_ops.attaching.handle import Handle
+from nitp_ops.engine.spec.spec import SpecLike
+from nitp_ops.engine.streams.streams import LabelLayout
 from nitp_ops.objectives import Counts
-from nitp_ops.objectives.spec import SpecLike
-from nitp_ops.objectives.streams import LabelLayout
 
 from .accelerate import data_parallel_only
 from .window import StepLog, count_window

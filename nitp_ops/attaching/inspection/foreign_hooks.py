@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from nitp_ops.objectives.module_call import has_hooks
+from nitp_ops.engine.modules.module_call import has_hooks
 
 _ENGINES = (
     "torch.distributed", "transformers", "accelerate", "deepspeed", "peft", "trl", "lightning", "pytorch_lightning",

@@ -1,0 +1,1 @@
+"""What every objective shares: specs, streams, windows, the plan of passes, weights, counts and metrics."""

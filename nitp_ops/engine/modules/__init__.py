@@ -1,0 +1,1 @@
+"""Parameters: an objective's own, and a model's, read where engines allow it."""

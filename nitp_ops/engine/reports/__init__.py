@@ -1,0 +1,1 @@
+"""Pages and tables about objectives: what they are, read, send and hold."""

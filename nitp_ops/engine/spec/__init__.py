@@ -1,0 +1,1 @@
+"""Which objectives, with which options: grammar, schedules, validation."""

@@ -1,0 +1,1 @@
+"""Objectives whose targets are hidden states, embeddings or summaries of later tokens."""

@@ -1,0 +1,1 @@
+"""Terms that shape the hidden states themselves, towards no target."""
