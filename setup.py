@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-commands = runpy.run_path(str(Path(__file__).resolve().parent / "csrc/commands.py"))
+commands = runpy.run_path(str(Path(__file__).resolve().parent / "csrc/tools/commands.py"))
 
 setup(
     packages=["nitp_ops", "nitp_ops.torch_rows", "nitp_ops.triton", "nitp_ops.integrations", "nitp_ops.objectives"],

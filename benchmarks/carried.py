@@ -38,7 +38,7 @@ def importable(root: Path) -> Iterator[None]:
 def built(root: Path, capability: str, seconds: float) -> str | None:
     """Build the library in the tree, CUDA kernels for one architecture only; why that failed, or None."""
     architecture = f"sm_{capability.partition('.')[0]}0"
-    if architecture not in runpy.run_path(str(root / "csrc/build_cuda.py"))["ARCHITECTURES"]:
+    if architecture not in runpy.run_path(str(root / "csrc/tools/build_cuda.py"))["ARCHITECTURES"]:
         return f"there are no CUDA kernels for compute capability {capability}"
     if shutil.which("nvcc") is None:
         return "there is no nvcc to build it"

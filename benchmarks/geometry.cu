@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../csrc/cuda/cross_entropy.cu"
+#include "../csrc/cuda/cross_entropy/cross_entropy.cu"
 
 namespace nitp {
 namespace cuda {

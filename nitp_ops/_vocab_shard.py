@@ -7,7 +7,7 @@ Over the columns of rank r: m_r = max z, s_r = sum exp(z - m_r), b_r = sum u (z 
     entropy = log s + (1 / s) sum_r f_r (h_r + (m - m_r) s_r)
 
 Every rank adds the same numbers in the order of ranks, in float64: the results are equal to the last bit. Then the
-gradient of the columns that are here follows from `SoftmaxGradient` (csrc/cross_entropy.h).
+gradient of the columns that are here follows from `SoftmaxGradient` (csrc/formulas/cross_entropy.h).
 """
 
 from __future__ import annotations

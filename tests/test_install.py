@@ -126,13 +126,13 @@ def test_a_pure_build_that_pip_has_cached_is_replaced_by_the_command_in_the_mess
 
 
 def test_cxx_may_have_arguments(monkeypatch):
-    native = runpy.run_path(str(ROOT / "csrc/build.py"))
+    native = runpy.run_path(str(ROOT / "csrc/tools/build.py"))
     monkeypatch.setenv("CXX", "g++ -m64")
     assert native["find_compiler"]() == ["g++", "-m64"]
 
 
 def test_a_cxx_that_is_blank_is_none_and_one_that_is_no_command_is_an_error(monkeypatch):
-    native = runpy.run_path(str(ROOT / "csrc/build.py"))
+    native = runpy.run_path(str(ROOT / "csrc/tools/build.py"))
     monkeypatch.setenv("CXX", " ")
     assert native["find_compiler"]() == ["g++"]
     monkeypatch.setenv("CXX", "g++ '-m64")

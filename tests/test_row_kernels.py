@@ -14,7 +14,7 @@ from benchmarks import sanitize
 from nitp_ops import _kernels, rows
 
 TABLE = _kernels.table()
-ARGUMENTS = Path(__file__).parents[1] / "csrc/arguments.h"
+ARGUMENTS = Path(__file__).parents[1] / "csrc/kernel_params.h"
 KERNELS = pytest.mark.parametrize("kernel", TABLE)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 CPU = torch.device("cpu")

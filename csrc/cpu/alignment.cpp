@@ -1,8 +1,8 @@
 // Alignment over pairs of rows: one pass for the sums, one pass that writes the gradients, also in place.
 #include <vector>
 
-#include "columns.h"
-#include "rows.h"
+#include "kernels.h"
+#include "simd_loops.h"
 
 namespace nitp {
 namespace NITP_TARGET {

@@ -1,9 +1,9 @@
 // Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
 // first-level cache between its max and its sum), one pass that overwrites the logits with their gradient. The first
 // keeps its exponentials, each block's relative to the maximum so far, and the second needs one factor a block.
-#include "columns.h"
 #include "cross_entropy_row.h"
-#include "rows.h"
+#include "kernels.h"
+#include "simd_loops.h"
 
 namespace nitp {
 namespace NITP_TARGET {

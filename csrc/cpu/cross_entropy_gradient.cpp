@@ -1,7 +1,7 @@
 // Over rows of logits whose maximum and sum of exponentials are known, their gradient: SoftmaxGradient a column, one
 // pass, then the targets. The rows of a vocabulary-parallel head, whose sums run over several devices.
 #include "cross_entropy_row.h"
-#include "rows.h"
+#include "kernels.h"
 
 namespace nitp {
 namespace NITP_TARGET {

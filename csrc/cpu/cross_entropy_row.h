@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cross_entropy.h"
+#include "../formulas/cross_entropy.h"
 
 namespace nitp {
 namespace NITP_TARGET {

@@ -1,7 +1,7 @@
 // What stands before the chunks of a token loss, and after them: row weights, counts and empty values from the labels;
 // the loss from the rows. One task each: a row costs a few loads.
-#include "../labels.h"
-#include "rows.h"
+#include "../formulas/labels.h"
+#include "kernels.h"
 
 namespace nitp {
 namespace NITP_TARGET {

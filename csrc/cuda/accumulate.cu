@@ -1,7 +1,7 @@
 // sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product leaves to be done, and a
 // gradient times its upstream into a buffer. 2 sizeof(A) + sizeof(T) bytes an element, none where the factor is zero.
+#include "kernels.h"
 #include "pack.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {

@@ -3,10 +3,10 @@
 // columns); longer rows are read again.
 #include <type_traits>
 
-#include "../alignment.h"
+#include "../formulas/alignment.h"
+#include "kernels.h"
 #include "pack.h"
 #include "reduce.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {

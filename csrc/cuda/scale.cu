@@ -1,7 +1,7 @@
 // out = rows * factor, a number on the device. In place a factor of one touches nothing (the upstream gradient of most
 // losses, which the host cannot know without waiting); a factor of zero writes zeros, so that a NaN under it stays out.
+#include "kernels.h"
 #include "pack.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {

@@ -1,8 +1,8 @@
 // SwiGLU over rows: reads gate and up (and the upstream gradient) once, writes the product (or both gradients, also in
 // place) once. 3 and 5 accesses an element; no other memory, no barrier.
-#include "../swiglu.h"
+#include "../formulas/swiglu.h"
+#include "kernels.h"
 #include "pack.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {

@@ -1,11 +1,11 @@
-// Products of csrc/cpu/gemm.cpp against float64: sizes around a tile, a part and a cell, both layouts of both operands,
-// in the middle of larger matrices. Prints a line for each one that is wrong; returns how many.
+// Products of csrc/cpu/gemm/gemm.cpp against float64: sizes around a tile, a part and a cell, both layouts of both
+// operands, in the middle of larger matrices. Prints a line for each one that is wrong; returns how many.
 #include <cmath>
 #include <cstdio>
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/gemm.cpp"
+#include "../../csrc/cpu/gemm/gemm.cpp"
 
 namespace {
 
@@ -31,7 +31,7 @@ int wrong(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed,
   std::vector<O> out((m + 2) * stride);
   fill(a), fill(b), fill(out);
   const std::vector<O> before = out;
-  // size 1: both strides are 1, as gemm_entry.cpp makes them
+  // size 1: both strides are 1, as gemm/register.cpp makes them
   const Operand<T> rows{a.data() + 1, a_transposed ? 1 : a_stride, a_transposed && k > 1 ? a_stride : 1};
   const Operand<T> columns{b.data() + 2, b_transposed ? b_stride : 1, !b_transposed && k > 1 ? b_stride : 1};
   NITP_TARGET::gemm(Gemm<T, O>{rows, columns, out.data() + stride + 2, m, n, k, stride, add},
