@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bundle, carried, short, unpack
+from benchmarks.gpu.bundle import __main__ as bundle
+from benchmarks.gpu.bundle import carried, unpack
+from benchmarks.gpu.short import __main__ as short
 
 ROOT = Path(__file__).resolve().parents[1]
 

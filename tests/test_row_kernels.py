@@ -10,7 +10,7 @@ import torch
 from cuda_source import simt
 from interpreter import equal
 
-from benchmarks import sanitize
+from benchmarks.gpu import sanitize
 from nitp_ops import _kernels, rows
 
 TABLE = _kernels.table()
