@@ -96,7 +96,7 @@ plots: $(STAMP)
 	$(PYTHON) -m benchmarks plot
 
 evidence: $(STAMP)
-	$(PYTHON) examples/evidence.py
+	$(PYTHON) experiments/evidence.py
 
 wheel: $(STAMP)
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .

@@ -195,5 +195,5 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("objectives/drafters.py", "max(0, same - k)", "max(0, same)", "objectives_draft"),
     Mutant("objectives/blocks.py", ".unsqueeze(-1) >= place\n        return", ".unsqueeze(-1) > -1\n        return",
            "objectives_draft"),
-    Mutant("examples/pretraining/model.py", "self.cosine[start:stop]", "self.cosine[: stop - start]", "pretrain_draft"),
+    Mutant("experiments/train/model.py", "self.cosine[start:stop]", "self.cosine[: stop - start]", "pretrain_draft"),
 )  # fmt: skip

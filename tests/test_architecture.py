@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {"examples": 4, "benchmarks": 4, "nitp_ops/integrations": 4, "objectives": 3, "nitp_ops": 2}
+FLOORS = {"examples": 4, "experiments": 4, "benchmarks": 4, "nitp_ops/integrations": 4, "objectives": 3, "nitp_ops": 2}
 FLOORS |= {f"nitp_ops/{name}": 1 for name in ("rows.py", "_kernels.py", "_library.py", "torch_rows", "triton")}
 FLOORS |= {f"nitp_ops/{name}": 0 for name in ("_check.py", "_devices.py", "reference.py")}
 LAZY = {("nitp_ops/__init__.py", "objectives"), ("nitp_ops/__main__.py", "objectives")}  # resolved on first use
-PYTHON = [p for folder in ("nitp_ops", "objectives", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")]
+PYTHON = [path for name in sorted({key.split("/")[0] for key in FLOORS}) for path in (ROOT / name).rglob("*.py")]
 NATIVE = [path for path in ROOT.glob("csrc/**/*.*") if path.suffix != ".pyc"]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from . import plots, printed, records
 
 #: The stylesheet and the table are those of the report of a training run.
-TEMPLATES = (Path(__file__).parent, printed.ROOT / "examples" / "pretraining")
+TEMPLATES = (Path(__file__).parent, printed.ROOT / "experiments" / "report")
 
 
 def render(document: dict[str, Any]) -> str:
