@@ -52,9 +52,9 @@ inline ScalarType working(ScalarType a, ScalarType b) {
 template <class A>
 using working_t = nitp::portable::working_t<A>;
 
-// The checks of one call, beside its first tensor.
+// The argument checks of one call; `on` is its first tensor, whose device the others share.
 template <class Backend>
-struct Door {
+struct ArgumentChecks {
   const Tensor& on;
 
   void rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) const {

@@ -1,5 +1,5 @@
-// What a row kernel is given, on every device: one struct of pointers and strides an op. Strides count elements, the
-// last axis is dense.
+// The parameters of the row kernels, the same on every device: one struct of pointers and strides per op. Strides count
+// elements, the last axis is dense.
 #pragma once
 #include <cstdint>
 
@@ -63,9 +63,9 @@ struct CrossEntropyRows {
   A* stats;                // [2 or 3, rows]: loss, log-sum-exp and, where `entropy`, the entropy
   A* target_logit;         // [rows, targets]
   int64_t* prediction;
-  A* parts;  // null, or [4, rows]: max, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z)
-  int64_t columns, targets, logits_stride, stats_stride, parts_stride, ignore_index;
-  double class_mass;  // mean of class_weight, where the host may read it; CUDA kernels form it themselves
+  A* softmax_partials;  // null, or [4, rows]: max, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z)
+  int64_t columns, targets, logits_stride, stats_stride, softmax_partials_stride, ignore_index;
+  double class_weight_mean;  // where the host may read class_weight; CUDA kernels compute it themselves
   A smoothing, z_loss, softcap, logit_scale;
   bool negative_is_absent, entropy, gradient;
 };
@@ -74,12 +74,12 @@ template <class T, class A>
 struct CrossEntropyGradientRows {
   T* logits;              // raw; overwritten with the gradient
   const int64_t* labels;  // [rows, targets]; those outside [0, columns) are absent
-  const A* target_scale;  // [rows, targets]: at_k of SoftmaxGradient; zero adds nothing
+  const A* target_scale;  // [rows, targets]: target_coeff of SoftmaxGradient; zero adds nothing
   const A* target_logit;  // [rows, targets], transformed
   const A* bias;          // null: none
   const A* class_weight;  // null: 1
-  const A* factors;       // [3, rows]: the fields of SoftmaxGradient; where nothing() the row becomes zeros
-  int64_t columns, targets, logits_stride, factors_stride;
+  const A* grad_coeffs;   // [3, rows]: the fields of SoftmaxGradient; where is_zero() the row becomes zeros
+  int64_t columns, targets, logits_stride, grad_coeffs_stride;
   A softcap, logit_scale;
 };
 
@@ -114,10 +114,10 @@ struct FinishRows {
 //
 // `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A gradient argument that
 // is None means in place. stats tensors are [fields, rows] in the working precision (float64 for float64, else
-// float32). parts [4, rows] is what a row that continues on other devices has here: max z, sum exp(z - max),
-// sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present: beside them prediction is the row's
-// own also without a target, else -1 there. factors [3, rows] is what the whole
-// row's gradient needs: max, probability, off (cross_entropy.h).
+// float32). parts [4, rows] (softmax_partials) are the sums over the columns of this device of a row that is sharded:
+// max z, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present. With them,
+// prediction is that of the row also without a target, else -1 there. factors [3, rows] (grad_coeffs) are the
+// coefficients of the gradient of the whole row: max, softmax_coeff, uniform_coeff (cross_entropy.h).
 #define NITP_ROW_KERNELS(ROW)                                                                    \
   ROW(swiglu_rows, SwigluRows, (class T), (T), "(Tensor gate, Tensor up, Tensor(a!) out) -> ()") \
   ROW(swiglu_rows_backward_, SwigluRowsBackward, (class T), (T),                                 \

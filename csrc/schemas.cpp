@@ -18,7 +18,7 @@ const Library schemas(NITP_LIBRARY, nullptr, [](Library& m) {
 #undef NITP_DEFINE
   // out = a b or out += a b where torch.mm would take a slower library.
   m.def("gemm_(Tensor(a!) out, Tensor a, Tensor b, bool add) -> ()");
-  // Fetches the pages of a block that is about to be written; its numbers stay what they are.
+  // Faults in the pages of a block that is about to be written; its values do not change.
   m.def("populate_(Tensor(a!) block) -> ()");
 });
 

@@ -19,7 +19,8 @@ class Mutant(NamedTuple):
 
 MUTANTS: tuple[Mutant, ...] = (
     # what a row's loss and gradient are
-    Mutant("csrc/formulas/cross_entropy.h", "mass + A(2) * z_loss * lse", "mass + z_loss * lse", "cuda_source"),
+    Mutant("csrc/formulas/cross_entropy.h", "weight_sum + A(2) * z_loss * lse", "weight_sum + z_loss * lse",
+           "cuda_source"),
     Mutant(
         "csrc/formulas/cross_entropy.h",
         "quotient(z, cap) * quotient(z, cap)) : scale",
@@ -36,7 +37,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("csrc/cuda/cross_entropy/cross_entropy.cu", "  __syncwarp();\n", "", "cuda_source_clusters"),
     Mutant(
         "csrc/cuda/cross_entropy/cross_entropy.cu",
-        "if (f.own != A(0)) f.gap += f.own * (row.unit * raised);",
+        "if (f.own_weight != A(0)) f.gap += f.own_weight * (row.unit * raised);",
         "",
         "cuda_source_clusters",
     ),
@@ -48,8 +49,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("csrc/cuda/cross_entropy/row.h", " || (W == 1 && top == s.max && j < s.first)", "", "cuda_source"),
     Mutant(
         "csrc/cuda/launch.h",
-        "answer = latest_ = new Answer",
-        "answer = new Answer",
+        "entry = latest_ = new Entry",
+        "entry = new Entry",
         "cuda_source_geometry",
     ),
     Mutant("csrc/cuda/cross_entropy/cross_entropy.cu", "  wait_for_copies();\n", "", "cuda_source_clusters"),
@@ -95,7 +96,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("csrc/formulas/labels.h", "a.mean && count != 0.0", "a.mean", "cuda_source_labels"),
     Mutant("csrc/formulas/labels.h", "a.scale[row] == A(0) ? 0.0 :", "", "cuda_source_labels"),
     Mutant("csrc/cuda/prepare.cu", "first += kAtOnce * kAdders", "first += kAdders", "cuda_source_labels"),
-    Mutant("csrc/cuda/cross_entropy/cross_entropy.cu", "absent && !a.parts ? -1 : best", "best", "cuda_source_labels"),
+    Mutant("csrc/cuda/cross_entropy/cross_entropy.cu", "absent && !a.softmax_partials ? -1 : best", "best",
+           "cuda_source_labels"),
     Mutant("nitp_ops/triton/prepare.py", "too_many & has, float", "too_many, float", "triton_labels"),
     Mutant("nitp_ops/triton/cross_entropy.py", "best = tl.where(present > 0, best, -1)", "pass", "triton_labels"),
     Mutant(

@@ -33,5 +33,5 @@ enum class InstructionSet { portable, avx2, avx512, avx512_bf16 };
 extern "C" __attribute__((visibility("default"))) const char* nitp_ops_instruction_set();
 extern "C" __attribute__((visibility("default"))) bool nitp_ops_choose_instruction_set(const char* name);
 nitp::InstructionSet nitp_instruction_set();
-// MKL is at home on such processors; some have matrix instructions that this library has not.
+// MKL is made for such processors; some have matrix instructions that this library does not use.
 bool nitp_processor_is_intel();

@@ -1,5 +1,5 @@
-// The CPU's row kernels: picks the instruction set, splits the rows over threads. A row is computed by one thread
-// whatever the thread count, so results are bitwise reproducible.
+// The CPU's row kernels: picks the instruction set, splits the rows over threads. One thread computes a row,
+// for any number of threads, so results are bitwise reproducible.
 #include <type_traits>
 
 #include "../dispatch.h"
@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work: below it threads cost more than they give
+constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work: with less, threads cost more than they gain
 
 #ifdef NITP_X86
 #define NITP_AVX512_BF16 avx512_bf16

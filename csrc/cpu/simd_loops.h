@@ -1,9 +1,10 @@
-// A loop over the columns of a row. Its body is handed a place to load from and to store to: one column, in a loop that
+// A loop over the columns of a row. Its body gets an accessor that loads and stores: one column, in a loop that
 // compilers vectorise; or, where the numbers are bfloat16 and the processor has AVX-512, sixteen columns as `Lanes`,
 // for two instructions that compilers do not find: multiplication by a power of two (vscalefps: no clamp, no integer
 // arithmetic in exp) and, in the set avx512_bf16, rounding to bfloat16 (vcvtneps2bf16: one instruction for eight).
 //
-// That rounding treats subnormal numbers (below 2^-126) as zero, as the bfloat16 products of the same processors do.
+// That rounding treats subnormal numbers (below 2^-126) as zero, as the bfloat16 dot products of the same processors
+// do.
 #pragma once
 #include <type_traits>
 

@@ -1,4 +1,4 @@
-// SwiGLU over rows: reads gate and up once, writes the product (or both gradients, also in place) once.
+// SwiGLU over rows: reads gate and up once, writes the result (or both gradients, also in place) once.
 #include "../formulas/swiglu.h"
 
 #include "kernels.h"

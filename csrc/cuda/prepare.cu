@@ -1,5 +1,5 @@
-// What stands before the chunks of a token loss, and after them: row weights, the count and empty values from the
-// labels; the loss from the rows. The labels are read by a thread per row; what is summed over rows, by one block in an
+// Before the chunks of a token loss: row weights, the count and empty values from the labels. After them: the loss from
+// the rows. The labels are read by a thread per row; what is summed over rows, by one block in an
 // order that only the number of rows decides.
 #include "../formulas/labels.h"
 #include "kernels.h"

@@ -1,5 +1,5 @@
-// The CUDA row kernels: on the tensors' device, on PyTorch's current stream, without waiting for anything. What a
-// kernel finds wrong in values (a label, a target row outside its range) it answers with NaN in that row.
+// The CUDA row kernels: on the tensors' device, on PyTorch's current stream, without waiting for anything. A
+// value that is wrong (a label, a target row outside its range) gives NaN in its row.
 //
 // torch's CUDA library is looked up, not linked: one nitp_ops serves CPU-only and CUDA builds of torch.
 #include <stream.h>

@@ -30,7 +30,7 @@ NITP_HD PairSums<A> swap(const PairSums<A>& sums) {
   return {sums.zz, sums.pp, sums.pz};
 }
 
-// What a row is multiplied by before it is squared, and 2^most, beyond which a sum of squares asks for it.
+// The factor of a row before it is squared, and the sum of squares, `most`, beyond which it is not 1.
 template <class A>
 struct SquareRange {
   static constexpr bool wide = sizeof(A) == 8;
@@ -68,15 +68,15 @@ struct CosineRow {
     // A division costs a short row more than the test.
     prediction_norm = by.p == A(1) ? scaled_p : scaled_p / by.p;
     target_norm = by.z == A(1) ? scaled_z : scaled_z / by.z;
-    const bool live = !(prediction_norm < eps), target_live = !(target_norm < eps);
+    const bool unclamped = !(prediction_norm < eps), target_unclamped = !(target_norm < eps);
     // Written so that a NaN norm stays NaN instead of turning into eps.
-    const double p = live ? scaled_p : static_cast<double>(eps) * by.p;
-    const double z = target_live ? scaled_z : static_cast<double>(eps) * by.z;
+    const double p = unclamped ? scaled_p : static_cast<double>(eps) * by.p;
+    const double z = target_unclamped ? scaled_z : static_cast<double>(eps) * by.z;
     cosine = sums.pz / (p * z);
     unit_prediction = static_cast<A>(1 / p);
-    near = cosine > 0.5 && live && target_live;
-    of_prediction = live ? static_cast<A>(scale * (cosine / (p * p))) : A(0);
-    of_target = live ? static_cast<A>(scale * (-1 / (p * z))) : A(0);
+    near = cosine > 0.5 && unclamped && target_unclamped;
+    of_prediction = unclamped ? static_cast<A>(scale * (cosine / (p * p))) : A(0);
+    of_target = unclamped ? static_cast<A>(scale * (-1 / (p * z))) : A(0);
   }
 };
 

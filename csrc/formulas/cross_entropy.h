@@ -26,7 +26,7 @@ struct LogitTransform {
 template <class A>
 struct TokenLoss {
   A smoothing, z_loss;
-  A target_mass, smooth_mass;  // S and sum u
+  A target_weight_sum, smooth_weight_sum;  // S and sum u
 
   // target_gap = sum_k w_k (lse - z_k) and smooth_gap = sum_v u_v (lse - z_v) come as differences: the large common
   // offset cancels before anything is rounded to it.
@@ -35,25 +35,27 @@ struct TokenLoss {
     const A square = z_loss > A(0) ? z_loss * lse * lse : A(0);
     return (A(1) - smoothing) * target_gap + smooth + square;
   }
-  NITP_HD A probability_factor(A lse) const {
-    const A mass = smoothing > A(0) ? (A(1) - smoothing) * target_mass + smoothing * smooth_mass : target_mass;
-    return z_loss > A(0) ? mass + A(2) * z_loss * lse : mass;
+  NITP_HD A softmax_weight(A lse) const {
+    const A weight_sum =
+        smoothing > A(0) ? (A(1) - smoothing) * target_weight_sum + smoothing * smooth_weight_sum : target_weight_sum;
+    return z_loss > A(0) ? weight_sum + A(2) * z_loss * lse : weight_sum;
   }
-  NITP_HD A at_target() const { return A(1) - smoothing; }
+  NITP_HD A target_weight() const { return A(1) - smoothing; }
 };
 
 // The gradient of a row whose maximum and sum of exponentials are known, w its weight:
 //
-//   w dloss/dz_v = probability exp(z_v - max) - off u_v - sum_k at_k [v = t_k]
+//   w dloss/dz_v = softmax_coeff exp(z_v - max) - uniform_coeff u_v - sum_k target_coeff_k [v = t_k]
 //
-// probability = w ((1 - e) S + e sum u + 2 c lse) / sum_v exp(z_v - max), off = w e / V (times S without class
-// weights), at_k = w (1 - e) w_k, u_v = 1 or class_weight_v.
+//   softmax_coeff  = w ((1 - e) S + e sum u + 2 c lse) / sum_v exp(z_v - max)
+//   uniform_coeff  = w e / V (times S without class weights),   u_v = 1 or class_weight_v
+//   target_coeff_k = w (1 - e) w_k
 template <class A>
 struct SoftmaxGradient {
-  A max, probability, off;
+  A max, softmax_coeff, uniform_coeff;
 
-  NITP_HD bool nothing() const { return probability == A(0) && off == A(0); }
-  NITP_HD A at(A z, A weight) const { return probability * exp_nonpositive(z - max) - off * weight; }
+  NITP_HD bool is_zero() const { return softmax_coeff == A(0) && uniform_coeff == A(0); }
+  NITP_HD A at(A z, A weight) const { return softmax_coeff * exp_nonpositive(z - max) - uniform_coeff * weight; }
 };
 
 }  // namespace NITP_TARGET

@@ -1,4 +1,4 @@
-// What the labels of one row say, host and device: whether it counts, and the weight that it begins with.
+// The labels of one row, on the host and on the device: whether the row counts, and its weight before the normalizer.
 #pragma once
 #include "../kernel_params.h"
 
@@ -9,7 +9,7 @@ template <class A>
 struct RowLabels {
   bool present;     // the row has a target
   A weight;         // of the row before the normalizer; 0 where it has no target, or none with a weight and needs one
-  int64_t outside;  // place of its first label outside [0, classes), -1: none
+  int64_t outside;  // index of its first label outside [0, classes), -1: none
 };
 
 template <class A>

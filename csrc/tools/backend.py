@@ -42,16 +42,16 @@ Settings = dict[str, Any] | None
 
 
 def portable(settings: Settings) -> str | None:
-    """The machine that a portable wheel is asked for, or None.
+    """The machine that a portable wheel is requested for, or None.
 
     Raises:
         SystemExit: the setting names none.
     """
-    asked = (settings or {}).get("portable", "false")
+    requested = (settings or {}).get("portable", "false")
     choices = {"false": None, "true": platform.machine(), "x86_64": "x86_64", "aarch64": "aarch64"}
-    if asked not in choices:
-        raise SystemExit(f"nitp_ops: portable={asked}, expected one of {', '.join(choices)}")
-    return choices[asked]
+    if requested not in choices:
+        raise SystemExit(f"nitp_ops: portable={requested}, expected one of {', '.join(choices)}")
+    return choices[requested]
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:

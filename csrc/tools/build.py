@@ -1,7 +1,7 @@
 """Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11) with ninja; no torch is needed.
 
 The CUDA kernels are part of it wherever a usable nvcc is found, whether or not a GPU is there (build_cuda.py).
-The portable wheel's library is linked for every Linux, and comes without the module (portable.py)."""
+The portable wheel's library is linked for every Linux, and has no module beside it (portable.py)."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ def find_compiler(portable: str | None = None) -> list[str]:
         portable: the machine that a portable library is for; a foreign one has a cross compiler.
 
     Raises:
-        BuildError: it is absent, or too old, or cannot link what is asked for.
+        BuildError: it is absent, or too old, or cannot link what is requested.
     """
     if sys.platform != "linux":
         raise BuildError(f"they are built on Linux, this is {sys.platform}")
     crossed = PORTABLE["cross_compiler"](portable) if portable else None
-    asked = "" if crossed else os.environ.get("CXX", "").strip()
+    requested = "" if crossed else os.environ.get("CXX", "").strip()
     try:
-        compiler = crossed or shlex.split(asked) or ["g++" if shutil.which("g++") else "c++"]
+        compiler = crossed or shlex.split(requested) or ["g++" if shutil.which("g++") else "c++"]
     except ValueError as error:
-        raise BuildError(f"CXX={asked} is no command ({error})") from error
-    name = f"CXX={asked}" if asked else f"the C++ compiler {compiler[0]}"
+        raise BuildError(f"CXX={requested} is no command ({error})") from error
+    name = f"CXX={requested}" if requested else f"the C++ compiler {compiler[0]}"
     if shutil.which(compiler[0]) is None:
         raise BuildError(f"{name} is not on the PATH")
     command = [*compiler, *FLAGS.split(), "-x", "c++", "-fsyntax-only", "-"]
@@ -173,7 +173,7 @@ def module_rules(library: Path, module: Path, work: Path) -> list[str]:
 
 
 def torch_stub(compiler: Sequence[str], work: Path) -> Path:
-    """An empty libtorch_cpu.so to link with: the library then asks for torch's by this name.
+    """An empty libtorch_cpu.so to link with: the library then loads torch's by this name.
 
     The symbols stay undefined until the library is loaded, which is after torch."""
     stub = work / "stub/libtorch_cpu.so"
@@ -208,7 +208,7 @@ def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
 
 
 def write_facts(file: Path, cxx: str, flags: str, nvcc: str | None) -> None:
-    """What `nitp_ops.build_info` tells, but for the CUDA kernels' report; left alone where nothing changed."""
+    """The facts of `nitp_ops.build_info`, without the CUDA kernels' report; not rewritten where nothing changed."""
     compiled_by = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True, check=False)
     facts = {
         "cuda": CUDA["version"](nvcc) if nvcc else None,

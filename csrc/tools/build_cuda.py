@@ -1,6 +1,6 @@
-"""Which nvcc compiles csrc/cuda and how, and what the assembler reports that each kernel takes of a multiprocessor.
+"""Which nvcc compiles csrc/cuda and how, and the resources of each kernel as the assembler reports them.
 
-python csrc/tools/build_cuda.py OUT FACTS REPORT...    writes the facts of a build, as ninja asks
+python csrc/tools/build_cuda.py OUT FACTS REPORT...    writes the facts of a build; ninja runs it
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def find_nvcc() -> str | None:
     if nvcc is None:
         if os.environ.get("NITP_CUDA_ARCHITECTURES"):
             raise SystemExit(
-                f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(wanted())}, but no nvcc is on the PATH"
+                f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(requested())}, but no nvcc is on the PATH"
             )
         return None
     reason = unusable(nvcc)
@@ -69,7 +69,7 @@ def unusable(nvcc: str) -> str | None:
     """Why this nvcc cannot build the kernels, or None."""
     try:
         if not architectures(nvcc):
-            return f"knows none of {', '.join(wanted())} (nvcc >= 12.1 does)"
+            return f"knows none of {', '.join(requested())} (nvcc >= 12.1 does)"
         with tempfile.TemporaryDirectory() as folder:
             source, compiled = Path(folder) / "probe.cu", Path(folder) / "probe.o"
             source.write_text(PROBE)
@@ -87,31 +87,31 @@ def unusable(nvcc: str) -> str | None:
     return None
 
 
-def wanted() -> tuple[str, ...]:
-    """The architectures that are asked for: all, or those of NITP_CUDA_ARCHITECTURES ("sm_80 sm_90").
+def requested() -> tuple[str, ...]:
+    """The requested architectures: all, or those of NITP_CUDA_ARCHITECTURES ("sm_80 sm_90").
 
     Raises:
         SystemExit: the variable names one that there is no code for.
     """
-    asked = tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split()) or ARCHITECTURES
-    unknown = [name for name in asked if name not in ARCHITECTURES]
+    names = tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split()) or ARCHITECTURES
+    unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown:
         raise SystemExit(
             f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(unknown)}, expected some of {', '.join(ARCHITECTURES)}"
         )
-    return asked
+    return names
 
 
 @functools.cache
 def architectures(nvcc: str) -> tuple[str, ...]:
-    """The architectures that are asked for and that this nvcc knows."""
-    told = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
-    return tuple(name for name in wanted() if name.replace("sm_", "compute_") in told)
+    """The requested architectures that this nvcc knows."""
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    return tuple(name for name in requested() if name.replace("sm_", "compute_") in known)
 
 
 def version(nvcc: str) -> str:
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    match = re.search(r"release ([\d.]+)", told)
+    output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    match = re.search(r"release ([\d.]+)", output)
     return match[1] if match else "unknown"
 
 
@@ -122,8 +122,8 @@ def libraries(nvcc: str) -> Path:
         LookupError: there is none.
     """
     command = [nvcc, "--dryrun", "-x", "cu", "/dev/null", "-o", "x"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', told.stderr)]
+    dryrun = subprocess.run(command, capture_output=True, text=True, check=False)
+    folders = [Path(folder) for folder in re.findall(r'"-L([^"]+)"', dryrun.stderr)]
     for folder in folders:
         if (folder / "libcudart_static.a").exists():
             return folder.resolve()
@@ -191,7 +191,7 @@ def table(kernels: list[Kernel]) -> str:
 def facts(file: Path, reports: list[Path]) -> str:
     """The build's facts and the kernels of the reports as one C++ string literal of JSON, for csrc/build_info.cpp."""
     kernels = [kernel for report in reports for kernel in parse(report.read_text())]
-    told = [
+    described = [
         {
             "name": k.name,
             "architecture": k.architecture,
@@ -202,9 +202,9 @@ def facts(file: Path, reports: list[Path]) -> str:
         }
         for k in kernels
     ]
-    return f'R"facts({json.dumps({**json.loads(file.read_text()), "kernels": told})})facts"\n'
+    return f'R"facts({json.dumps({**json.loads(file.read_text()), "kernels": described})})facts"\n'
 
 
 if __name__ == "__main__":
-    out, told, *reports = map(Path, sys.argv[1:])
-    out.write_text(facts(told, reports))
+    out, build_facts, *reports = map(Path, sys.argv[1:])
+    out.write_text(facts(build_facts, reports))

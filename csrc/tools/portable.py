@@ -2,7 +2,7 @@
 
 The linker and the glibc to link against are zig's (PyPI ziglang). libstdc++ and libgcc_s stay shared: with copies of
 its own in the library an exception that a kernel throws would end the process instead of arriving in torch. Only what a
-compiler always links from libgcc.a comes from there, the processor's features: zig's own finds none."""
+compiler always links from libgcc.a is taken from there: the detection of the processor's features (zig has none)."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def cross_compiler(machine: str) -> list[str] | None:
 def runtime(compiler: Sequence[str], name: str) -> Path:
     """Where the compiler takes a shared library from; the bare name where it has none."""
     command = [*compiler, f"-print-file-name={name}"]
-    told = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    return told.resolve() if told.is_absolute() else told
+    path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return path.resolve() if path.is_absolute() else path
 
 
 def linker(machine: str, compiler: Sequence[str], work: Path) -> tuple[list[str], list[Path]]:

@@ -1,4 +1,4 @@
-"""Which commit the sources are of, and of when: git's word in a clone, a note in an sdist."""
+"""The commit of the sources and its time: from git in a clone, from a note in an sdist."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def commit() -> str:
 
 
 def seconds() -> str | None:
-    """When it was committed, in seconds since 1970; None where nobody knows."""
+    """When it was committed, in seconds since 1970; None where it is not known."""
     if NOTE.exists():
         return NOTE.read_text().split()[1]
     return git("log", "-1", "--format=%ct") or None
 
 
 def git(*command: str) -> str:
-    """What git answers about the clone that csrc/ lies in; "" where there is none, or no git."""
+    """The output of git in the clone that holds csrc/; "" where there is none, or no git."""
     if shutil.which("git") is None:
         return ""
 
-    def told(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(CSRC), *words], capture_output=True, text=True, check=False)
+    def output(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(CSRC), *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     # another project's repository may lie around an unpacked archive
-    return told(*command) if told("rev-parse", "--show-prefix") == f"{CSRC.name}/" else ""
+    return output(*command) if output("rev-parse", "--show-prefix") == f"{CSRC.name}/" else ""
 
 
 def note(folder: Path) -> None:

@@ -15,7 +15,7 @@ PACK_BYTES = 16
 class Loop(NamedTuple):
     """An innermost loop over packs: instructions of its shortest turn, packs that a turn loads and stores.
 
-    The shortest turn is the usual one: what a thread does for a new maximum, or for an option, stands behind a branch.
+    The shortest turn is the usual one: what a thread does for a new maximum, or for an option, is behind a branch.
     """
 
     instructions: int

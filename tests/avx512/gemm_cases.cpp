@@ -1,4 +1,4 @@
-// Products of csrc/cpu/gemm/gemm.cpp against float64: sizes around a tile, a part and a cell, both layouts of both
+// csrc/cpu/gemm/gemm.cpp against GEMMs in float64: sizes around a tile, a part and a cell, both layouts of both
 // operands, in the middle of larger matrices. Prints a line for each one that is wrong; returns how many.
 #include <cmath>
 #include <cstdio>
@@ -40,10 +40,10 @@ int wrong(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed,
                            for (int64_t i = 0; i < count; ++i) task(backwards ? count - 1 - i : i);
                          }});
   int count = 0;
-  for (int64_t place = 0; place < static_cast<int64_t>(out.size()); ++place) {
-    const int64_t i = place / stride - 1, j = place % stride - 2;
-    const double old = NITP_TARGET::widen(before[place]), found = NITP_TARGET::widen(out[place]);
-    double exact = old, room = 0;
+  for (int64_t at = 0; at < static_cast<int64_t>(out.size()); ++at) {
+    const int64_t i = at / stride - 1, j = at % stride - 2;
+    const double old = NITP_TARGET::widen(before[at]), found = NITP_TARGET::widen(out[at]);
+    double exact = old, tolerance = 0;
     if (i >= 0 && i < m && j >= 0 && j < n) {
       exact = add ? old : 0;
       double magnitude = std::fabs(exact);
@@ -53,9 +53,9 @@ int wrong(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed,
         exact += x * y, magnitude += std::fabs(x * y);
       }
       const double terms = static_cast<double>(std::min<int64_t>(k, sizeof(T) < 4 ? 2048 : 256) + k / 256 + 3);
-      room = std::ldexp(magnitude * terms, -24) + (sizeof(O) < 4 ? std::ldexp(std::fabs(exact), -8) : 0);
+      tolerance = std::ldexp(magnitude * terms, -24) + (sizeof(O) < 4 ? std::ldexp(std::fabs(exact), -8) : 0);
     }
-    count += !(std::fabs(found - exact) <= room);
+    count += !(std::fabs(found - exact) <= tolerance);
   }
   if (count > 0) {
     std::printf("%ld x %ld x %ld, transposed %d %d, add %d, %ld threads, %ld bytes into %ld: %d numbers\n",

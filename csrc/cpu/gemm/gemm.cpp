@@ -1,8 +1,8 @@
-// Products by cells of `out`: a thread packs a part of the depth of both operands and multiplies panel by panel, a
+// GEMMs by cells of `out`: a thread packs a part of the depth of both operands and multiplies panel by panel, a
 // block of rows staying in its second-level cache while the columns stream past.
 //
-// The sum of a number of `out` is cut at the same depths whatever the threads and the other rows are: a row's product
-// is the same in every chunk.
+// The sum of a number of `out` is cut at the same depths whatever the threads and the other rows are: a row of the
+// result has the same bits in every chunk.
 #ifdef __AVX2__
 #include <memory>
 #include <new>
@@ -32,8 +32,8 @@ Depth depth_of(int64_t whole) {
   return {whole, parts_of(words, parts_of(words, kPart)) * in_word<T>};
 }
 
-// Memory at cache lines: a piece for all threads, one for each. It stays with the thread that asks for products: given
-// back after each, it would cut the heap where chunks come and go (the plan of four heads peaked at 206 to 232 MiB
+// Memory at cache lines: one part for all threads, one for each. The calling thread keeps it: freed after each GEMM, it
+// would fragment the heap between the chunks (the plan of four heads peaked at 206 to 232 MiB
 // instead of 195).
 class Scratch {
  public:
@@ -63,14 +63,14 @@ class Scratch {
   std::unique_ptr<uint32_t, Free> memory_;
 };
 
-// [rows, columns] cells of at most `highest` x `widest`, the same number for each thread; among such grids the one
-// that packs least, which is m once for every column of cells, n once for every row.
+// [rows, columns] cells of at most `max_height` x `max_width`, the same number for each thread; among such grids the
+// one that packs least, which is m once for every column of cells, n once for every row.
 struct Grid {
   int64_t height, width, columns, cells;
 
-  Grid(int64_t m, int64_t n, int64_t highest, int64_t widest, int64_t threads) : columns(0) {
+  Grid(int64_t m, int64_t n, int64_t max_height, int64_t max_width, int64_t threads) : columns(0) {
     int64_t rows = 0;
-    const int64_t least_rows = parts_of(m, highest), least_columns = parts_of(n, widest);
+    const int64_t least_rows = parts_of(m, max_height), least_columns = parts_of(n, max_width);
     for (int64_t r = least_rows; r < least_rows + threads; ++r) {
       int64_t c = least_columns;
       while (r * c % threads != 0) ++c;
@@ -87,11 +87,11 @@ struct Grid {
 // packed numbers.
 template <class T, class O>
 void multiply(const uint32_t* rows, int64_t height, const uint32_t* columns, int64_t width, int64_t words, O* out,
-              int64_t stride, bool add, bool along_rows, Ahead ahead) {
+              int64_t stride, bool add, bool along_rows, Prefetcher prefetcher) {
   const auto at = [&](int64_t i, int64_t j) {
     tile_of<T>(rows + i * panel<kHeight>(words), columns + j * panel<kWidth>(words), words,
                out + i * kHeight * stride + j * kWidth, stride, std::min<int64_t>(kHeight, height - i * kHeight),
-               std::min<int64_t>(kWidth, width - j * kWidth), add, ahead);
+               std::min<int64_t>(kWidth, width - j * kWidth), add, prefetcher);
   };
   const int64_t down = parts_of(height, kHeight), across = parts_of(width, kWidth);
   for (int64_t outer = 0; outer < (along_rows ? down : across); ++outer) {
@@ -115,13 +115,14 @@ void round_sums(const float* sums, int64_t sums_stride, O* out, int64_t stride, 
 
 // Lines [begin, end) at depths [from, from + depth): share `i` of `shares` of it, cut where memory is not dense.
 template <class T>
-void come_next(Ahead& ahead, Operand<T> x, int64_t begin, int64_t end, int64_t from, int64_t depth, int64_t i,
-               int64_t shares) {
+void prefetch_lines(Prefetcher& prefetcher, Operand<T> x, int64_t begin, int64_t end, int64_t from, int64_t depth,
+                    int64_t i, int64_t shares) {
   const bool dense = x.depth == 1;
   const int64_t count = dense ? end - begin : depth, stride = dense ? x.line : x.depth;
   const int64_t first_row = count * i / shares, rows = count * (i + 1) / shares - first_row;
   const T* data = x.data + begin * x.line + from * x.depth + first_row * stride;
-  ahead.add(reinterpret_cast<const char*>(data), stride * sizeof(T), (dense ? depth : end - begin) * sizeof(T), rows);
+  prefetcher.add(reinterpret_cast<const char*>(data), stride * sizeof(T), (dense ? depth : end - begin) * sizeof(T),
+                 rows);
 }
 
 struct Cell {
@@ -143,8 +144,8 @@ void pack_rows(Operand<T> a, int64_t m, Depth depth, uint32_t* out, int64_t of_p
     const int64_t begin = std::min(m, share * thread), end = std::min(m, begin + share);
     for (int64_t part = 0; part < depth.parts(); ++part) {
       const int64_t from = part * depth.size, here = depth.at(from);
-      const int64_t place = begin / kHeight * panel<kHeight>(parts_of(here, in_word<T>));
-      pack<kHeight>(a, begin, end, from, here, out + part * of_part + place);
+      const int64_t offset = begin / kHeight * panel<kHeight>(parts_of(here, in_word<T>));
+      pack<kHeight>(a, begin, end, from, here, out + part * of_part + offset);
     }
   });
 }
@@ -154,10 +155,10 @@ void by_cells(const Gemm<T, O>& g, Team team) {
   const Depth depth = depth_of<T>(g.k);
   const int64_t words = depth.size / in_word<T>;
   const bool waits = sizeof(O) < 4 && depth.cut();  // the sums, in float32, for the rounding at their end
-  const int64_t widest = std::max<int64_t>(kWidth, kColumnBytes / (4 * words));
-  const Grid grid(g.m, g.n, waits ? kHeightOfSums : kHeightAtMost, widest, team.threads);
-  const int64_t highest = std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight;
-  const int64_t block = parts_of(grid.height / kHeight, parts_of(grid.height, highest)) * kHeight;
+  const int64_t max_width = std::max<int64_t>(kWidth, kColumnBytes / (4 * words));
+  const Grid grid(g.m, g.n, waits ? kHeightOfSums : kHeightAtMost, max_width, team.threads);
+  const int64_t max_height = std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight;
+  const int64_t block = parts_of(grid.height / kHeight, parts_of(grid.height, max_height)) * kHeight;
   // each thread would pack the same rows for each of its columns of cells
   const int64_t of_part_of_rows = parts_of(g.m, kHeight) * panel<kHeight>(words);
   const int64_t of_all_rows = depth.parts() * of_part_of_rows;
@@ -183,29 +184,29 @@ void by_cells(const Gemm<T, O>& g, Team team) {
         pack<kWidth>(g.b, left, right, from, here, columns);
         for (int64_t j = 0; j < blocks; ++j) {
           const int64_t begin = top + j * block, end = std::min(bottom, begin + block);
-          Ahead ahead;
+          Prefetcher prefetcher;
           if (!shares) {
             pack<kHeight>(g.a, begin, end, from, here, rows);
             if (j + 1 < blocks) {
-              come_next(ahead, g.a, end, std::min(bottom, end + block), from, here, 0, 1);
+              prefetch_lines(prefetcher, g.a, end, std::min(bottom, end + block), from, here, 0, 1);
             } else {
-              come_next(ahead, g.a, top, std::min(bottom, top + block), next, there, 0, 1);
+              prefetch_lines(prefetcher, g.a, top, std::min(bottom, top + block), next, there, 0, 1);
             }
           }
           if (there > 0) {
-            come_next(ahead, g.b, left, right, next, there, j, blocks);
+            prefetch_lines(prefetcher, g.b, left, right, next, there, j, blocks);
           } else if (i < last) {
-            come_next(ahead, g.b, after.left, after.right, 0, depth.at(0), j, blocks);
+            prefetch_lines(prefetcher, g.b, after.left, after.right, 0, depth.at(0), j, blocks);
           }
           const int64_t deep = parts_of(here, in_word<T>);
           const uint32_t* const of_part = all_rows + from / depth.size * of_part_of_rows;
           const uint32_t* const packed = shares ? of_part + begin / kHeight * panel<kHeight>(deep) : rows;
           if (waits) {
             multiply<T>(packed, end - begin, columns, right - left, deep, sums + (begin - top) * grid.width, grid.width,
-                        from > 0, false, ahead);
+                        from > 0, false, prefetcher);
           } else {
             multiply<T>(packed, end - begin, columns, right - left, deep, g.out + begin * g.stride + left, g.stride,
-                        g.add || from > 0, !depth.cut(), ahead);
+                        g.add || from > 0, !depth.cut(), prefetcher);
           }
         }
       }
@@ -217,11 +218,11 @@ void by_cells(const Gemm<T, O>& g, Team team) {
 }
 
 #ifdef NITP_GEMM_OF_FLOAT
-void gemm(const Gemm<float, float>& product, Team team) { by_cells(product, team); }
+void gemm(const Gemm<float, float>& args, Team team) { by_cells(args, team); }
 #endif
 #ifdef NITP_GEMM_OF_BFLOAT16
-void gemm(const Gemm<bfloat16, bfloat16>& product, Team team) { by_cells(product, team); }
-void gemm(const Gemm<bfloat16, float>& product, Team team) { by_cells(product, team); }
+void gemm(const Gemm<bfloat16, bfloat16>& args, Team team) { by_cells(args, team); }
+void gemm(const Gemm<bfloat16, float>& args, Team team) { by_cells(args, team); }
 #endif
 
 }  // namespace NITP_TARGET

@@ -1,4 +1,4 @@
-// A matrix product: out[m, n] = a[m, k] b[k, n], or out += a b. Sums are float32, whatever the operands.
+// A GEMM: out[m, n] = a[m, k] b[k, n], or out += a b. Sums are float32, whatever the operands.
 #pragma once
 #include <cstdint>
 #include <functional>
@@ -22,15 +22,15 @@ struct Gemm {
   bool add;
 };
 
-// Who works: run(count, task) calls task(i) once for each i below count, by up to `threads` threads.
+// The threads: run(count, task) calls task(i) once for each i below count, by up to `threads` threads.
 struct Team {
   int64_t threads;
   void (*run)(int64_t count, const std::function<void(int64_t)>& task);
 };
 
-#define NITP_DECLARE_GEMM(target, of, into)            \
-  namespace target {                                   \
-  void gemm(const Gemm<of, into>& product, Team team); \
+#define NITP_DECLARE_GEMM(target, of, into)         \
+  namespace target {                                \
+  void gemm(const Gemm<of, into>& args, Team team); \
   }
 
 NITP_DECLARE_GEMM(avx2, float, float)
@@ -43,5 +43,5 @@ NITP_DECLARE_GEMM(avx512_bf16, bfloat16, float)
 
 }  // namespace nitp
 
-// Whether products of float32 and of bfloat16 are this library's own here.
+// Whether this library's GEMMs of float32 and of bfloat16 serve this processor.
 extern "C" __attribute__((visibility("default"))) bool nitp_ops_has_gemm();

@@ -1,4 +1,4 @@
-// Operands of a product in the order in which its tiles read them: panels of `Size` lines, in each panel word after
+// Operands of a GEMM in the order in which its tiles read them: panels of `Size` lines, in each panel word after
 // word of depth, in each word line after line. Lines and depths that are not there are zeros.
 #pragma once
 #include "simd.h"
@@ -16,11 +16,11 @@ NITP_HD int64_t panel(int64_t words) {
   return words * Size + 32;
 }
 
-// How far ahead of the loads the lines are fetched: in bytes along a line, in words across lines. Bfloat16 products
+// How far ahead of the loads the lines are fetched: in bytes along a line, in words across lines. Bfloat16 GEMMs
 // took 0.97 of the libraries' time with it, 0.99 without (means over four shapes, one run each).
 constexpr int64_t kAheadBytes = 256, kAheadWords = 8;
 
-// `present` lines, dense along the depth, to their places in the words of a panel.
+// `present` lines, dense along the depth, into the words of a panel.
 template <int Size, class T>
 NITP_HD void pack_lines(const T* lines, int64_t stride, int64_t present, int64_t depth, uint32_t* into) {
   for (int64_t j = 0; j < depth; j += kLanes * in_word<T>, lines += kLanes * in_word<T>, into += kLanes * Size) {
@@ -68,7 +68,7 @@ void pack_neighbours(Operand<T> x, int64_t begin, int64_t end, int64_t from, int
     uint32_t* into = out + j / in_word<T> * Size;
     for (int64_t i = begin; i < end; i += Size, lines += Size, into += next) {
       for (int64_t part = 0; part < Size; part += kLanes) {
-        // lanes past the panel may hold lines of the next one: its own words, or no tile's, come over them
+        // lanes past the panel may hold lines of the next one: its own words overwrite them, or no tile reads them
         const int64_t present = std::max<int64_t>(0, std::min<int64_t>(kLanes, end - i - part));
         put_words(into + part, load_words(lines + part, x.depth, j + 1 < depth, present));
       }

@@ -1,4 +1,4 @@
-// gemm_: products on CPU, by this library where it is faster than what torch.mm calls.
+// gemm_: GEMMs on CPU where this library is faster than what torch.mm calls (README.md).
 
 #include "../../torch_abi.h"
 #include "../kernels.h"
@@ -26,7 +26,7 @@ nitp::Operand<T> operand(const Tensor& t, int line, int depth) {
 }
 
 template <class T, class O>
-nitp::Gemm<T, O> product(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+nitp::Gemm<T, O> arguments(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   return {operand<T>(a, 0, 1),
           operand<T>(b, 1, 0),
           static_cast<O*>(out.data_ptr()),
@@ -44,9 +44,9 @@ bool is_matrix(const Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.numel()
 
 #ifdef NITP_X86
 template <class O>
-void of_bfloat16(const nitp::Gemm<bfloat16, O>& wanted, nitp::Team team) {
+void bfloat16_gemm(const nitp::Gemm<bfloat16, O>& args, nitp::Team team) {
   const bool pairs = nitp_instruction_set() >= InstructionSet::avx512_bf16;
-  pairs ? nitp::avx512_bf16::gemm(wanted, team) : nitp::avx2::gemm(wanted, team);
+  pairs ? nitp::avx512_bf16::gemm(args, team) : nitp::avx2::gemm(args, team);
 }
 #endif
 
@@ -65,12 +65,12 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   const nitp::Team team{nitp::torch_abi::num_threads(), run};
   const InstructionSet set = nitp_instruction_set();
   if (!narrow) {
-    const auto wanted = product<float, float>(out, a, b, add);
-    set >= InstructionSet::avx512 ? nitp::avx512::gemm(wanted, team) : nitp::avx2::gemm(wanted, team);
+    const auto args = arguments<float, float>(out, a, b, add);
+    set >= InstructionSet::avx512 ? nitp::avx512::gemm(args, team) : nitp::avx2::gemm(args, team);
   } else if (into == of) {
-    of_bfloat16(product<bfloat16, bfloat16>(out, a, b, add), team);
+    bfloat16_gemm(arguments<bfloat16, bfloat16>(out, a, b, add), team);
   } else {
-    of_bfloat16(product<bfloat16, float>(out, a, b, add), team);
+    bfloat16_gemm(arguments<bfloat16, float>(out, a, b, add), team);
   }
 #endif
 }

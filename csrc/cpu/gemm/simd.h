@@ -1,5 +1,5 @@
-// The registers that products work on, by instruction set: how many numbers one holds, how they come and go, and the
-// sizes that its caches ask for.
+// The registers of the GEMMs by instruction set: how many numbers one holds, how they are loaded and stored, and the
+// block sizes for its caches.
 //
 // A word is what one multiplier takes of an operand at a time: 32 bits, one float32, or two bfloat16 where one
 // instruction multiplies pairs of them and adds (AVX512_BF16). AVX2 has no such instruction: there a bfloat16 is a

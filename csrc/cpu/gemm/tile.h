@@ -1,4 +1,4 @@
-// A tile of a product: kHeight x kWidth sums in registers, fed by one panel of a and one of b. It reaches 99 % of what
+// A tile of the result: kHeight x kWidth sums in registers, fed by one panel of a and one of b. It reaches 99 % of what
 // the multipliers of one core can do while the panels are in its second-level cache, with AVX-512 as with AVX2.
 #pragma once
 #include "pack.h"
@@ -6,8 +6,8 @@
 namespace nitp {
 namespace NITP_TARGET {
 
-// What will be packed next comes into the second-level cache while tiles compute: two rectangles of memory.
-class Ahead {
+// Prefetches what will be packed next into the second-level cache while tiles compute: two rectangles of memory.
+class Prefetcher {
  public:
   void add(const char* data, int64_t stride, int64_t bytes, int64_t rows) {
     if (rows > 0 && bytes > 0) (now_.rows == 0 ? now_ : next_) = {data, data + bytes, stride, bytes, rows};
@@ -52,7 +52,7 @@ NITP_HD void multiply_add(Sums (&sums)[Rows][2], const uint32_t* a, const uint32
 
 template <int Rows, class T, class O>
 void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows, int64_t columns,
-          bool add, Ahead& ahead) {
+          bool add, Prefetcher& prefetcher) {
   Sums sums[Rows][2];
 #pragma GCC unroll 14
   for (int i = 0; i < Rows; ++i) {
@@ -66,8 +66,8 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t s
 #pragma GCC unroll 14
     for (int i = 0; i < Rows; ++i) sums[i][0] = sums[i][1] = no_sums();
     for (int64_t word = begin; word < end; word += kFetchEvery) {
-      ahead.fetch();
-      // no branch among the products: with one in 16 words, AVX2 lost a sixth beside a busy sibling of the core
+      prefetcher.fetch();
+      // no branch among the multiply-adds: with one in 16 words, AVX2 lost a sixth beside a busy sibling of the core
       const int64_t count = std::min(end - word, kFetchEvery);
 #pragma GCC unroll 4
       for (int64_t i = 0; i < count; ++i, a += kHeight, b += kWidth) multiply_add<Rows, T>(sums, a, b);
@@ -82,11 +82,11 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t s
 // rows [1, kHeight] and columns [1, kWidth] of the tile belong to out.
 template <class T, int Rows = kHeight, class O>
 void tile_of(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride, int64_t rows, int64_t columns,
-             bool add, Ahead& ahead) {
+             bool add, Prefetcher& prefetcher) {
   if constexpr (Rows > 2) {
-    if (rows <= Rows - 2) return tile_of<T, Rows - 2>(a, b, words, out, stride, rows, columns, add, ahead);
+    if (rows <= Rows - 2) return tile_of<T, Rows - 2>(a, b, words, out, stride, rows, columns, add, prefetcher);
   }
-  tile<Rows, T>(a, b, words, out, stride, rows, columns, add, ahead);
+  tile<Rows, T>(a, b, words, out, stride, rows, columns, add, prefetcher);
 }
 
 }  // namespace NITP_TARGET

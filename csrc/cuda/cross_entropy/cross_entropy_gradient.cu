@@ -1,5 +1,5 @@
 // Over rows of logits whose maximum and sum of exponentials are known, their gradient: a block a row, one pass of
-// packs, one barrier, then the targets, whose logits come from outside. The rows of a vocabulary-parallel head.
+// packs, one barrier, then the targets, whose logits are arguments. The rows of a vocabulary-parallel head.
 #include <cmath>
 
 #include "../../formulas/cross_entropy.h"
@@ -10,8 +10,8 @@ namespace nitp {
 namespace cuda {
 inline namespace cross_entropy_gradient_cu {
 
-// Four blocks fill a multiprocessor with 64 registers a thread; left to itself the compiler takes 48 on sm_100a, and
-// spills. Each thread loads its packs before it stores the first, which may alias them: 32 KB are on their way to a
+// Four blocks fill a multiprocessor with 64 registers a thread; without the bound the compiler takes 48 on sm_100a, and
+// spills. Each thread loads its packs before it stores the first, which may alias them: 32 KB are in flight per
 // multiprocessor. General rows wait for their arithmetic.
 constexpr int kGradientThreads = 256;
 template <class T>
@@ -26,7 +26,8 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
   const int threads = blockDim.x, thread = threadIdx.x;
   const int64_t i = blockIdx.x, first = i * a.targets;
   T* const logits = a.logits + i * a.logits_stride;
-  const SoftmaxGradient<A> slopes{a.factors[i], a.factors[a.factors_stride + i], a.factors[2 * a.factors_stride + i]};
+  const SoftmaxGradient<A> coeffs{a.grad_coeffs[i], a.grad_coeffs[a.grad_coeffs_stride + i],
+                                  a.grad_coeffs[2 * a.grad_coeffs_stride + i]};
   const CrossEntropyRows<T, A> columns{
       // what a Row reads of its arguments
       .bias = a.bias,
@@ -35,12 +36,12 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
       .logit_scale = a.logit_scale,
   };
   const Row<T, A, K> row(columns);
-  const Exponential<A> exp(row.unit, slopes.max, A(1));
-  const Writer<T, A, K> writer{row, exp, row.common() * slopes.probability * exp.correction(),
-                               row.common() * slopes.off};
+  const Exponential<A> exp(row.unit, coeffs.max, A(1));
+  const Writer<T, A, K> writer{row, exp, row.common() * coeffs.softmax_coeff * exp.correction(),
+                               row.common() * coeffs.uniform_coeff};
   const Split<N> split = cuda::split<N>(a.columns, logits);
   const int packs = static_cast<int>(split.packs), edges = static_cast<int>(split.edges);
-  if (slopes.nothing()) {
+  if (coeffs.is_zero()) {
     clear(logits, split, thread, threads);
   } else {
     int p = thread;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
     }
     if (!leads) continue;
     const A z = a.target_logit[first + t];
-    const A everywhere = slopes.nothing() ? A(0) : slopes.at(z, row.weight(label));
+    const A everywhere = coeffs.is_zero() ? A(0) : coeffs.at(z, row.weight(label));
     store(logits + label, row.common() * row.slope(z / row.unit) * (everywhere - scale));
   }
 }

@@ -78,7 +78,8 @@ __device__ inline float half_tanh(float x) {
 }
 
 // For gradients alone. bfloat16, whose logits are rounded by 2^-9: the device's own approximation in one instruction
-// instead of two on the same unit, off by 2^-11; on the CPU tanh rounded to that. float16 has no room for it.
+// instead of two on the same unit, off by 2^-11; on the CPU tanh rounded to that. float16 has digits that it would
+// lose.
 template <class T>
 __device__ float gradient_tanh(float x) {
   return half_tanh(x);

@@ -22,10 +22,10 @@ inline Plan plan(const Multiprocessor& memory, int64_t packs, int in_registers, 
                  int threads, int resident) {
   constexpr int64_t kOfDriver = 1024;  // of each block
   const int64_t bytes = std::min(memory.shared_of_block, memory.shared / resident - kOfDriver) - reserved;
-  const int64_t room = bytes > 0 ? bytes / (kPackBytes * threads) : 0;
+  const int64_t capacity = bytes > 0 ? bytes / (kPackBytes * threads) : 0;
   const int64_t of_block = (packs + blocks - 1) / blocks, each = (of_block + threads - 1) / threads;
   const int64_t wanted = each > in_registers ? each - in_registers : 0;
-  return {blocks, threads, static_cast<int>(wanted <= room ? wanted : room / 2 * 2), wanted <= room};
+  return {blocks, threads, static_cast<int>(wanted <= capacity ? wanted : capacity / 2 * 2), wanted <= capacity};
 }
 
 // The smallest cluster that holds the row, in blocks that share their multiprocessor with others: while one waits for

@@ -1,5 +1,5 @@
-// One row of logits as the threads of its block see it: what a thread adds up of its pieces, and what it writes over
-// them.
+// One row of logits, from the view of a thread: what it adds up of its packs, and what it writes over
+// them. A single element at the edge is a pack of one.
 #pragma once
 #include "../../formulas/cross_entropy.h"
 #include "../../kernel_params.h"
@@ -12,7 +12,7 @@ namespace cuda {
 
 constexpr int kNoColumn = INT32_MAX;
 
-// What a row asks for. plain: a scale. capped: a softcap as well, in half precision. general: any of bias, softcap,
+// The options of a row. plain: a scale. capped: a softcap as well, in half precision. general: any of bias, softcap,
 // class weights and entropy.
 enum class Kind { plain, capped, general };
 // A larger softcap would cost a capped row digits.
@@ -29,14 +29,15 @@ constexpr float kLargestCap = 1024;
 //   capped   x      tanh(scale x / cap)      cap
 //   general  z      z                        1
 //
-// Every sum is relative to the value of `max`, but for `below`, which is relative to the block's reference until the
-// blocks' sums meet.
+// Every sum is relative to the value of `max`, but for `shifted_logit_sum`, which is relative to the block's reference
+// until the blocks' sums meet.
 template <class A>
 struct RowSums {
-  A max, sum;     // sum exp(unit (v - max))
-  A below, mass;  // sum w_v (v - reference) and sum w_v, w_v = 1 or class_weight_v: for smoothing
-  A spread;       // sum exp(z - max) (max - z): for the entropy
-  int first;      // first column of the first piece that reaches max; kNoColumn: no piece
+  A max, sum;           // sum exp(unit (v - max))
+  A shifted_logit_sum;  // sum w_v (v - reference), w_v = 1 or class_weight_v: for smoothing
+  A weight_sum;         // sum w_v
+  A entropy_sum;        // sum exp(z - max) (max - z)
+  int first;            // first column of the first pack that reaches max; kNoColumn: none
 };
 
 template <class A>
@@ -44,10 +45,10 @@ __device__ A finite_or_zero(A x) {
   return x - x == A(0) ? x : A(0);
 }
 
-// The targets of one row, gathered by the first warp of each block; `own`: the mass of those that are the block's.
+// The targets of one row, gathered by the first warp of each block; `own_weight_sum`: of those that are the block's.
 template <class A>
 struct RowTargets {
-  A mass, own;
+  A weight_sum, own_weight_sum;
   int present, outside;
 };
 
@@ -87,7 +88,7 @@ struct Row {
     if constexpr (K == Kind::capped) return gradient_tanh<T>(into_cap * key);
     return key;
   }
-  // dz/dx = common slope(v): what all columns share is taken up by their factors.
+  // dz/dx = common slope(v): what all columns share is in their coefficients.
   __device__ A common() const { return kGeneral ? A(1) : a.logit_scale; }
   __device__ A slope(A v) const {
     if constexpr (K == Kind::plain) return A(1);
@@ -106,27 +107,27 @@ struct Row {
     s.max = to;
   }
   __device__ void scale_sums(RowSums<A>& s, A factor, A raised) const {
-    if (entropy()) s.spread = factor > A(0) && s.sum != A(0) ? factor * (s.spread + raised * s.sum) : A(0);
+    if (entropy()) s.entropy_sum = factor > A(0) && s.sum != A(0) ? factor * (s.entropy_sum + raised * s.sum) : A(0);
     s.sum *= factor;
   }
 
-  // Adds pieces that start at columns j, j + step, ... to sums relative to `exp`, the Exponential of s.max.
+  // Adds packs that start at columns j, j + step, ... to sums relative to `exp`, the Exponential of s.max.
   template <int U, int W>
-  __device__ void add(RowSums<A>& s, Exponential<A>& exp, const Pack<T, W>* pieces, int j, int step) const {
+  __device__ void add(RowSums<A>& s, Exponential<A>& exp, const Pack<T, W>* loaded, int j, int step) const {
     A keys[U][W];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
 #pragma unroll
-      for (int i = 0; i < W; ++i) keys[u][i] = key(pieces[u].at[i], j + u * step + i);
+      for (int i = 0; i < W; ++i) keys[u][i] = key(loaded[u].at[i], j + u * step + i);
     }
-    const A top = largest<U, W>(pieces, keys);  // a NaN is left out here and shows in the sum
-    // packs come by rising columns, but an edge may stand before them
+    const A top = largest<U, W>(loaded, keys);  // a NaN is left out here and shows in the sum
+    // packs come by rising columns, but an edge may precede them
     if (top > s.max || (W == 1 && top == s.max && j < s.first)) {
       const Exponential<A> to = relative_to(top);
       scale_sums(s, exp.correction() * to(value(s.max)), base(top) - base(s.max));
       s.max = top, s.first = j, exp = to;
       if constexpr (U > 1) {
-        if (largest<1, W>(pieces, keys) != top) s.first = j + step;
+        if (largest<1, W>(loaded, keys) != top) s.first = j + step;
       }
     }
 #pragma unroll
@@ -135,7 +136,7 @@ struct Row {
       for (int i = 0; i < W; ++i) {
         const A v = value(keys[u][i]), e = exp(v);
         s.sum += e;
-        if (entropy()) s.spread -= e > A(0) ? e * (v - base(s.max)) : A(0);
+        if (entropy()) s.entropy_sum -= e > A(0) ? e * (v - base(s.max)) : A(0);
       }
     }
     if (!smooth()) return;
@@ -144,13 +145,13 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < W; ++i) {
         const A w = weight(j + u * step + i);
-        s.below += w * (value(keys[u][i]) - reference);
-        s.mass += w;
+        s.shifted_logit_sum += w * (value(keys[u][i]) - reference);
+        s.weight_sum += w;
       }
     }
   }
 
-  // Of sums of the threads of one block, or of blocks whose `below` are relative to one number.
+  // Of sums of the threads of one block, or of blocks whose `shifted_logit_sum` are relative to one number.
   __device__ RowSums<A> merge_warp(RowSums<A> s) const {
     struct Best {
       A max;
@@ -162,16 +163,16 @@ struct Row {
     rebase(s, best.max);
     s.first = best.first;
     s.sum = warp_sum(s.sum);
-    if (smooth()) s.below = warp_sum(s.below), s.mass = warp_sum(s.mass);
-    if (entropy()) s.spread = warp_sum(s.spread);
+    if (smooth()) s.shifted_logit_sum = warp_sum(s.shifted_logit_sum), s.weight_sum = warp_sum(s.weight_sum);
+    if (entropy()) s.entropy_sum = warp_sum(s.entropy_sum);
     return s;
   }
 
  private:
   template <int U, int W>
-  static __device__ A largest(const Pack<T, W>* pieces, const A (*keys)[W]) {
+  static __device__ A largest(const Pack<T, W>* loaded, const A (*keys)[W]) {
     if constexpr (!kGeneral && sizeof(T) == 2 && W > 1) {
-      return largest_of<U>(pieces);
+      return largest_of<U>(loaded);
     } else {
       A top(-INFINITY);
 #pragma unroll
@@ -184,15 +185,16 @@ struct Row {
   }
 };
 
-// Overwrites pieces with their gradient; `factors`: of values, whose unit is in them.
+// Overwrites packs with their gradient. The coefficients are those of values v: they hold the unit.
 template <class T, class A, Kind K>
 struct Writer {
   const Row<T, A, K>& row;
   Exponential<A> exp;
-  A probability, off;
+  A softmax_coeff, uniform_coeff;
 
   __device__ A gradient(A v, int j) const {
-    return row.slope(v) * (probability * exp(v) - (Row<T, A, K>::kGeneral ? off * row.weight(j) : off));
+    return row.slope(v) *
+           (softmax_coeff * exp(v) - (Row<T, A, K>::kGeneral ? uniform_coeff * row.weight(j) : uniform_coeff));
   }
   template <int W>
   __device__ void operator()(T* logits, int64_t j, const Pack<T, W>& in) const {
