@@ -10,8 +10,8 @@ TRAINERS := $(STAMP)-trainers
 INSTALL = $(PYTHON) -m pip install -q --constraint $(STAMP).torch
 # Threads that wait must not spin: two workers with two threads each share two cores (an example took 119 s in the suite, 11 s alone).
 export OMP_WAIT_POLICY := PASSIVE
-NATIVE := pyproject.toml setup.py $(wildcard csrc/*.* csrc/cpu/* csrc/cuda/*)
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.hpp csrc/cpu/* csrc/cuda/* benchmarks/*.cu tests/simt/* tests/avx512/* tests/emulated/*)
+NATIVE := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py')
+CPP := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .PHONY: help install demo test test-programs test-trainers test-ranks test-gpu-source test-package test-versions mutants lint
 .PHONY: format bench plots evidence wheel wheels doctor cuda-check clean
@@ -40,12 +40,12 @@ ifeq ($(ACTIVE),)
 	$(PYTHON) -m pip install -q torch==$(TORCH)
 endif
 	@mkdir -p $(dir $@)
-	@$(PYTHON) csrc/installed_torch.py > $@.torch
+	@$(PYTHON) csrc/tools/installed_torch.py > $@.torch
 	$(INSTALL) -e ".[dev]"
 	@touch $@
 
 $(TRAINERS): $(STAMP) tests/trainers.txt
-	@$(PYTHON) csrc/installed_torch.py > $(STAMP).torch
+	@$(PYTHON) csrc/tools/installed_torch.py > $(STAMP).torch
 	$(INSTALL) $$(sed -n 's/^trainers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	$(INSTALL) --no-deps -r tests/trainers.txt
 	@touch $@
@@ -81,6 +81,8 @@ lint: $(TRAINERS)  # pyright reads the adapters beside the packages that they ad
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
+	rm -rf build/layers && NITP_OPS_PURE=1 $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/layers .
+	cd build/layers && PYTHONPATH="$(CURDIR)" $(abspath $(BIN))/lint-imports --no-cache --config "$(CURDIR)/pyproject.toml"
 	"$(BIN)/clang-format" --dry-run --Werror $(CPP)
 
 format: $(STAMP)
@@ -96,7 +98,7 @@ plots: $(STAMP)
 	$(PYTHON) -m benchmarks plot
 
 evidence: $(STAMP)
-	$(PYTHON) examples/evidence.py
+	$(PYTHON) experiments/evidence.py
 
 wheel: $(STAMP)
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .
@@ -108,7 +110,7 @@ doctor: $(STAMP)
 	$(PYTHON) -m nitp_ops doctor
 
 cuda-check: $(STAMP)
-	$(PYTHON) csrc/cuda_check.py
+	$(PYTHON) csrc/tools/cuda_check.py
 
 clean:
 	rm -rf build dist *.egg-info nitp_ops/*.so .venv/installed

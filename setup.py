@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 
-commands = runpy.run_path(str(Path(__file__).resolve().parent / "csrc/commands.py"))
+commands = runpy.run_path(str(Path(__file__).resolve().parent / "csrc/tools/commands.py"))
 
 setup(
     packages=[

@@ -23,13 +23,16 @@ import torch
 
 from nitp_ops.kernels import select
 
-from . import base, cuda_run, gpu_report, measure, plots, report, run
 from .cases import OPS
-from .gate import pytest_failure
-from .heads import HEADS
+from .gpu import cuda_run, run_report
 from .implementations import NAMES
+from .measure import cpu
+from .model_shapes import HEADS
+from .report import plots, printed
+from .suites import against_base, cpu_run
+from .suites.gate import pytest_failure
 
-#: Cases that bring their own measurement: name -> module of this package with `run(options) -> int`.
+#: Cases that bring their own measurement: name -> module of `suites` with `run(options) -> int`.
 EXTRA = {"host": "host", "memory": "memory", "scaling": "scaling", "trainer": "trainer"}
 #: Options that a GPU run does not have.
 CPU_ONLY = ("quick", "save", "malloc", "base", "case", "csv", "markdown", "html")
@@ -53,16 +56,16 @@ def parser() -> argparse.ArgumentParser:
     add("--list", action="store_true", help="print the cases with their sizes and sources, and measure nothing")
     add("--case", action="append", choices=[*CASES, *EXTRA], metavar="NAME", help="only this case (repeatable)")
     add("--op", action="append", choices=cuda_run.SUBJECTS, help="only this op (repeatable)")
-    add("--dtype", action="append", choices=list(run.DTYPES), help="only this dtype (repeatable)")
+    add("--dtype", action="append", choices=list(cpu_run.DTYPES), help="only this dtype (repeatable)")
     add("--implementation", action="append", choices=list(NAMES), help="only this implementation (repeatable)")
     add("--threads", type=int, default=2, help="cpu: torch threads (default 2)")
     malloc = "cpu: glibc's settings, or freed blocks kept (default: both; with --quick: default)"
-    add("--malloc", choices=[*measure.MALLOC, "both"], help=malloc)
+    add("--malloc", choices=[*cpu.MALLOC, "both"], help=malloc)
     add("--base", metavar="REV", help="cpu: measure ours at this revision too, in turns with this checkout")
-    for kind, what in run.WRITERS.items():
+    for kind, what in cpu_run.WRITERS.items():
         add(f"--{kind}", type=Path, metavar="PATH", help=f"write the results to PATH as {what[0]}")
     add("--save", action="store_true", help="cpu: also write them to benchmarks/results/<device>/<commit>[-quick].json")
-    add("--out", type=Path, default=report.RESULTS, help="cuda: add them to OUT/<device>/<commit>.json")
+    add("--out", type=Path, default=printed.RESULTS, help="cuda: add them to OUT/<device>/<commit>.json")
     add("--commit", help="cuda: the commit of a tree that came without its history")
     add("--minutes", type=float, default=9.0, help="cuda: give up the rest after this time (default 9)")
     return result
@@ -81,8 +84,8 @@ def listing() -> str:
 
 def run_cuda(options: argparse.Namespace) -> int:
     """The same on a GPU, after the values of every op there, or benchmarks/gpu.sh's stage `test` of this commit."""
-    if not gpu_report.tests_are_green(options.commit, options.out):
-        reason = pytest_failure([report.ROOT / "tests/test_gpu_values.py"])
+    if not run_report.tests_are_green(options.commit, options.out):
+        reason = pytest_failure([printed.ROOT / "tests/test_gpu_values.py"])
         if reason:
             print(f"benchmarks: the tests on CUDA are red, no numbers: {reason}", file=sys.stderr)
             return 1
@@ -92,7 +95,7 @@ def run_cuda(options: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, or None."""
-    for kind in run.WRITERS:
+    for kind in cpu_run.WRITERS:
         path = getattr(options, kind)
         if path and (path.is_dir() or not path.absolute().parent.is_dir()):
             return f"--{kind} is {path}, expected a file in an existing folder"
@@ -172,8 +175,8 @@ def _run(options: argparse.Namespace) -> int:
         return run_cuda(options)
     for name in options.case or ():
         if name in EXTRA:
-            return importlib.import_module(f".{EXTRA[name]}", __package__).run(options)
-    return base.run_against(options) if options.base else run.run(options)
+            return importlib.import_module(f".suites.{EXTRA[name]}", __package__).run(options)
+    return against_base.run_against(options) if options.base else cpu_run.run(options)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nitp_ops.core.chunking import row_stride
 
-from .heads import HEADS, PROJECTORS
+from .model_shapes import HEADS, PROJECTORS
 
 Sizes = dict[str, int]
 Floor = Callable[[], None]

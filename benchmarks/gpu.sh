@@ -30,8 +30,8 @@ if ((${#arguments[@]} == 0)); then
   exit 2
 fi
 case ${arguments[0]} in
-  collect) exec "$python" -m benchmarks.gpu_report "${arguments[@]:1}" ;;
-  short | bundle) exec "$python" -m "benchmarks.${arguments[0]}" "${arguments[@]:1}" ;;
+  collect) exec "$python" -m benchmarks.gpu.run_report "${arguments[@]:1}" ;;
+  short | bundle) exec "$python" -m "benchmarks.gpu.${arguments[0]}" "${arguments[@]:1}" ;;
 esac
 "$python" - "${arguments[@]}" <<'CHECK'  # before minutes go into a build
 import sys
@@ -49,4 +49,4 @@ if [[ -n $wheels ]]; then
   export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
 fi
 "$python" -m pip install -q --no-index --no-deps --no-build-isolation -e .
-"$python" -m benchmarks.gpu_stages "${arguments[@]}"
+"$python" -m benchmarks.gpu.stages "${arguments[@]}"

@@ -1,4 +1,4 @@
-// What every formula header stands on: the host/device mark, the working precision of a storage type,
+// What every formula header needs: the host/device mark, the working precision of a storage type,
 // and exp / tanh in a form that compilers vectorise.
 //
 // Each CPU instruction set compiles the headers into a namespace of its own (NITP_TARGET), so that the linker

@@ -17,7 +17,7 @@
 #include <type_traits>
 #include <utility>
 
-// ---- torch's C functions. Each answers 0, or an error code after printing the reason.
+// ---- torch's C functions. Each returns 0, or an error code after printing the reason.
 
 struct AtenTensorOpaque;
 struct DeviceGuardOpaque;
@@ -69,27 +69,27 @@ AOTITorchError torch_get_num_threads(uint32_t* result);
 namespace nitp {
 namespace torch_abi {
 
-// The oldest torch that the library asks for, 2.11.0: kernels get their arguments as that version hands them over.
+// The oldest torch that the library asks for, 2.11.0: kernels get their arguments as that version passes them.
 constexpr uint64_t kVersion = (uint64_t{2} << 56) | (uint64_t{11} << 48);
 
-inline void append(std::string& text, const char* piece) { text += piece; }
+inline void append(std::string& text, const char* part) { text += part; }
 inline void append(std::string& text, int64_t number) { text += std::to_string(number); }
 
-template <class... Pieces>
-[[noreturn]] void fail(const Pieces&... pieces) {
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
   std::string text;
-  (append(text, pieces), ...);
+  (append(text, parts), ...);
   throw std::runtime_error(text);
 }
 
-// The message is put together where the condition fails and nowhere else.
+// The message is formatted only where the condition fails.
 #define NITP_CHECK(condition, ...)                          \
   do {                                                      \
     if (!(condition)) ::nitp::torch_abi::fail(__VA_ARGS__); \
   } while (false)
 
 inline void check(AOTITorchError code, const char* what) {
-  NITP_CHECK(code == 0, "nitp_ops: torch's ", what, " answers ", int64_t{code});
+  NITP_CHECK(code == 0, "nitp_ops: torch's ", what, " returned ", int64_t{code});
 }
 
 // ---- Tensors
@@ -100,7 +100,7 @@ class Tensor {
   std::shared_ptr<AtenTensorOpaque> handle_;
 
   template <class Result, class Function, class... Arguments>
-  Result ask(Function function, Arguments... arguments) const {
+  Result get(Function function, Arguments... arguments) const {
     Result result{};
     check(function(handle_.get(), arguments..., &result), "tensor accessor");
     return result;
@@ -109,15 +109,15 @@ class Tensor {
  public:
   explicit Tensor(AtenTensorHandle owned) : handle_(owned, aoti_torch_delete_tensor_object) {}
 
-  void* data_ptr() const { return ask<void*>(aoti_torch_get_data_ptr); }
-  int64_t dim() const { return ask<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return ask<int64_t>(aoti_torch_get_numel); }
-  int64_t size(int64_t dim) const { return ask<int64_t>(aoti_torch_get_size, dim); }
-  int64_t stride(int64_t dim) const { return ask<int64_t>(aoti_torch_get_stride, dim); }
-  bool is_contiguous() const { return ask<bool>(aoti_torch_is_contiguous); }
+  void* data_ptr() const { return get<void*>(aoti_torch_get_data_ptr); }
+  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
+  int64_t size(int64_t dim) const { return get<int64_t>(aoti_torch_get_size, dim); }
+  int64_t stride(int64_t dim) const { return get<int64_t>(aoti_torch_get_stride, dim); }
+  bool is_contiguous() const { return get<bool>(aoti_torch_is_contiguous); }
   bool is_cpu() const { return device_type() == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type() == aoti_torch_device_type_cuda(); }
-  int32_t device_index() const { return ask<int32_t>(aoti_torch_get_device_index); }
+  int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
   int64_t element_size() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype())); }
 
   ScalarType scalar_type() const {
@@ -131,14 +131,14 @@ class Tensor {
   }
 
  private:
-  int32_t dtype() const { return ask<int32_t>(aoti_torch_get_dtype); }
-  int32_t device_type() const { return ask<int32_t>(aoti_torch_get_device_type); }
+  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
+  int32_t device_type() const { return get<int32_t>(aoti_torch_get_device_type); }
 };
 
 // ---- From a stack of slots to a C++ function
 
 template <class T>
-struct Taken {
+struct Unboxed {
   static_assert(std::is_same_v<T, int64_t> || std::is_same_v<T, double> || std::is_same_v<T, bool>);
   static T from(StableIValue slot) {
     T value;
@@ -148,15 +148,15 @@ struct Taken {
 };
 
 template <>
-struct Taken<Tensor> {
+struct Unboxed<Tensor> {
   static Tensor from(StableIValue slot) { return Tensor(reinterpret_cast<AtenTensorHandle>(slot)); }
 };
 
 template <class T>
-struct Taken<std::optional<T>> {
+struct Unboxed<std::optional<T>> {
   static std::optional<T> from(StableIValue slot) {
     const std::unique_ptr<StableIValue> inner(reinterpret_cast<StableIValue*>(slot));
-    return inner ? std::optional<T>(Taken<T>::from(*inner)) : std::nullopt;
+    return inner ? std::optional<T>(Unboxed<T>::from(*inner)) : std::nullopt;
   }
 };
 
@@ -168,9 +168,9 @@ struct Boxed<function> {
   static void run(StableIValue* stack, uint64_t, uint64_t) { unboxed(stack, std::index_sequence_for<Arguments...>{}); }
 
  private:
-  template <size_t... places>
-  static void unboxed(StableIValue* stack, std::index_sequence<places...>) {
-    std::tuple<Arguments...> owned{Taken<Arguments>::from(stack[places])...};
+  template <size_t... indices>
+  static void unboxed(StableIValue* stack, std::index_sequence<indices...>) {
+    std::tuple<Arguments...> owned{Unboxed<Arguments>::from(stack[indices])...};
     std::apply(function, std::move(owned));
   }
 };

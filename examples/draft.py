@@ -11,15 +11,18 @@ with a cache of keys and values: token by token, then drafted. Needs rich, matpl
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from pretraining.interrupt import until_loaded
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from which `experiments` is imported
+
+from experiments.console.interrupt import until_loaded
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train, decode, compare; the exit code."""
     with until_loaded("draft"):
-        from pretraining.command import guarded
-        from pretraining.demonstration import demonstrate, parse
+        from experiments.console.command import guarded
+        from experiments.drafting import demonstrate, parse
     return guarded("draft", lambda: demonstrate(parse(arguments)), resume=None)
 
 

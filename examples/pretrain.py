@@ -12,16 +12,19 @@ SIGHUP save the step in hand, a second one stops at once; --resume goes on. Need
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
-from pretraining.interrupt import until_loaded
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # from which `experiments` is imported
+
+from experiments.console.interrupt import until_loaded
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison; the exit code."""
     with until_loaded("pretrain"):
-        from pretraining.command import guarded
-        from pretraining.comparison import compare
-        from pretraining.options import parse
+        from experiments.comparison import compare
+        from experiments.console.command import guarded
+        from experiments.train.options import parse
     return guarded("pretrain", lambda: compare(parse(arguments)), resume="--resume")
 
 

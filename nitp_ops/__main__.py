@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     if chosen.command == "explain":
         return explain(chosen)
     if chosen.command == "list":
-        print("\n".join(nitp_ops.engine.reports.explain.listing()))
+        print("\n".join(nitp_ops.engine.explain.listing()))
         return 0
     return {"env": env, "doctor": doctor}[chosen.command]()
 

@@ -20,9 +20,9 @@ from nitp_ops.engine.counts import Counts
 from nitp_ops.engine.drafting.decoding import Drafting, Trunk
 from nitp_ops.engine.metrics import Metrics
 from nitp_ops.engine.modules.blocks import KeyValues
+from nitp_ops.engine.parsing import Spec, parse
 from nitp_ops.engine.registry import available, offer, register
 from nitp_ops.engine.spec.schedule import Piecewise, Ramp, schedule
-from nitp_ops.engine.spec.spec import Spec, parse
 from nitp_ops.engine.spec.validation import SpecError
 from nitp_ops.engine.streams.context_parallel import SequenceShard
 from nitp_ops.engine.streams.model_info import ModelInfo

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from benchmarks import cuda
+from benchmarks.measure import cuda
 
 
 def stand_in(monkeypatch):

@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 #: All but the probe, which asks a driver.
-KERNELS = sorted(path for path in (ROOT / "csrc/cuda").glob("*.cu") if path.stem != "probe")
-SOURCES = (ROOT / "csrc/library.cpp", ROOT / "csrc/cuda/entry.cpp", ROOT / "tests/simt/simt.cpp", *KERNELS)
+KERNELS = sorted(path for path in (ROOT / "csrc/cuda").rglob("*.cu") if path.stem != "probe")
+SOURCES = (ROOT / "csrc/schemas.cpp", ROOT / "csrc/cuda/register.cpp", ROOT / "tests/simt/simt.cpp", *KERNELS)
 ORDERS = {"forward": 0, "backward": 1, "shuffled": 2}
 H200_SHARED = 227 * 1024
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import nitp_ops  # noqa: F401  # loads the compiled row kernels
-from benchmarks.sanitize import without_totals
+from benchmarks.gpu.sanitize import without_totals
 
 #: One rounding of the storage dtype, and the size below which a difference is rounding of something larger.
 RELATIVE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}

@@ -31,7 +31,7 @@ from mutants_of_objectives import MUTANTS as OF_OBJECTIVES
 from mutants_of_objectives import Mutant
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("csrc", "nitp_ops", "objectives", "examples", "benchmarks", "tests", "docs", "pyproject.toml")
+COPIED = ("csrc", "nitp_ops", "objectives", "examples", "experiments", "benchmarks", "tests", "docs", "pyproject.toml")
 PARTS = {"objectives": OF_OBJECTIVES, "engine": OF_ENGINE, "adapters": OF_ADAPTERS, "cpu": OF_CPU}
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for part in PARTS.values() for mutant in part)
 #: Seconds for the tests of one mutant: pytest's own limit does not end a kernel that loops for ever.
@@ -39,7 +39,7 @@ PATIENCE = 900
 BUILD = """
 import runpy, sysconfig
 from pathlib import Path
-native = runpy.run_path(str(Path("csrc/build.py").resolve()))
+native = runpy.run_path(str(Path("csrc/tools/build.py").resolve()))
 module = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 of_module = native["build"].__globals__
 of_module["FLAGS"] = of_module["FLAGS"].replace("-O3", "-O1")  # half the time to compile; -O0 would not sum in lanes

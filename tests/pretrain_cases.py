@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from pathlib import Path
 
 import torch
 
+from experiments.analysis import arms
+from experiments.analysis import results as outcomes
+from experiments.train import checkpoint
 from nitp_ops.objectives import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "pretrain.py"
-sys.path.insert(0, str(ROOT / "examples"))
-pretrain = importlib.import_module("pretrain")
-checkpoint = importlib.import_module("pretraining.checkpoint")
-arms = importlib.import_module("pretraining.arms")
-outcomes = importlib.import_module("pretraining.outcome")
 
 OPTIONS = """
     --threads 1 --dim 16 --layers 3 --heads 2 --kv-heads 1 --context 16 --batch 4 --steps 20

@@ -20,7 +20,8 @@ import nitp_ops
 from nitp_ops import CrossEntropyTerm
 from nitp_ops.core import gemm
 from nitp_ops.distributed import VocabularyShards, bytes_per_pass
-from nitp_ops.ops.cross_entropy.sharded import reduction, sequence_rows
+from nitp_ops.ops.cross_entropy import vocab_shard
+from nitp_ops.ops.cross_entropy.sharded import sequence_rows
 
 CASES: dict[str, Callable[[], None]] = {}
 ROWS = 5  # of each rank
@@ -145,15 +146,15 @@ def counted() -> Iterator[dict[str, list[int]]]:
         return call
 
     gather, scatter = (
-        recorded("gather", 1, reduction.all_gather),
-        recorded("scatter", 1, reduction.reduce_scatter),
+        recorded("gather", 1, vocab_shard.all_gather),
+        recorded("scatter", 1, vocab_shard.reduce_scatter),
     )
     reduce = recorded("reduce", 0, dist.all_reduce)
     with (
-        mock.patch.object(reduction, "all_gather", gather),
+        mock.patch.object(vocab_shard, "all_gather", gather),
         mock.patch.object(sequence_rows, "all_gather", gather),
         mock.patch.object(sequence_rows, "reduce_scatter", scatter),
-        mock.patch.object(reduction.dist, "all_reduce", reduce),
+        mock.patch.object(vocab_shard.dist, "all_reduce", reduce),
     ):
         yield calls
 

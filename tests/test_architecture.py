@@ -1,43 +1,21 @@
-"""Import arrows run down, files stay small, and names say what they hold."""
+"""Folders and files stay small, and names say what they hold. The layers of imports: pyproject.toml, csrc's beside."""
 
-import ast
+import importlib
+import pkgutil
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import nitp_ops
+
 ROOT = Path(__file__).parents[1]
-FLOORS = {"examples": 4, "benchmarks": 4, "nitp_ops/integrations": 4, "objectives": 3, "nitp_ops": 2}
-FLOORS |= {f"nitp_ops/{name}": 1 for name in ("rows.py", "_kernels.py", "_library.py", "torch_rows", "triton")}
-FLOORS |= {f"nitp_ops/{name}": 0 for name in ("_check.py", "_devices.py", "reference.py")}
-LAZY = {("nitp_ops/__init__.py", "objectives"), ("nitp_ops/__main__.py", "objectives")}  # resolved on first use
-PYTHON = [p for folder in ("nitp_ops", "objectives", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")]
-NATIVE = [path for path in ROOT.glob("csrc/**/*.*") if path.suffix != ".pyc"]
-
-
-def floor(path: str) -> int:
-    return FLOORS[max((key for key in FLOORS if path == key or path.startswith(key + "/")), key=len)]
-
-
-def imports(path: Path) -> list[str]:
-    """The files and folders of this repository that a file imports."""
-    package, found = path.relative_to(ROOT).parent, []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            base = Path(*package.parts[: len(package.parts) + 1 - node.level]) if node.level else Path()
-            module = base.joinpath(*(node.module or "").split("."))
-            found += [module / alias.name if (ROOT / module).is_dir() else module for alias in node.names]
-        elif isinstance(node, ast.Import):
-            found += [Path(*alias.name.split(".")) for alias in node.names]
-    names = [str(module).replace("nitp_ops/objectives", "objectives") for module in found]
-    return [f"{n}.py" if (ROOT / f"{n}.py").exists() else n for n in names if (ROOT / n.split("/")[0]).is_dir()]
-
-
-@pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(ROOT)))
-def test_no_import_runs_up(path):
-    here = str(path.relative_to(ROOT))
-    for target in imports(path):
-        assert floor(target) <= floor(here) or (here, target) in LAZY, f"{here} imports {target}, which stands above it"
+FOLDERS = ("csrc", "nitp_ops", "objectives", "benchmarks", "examples", "experiments", "tests")
+CODE = {".py", ".cpp", ".cu", ".h", ".hpp", ".sh"}
+SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*")) if p.suffix in CODE]
+MODULES = [m.name for m in pkgutil.walk_packages(nitp_ops.objectives.__path__, "nitp_ops.objectives.")]
+MODULES += [m.name for m in pkgutil.walk_packages(nitp_ops.__path__, "nitp_ops.")]
 
 
 def test_the_reference_imports_only_torch():
@@ -45,16 +23,17 @@ def test_the_reference_imports_only_torch():
     assert set(modules) == {"__future__", "collections", "typing", "torch"}
 
 
-def test_the_formula_headers_include_no_torch_and_cpu_and_cuda_never_meet():
-    for path in NATIVE:
-        included = " ".join(re.findall(r"#include [<\"](.+)[>\"]", path.read_text()))
-        assert path.suffix != ".h" or "torch" not in included, path
-        assert not (path.parent.name == "cpu" and "cuda" in included), path
-        assert not (path.parent.name == "cuda" and "cpu" in included), path
-
-
-def test_files_stay_small_and_none_is_a_drawer():
-    for path in [*PYTHON, *NATIVE, *(ROOT / "tests").glob("*.py")]:
-        assert len(path.read_text().splitlines()) <= (60 if path == Path(__file__) else 300), path
-        assert path.stem not in ("utils", "common", "helpers"), path
+def test_a_folder_holds_at_most_15_files_and_a_file_300_lines():
+    crowded = {folder: n for folder, n in Counter(path.parent for path in SOURCES).items() if n > 15}
+    assert not crowded
+    assert not [path for path in SOURCES if len(path.read_text().splitlines()) > 300]
+    assert not [path for path in SOURCES if path.stem in ("utils", "common", "helpers")]
     assert len((ROOT / "setup.py").read_text().splitlines()) <= 60
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_bears_the_name_of_a_public_function_of_its_parent(name):
+    """Importing it would put the module in the function's place."""
+    parent, _, own = name.rpartition(".")
+    package = importlib.import_module(parent)
+    assert own not in set(getattr(package, "__all__", ())) - {"geometry", "layers", "reference"}

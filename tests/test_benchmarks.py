@@ -12,9 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import __main__ as command
-from benchmarks import gate, measure, report, run
 from benchmarks.cases import OPS
 from benchmarks.implementations import forward, step
+from benchmarks.measure import cpu
+from benchmarks.report import printed
+from benchmarks.suites import cpu_run, gate
 
 pytestmark = pytest.mark.programs
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +67,7 @@ def test_the_floor_of_a_memory_bound_op_moves_what_it_must_touch(name, forward_m
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def test_ours_and_eager_compute_the_reference_with_a_gradient_for_every_leaf(op, dtype, bound):
-    errors = measure.errors(op, op.toy, dtype, ["ours", "eager"])
+    errors = cpu.errors(op, op.toy, dtype, ["ours", "eager"])
     leaves = op.inputs(op.toy, dtype).leaves
     for parts in errors.values():
         assert set(parts) == {"value", *(f"gradient of {leaf}" for leaf in leaves)}
@@ -74,8 +76,8 @@ def test_ours_and_eager_compute_the_reference_with_a_gradient_for_every_leaf(op,
 
 def test_a_wrong_implementation_has_a_large_error(monkeypatch):
     op = OPS["swiglu"]
-    monkeypatch.setattr(measure, "forward", lambda *_: lambda gate, up: gate * up)
-    assert measure.errors(op, op.toy, torch.float32, ["ours"])["ours"]["value"] > 0.1
+    monkeypatch.setattr(cpu, "forward", lambda *_: lambda gate, up: gate * up)
+    assert cpu.errors(op, op.toy, torch.float32, ["ours"])["ours"]["value"] > 0.1
 
 
 def interleaved(durations: dict[str, float], rounds: int, seconds: float) -> tuple[dict[str, list[float]], str]:
@@ -89,7 +91,7 @@ def interleaved(durations: dict[str, float], rounds: int, seconds: float) -> tup
         return call
 
     runs = {name: run(name) for name in durations}
-    times = measure.interleave(runs, lambda: None, rounds=rounds, seconds=seconds, clock=lambda: now)
+    times = cpu.interleave(runs, lambda: None, rounds=rounds, seconds=seconds, clock=lambda: now)
     return times, order
 
 
@@ -111,33 +113,33 @@ def test_preparing_a_run_is_not_timed():
         nonlocal now
         now += 5.0
 
-    assert measure.interleave({"a": int}, prepare, rounds=3, seconds=99, clock=lambda: now) == {"a": [0.0] * 3}
+    assert cpu.interleave({"a": int}, prepare, rounds=3, seconds=99, clock=lambda: now) == {"a": [0.0] * 3}
 
 
 def test_ratios_within_a_round_cancel_a_drift_of_the_machine():
     drift = [1.0, 2.0, 4.0, 8.0]
-    ratio = measure.ratios([3 * each for each in drift], drift)
+    ratio = cpu.ratios([3 * each for each in drift], drift)
     assert ratio == {"median": 3.0, "q25": 3.0, "q75": 3.0}
 
 
 def test_the_spread_is_the_median_and_the_quartiles():
-    assert measure.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q25": 2.0, "q75": 4.0}
-    assert measure.spread([7.0]) == {"median": 7.0, "q25": 7.0, "q75": 7.0}
+    assert cpu.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q25": 2.0, "q75": 4.0}
+    assert cpu.spread([7.0]) == {"median": 7.0, "q25": 7.0, "q75": 7.0}
 
 
 def test_a_child_returns_its_result_and_leaves_the_parent_unchanged():
     seen = []
-    assert measure.in_child(lambda: (seen.append(1), os.getpid())[1]) != os.getpid() and not seen
+    assert cpu.in_child(lambda: (seen.append(1), os.getpid())[1]) != os.getpid() and not seen
 
 
 def test_a_failing_or_dying_child_is_one_line():
     def fail() -> None:
         raise ValueError("no such thing\nand a second line")
 
-    with pytest.raises(measure.MeasurementError, match=r"^ValueError: no such thing$"):
-        measure.in_child(fail)
-    with pytest.raises(measure.MeasurementError, match="ended with code 3"):
-        measure.in_child(lambda: os._exit(3))
+    with pytest.raises(cpu.MeasurementError, match=r"^ValueError: no such thing$"):
+        cpu.in_child(fail)
+    with pytest.raises(cpu.MeasurementError, match="ended with code 3"):
+        cpu.in_child(lambda: os._exit(3))
 
 
 def test_peak_memory_counts_what_a_step_holds_at_its_peak(monkeypatch):
@@ -147,14 +149,14 @@ def test_peak_memory_counts_what_a_step_holds_at_its_peak(monkeypatch):
         held = torch.ones(48 * mebibyte // 4)
         return gate * up * held[0]
 
-    monkeypatch.setattr(measure, "forward", lambda *_: hungry)
+    monkeypatch.setattr(cpu, "forward", lambda *_: hungry)
 
     def task() -> dict[str, int]:
         # One thread: a pool that this process may have started does not survive a fork.
-        measure.configure(threads=1)
-        return measure.peak_memory(op, op.toy, torch.float32, "ours")
+        cpu.configure(threads=1)
+        return cpu.peak_memory(op, op.toy, torch.float32, "ours")
 
-    memory = measure.in_child(task)
+    memory = cpu.in_child(task)
     # The kernel counts resident pages to about 0.25 MiB here.
     assert 47 * mebibyte <= memory["peak_bytes"] < 56 * mebibyte
     assert memory["gradient_bytes"] == 2 * 4 * op.toy["N"] * op.toy["m"]
@@ -163,12 +165,12 @@ def test_peak_memory_counts_what_a_step_holds_at_its_peak(monkeypatch):
 @pytest.mark.parametrize(("malloc", "kept"), [("default", False), ("raised", True)])
 def test_raised_malloc_keeps_a_freed_block_and_the_default_gives_it_back(malloc, kept):
     def task() -> int:
-        measure.configure(1, malloc)
-        before = measure.resident_bytes("VmRSS")
+        cpu.configure(1, malloc)
+        before = cpu.resident_bytes("VmRSS")
         torch.ones(2**24)
-        return measure.resident_bytes("VmRSS") - before
+        return cpu.resident_bytes("VmRSS") - before
 
-    assert (measure.in_child(task) > 2**25) is kept
+    assert (cpu.in_child(task) > 2**25) is kept
 
 
 def case(ours: float, eager: float, ours_peak: int = 1, eager_peak: int = 2) -> dict:
@@ -185,44 +187,44 @@ def case(ours: float, eager: float, ours_peak: int = 1, eager_peak: int = 2) -> 
 
 
 def test_the_verdict_names_every_losing_case():
-    assert report.verdict([case(1.0, 2.0)]) == ("slower than eager: 0 of 1 cases\nlarger than eager: 0 of 1 cases")
-    assert report.verdict([case(1.0, 2.0), case(3.0, 2.0, 6, 4)]).splitlines() == [
+    assert printed.verdict([case(1.0, 2.0)]) == ("slower than eager: 0 of 1 cases\nlarger than eager: 0 of 1 cases")
+    assert printed.verdict([case(1.0, 2.0), case(3.0, 2.0, 6, 4)]).splitlines() == [
         "slower than eager: 1 of 2 cases",
         "  swiglu  N=2 m=3  float32  malloc default: 1.50 x",
         "larger than eager: 1 of 2 cases",
         "  swiglu  N=2 m=3  float32  malloc default: 6 against 4 MiB",
     ]
-    assert report.verdict([]) == "ours and eager were not both measured"
+    assert printed.verdict([]) == "ours and eager were not both measured"
 
 
 def test_a_skipped_implementation_keeps_its_row_and_says_why():
-    lines = report.case_table(case(3.0, 2.0)).splitlines()
+    lines = printed.case_table(case(3.0, 2.0)).splitlines()
     assert [line.split()[0] for line in lines[2:6]] == ["floor", "ours", "eager", "compile"]
     assert lines[6] == "compile skipped: InvalidCxxCompiler: No working C++ compiler found"
 
 
 def test_a_case_whose_process_dies_keeps_its_rows_and_says_why(monkeypatch):
-    monkeypatch.setattr(measure, "time_case", lambda *_, **__: os._exit(9))
+    monkeypatch.setattr(cpu, "time_case", lambda *_, **__: os._exit(9))
     op = OPS["swiglu"]
-    (dead,) = run.measure_case(op, "toy", op.toy, "float32", ["ours"], 1, ["default"], run.QUICK)
+    (dead,) = cpu_run.measure_case(op, "toy", op.toy, "float32", ["ours"], 1, ["default"], cpu_run.QUICK)
     assert "ended with code 9" in dead["rows"]["ours"]["skipped"]
 
 
 def test_results_are_one_file_a_device_and_commit(tmp_path):
     info = {"cpu": "AMD EPYC (TM) 7B13", "cores": 2, "commit": "0123456789ab"}
-    path = report.results_path(info)
-    assert path.relative_to(report.RESULTS) == Path("amd-epyc-tm-7b13-2-cores/0123456789ab.json")
-    report.write_json(tmp_path / "device" / "a.json", {"machine": info})
+    path = printed.results_path(info)
+    assert path.relative_to(printed.RESULTS) == Path("amd-epyc-tm-7b13-2-cores/0123456789ab.json")
+    printed.write_json(tmp_path / "device" / "a.json", {"machine": info})
     assert json.loads((tmp_path / "device" / "a.json").read_text()) == {"machine": info}
     with pytest.raises(ValueError, match="JSON"):
-        report.write_json(tmp_path / "device" / "a.json", {"value": float("nan")})
+        printed.write_json(tmp_path / "device" / "a.json", {"value": float("nan")})
     assert os.listdir(tmp_path / "device") == ["a.json"]
     assert json.loads((tmp_path / "device" / "a.json").read_text()) == {"machine": info}
 
 
 def test_red_or_missing_tests_print_no_numbers(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "measure_case", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(printed, "ROOT", tmp_path)
+    monkeypatch.setattr(cpu_run, "measure_case", lambda *_: pytest.fail("measured"))
     (tmp_path / "tests").mkdir()
     assert command.main(["--quick", "--op", "swiglu"]) == 1
     assert "no tests/test_*swiglu*.py" in capsys.readouterr().err
@@ -259,16 +261,16 @@ def test_bad_options_are_one_line_and_exit_code_two(arguments, message, capsys):
 
 TOY_RUN = """
 import dataclasses, sys
-from benchmarks import __main__ as command, gate, implementations
+from benchmarks import __main__ as command, implementations
 from benchmarks.cases import OPS
 
 def broken(gate, up):
     raise RuntimeError("cannot run here")
 
 OPS["swiglu"] = dataclasses.replace(OPS["swiglu"], quick={"toy": OPS["swiglu"].toy})
-gate.failed_tests = lambda ops: None
+command.cpu_run.gate.failed_tests = lambda ops: None
 original = implementations.forward
-command.measure.forward = lambda op, name: broken if name == "compile" else original(op, name)
+command.cpu.forward = lambda op, name: broken if name == "compile" else original(op, name)
 sys.exit(command.main(["--quick", "--op", "swiglu", "--dtype", "float32", *sys.argv[1:]]))
 """
 
@@ -279,7 +281,7 @@ def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_j
     done = subprocess.run([sys.executable, "-c", TOY_RUN, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
-    assert done.stdout.splitlines()[0] == report.machine_line(document["machine"])
+    assert done.stdout.splitlines()[0] == printed.machine_line(document["machine"])
     assert set(document["machine"]) == {"cpu", "instruction_set", "cores", "threads", "torch", "commit", "date"}
     assert "slower than eager:" in done.stdout
     assert "compile skipped: RuntimeError: cannot run here" in done.stdout

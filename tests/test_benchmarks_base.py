@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import base, gate, report
 from benchmarks.cases import OPS, heading
-from benchmarks.worker import Worker
+from benchmarks.measure.worker import Worker
+from benchmarks.report import printed
+from benchmarks.suites import against_base, gate
 
 pytestmark = pytest.mark.programs
 
-ROOT = report.ROOT
+ROOT = printed.ROOT
 IN_GIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode == 0
 TOY = OPS["swiglu"].toy
 
@@ -25,7 +26,7 @@ def toy(monkeypatch):
 
     monkeypatch.setitem(OPS, "swiglu", dataclasses.replace(OPS["swiglu"], quick={"toy": TOY}))
     monkeypatch.setattr(gate, "failed_tests", lambda ops: None)
-    monkeypatch.setattr(base, "QUICK_ROUNDS", 3)
+    monkeypatch.setattr(against_base, "QUICK_ROUNDS", 3)
 
 
 @contextmanager
@@ -56,14 +57,14 @@ def swiglu(*arguments, **options):
 
 def test_a_slower_and_different_base_is_seen(toy, tmp_path):
     with changed(tmp_path / "base", SLOW) as folder:
-        (case,) = base.run_cases(options(), folder)
-    assert case["here_over_base"]["q75"] < 0.7 and base.verdict(case["here_over_base"]) == "faster"
+        (case,) = against_base.run_cases(options(), folder)
+    assert case["here_over_base"]["q75"] < 0.7 and against_base.verdict(case["here_over_base"]) == "faster"
     assert case["rows"]["base"]["milliseconds"]["median"] > 50 and case["rows"]["here"]["rounds"] == 3
-    assert not case["same_bits"] and "differ" in base.table([case])
+    assert not case["same_bits"] and "differ" in against_base.table([case])
 
 
 def test_the_process_imports_the_package_of_its_folder(tmp_path):
-    case = heading(OPS["swiglu"], "toy", TOY, base.run.DTYPES["float32"])
+    case = heading(OPS["swiglu"], "toy", TOY, against_base.cpu_run.DTYPES["float32"])
     with changed(tmp_path / "base", "") as folder, Worker([folder, ROOT], 1) as there, Worker([ROOT, ROOT], 1) as here:
         found, own = there.prepare(case), here.prepare(case)
         assert found["nitp_ops"] == str(folder / "nitp_ops") and own["nitp_ops"] == str(ROOT / "nitp_ops")
@@ -76,14 +77,14 @@ def test_the_process_imports_the_package_of_its_folder(tmp_path):
 
 @pytest.mark.skipif(not IN_GIT, reason="no git checkout")
 def test_the_same_revision_has_the_same_bits_and_leaves_no_worktree(toy, capfd):
-    before = base.git("worktree", "list")
+    before = against_base.git("worktree", "list")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base, "BUILT_FROM", ("LICENSE",))  # as if csrc/ were the same: the library is copied
+        patch.setattr(against_base, "BUILT_FROM", ("LICENSE",))  # as if csrc/ were the same: the library is copied
         code = command.main(["--quick", "--op", "swiglu", "--dtype", "float32", "--threads", "1", "--base", "HEAD"])
     shown = capfd.readouterr().out
     assert code == 0 and "swiglu N=6 m=8 float32" in shown and "equal" in shown
-    assert f"base {base.git('rev-parse', '--short=12', 'HEAD')}" in shown
-    assert base.git("worktree", "list") == before
+    assert f"base {against_base.git('rev-parse', '--short=12', 'HEAD')}" in shown
+    assert against_base.git("worktree", "list") == before
 
 
 @pytest.mark.skipif(not IN_GIT, reason="no git checkout")
@@ -93,13 +94,13 @@ def test_an_unknown_revision_is_one_line(toy, capfd):
 
 
 def test_the_verdict_wants_the_middle_half_on_one_side():
-    assert base.verdict({"q25": 0.8, "median": 0.9, "q75": 0.99}) == "faster"
-    assert base.verdict({"q25": 1.01, "median": 1.1, "q75": 1.2}) == "slower"
-    assert base.verdict({"q25": 0.9, "median": 1.0, "q75": 1.1}) == "no difference"
+    assert against_base.verdict({"q25": 0.8, "median": 0.9, "q75": 0.99}) == "faster"
+    assert against_base.verdict({"q25": 1.01, "median": 1.1, "q75": 1.2}) == "slower"
+    assert against_base.verdict({"q25": 0.9, "median": 1.0, "q75": 1.1}) == "no difference"
 
 
 def test_red_tests_give_no_comparison(monkeypatch, capsys):
     monkeypatch.setattr(gate, "failed_tests", lambda ops: "pytest ended with code 1")
-    monkeypatch.setattr(base, "checkout", lambda revision: pytest.fail("built"))
+    monkeypatch.setattr(against_base, "checkout", lambda revision: pytest.fail("built"))
     assert command.main(["--quick", "--op", "swiglu", "--base", "HEAD"]) == 1
     assert "red, no numbers" in capsys.readouterr().err

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bundle, carried, short, unpack
+from benchmarks.gpu.bundle import __main__ as bundle
+from benchmarks.gpu.bundle import carried, unpack
+from benchmarks.gpu.short import __main__ as short
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -169,8 +171,8 @@ def test_a_source_tree_finds_its_objectives_without_an_installation(tmp_path, mo
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """What a build needs of a source tree, on a machine with an nvcc."""
-    (tmp_path / "csrc").mkdir()
-    (tmp_path / "csrc/build_cuda.py").write_text((ROOT / "csrc/build_cuda.py").read_text())
+    (tmp_path / "csrc/tools").mkdir(parents=True)
+    (tmp_path / "csrc/tools/build_cuda.py").write_text((ROOT / "csrc/tools/build_cuda.py").read_text())
     monkeypatch.setattr(carried.shutil, "which", lambda name: name)
     return tmp_path
 

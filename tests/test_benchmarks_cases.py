@@ -7,10 +7,12 @@ import torch
 
 import nitp_ops
 from benchmarks import __main__ as command
-from benchmarks import measure, peers, run
+from benchmarks import peers
 from benchmarks.cases import OPS, heading
-from benchmarks.heads import HEADS
 from benchmarks.implementations import NAMES, SLOW, forward, names_for, step
+from benchmarks.measure import cpu
+from benchmarks.model_shapes import HEADS
+from benchmarks.suites import cpu_run
 
 pytestmark = pytest.mark.programs
 
@@ -60,7 +62,7 @@ def test_a_softcap_reaches_everybody_that_has_one_and_the_others_say_so():
         value = step(forward(op.name, name), capped)
         assert value == pytest.approx(float(step(forward(op.name, "ours-reference"), capped)), rel=1e-5)
         assert abs(value - step(forward(op.name, name), plain)) > 1e-3
-    rows = measure.time_case(op, sizes, torch.float32, ["torch-best"], rounds=1, seconds=1.0)
+    rows = cpu.time_case(op, sizes, torch.float32, ["torch-best"], rounds=1, seconds=1.0)
     assert "has no softcap" in rows["torch-best"]["skipped"] or "has no F.linear" in rows["torch-best"]["skipped"]
 
 
@@ -76,7 +78,7 @@ def test_a_peer_that_cannot_run_prints_its_reason(name, monkeypatch):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy", raising=False)
     op = OPS["linear_cross_entropy"]
-    rows = measure.time_case(op, op.toy, torch.float32, ["ours", name], rounds=1, seconds=1.0)
+    rows = cpu.time_case(op, op.toy, torch.float32, ["ours", name], rounds=1, seconds=1.0)
     assert "Error: " in rows[name]["skipped"] and "milliseconds" in rows["ours"]
 
 
@@ -92,32 +94,32 @@ def test_forward_and_backward_are_the_two_parts_of_a_step():
         now += 3.0
         return gate * up
 
-    taken = measure.Step(slow, op.inputs(op.toy, torch.float32), clock)
+    taken = cpu.Step(slow, op.inputs(op.toy, torch.float32), clock)
     taken()
     rows = {"floor": {}, "ours": {}}
-    measure.described(rows, {"floor": [1.0], "ours": [5.0]}, {"ours": taken}, flops=10**9)
+    cpu.described(rows, {"floor": [1.0], "ours": [5.0]}, {"ours": taken}, flops=10**9)
     assert rows["ours"]["forward_ms"]["median"] == 3000 and rows["ours"]["backward_ms"]["median"] == 2000
     assert rows["ours"]["gflop_per_s"] == pytest.approx(0.2)
 
 
 def test_a_case_that_does_not_fit_is_a_reason_and_no_swap(monkeypatch):
-    monkeypatch.setattr(measure, "available_bytes", lambda: 2**30)
-    monkeypatch.setattr(run, "in_child", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(cpu, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(cpu_run, "in_child", lambda *_: pytest.fail("measured"))
     op = OPS["linear_cross_entropy"]
-    (case,) = run.measure_case(
-        op, "DeepSeek-V3", op.full["DeepSeek-V3"], "bfloat16", ["ours"], 1, ["default"], run.QUICK
+    (case,) = cpu_run.measure_case(
+        op, "DeepSeek-V3", op.full["DeepSeek-V3"], "bfloat16", ["ours"], 1, ["default"], cpu_run.QUICK
     )
     assert case["rows"]["ours"]["skipped"].endswith("GiB, 1.0 are available")
 
 
 def test_a_name_and_an_op_that_do_not_meet_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(run.gate, "refused", lambda ops: pytest.fail("ran the tests"))
+    monkeypatch.setattr(cpu_run.gate, "refused", lambda ops: pytest.fail("ran the tests"))
     assert command.main(["--op", "swiglu", "--case", "GPT-2"]) == 2
     assert "see --list" in capsys.readouterr().err
 
 
 def test_an_extra_case_is_its_module(monkeypatch):
     seen = []
-    monkeypatch.setitem(command.EXTRA, "scaling", "plots")
-    monkeypatch.setattr(command.plots, "run", lambda options: seen.append(options.case) or 7, raising=False)
+    monkeypatch.setitem(command.EXTRA, "scaling", "gate")
+    monkeypatch.setattr(cpu_run.gate, "run", lambda options: seen.append(options.case) or 7, raising=False)
     assert command.main(["--case", "scaling"]) == 7 and seen == [["scaling"]]

@@ -9,10 +9,12 @@ from cpu_in_its_place import stand_in
 from torch._dynamo.testing import CompileCounter
 
 from benchmarks import __main__ as command
-from benchmarks import cuda, cuda_run, gpu_report, gpu_stages, measure, overhead, row_kernels
 from benchmarks.cases import OPS
+from benchmarks.gpu import cuda_run, run_report, stages
 from benchmarks.implementations import EAGER
-from benchmarks.isolated import Isolated, Lost, MeasurementError, without_the_dead
+from benchmarks.measure import cpu, cuda
+from benchmarks.measure.isolated import Isolated, Lost, MeasurementError, without_the_dead
+from benchmarks.suites import overhead, row_kernels
 from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.programs
@@ -115,8 +117,8 @@ def test_the_exact_values_in_chunks_are_those_of_the_whole(monkeypatch):
     inputs = op.inputs({"N": 10, "d": 4, "V": 20}, torch.float32)
     monkeypatch.setattr(cuda, "EXACT_ROWS", 3)
     chunked = cuda.exact_values(op, inputs)
-    whole = measure.value_and_gradients(EAGER[op.name], inputs.to(torch.float64))
-    assert max(measure.relative(chunked, whole).values()) < 1e-12 and set(chunked) == set(whole)
+    whole = cpu.value_and_gradients(EAGER[op.name], inputs.to(torch.float64))
+    assert max(cpu.relative(chunked, whole).values()) < 1e-12 and set(chunked) == set(whole)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_nitp_over_ntp_stands_beside_the_ratio_of_flops(cpu_in_its_place):
     assert rows["ours"]["over_ntp"]["median"] > 0 and rows["ours"]["rounds"] == 3
     assert "skipped" in rows["ours-triton"]
     case = {"op": overhead.NAME, "sizes": toy, "dtype": "float32", "rows": rows, "prediction": 1.25}
-    assert "1.250" in gpu_report.shown(case).splitlines()[3]
+    assert "1.250" in run_report.shown(case).splitlines()[3]
 
 
 @pytest.mark.parametrize(
@@ -212,12 +214,12 @@ def test_nitp_over_ntp_stands_beside_the_ratio_of_flops(cpu_in_its_place):
 )
 def test_tests_that_were_green_on_this_commit_are_not_run_again(tmp_path, monkeypatch, commit, stages, green):
     info = {"gpu": "Some GPU", "commit": commit, "torch": "2"}
-    monkeypatch.setattr(gpu_report, "machine", lambda known: dict(info))
-    assert not gpu_report.tests_are_green(None, tmp_path)
-    gpu_report.keep(gpu_report.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []})
-    assert gpu_report.tests_are_green(None, tmp_path) is green
-    monkeypatch.setattr(gpu_report, "machine", lambda known: info | {"torch": "3"})
-    assert not gpu_report.tests_are_green(None, tmp_path)
+    monkeypatch.setattr(run_report, "machine", lambda known: dict(info))
+    assert not run_report.tests_are_green(None, tmp_path)
+    run_report.keep(run_report.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []})
+    assert run_report.tests_are_green(None, tmp_path) is green
+    monkeypatch.setattr(run_report, "machine", lambda known: info | {"torch": "3"})
+    assert not run_report.tests_are_green(None, tmp_path)
 
 
 def test_the_cases_are_those_of_the_plan():
@@ -228,5 +230,5 @@ def test_the_cases_are_those_of_the_plan():
     assert {dtype for op, *_, dtype in found if op == "alignment_rows_"} == {"bfloat16", "float32"}
     for kernel in ("accumulate_rows_", "prepare_rows_", "finish_rows_"):
         assert {dtype for op, *_, dtype in found if op == kernel} == {"bfloat16"}
-    stages = [subject for subjects in gpu_stages.SUBJECTS.values() for subject in subjects]
-    assert sorted(stages) == sorted(cuda_run.SUBJECTS)
+    named = [subject for subjects in stages.SUBJECTS.values() for subject in subjects]
+    assert sorted(named) == sorted(cuda_run.SUBJECTS)

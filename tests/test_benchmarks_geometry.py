@@ -9,7 +9,7 @@ import pytest
 import torch
 from cpu_in_its_place import stand_in
 
-from benchmarks import geometry
+from benchmarks.suites import geometry
 from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.gpu_source
@@ -23,7 +23,7 @@ def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU")
     out = tmp_path_factory.mktemp("geometry") / "geometry.so"
-    sources = [str(ROOT / "benchmarks/geometry.cu"), str(ROOT / "tests/simt/simt.cpp")]
+    sources = [str(ROOT / "benchmarks/suites/geometry.cu"), str(ROOT / "tests/simt/simt.cpp")]
     flags = ["-std=c++20", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{ROOT / 'tests/simt'}", "-x", "c++"]
     done = subprocess.run(["g++", *flags, *sources, "-o", str(out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_page, report, roofline, training_step
+from benchmarks.gpu import page
+from benchmarks.measure import roofline
+from benchmarks.report import printed
+from benchmarks.suites import training_step
 
 MACHINE = {
     "gpu": "NVIDIA H200", "multiprocessors": 132, "memory_gib": 139.8, "capability": "9.0", "torch": "2.11.0",
@@ -44,8 +47,8 @@ def document() -> dict:
 
 @pytest.fixture
 def kept(tmp_path) -> Path:
-    report.write_json(report.results_path(MACHINE, tmp_path), document())
-    report.write_json(tmp_path / "a-cpu" / "1-quick.json", {"machine": {"cpu": "A"}, "cases": []})
+    printed.write_json(printed.results_path(MACHINE, tmp_path), document())
+    printed.write_json(tmp_path / "a-cpu" / "1-quick.json", {"machine": {"cpu": "A"}, "cases": []})
     return tmp_path
 
 
@@ -54,13 +57,13 @@ def lines(text: str, start: str) -> list[list[str]]:
 
 
 def test_the_page_is_current():
-    text = gpu_page.PAGE.read_text()
-    assert gpu_page.written(text, gpu_page.documents()) == text
-    assert text.count(gpu_page.BEGIN) == text.count(gpu_page.END) == 1
+    text = page.PAGE.read_text()
+    assert page.written(text, page.documents()) == text
+    assert text.count(page.BEGIN) == text.count(page.END) == 1
 
 
 def test_without_results_every_figure_but_the_model_s_is_not_measured():
-    text = gpu_page.section([])
+    text = page.section([])
     for row in lines(text, "| `linear") + lines(text, "| `implicit"):
         assert float(row[3]) > 1 and set(row[4:]) == {"not measured"}
     for objective in training_step.OBJECTIVES:
@@ -68,8 +71,8 @@ def test_without_results_every_figure_but_the_model_s_is_not_measured():
 
 
 def test_a_measurement_stands_beside_the_model_at_the_measured_rates(kept):
-    found = gpu_page.documents(kept)
-    text = gpu_page.section(found)
+    found = page.documents(kept)
+    text = page.section(found)
     assert len(found) == 1 and "NVIDIA H200" in text and "test green" in text
     assert "Model of this GPU, measured: 700 TFLOP/s, 4.0 TB/s of copy" in text
     model = roofline.cost("linear_cross_entropy", HEAD).ratio(roofline.Rates(7e14, 4e12))
@@ -90,10 +93,10 @@ def test_a_measurement_stands_beside_the_model_at_the_measured_rates(kept):
 
 def test_results_of_a_dry_run_are_refused_in_one_line(kept, monkeypatch, capsys):
     fake = {**document(), "fake": True}
-    report.write_json(kept / "dry-run" / "1.json", fake)
-    with pytest.raises(report.DamagedResults, match="a dry run, nothing was measured"):
-        gpu_page.documents(kept)
-    monkeypatch.setattr(gpu_page.documents, "__defaults__", (kept,))
-    before = gpu_page.PAGE.read_text()
-    assert gpu_page.main() == 1 and gpu_page.PAGE.read_text() == before
+    printed.write_json(kept / "dry-run" / "1.json", fake)
+    with pytest.raises(printed.DamagedResults, match="a dry run, nothing was measured"):
+        page.documents(kept)
+    monkeypatch.setattr(page.documents, "__defaults__", (kept,))
+    before = page.PAGE.read_text()
+    assert page.main() == 1 and page.PAGE.read_text() == before
     assert capsys.readouterr().err.count("\n") == 1

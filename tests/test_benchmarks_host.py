@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gate, host
+from benchmarks.suites import gate, host
 
 
 def test_every_pair_is_the_same_loss(monkeypatch):

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import measure, peers
+from benchmarks import peers
 from benchmarks.cases import HEADS, OPS
 from benchmarks.implementations import forward, step
+from benchmarks.measure import cpu
 
 OP = OPS["linear_cross_entropy"]
 BF16, HOPPER = torch.bfloat16, (9, 0)
@@ -140,8 +141,8 @@ def test_trl_computes_the_loss_and_its_gradients_where_it_is_installed():
         return
     for sizes in (OP.toy, OP.toy | {"softcap": 1}):
         inputs = OP.inputs(sizes, torch.float32)
-        exact = measure.value_and_gradients(forward(OP.name, "ours-reference"), inputs.to(torch.float64))
-        assert max(measure.relative(measure.value_and_gradients(function, inputs), exact).values()) < 1e-5
+        exact = cpu.value_and_gradients(forward(OP.name, "ours-reference"), inputs.to(torch.float64))
+        assert max(cpu.relative(cpu.value_and_gradients(function, inputs), exact).values()) < 1e-5
 
 
 @pytest.mark.parametrize(

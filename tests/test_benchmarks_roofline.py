@@ -1,4 +1,4 @@
-"""`benchmarks.roofline`: the model's figures, its agreement with a GPU that was measured, and its bytes law."""
+"""`benchmarks.measure.roofline`: the model's figures, its agreement with a GPU that was measured, and its bytes law."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from small_kernels import SmallKernels
 from without_reading import without_reading
 
 import nitp_ops
-from benchmarks import roofline
 from benchmarks.cases import OPS
-from benchmarks.roofline import H200, Cost, Rates, cost
+from benchmarks.measure import roofline
+from benchmarks.measure.roofline import H200, Cost, Rates, cost
 
 #: A GPU of 3.0 TB/s on which bfloat16 GEMMs of these sizes ran at 750 TFLOP/s.
 H100 = Rates(750e12, 3.0e12)

@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_run, dry_run, gpu_report, report, short, short_about, short_pieces, short_run
-from benchmarks.isolated import Isolated, MeasurementError
-from benchmarks.short_kinds import Records, Rows, Stage
+from benchmarks.gpu import cuda_run, run_report
+from benchmarks.gpu.short import __main__ as short
+from benchmarks.gpu.short import dry_run, environment, order, timed_run
+from benchmarks.gpu.short.kinds import Records, Rows, Stage
+from benchmarks.measure.isolated import Isolated, MeasurementError
+from benchmarks.report import printed
 
 pytestmark = pytest.mark.programs
 
@@ -60,12 +63,12 @@ def case(size, names=("ours", "eager")):
 
 def runner(tmp_path, budget, clock, seconds, hang=(), info=INFO):
     processes = {name: Fake(clock, seconds, hang) for name in ("ours", "peers")}
-    made = short_run.Runner(info, tmp_path, dict(processes), budget + short_run.RESERVE, fake=True, clock=clock)
+    made = timed_run.Runner(info, tmp_path, dict(processes), budget + timed_run.RESERVE, fake=True, clock=clock)
     return made, processes
 
 
 def kept(tmp_path):
-    return report.read(report.results_path(INFO, tmp_path), fake=True)
+    return printed.read(printed.results_path(INFO, tmp_path), fake=True)
 
 
 def test_what_does_not_fit_is_told_and_first_in_the_next_call(tmp_path, capsys):
@@ -95,7 +98,7 @@ def test_every_case_is_in_the_file_before_the_next_begins(tmp_path):
 
     class Watching(Fake):
         def run(self, task, names, *, patience, deadline):
-            path = report.results_path(INFO, tmp_path)
+            path = printed.results_path(INFO, tmp_path)
             seen.append(len(json.loads(path.read_text())["cases"]) if path.exists() else 0)
             return super().run(task, names, patience=patience, deadline=deadline)
 
@@ -141,8 +144,8 @@ def test_who_was_absent_is_tried_again_and_a_green_stage_is_not(tmp_path):
 
 
 def test_results_that_came_back_to_the_tree_count_and_those_of_a_dirty_one_do_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "tree")
-    monkeypatch.setattr(report.results_path, "__defaults__", (tmp_path / "tree", ""))
+    monkeypatch.setattr(printed, "RESULTS", tmp_path / "tree")
+    monkeypatch.setattr(printed.results_path, "__defaults__", (tmp_path / "tree", ""))
     for commit, asked in (("abc", []), ("abc-dirty", [["ours", "eager"]])):
         info = dry_run.machine(commit)
         for folder in ("tree", "out"):
@@ -157,12 +160,12 @@ def test_what_the_end_of_the_budget_stopped_has_not_failed():
         {"op": "swiglu", "rows": rows} for rows in ({"floor": row, "ours": row, "x": gone}, {"floor": row, "x": gone})
     )
     found = {"stages": {"test": {"code": 124}, "doctor": {"code": 0}}, "cases": [one, other], "records": [gone]}
-    left = short_run.without_the_stopped(found)
+    left = timed_run.without_the_stopped(found)
     assert left == {"stages": {"doctor": {"code": 0}}, "cases": [{"op": "swiglu", "rows": {"floor": row, "ours": row}}]}
 
 
 def test_the_order_is_by_worth():
-    names = [piece.name for piece in short_pieces.pieces("9.0")]
+    names = [piece.name for piece in order.pieces("9.0")]
     first = [
         "ceiling",
         "doctor",
@@ -180,7 +183,7 @@ def test_the_order_is_by_worth():
 
 
 def dry(tmp_path, budget, **options):
-    command = [sys.executable, "-m", "benchmarks.short", "--dry-run", "--bundle-mib", "9", "--commit", "abc"]
+    command = [sys.executable, "-m", "benchmarks.gpu.short", "--dry-run", "--bundle-mib", "9", "--commit", "abc"]
     return subprocess.Popen(
         [*command, "--budget-s", str(budget), "--out", str(tmp_path)],
         cwd=ROOT,
@@ -201,7 +204,7 @@ def test_two_calls_hold_their_budgets_and_a_killed_one_keeps_what_it_measured(tm
     assert before["fake"] and before["stages"]["test"]["code"] == 0
     took = time.monotonic()
     second = dry(tmp_path, 480, start_new_session=True)
-    path = report.results_path(INFO, tmp_path)
+    path = printed.results_path(INFO, tmp_path)
     while len(json.loads(path.read_text())["cases"]) < len(before["cases"]) + 4:
         assert time.monotonic() - took < 60
         time.sleep(0.01)
@@ -210,12 +213,12 @@ def test_two_calls_hold_their_budgets_and_a_killed_one_keeps_what_it_measured(tm
     killed = kept(tmp_path)
     assert killed["stages"] == before["stages"] and len(killed["cases"]) > len(before["cases"])
     for old, new in zip(before["cases"], killed["cases"], strict=False):
-        assert gpu_report.identity(old) == gpu_report.identity(new) and old["rows"].items() <= new["rows"].items()
+        assert run_report.identity(old) == run_report.identity(new) and old["rows"].items() <= new["rows"].items()
     third = dry(tmp_path, 1500)
     said, _ = third.communicate(timeout=120)
     assert "\ntest: " not in said  # green already
-    assert all(not piece.left(kept(tmp_path)) for piece in short_pieces.pieces("9.0"))
-    assert gpu_report.main([str(tmp_path), "--out", str(tmp_path / "all")]) == 1
+    assert all(not piece.left(kept(tmp_path)) for piece in order.pieces("9.0"))
+    assert run_report.main([str(tmp_path), "--out", str(tmp_path / "all")]) == 1
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -223,7 +226,7 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_two(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "benchmarks.short",
+        "benchmarks.gpu.short",
         "--budget-s",
         "60",
         "--bundle-mib",
@@ -238,9 +241,9 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_two(tmp_path):
 
 def test_a_library_without_code_for_the_gpu_is_one_line_and_the_rest_goes_on(monkeypatch, capsys):
     told = {"machine": {"capability": "7.5", "commit": "abc"}, "native": "no kernel image", "built_of": None}
-    monkeypatch.setattr(short_about, "_ask", lambda *_: told)
+    monkeypatch.setattr(environment, "_ask", lambda *_: told)
     with Isolated() as process:
-        info = short_about.about(process, None, ROOT, time.monotonic() + 60)
+        info = environment.about(process, None, ROOT, time.monotonic() + 60)
     assert info["capability"] == "7.5"
     assert capsys.readouterr().out.splitlines()[-1] == (
         "library: ours without CUDA C++ kernels: there are no CUDA kernels for compute capability 7.5"
@@ -248,8 +251,8 @@ def test_a_library_without_code_for_the_gpu_is_one_line_and_the_rest_goes_on(mon
 
 
 def test_results_of_another_machine_are_one_line(tmp_path, capsys, monkeypatch):
-    other = {**INFO, "torch": "2.11.0"}
-    report.write_json(report.results_path(INFO, tmp_path), {"machine": other, "stages": {}, "cases": [], "fake": True})
+    kept = {"machine": {**INFO, "torch": "2.11.0"}, "stages": {}, "cases": [], "fake": True}
+    printed.write_json(printed.results_path(INFO, tmp_path), kept)
     with pytest.raises(ValueError, match="do not mix"):
         runner(tmp_path, 9, Clock(), 1)
     monkeypatch.setattr(dry_run, "ready", lambda *_: None)

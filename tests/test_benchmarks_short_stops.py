@@ -11,9 +11,10 @@ import time
 import pytest
 from test_benchmarks_short import INFO, Clock, case, dry, kept, runner
 
-from benchmarks import gpu_report, gpu_stages, report
-from benchmarks.isolated import Isolated, MeasurementError
-from benchmarks.short_kinds import Rows
+from benchmarks.gpu import run_report, stages
+from benchmarks.gpu.short.kinds import Rows
+from benchmarks.measure.isolated import Isolated, MeasurementError
+from benchmarks.report import printed
 
 pytestmark = pytest.mark.programs
 
@@ -57,22 +58,22 @@ def test_a_step_is_killed_where_its_lines_cannot_be_passed_on(tmp_path, monkeypa
     monkeypatch.setattr("builtins.print", closed)
     start = time.monotonic()
     with pytest.raises(BrokenPipeError):
-        gpu_stages.run([gpu_stages.python("-c", code)])
+        stages.run([stages.python("-c", code)])
     while alive(int(path.read_text())) and time.monotonic() - start < 20:
         os.waitpid(int(path.read_text()), 0)
     assert not alive(int(path.read_text())) and time.monotonic() - start < 20
 
 
 def test_bytes_that_are_no_text_do_not_end_a_stage(capsys):
-    step = gpu_stages.python("-c", r"import sys; sys.stdout.buffer.write(b'\xff 9 passed\n')")
-    assert gpu_stages.run([step])[::2] == (0, "\ufffd 9 passed")
-    assert gpu_stages.run([step], float("inf"))[0] == 0
+    step = stages.python("-c", r"import sys; sys.stdout.buffer.write(b'\xff 9 passed\n')")
+    assert stages.run([step])[::2] == (0, "\ufffd 9 passed")
+    assert stages.run([step], float("inf"))[0] == 0
 
 
 def test_a_timer_that_comes_too_late_is_quiet(capfd):
     done = subprocess.Popen([sys.executable, "-c", ""], start_new_session=True, text=True)
     done.wait()
-    gpu_stages._end(done)
+    stages._end(done)
     assert not capfd.readouterr().err
 
 
@@ -87,7 +88,7 @@ def test_no_process_starts_after_the_run_is_over(monkeypatch):
 
 def test_a_full_disk_loses_the_file_alone(tmp_path, capsys, monkeypatch):
     made, processes = runner(tmp_path, 100, Clock(), 1)
-    write, written = report.write, []
+    write, written = printed.write, []
 
     def full(path, text):
         written.append(path)
@@ -95,7 +96,7 @@ def test_a_full_disk_loses_the_file_alone(tmp_path, capsys, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         write(path, text)
 
-    monkeypatch.setattr(report, "write", full)
+    monkeypatch.setattr(printed, "write", full)
     assert made.run([Rows(case(size), 1) for size in (1, 2, 3)]) == 1
     assert len(processes["ours"].asked) == 3
     said = capsys.readouterr()
@@ -126,11 +127,11 @@ def test_two_calls_at_once_keep_what_either_measured(tmp_path):
     ],
 )
 def test_a_file_that_lacks_what_results_have_is_one_line(tmp_path, damage):
-    path = report.results_path(INFO, tmp_path)
+    path = printed.results_path(INFO, tmp_path)
     whole = {"machine": INFO, "stages": {}, "cases": [], "fake": True, **damage}
-    report.write(path, json.dumps(whole))
+    printed.write(path, json.dumps(whole))
     with pytest.raises(ValueError, match=r"abc\.json: these are no results of a GPU") as raised:
         runner(tmp_path, 9, Clock(), 1)
     assert "\n" not in str(raised.value)
     with pytest.raises(ValueError, match="no results of a GPU"):
-        gpu_report.merged({"machine": INFO}, {"machine": INFO, "stages": {}, "cases": []})
+        run_report.merged({"machine": INFO}, {"machine": INFO, "stages": {}, "cases": []})

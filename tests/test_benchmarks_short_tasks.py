@@ -9,10 +9,12 @@ import pytest
 import torch
 from cpu_in_its_place import stand_in
 
-from benchmarks import cuda, gpu_report, profiled, short_pieces, short_tasks
 from benchmarks.cases import OPS
-from benchmarks.isolated import Isolated, Lost
-from benchmarks.short_kinds import Bench, Records, Rows, Stage
+from benchmarks.gpu import run_report
+from benchmarks.gpu.short import order, tasks
+from benchmarks.gpu.short.kinds import Bench, Records, Rows, Stage
+from benchmarks.measure import cuda, profiled
+from benchmarks.measure.isolated import Isolated, Lost
 
 pytestmark = pytest.mark.programs
 
@@ -51,20 +53,20 @@ def toy(sizes):
     return {name: {"N": 8, "D": 16, "m": 16, "d": 16, "V": 64}.get(name, size) for name, size in sizes.items()}
 
 
-ROWS = [piece for piece in short_pieces.pieces("9.0") if isinstance(piece, Rows)]
+ROWS = [piece for piece in order.pieces("9.0") if isinstance(piece, Rows)]
 
 
 def test_every_row_is_measured_by_who_runs_on_a_cpu(cpu_in_its_place, bench, monkeypatch):
     monkeypatch.setattr(cuda, "attempt", lambda name, task: task())  # what raises is seen
-    monkeypatch.setattr(short_pieces.cuda_run, "ROUNDS", 2)
+    monkeypatch.setattr(order.cuda_run, "ROUNDS", 2)
     for piece in {(p.case.op, p.case.dtype): p for p in ROWS if p.process == "ours"}.values():
         names = [name for name in piece.names if name in ON_A_CPU]
         small = replace(piece, case=replace(piece.case, sizes=toy(piece.case.sizes), names=names))
         assert small.left(bench.document) == names
         found = small.run(names, bench)
-        assert gpu_report.shown(found["cases"][0])
+        assert run_report.shown(found["cases"][0])
         assert all("milliseconds" in found["cases"][0]["rows"][name] for name in names), found
-        bench.document = gpu_report.merged(bench.document, {**bench.document, **found})
+        bench.document = run_report.merged(bench.document, {**bench.document, **found})
         assert small.left(bench.document) == []
 
 
@@ -77,9 +79,9 @@ def test_a_peer_that_cannot_run_here_says_why(cpu_in_its_place, bench):
 
 
 def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch):
-    monkeypatch.setattr(short_tasks, "COPIED", 64)
-    monkeypatch.setattr(short_tasks, "SQUARE", 8)
-    for piece in short_pieces.pieces("9.0"):
+    monkeypatch.setattr(tasks, "COPIED", 64)
+    monkeypatch.setattr(tasks, "SQUARE", 8)
+    for piece in order.pieces("9.0"):
         if not isinstance(piece, Records) or piece.op in ("counters", "geometry"):  # a profiler's, and nvcc's
             continue
         if piece.op == "training_step":
@@ -88,7 +90,7 @@ def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch)
             pytest.importorskip("transformers")
             piece = replace(piece, task=partial(piece.task, steps=1, warmup=1, dtype="float32", **TINY))
         if piece.op == "chunk_rows":
-            task = partial(short_tasks.chunks, sizes={"N": 16, "d": 8, "V": 32}, rounds=2, seconds=9)
+            task = partial(tasks.chunks, sizes={"N": 16, "d": 8, "V": 32}, rounds=2, seconds=9)
             piece = replace(piece, task=task, names=("4", "8"))
         found = piece.run(list(piece.names), bench)["records"]
         assert [record["implementation"] for record in found] == list(piece.names)
@@ -115,24 +117,24 @@ def test_stages_are_green_red_or_stopped_and_caches_are_warmed_beside_them(bench
 
 
 def sleeper(code):
-    return short_pieces.gpu_stages.Step([sys.executable, "-c", code])
+    return order.stages.Step([sys.executable, "-c", code])
 
 
 def test_compilers_run_beside_the_tests_until_these_end(cpu_in_its_place, monkeypatch, tmp_path):
     ran = []
-    monkeypatch.setattr(short_tasks, "step", lambda function, inputs: ran.append(len(inputs.leaves)))
+    monkeypatch.setattr(tasks, "step", lambda function, inputs: ran.append(len(inputs.leaves)))
     cases = [
         ("implicit_token_loss", {"N": 6, "d": 8}, "bfloat16"),
         ("linear_cross_entropy", {"N": 6, "d": 8, "V": 20}, "bfloat16"),
     ]
-    short_tasks.warm(at, ["ours", "eager-float32"], cases=cases, stop=tmp_path / "stop")
+    tasks.warm(at, ["ours", "eager-float32"], cases=cases, stop=tmp_path / "stop")
     assert ran == [4, 2, 2]  # NITP has no eager-float32
-    short_tasks.warm(at, ["ours"], cases=cases, stop=tmp_path)
+    tasks.warm(at, ["ours"], cases=cases, stop=tmp_path)
     assert len(ran) == 3
-    monkeypatch.setattr(short_tasks, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(tasks, "step", lambda *_: 1 / 0)
     monkeypatch.setattr(cuda, "settle", lambda: (_ for _ in ()).throw(RuntimeError("CUDA error")))
     with pytest.raises(Lost, match="ours broke the device"):
-        short_tasks.warm(at, ["ours"], cases=cases, stop=tmp_path / "stop")
+        tasks.warm(at, ["ours"], cases=cases, stop=tmp_path / "stop")
 
 
 @pytest.mark.parametrize("kernel", profiled.KERNELS)
@@ -158,16 +160,16 @@ def test_counters_are_read_in_bytes_and_nanoseconds(monkeypatch):
 
 
 def test_the_machine_is_told_with_what_its_library_lacks(monkeypatch):
-    assert torch.cuda.is_available() or "sees no GPU" in short_tasks.about(at, [], commit="abc")["refusal"]
+    assert torch.cuda.is_available() or "sees no GPU" in tasks.about(at, [], commit="abc")["refusal"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_report, "machine", lambda commit: {"commit": commit})
-    monkeypatch.setattr(short_tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}")
-    told = short_tasks.about(at, [], commit="abc")
+    monkeypatch.setattr(run_report, "machine", lambda commit: {"commit": commit})
+    monkeypatch.setattr(tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}")
+    told = tasks.about(at, [], commit="abc")
     assert told["machine"] == {"commit": "abc"} and told["native"] == "no code for cuda"
 
 
 def test_the_pieces_name_modules_tests_and_ops_that_exist():
-    pieces = list(short_pieces.pieces("9.0"))
+    pieces = list(order.pieces("9.0"))
     assert len({piece.name for piece in pieces}) == len(pieces)
     (tests,) = [piece for piece in pieces if isinstance(piece, Stage) and piece.name == "test"]
     assert sum(word.startswith("tests/test_gpu_") for word in tests.steps[0].command) >= 4

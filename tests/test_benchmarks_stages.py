@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import gpu_report, gpu_stages, report, sanitize
+from benchmarks.gpu import run_report, sanitize, stages
+from benchmarks.report import printed
 from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.programs
@@ -20,7 +21,7 @@ GPU |= {"torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0", "commit": "0123456
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("program", [["-m", "benchmarks", "--device", "cuda"], ["-m", "benchmarks.gpu_stages", "test"]])
+@pytest.mark.parametrize("program", [["-m", "benchmarks", "--device", "cuda"], ["-m", "benchmarks.gpu.stages", "test"]])
 def test_without_a_gpu_it_is_one_line_and_exit_code_two(program):
     done = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stdout == ""
@@ -37,11 +38,11 @@ def document(op, milliseconds, stage="test"):
 
 def test_stages_of_one_gpu_and_commit_meet_in_one_file(tmp_path, capsys):
     for folder, result in (("a", document("swiglu", 1.0)), ("b", document("alignment", 2.0, "large"))):
-        report.write_json(report.results_path(GPU, tmp_path / folder), result)
-    again = report.results_path(GPU, tmp_path / "c")
-    report.write_json(again, document("swiglu", 4.0))
+        printed.write_json(printed.results_path(GPU, tmp_path / folder), result)
+    again = printed.results_path(GPU, tmp_path / "c")
+    printed.write_json(again, document("swiglu", 4.0))
     for folder in "abc":
-        assert gpu_report.main([str(tmp_path / folder), "--out", str(tmp_path / "all")]) == 0
+        assert run_report.main([str(tmp_path / folder), "--out", str(tmp_path / "all")]) == 0
     path = tmp_path / "all/nvidia-h200/0123456789ab.json"
     whole = json.loads(path.read_text())
     assert list(whole["stages"]) == ["test", "large"]
@@ -51,13 +52,13 @@ def test_stages_of_one_gpu_and_commit_meet_in_one_file(tmp_path, capsys):
     ]
     shown = capsys.readouterr().out
     assert "swiglu 2x3 float32" in shown and "large: green in 5 s, 9 passed" in shown
-    assert gpu_report.main([str(tmp_path / "none")]) == 2
+    assert run_report.main([str(tmp_path / "none")]) == 2
 
 
 def test_results_of_other_commits_do_not_mix():
     other = {**document("swiglu", 1.0), "machine": {**GPU, "commit": "ba9876543210"}}
     with pytest.raises(ValueError, match="do not mix"):
-        gpu_report.merged(document("swiglu", 1.0), other)
+        run_report.merged(document("swiglu", 1.0), other)
 
 
 def test_rows_and_records_of_one_case_meet_and_the_last_one_stays():
@@ -65,7 +66,7 @@ def test_rows_and_records_of_one_case_meet_and_the_last_one_stays():
     other["cases"][0]["rows"] = {"ours-triton": {"rounds": 1}, "quack": {"rounds": 2}}
     record = {"op": "training_step", "case": "toy", "implementation": "ntp"}
     one["records"], other["records"] = [record | {"seconds": 1}], [record | {"seconds": 2}]
-    whole = gpu_report.merged(one, {**other, "machine": {**GPU, "memory_gib": 139.9}})
+    whole = run_report.merged(one, {**other, "machine": {**GPU, "memory_gib": 139.9}})
     (case,) = whole["cases"]
     assert list(case["rows"]) == ["floor", "ours", "quack", "ours-triton"] and case["rows"]["quack"] == {"rounds": 2}
     assert whole["records"] == [record | {"seconds": 2}]
@@ -73,49 +74,49 @@ def test_rows_and_records_of_one_case_meet_and_the_last_one_stays():
 
 def test_a_dry_run_is_refused_in_one_line_by_what_collects(tmp_path, capsys):
     fake = {**document("swiglu", 1.0), "fake": True}
-    report.write_json(report.results_path(GPU, tmp_path / "a"), fake)
-    assert gpu_report.main([str(tmp_path / "a"), "--out", str(tmp_path / "all")]) == 1
+    printed.write_json(printed.results_path(GPU, tmp_path / "a"), fake)
+    assert run_report.main([str(tmp_path / "a"), "--out", str(tmp_path / "all")]) == 1
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "a dry run, nothing was measured" in said.err and not said.out
     with pytest.raises(ValueError, match="do not mix"):
-        gpu_report.merged(document("swiglu", 1.0), fake)
+        run_report.merged(document("swiglu", 1.0), fake)
     with pytest.raises(ValueError, match="a dry run has no table"):
-        gpu_report.summary(fake)
+        run_report.summary(fake)
 
 
 def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage_did():
     whole = document("swiglu", 1.5)
     whole["records"] = [{"op": "training_step", "implementation": "ntp", "tokens_per_s": 51234.5, "peak_gib": 9.5}]
     whole["stages"]["sanitize"] = {"code": 9, "seconds": 61.0, "said": "ERROR SUMMARY: 2 errors"}
-    lines = gpu_report.summary(whole).splitlines()
+    lines = run_report.summary(whole).splitlines()
     assert lines[0].split() == ["time", "/", "floor", "floor", "ms", "ours", "quack"]
     assert lines[2].split() == ["swiglu", "2x3", "float32", "1.500", "1.50", "x"]
     assert lines[3] == "training_step, ntp: 51234 tokens per second, 9.5 GiB at the peak"
     assert lines[5] == "sanitize: RED in 61 s, ERROR SUMMARY: 2 errors"
-    assert lines[-1] == report.machine_line(GPU)
+    assert lines[-1] == printed.machine_line(GPU)
 
 
 def test_a_stage_is_its_processes_and_what_the_last_one_said():
     ways = [
         f"print('{said}'); raise SystemExit({code})" for said, code in (("5 passed", 0), ("1 failed", 3), ("never", 0))
     ]
-    steps = [gpu_stages.Step([sys.executable, "-c", way]) for way in ways]
-    code, seconds, said = gpu_stages.run(steps)
+    steps = [stages.Step([sys.executable, "-c", way]) for way in ways]
+    code, seconds, said = stages.run(steps)
     assert (code, said) == (3, "5 passed; 1 failed") and 0 < seconds < 60
-    absent = gpu_stages.Step(["no-such-program"])
-    assert gpu_stages.run([absent])[::2] == (1, "no-such-program is not on the PATH")
-    assert gpu_stages.run([gpu_stages.Step(["sleep", "60"])], 1)[::2] == (124, "stopped after 1 s")
+    absent = stages.Step(["no-such-program"])
+    assert stages.run([absent])[::2] == (1, "no-such-program is not on the PATH")
+    assert stages.run([stages.Step(["sleep", "60"])], 1)[::2] == (124, "stopped after 1 s")
 
 
 def test_a_sanitizer_is_told_by_its_summary():
     said = ["0 results differ", "========= ERROR SUMMARY: 3 errors", "========= bye"]
-    assert gpu_stages.verdict(said) == "ERROR SUMMARY: 3 errors"
-    assert gpu_stages.verdict(["..", "12 passed in 3.1s", ""]) == "12 passed in 3.1s"
+    assert stages.verdict(said) == "ERROR SUMMARY: 3 errors"
+    assert stages.verdict(["..", "12 passed in 3.1s", ""]) == "12 passed in 3.1s"
 
 
-@pytest.mark.parametrize("stage", gpu_stages.STAGES)
+@pytest.mark.parametrize("stage", stages.STAGES)
 def test_every_stage_names_modules_tests_and_options_that_exist(stage, tmp_path):
-    for step in gpu_stages.steps(stage, tmp_path, "abc"):
+    for step in stages.steps(stage, tmp_path, "abc"):
         words = step.command
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
         if words[1:3] == ["-m", "benchmarks"]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("transformers")
-from benchmarks import trainer
-from benchmarks.isolated import MeasurementError
+from benchmarks.measure.isolated import MeasurementError
+from benchmarks.suites import trainer
 
 pytestmark = pytest.mark.trainers
 SIZES = {"B": 1, "T": 16, "d": 16, "L": 2, "V": 64}

@@ -1,4 +1,4 @@
-"""`benchmarks.training_step`: the same model and batch for every objective, one JSON record each."""
+"""`benchmarks.suites.training_step`: the same model and batch for every objective, one JSON record each."""
 
 import inspect
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from benchmarks import training_step
+from benchmarks.suites import training_step
 
 pytestmark = pytest.mark.trainers
 TINY = {"tokens": 32, "hidden": 16, "layers": 3, "heads": 2, "kv_heads": 1, "intermediate": 32, "vocabulary": 96}

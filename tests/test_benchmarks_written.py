@@ -9,7 +9,8 @@ import re
 import pytest
 from browser import BROWSER, drawn
 
-from benchmarks import page, report, run, tables
+from benchmarks.report import page, printed, records
+from benchmarks.suites import cpu_run
 
 pytestmark = pytest.mark.programs
 
@@ -51,8 +52,8 @@ def document() -> dict:
 
 
 def test_the_csv_holds_every_number_of_the_json_exactly(document):
-    first, *lines = tables.as_csv(document).splitlines()
-    assert first == f"# {report.machine_line(MACHINE)}"
+    first, *lines = records.as_csv(document).splitlines()
+    assert first == f"# {printed.machine_line(MACHINE)}"
     found = list(csv.DictReader(io.StringIO("\n".join(lines))))
     assert [each["implementation"] for each in found] == ["floor", "ours", "eager", "quack", "floor", "ours", "eager"]
     kept_rows = [row for case in document["cases"] for row in case["rows"].values()]
@@ -69,8 +70,8 @@ def test_the_csv_holds_every_number_of_the_json_exactly(document):
 
 
 def test_the_markdown_holds_the_same_rows_the_losing_ones_and_the_reasons(document):
-    text = tables.as_markdown(document)
-    assert report.machine_line(MACHINE) in text
+    text = records.as_markdown(document)
+    assert printed.machine_line(MACHINE) in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + 7
     assert "| ours | 2.1 | 1.4 | 3.5 | 1.17 | 0.39 | 5 | 1.5e-03 |" in lines
@@ -90,7 +91,9 @@ def test_the_html_holds_the_same_cells_escaped_and_loads_nothing(document):
 
 
 def test_every_format_is_written_where_the_option_says(document, tmp_path):
-    run.write(argparse.Namespace(save=False, **{kind: tmp_path / f"a.{kind}" for kind in run.WRITERS}), document)
+    cpu_run.write(
+        argparse.Namespace(save=False, **{kind: tmp_path / f"a.{kind}" for kind in cpu_run.WRITERS}), document
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "a.html", "a.json", "a.markdown"]
     assert json.loads((tmp_path / "a.json").read_text()) == document
 

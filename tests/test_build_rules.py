@@ -19,7 +19,7 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH")
     pytest.importorskip("pybind11")
-    native = runpy.run_path(str(ROOT / "csrc/build.py"))
+    native = runpy.run_path(str(ROOT / "csrc/tools/build.py"))
     nvcc = str(program(tmp_path, "nvcc", "echo compute_80 compute_90 compute_100 compute_120"))
     monkeypatch.setitem(native["CUDA"], "find_nvcc", lambda: nvcc)
     monkeypatch.setitem(native["CUDA"], "libraries", lambda nvcc: tmp_path)
@@ -35,14 +35,14 @@ def compiled(rules: str, by: str) -> list[Path]:
 @pytest.mark.parametrize("by", ["compile", "nvcc"])
 def test_long_sources_are_compiled_first(rules, by):
     """A long compile that came last would keep one core while the other is idle."""
-    lengths = [source.stat().st_size for source in compiled(rules, by) if source.name != "module.cpp"]
+    lengths = [source.stat().st_size for source in compiled(rules, by) if source.name != "python_module.cpp"]
     assert len(lengths) >= 7 and lengths == sorted(lengths, reverse=True)
 
 
 def test_the_module_is_compiled_before_the_library_is_linked(rules):
     """ninja takes first what stands before most links: of module.o alone it would make the last step."""
     assert re.search(r"^build \S+/libnitp_ops\.so: link .* \|\| module\.o$", rules, re.M)
-    assert compiled(rules, "compile")[0].name == "module.cpp"
+    assert compiled(rules, "compile")[0].name == "python_module.cpp"
 
 
 def test_the_order_of_the_link_is_that_of_the_names(rules):

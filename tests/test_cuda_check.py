@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-CSRC = Path(__file__).parents[1] / "csrc"
+TOOLS = Path(__file__).parents[1] / "csrc/tools"
 
 
 def module(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(CSRC))
+    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module(name)
 

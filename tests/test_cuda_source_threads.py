@@ -17,7 +17,7 @@ EIGHT_THREADS = """
 #include "launch.h"
 
 int main() {
-  nitp::cuda::Known<int, int> known;
+  nitp::cuda::DriverCache<int, int> known;
   int asked = 0, wrong = 0;
   std::mutex counting;
   const auto ask_all = [&] {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import statistics
 import xml.etree.ElementTree as xml
@@ -10,11 +9,12 @@ import xml.etree.ElementTree as xml
 import pytest
 from pretrain_cases import verdicts, write_text
 
+from experiments import equal_budgets as module
+from experiments import evidence
+from experiments.train import run as run_module
+
 pytestmark = pytest.mark.programs
 
-evidence = importlib.import_module("evidence")
-module = importlib.import_module("pretraining.evidence")
-run_module = importlib.import_module("pretraining.run")
 
 OPTIONS = """
     --threads 1 --dim 16 --layers 3 --heads 2 --context 16 --batch 4 --steps 6 --eval-every 3 --eval-windows 8

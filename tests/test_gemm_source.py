@@ -1,4 +1,4 @@
-"""Products compiled by themselves, under sanitizers: AVX-512's for any processor, as tests/avx512 stands in for it."""
+"""The GEMM compiled by itself, under sanitizers: AVX-512's for any processor, as tests/avx512 stands in for it."""
 
 import shutil
 import subprocess
@@ -15,11 +15,11 @@ SETS = {"avx2": ["-mavx2", "-mfma"], "avx512": STAND_IN, "avx512_bf16": [*STAND_
 @pytest.mark.programs
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on the PATH")
 @pytest.mark.parametrize("name", SETS)
-def test_products_are_those_of_float64_and_touch_nothing_else(name, tmp_path):
+def test_gemms_are_those_of_float64_and_touch_nothing_else(name, tmp_path):
     if name == "avx2" and name not in processor.SETS:
         pytest.skip("the processor has no avx2")
     flags = ["-std=c++20", "-O1", "-w", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-    source, program = HERE / "avx512/products.cpp", tmp_path / "products"
+    source, program = HERE / "avx512/gemm_cases.cpp", tmp_path / "gemm_cases"
     command = ["g++", *flags, *SETS[name], f"-DNITP_TARGET={name}", str(source), "-o", str(program)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr

@@ -126,13 +126,13 @@ def test_a_pure_build_that_pip_has_cached_is_replaced_by_the_command_in_the_mess
 
 
 def test_cxx_may_have_arguments(monkeypatch):
-    native = runpy.run_path(str(ROOT / "csrc/build.py"))
+    native = runpy.run_path(str(ROOT / "csrc/tools/build.py"))
     monkeypatch.setenv("CXX", "g++ -m64")
     assert native["find_compiler"]() == ["g++", "-m64"]
 
 
 def test_a_cxx_that_is_blank_is_none_and_one_that_is_no_command_is_an_error(monkeypatch):
-    native = runpy.run_path(str(ROOT / "csrc/build.py"))
+    native = runpy.run_path(str(ROOT / "csrc/tools/build.py"))
     monkeypatch.setenv("CXX", " ")
     assert native["find_compiler"]() == ["g++"]
     monkeypatch.setenv("CXX", "g++ '-m64")
@@ -212,14 +212,17 @@ def test_in_a_clone_whose_package_is_installed_elsewhere_the_message_names_both(
     assert f"this is the source tree at {clone}; the installed package is at {package}" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["pretrain", "experiments", "evidence", "draft"])
-def test_an_example_without_its_extra_says_what_to_install(installed, tmp_path, name):
-    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("runs", "__pycache__"))
-    told = run(installed, f"examples/{name}.py", cwd=tmp_path, check=False)
+@pytest.mark.parametrize(
+    "path", ["examples/pretrain", "examples/draft", "experiments/ablations", "experiments/evidence"]
+)
+def test_a_program_without_its_extra_says_what_to_install(installed, tmp_path, path):
+    for folder in ("examples", "experiments"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    told = run(installed, f"{path}.py", cwd=tmp_path, check=False)
     line = told.stderr.splitlines()[-1]  # torch warns before it, where there is no numpy
     assert (
         "Traceback" not in told.stderr
         and told.returncode == 1
-        and line.startswith(f"{name}: ")
+        and line.startswith(f"{Path(path).name}: ")
         and line.endswith('pip install "nitp_ops[examples]"')
     )

@@ -41,7 +41,7 @@ def test_no_target_names_a_torch_to_install(active, clone):
 
 
 def test_the_constraint_is_the_torch_that_is_there(active, clone):
-    told = run(active / "bin/python", ROOT / "csrc/installed_torch.py", cwd=clone).stdout
+    told = run(active / "bin/python", ROOT / "csrc/tools/installed_torch.py", cwd=clone).stdout
     assert told == f"torch=={cases.metadata.version('torch')}\n"
 
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from budget import close
 from torch import Tensor, nn
 
+from experiments.train import model
 from nitp_ops import reference
 from nitp_ops.objectives import NITP, CompositeObjective, ModelInfo, Streams, build
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-model = importlib.import_module("pretraining.model")
 
 BLOCKS = 4
 INFO = ModelInfo(hidden_size=16, vocab_size=31, num_layers=BLOCKS, dtype=torch.float64, initializer_range=0.3)
@@ -24,8 +18,10 @@ EVERY_LAYER = pytest.mark.parametrize("layer", range(BLOCKS))
 
 def decoder() -> nn.Module:
     """Four blocks of the example's decoder, in float64."""
-    shapes = {"vocab_size": 31, "dim": 16, "layers": BLOCKS, "heads": 2, "kv_heads": 1, "context": 12}
-    return model.Decoder(model.ModelConfig(**shapes, initializer_range=0.3), seed=1).double()
+    config = model.ModelConfig(
+        vocab_size=31, dim=16, layers=BLOCKS, heads=2, kv_heads=1, context=12, initializer_range=0.3
+    )
+    return model.Decoder(config, seed=1).double()
 
 
 IDS = torch.randint(31, (2, 12), generator=torch.Generator().manual_seed(0))

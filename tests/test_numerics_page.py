@@ -1,9 +1,10 @@
-"""python -m benchmarks.numerics writes its pages and figure from what it measures."""
+"""python -m benchmarks.suites.numerics writes its pages and figure from what it measures."""
 
 import pytest
 import torch
 
-from benchmarks import numerics, products
+from benchmarks.measure import gemm_times
+from benchmarks.suites.numerics import __main__ as numerics
 
 pytestmark = pytest.mark.programs
 
@@ -26,16 +27,16 @@ def test_a_missing_folder_is_one_line(tmp_path, capsys):
 
 
 def test_the_exponent_of_a_quadratic_is_two():
-    assert abs(products.exponent([1, 2, 4], [3.0, 12.0, 48.0]) - 2) < 1e-12
+    assert abs(gemm_times.exponent([1, 2, 4], [3.0, 12.0, 48.0]) - 2) < 1e-12
 
 
 def test_every_library_that_is_timed_forms_the_product():
-    for dtype in products.DTYPES.values():
+    for dtype in gemm_times.DTYPES.values():
         rows, gradient, weight = (torch.randn(shape).to(dtype) for shape in ((24, 16), (24, 40), (40, 16)))
         for a, b in ((rows, weight.t()), (gradient, weight), (gradient.t(), rows)):
             out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
             exact = (a.double() @ b.double()).to(dtype)
-            for run in (products.multiplied("", a, b, out) | products.own("", a, b, out)).values():
+            for run in (gemm_times.multiplied("", a, b, out) | gemm_times.own("", a, b, out)).values():
                 out.zero_()
                 written = run()
                 found = written if isinstance(written, torch.Tensor) else out
@@ -44,4 +45,4 @@ def test_every_library_that_is_timed_forms_the_product():
 
 def test_the_faster_library_is_chosen_a_product_and_its_rounds_are_added():
     times = {"mm a": [3.0, 3.0], "onednn a": [1.0, 2.0], "mm b": [5.0, 7.0], "ours": [9.0, 9.0]}
-    assert products.faster(times) == [6.0, 9.0]
+    assert gemm_times.faster(times) == [6.0, 9.0]

@@ -17,7 +17,7 @@ WRITES = '*" -c "*) for last; do :; done; echo code > "$last";; '
 
 @pytest.fixture
 def cuda() -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).parents[1] / "csrc/build_cuda.py"))
+    return runpy.run_path(str(Path(__file__).parents[1] / "csrc/tools/build_cuda.py"))
 
 
 @pytest.mark.parametrize(

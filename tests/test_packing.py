@@ -7,8 +7,8 @@ from nitp_ops import CrossEntropyTerm
 from nitp_ops.core.packing import names_of
 from nitp_ops.ops.cross_entropy.autograd import PACKING
 from nitp_ops.ops.cross_entropy.chunked import Call
-from nitp_ops.ops.cross_entropy.sharded.reduction import VocabShard
 from nitp_ops.ops.cross_entropy.term import Unembedding
+from nitp_ops.ops.cross_entropy.vocab_shard import VocabShard
 
 
 def unembedding(shard):

@@ -76,8 +76,8 @@ def test_the_best_kernels_are_chosen_and_an_exception_of_one_arrives(wheel, tmp_
 
 
 def test_a_setting_that_is_none_is_refused_before_anything_is_built(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "csrc")
-    backend = runpy.run_path(str(ROOT / "csrc/backend.py"))
+    monkeypatch.syspath_prepend(ROOT / "csrc/tools")
+    backend = runpy.run_path(str(ROOT / "csrc/tools/backend.py"))
     for asked in ("yes", "riscv64"):
         with pytest.raises(SystemExit, match=f"portable={asked}, expected one of false, true, x86_64, aarch64"):
             backend["get_requires_for_build_wheel"]({"portable": asked})

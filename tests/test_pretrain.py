@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
-from pretrain_cases import ROOT, arguments, checkpoint, complaint, pretrain, steps_without_times, write_text
+from pretrain_cases import ROOT, arguments, checkpoint, complaint, steps_without_times, write_text
 
+from examples import pretrain
+from experiments.analysis import fused_head
 from nitp_ops.objectives import ModelInfo, build
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
-fused_head = importlib.import_module("pretraining.fused_head")
 
 
 @pytest.fixture(scope="module")

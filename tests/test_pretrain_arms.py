@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
-from pretrain_cases import arguments, checkpoint, complaint, pretrain, steps_without_times, write_text
+from pretrain_cases import arguments, checkpoint, complaint, steps_without_times, write_text
 
+from examples import pretrain
+from experiments.analysis import arms
+from experiments.train import options
 from nitp_ops.objectives import NITP, ModelInfo, parse
-
-arms = importlib.import_module("pretraining.arms")
-options = importlib.import_module("pretraining.options")
 
 
 @pytest.fixture(scope="module")

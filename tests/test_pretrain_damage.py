@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
-import importlib
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
-from pretrain_cases import SCRIPT, arguments, assert_same_run, checkpoint, complaint, pretrain, write_text
+from pretrain_cases import ROOT, arguments, assert_same_run, checkpoint, complaint, write_text
+
+from examples import pretrain
+from experiments.analysis import records
+from experiments.console import failure
 
 NTP = ("--objectives", "ntp")
 
@@ -118,8 +121,9 @@ def test_a_second_process_at_the_same_folder_is_refused(text, run, capsys):
 
 
 def test_a_killed_process_leaves_no_lock_and_its_half_file_is_removed(text, run):
-    die = "from pretraining.lock import alone_in; import os, pathlib, sys\nwith alone_in(pathlib.Path(sys.argv[1])):\n"
-    done = subprocess.run([sys.executable, "-c", f"{die} os.kill(os.getpid(), 9)", run.parent], cwd=SCRIPT.parent)
+    lock = "from experiments.console.lock import alone_in; import os, pathlib, sys"
+    die = f"{lock}\nwith alone_in(pathlib.Path(sys.argv[1])):\n os.kill(os.getpid(), 9)"
+    done = subprocess.run([sys.executable, "-c", die, run.parent], cwd=ROOT)
     assert done.returncode == -9
     (run / ".checkpoint.pt.1-ab.partial").write_bytes(b"half")
     assert resume(text, run) == 0
@@ -127,7 +131,6 @@ def test_a_killed_process_leaves_no_lock_and_its_half_file_is_removed(text, run)
 
 
 def test_records_name_the_damaged_line(tmp_path):
-    records, failure = (importlib.import_module(f"pretraining.{name}") for name in ("records", "failure"))
     path = tmp_path / "r.jsonl"
     file = records.Records(path, {"lr": 0.1})
     file.add(arm="a", value=1.5)

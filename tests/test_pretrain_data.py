@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import itertools
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-data = importlib.import_module("pretraining.data")
-schedule = importlib.import_module("pretraining.schedule")
-failure = importlib.import_module("pretraining.failure")
+from experiments.console import failure
+from experiments.train import data, schedule
 
 
 @settings(deadline=None, max_examples=30)

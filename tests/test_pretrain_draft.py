@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
+from typing import Any
 
 import pytest
 import torch
-from pretrain_cases import arguments, pretrain, write_text
+from pretrain_cases import arguments, write_text
 
+from examples import draft, pretrain
+from experiments.train import decoding, heads, model, run
 from nitp_ops.objectives import ModelInfo, build
-
-draft = importlib.import_module("draft")
-decoding = importlib.import_module("pretraining.decoding")
-heads = importlib.import_module("pretraining.heads")
-model = importlib.import_module("pretraining.model")
-run = importlib.import_module("pretraining.run")
 
 SPECS = ("ntp + mtp_shared", "ntp + mtp_parallel", "ntp + mtp_sequential(depth=3)")
 
@@ -25,7 +21,14 @@ def text(tmp_path_factory):
 
 
 def decoder(**changes):
-    shapes = {"vocab_size": 7, "dim": 24, "layers": 3, "heads": 6, "kv_heads": 2, "context": 40} | changes
+    shapes: dict[str, Any] = {
+        "vocab_size": 7,
+        "dim": 24,
+        "layers": 3,
+        "heads": 6,
+        "kv_heads": 2,
+        "context": 40,
+    } | changes
     return model.Decoder(model.ModelConfig(initializer_range=0.5, **shapes), seed=3).double()
 
 

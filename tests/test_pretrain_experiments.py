@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import signal
@@ -11,14 +10,14 @@ import statistics
 import pytest
 from pretrain_cases import arms, fake, verdicts, write_text
 
+from experiments import ablations as experiments
+from experiments.analysis import overhead, records
+from experiments.console import failure
+from experiments.report import hypotheses as claims
+from experiments.train import run as run_module
+
 pytestmark = pytest.mark.programs
 
-experiments = importlib.import_module("experiments")
-claims = importlib.import_module("pretraining.claims")
-failure = importlib.import_module("pretraining.failure")
-overhead = importlib.import_module("pretraining.overhead")
-records = importlib.import_module("pretraining.records")
-run_module = importlib.import_module("pretraining.run")
 
 OPTIONS = """
     --threads 1 --dim 16 --layers 3 --heads 2 --context 16 --batch 4 --steps 4 --eval-every 4 --eval-windows 8
@@ -156,7 +155,7 @@ def test_records_of_other_settings_and_bad_options_are_refused(text, straight, c
     before = (straight / "records.jsonl").read_bytes()
     assert experiment(text, straight, *more) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("experiments: ") and said in line
+    assert line.startswith("ablations: ") and said in line
     assert (straight / "records.jsonl").read_bytes() == before
 
 

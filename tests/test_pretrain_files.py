@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-checkpoint = importlib.import_module("pretraining.checkpoint")
-model = importlib.import_module("pretraining.model")
-failure = importlib.import_module("pretraining.failure")
+from experiments.console import failure
+from experiments.train import checkpoint, model
 
 
 def full_disk(*_):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-model = importlib.import_module("pretraining.model")
+from experiments.train import model
 
 
 def decoder(**changes):
-    shapes = {"vocab_size": 31, "dim": 24, "layers": 3, "heads": 3, "kv_heads": 3, "context": 16} | changes
+    shapes: dict[str, Any] = {
+        "vocab_size": 31,
+        "dim": 24,
+        "layers": 3,
+        "heads": 3,
+        "kv_heads": 3,
+        "context": 16,
+    } | changes
     return model.Decoder(model.ModelConfig(**shapes), seed=3).double()
 
 

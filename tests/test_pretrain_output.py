@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import sys
 
 import pytest
 import torch
-from pretrain_cases import arguments, checkpoint, complaint, pretrain, write_text
+from pretrain_cases import arguments, checkpoint, complaint, write_text
 
-comparison = importlib.import_module("pretraining.comparison")
-run_module = importlib.import_module("pretraining.run")
+from examples import pretrain
+from experiments import comparison
+from experiments.train import run as run_module
+
 SHORT = ("--steps", "4", "--objectives", "ntp")
 
 

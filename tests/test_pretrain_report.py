@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
@@ -13,14 +12,14 @@ import pytest
 from browser import BROWSER, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pretrain_cases import ROOT, arguments, fake, pretrain, verdicts, write_text
+from pretrain_cases import ROOT, arguments, fake, verdicts, write_text
 
+from examples import pretrain
+from experiments.analysis import results as outcome
+from experiments.analysis import statistics as spread
+from experiments.report import sentences
+from experiments.report import table as grid
 from nitp_ops.objectives import parse
-
-grid = importlib.import_module("pretraining.grid")
-outcome = importlib.import_module("pretraining.outcome")
-sentences = importlib.import_module("pretraining.sentences")
-spread = importlib.import_module("pretraining.spread")
 
 NAME = "<script>alert('x')</script> & $x^2$"
 

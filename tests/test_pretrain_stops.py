@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import io
 import os
 import shutil
@@ -11,20 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from pretrain_cases import (
+    ROOT,
     SCRIPT,
     arguments,
     assert_same_run,
     checkpoint,
     complaint,
-    pretrain,
     steps_without_times,
     write_text,
 )
 
-run_module = importlib.import_module("pretraining.run")
+from examples import pretrain
+from experiments.train import run as run_module
+
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
@@ -180,19 +182,24 @@ def test_a_signal_from_outside_ends_with_its_code_and_a_checkpoint(text, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("script", "number"), [("pretrain", signal.SIGINT), ("experiments", signal.SIGTERM), ("evidence", signal.SIGHUP)]
+    ("path", "number"),
+    [
+        ("examples/pretrain.py", signal.SIGINT),
+        ("experiments/ablations.py", signal.SIGTERM),
+        ("experiments/evidence.py", signal.SIGHUP),
+    ],
 )
-def test_a_signal_while_torch_is_still_loading_ends_with_one_line(tmp_path, script, number):
+def test_a_signal_while_torch_is_still_loading_ends_with_one_line(tmp_path, path, number):
     (tmp_path / "torch.py").write_text(f"import os, time; os.kill(os.getpid(), {number}); time.sleep(9)")
     # The folder of the script comes first on the path, this one before the installed packages.
     done = subprocess.run(
-        [sys.executable, SCRIPT.with_stem(script)],
+        [sys.executable, ROOT / path],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (CODES[number], f"{script}: stopped before anything began\n")
+    assert (done.returncode, done.stderr) == (CODES[number], f"{Path(path).stem}: stopped before anything began\n")
 
 
 def test_starting_anew_keeps_the_earlier_run_beside_it(text, straight, tmp_path):

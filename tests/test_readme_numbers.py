@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks import plots, readme
+from benchmarks.report import plots, readme
 
 
 def kept():
@@ -51,7 +51,7 @@ def test_the_scaling_page_and_its_figures_are_what_the_json_says(tmp_path):
     if path is None:
         assert not (plots.DOCS / "growth.md").exists()
         return
-    source = f"../{path.relative_to(plots.report.ROOT)}"
+    source = f"../{path.relative_to(plots.printed.ROOT)}"
     for written in plots.draw(json.loads(path.read_text()), source, tmp_path):
         if written.suffix == ".md":
             assert written.read_text() == (plots.DOCS / written.name).read_text()

@@ -10,11 +10,11 @@ import torch
 from cuda_source import simt
 from interpreter import equal
 
-from benchmarks import sanitize
+from benchmarks.gpu import sanitize
 from nitp_ops.kernels import select, table
 
 TABLE = table.all_kernels()
-ARGUMENTS = Path(__file__).parents[1] / "csrc/arguments.h"
+ARGUMENTS = Path(__file__).parents[1] / "csrc/kernel_params.h"
 KERNELS = pytest.mark.parametrize("kernel", TABLE)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 CPU = torch.device("cpu")

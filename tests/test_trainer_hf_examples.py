@@ -18,13 +18,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.parametrize(
     "name, last",
     [
-        ("transformers", r"exported without the projector: [\d,]+ of [\d,]+ parameters"),
-        ("trl", r"the plain model on other lines: \d\.\d{4}"),
-        ("accelerate", r"saved and resumed at step 40"),
+        ("transformers_trainer", r"exported without the projector: [\d,]+ of [\d,]+ parameters"),
+        ("trl_sft", r"the plain model on other lines: \d\.\d{4}"),
+        ("accelerate_loop", r"saved and resumed at step 40"),
     ],
 )
 def test_the_example_runs_and_its_loss_falls(tmp_path, name, last):
-    command = [sys.executable, str(EXAMPLES / f"trainer_{name}.py")]
+    command = [sys.executable, str(EXAMPLES / "trainers" / f"{name}.py")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=280)
     assert run.returncode == 0, run.stderr[-2000:]
     assert re.search(last, run.stdout), run.stdout

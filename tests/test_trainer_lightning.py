@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_named():
 
 
 def test_the_example_runs():
-    path = Path(__file__).parents[1] / "examples/trainer_lightning.py"
+    path = Path(__file__).parents[1] / "examples/trainers/lightning_fit.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -43,8 +43,8 @@ def one_process(tmp_path_factory):
 
 @pytest.fixture
 def example(monkeypatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    return __import__("trainer_megatron")
+    monkeypatch.syspath_prepend(str(ROOT / "examples/trainers"))
+    return __import__("megatron_step")
 
 
 def double(example: Any, **changes: Any) -> Any:
@@ -264,7 +264,7 @@ def test_what_can_not_work_is_named(example):
 
 
 def test_the_example_runs():
-    path = ROOT / "examples/trainer_megatron.py"
+    path = ROOT / "examples/trainers/megatron_step.py"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
     done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -174,7 +174,8 @@ def test_what_can_not_work_is_named_with_what_to_do():
 
 def test_the_flag_of_the_command_line_is_the_objective(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    args = ["--module", "examples.trainer_torchtitan", "--config", "tiny", "--objective", "ntp + 0.3*mtp_sequential"]
+    args = ["--module", "examples.trainers.torchtitan_train", "--config", "tiny"]
+    args += ["--objective", "ntp + 0.3*mtp_sequential"]
     config = ConfigManager().parse_args(args)
     assert isinstance(config, adapter.ObjectiveTrainer.Config) and isinstance(config, Trainer.Config)
     assert config.objective == "ntp + 0.3*mtp_sequential"
@@ -249,9 +250,8 @@ def test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process(tmp_path
 
 def test_the_example_runs():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/trainer_torchtitan.py")], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, str(ROOT / "examples/trainers/torchtitan_train.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(rows) == 10 and float(rows[-1][3]) < float(rows[0][3])

@@ -86,7 +86,7 @@ def test_compiled_cuda_kernels_keep_their_place():
 def test_importing_nitp_ops_imports_no_triton_and_needs_none():
     python("import nitp_ops, sys; assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")
     reason = python(
-        "import sys; sys.modules['triton'] = None; import nitp_ops, torch;print(nitp_ops.kernels.select.triton_missing())"
+        "import sys; sys.modules['triton'] = None; import nitp_ops, torch;print(nitp_ops.kernels.select.triton_unavailable_reason())"
     )
     assert reason.strip() == "triton is not installed"
 

@@ -57,7 +57,7 @@ import packed_texts  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
-from examples import trainer_torchtitan as example  # noqa: E402
+from examples.trainers import torchtitan_train as example  # noqa: E402
 from nitp_ops.trainers import torchtitan as adapter  # noqa: E402
 
 

@@ -1,6 +1,6 @@
-// sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product leaves to be done, and a
-// gradient times its upstream into a buffer.
-#include "rows.h"
+// sum += factor addend, in float32 (float64 for float64): for GEMMs that round their result, and to add a
+// gradient times its upstream to a buffer.
+#include "kernels.h"
 
 namespace nitp {
 namespace NITP_TARGET {

@@ -1,8 +1,8 @@
 // Alignment over pairs of rows: one pass for the sums, one pass that writes the gradients, also in place.
 #include <vector>
 
-#include "columns.h"
-#include "rows.h"
+#include "kernels.h"
+#include "simd_loops.h"
 
 namespace nitp {
 namespace NITP_TARGET {
@@ -58,7 +58,7 @@ A squared_chord(const Pair<P, Z, A> pair, const CosineRow<A>& row, const CosineR
   });
 }
 
-// The scalars of a pair with these sums; where `loss` is asked for, that and the gradients. Half the squared chord is
+// The scalars of a pair with these sums; where `loss` is wanted, that and the gradients. Half the squared chord is
 // 1 - c, and near c = 1 it keeps the digits that 1 - c loses: an error of the norms enters it squared.
 template <class P, class Z, class A>
 CosineRow<A> cosine_row(const Pair<P, Z, A>& pair, const PairSums<A>& sums, PairFactors<A> by, A eps, A* loss) {
@@ -178,8 +178,8 @@ void run(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
     P* d_prediction = a.d_prediction + i * a.d_prediction_stride;
     Z* d_target = a.d_target ? a.d_target + i * a.d_target_stride : nullptr;
     const A scale = a.row_scale ? a.row_scale[i] : A(1);
-    const bool live = scale != A(0);
-    const Pair<P, Z, A> pair{prediction, target, d_prediction, d_target, a.columns, scale, a.gradient && live};
+    const bool active = scale != A(0);
+    const Pair<P, Z, A> pair{prediction, target, d_prediction, d_target, a.columns, scale, a.gradient && active};
     A loss(0);
     const CosineRow<A> row = cosine_of(pair, a.eps, a.distance == Distance::cosine ? &loss : nullptr);
     switch (a.distance) {
@@ -190,7 +190,7 @@ void run(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
         break;
       case Distance::kl: loss = kl_row<false>(pair); break;
     }
-    if (a.gradient && !live) {  // not 0 * gradient: a NaN under a zero weight stays out
+    if (a.gradient && !active) {  // not 0 * gradient: a NaN under a zero weight stays out
       clear(d_prediction, a.columns);
       if (d_target) clear(d_target, a.columns);
     }

@@ -1,9 +1,9 @@
 // Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
 // first-level cache between its max and its sum), one pass that overwrites the logits with their gradient. The first
 // keeps its exponentials, each block's relative to the maximum so far, and the second needs one factor a block.
-#include "columns.h"
 #include "cross_entropy_row.h"
-#include "rows.h"
+#include "kernels.h"
+#include "simd_loops.h"
 
 namespace nitp {
 namespace NITP_TARGET {
@@ -16,7 +16,7 @@ constexpr int64_t kBlock = 512;
 template <class A>
 struct RowSums {
   A max;
-  double sum, below;  // sum exp(z - max), sum class_weight (z - max)
+  double sum, shifted_logit_sum;  // sum exp(z - max), sum class_weight (z - max)
   int64_t argmax;
 };
 
@@ -32,11 +32,11 @@ template <class A, class Read>
 NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exponentials) {
   RowSums<A> row{A(-INFINITY), 0, 0, 0};
   int64_t best_block = 0;
-  double mass = 0;  // sum of class_weight so far
+  double weight_sum = 0;  // of class_weight so far
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t n = columns - first < kBlock ? columns - first : kBlock;
     A* z = exponentials.values.data() + first;
-    A block_max = A(-INFINITY), block_below = A(0), block_mass = A(0);
+    A block_max = A(-INFINITY), block_shifted = A(0), block_weight = A(0);
 #pragma omp simd reduction(max : block_max)
     for (int64_t j = 0; j < n; ++j) {
       const A x = read(first + j);
@@ -45,17 +45,17 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
-      if (mass != 0) row.below -= mass * (static_cast<double>(block_max) - row.max);
+      if (weight_sum != 0) row.shifted_logit_sum -= weight_sum * (static_cast<double>(block_max) - row.max);
       row.max = block_max;
       best_block = first;
     }
     exponentials.base[first / kBlock] = row.max;
     const A shift = row.max == A(-INFINITY) ? A(0) : row.max;
     if (Read::smoothing != Smoothing::none) {
-#pragma omp simd reduction(+ : block_below, block_mass)
+#pragma omp simd reduction(+ : block_shifted, block_weight)
       for (int64_t j = 0; j < n; ++j) {
-        block_below += read.weight(first + j) * (z[j] - shift);
-        block_mass += read.weight(first + j);
+        block_shifted += read.weight(first + j) * (z[j] - shift);
+        block_weight += read.weight(first + j);
       }
     }
     row.sum += sum_over_columns<typename Read::Stored, A>(n, [=](auto at) NITP_INLINE {
@@ -63,8 +63,8 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
       at.store(z, power);
       return power;
     });
-    row.below += block_below;
-    mass += block_mass;
+    row.shifted_logit_sum += block_shifted;
+    weight_sum += block_weight;
   }
   // The first column of the best block that holds the maximum (a row of NaN has none: 0).
   const int64_t n = columns - best_block < kBlock ? columns - best_block : kBlock;
@@ -78,17 +78,17 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
   return row;
 }
 
-// sum exp(z - max) (max - z); a probability of zero adds nothing, however far below its logit lies.
+// sum exp(z - max) (max - z); a probability of zero adds nothing, however small its logit is.
 template <class A, class Read>
-NITP_HD double spread(const Read read, A max, int64_t columns) {
+NITP_HD double entropy_sum_of(const Read read, A max, int64_t columns) {
   double sum = 0;
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t last = columns - first < kBlock ? columns : first + kBlock;
     A block(0);
 #pragma omp simd reduction(+ : block)
     for (int64_t j = first; j < last; ++j) {
-      const A below = max - read(j), p = exp_nonpositive(-below);
-      block += p > A(0) ? p * below : A(0);
+      const A drop = max - read(j), p = exp_nonpositive(-drop);
+      block += p > A(0) ? p * drop : A(0);
     }
     sum += block;
   }
@@ -105,15 +105,15 @@ template <class T, class A, class Read>
 NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
                        const Exponentials<A>& exponentials, Targets<A>& targets, A scale, int64_t columns) {
   const auto transform = read.transform;
-  const A max = row.max, factor = static_cast<A>(scale * loss.probability_factor(lse) / row.sum);
-  const A mass = Read::smoothing == Smoothing::by_class ? A(1) : loss.smooth_mass;
-  const A uniform = Read::smoothing == Smoothing::none ? A(0) : scale * loss.smoothing * mass / A(columns);
-  // Without a cap the slope is one number, which the factors of all columns take up.
+  const A max = row.max, factor = static_cast<A>(scale * loss.softmax_weight(lse) / row.sum);
+  const A weight_sum = Read::smoothing == Smoothing::by_class ? A(1) : loss.smooth_weight_sum;
+  const A uniform_coeff = Read::smoothing == Smoothing::none ? A(0) : scale * loss.smoothing * weight_sum / A(columns);
+  // Without a cap the slope is one number, which is part of the coefficients of all columns.
   const A slope = Read::capped ? A(1) : transform.scale;
   for (int64_t first = 0; first < columns; first += kBlock) {
     const int64_t last = columns - first < kBlock ? columns : first + kBlock;
     const A of_block = slope * factor * exp_nonpositive(exponentials.base[first / kBlock] - max);
-    const A off = slope * uniform, *e = exponentials.values.data();
+    const A of_uniform = slope * uniform_coeff, *e = exponentials.values.data();
     if (Read::smoothing == Smoothing::none && !Read::capped) {
       over_columns<T>(last - first, [from = e + first, into = logits + first, of_block](auto at)
                                         NITP_INLINE { at.store(into, at.load(from) * of_block); });
@@ -121,15 +121,15 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
     }
 #pragma omp simd
     for (int64_t j = first; j < last; ++j) {
-      const A g = Read::smoothing == Smoothing::none ? of_block * e[j] : of_block * e[j] - off * read.weight(j);
+      const A g = Read::smoothing == Smoothing::none ? of_block * e[j] : of_block * e[j] - of_uniform * read.weight(j);
       store(logits + j, Read::capped ? transform.slope(read(j)) * g : g);
     }
   }
   targets.merge();
   for (const auto& target : targets.present) {
-    const A everywhere = factor * exp_nonpositive(target.logit - max) - uniform * read.weight(target.label);
+    const A everywhere = factor * exp_nonpositive(target.logit - max) - uniform_coeff * read.weight(target.label);
     store(logits + target.label,
-          transform.slope(target.logit) * (everywhere - scale * loss.at_target() * target.weight));
+          transform.slope(target.logit) * (everywhere - scale * loss.target_weight() * target.weight));
   }
 }
 
@@ -148,7 +148,7 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
     const A lse = static_cast<A>(row.max + log_sum);
     bool outside = false;
     targets.present.clear();
-    targets.mass = 0;
+    targets.weight_sum = 0;
     for (int64_t k = i * a.targets; k < (i + 1) * a.targets; ++k) {
       const int64_t label = a.labels[k];
       a.target_logit[k] = A(NAN);
@@ -159,25 +159,28 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
       outside = outside || !inside;
       if (inside) a.target_logit[k] = read(label);
       targets.present.push_back({inside ? label : 0, inside ? weight : A(NAN), a.target_logit[k]});
-      targets.mass += weight;
+      targets.weight_sum += weight;
     }
     const bool absent = targets.present.empty();
-    const double spread = a.entropy ? nitp::NITP_TARGET::spread(read, row.max, a.columns) : 0;
-    if (a.parts) {
-      const double parts[] = {row.max, row.sum, row.below, spread};
-      for (int64_t field = 0; field < 4; ++field) a.parts[field * a.parts_stride + i] = static_cast<A>(parts[field]);
+    const double entropy_sum = a.entropy ? entropy_sum_of(read, row.max, a.columns) : 0;
+    if (a.softmax_partials) {
+      const double partials[] = {row.max, row.sum, row.shifted_logit_sum, entropy_sum};
+      for (int64_t field = 0; field < 4; ++field) {
+        a.softmax_partials[field * a.softmax_partials_stride + i] = static_cast<A>(partials[field]);
+      }
     }
-    a.prediction[i] = absent && !a.parts ? -1 : row.argmax;
+    a.prediction[i] = absent && !a.softmax_partials ? -1 : row.argmax;
     a.stats[i] = A(0);
     a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
     if (a.entropy) {
-      const double entropy = log_sum + spread / row.sum;
+      const double entropy = log_sum + entropy_sum / row.sum;
       a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : static_cast<A>(entropy);
     }
     if (!absent) {
-      const double below = row.below / a.columns, mass = by_class ? a.class_mass : targets.mass;
-      const double smooth_gap = mass * log_sum - (by_class ? below : mass * below);
-      const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.mass), static_cast<A>(mass)};
+      const double shifted_mean = row.shifted_logit_sum / a.columns;
+      const double weight_sum = by_class ? a.class_weight_mean : targets.weight_sum;
+      const double smooth_gap = weight_sum * log_sum - (by_class ? shifted_mean : weight_sum * shifted_mean);
+      const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.weight_sum), static_cast<A>(weight_sum)};
       a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)), static_cast<A>(smooth_gap));
       if (a.gradient && scale != A(0)) {
         overwrite(logits, read, row, token, lse, exponentials, targets, outside ? A(NAN) : scale, a.columns);

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cross_entropy.h"
+#include "../formulas/cross_entropy.h"
 
 namespace nitp {
 namespace NITP_TARGET {
@@ -34,11 +34,11 @@ struct Target {
   A weight, logit;
 };
 
-// The targets of one row that are present; after `merge` no label stands twice.
+// The targets of one row that are present; after `merge` no label is there twice.
 template <class A>
 struct Targets {
   std::vector<Target<A>> present;
-  double mass = 0;
+  double weight_sum = 0;
 
   // gap = sum_k w_k (lse - z_k), with lse = max + log_sum; a weight of zero adds nothing, even to an infinite gap
   double gap(A max, double log_sum) const {

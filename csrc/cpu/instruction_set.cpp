@@ -1,6 +1,6 @@
 #include <cstring>
 
-#include "rows.h"
+#include "kernels.h"
 #ifdef NITP_X86
 #include <cpuid.h>
 #endif

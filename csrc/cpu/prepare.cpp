@@ -1,7 +1,7 @@
-// What stands before the chunks of a token loss, and after them: row weights, counts and empty values from the labels;
-// the loss from the rows. One task each: a row costs a few loads.
-#include "../labels.h"
-#include "rows.h"
+// Before the chunks of a token loss: row weights, counts and empty values from the labels. After them: the loss from
+// the rows. One task each: a row costs a few loads.
+#include "../formulas/labels.h"
+#include "kernels.h"
 
 namespace nitp {
 namespace NITP_TARGET {
@@ -44,7 +44,7 @@ void run(const PrepareRows<A>& a, int64_t, int64_t) {
     active += scale != A(0);
   }
   const int64_t totals[] = {present, active, first, last, outside};
-  for (int place = 0; place < kTotals; ++place) a.totals[place] = totals[place];
+  for (int i = 0; i < kTotals; ++i) a.totals[i] = totals[i];
 }
 
 template <class A>

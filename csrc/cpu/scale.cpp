@@ -1,7 +1,7 @@
 // out = rows * factor. A factor of one touches nothing in place, a factor of zero writes zeros, so that a NaN under it
 // stays out.
-#include "columns.h"
-#include "rows.h"
+#include "kernels.h"
+#include "simd_loops.h"
 
 namespace nitp {
 namespace NITP_TARGET {

@@ -1,8 +1,8 @@
-// SwiGLU over rows: reads gate and up once, writes the product (or both gradients, also in place) once.
-#include "../swiglu.h"
+// SwiGLU over rows: reads gate and up once, writes the result (or both gradients, also in place) once.
+#include "../formulas/swiglu.h"
 
-#include "columns.h"
-#include "rows.h"
+#include "kernels.h"
+#include "simd_loops.h"
 
 namespace nitp {
 namespace NITP_TARGET {

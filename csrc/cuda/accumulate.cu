@@ -1,7 +1,7 @@
-// sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product leaves to be done, and a
-// gradient times its upstream into a buffer. 2 sizeof(A) + sizeof(T) bytes an element, none where the factor is zero.
+// sum += factor addend, in float32 (float64 for float64): for GEMMs that round their result, and to add a
+// gradient times its upstream to a buffer. 2 sizeof(A) + sizeof(T) bytes an element, none where the factor is zero.
+#include "kernels.h"
 #include "pack.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kMaxThreads) accumulate_rows(AccumulateRows<T,
 }  // namespace accumulate_cu
 
 template <class T, class A>
-void run(const AccumulateRows<T, A>& given, int64_t rows, void* stream) {
-  AccumulateRows<T, A> a = given;
+void run(const AccumulateRows<T, A>& arguments, int64_t rows, void* stream) {
+  AccumulateRows<T, A> a = arguments;
   flatten(rows, a.columns, a.sum_stride, a.addend_stride);
   const Tiles t = tiles<kPackBytes / sizeof(A)>(a.columns);
   if (rows > 0 && t.of_row > 0) launch(accumulate_rows<T, A>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);

@@ -3,17 +3,17 @@
 // columns); longer rows are read again.
 #include <type_traits>
 
-#include "../alignment.h"
+#include "../formulas/alignment.h"
+#include "kernels.h"
 #include "pack.h"
 #include "reduce.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {
 inline namespace alignment_cu {
 
 // Packs of either row that a thread keeps. Few for what no training needs, float64 and the one half precision beside
-// the other: unrolled code takes its time to compile.
+// the other: unrolled code is slow to compile.
 template <class P, class Z>
 constexpr int kInRegisters = sizeof(P) == 8 || (sizeof(P) == sizeof(Z) && !std::is_same_v<P, Z>) ? 1 : 4;
 constexpr int kMaxRowThreads = 256, kBlocks = 2;  // a bound of 128 registers a thread: no spills
@@ -74,9 +74,9 @@ struct Pair {
       if (dz) put(dz, j, Values<A, 1>{{value}});
     }
   }
-  // body(first column, values of p, values of z) for every piece of this thread.
+  // body(first column, values of p, values of z) for every pack of this thread, single elements at the edges.
   template <class Body>
-  __device__ void pieces(Body body) const {
+  __device__ void packs(Body body) const {
 #pragma unroll
     for (int k = 0; k < R; ++k) {
       if (here(k)) body(column(k), values<A>(unseen(kept_p[k])), values<A>(unseen(kept_z[k])));
@@ -90,7 +90,7 @@ struct Pair {
   // visit(p, z) for every feature of this thread.
   template <class Visit>
   __device__ void each(Visit visit) const {
-    pieces([&](int64_t, const auto& of_p, const auto& of_z) {
+    packs([&](int64_t, const auto& of_p, const auto& of_z) {
 #pragma unroll
       for (int i = 0; i < of_p.width; ++i) visit(of_p.at[i], of_z.at[i]);
     });
@@ -98,7 +98,7 @@ struct Pair {
   // The same; what it returns becomes the gradients, where they are wanted.
   template <class Gradient>
   __device__ void overwrite(Gradient gradient) const {
-    pieces([&](int64_t j, auto of_p, auto of_z) {
+    packs([&](int64_t j, auto of_p, auto of_z) {
 #pragma unroll
       for (int i = 0; i < of_p.width; ++i) {
         const Gradients<A> g = gradient(of_p.at[i], of_z.at[i]);
@@ -111,7 +111,7 @@ struct Pair {
   }
 };
 
-// Shared memory of one block; every reduction has its own place, so that one barrier each is enough.
+// Shared memory of one block; every reduction has its own slots, so that one barrier each is enough.
 template <class A>
 struct Scratch {
   PairSums<A> sums[kWarp], scaled_sums[kWarp], maxima[kWarp], exponentials[kWarp];

@@ -1,5 +1,5 @@
-// The seam between the kernels and what runs them. nvcc: a launch on a stream. Any other C++ compiler:
-// tests/simt/simt.h, which has the same names and runs the same kernels on the CPU, cluster after cluster.
+// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler: tests/simt/simt.h, which has the same
+// names and runs the same kernels on the CPU, cluster after cluster.
 //
 // A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one holds the path of the
 // build folder, and the same sources would give other bytes elsewhere.
@@ -36,7 +36,7 @@ struct Blocks {
 // What the blocks of a cluster send to one of them, each its message, and what counts their bytes.
 template <class M>
 struct Inbox {
-  static_assert(sizeof(M) % 16 == 0, "sent in pieces of 16 bytes");
+  static_assert(sizeof(M) % 16 == 0, "sent by 16 bytes");
   alignas(16) M from[kMaxCluster];
   uint64_t barrier;
 };
@@ -52,32 +52,32 @@ class Failure : public std::exception {
   const char* what() const noexcept override { return what_; }
 };
 
-// What was asked of the driver, once per device and key: a launch after the first asks nothing. Host threads take
-// turns. The answers stay as long as the process: threads may still launch while it ends.
+// Values that the driver is asked for once per device and key: later launches make no call. Host threads take turns.
+// The entries live as long as the process: threads may still launch while it ends.
 template <class Key, class Value>
-class Known {
-  struct Answer {
+class DriverCache {
+  struct Entry {
     int device;
     Key key;
     Value value;
-    const Answer* earlier;
+    const Entry* earlier;
   };
-  struct Turn {
+  struct Lock {
     pthread_mutex_t& mutex;
-    explicit Turn(pthread_mutex_t& mutex) : mutex(mutex) { pthread_mutex_lock(&mutex); }
-    ~Turn() { pthread_mutex_unlock(&mutex); }
+    explicit Lock(pthread_mutex_t& mutex) : mutex(mutex) { pthread_mutex_lock(&mutex); }
+    ~Lock() { pthread_mutex_unlock(&mutex); }
   };
-  pthread_mutex_t one_at_a_time_ = PTHREAD_MUTEX_INITIALIZER;
-  const Answer* latest_ = nullptr;
+  pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  const Entry* latest_ = nullptr;
 
  public:
-  template <class Ask>
-  Value get(int device, const Key& key, Ask ask) {
-    const Turn turn(one_at_a_time_);
-    const Answer* answer = latest_;
-    while (answer && !(answer->device == device && answer->key == key)) answer = answer->earlier;
-    if (!answer) answer = latest_ = new Answer{device, key, ask(), latest_};
-    return answer->value;
+  template <class Query>
+  Value get(int device, const Key& key, Query query) {
+    const Lock lock(mutex_);
+    const Entry* entry = latest_;
+    while (entry && !(entry->device == device && entry->key == key)) entry = entry->earlier;
+    if (!entry) entry = latest_ = new Entry{device, key, query(), latest_};
+    return entry->value;
   }
 };
 
@@ -101,16 +101,17 @@ inline int current_device() {
 }
 
 inline Multiprocessor multiprocessor() {
-  static Known<int, Multiprocessor> known;
+  static DriverCache<int, Multiprocessor> cache;
   const int device = current_device();
-  return known.get(device, 0, [&] {
-    const auto ask = [&](cudaDeviceAttr attribute) {
+  return cache.get(device, 0, [&] {
+    const auto attribute_of = [&](cudaDeviceAttr attribute) {
       int value = 0;
       check(cudaDeviceGetAttribute(&value, attribute, device), "device attribute");
       return value;
     };
-    return Multiprocessor{ask(cudaDevAttrMaxThreadsPerBlock), ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                          ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+    return Multiprocessor{attribute_of(cudaDevAttrMaxThreadsPerBlock),
+                          attribute_of(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                          attribute_of(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
   });
 }
 
@@ -131,7 +132,7 @@ __device__ T* dynamic_shared() {
 // packs of a row can be under way at once. The thread that began it sees it after wait_for_copies.
 template <class P>
 __device__ void begin_copy(P* to, const void* from) {
-  static_assert(sizeof(P) == 16, "in one piece");
+  static_assert(sizeof(P) == 16, "one pack");
   const unsigned there = static_cast<unsigned>(__cvta_generic_to_shared(to));
   const auto address = __cvta_generic_to_global(from);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(there), "l"(address) : "memory");
@@ -162,7 +163,7 @@ __device__ inline int cluster_size() {
   return static_cast<int>(blocks);
 }
 
-// The address of the same place in another block of the cluster.
+// The same address in the shared memory of another block of the cluster.
 __device__ inline uint32_t shared_of(const void* here, int rank) {
   uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(here));
 #if __CUDA_ARCH__ >= 900
@@ -210,31 +211,31 @@ __device__ void send(Inbox<M>& inbox, const M& message, int rank) {
 #endif
 }
 
-// Until every block's message has come; once only.
+// Waits for the message of every block; once only.
 template <class M>
 __device__ void await_messages(Inbox<M>& inbox) {
 #if __CUDA_ARCH__ >= 900
   const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&inbox.barrier));
-  uint32_t come = 0;
-  while (!come) {
+  uint32_t complete = 0;
+  while (!complete) {
     asm volatile(
         "{\n\t.reg .pred p;\n\t"
         "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
         "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(come)
+        : "=r"(complete)
         : "r"(barrier)
         : "memory");
   }
 #endif
 }
 
-// More than 48 KB of shared memory, or the larger share of the first-level cache, only on request: once per kernel and
-// device, for as much as a block can have. The request holds for all host threads, so one for the bytes of a launch
-// would let another thread's launch fail.
+// More than 48 KB of shared memory, or the larger share of the first-level cache, is opt-in: once per kernel and
+// device, for as much as a block can have. The setting holds for all host threads, so one for the bytes of a single
+// launch would let another thread's launch fail.
 inline void allow(const void* kernel, int64_t shared_bytes) {
   if (shared_bytes == 0) return;
-  static Known<const void*, bool> known;
-  known.get(current_device(), kernel, [&] {
+  static DriverCache<const void*, bool> cache;
+  cache.get(current_device(), kernel, [&] {
     cudaFuncAttributes code;
     check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
     const int most = static_cast<int>(multiprocessor().shared_of_block) - static_cast<int>(code.sharedSizeBytes);

@@ -177,8 +177,8 @@ Tiles tiles(int64_t columns) {
   return {static_cast<unsigned>(of_row), static_cast<int>((packs + of_warp - 1) / of_warp * kWarp)};
 }
 
-// finish(width, column, load(width, column)) for every piece of the tile; all packs are loaded before the first is
-// finished, because a store may alias the next load.
+// finish(width, column, load(width, column)) for every pack and edge of the tile; all packs are loaded before the first
+// is finished, because a store may alias the next load.
 template <int N, class Load, class Finish>
 __device__ void over_tile(const Split<N>& split, int64_t tile, Load load, Finish finish) {
   const int threads = blockDim.x;

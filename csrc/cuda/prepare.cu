@@ -1,9 +1,9 @@
-// What stands before the chunks of a token loss, and after them: row weights, the count and empty values from the
-// labels; the loss from the rows. The labels are read by a thread per row; what is summed over rows, by one block in an
+// Before the chunks of a token loss: row weights, the count and empty values from the labels. After them: the loss from
+// the rows. The labels are read by a thread per row; what is summed over rows, by one block in an
 // order that only the number of rows decides.
-#include "../labels.h"
+#include "../formulas/labels.h"
+#include "kernels.h"
 #include "reduce.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {

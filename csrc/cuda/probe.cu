@@ -1,4 +1,4 @@
-// Whether this build's kernels can run on a device: asked of the driver, once per device, before the first launch.
+// Whether this build's kernels can run on a device: the driver is asked once per device, before the first launch.
 #include "launch.h"
 
 inline namespace probe_cu {

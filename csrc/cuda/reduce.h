@@ -41,8 +41,7 @@ __device__ V block_merge(V value, V none, V (&partials)[kWarp], WarpMerge warp_m
   return warp_merge(lane < warps ? partials[lane] : none);
 }
 
-// Who takes a row together: one block, or the blocks of a cluster. kCompiled: the code may have the instructions for
-// it.
+// The team of a row: one block, or the blocks of a cluster. kCompiled: the code may have the instructions for it.
 struct OneBlock {
   static constexpr bool kCompiled = true, kAlone = true;
   template <class M>
@@ -61,14 +60,14 @@ struct Cluster {
 
 // One message from each block to every block of its team, in turns: before anything else the blocks open their inboxes,
 // then each sends, and every warp of each merges them all, lane by lane in the order of the ranks: all have the same
-// bits. The messages are all that the blocks of a cluster tell one another:
+// bits. The blocks of a cluster exchange nothing else:
 //
 // * open_inbox initialises the mbarrier that counts the bytes of an inbox and releases that to the cluster
 //   (fence.mbarrier_init, a relaxed arrival at the cluster's barrier); inboxes_are_open acquires it. So no message
-//   comes to a barrier that is not initialised, and every block has begun.
+//   reaches a barrier that is not initialised, and every block has begun.
 // * A message lies in the sender's registers. st.async stores it and then completes its bytes at the mbarrier of the
 //   same inbox with release semantics at cluster scope; await_messages acquires that phase at cluster scope. So
-//   who has waited reads whole messages.
+//   a block that has waited reads whole messages.
 // * The phase ends with the last byte for the inbox, and a block waits for it before it ends: nothing is stored into
 //   the memory of a block that has ended. Nobody reads another block's memory, so none waits for its readers.
 //

@@ -1,7 +1,7 @@
 // out = rows * factor, a number on the device. In place a factor of one touches nothing (the upstream gradient of most
 // losses, which the host cannot know without waiting); a factor of zero writes zeros, so that a NaN under it stays out.
+#include "kernels.h"
 #include "pack.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 }  // namespace scale_cu
 
 template <class T, class Out, class A>
-void run(const ScaleRows<T, Out, A>& given, int64_t rows, void* stream) {
-  ScaleRows<T, Out, A> a = given;
+void run(const ScaleRows<T, Out, A>& arguments, int64_t rows, void* stream) {
+  ScaleRows<T, Out, A> a = arguments;
   flatten(rows, a.columns, a.stride, a.out_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
   const int64_t all = rows * t.of_row, blocks = all < kMostBlocks ? all : kMostBlocks;

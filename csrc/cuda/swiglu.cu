@@ -1,8 +1,8 @@
-// SwiGLU over rows: reads gate and up (and the upstream gradient) once, writes the product (or both gradients, also in
+// SwiGLU over rows: reads gate and up (and the upstream gradient) once, writes the result (or both gradients, also in
 // place) once. 3 and 5 accesses an element; no other memory, no barrier.
-#include "../swiglu.h"
+#include "../formulas/swiglu.h"
+#include "kernels.h"
 #include "pack.h"
-#include "rows.h"
 
 namespace nitp {
 namespace cuda {
@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kMaxThreads) swiglu_rows(SwigluRows<T> a, unsi
   };
   const auto finish = [&](auto width, int64_t j, const auto& in) {
     constexpr int W = decltype(width)::value;
-    Pack<T, W> product;
+    Pack<T, W> result;
 #pragma unroll
-    for (int i = 0; i < W; ++i) store(product.at + i, swiglu(widen(in.gate.at[i]), widen(in.up.at[i])));
-    write(out + j, product);
+    for (int i = 0; i < W; ++i) store(result.at + i, swiglu(widen(in.gate.at[i]), widen(in.up.at[i])));
+    write(out + j, result);
   };
   over_tile(split<N>(a.columns, gate, up, out), blockIdx.x % tiles_of_row, load, finish);
 }
@@ -65,16 +65,16 @@ __global__ void __launch_bounds__(kMaxThreads) swiglu_rows_backward(SwigluRowsBa
 }  // namespace swiglu_cu
 
 template <class T>
-void run(const SwigluRows<T>& given, int64_t rows, void* stream) {
-  SwigluRows<T> a = given;
+void run(const SwigluRows<T>& arguments, int64_t rows, void* stream) {
+  SwigluRows<T> a = arguments;
   flatten(rows, a.columns, a.gate_stride, a.up_stride, a.out_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
   if (rows > 0 && t.of_row > 0) launch(swiglu_rows<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
 }
 
 template <class T>
-void run(const SwigluRowsBackward<T>& given, int64_t rows, void* stream) {
-  SwigluRowsBackward<T> a = given;
+void run(const SwigluRowsBackward<T>& arguments, int64_t rows, void* stream) {
+  SwigluRowsBackward<T> a = arguments;
   flatten(rows, a.columns, a.gate_stride, a.up_stride, a.upstream_stride, a.d_gate_stride, a.d_up_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
   if (rows > 0 && t.of_row > 0) launch(swiglu_rows_backward<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);

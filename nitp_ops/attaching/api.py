@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nitp_ops.engine.spec.spec import SpecLike
+from nitp_ops.engine.parsing import SpecLike
 from nitp_ops.engine.streams.needs import reads
 from nitp_ops.engine.streams.streams import LabelLayout, check_label_layout
 from nitp_ops.objectives import CompositeObjective, build

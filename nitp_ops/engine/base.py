@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
 from nitp_ops.core.devices import for_sums
 
-from .drafting.decoding import Drafter
 from .spec.schedule import Weight, as_weight
 from .spec.validation import SpecError, field_types, tidy, type_problem
 from .streams.model_info import ModelInfo
 from .streams.needs import Need
 from .streams.streams import Streams
+
+if TYPE_CHECKING:
+    from .drafting.decoding import Drafter
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,18 @@ from .base import Context, HeadReading, HeadTerm, LatentPart, LatentTerm, Object
 from .counts import Counts
 from .drafting.decoding import Drafting, Trunk, choose, decode
 from .error_names import sums_of
+from .explain import explain
 from .head_terms import HeadPart
 from .metrics import Metrics
 from .modules.kept_values import KeepsValues
 from .modules.module_call import Sealed, inside_call, is_fully_sharded
-from .reports.explain import explain
-from .spec.spec import Spec, SpecLike, parse
+from .parsing import Spec, SpecLike, parse
 from .streams.model_info import ModelInfo
 from .streams.needs import checked, named
 from .streams.streams import HIDDEN_STREAMS, Streams
 from .streams.targets import check_targets
-from .weighting import Part, always_on, contribution, divided, joined, unguarded, weight_of
+from .weighting import Part, always_on, contribution, divided, guarded, joined, unguarded, weight_of
 from .window import Window, window_of
-from .zero_weight import guarded
 
 
 class Output(NamedTuple):

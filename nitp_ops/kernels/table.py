@@ -2,7 +2,7 @@
 
 A function of `torch_rows` under `@row_kernel` is a row: its name is the operator's, its signature the schema. Schemas
 where the compiled library is absent, the look-up of the torch and Triton implementations, benchmarks, the sanitized
-script and the tests that compare backends go by this table. The compiled kernels have theirs in csrc/arguments.h.
+script and the tests that compare backends go by this table. The compiled kernels have theirs in csrc/kernel_params.h.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """alignment: a distance between rows, with gradients to both sides, and the table of distances.
 
-The gradients stand in csrc/alignment.h; the equations in reference.alignment.
+The gradients stand in csrc/formulas/alignment.h; the equations in reference.alignment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .reference_rows import of_live_rows
 
 _OP = "alignment"
 
-#: Name -> number of the distance in csrc/alignment.h.
+#: Name -> number of the distance in csrc/formulas/alignment.h.
 DISTANCES = {"cosine": 0, "mse": 1, "smooth_l1": 2, "kl": 3}
 
 

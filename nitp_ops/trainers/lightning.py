@@ -26,7 +26,7 @@ from nitp_ops.attaching.api import attach  # noqa: E402
 from nitp_ops.attaching.attached_forward import HANDLE  # noqa: E402
 from nitp_ops.attaching.handle import Handle  # noqa: E402
 from nitp_ops.attaching.hook_points import is_hugging_face  # noqa: E402
-from nitp_ops.engine.spec.spec import SpecLike  # noqa: E402
+from nitp_ops.engine.parsing import SpecLike  # noqa: E402
 from nitp_ops.engine.streams.streams import LabelLayout  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams, parse  # noqa: E402
 

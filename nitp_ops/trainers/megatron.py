@@ -34,7 +34,7 @@ from torch import Tensor, nn  # noqa: E402
 
 from nitp_ops.attaching.hook_points import Sites  # noqa: E402
 from nitp_ops.attaching.tapping import Tap  # noqa: E402
-from nitp_ops.engine.spec.spec import SpecLike  # noqa: E402
+from nitp_ops.engine.parsing import SpecLike  # noqa: E402
 from nitp_ops.engine.streams.needs import named  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Streams, build  # noqa: E402
 

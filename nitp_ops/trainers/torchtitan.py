@@ -28,7 +28,7 @@ from torchtitan.models.deepseek_v3.mtp import MTPDecoder  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
 from nitp_ops.attaching.tapping import Tap, tap  # noqa: E402
-from nitp_ops.engine.spec.spec import SpecLike  # noqa: E402
+from nitp_ops.engine.parsing import SpecLike  # noqa: E402
 from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Output, Streams, build  # noqa: E402
 
 OBJECTIVE = "nitp_objective"

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nitp_ops.attaching.api import attach, handle_of
 from nitp_ops.attaching.handle import Handle
-from nitp_ops.engine.spec.spec import SpecLike
+from nitp_ops.engine.parsing import SpecLike
 from nitp_ops.engine.streams.streams import LabelLayout
 from nitp_ops.objectives import Counts
 

@@ -1,4 +1,4 @@
-// The AVX-512 instructions of csrc/cpu/gemm_lanes.h as loops over their lanes, so that its products can be run, and
+// The AVX-512 instructions of csrc/cpu/gemm/simd.h as loops over their lanes, so that its GEMMs can be run, and
 // watched by sanitizers, on a processor without them. Loads and stores touch the lanes of their mask alone; an aligned
 // load of an address that is not ends the run.
 #pragma once

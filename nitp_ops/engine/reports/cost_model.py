@@ -19,7 +19,7 @@ from nitp_ops.distributed import bytes_per_pass, shard_rows
 from nitp_ops.engine.base import LatentTerm
 from nitp_ops.engine.composite import build
 from nitp_ops.engine.modules.projector import Projector
-from nitp_ops.engine.spec.spec import SpecLike, parse
+from nitp_ops.engine.parsing import SpecLike, parse
 from nitp_ops.engine.spec.validation import is_int, of_64_bits
 from nitp_ops.engine.streams.model_info import ModelInfo
 from nitp_ops.engine.streams.needs import reads

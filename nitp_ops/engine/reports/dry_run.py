@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nitp_ops.engine.base import HeadTerm
 from nitp_ops.engine.composite import build
-from nitp_ops.engine.spec.spec import SpecLike
+from nitp_ops.engine.parsing import SpecLike
 from nitp_ops.engine.streams.context_parallel import SequenceShard
 from nitp_ops.engine.streams.model_info import ModelInfo
 from nitp_ops.engine.streams.needs import reads

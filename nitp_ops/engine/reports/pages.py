@@ -7,11 +7,10 @@ import inspect
 import re
 
 from nitp_ops.engine.base import HeadTerm, Objective
+from nitp_ops.engine.explain import facts
 from nitp_ops.engine.registry import available, find, plugin_of
 from nitp_ops.engine.spec.validation import field_types, spelled
 from nitp_ops.engine.streams.model_info import ModelInfo
-
-from .explain import facts
 
 _INFO = ModelInfo(hidden_size=1280, vocab_size=152064, num_layers=24)
 _COMMON = {field.name for field in dataclasses.fields(Objective)}

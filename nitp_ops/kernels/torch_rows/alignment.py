@@ -1,4 +1,4 @@
-"""Distances of paired rows and their gradients (csrc/alignment.h)."""
+"""Distances of paired rows and their gradients (csrc/formulas/alignment.h)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-entropy rows and their gradient (csrc/cross_entropy.h)."""
+"""Cross-entropy rows and their gradient (csrc/formulas/cross_entropy.h)."""
 
 from __future__ import annotations
 

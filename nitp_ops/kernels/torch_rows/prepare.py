@@ -1,4 +1,4 @@
-"""What stands before the chunks of a token loss and after them (csrc/labels.h)."""
+"""What stands before the chunks of a token loss and after them (csrc/formulas/labels.h)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SwiGLU over rows and its gradient (csrc/swiglu.h)."""
+"""SwiGLU over rows and its gradient (csrc/formulas/swiglu.h)."""
 
 from __future__ import annotations
 

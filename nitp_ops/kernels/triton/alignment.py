@@ -1,4 +1,4 @@
-"""Alignment over pairs of rows: csrc/alignment.h holds the equations, csrc/library.cpp the arguments.
+"""Alignment over pairs of rows: csrc/formulas/alignment.h holds the equations, csrc/schemas.cpp the arguments.
 
 One program a pair: one loop over the features for the sums, one that writes the gradients, also in place. A row's
 scalars are float64: few, and their rounding would show in every feature.
@@ -61,7 +61,7 @@ def _sums(prediction, target, columns, known, by_p, by_z, A: tl.constexpr, BLOCK
 
 @triton.jit
 def _factor(square, eps, A: tl.constexpr):
-    """SquareRange of csrc/alignment.h: what a row is multiplied by where its squares would overflow or vanish."""
+    """SquareRange of csrc/formulas/alignment.h: the factor of a row whose squares would overflow or vanish."""
     wide: tl.constexpr = A.primitive_bitwidth == 64
     most = 2.0**800 if wide else 2.0**100
     shrink = 2.0**-640 if wide else 2.0**-80
@@ -226,7 +226,8 @@ def alignment_rows_(
     """Loss, cosine and both norms of each pair of rows; with `gradient`, of the prediction (in place where no other
     place is given) and of the target (where one is given).
 
-    prediction [N, D]; target [M, D], read by target_rows [N], else row by row; distance as csrc/alignment.h counts."""
+    prediction [N, D]; target [M, D], read by target_rows [N], else row by row; distance as in
+    csrc/formulas/alignment.h."""
     rows, columns = size_of(_OP, "prediction", prediction)
     dtype, work = working(prediction, target)
     into = prediction if d_prediction is None else d_prediction

@@ -1,4 +1,4 @@
-"""Cross-entropy over rows of logits: csrc/cross_entropy.h holds the equations, csrc/library.cpp the arguments.
+"""Cross-entropy over rows of logits: csrc/formulas/cross_entropy.h holds the equations, csrc/schemas.cpp the arguments.
 
 One program per row. A row that fits into its registers is read once; of a longer one the first pass forms every sum
 online, lane by lane, and the second reads it again. No store is read back. Scalars of a row are float64: few, and

@@ -1,4 +1,5 @@
-"""The gradient of rows whose maximum and sum of exponentials are known: SoftmaxGradient of csrc/cross_entropy.h.
+"""The gradient of rows whose maximum and sum of exponentials are known (SoftmaxGradient of
+csrc/formulas/cross_entropy.h).
 
 One program a row, one pass; the targets are written with their block, so that no element is stored twice.
 """

@@ -1,4 +1,4 @@
-"""SwiGLU over rows, as csrc/swiglu.h writes it: y = g s u, dy/dg = u s (1 + g (1 - s)), dy/du = g s, s = sigmoid(g)."""
+"""SwiGLU over rows (csrc/formulas/swiglu.h): y = g s u, dy/dg = u s (1 + g (1 - s)), dy/du = g s, s = sigmoid(g)."""
 
 from __future__ import annotations
 

@@ -12,9 +12,9 @@ from ...core import checks
 from ...core.chunking import length_of, row_stride, rows_of, with_zeros, workspace
 from ...core.gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
 from ...kernels import select
-from .sharded.reduction import ReducedRows, ShardRows
 from .term import Unembedding
 from .term_rows import TermRows, joined
+from .vocab_shard import ReducedRows, ShardRows
 
 
 class Chunk(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import reference
 from ...core import checks
-from .sharded.reduction import VocabShard
+from .vocab_shard import VocabShard
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .... import reference
 from ..term import CrossEntropyTerm
-from .reduction import all_gather, reduce_scatter
+from ..vocab_shard import all_gather, reduce_scatter
 
 
 def gathered_term(term: CrossEntropyTerm, group: dist.ProcessGroup) -> CrossEntropyTerm:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ....core import checks
 from ....kernels import select
 from ..term import Unembedding
-from .reduction import VocabShard
+from ..vocab_shard import VocabShard
 
 
 def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""`benchmarks/gpu.sh short`: what is worth most, within a budget of seconds."""

@@ -1,0 +1,1 @@
+"""What is shown and kept: tables, files of results, pages, figures."""

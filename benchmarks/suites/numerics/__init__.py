@@ -1,0 +1,1 @@
+"""The pages of numbers under docs/: `python -m benchmarks.suites.numerics`."""

@@ -1,0 +1,1 @@
+"""`pytest benchmarks --benchmark-only`: every op and row kernel at toy sizes."""

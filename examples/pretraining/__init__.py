@@ -1,1 +1,0 @@
-"""What `pretrain.py` and `experiments.py` are made of: corpus, model, training loop, arms, probes, reports."""

@@ -1,0 +1,1 @@
+"""What repeats trainings and draws conclusions; `examples/pretrain.py` and `examples/draft.py` are made of it too."""

@@ -1,0 +1,1 @@
+"""What is compared and measured: arms, results of runs, statistics, records."""

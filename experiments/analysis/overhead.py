@@ -1,0 +1,122 @@
+"""What "ntp + nitp" adds to the time of a whole training step, beside the formula's prediction."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from experiments.report.table import Grid
+from experiments.train.data import Corpus
+from experiments.train.model import ModelConfig
+from experiments.train.options import Options
+from experiments.train.run import Run
+from nitp_ops.objectives import parse
+
+DIMS = (256, 512, 1024)
+BACKENDS = {"native": "ours", "reference": "eager"}
+EXPRESSIONS = ("ntp", "ntp + nitp")
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Step times at one width and backend, in seconds; the lists are rounds, interleaved in one process."""
+
+    dim: int
+    backend: str
+    layers: int
+    vocab: int
+    tokens: int
+    plain: list[float]
+    added: list[float]
+
+    @property
+    def quartiles(self) -> list[float]:
+        """Of the rounds' own ratios "ntp + nitp" / "ntp", less 1: within a round a drift of the machine cancels."""
+        ratios = [b / a - 1 for a, b in zip(self.plain, self.added, strict=True)]
+        return statistics.quantiles(ratios, n=4, method="inclusive")
+
+    @property
+    def measured(self) -> float:
+        """The median of the rounds' ratios, less 1."""
+        return self.quartiles[1]
+
+    @property
+    def predicted(self) -> float:
+        """``1 / (L + V / (12 d))``: the projector's 12 d^2 parameters over the model's."""
+        return 1 / (self.layers + self.vocab / (12 * self.dim))
+
+
+def measure(
+    dim: int, options: Options, corpus: Corpus, rounds: int, backends: list[str], show: Callable[[str], None]
+) -> list[Overhead]:
+    """Steps of both objectives on each backend in turns, in one process; the first round is not counted."""
+    options = replace(options, dim=dim, steps=rounds + 1)
+    runs = {
+        (backend, expression): Run(expression, parse(expression), options, corpus, options.out, backend)
+        for backend in backends
+        for expression in EXPRESSIONS
+    }
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
+    for turn in range(rounds + 1):
+        # Each round starts elsewhere, so that no run always follows the same one.
+        order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
+        for key in order:
+            start = time.perf_counter()
+            runs[key].step()
+            seconds[key].append(time.perf_counter() - start)
+    shapes: ModelConfig = options.model
+    del runs
+    gc.collect()
+    found = []
+    for backend in backends:
+        plain, added = (seconds[backend, expression][1:] for expression in EXPRESSIONS)
+        result = Overhead(dim, backend, shapes.layers, shapes.vocab_size, options.tokens_per_step, plain, added)
+        show(f"d = {dim}, {BACKENDS[backend]}: {result.measured:+.1%}, predicted {result.predicted:+.1%}")
+        found.append(result)
+    return found
+
+
+def overhead_grid(results: list[Overhead]) -> Grid:
+    """A row a width and backend."""
+    rows: list[list[str]] = []
+    for result in results:
+        low, middle, high = result.quartiles
+        rows.append(
+            [
+                f"d = {result.dim}, {BACKENDS[result.backend]}",
+                f"{statistics.median(result.plain) * 1e3:,.1f}",
+                f"{statistics.median(result.added) * 1e3:,.1f}",
+                f"{middle:+.1%}",
+                f"{low:+.1%} to {high:+.1%}",
+                f"{result.predicted:+.1%}",
+            ]
+        )
+    header = ["", '"ntp", ms', '"ntp + nitp", ms', "added", "middle half of the rounds", "formula 1 / (L + V / (12 d))"]
+    return Grid("a whole training step: median times, median of the rounds' ratios", header, rows)
+
+
+def sentence(results: list[Overhead]) -> str:
+    """Where the measurements lie beside the formula."""
+    said = []
+    for dim in dict.fromkeys(result.dim for result in results):
+        here = {result.backend: result for result in results if result.dim == dim}
+        parts = [
+            f"{BACKENDS[backend]} {result.measured:+.1%} ({result.measured / result.predicted:.2f} of the formula)"
+            for backend, result in here.items()
+        ]
+        said.append(f"at d = {dim} {', '.join(parts)}")
+    return f"Added to a whole step: {'; '.join(said)}."
+
+
+def record(result: Overhead) -> dict[str, Any]:
+    """As a line of records."""
+    return {"study": "overhead", **asdict(result)}
+
+
+def from_record(line: dict[str, Any]) -> Overhead:
+    """From a line of records."""
+    return Overhead(**{field.name: line[field.name] for field in fields(Overhead)})

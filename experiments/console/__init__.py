@@ -1,0 +1,1 @@
+"""What a program says to its console: signals, failures, one line each, exit codes."""

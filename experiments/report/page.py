@@ -1,0 +1,91 @@
+"""One self-contained page of a comparison: opens from the disk, loads nothing, runs nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from experiments.analysis.fused_head import HeadCost
+from experiments.analysis.results import COST, QUALITY
+from experiments.console.command import command_line
+from experiments.train.checkpoint import write_whole
+from experiments.train.data import Corpus
+from experiments.train.options import Options
+from experiments.train.run import model_info
+from nitp_ops.objectives import build
+
+from . import sentences, table
+from .environment import commit, machine_line
+
+DEFINITIONS = (
+    ("cross-entropy", "nats a byte, next byte, mean over the held-out windows; never smoothed or weighted"),
+    ("latent-term loss", "mean over held-out pairs, in the term's own distance; 1 - cos for the default"),
+    ("floor", "1 - |mean of the unit targets|: what the best constant prediction scores under the cosine distance"),
+    ("skill", "1 - loss / floor, - where the floor is below 1e-4 or the distance is not the cosine"),
+    ("|P(h)|, |z|", "mean length of the projected prediction and of its target"),
+    ("effective rank", "exp(-sum p ln p), p = eigenvalues of the mean-centred covariance of the last hidden states"),
+    ("mean pairwise cosine", "mean of cos(h_i, h_j) over all pairs of last hidden states"),
+    ("linear probe", "ridge regression of one-hot x[t+j] on the frozen last hidden state h_t; accuracy of its argmax"),
+    ("nearest neighbours", "vote of the 16 nearest training states (Euclidean) on x[t+j]"),
+    ("probes, both", "fitted and tested on different windows of the text that training never saw"),
+)
+
+
+def write(
+    path: Path, options: Options, corpus: Corpus, arms: table.Arms, costs: Sequence[HeadCost], curves: str
+) -> None:
+    """Write the page; whatever came from a user or a model is escaped. `curves` is an SVG element.
+
+    Raises:
+        OSError: the disk refused; an older page is intact.
+    """
+    # autoescape: names, paths, expressions and samples are text, never markup
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    trained = (
+        f"{options.steps:,} steps of {options.tokens_per_step:,} tokens, seeds {', '.join(map(str, options.seeds))}"
+    )
+    shapes = (
+        f"width {options.dim}, {options.layers} blocks, {options.heads} heads, context {options.context}, "
+        f"{options.dtype}, learning rate {options.lr:g}"
+    )
+    facts = [
+        ("command", command_line()),
+        ("machine", f"{machine_line(options.device)}, {commit()}"),
+        ("text", f"{corpus.description}; fingerprint {corpus.fingerprint}"),
+        ("each run", f"{trained}; {shapes}"),
+    ]
+    grids = [table.results(arms, (*QUALITY, *COST)), table.probes(arms)]
+    said = sentences.about(arms)
+    info = model_info(options.model)
+    described = [group[0].arm for group in arms]
+    if any(arm.tests for arm in described):
+        grids.insert(0, table.plan(described))
+    if costs:
+        grids.append(table.head_grid(costs))
+        said.append(sentences.about_head(costs))
+    content = environment.get_template("page.html").render(
+        title=f"{len(arms)} objectives compared on {arms[0][0].numbers['rows']:,.0f} held-out bytes",
+        facts=facts,
+        not_measured=sentences.NOT_MEASURED,
+        grids=grids,
+        sentences=said,
+        curves=Markup(curves),
+        definitions=DEFINITIONS,
+        arms=[
+            {
+                "name": group[0].arm.name,
+                "expression": group[0].arm.expression,
+                "json": json.dumps(group[0].arm.spec.to_dict(), indent=2),
+                "explained": build(group[0].arm.spec, model=info).explain(),
+                "sample": group[0].sample,
+            }
+            for group in arms
+        ],
+    )
+    write_whole(path, content.encode())

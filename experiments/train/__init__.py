@@ -1,0 +1,1 @@
+"""A training: text, model, options, loop, checkpoints, evaluation."""
