@@ -1,4 +1,5 @@
-// The row kernel of the cross-entropy with a cluster and threads that the caller chooses, for benchmarks/suites/geometry.py.
+// The row kernel of the cross-entropy with a cluster and threads that the caller chooses, for
+// benchmarks/suites/geometry.py.
 #include <algorithm>
 #include <exception>
 #include <stdexcept>

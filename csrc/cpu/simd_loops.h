@@ -3,7 +3,7 @@
 // for two instructions that compilers do not find: multiplication by a power of two (vscalefps: no clamp, no integer
 // arithmetic in exp) and, in the set avx512_bf16, rounding to bfloat16 (vcvtneps2bf16: one instruction for eight).
 //
-// That rounding treats subnormal numbers (below 2^-126) as zero, as the bfloat16 dot products of the same processors
+// That rounding treats subnormal numbers (under 2^-126) as zero, as the bfloat16 dot products of the same processors
 // do.
 #pragma once
 #include <type_traits>

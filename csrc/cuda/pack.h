@@ -1,5 +1,5 @@
 // 16-byte accesses to rows that start anywhere: a row is `head` single elements up to the first aligned address, then
-// packs of N elements, then single elements again. Both ends together are the edges.
+// packs of N elements, then single elements again. Both ends aligned_alike are the edges.
 #pragma once
 #include <type_traits>
 
@@ -134,8 +134,8 @@ __device__ int64_t elements_to_boundary(const T* p) {
 template <int N, class First, class... Others>
 __device__ Split<N> split(int64_t columns, const First* first, const Others*... others) {
   const int64_t head = elements_to_boundary<N>(first);
-  const bool together = ((elements_to_boundary<N>(others) == head) && ...);
-  const int64_t packs = together && head < columns ? (columns - head) / N : 0;
+  const bool aligned_alike = ((elements_to_boundary<N>(others) == head) && ...);
+  const int64_t packs = aligned_alike && head < columns ? (columns - head) / N : 0;
   return {packs > 0 ? head : columns, packs, columns - packs * N};
 }
 

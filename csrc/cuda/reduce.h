@@ -69,10 +69,10 @@ struct Cluster {
 //   same inbox with release semantics at cluster scope; await_messages acquires that phase at cluster scope. So
 //   a block that has waited reads whole messages.
 // * The phase ends with the last byte for the inbox, and a block waits for it before it ends: nothing is stored into
-//   the memory of a block that has ended. Nobody reads another block's memory, so none waits for its readers.
+//   the memory of a block that has ended. No block reads another's memory, so none waits for its readers.
 //
 // A message releases nothing else of its sender. A row must not need it: of a row's memory each block reads and writes
-// what is its own alone (its columns, what it found of the targets in them), but for what nobody writes.
+// what is its own alone (its columns, what it found of the targets in them), and what no block writes.
 template <class Team, class M>
 __device__ void open(typename Team::template Mail<M>& mail) {
   if constexpr (!Team::kAlone) open_inbox(mail);

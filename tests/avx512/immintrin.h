@@ -64,8 +64,8 @@ TWIN void _mm512_mask_storeu_epi16(void* to, __mmask32 m, __m512i x) { stored<ui
 TWIN __m512i unpacked(__m512i a, __m512i b, int words, bool high) {
   __m512i out{};
   for (int i = 0; i < 16; ++i) {
-    const int place = i % 4, from = i / 4 * 4 + 2 * high + place / (2 * words) * words + place % words;
-    out[i] = place / words % 2 == 0 ? a[from] : b[from];
+    const int lane = i % 4, from = i / 4 * 4 + 2 * high + lane / (2 * words) * words + lane % words;
+    out[i] = lane / words % 2 == 0 ? a[from] : b[from];
   }
   return out;
 }

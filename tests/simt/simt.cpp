@@ -132,7 +132,7 @@ void Cluster::wait(Meeting& meeting, int64_t round) {
   now.waits_for = nullptr;
 }
 
-// The barrier's arrival; inboxes_are_open waits for it, and here nobody goes on who would do so before all have opened.
+// The barrier's arrival; inboxes_are_open waits for it, and here no thread goes on before all have opened.
 void Cluster::open_inbox() {
   if (threadIdx.x == 0) block().mail.members = size();
 }
@@ -166,15 +166,15 @@ void* Cluster::peer(const void* here, int rank) {
   const Block& of = blocks_[rank];
   if (of.mail.members == 0) fail("a message to a block whose inbox is not open");
   if (of.done == of.fibers.size()) fail("a message to a block that has ended");
-  const auto place = [&](const char* mine, size_t size) {
+  const auto offset_in = [&](const char* mine, size_t size) {
     const std::ptrdiff_t offset = static_cast<const char*>(here) - mine;
     return offset >= 0 && offset < static_cast<std::ptrdiff_t>(size) ? offset : -1;
   };
   for (StaticShared* memory : every_static_shared) {
-    const std::ptrdiff_t offset = place(memory->of_block[rank_].get(), memory->size);
+    const std::ptrdiff_t offset = offset_in(memory->of_block[rank_].get(), memory->size);
     if (offset >= 0) return memory->of_block[rank].get() + offset;
   }
-  const std::ptrdiff_t offset = place(block().shared.get(), shared_bytes_);
+  const std::ptrdiff_t offset = offset_in(block().shared.get(), shared_bytes_);
   if (offset < 0) fail("a peer's memory is asked for by what is not shared memory");
   return of.shared.get() + offset;
 }

@@ -47,7 +47,7 @@ struct Settings {
 extern Settings settings;
 extern int device, questions;  // which of them it is, and how often a launch asked what a device has
 
-// Threads that wait for one another: a warp, a block or a cluster. Passing twice is safe, because nobody passes the
+// Threads that wait for one another: a warp, a block or a cluster. Passing twice is safe, because no thread passes the
 // second time before everybody has arrived there, and so has left the first.
 struct Meeting {
   int members = 0, arrived = 0;
@@ -67,7 +67,7 @@ struct Warp {
   uint32_t slots[2][kWarpSize];  // of this shuffle and of the one before, which some lanes may still read
 };
 
-// A kernel's static shared memory, a piece for every block of a cluster.
+// A kernel's static shared memory, a part for every block of a cluster.
 struct StaticShared {
   size_t size;
   std::vector<std::unique_ptr<char[]>> of_block;
@@ -91,7 +91,7 @@ class Cluster {
   void meet(Meeting& meeting);
   uint32_t shuffle(uint32_t word, int lane);
   void open_inbox();
-  void send(const void* here, const void* message, size_t size, int rank);  // to the same place in another block
+  void send(const void* here, const void* message, size_t size, int rank);  // to the same address in another block
   void await_messages();
   [[noreturn]] void fail(const std::string& what);
 
@@ -106,7 +106,7 @@ class Cluster {
   bool run_block(unsigned rank, unsigned index);  // whether anything moved
   void poison(unsigned rank);
   void wait(Meeting& meeting, int64_t round);
-  void* peer(const void* here, int rank);  // the same place in another block's shared memory
+  void* peer(const void* here, int rank);  // the same address in another block's shared memory
   std::vector<Block> blocks_;
   std::unique_ptr<char[]> stacks_;
   int64_t shared_bytes_;

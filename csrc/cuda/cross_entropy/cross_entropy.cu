@@ -76,7 +76,7 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
     const int j = first < packs ? column(first) : first < edges ? edge(first) : kNoColumn;
     if (j != kNoColumn) row.reference = finite_or_zero(row.value(row.key(logits[j], j)));
   }
-  if (thread < kWarp) {  // the target logits, before anybody overwrites them
+  if (thread < kWarp) {  // the target logits, before any thread overwrites them
     A weight_sum(0), own(0);
     int present = 0, outside = 0;
     for (int64_t k = i * a.targets + thread; k < (i + 1) * a.targets; k += kWarp) {
