@@ -82,8 +82,9 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
     using A = working_t<T>;
     double class_weight_mean = 0;
     if constexpr (Backend::reads_values) {
-      for (int64_t v = 0; class_weight.has_value() && v < columns; ++v)
+      for (int64_t v = 0; class_weight.has_value() && v < columns; ++v) {
         class_weight_mean += data<A>(class_weight)[v];
+      }
       class_weight_mean /= static_cast<double>(columns);
     }
     const nitp::CrossEntropyRows<T, A> args{

@@ -201,8 +201,9 @@ class Library {
   TorchLibraryHandle handle_ = nullptr;
 
   void note(AOTITorchError code, const char* what, const char* name) {
-    if (code != 0 && registration_error().empty())
+    if (code != 0 && registration_error().empty()) {
       registration_error() = std::string(what) + " of " + name + " failed";
+    }
   }
 
  public:

@@ -48,8 +48,8 @@ PairSums<A> sums_of(
 template <bool OfPrediction, bool OfTarget, class P, class Z, class A>
 A squared_chord(const Pair<P, Z, A> pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
   const A of_p = row.unit_prediction, of_z = swapped.unit_prediction;
-  const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction,
-          d = swapped.of_target;
+  const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction;
+  const A d = swapped.of_target;
   constexpr bool alike = std::is_same_v<Z, P> || std::is_same_v<Z, float>;
   return sum_over_columns<std::conditional_t<alike, P, A>, A>(
       pair.columns, [=](auto at) NITP_INLINE {
@@ -89,8 +89,9 @@ CosineRow<A> cosine_of(const Pair<P, Z, A>& pair, A eps, A* loss) {
   if (by.none()) return cosine_row(pair, sums, by, eps, loss);
   // Copies of the few rows that need a factor spare the loops over all others two multiplications.
   std::vector<A> p(pair.columns), z(pair.columns);
-  for (int64_t j = 0; j < pair.columns; ++j)
+  for (int64_t j = 0; j < pair.columns; ++j) {
     p[j] = by.p * pair.prediction(j), z[j] = by.z * pair.target(j);
+  }
   A* dz = pair.dz ? z.data() : nullptr;
   const Pair<A, A, A> scaled{p.data(),     z.data(),   p.data(),     dz,
                              pair.columns, pair.scale, pair.gradient};

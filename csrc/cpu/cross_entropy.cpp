@@ -47,8 +47,9 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
-      if (weight_sum != 0)
+      if (weight_sum != 0) {
         row.shifted_logit_sum -= weight_sum * (static_cast<double>(block_max) - row.max);
+      }
       row.max = block_max;
       best_block = first;
     }

@@ -45,8 +45,9 @@ struct Targets {
   double gap(A max, double log_sum) const {
     double sum = 0;
     for (const auto& target : present) {
-      if (target.weight != A(0))
+      if (target.weight != A(0)) {
         sum += target.weight * (log_sum + (static_cast<double>(max) - target.logit));
+      }
     }
     return sum;
   }

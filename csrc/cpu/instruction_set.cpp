@@ -23,8 +23,9 @@ nitp::InstructionSet detect() {
     return __builtin_cpu_supports("avx512bf16") ? nitp::InstructionSet::avx512_bf16
                                                 : nitp::InstructionSet::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     return nitp::InstructionSet::avx2;
+  }
 #endif
   return nitp::InstructionSet::portable;
 }

@@ -43,8 +43,9 @@ void run(const AccumulateRows<T, A>& arguments, int64_t rows, void* stream) {
   AccumulateRows<T, A> a = arguments;
   flatten(rows, a.columns, a.sum_stride, a.addend_stride);
   const Tiles t = tiles<kPackBytes / sizeof(A)>(a.columns);
-  if (rows > 0 && t.of_row > 0)
+  if (rows > 0 && t.of_row > 0) {
     launch(accumulate_rows<T, A>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  }
 }
 
 template void run(const AccumulateRows<double, double>&, int64_t, void*);

@@ -203,8 +203,8 @@ __device__ void over_tile(const Split<N>& split, int64_t tile, Load load, Finish
     const int64_t i = first + k * threads;
     if (i < split.packs) finish(Width<N>{}, split.pack(i), operands[k]);
   }
-  const int64_t per_tile = static_cast<int64_t>(kPacksOfThread) * threads * N,
-                end = (tile + 1) * per_tile;
+  const int64_t per_tile = static_cast<int64_t>(kPacksOfThread) * threads * N;
+  const int64_t end = (tile + 1) * per_tile;
   for (int64_t i = tile * per_tile + threadIdx.x; i < split.edges && i < end; i += threads) {
     const int64_t j = split.edge(i);
     finish(Width<1>{}, j, load(Width<1>{}, j));

@@ -3,7 +3,7 @@
 // of threads and blocks alone.
 #pragma once
 #include "../host_device.h"
-#include "launch.h"
+#include "cluster.h"
 
 namespace nitp {
 namespace cuda {
@@ -23,8 +23,9 @@ __device__ V shuffle_xor(const V& value, int lanes) {
 template <class V, class Merge>
 __device__ V warp_merge(V value, Merge merge) {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2)
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
     value = merge(value, shuffle_xor(value, lanes));
+  }
   return value;
 }
 

@@ -43,8 +43,9 @@ void run(const ScaleRows<T, Out, A>& arguments, int64_t rows, void* stream) {
   flatten(rows, a.columns, a.stride, a.out_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
   const int64_t all = rows * t.of_row, blocks = all < kMostBlocks ? all : kMostBlocks;
-  if (blocks > 0)
+  if (blocks > 0) {
     launch(scale_rows<T, Out, A>, blocks, t.threads, 0, stream, a, blocks, all, t.of_row);
+  }
 }
 
 template void run(const ScaleRows<double, double, double>&, int64_t, void*);

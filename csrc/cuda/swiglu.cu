@@ -28,8 +28,9 @@ __global__ void __launch_bounds__(kMaxThreads) swiglu_rows(SwigluRows<T> a, unsi
     constexpr int W = decltype(width)::value;
     Pack<T, W> result;
 #pragma unroll
-    for (int i = 0; i < W; ++i)
+    for (int i = 0; i < W; ++i) {
       store(result.at + i, swiglu(widen(in.gate.at[i]), widen(in.up.at[i])));
+    }
     write(out + j, result);
   };
   over_tile(split<N>(a.columns, gate, up, out), blockIdx.x % tiles_of_row, load, finish);
@@ -73,8 +74,9 @@ void run(const SwigluRows<T>& arguments, int64_t rows, void* stream) {
   SwigluRows<T> a = arguments;
   flatten(rows, a.columns, a.gate_stride, a.up_stride, a.out_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
-  if (rows > 0 && t.of_row > 0)
+  if (rows > 0 && t.of_row > 0) {
     launch(swiglu_rows<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  }
 }
 
 template <class T>
@@ -83,8 +85,9 @@ void run(const SwigluRowsBackward<T>& arguments, int64_t rows, void* stream) {
   flatten(rows, a.columns, a.gate_stride, a.up_stride, a.upstream_stride, a.d_gate_stride,
           a.d_up_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
-  if (rows > 0 && t.of_row > 0)
+  if (rows > 0 && t.of_row > 0) {
     launch(swiglu_rows_backward<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  }
 }
 
 #define NITP_INSTANTIATE(T)                                \

@@ -68,8 +68,8 @@ struct CosineRow {
 
   // sums: of f p and g z.
   NITP_HD CosineRow(PairSums<A> sums, PairFactors<A> by, A eps, A scale) {
-    const double scaled_p = sqrt(static_cast<double>(sums.pp)),
-                 scaled_z = sqrt(static_cast<double>(sums.zz));
+    const double scaled_p = sqrt(static_cast<double>(sums.pp));
+    const double scaled_z = sqrt(static_cast<double>(sums.zz));
     // A division costs a short row more than the test.
     prediction_norm = by.p == A(1) ? scaled_p : scaled_p / by.p;
     target_norm = by.z == A(1) ? scaled_z : scaled_z / by.z;

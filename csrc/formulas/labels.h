@@ -53,8 +53,9 @@ NITP_HD A scale_of(A weight, A normalizer) {
 // The values of a row that is not computed.
 template <class A>
 NITP_HD void clear_values(const PrepareRows<A>& a, int64_t row) {
-  for (int64_t field = 0; field < a.fields; ++field)
+  for (int64_t field = 0; field < a.fields; ++field) {
     a.stats[field * a.stats_stride + row] = field == 0 ? A(0) : A(NAN);
+  }
   for (int64_t k = row * a.targets; k < (row + 1) * a.targets; ++k) a.target_logit[k] = A(NAN);
   a.prediction[row] = -1;
 }

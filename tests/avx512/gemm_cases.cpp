@@ -22,15 +22,16 @@ void fill(std::vector<float>& values) {
   for (float& x : values) x = static_cast<float>(numbers() % 2001) / 1000 - 1;
 }
 void fill(std::vector<bfloat16>& values) {
-  for (bfloat16& x : values)
+  for (bfloat16& x : values) {
     NITP_TARGET::store(&x, static_cast<float>(numbers() % 2001) / 1000 - 1);
+  }
 }
 
 template <class T, class O>
 int wrong(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed, bool add,
           int64_t threads) {
-  const int64_t a_stride = (a_transposed ? m : k) + 3, b_stride = (b_transposed ? k : n) + 5,
-                stride = n + 4;
+  const int64_t a_stride = (a_transposed ? m : k) + 3, b_stride = (b_transposed ? k : n) + 5;
+  const int64_t stride = n + 4;
   // no number after the last one
   std::vector<T> a(1 + ((a_transposed ? k : m) - 1) * a_stride + (a_transposed ? m : k));
   std::vector<T> b(2 + ((b_transposed ? n : k) - 1) * b_stride + (b_transposed ? k : n));
@@ -82,8 +83,8 @@ template <class T, class O>
 int all_wrong() {
   int count = 0;
   for (int round = 0; round < 60; ++round) {
-    const int64_t m = one_of({1, 6, 13, 14, 15, 29, 70, 113}),
-                  n = one_of({1, 15, 16, 31, 32, 33, 64, 97});
+    const int64_t m = one_of({1, 6, 13, 14, 15, 29, 70, 113});
+    const int64_t n = one_of({1, 15, 16, 31, 32, 33, 64, 97});
     const int64_t k = one_of({1, 2, 15, 16, 17, 31, 33, 255, 257, 600, 1030, 2100});
     count += wrong<T, O>(m, n, k, numbers() % 2, numbers() % 2, numbers() % 2, 1 + numbers() % 3);
   }

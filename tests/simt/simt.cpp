@@ -59,8 +59,9 @@ std::vector<unsigned> Cluster::order(size_t count) {
 
 void Cluster::poison(unsigned rank) {
   std::memset(blocks_[rank].shared.get(), kPoison, shared_bytes_);
-  for (StaticShared* memory : every_static_shared)
+  for (StaticShared* memory : every_static_shared) {
     std::memset(memory->of_block[rank].get(), kPoison, memory->size);
+  }
 }
 
 void Cluster::run(unsigned first_block) {
@@ -88,8 +89,9 @@ void Cluster::run(unsigned first_block) {
     for (const unsigned rank : order(blocks_.size())) moved |= run_block(rank, first_block + rank);
   }
   for (const Block& block : blocks_) {
-    if (block.done < block.fibers.size())
+    if (block.done < block.fibers.size()) {
       throw std::runtime_error("simt: threads wait at a barrier that others never reach");
+    }
   }
 }
 

@@ -186,14 +186,16 @@ int largest_cluster(void (*)(Arguments...), int, int64_t) {
 template <class... Arguments>
 void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes, void*,
             Arguments... arguments) {
-  if (threads % simt::kWarpSize != 0 || threads > 1024)
+  if (threads % simt::kWarpSize != 0 || threads > 1024) {
     throw std::runtime_error("simt: no such block");
+  }
   if (blocks.of_cluster > kMaxCluster || blocks.count % blocks.of_cluster != 0) {
     throw std::runtime_error("simt: no such cluster");
   }
   simt::Cluster cluster(blocks.of_cluster, threads, shared_bytes, [&] { kernel(arguments...); });
-  for (int64_t i = 0; i < blocks.count; i += blocks.of_cluster)
+  for (int64_t i = 0; i < blocks.count; i += blocks.of_cluster) {
     cluster.run(static_cast<unsigned>(i));
+  }
 }
 
 }  // namespace cuda

@@ -65,8 +65,8 @@ void pack_dense_lines(Operand<T> x, int64_t begin, int64_t end, int64_t from, in
 template <int Size, class T>
 void pack_neighbours(Operand<T> x, int64_t begin, int64_t end, int64_t from, int64_t depth,
                      uint32_t* out) {
-  const int64_t next = panel<Size>(parts_of(depth, in_word<T>)),
-                bytes = (end - begin) * static_cast<int64_t>(sizeof(T));
+  const int64_t next = panel<Size>(parts_of(depth, in_word<T>));
+  const int64_t bytes = (end - begin) * static_cast<int64_t>(sizeof(T));
   for (int64_t j = 0; j < depth; j += in_word<T>) {
     const T* lines = x.data + begin + (from + j) * x.depth;
     for (int64_t row = kAheadWords * in_word<T>; row < (kAheadWords + 1) * in_word<T>; ++row) {

@@ -230,8 +230,9 @@ NITP_HD __m256i rounded(Sums x) {
 }
 NITP_HD void put(bfloat16* out, Sums left, Sums right, int64_t columns, bool add) {
   if (add) left = _mm256_add_ps(left, _mm256_castsi256_ps(load_line(out, columns)));
-  if (add)
+  if (add) {
     right = _mm256_add_ps(right, _mm256_castsi256_ps(load_line(out + kLanes, columns - kLanes)));
+  }
   const __m256i crossed = _mm256_packus_epi32(rounded(left), rounded(right));
   const __m256i both = _mm256_permute4x64_epi64(crossed, 0xd8);
   if (columns >= kWidth) {

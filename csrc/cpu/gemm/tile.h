@@ -12,8 +12,8 @@ namespace NITP_TARGET {
 class Prefetcher {
  public:
   void add(const char* data, int64_t stride, int64_t bytes, int64_t rows) {
-    if (rows > 0 && bytes > 0)
-      (now_.rows == 0 ? now_ : next_) = {data, data + bytes, stride, bytes, rows};
+    if (rows <= 0 || bytes <= 0) return;
+    (now_.rows == 0 ? now_ : next_) = {data, data + bytes, stride, bytes, rows};
   }
   NITP_HD void fetch() {
     if (now_.rows == 0) return;
@@ -75,8 +75,9 @@ void tile(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t s
       // sibling of the core
       const int64_t count = std::min(end - word, kFetchEvery);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < count; ++i, a += kHeight, b += kWidth)
+      for (int64_t i = 0; i < count; ++i, a += kHeight, b += kWidth) {
         multiply_add<Rows, T>(sums, a, b);
+      }
     }
 #pragma GCC unroll 14
     for (int i = 0; i < Rows; ++i) {
@@ -90,8 +91,9 @@ template <class T, int Rows = kHeight, class O>
 void tile_of(const uint32_t* a, const uint32_t* b, int64_t words, O* out, int64_t stride,
              int64_t rows, int64_t columns, bool add, Prefetcher& prefetcher) {
   if constexpr (Rows > 2) {
-    if (rows <= Rows - 2)
+    if (rows <= Rows - 2) {
       return tile_of<T, Rows - 2>(a, b, words, out, stride, rows, columns, add, prefetcher);
+    }
   }
   tile<Rows, T>(a, b, words, out, stride, rows, columns, add, prefetcher);
 }

@@ -26,20 +26,6 @@ constexpr int kInRegisters = K == Kind::general ? 1 : 4;
 template <class T>
 constexpr int kMaxRowThreads = sizeof(T) == 8 ? 256 : 1024;
 
-// What a block has found in its part of the row.
-template <class A>
-struct alignas(16) Found {
-  RowSums<A> sums;    // shifted_logit_sum relative to the maximum
-  A gap, own_weight;  // sum_k w_k (max - z_k) and sum_k w_k over the block's targets
-};
-
-template <class Team, class A>
-struct Scratch {
-  RowSums<A> partials[kWarp];
-  RowTargets<A> targets;
-  typename Team::template Mail<Found<A>> mail;
-};
-
 template <class Team, Kind K, class T, class A>
 __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& a, int in_shared) {
   constexpr int N = kPackBytes / sizeof(T), R = kInRegisters<K>, U = Row<T, A, K>::kAtOnce;
@@ -58,8 +44,8 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
   const auto load = [&](int pack) { return read<N>(logits + column(pack)); };
   // the packs of this thread: in registers before `from`, in shared memory before `to`, then read
   // again
-  const int from = member + R * of_team, end = from + in_shared * of_team,
-            to = end < packs ? end : packs;
+  const int from = member + R * of_team, end = from + in_shared * of_team;
+  const int to = end < packs ? end : packs;
   const auto owner = [&](int64_t label) {  // the member of the team that takes it
     const int j = static_cast<int>(label), pack = (j - head) / N;
     return (j < head ? j : pack < packs ? pack : j - packs * N) % of_team;
@@ -124,8 +110,8 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
     for (int u = 0; u < U; ++u) loaded[u] = load(p + u * of_team);
     row.template add<U>(mine, exp, loaded, column(p), step);
   }
-  if constexpr (U >
-                1) {  // an odd one, wherever it is: of those in shared memory the plan makes pairs
+  // an odd one, wherever it is: of those in shared memory the plan makes pairs
+  if constexpr (U > 1) {
     Packed odd;
     if (p < packs) odd = p < to ? read<N>(at->at) : load(p);
 #pragma unroll
@@ -145,9 +131,10 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
   const auto merge = [&](const RowSums<A>& s) { return row.merge_warp(s); };
   Found<A> found{block_merge(mine, none, scratch.partials, merge), A(0),
                  scratch.targets.own_weight_sum};
-  if (row.smooth())
-    found.sums.shifted_logit_sum +=
-        found.sums.weight_sum * (row.reference - row.base(found.sums.max));
+  if (row.smooth()) {
+    const A shift = row.reference - row.base(found.sums.max);
+    found.sums.shifted_logit_sum += found.sums.weight_sum * shift;
+  }
   if (thread < kWarp) {
     for (int64_t k = i * a.targets + thread; k < (i + 1) * a.targets; k += kWarp) {
       const Target<T, A> target(a, k);
@@ -193,8 +180,9 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
                         : token.loss(lse, targets.outside > 0 ? A(NAN) : gap,
                                      smooth_weight_sum * log_sum - shifted_mean);
     a.stats[a.stats_stride + i] = absent ? A(NAN) : lse;
-    if (a.entropy)
+    if (a.entropy) {
       a.stats[2 * a.stats_stride + i] = absent ? A(NAN) : log_sum + sums.entropy_sum / sums.sum;
+    }
     if (a.softmax_partials) {
       a.softmax_partials[i] = max;
       a.softmax_partials[a.softmax_partials_stride + i] = sums.sum;
@@ -206,8 +194,8 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
   if (!a.gradient) return;
 
   const int again = unseen(member);  // else the addresses of the first pass are kept for the second
-  const A row_scale = a.row_scale ? a.row_scale[i] : A(1),
-          scale = targets.outside > 0 ? A(NAN) : row_scale;
+  const A row_scale = a.row_scale ? a.row_scale[i] : A(1);
+  const A scale = targets.outside > 0 ? A(NAN) : row_scale;
   if (absent || row_scale == A(0)) {  // not 0 * gradient: a NaN under a zero weight stays out
     clear(logits, Split<N>{head, packs, edges}, again, of_team);
     return;
@@ -222,8 +210,9 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
   for (p = again + (R + in_shared) * of_team; p < packs; p += of_team)
     writer(logits, column(p), load(p));  // the freshest in cache
   at = held;
-  for (p = again + R * of_team; p < to; p += of_team, at += threads)
+  for (p = again + R * of_team; p < to; p += of_team, at += threads) {
     writer(logits, column(p), read<N>(at->at));
+  }
 #pragma unroll
   for (int k = 0; k < R; ++k) {
     if (again + k * of_team < packs) writer(logits, column(again + k * of_team), unseen(kept[k]));
@@ -233,8 +222,8 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
   }
   if (targets.outside > 0) return;
   __syncwarp();
-  for (int64_t t = thread % kWarp; t < a.targets;
-       t += kWarp) {  // over what its warp has written; duplicates add
+  // over what its warp has written; duplicates add
+  for (int64_t t = thread % kWarp; t < a.targets; t += kWarp) {
     const Target<T, A> target(a, i * a.targets + t);
     if (!target.inside || owner(target.label) / kWarp != member / kWarp) continue;
     A weight(0);
@@ -281,8 +270,9 @@ void run(const CrossEntropyRows<T, A>& a, int64_t rows, void* stream) {
   if (a.columns >= INT32_MAX) throw Failure("logits has more than 2^31 - 2 columns");
   const bool general = a.bias || (a.class_weight && a.smoothing > A(0)) || a.entropy;
   if constexpr (sizeof(T) == 2) {
-    if (!general && a.softcap > A(0) && a.softcap < kLargestCap)
+    if (!general && a.softcap > A(0) && a.softcap < kLargestCap) {
       return start<Kind::capped>(a, rows, stream);
+    }
   }
   if constexpr (sizeof(T) < 8) {  // float64 is for checks: half the code to compile
     if (!general && !(a.softcap > A(0))) return start<Kind::plain>(a, rows, stream);

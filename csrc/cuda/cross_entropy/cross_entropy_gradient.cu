@@ -94,8 +94,9 @@ void run(const CrossEntropyGradientRows<T, A>& a, int64_t rows, void* stream) {
                                   // into the maximum
     int exponent;
     const bool exact = std::frexp(a.logit_scale, &exponent) == A(0.5);
-    if (!general && !(a.softcap > A(0)) && exact)
+    if (!general && !(a.softcap > A(0)) && exact) {
       return start(cross_entropy_gradient_rows<T, A, Kind::plain>);
+    }
   }
   start(cross_entropy_gradient_rows<T, A, Kind::general>);
 }

@@ -53,6 +53,20 @@ struct RowTargets {
   int present, outside;
 };
 
+// What a block has found in its part of the row.
+template <class A>
+struct alignas(16) Found {
+  RowSums<A> sums;    // shifted_logit_sum relative to the maximum
+  A gap, own_weight;  // sum_k w_k (max - z_k) and sum_k w_k over the block's targets
+};
+
+template <class Team, class A>
+struct Scratch {
+  RowSums<A> partials[kWarp];
+  RowTargets<A> targets;
+  typename Team::template Mail<Found<A>> mail;
+};
+
 template <class T, class A, Kind K>
 struct Row {
   static constexpr bool kGeneral = K == Kind::general;
@@ -106,15 +120,16 @@ struct Row {
 
   // The sums move to another maximum, which is not smaller.
   __device__ void rebase(RowSums<A>& s, A to) const {
-    const A from = base(s.max), shift = base(to),
-            factor = exp_of_difference(unit, value(s.max) - shift);
+    const A from = base(s.max), shift = base(to);
+    const A factor = exp_of_difference(unit, value(s.max) - shift);
     scale_sums(s, factor, shift - from);
     s.max = to;
   }
   __device__ void scale_sums(RowSums<A>& s, A factor, A raised) const {
-    if (entropy())
+    if (entropy()) {
       s.entropy_sum =
           factor > A(0) && s.sum != A(0) ? factor * (s.entropy_sum + raised * s.sum) : A(0);
+    }
     s.sum *= factor;
   }
 
@@ -173,8 +188,9 @@ struct Row {
     rebase(s, best.max);
     s.first = best.first;
     s.sum = warp_sum(s.sum);
-    if (smooth())
+    if (smooth()) {
       s.shifted_logit_sum = warp_sum(s.shifted_logit_sum), s.weight_sum = warp_sum(s.weight_sum);
+    }
     if (entropy()) s.entropy_sum = warp_sum(s.entropy_sum);
     return s;
   }
@@ -212,8 +228,9 @@ struct Writer {
   __device__ void operator()(T* logits, int64_t j, const Pack<T, W>& in) const {
     A out[W];
 #pragma unroll
-    for (int i = 0; i < W; ++i)
+    for (int i = 0; i < W; ++i) {
       out[i] = gradient(row.gradient_value(row.key(in.at[i], j + i)), j + i);
+    }
     write(logits + j, narrow<T>(out));
   }
 };
