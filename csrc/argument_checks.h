@@ -1,4 +1,5 @@
-// What the entries of the row kernels share: tensors as pointers, their dtype as a type, the checks of one call.
+// What the entries of the row kernels share: tensors as pointers, their dtype as a type, the checks
+// of one call.
 #pragma once
 
 #include <optional>
@@ -32,7 +33,8 @@ void with_dtype(const Tensor& t, Function function) {
     case ScalarType::Float: function(float{}); break;
     case ScalarType::BFloat16: function(bfloat16{}); break;
     case ScalarType::Half: function(float16{}); break;
-    default: NITP_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32, bfloat16 or float16");
+    default:
+      NITP_CHECK(false, "nitp_ops row kernel: dtype must be float64, float32, bfloat16 or float16");
   }
 }
 
@@ -46,7 +48,8 @@ void with_working_dtype(const Tensor& t, Function function) {
 }
 
 inline ScalarType working(ScalarType a, ScalarType b) {
-  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double
+                                                            : ScalarType::Float;
 }
 
 template <class A>
@@ -60,12 +63,12 @@ struct ArgumentChecks {
   void rows(const Tensor& t, const char* name, int64_t rows, int64_t columns) const {
     NITP_CHECK(Backend::holds(t, on) && t.dim() == 2 && t.size(0) == rows && t.size(1) == columns &&
                    (columns < 2 || t.stride(1) == 1),
-               "nitp_ops row kernel: ", name, " must be a ", Backend::device, " tensor of ", rows, " rows with ",
-               columns, " dense columns");
+               "nitp_ops row kernel: ", name, " must be a ", Backend::device, " tensor of ", rows,
+               " rows with ", columns, " dense columns");
   }
   void list(const std::optional<Tensor>& t, const char* name, int64_t size, ScalarType type) const {
-    NITP_CHECK(!t.has_value() ||
-                   (Backend::holds(*t, on) && t->numel() == size && t->is_contiguous() && t->scalar_type() == type),
+    NITP_CHECK(!t.has_value() || (Backend::holds(*t, on) && t->numel() == size &&
+                                  t->is_contiguous() && t->scalar_type() == type),
                "nitp_ops row kernel: ", name, " must hold ", size, " dense ", Backend::device,
                " values of the right dtype");
   }

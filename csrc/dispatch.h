@@ -1,8 +1,9 @@
-// From tensors to row kernels, for every device: checks devices, dtypes and shapes, fills the arguments.
+// From tensors to row kernels, for every device: checks devices, dtypes and shapes, fills the
+// arguments.
 //
-// A Backend has: device, its name; holds(t, on), whether t lies where `on` does; reads_values, whether the host may
-// read them; pairs<P, Z>, which dtypes meet in an alignment; adds<T>, which accumulate; run(args, rows, on), which
-// launches a kernel.
+// A Backend has: device, its name; holds(t, on), whether t lies where `on` does; reads_values,
+// whether the host may read them; pairs<P, Z>, which dtypes meet in an alignment; adds<T>, which
+// accumulate; run(args, rows, on), which launches a kernel.
 #pragma once
 
 #include "argument_checks.h"
@@ -43,7 +44,8 @@ void swiglu_rows_backward_(Tensor gate, Tensor up, Tensor upstream, std::optiona
   check.rows(gate, "gate", rows, columns);
   for (const Tensor& t : {up, upstream, d_gate, d_up}) {
     check.rows(t, "up, upstream, d_gate or d_up", rows, columns);
-    NITP_CHECK(t.scalar_type() == gate.scalar_type(), "nitp_ops row kernel: all must have gate's dtype");
+    NITP_CHECK(t.scalar_type() == gate.scalar_type(),
+               "nitp_ops row kernel: all must have gate's dtype");
   }
   with_dtype(gate, [&](auto zero) {
     using T = decltype(zero);
@@ -72,7 +74,8 @@ void accumulate_rows_(Tensor sum, Tensor addend, std::optional<Tensor> factor) {
   check.rows(sum, "sum", rows, columns);
   check.rows(addend, "addend", rows, columns);
   check.list(factor, "factor", 1, work);
-  NITP_CHECK(sum.scalar_type() == work, "nitp_ops row kernel: sum must be float32 (float64 for float64)");
+  NITP_CHECK(sum.scalar_type() == work,
+             "nitp_ops row kernel: sum must be float32 (float64 for float64)");
   with_dtype(addend, [&](auto zero) {
     using T = decltype(zero);
     using A = working_t<T>;
@@ -92,7 +95,8 @@ void accumulate_rows_(Tensor sum, Tensor addend, std::optional<Tensor> factor) {
   });
 }
 
-// From rows to out in one dtype, or from float32 to float16, whose gradients wait for their upstream in float32.
+// From rows to out in one dtype, or from float32 to float16, whose gradients wait for their
+// upstream in float32.
 template <class Backend>
 void scale_rows_(Tensor rows, Tensor factor, std::optional<Tensor> into) {
   const ArgumentChecks<Backend> check{rows};
@@ -100,7 +104,8 @@ void scale_rows_(Tensor rows, Tensor factor, std::optional<Tensor> into) {
   check.rows(rows, "rows", rows.size(0), rows.size(1));
   check.rows(out, "out", rows.size(0), rows.size(1));
   check.list(factor, "factor", 1, working(rows.scalar_type(), rows.scalar_type()));
-  const bool narrows = rows.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Half;
+  const bool narrows =
+      rows.scalar_type() == ScalarType::Float && out.scalar_type() == ScalarType::Half;
   NITP_CHECK(narrows || out.scalar_type() == rows.scalar_type(),
              "nitp_ops row kernel: out must have the dtype of rows (or be float16 beside float32)");
   with_dtype(rows, [&](auto zero) {
@@ -127,8 +132,9 @@ void scale_rows_(Tensor rows, Tensor factor, std::optional<Tensor> into) {
 
 template <class Backend>
 void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> target_rows,
-                     std::optional<Tensor> row_scale, Tensor stats, std::optional<Tensor> into_prediction,
-                     std::optional<Tensor> d_target, int64_t distance, double eps, bool gradient) {
+                     std::optional<Tensor> row_scale, Tensor stats,
+                     std::optional<Tensor> into_prediction, std::optional<Tensor> d_target,
+                     int64_t distance, double eps, bool gradient) {
   const ArgumentChecks<Backend> check{prediction};
   const int64_t rows = prediction.size(0), columns = prediction.size(1);
   const Tensor d_prediction = into_prediction.value_or(prediction);
@@ -147,7 +153,8 @@ void alignment_rows_(Tensor prediction, Tensor target, std::optional<Tensor> tar
   const int64_t* indices = data<int64_t>(target_rows);
   if constexpr (Backend::reads_values) {
     for (int64_t i = 0; indices != nullptr && i < rows; ++i) {
-      NITP_CHECK(indices[i] >= 0 && indices[i] < target.size(0), "nitp_ops row kernel: target_rows out of range");
+      NITP_CHECK(indices[i] >= 0 && indices[i] < target.size(0),
+                 "nitp_ops row kernel: target_rows out of range");
     }
   }
   with_dtype(prediction, [&](auto p) {

@@ -1,5 +1,5 @@
-// From tensors to the row kernels of a token loss: the labels before the chunks, the rows of logits, the loss after
-// them.
+// From tensors to the row kernels of a token loss: the labels before the chunks, the rows of
+// logits, the loss after them.
 #pragma once
 
 #include "argument_checks.h"
@@ -7,9 +7,10 @@
 namespace {
 
 template <class Backend>
-void prepare_rows_(Tensor labels, std::optional<Tensor> target_weight, std::optional<Tensor> row_weight,
-                   std::optional<Tensor> normalizer, Tensor scale, Tensor totals, Tensor stats, Tensor target_logit,
-                   Tensor prediction, int64_t ignore_index, bool negative_is_absent, int64_t classes, bool mean,
+void prepare_rows_(Tensor labels, std::optional<Tensor> target_weight,
+                   std::optional<Tensor> row_weight, std::optional<Tensor> normalizer, Tensor scale,
+                   Tensor totals, Tensor stats, Tensor target_logit, Tensor prediction,
+                   int64_t ignore_index, bool negative_is_absent, int64_t classes, bool mean,
                    bool needs_target_weight, int64_t max_rows) {
   const ArgumentChecks<Backend> check{labels};
   NITP_CHECK(labels.dim() == 2, "nitp_ops row kernel: labels must be [rows, targets]");
@@ -54,11 +55,12 @@ void prepare_rows_(Tensor labels, std::optional<Tensor> target_weight, std::opti
 }
 
 template <class Backend>
-void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> target_weight, std::optional<Tensor> bias,
-                         std::optional<Tensor> class_weight, std::optional<Tensor> row_scale, Tensor stats,
-                         Tensor target_logit, Tensor prediction, int64_t ignore_index, bool negative_is_absent,
-                         double label_smoothing, double z_loss, double softcap, double logit_scale, bool gradient,
-                         std::optional<Tensor> softmax_partials) {
+void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> target_weight,
+                         std::optional<Tensor> bias, std::optional<Tensor> class_weight,
+                         std::optional<Tensor> row_scale, Tensor stats, Tensor target_logit,
+                         Tensor prediction, int64_t ignore_index, bool negative_is_absent,
+                         double label_smoothing, double z_loss, double softcap, double logit_scale,
+                         bool gradient, std::optional<Tensor> softmax_partials) {
   const ArgumentChecks<Backend> check{logits};
   const int64_t rows = logits.size(0), columns = logits.size(1);
   const ScalarType work = working(logits.scalar_type(), logits.scalar_type());
@@ -80,7 +82,9 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
     using A = working_t<T>;
     double class_weight_mean = 0;
     if constexpr (Backend::reads_values) {
-      for (int64_t v = 0; class_weight.has_value() && v < columns; ++v) class_weight_mean += data<A>(class_weight)[v];
+      for (int64_t v = 0; class_weight.has_value() && v < columns; ++v) {
+        class_weight_mean += data<A>(class_weight)[v];
+      }
       class_weight_mean /= static_cast<double>(columns);
     }
     const nitp::CrossEntropyRows<T, A> args{
@@ -114,8 +118,9 @@ void cross_entropy_rows_(Tensor logits, Tensor labels, std::optional<Tensor> tar
 }
 
 template <class Backend>
-void cross_entropy_gradient_rows_(Tensor logits, Tensor labels, Tensor target_scale, Tensor target_logit,
-                                  std::optional<Tensor> bias, std::optional<Tensor> class_weight, Tensor grad_coeffs,
+void cross_entropy_gradient_rows_(Tensor logits, Tensor labels, Tensor target_scale,
+                                  Tensor target_logit, std::optional<Tensor> bias,
+                                  std::optional<Tensor> class_weight, Tensor grad_coeffs,
                                   double softcap, double logit_scale) {
   const ArgumentChecks<Backend> check{logits};
   const int64_t rows = logits.size(0), columns = logits.size(1);

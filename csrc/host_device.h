@@ -1,8 +1,8 @@
 // What every formula header needs: the host/device mark, the working precision of a storage type,
 // and exp / tanh in a form that compilers vectorise.
 //
-// Each CPU instruction set compiles the headers into a namespace of its own (NITP_TARGET), so that the linker
-// can never hand an AVX-512 body to a machine without it.
+// Each CPU instruction set compiles the headers into a namespace of its own (NITP_TARGET), so that
+// the linker can never hand an AVX-512 body to a machine without it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -63,7 +63,8 @@ NITP_HD void store(bfloat16* p, float x) {  // round to nearest even; NaN stays 
 #endif
 }
 
-// Half precision by integer arithmetic, in a form that compilers vectorise. Exponents differ by 127 - 15 = 112.
+// Half precision by integer arithmetic, in a form that compilers vectorise. Exponents differ by 127
+// - 15 = 112.
 NITP_HD float widen(float16 x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -83,7 +84,8 @@ NITP_HD float widen(float16 x) {
   return x.bits & 0x8000u ? -y : y;
 #endif
 }
-NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 65504 infinity, NaN stays NaN
+NITP_HD void store(float16* p,
+                   float x) {  // round to nearest even; beyond 65504 infinity, NaN stays NaN
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(p->bits) : "f"(x));
 #else
@@ -92,7 +94,8 @@ NITP_HD void store(float16* p, float x) {  // round to nearest even; beyond 6550
   const uint32_t sign = (bits >> 16) & 0x8000u, size = bits & 0x7fffffffu;
   const uint32_t normal = (size - (112u << 23) + 0xfffu + ((size >> 13) & 1u)) >> 13;
   float magnitude = x < 0.0f ? -x : x;
-  magnitude += 0.5f;  // the spacing of floats from 0.5 on is 2^-24, that of subnormal halves: the sum rounds as they do
+  magnitude += 0.5f;  // the spacing of floats from 0.5 on is 2^-24, that of subnormal halves: the
+                      // sum rounds as they do
   uint32_t tiny;
   memcpy(&tiny, &magnitude, sizeof tiny);
   tiny -= 126u << 23;
@@ -112,19 +115,22 @@ __device__ __forceinline__ float power_of_two(float x) {
 }
 #endif
 
-// exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and a degree-6
-// Chebyshev fit of exp(r); relative error at most 1e-7, 8e-8 by fused multiply-adds (measured at 2e7 points), 0 under
-// -87.7, NaN stays NaN.
+// exp(x) for x <= 0 (all that soft-max, sigmoid and tanh need): x = n ln2 + r, |r| <= ln2 / 2, and
+// a degree-6 Chebyshev fit of exp(r); relative error at most 1e-7, 8e-8 by fused multiply-adds
+// (measured at 2e7 points), 0 under -87.7, NaN stays NaN.
 NITP_HD float exp_nonpositive(float x) {
 #ifdef __CUDA_ARCH__
-  // Two instructions where expf takes eight; the difference x - max is formed before, so that only its rounding counts.
+  // Two instructions where expf takes eight; the difference x - max is formed before, so that only
+  // its rounding counts.
   return power_of_two(x * kLog2e);
 #else
   const float clamped = -88.0f > x ? -88.0f : x;
-  const float shifted = clamped * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127: the sum rounds to an integer
+  const float shifted =
+      clamped * 1.44269504f + 12583039.0f;  // 1.5 * 2^23 + 127: the sum rounds to an integer
   const float n = shifted - 12583039.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  const float tail = 0.5f + r * (0.1666657599f + r * (0.04166655336f + r * (0.008363345811f + r * 0.00139263919f)));
+  const float tail = 0.5f + r * (0.1666657599f +
+                                 r * (0.04166655336f + r * (0.008363345811f + r * 0.00139263919f)));
   const float power = 1.0f + r * (1.0f + r * tail);
   uint32_t bits;
   memcpy(&bits, &shifted, sizeof bits);
@@ -136,15 +142,16 @@ NITP_HD float exp_nonpositive(float x) {
 }
 NITP_HD double exp_nonpositive(double x) { return std::exp(x); }
 
-// tanh: near zero x + x^3 Q(x^2) (Chebyshev fit on |x| <= 0.6), else (1 - e) / (1 + e) with e = exp(-2 |x|);
-// relative error at most 1.6e-7 (measured likewise).
+// tanh: near zero x + x^3 Q(x^2) (Chebyshev fit on |x| <= 0.6), else (1 - e) / (1 + e) with e =
+// exp(-2 |x|); relative error at most 1.6e-7 (measured likewise).
 NITP_HD float tanh_of(float x) {
 #ifdef __CUDA_ARCH__
   return tanhf(x);
 #else
   const float t = x * x;
   const float q =
-      -0.3333333033f + t * (0.1333291537f + t * (-0.05387394885f + t * (0.02111095905f + t * -0.00626911972f)));
+      -0.3333333033f +
+      t * (0.1333291537f + t * (-0.05387394885f + t * (0.02111095905f + t * -0.00626911972f)));
   const float size = x < 0.0f ? -x : x;
   const float e = exp_nonpositive(-2.0f * size);
   const float far = (1.0f - e) / (1.0f + e);

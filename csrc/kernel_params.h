@@ -1,5 +1,5 @@
-// The parameters of the row kernels, the same on every device: one struct of pointers and strides per op. Strides count
-// elements, the last axis is dense.
+// The parameters of the row kernels, the same on every device: one struct of pointers and strides
+// per op. Strides count elements, the last axis is dense.
 #pragma once
 #include <cstdint>
 
@@ -44,9 +44,10 @@ struct AlignmentRows {
   const int64_t* target_rows;  // null: row i of the prediction meets row i of the target
   const A* row_scale;          // null: 1
   A* stats;                    // [4, rows]: loss, cosine, |prediction|, |target|
-  P* d_prediction;             // row_scale * dloss/dprediction, where `gradient`; may be the prediction itself
-  Z* d_target;                 // null: not wanted; row i belongs to row i of the prediction
-  int64_t columns, target_count, prediction_stride, target_stride, stats_stride, d_prediction_stride, d_target_stride;
+  P* d_prediction;  // row_scale * dloss/dprediction, where `gradient`; may be the prediction itself
+  Z* d_target;      // null: not wanted; row i belongs to row i of the prediction
+  int64_t columns, target_count, prediction_stride, target_stride, stats_stride,
+      d_prediction_stride, d_target_stride;
   A eps;
   Distance distance;
   bool gradient;
@@ -58,14 +59,17 @@ struct CrossEntropyRows {
   const int64_t* labels;   // [rows, targets]
   const A* target_weight;  // [rows, targets]; null: 1
   const A* bias;           // null: none
-  const A* class_weight;   // null: none; of the smoothing term alone, target_weight holds it for the rest
-  const A* row_scale;      // null: 1
-  A* stats;                // [2 or 3, rows]: loss, log-sum-exp and, where `entropy`, the entropy
-  A* target_logit;         // [rows, targets]
+  const A*
+      class_weight;  // null: none; of the smoothing term alone, target_weight holds it for the rest
+  const A* row_scale;  // null: 1
+  A* stats;            // [2 or 3, rows]: loss, log-sum-exp and, where `entropy`, the entropy
+  A* target_logit;     // [rows, targets]
   int64_t* prediction;
-  A* softmax_partials;  // null, or [4, rows]: max, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z)
+  A* softmax_partials;  // null, or [4, rows]: max, sum exp(z - max), sum u (z - max), sum exp(z -
+                        // max) (max - z)
   int64_t columns, targets, logits_stride, stats_stride, softmax_partials_stride, ignore_index;
-  double class_weight_mean;  // where the host may read class_weight; CUDA kernels compute it themselves
+  double class_weight_mean;  // where the host may read class_weight; CUDA kernels compute it
+                             // themselves
   A smoothing, z_loss, softcap, logit_scale;
   bool negative_is_absent, entropy, gradient;
 };
@@ -78,7 +82,8 @@ struct CrossEntropyGradientRows {
   const A* target_logit;  // [rows, targets], transformed
   const A* bias;          // null: none
   const A* class_weight;  // null: 1
-  const A* grad_coeffs;   // [3, rows]: the fields of SoftmaxGradient; where is_zero() the row becomes zeros
+  const A* grad_coeffs;   // [3, rows]: the fields of SoftmaxGradient; where is_zero() the row
+                          // becomes zeros
   int64_t columns, targets, logits_stride, grad_coeffs_stride;
   A softcap, logit_scale;
 };
@@ -90,9 +95,10 @@ struct PrepareRows {
   const int64_t* labels;   // [rows, targets]
   const A* target_weight;  // [rows, targets]; null: 1
   const A* row_weight;     // one number, or one per row; null: 1
-  const A* normalizer;     // one number; null: where `mean`, what the rows with a target count; else 1
-  A* scale;                // [rows]: row weight over normalizer, 0 where nothing of the row may show
-  int64_t* totals;  // rows with a target, rows with a scale, first and last row with a target, first label outside
+  const A* normalizer;  // one number; null: where `mean`, what the rows with a target count; else 1
+  A* scale;             // [rows]: row weight over normalizer, 0 where nothing of the row may show
+  int64_t* totals;      // rows with a target, rows with a scale, first and last row with a target,
+                        // first label outside
   A *stats, *target_logit;  // as of CrossEntropyRows: 0 and NaN
   int64_t* prediction;      // -1
   int64_t columns;          // the rows
@@ -107,17 +113,19 @@ struct FinishRows {
   int64_t columns;          // the rows
 };
 
-// The table of row kernels: operator, arguments, their types, schema. It declares the kernels (cpu/kernels.h,
-// cuda/kernels.h), defines the operators (schemas.cpp) and registers the function of dispatch.h that has the operator's
-// name (register.cpp). nitp_ops/kernels/table.py derives the same schemas from the torch implementations; a test compares
-// them.
+// The table of row kernels: operator, arguments, their types, schema. It declares the kernels
+// (cpu/kernels.h, cuda/kernels.h), defines the operators (schemas.cpp) and registers the function
+// of dispatch.h that has the operator's name (register.cpp). nitp_ops/kernels/table.py derives the
+// same schemas from the torch implementations; a test compares them.
 //
-// `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A gradient argument that
-// is None means in place. stats tensors are [fields, rows] in the working precision (float64 for float64, else
-// float32). parts [4, rows] (softmax_partials) are the sums over the columns of this device of a row that is sharded:
-// max z, sum exp(z - max), sum u (z - max), sum exp(z - max) (max - z), whether or not a target is present. With them,
-// prediction is that of the row also without a target, else -1 there. factors [3, rows] (grad_coeffs) are the
-// coefficients of the gradient of the whole row: max, softmax_coeff, uniform_coeff (cross_entropy.h).
+// `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A
+// gradient argument that is None means in place. stats tensors are [fields, rows] in the working
+// precision (float64 for float64, else float32). parts [4, rows] (softmax_partials) are the sums
+// over the columns of this device of a row that is sharded: max z, sum exp(z - max), sum u (z -
+// max), sum exp(z - max) (max - z), whether or not a target is present. With them, prediction is
+// that of the row also without a target, else -1 there. factors [3, rows] (grad_coeffs) are the
+// coefficients of the gradient of the whole row: max, softmax_coeff, uniform_coeff
+// (cross_entropy.h).
 #define NITP_ROW_KERNELS(ROW)                                                                    \
   ROW(swiglu_rows, SwigluRows, (class T), (T), "(Tensor gate, Tensor up, Tensor(a!) out) -> ()") \
   ROW(swiglu_rows_backward_, SwigluRowsBackward, (class T), (T),                                 \
@@ -146,7 +154,8 @@ struct FinishRows {
       "Tensor(a!) scale, Tensor(b!) totals, Tensor(c!) stats, Tensor(d!) target_logit, "         \
       "Tensor(e!) prediction, int ignore_index, bool negative_is_absent, int classes, "          \
       "bool mean, bool needs_target_weight, int max_rows) -> ()")                                \
-  ROW(finish_rows_, FinishRows, (class A), (A), "(Tensor stats, Tensor scale, Tensor(a!) loss) -> ()")
+  ROW(finish_rows_, FinishRows, (class A), (A),                                                  \
+      "(Tensor stats, Tensor scale, Tensor(a!) loss) -> ()")
 #define NITP_UNPACK(...) __VA_ARGS__
 
 }  // namespace nitp

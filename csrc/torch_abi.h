@@ -1,10 +1,13 @@
-// The part of PyTorch's stable C interface that this library calls, declared here, and four small classes over it.
+// The part of PyTorch's stable C interface that this library calls, declared here, and four small
+// classes over it.
 //
-// No header of torch is included: the library compiles where no torch is installed, and loads in every torch >= 2.11.
-// tests/test_torch_abi.py compiles these declarations beside torch's own: a difference is a compile error.
+// No header of torch is included: the library compiles where no torch is installed, and loads in
+// every torch >= 2.11. tests/test_torch_abi.py compiles these declarations beside torch's own: a
+// difference is a compile error.
 //
-// A boxed kernel gets a stack of 64-bit slots. An int64, a bool or a double lies in its slot bit by bit, a tensor as a
-// handle that the kernel owns, an optional as 0 or as the address of a slot that the kernel deletes.
+// A boxed kernel gets a stack of 64-bit slots. An int64, a bool or a double lies in its slot bit by
+// bit, a tensor as a handle that the kernel owns, an optional as 0 or as the address of a slot that
+// the kernel deletes.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -32,11 +35,13 @@ using StableIValue = uint64_t;
 extern "C" {
 AOTITorchError aoti_torch_library_init_def(const char* library, const char* file, uint32_t line,
                                            TorchLibraryHandle* result);
-AOTITorchError aoti_torch_library_init_impl(const char* library, const char* dispatch_key, const char* file,
-                                            uint32_t line, TorchLibraryHandle* result);
+AOTITorchError aoti_torch_library_init_impl(const char* library, const char* dispatch_key,
+                                            const char* file, uint32_t line,
+                                            TorchLibraryHandle* result);
 AOTITorchError aoti_torch_library_def(TorchLibraryHandle library, const char* schema);
 AOTITorchError torch_library_impl(TorchLibraryHandle library, const char* name,
-                                  void (*kernel)(StableIValue*, uint64_t, uint64_t), uint64_t abi_version);
+                                  void (*kernel)(StableIValue*, uint64_t, uint64_t),
+                                  uint64_t abi_version);
 
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** result);
@@ -61,7 +66,8 @@ int32_t aoti_torch_device_type_cuda();
 AOTITorchError aoti_torch_create_device_guard(int32_t device_index, DeviceGuardHandle* result);
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle guard);
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain,
-                                  void (*part)(int64_t begin, int64_t end, void* context), void* context);
+                                  void (*part)(int64_t begin, int64_t end, void* context),
+                                  void* context);
 AOTITorchError torch_get_num_threads(uint32_t* result);
 }
 #pragma GCC visibility pop
@@ -69,7 +75,8 @@ AOTITorchError torch_get_num_threads(uint32_t* result);
 namespace nitp {
 namespace torch_abi {
 
-// The oldest torch that the library asks for, 2.11.0: kernels get their arguments as that version passes them.
+// The oldest torch that the library asks for, 2.11.0: kernels get their arguments as that version
+// passes them.
 constexpr uint64_t kVersion = (uint64_t{2} << 56) | (uint64_t{11} << 48);
 
 inline void append(std::string& text, const char* part) { text += part; }
@@ -118,7 +125,9 @@ class Tensor {
   bool is_cpu() const { return device_type() == aoti_torch_device_type_cpu(); }
   bool is_cuda() const { return device_type() == aoti_torch_device_type_cuda(); }
   int32_t device_index() const { return get<int32_t>(aoti_torch_get_device_index); }
-  int64_t element_size() const { return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype())); }
+  int64_t element_size() const {
+    return static_cast<int64_t>(aoti_torch_dtype_element_size(dtype()));
+  }
 
   ScalarType scalar_type() const {
     const int32_t code = dtype();
@@ -165,7 +174,9 @@ struct Boxed;
 
 template <class... Arguments, void (*function)(Arguments...)>
 struct Boxed<function> {
-  static void run(StableIValue* stack, uint64_t, uint64_t) { unboxed(stack, std::index_sequence_for<Arguments...>{}); }
+  static void run(StableIValue* stack, uint64_t, uint64_t) {
+    unboxed(stack, std::index_sequence_for<Arguments...>{});
+  }
 
  private:
   template <size_t... indices>
@@ -178,17 +189,21 @@ struct Boxed<function> {
 // ---- Registration, while the library loads
 
 #ifndef NITP_LIBRARY
-#define NITP_LIBRARY "nitp_ops"  // torch.ops.nitp_ops; tests register the same kernels under another name
+#define NITP_LIBRARY \
+  "nitp_ops"  // torch.ops.nitp_ops; tests register the same kernels under another name
 #endif
 
-// Why an operator could not be registered, or empty. An exception in a static constructor would end the process.
+// Why an operator could not be registered, or empty. An exception in a static constructor would end
+// the process.
 std::string& registration_error();
 
 class Library {
   TorchLibraryHandle handle_ = nullptr;
 
   void note(AOTITorchError code, const char* what, const char* name) {
-    if (code != 0 && registration_error().empty()) registration_error() = std::string(what) + " of " + name + " failed";
+    if (code != 0 && registration_error().empty()) {
+      registration_error() = std::string(what) + " of " + name + " failed";
+    }
   }
 
  public:
@@ -200,14 +215,17 @@ class Library {
     if (dispatch_key == nullptr) {
       note(aoti_torch_library_init_def(name, __FILE__, __LINE__, &handle_), "definition", name);
     } else {
-      note(aoti_torch_library_init_impl(name, dispatch_key, __FILE__, __LINE__, &handle_), "implementation", name);
+      note(aoti_torch_library_init_impl(name, dispatch_key, __FILE__, __LINE__, &handle_),
+           "implementation", name);
     }
     if (registration_error().empty()) fill(*this);
   }
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
-  void def(const char* schema) { note(aoti_torch_library_def(handle_, schema), "definition", schema); }
+  void def(const char* schema) {
+    note(aoti_torch_library_def(handle_, schema), "definition", schema);
+  }
 
   template <auto function>
   void impl(const char* name) {
@@ -221,7 +239,9 @@ class DeviceGuard {
   DeviceGuardHandle handle_ = nullptr;
 
  public:
-  explicit DeviceGuard(int32_t index) { check(aoti_torch_create_device_guard(index, &handle_), "device guard"); }
+  explicit DeviceGuard(int32_t index) {
+    check(aoti_torch_create_device_guard(index, &handle_), "device guard");
+  }
   ~DeviceGuard() { aoti_torch_delete_device_guard(handle_); }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
@@ -229,8 +249,11 @@ class DeviceGuard {
 
 template <class Function>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Function& function) {
-  const auto part = [](int64_t from, int64_t to, void* context) { (*static_cast<const Function*>(context))(from, to); };
-  check(torch_parallel_for(begin, end, grain, part, const_cast<Function*>(&function)), "parallel_for");
+  const auto part = [](int64_t from, int64_t to, void* context) {
+    (*static_cast<const Function*>(context))(from, to);
+  };
+  check(torch_parallel_for(begin, end, grain, part, const_cast<Function*>(&function)),
+        "parallel_for");
 }
 
 inline int64_t num_threads() {

@@ -176,7 +176,7 @@ def test_accumulation_is_exact_and_a_factor_of_zero_adds_nothing(columns, dtype,
     dense = total.clone()
     torch.ops.nitp_simt.accumulate_rows_(total, addend, by)
     assert torch.equal(total, expected) and untouched(total)
-    if dtype != torch.float16:  # which no product on CPU has
+    if dtype != torch.float16:  # which no GEMM on CPU has
         torch.ops.nitp_ops.accumulate_rows_(dense, addend, by)
         assert torch.equal(dense, expected)
 

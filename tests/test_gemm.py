@@ -1,4 +1,4 @@
-"""Products on CPU by this library itself: every shape, stride and dtype against float64, with a bound an element."""
+"""This library's own GEMMs on CPU: every shape, stride and dtype against float64, with a bound an element."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def bound(a, b, out_dtype, of=0.0):
 
 
 @given(m=sides, n=sides, k=depths, which=st.integers(0, 2), layout=st.integers(0, 3), add=st.booleans())
-def test_a_product_is_that_of_float64_and_nothing_beside_it_is_written(m, n, k, which, layout, add):
+def test_a_gemm_equals_float64_and_writes_nothing_beside_its_result(m, n, k, which, layout, add):
     dtype = DTYPES[min(which, 1)]
     out_dtype = torch.float32 if which < 2 else dtype
     a, b = matrix(m, k, dtype, layout % 2 == 1), matrix(k, n, dtype, layout > 1, seed=1)
@@ -73,7 +73,7 @@ def test_more_than_one_cell_or_part_a_thread(dtype, m, n, k):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [300, 2100])
-def test_a_number_of_the_product_depends_on_its_row_and_column_alone(dtype, k):
+def test_a_number_of_the_result_depends_on_its_row_and_column_alone(dtype, k):
     """Not on the threads, and not on which other rows are there."""
     a, b = matrix(130, k, dtype), matrix(k, 90, dtype, seed=1)
     threads, found = torch.get_num_threads(), []
@@ -90,7 +90,7 @@ def test_a_number_of_the_product_depends_on_its_row_and_column_alone(dtype, k):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "words"), [(8200, 120), (60, 2100)], ids=["whole depth", "depth in parts"])
 def test_rows_that_all_cells_share_give_the_same_numbers(dtype, m, words, instruction_set):
-    """9000 columns are more cells wide than there are threads. A small product shares none."""
+    """9000 columns are more cells wide than there are threads. A small GEMM shares none."""
     k = words * (2 if (dtype, instruction_set) == (torch.bfloat16, "avx512_bf16") else 1)
     a, b = matrix(m, k, dtype), matrix(k, 9000, dtype, seed=1)
     threads, found = torch.get_num_threads(), []
@@ -126,7 +126,7 @@ def test_what_is_not_finite_stays_in_its_row_and_column(dtype):
     assert out[torch.arange(33) != 7][:, :44].isfinite().all()
 
 
-def test_what_is_no_product_is_refused():
+def test_what_is_no_gemm_is_refused():
     a, b, out = torch.randn(3, 4), torch.randn(4, 5), torch.empty(3, 5)
     for bad, message in (
         ((out, a, b[:3]), "shapes do not match"),
@@ -142,15 +142,15 @@ def test_what_is_no_product_is_refused():
             multiply(*bad)
 
 
-def test_the_portable_instruction_set_leaves_products_to_torch(instruction_set):
+def test_the_portable_instruction_set_leaves_gemms_to_torch(instruction_set):
     a, b = torch.randn(40, 50), torch.randn(50, 60)
     try:
         library.choose_instruction_set("portable")
         assert not any(gemm.has_native_gemm("cpu", dtype) for dtype in DTYPES)
         with pytest.raises(RuntimeError, match="not for this processor"):
             multiply(torch.empty(40, 60), a, b)
-        product = gemm.matmul(a.bfloat16(), b.bfloat16(), torch.empty(40, 60, dtype=torch.bfloat16))
-        assert torch.equal(product, a.bfloat16() @ b.bfloat16())
+        result = gemm.matmul(a.bfloat16(), b.bfloat16(), torch.empty(40, 60, dtype=torch.bfloat16))
+        assert torch.equal(result, a.bfloat16() @ b.bfloat16())
     finally:
         library.choose_instruction_set(instruction_set)
 

@@ -1,5 +1,5 @@
-// sum += factor addend, in float32 (float64 for float64): for GEMMs that round their result, and to add a
-// gradient times its upstream to a buffer.
+// sum += factor addend, in float32 (float64 for float64): for GEMMs that round their result, and to
+// add a gradient times its upstream to a buffer.
 #include "kernels.h"
 
 namespace nitp {

@@ -1,4 +1,5 @@
-// Alignment over pairs of rows: one pass for the sums, one pass that writes the gradients, also in place.
+// Alignment over pairs of rows: one pass for the sums, one pass that writes the gradients, also in
+// place.
 #include <vector>
 
 #include "kernels.h"
@@ -29,7 +30,8 @@ NITP_HD void put(T* p, A x) {
 }
 
 template <class P, class Z, class A>
-PairSums<A> sums_of(const Pair<P, Z, A> pair) {  // by value: through a reference the loop does not vectorise
+PairSums<A> sums_of(
+    const Pair<P, Z, A> pair) {  // by value: through a reference the loop does not vectorise
   A pp(0), zz(0), pz(0);
 #pragma omp simd reduction(+ : pp, zz, pz)
   for (int64_t j = 0; j < pair.columns; ++j) {
@@ -41,32 +43,38 @@ PairSums<A> sums_of(const Pair<P, Z, A> pair) {  // by value: through a referenc
   return {pp, zz, pz};
 }
 
-// sum of (p^ - z^)^2, and the gradients on the way. What is wanted is a compile-time choice: with a test in it the loop
-// does not vectorise.
+// sum of (p^ - z^)^2, and the gradients on the way. What is wanted is a compile-time choice: with a
+// test in it the loop does not vectorise.
 template <bool OfPrediction, bool OfTarget, class P, class Z, class A>
 A squared_chord(const Pair<P, Z, A> pair, const CosineRow<A>& row, const CosineRow<A>& swapped) {
   const A of_p = row.unit_prediction, of_z = swapped.unit_prediction;
-  const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction, d = swapped.of_target;
+  const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction;
+  const A d = swapped.of_target;
   constexpr bool alike = std::is_same_v<Z, P> || std::is_same_v<Z, float>;
-  return sum_over_columns<std::conditional_t<alike, P, A>, A>(pair.columns, [=](auto at) NITP_INLINE {
-    const auto p = at.load(pair.p);
-    const auto z = at.load(pair.z);
-    const auto apart = of_p * p - of_z * z;
-    if (OfTarget) at.store(pair.dz, c * z + d * p);
-    if (OfPrediction) at.store(pair.dp, a * p + b * z);
-    return apart * apart;
-  });
+  return sum_over_columns<std::conditional_t<alike, P, A>, A>(
+      pair.columns, [=](auto at) NITP_INLINE {
+        const auto p = at.load(pair.p);
+        const auto z = at.load(pair.z);
+        const auto apart = of_p * p - of_z * z;
+        if (OfTarget) at.store(pair.dz, c * z + d * p);
+        if (OfPrediction) at.store(pair.dp, a * p + b * z);
+        return apart * apart;
+      });
 }
 
-// The scalars of a pair with these sums; where `loss` is wanted, that and the gradients. Half the squared chord is
-// 1 - c, and near c = 1 it keeps the digits that 1 - c loses: an error of the norms enters it squared.
+// The scalars of a pair with these sums; where `loss` is wanted, that and the gradients. Half the
+// squared chord is 1 - c, and near c = 1 it keeps the digits that 1 - c loses: an error of the
+// norms enters it squared.
 template <class P, class Z, class A>
-CosineRow<A> cosine_row(const Pair<P, Z, A>& pair, const PairSums<A>& sums, PairFactors<A> by, A eps, A* loss) {
-  const CosineRow<A> row(sums, by, eps, pair.scale), swapped(swap(sums), {by.z, by.p}, eps, pair.scale);
+CosineRow<A> cosine_row(const Pair<P, Z, A>& pair, const PairSums<A>& sums, PairFactors<A> by,
+                        A eps, A* loss) {
+  const CosineRow<A> row(sums, by, eps, pair.scale),
+      swapped(swap(sums), {by.z, by.p}, eps, pair.scale);
   if (loss == nullptr) return row;
   A chord(0);
   if (pair.gradient) {
-    chord = pair.dz ? squared_chord<true, true>(pair, row, swapped) : squared_chord<true, false>(pair, row, swapped);
+    chord = pair.dz ? squared_chord<true, true>(pair, row, swapped)
+                    : squared_chord<true, false>(pair, row, swapped);
   } else if (row.near) {
     chord = squared_chord<false, false>(pair, row, swapped);
   }
@@ -81,9 +89,12 @@ CosineRow<A> cosine_of(const Pair<P, Z, A>& pair, A eps, A* loss) {
   if (by.none()) return cosine_row(pair, sums, by, eps, loss);
   // Copies of the few rows that need a factor spare the loops over all others two multiplications.
   std::vector<A> p(pair.columns), z(pair.columns);
-  for (int64_t j = 0; j < pair.columns; ++j) p[j] = by.p * pair.prediction(j), z[j] = by.z * pair.target(j);
+  for (int64_t j = 0; j < pair.columns; ++j) {
+    p[j] = by.p * pair.prediction(j), z[j] = by.z * pair.target(j);
+  }
   A* dz = pair.dz ? z.data() : nullptr;
-  const Pair<A, A, A> scaled{p.data(), z.data(), p.data(), dz, pair.columns, pair.scale, pair.gradient};
+  const Pair<A, A, A> scaled{p.data(),     z.data(),   p.data(),     dz,
+                             pair.columns, pair.scale, pair.gradient};
   const CosineRow<A> row = cosine_row(scaled, sums_of(scaled), by, eps, loss);
   for (int64_t j = 0; loss != nullptr && pair.gradient && j < pair.columns; ++j) {
     put(pair.dp + j, by.p * p[j]);
@@ -110,7 +121,8 @@ A difference_row(const Pair<P, Z, A>& pair, Value value, Slope slope) {
   for (int64_t j = 0; j < pair.columns; ++j) sum += value(pair.prediction(j) - pair.target(j));
   if (pair.gradient) {
     const A scale = pair.scale / A(pair.columns);
-    pair.dz ? write_difference<true>(pair, scale, slope) : write_difference<false>(pair, scale, slope);
+    pair.dz ? write_difference<true>(pair, scale, slope)
+            : write_difference<false>(pair, scale, slope);
   }
   return sum / A(pair.columns);
 }
@@ -130,8 +142,8 @@ SoftmaxSums<A> softmax_sums(int64_t columns, Read read) {
   return {max, sum};
 }
 
-// Far: the logits of p are so far apart that a difference of them is infinite. There 0 log 0 = 0 needs a test, which
-// costs the loops over all other rows an eighth of their time.
+// Far: the logits of p are so far apart that a difference of them is infinite. There 0 log 0 = 0
+// needs a test, which costs the loops over all other rows an eighth of their time.
 template <bool Far, class A>
 A times_log(A q, A log_ratio) {
   return Far && q == A(0) ? A(0) : q * log_ratio;
@@ -179,14 +191,19 @@ void run(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
     Z* d_target = a.d_target ? a.d_target + i * a.d_target_stride : nullptr;
     const A scale = a.row_scale ? a.row_scale[i] : A(1);
     const bool active = scale != A(0);
-    const Pair<P, Z, A> pair{prediction, target, d_prediction, d_target, a.columns, scale, a.gradient && active};
+    const Pair<P, Z, A> pair{prediction, target, d_prediction,        d_target,
+                             a.columns,  scale,  a.gradient && active};
     A loss(0);
-    const CosineRow<A> row = cosine_of(pair, a.eps, a.distance == Distance::cosine ? &loss : nullptr);
+    const CosineRow<A> row =
+        cosine_of(pair, a.eps, a.distance == Distance::cosine ? &loss : nullptr);
     switch (a.distance) {
       case Distance::cosine: break;
-      case Distance::mse: loss = difference_row(pair, [](A d) { return d * d; }, [](A d) { return A(2) * d; }); break;
+      case Distance::mse:
+        loss = difference_row(pair, [](A d) { return d * d; }, [](A d) { return A(2) * d; });
+        break;
       case Distance::smooth_l1:
-        loss = difference_row(pair, [](A d) { return smooth_l1(d); }, [](A d) { return smooth_l1_gradient(d); });
+        loss = difference_row(
+            pair, [](A d) { return smooth_l1(d); }, [](A d) { return smooth_l1_gradient(d); });
         break;
       case Distance::kl: loss = kl_row<false>(pair); break;
     }
@@ -202,7 +219,8 @@ void run(const AlignmentRows<P, Z, A>& a, int64_t begin, int64_t end) {
   }
 }
 
-#define NITP_INSTANTIATE(P, Z, A) template void run(const AlignmentRows<P, Z, A>&, int64_t, int64_t);
+#define NITP_INSTANTIATE(P, Z, A) \
+  template void run(const AlignmentRows<P, Z, A>&, int64_t, int64_t);
 NITP_INSTANTIATE(bfloat16, float, float)
 NITP_INSTANTIATE(bfloat16, bfloat16, float)
 #ifndef __AVX512BF16__

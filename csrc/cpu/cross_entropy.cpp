@@ -1,6 +1,7 @@
-// Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block stays in the
-// first-level cache between its max and its sum), one pass that overwrites the logits with their gradient. The first
-// keeps its exponentials, each block's relative to the maximum so far, and the second needs one factor a block.
+// Cross-entropy over rows of logits: one pass for max, sum and arg-max (blocked, so that each block
+// stays in the first-level cache between its max and its sum), one pass that overwrites the logits
+// with their gradient. The first keeps its exponentials, each block's relative to the maximum so
+// far, and the second needs one factor a block.
 #include "cross_entropy_row.h"
 #include "kernels.h"
 #include "simd_loops.h"
@@ -10,7 +11,8 @@ namespace NITP_TARGET {
 
 namespace {
 
-// Columns between two additions to the float64 sums: a vector lane adds 32 numbers in float32, hardly any rounding.
+// Columns between two additions to the float64 sums: a vector lane adds 32 numbers in float32,
+// hardly any rounding.
 constexpr int64_t kBlock = 512;
 
 template <class A>
@@ -45,7 +47,9 @@ NITP_HD RowSums<A> reduce(const Read read, int64_t columns, Exponentials<A>& exp
     }
     if (block_max > row.max) {
       row.sum *= exp_nonpositive(row.max - block_max);
-      if (weight_sum != 0) row.shifted_logit_sum -= weight_sum * (static_cast<double>(block_max) - row.max);
+      if (weight_sum != 0) {
+        row.shifted_logit_sum -= weight_sum * (static_cast<double>(block_max) - row.max);
+      }
       row.max = block_max;
       best_block = first;
     }
@@ -102,12 +106,14 @@ void clear(T* row, int64_t columns) {
 }
 
 template <class T, class A, class Read>
-NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss, A lse,
-                       const Exponentials<A>& exponentials, Targets<A>& targets, A scale, int64_t columns) {
+NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const TokenLoss<A>& loss,
+                       A lse, const Exponentials<A>& exponentials, Targets<A>& targets, A scale,
+                       int64_t columns) {
   const auto transform = read.transform;
   const A max = row.max, factor = static_cast<A>(scale * loss.softmax_weight(lse) / row.sum);
   const A weight_sum = Read::smoothing == Smoothing::by_class ? A(1) : loss.smooth_weight_sum;
-  const A uniform_coeff = Read::smoothing == Smoothing::none ? A(0) : scale * loss.smoothing * weight_sum / A(columns);
+  const A uniform_coeff =
+      Read::smoothing == Smoothing::none ? A(0) : scale * loss.smoothing * weight_sum / A(columns);
   // Without a cap the slope is one number, which is part of the coefficients of all columns.
   const A slope = Read::capped ? A(1) : transform.scale;
   for (int64_t first = 0; first < columns; first += kBlock) {
@@ -121,15 +127,18 @@ NITP_HD void overwrite(T* logits, const Read read, const RowSums<A>& row, const 
     }
 #pragma omp simd
     for (int64_t j = first; j < last; ++j) {
-      const A g = Read::smoothing == Smoothing::none ? of_block * e[j] : of_block * e[j] - of_uniform * read.weight(j);
+      const A g = Read::smoothing == Smoothing::none
+                      ? of_block * e[j]
+                      : of_block * e[j] - of_uniform * read.weight(j);
       store(logits + j, Read::capped ? transform.slope(read(j)) * g : g);
     }
   }
   targets.merge();
   for (const auto& target : targets.present) {
-    const A everywhere = factor * exp_nonpositive(target.logit - max) - uniform_coeff * read.weight(target.label);
-    store(logits + target.label,
-          transform.slope(target.logit) * (everywhere - scale * loss.target_weight() * target.weight));
+    const A everywhere =
+        factor * exp_nonpositive(target.logit - max) - uniform_coeff * read.weight(target.label);
+    store(logits + target.label, transform.slope(target.logit) *
+                                     (everywhere - scale * loss.target_weight() * target.weight));
   }
 }
 
@@ -142,7 +151,8 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     T* logits = a.logits + i * a.logits_stride;
     const A scale = a.row_scale ? a.row_scale[i] : A(1);
-    const RowReader<T, A, Biased, Capped, Kind> read{logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
+    const RowReader<T, A, Biased, Capped, Kind> read{
+        logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
     const RowSums<A> row = reduce<A>(read, a.columns, exponentials);
     const double log_sum = std::log(row.sum);
     const A lse = static_cast<A>(row.max + log_sum);
@@ -179,11 +189,15 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
     if (!absent) {
       const double shifted_mean = row.shifted_logit_sum / a.columns;
       const double weight_sum = by_class ? a.class_weight_mean : targets.weight_sum;
-      const double smooth_gap = weight_sum * log_sum - (by_class ? shifted_mean : weight_sum * shifted_mean);
-      const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.weight_sum), static_cast<A>(weight_sum)};
-      a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)), static_cast<A>(smooth_gap));
+      const double smooth_gap =
+          weight_sum * log_sum - (by_class ? shifted_mean : weight_sum * shifted_mean);
+      const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.weight_sum),
+                               static_cast<A>(weight_sum)};
+      a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)),
+                              static_cast<A>(smooth_gap));
       if (a.gradient && scale != A(0)) {
-        overwrite(logits, read, row, token, lse, exponentials, targets, outside ? A(NAN) : scale, a.columns);
+        overwrite(logits, read, row, token, lse, exponentials, targets, outside ? A(NAN) : scale,
+                  a.columns);
       }
     }
     // not 0 * gradient: a NaN under a zero weight stays out
@@ -210,7 +224,8 @@ void run(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
     a.bias ? rows<true, false>(a, begin, end) : rows<false, false>(a, begin, end);
     return;
   }
-  // A capped row spends its time in tanh: zeros for a missing bias spare a quarter of this file's code.
+  // A capped row spends its time in tanh: zeros for a missing bias spare a quarter of this file's
+  // code.
   const std::vector<A> zeros(a.bias ? 0 : a.columns);
   CrossEntropyRows<T, A> biased = a;
   if (!a.bias) biased.bias = zeros.data();

@@ -1,5 +1,6 @@
-// Over rows of logits whose maximum and sum of exponentials are known, their gradient: SoftmaxGradient a column, one
-// pass, then the targets. The rows of a vocabulary-parallel head, whose sums run over several devices.
+// Over rows of logits whose maximum and sum of exponentials are known, their gradient:
+// SoftmaxGradient a column, one pass, then the targets. The rows of a vocabulary-parallel head,
+// whose sums run over several devices.
 #include "cross_entropy_row.h"
 #include "kernels.h"
 
@@ -15,8 +16,10 @@ void rows(const CrossEntropyGradientRows<T, A>& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     T* logits = a.logits + i * a.logits_stride;
     const A* coeffs = a.grad_coeffs + i;
-    const SoftmaxGradient<A> row{coeffs[0], coeffs[a.grad_coeffs_stride], coeffs[2 * a.grad_coeffs_stride]};
-    const RowReader<T, A, Biased, Capped, Kind> read{logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
+    const SoftmaxGradient<A> row{coeffs[0], coeffs[a.grad_coeffs_stride],
+                                 coeffs[2 * a.grad_coeffs_stride]};
+    const RowReader<T, A, Biased, Capped, Kind> read{
+        logits, a.bias, a.class_weight, {a.logit_scale, a.softcap}};
     if (row.is_zero()) {  // not 0 * exp: a NaN under a zero weight stays out
       for (int64_t j = 0; j < a.columns; ++j) store(logits + j, A(0));
     } else {
@@ -36,7 +39,8 @@ void rows(const CrossEntropyGradientRows<T, A>& a, int64_t begin, int64_t end) {
     targets.merge();
     for (const auto& target : targets.present) {
       const A everywhere = row.is_zero() ? A(0) : row.at(target.logit, read.weight(target.label));
-      store(logits + target.label, read.transform.slope(target.logit) * (everywhere - target.weight));
+      store(logits + target.label,
+            read.transform.slope(target.logit) * (everywhere - target.weight));
     }
   }
 }

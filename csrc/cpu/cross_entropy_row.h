@@ -40,17 +40,21 @@ struct Targets {
   std::vector<Target<A>> present;
   double weight_sum = 0;
 
-  // gap = sum_k w_k (lse - z_k), with lse = max + log_sum; a weight of zero adds nothing, even to an infinite gap
+  // gap = sum_k w_k (lse - z_k), with lse = max + log_sum; a weight of zero adds nothing, even to
+  // an infinite gap
   double gap(A max, double log_sum) const {
     double sum = 0;
     for (const auto& target : present) {
-      if (target.weight != A(0)) sum += target.weight * (log_sum + (static_cast<double>(max) - target.logit));
+      if (target.weight != A(0)) {
+        sum += target.weight * (log_sum + (static_cast<double>(max) - target.logit));
+      }
     }
     return sum;
   }
   void merge() {
     if (present.size() < 2) return;
-    std::sort(present.begin(), present.end(), [](const auto& a, const auto& b) { return a.label < b.label; });
+    std::sort(present.begin(), present.end(),
+              [](const auto& a, const auto& b) { return a.label < b.label; });
     size_t kept = 0;
     for (size_t k = 1; k < present.size(); ++k) {
       if (present[k].label == present[kept].label) {

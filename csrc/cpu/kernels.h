@@ -1,6 +1,7 @@
-// The CPU row kernels as plain C++: one overload over rows [begin, end) for each struct of arguments. Every .cpp beside
-// this file is compiled once for each instruction set into a namespace of its own; register.cpp picks the namespace at
-// run time. avx512_bf16 has instances for bfloat16 alone; over float64 the AVX-512 sets have none, and AVX2's serve.
+// The CPU row kernels as plain C++: one overload over rows [begin, end) for each struct of
+// arguments. Every .cpp beside this file is compiled once for each instruction set into a namespace
+// of its own; register.cpp picks the namespace at run time. avx512_bf16 has instances for bfloat16
+// alone; over float64 the AVX-512 sets have none, and AVX2's serve.
 #pragma once
 #include <cstdint>
 
@@ -29,9 +30,11 @@ enum class InstructionSet { portable, avx2, avx512, avx512_bf16 };
 
 }  // namespace nitp
 
-// The best set that this CPU has and this library holds, decided when the library loads; tests choose lesser ones.
+// The best set that this CPU has and this library holds, decided when the library loads; tests
+// choose lesser ones.
 extern "C" __attribute__((visibility("default"))) const char* nitp_ops_instruction_set();
-extern "C" __attribute__((visibility("default"))) bool nitp_ops_choose_instruction_set(const char* name);
+extern "C" __attribute__((visibility("default"))) bool nitp_ops_choose_instruction_set(
+    const char* name);
 nitp::InstructionSet nitp_instruction_set();
 // MKL is made for such processors; some have matrix instructions that this library does not use.
 bool nitp_processor_is_intel();

@@ -1,5 +1,5 @@
-// Before the chunks of a token loss: row weights, counts and empty values from the labels. After them: the loss from
-// the rows. One task each: a row costs a few loads.
+// Before the chunks of a token loss: row weights, counts and empty values from the labels. After
+// them: the loss from the rows. One task each: a row costs a few loads.
 #include "../formulas/labels.h"
 #include "kernels.h"
 

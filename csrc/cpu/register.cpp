@@ -1,5 +1,5 @@
-// The CPU's row kernels: picks the instruction set, splits the rows over threads. One thread computes a row,
-// for any number of threads, so results are bitwise reproducible.
+// The CPU's row kernels: picks the instruction set, splits the rows over threads. One thread
+// computes a row, for any number of threads, so results are bitwise reproducible.
 #include <type_traits>
 
 #include "../dispatch.h"
@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work: with less, threads cost more than they gain
+constexpr int64_t kElementsPerTask =
+    16384;  // about 10 us of work: with less, threads cost more than they gain
 
 #ifdef NITP_X86
 #define NITP_AVX512_BF16 avx512_bf16
@@ -21,12 +22,13 @@ constexpr int64_t kElementsPerTask = 16384;  // about 10 us of work: with less, 
 // What the set avx512_bf16 has kernels for; the others are avx512's.
 template <class First, class... Rest>
 constexpr bool rounds_to_bfloat16 =
-    std::is_same_v<First, bfloat16> && ((std::is_same_v<Rest, bfloat16> || std::is_same_v<Rest, float>) && ...);
+    std::is_same_v<First, bfloat16> &&
+    ((std::is_same_v<Rest, bfloat16> || std::is_same_v<Rest, float>) && ...);
 
 template <class T, class... Types>
 constexpr bool has = (std::is_same_v<Types, T> || ...);
-// float64 beside another dtype, the one half precision beside the other: such an alignment is there for checks, so that
-// one set serves it.
+// float64 beside another dtype, the one half precision beside the other: such an alignment is there
+// for checks, so that one set serves it.
 template <class... Types>
 constexpr bool for_checks = (has<double, Types...> && !(std::is_same_v<Types, double> && ...)) ||
                             (has<bfloat16, Types...> && has<float16, Types...>);

@@ -1,5 +1,5 @@
-// out = rows * factor. A factor of one touches nothing in place, a factor of zero writes zeros, so that a NaN under it
-// stays out.
+// out = rows * factor. A factor of one touches nothing in place, a factor of zero writes zeros, so
+// that a NaN under it stays out.
 #include "kernels.h"
 #include "simd_loops.h"
 
@@ -17,7 +17,8 @@ void run(const ScaleRows<T, Out, A>& a, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t j = 0; j < a.columns; ++j) store(out + j, A(0));
     } else {
-      over_columns<Out>(a.columns, [=](auto at) NITP_INLINE { at.store(out, at.load(row) * factor); });
+      over_columns<Out>(a.columns,
+                        [=](auto at) NITP_INLINE { at.store(out, at.load(row) * factor); });
     }
   }
 }

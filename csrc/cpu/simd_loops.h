@@ -1,10 +1,11 @@
-// A loop over the columns of a row. Its body gets an accessor that loads and stores: one column, in a loop that
-// compilers vectorise; or, where the numbers are bfloat16 and the processor has AVX-512, sixteen columns as `Lanes`,
-// for two instructions that compilers do not find: multiplication by a power of two (vscalefps: no clamp, no integer
-// arithmetic in exp) and, in the set avx512_bf16, rounding to bfloat16 (vcvtneps2bf16: one instruction for eight).
+// A loop over the columns of a row. Its body gets an accessor that loads and stores: one column, in
+// a loop that compilers vectorise; or, where the numbers are bfloat16 and the processor has
+// AVX-512, sixteen columns as `Lanes`, for two instructions that compilers do not find:
+// multiplication by a power of two (vscalefps: no clamp, no integer arithmetic in exp) and, in the
+// set avx512_bf16, rounding to bfloat16 (vcvtneps2bf16: one instruction for eight).
 //
-// That rounding treats subnormal numbers (below 2^-126) as zero, as the bfloat16 dot products of the same processors
-// do.
+// That rounding treats subnormal numbers (under 2^-126) as zero, as the bfloat16 dot products of
+// the same processors do.
 #pragma once
 #include <type_traits>
 
@@ -50,15 +51,18 @@ struct Lanes {
 // 2^t: t = n + f, |f| <= 1/2, and a degree-5 fit of 2^f with relative error 9.1e-8.
 NITP_HD Lanes power_of_two(Lanes t) {
   const Lanes f = _mm512_reduce_ps(t.v, 0), n = t - f;
-  const Lanes tail = Lanes(0.05550733581f) + f * (Lanes(0.009671512991f) + f * Lanes(0.001326472382f));
+  const Lanes tail =
+      Lanes(0.05550733581f) + f * (Lanes(0.009671512991f) + f * Lanes(0.001326472382f));
   const Lanes power = Lanes(1) + f * (Lanes(0.6931470037f) + f * (Lanes(0.2402224243f) + f * tail));
   return _mm512_scalef_ps(power.v, n.v);
 }
 
-// Here for every x. The rounding of the argument adds |x| 6e-8 to the relative error: before a rounding to bfloat16,
-// and in a sum of exponentials, nothing.
+// Here for every x. The rounding of the argument adds |x| 6e-8 to the relative error: before a
+// rounding to bfloat16, and in a sum of exponentials, nothing.
 NITP_HD Lanes exp_nonpositive(Lanes x) { return power_of_two(x * Lanes(1.44269504f)); }
-NITP_HD Lanes sigmoid(Lanes x) { return Lanes(1) / (Lanes(1) + power_of_two(x * Lanes(-1.44269504f))); }
+NITP_HD Lanes sigmoid(Lanes x) {
+  return Lanes(1) / (Lanes(1) + power_of_two(x * Lanes(-1.44269504f)));
+}
 
 struct LaneColumns {
   int64_t j;
@@ -71,7 +75,9 @@ struct LaneColumns {
   }
   NITP_HD Lanes only(Lanes x) const { return _mm512_maskz_mov_ps(mask, x.v); }
   NITP_HD void store(float* row, Lanes x) const { _mm512_mask_storeu_ps(row + j, mask, x.v); }
-  NITP_HD void store(bfloat16* row, Lanes x) const { _mm256_mask_storeu_epi16(row + j, mask, rounded(x)); }
+  NITP_HD void store(bfloat16* row, Lanes x) const {
+    _mm256_mask_storeu_epi16(row + j, mask, rounded(x));
+  }
 
  private:
   NITP_HD static __m256i rounded(Lanes x) {
@@ -82,7 +88,8 @@ struct LaneColumns {
     const __m512i odd = _mm512_and_si512(last, _mm512_set1_epi32(1));
     const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 number = _mm512_cmp_ps_mask(x.v, x.v, _CMP_ORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, sum, 16));
+    return _mm512_cvtepi32_epi16(
+        _mm512_mask_srli_epi32(_mm512_set1_epi32(0x7fc0), number, sum, 16));
 #endif
   }
 };

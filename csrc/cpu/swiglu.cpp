@@ -1,4 +1,5 @@
-// SwiGLU over rows: reads gate and up once, writes the result (or both gradients, also in place) once.
+// SwiGLU over rows: reads gate and up once, writes the result (or both gradients, also in place)
+// once.
 #include "../formulas/swiglu.h"
 
 #include "kernels.h"
@@ -13,7 +14,8 @@ void run(const SwigluRows<T>& a, int64_t begin, int64_t end) {
     const T* gate = a.gate + row * a.gate_stride;
     const T* up = a.up + row * a.up_stride;
     T* out = a.out + row * a.out_stride;
-    over_columns<T>(a.columns, [=](auto at) NITP_INLINE { at.store(out, swiglu(at.load(gate), at.load(up))); });
+    over_columns<T>(
+        a.columns, [=](auto at) NITP_INLINE { at.store(out, swiglu(at.load(gate), at.load(up))); });
   }
 }
 

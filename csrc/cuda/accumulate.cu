@@ -1,5 +1,6 @@
-// sum += factor addend, in float32 (float64 for float64): for GEMMs that round their result, and to add a
-// gradient times its upstream to a buffer. 2 sizeof(A) + sizeof(T) bytes an element, none where the factor is zero.
+// sum += factor addend, in float32 (float64 for float64): for GEMMs that round their result, and to
+// add a gradient times its upstream to a buffer. 2 sizeof(A) + sizeof(T) bytes an element, none
+// where the factor is zero.
 #include "kernels.h"
 #include "pack.h"
 
@@ -14,7 +15,8 @@ struct Operands {
 };
 
 template <class T, class A>
-__global__ void __launch_bounds__(kMaxThreads) accumulate_rows(AccumulateRows<T, A> a, unsigned tiles_of_row) {
+__global__ void __launch_bounds__(kMaxThreads)
+    accumulate_rows(AccumulateRows<T, A> a, unsigned tiles_of_row) {
   constexpr int N = kPackBytes / sizeof(A);
   const A factor = a.factor == nullptr ? A(1) : *a.factor;
   if (factor == A(0)) return;
@@ -41,7 +43,9 @@ void run(const AccumulateRows<T, A>& arguments, int64_t rows, void* stream) {
   AccumulateRows<T, A> a = arguments;
   flatten(rows, a.columns, a.sum_stride, a.addend_stride);
   const Tiles t = tiles<kPackBytes / sizeof(A)>(a.columns);
-  if (rows > 0 && t.of_row > 0) launch(accumulate_rows<T, A>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  if (rows > 0 && t.of_row > 0) {
+    launch(accumulate_rows<T, A>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  }
 }
 
 template void run(const AccumulateRows<double, double>&, int64_t, void*);

@@ -1,117 +1,17 @@
-// Alignment over pairs of rows, a block a pair: one pass for the sums, one that writes the gradients, also in place.
-// What a thread reads of both rows stays in its registers between the passes (up to 8,192 bfloat16 or 4,096 float32
-// columns); longer rows are read again.
-#include <type_traits>
-
+// Alignment over pairs of rows, a block a pair: one pass for the sums, one that writes the
+// gradients, also in place. What a thread reads of both rows stays in its registers between the
+// passes (up to 8,192 bfloat16 or 4,096 float32 columns); longer rows are read again.
 #include "../formulas/alignment.h"
+#include "alignment_pair.h"
 #include "kernels.h"
-#include "pack.h"
 #include "reduce.h"
 
 namespace nitp {
 namespace cuda {
 inline namespace alignment_cu {
 
-// Packs of either row that a thread keeps. Few for what no training needs, float64 and the one half precision beside
-// the other: unrolled code is slow to compile.
-template <class P, class Z>
-constexpr int kInRegisters = sizeof(P) == 8 || (sizeof(P) == sizeof(Z) && !std::is_same_v<P, Z>) ? 1 : 4;
-constexpr int kMaxRowThreads = 256, kBlocks = 2;  // a bound of 128 registers a thread: no spills
-
-template <class A, int W>
-struct Values {
-  static constexpr int width = W;
-  A at[W];
-};
-
-template <class A>
-struct Gradients {
-  A p, z;
-};
-
-template <class A, class T, int W>
-__device__ Values<A, W> values(const Pack<T, W>& pack) {
-  Values<A, W> wide;
-#pragma unroll
-  for (int i = 0; i < W; ++i) wide.at[i] = static_cast<A>(widen(pack.at[i]));
-  return wide;
-}
-
-template <class T, class A, int W>
-__device__ void put(T* row, int64_t j, const Values<A, W>& wide) {
-  Pack<T, W> pack;
-#pragma unroll
-  for (int i = 0; i < W; ++i) store(pack.at + i, static_cast<working_t<T>>(wide.at[i]));
-  write(row + j, pack);
-}
-
-template <class P, class Z, class A>
-struct Pair {
-  static constexpr int N = kPackBytes / (sizeof(P) > sizeof(Z) ? sizeof(P) : sizeof(Z)), R = kInRegisters<P, Z>;
-  const P* p;
-  const Z* z;
-  P* dp;
-  Z* dz;  // null: not wanted
-  A scale;
-  bool wanted;  // the gradients are
-  Split<N> split;
-  Pack<P, N> kept_p[R];
-  Pack<Z, N> kept_z[R];
-
-  __device__ bool here(int k) const { return threadIdx.x + static_cast<int64_t>(k) * blockDim.x < split.packs; }
-  __device__ int64_t column(int k) const { return split.pack(threadIdx.x + static_cast<int64_t>(k) * blockDim.x); }
-
-  __device__ void load(int64_t columns) {
-    split = cuda::split<N>(columns, p, z, dp, dz ? dz : z);
-#pragma unroll
-    for (int k = 0; k < R; ++k) {
-      if (here(k)) kept_p[k] = read<N>(p + column(k)), kept_z[k] = read<N>(z + column(k));
-    }
-  }
-  __device__ void fill(A value, int64_t columns) const {
-    for (int64_t j = threadIdx.x; j < columns; j += blockDim.x) {
-      put(dp, j, Values<A, 1>{{value}});
-      if (dz) put(dz, j, Values<A, 1>{{value}});
-    }
-  }
-  // body(first column, values of p, values of z) for every pack of this thread, single elements at the edges.
-  template <class Body>
-  __device__ void packs(Body body) const {
-#pragma unroll
-    for (int k = 0; k < R; ++k) {
-      if (here(k)) body(column(k), values<A>(unseen(kept_p[k])), values<A>(unseen(kept_z[k])));
-    }
-    for (int k = R; here(k); ++k) body(column(k), values<A>(read<N>(p + column(k))), values<A>(read<N>(z + column(k))));
-    for (int64_t e = threadIdx.x; e < split.edges; e += blockDim.x) {
-      const int64_t j = split.edge(e);
-      body(j, values<A>(read<1>(p + j)), values<A>(read<1>(z + j)));
-    }
-  }
-  // visit(p, z) for every feature of this thread.
-  template <class Visit>
-  __device__ void each(Visit visit) const {
-    packs([&](int64_t, const auto& of_p, const auto& of_z) {
-#pragma unroll
-      for (int i = 0; i < of_p.width; ++i) visit(of_p.at[i], of_z.at[i]);
-    });
-  }
-  // The same; what it returns becomes the gradients, where they are wanted.
-  template <class Gradient>
-  __device__ void overwrite(Gradient gradient) const {
-    packs([&](int64_t j, auto of_p, auto of_z) {
-#pragma unroll
-      for (int i = 0; i < of_p.width; ++i) {
-        const Gradients<A> g = gradient(of_p.at[i], of_z.at[i]);
-        of_p.at[i] = g.p;
-        of_z.at[i] = g.z;
-      }
-      if (wanted) put(dp, j, of_p);
-      if (wanted && dz) put(dz, j, of_z);
-    });
-  }
-};
-
-// Shared memory of one block; every reduction has its own slots, so that one barrier each is enough.
+// Shared memory of one block; every reduction has its own slots, so that one barrier each is
+// enough.
 template <class A>
 struct Scratch {
   PairSums<A> sums[kWarp], scaled_sums[kWarp], maxima[kWarp], exponentials[kWarp];
@@ -131,12 +31,14 @@ __device__ A block_sum(A value, A (&partials)[kWarp]) {
 
 template <class A>
 __device__ PairSums<A> block_sum(const PairSums<A>& value, PairSums<A> (&partials)[kWarp]) {
-  return block_merge(value, {A(0), A(0), A(0)}, partials, [](const PairSums<A>& x) { return warp_merge(x, plus<A>); });
+  return block_merge(value, {A(0), A(0), A(0)}, partials,
+                     [](const PairSums<A>& x) { return warp_merge(x, plus<A>); });
 }
 
 // Of the rows times their factors.
 template <class P, class Z, class A>
-__device__ PairSums<A> sums_of(const Pair<P, Z, A>& pair, PairFactors<A> by, PairSums<A> (&partials)[kWarp]) {
+__device__ PairSums<A> sums_of(const Pair<P, Z, A>& pair, PairFactors<A> by,
+                               PairSums<A> (&partials)[kWarp]) {
   PairSums<A> sums{A(0), A(0), A(0)};
   pair.each([&](A p, A z) {
     p *= by.p, z *= by.z;
@@ -150,7 +52,8 @@ template <class P, class Z, class A>
 __device__ A cosine_row(const Pair<P, Z, A>& pair, PairFactors<A> by, Scratch<A>& scratch) {
   const CosineRow<A>&row = scratch.rows[0], &swapped = scratch.rows[1];
   const A of_p = row.unit_prediction, of_z = swapped.unit_prediction;
-  const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction, d = swapped.of_target;
+  const A a = row.of_prediction, b = row.of_target, c = swapped.of_prediction;
+  const A d = swapped.of_target;
   if (!pair.wanted && !row.near) return static_cast<A>(1 - row.cosine);
   A chord(0);
   pair.overwrite([&](A p, A z) {
@@ -164,7 +67,8 @@ __device__ A cosine_row(const Pair<P, Z, A>& pair, PairFactors<A> by, Scratch<A>
 
 // mse and smooth_l1: a mean over features of a function of the difference.
 template <class P, class Z, class A>
-__device__ A difference_row(const Pair<P, Z, A>& pair, int64_t columns, bool smooth, Scratch<A>& scratch) {
+__device__ A difference_row(const Pair<P, Z, A>& pair, int64_t columns, bool smooth,
+                            Scratch<A>& scratch) {
   const A scale = pair.scale / A(columns);
   A sum(0);
   pair.overwrite([&](A p, A z) {
@@ -175,7 +79,8 @@ __device__ A difference_row(const Pair<P, Z, A>& pair, int64_t columns, bool smo
   return block_sum(sum, scratch.loss) / A(columns);
 }
 
-// kl = sum q_z (log q_z - log q_p), the logarithms relative to each row's maximum until the last addition.
+// kl = sum q_z (log q_z - log q_p), the logarithms relative to each row's maximum until the last
+// addition.
 template <class P, class Z, class A>
 __device__ A kl_row(const Pair<P, Z, A>& pair, Scratch<A>& scratch) {
   const PairSums<A> lowest{A(-INFINITY), A(-INFINITY), A(0)};
@@ -184,7 +89,8 @@ __device__ A kl_row(const Pair<P, Z, A>& pair, Scratch<A>& scratch) {
   const auto largest = [](const PairSums<A>& a, const PairSums<A>& b) {
     return PairSums<A>{std::fmax(a.pp, b.pp), std::fmax(a.zz, b.zz), A(0)};
   };
-  max = block_merge(max, lowest, scratch.maxima, [&](const PairSums<A>& x) { return warp_merge(x, largest); });
+  max = block_merge(max, lowest, scratch.maxima,
+                    [&](const PairSums<A>& x) { return warp_merge(x, largest); });
   PairSums<A> sum{A(0), A(0), A(0)};
   pair.each([&](A p, A z) {
     const A e = exp_nonpositive(z - max.zz);
@@ -192,20 +98,24 @@ __device__ A kl_row(const Pair<P, Z, A>& pair, Scratch<A>& scratch) {
     sum.pz += e == A(0) ? A(0) : e * ((z - max.zz) - (p - max.pp));  // 0 log 0 = 0
   });
   sum = block_sum(sum, scratch.exponentials);
-  const A inverse_p = A(1) / sum.pp, inverse_z = A(1) / sum.zz, offset = std::log(sum.pp) - std::log(sum.zz);
+  const A inverse_p = A(1) / sum.pp, inverse_z = A(1) / sum.zz;
+  const A offset = std::log(sum.pp) - std::log(sum.zz);
   const A kl = sum.pz * inverse_z + offset;
   if (pair.wanted) {
     pair.overwrite([&](A p, A z) {
-      const A q_z = exp_nonpositive(z - max.zz) * inverse_z, q_p = exp_nonpositive(p - max.pp) * inverse_p;
+      const A q_z = exp_nonpositive(z - max.zz) * inverse_z;
+      const A q_p = exp_nonpositive(p - max.pp) * inverse_p;
       const A log_ratio = (z - max.zz) - (p - max.pp) + offset;
-      return Gradients<A>{pair.scale * (q_p - q_z), q_z == A(0) ? A(0) : pair.scale * q_z * (log_ratio - kl)};
+      return Gradients<A>{pair.scale * (q_p - q_z),
+                          q_z == A(0) ? A(0) : pair.scale * q_z * (log_ratio - kl)};
     });
   }
   return kl;
 }
 
 template <class P, class Z, class A>
-__global__ void __launch_bounds__(kMaxRowThreads, kBlocks) alignment_rows(AlignmentRows<P, Z, A> a) {
+__global__ void __launch_bounds__(kMaxRowThreads, kBlocks)
+    alignment_rows(AlignmentRows<P, Z, A> a) {
   Scratch<A>& scratch = shared<Scratch<A>>();
   const int64_t i = blockIdx.x, target_row = a.target_rows ? a.target_rows[i] : i;
   const A scale = a.row_scale ? a.row_scale[i] : A(1);
@@ -227,10 +137,12 @@ __global__ void __launch_bounds__(kMaxRowThreads, kBlocks) alignment_rows(Alignm
   PairSums<A> sums = sums_of(pair, PairFactors<A>(A(1), A(1)), scratch.sums);
   const PairFactors<A> by(sums, a.eps);
   if (!by.none()) sums = sums_of(pair, by, scratch.scaled_sums);  // all threads have the same sums
-  if (threadIdx.x < 2) {  // two threads at once: the float64 arithmetic of one row costs as much as that of both
+  // two threads at once: the float64 arithmetic of one row costs as much as that of both
+  if (threadIdx.x < 2) {
     const bool first = threadIdx.x == 0;
     const PairFactors<A> swapped(by.z, by.p);
-    scratch.rows[threadIdx.x] = CosineRow<A>(first ? sums : swap(sums), first ? by : swapped, a.eps, scale);
+    scratch.rows[threadIdx.x] =
+        CosineRow<A>(first ? sums : swap(sums), first ? by : swapped, a.eps, scale);
   }
   __syncthreads();
   A loss(0);
@@ -240,7 +152,8 @@ __global__ void __launch_bounds__(kMaxRowThreads, kBlocks) alignment_rows(Alignm
     case Distance::smooth_l1: loss = difference_row(pair, a.columns, true, scratch); break;
     case Distance::kl: loss = kl_row(pair, scratch); break;
   }
-  if (a.gradient && !pair.wanted) pair.fill(A(0), a.columns);  // not 0 * gradient: a NaN under a zero weight stays out
+  // not 0 * gradient: a NaN under a zero weight stays out
+  if (a.gradient && !pair.wanted) pair.fill(A(0), a.columns);
   if (threadIdx.x == 0) {
     const CosineRow<A>& row = scratch.rows[0];
     stats[0] = loss;
@@ -256,7 +169,8 @@ template <class P, class Z, class A>
 void run(const AlignmentRows<P, Z, A>& a, int64_t rows, void* stream) {
   if (rows == 0) return;
   constexpr int64_t kOfThread = Pair<P, Z, A>::R * Pair<P, Z, A>::N;
-  const int64_t warps = (a.columns + kOfThread * kWarp - 1) / (kOfThread * kWarp), most = kMaxRowThreads / kWarp;
+  const int64_t warps = (a.columns + kOfThread * kWarp - 1) / (kOfThread * kWarp);
+  const int64_t most = kMaxRowThreads / kWarp;
   const int threads = kWarp * static_cast<int>(warps < 1 ? 1 : warps < most ? warps : most);
   launch(alignment_rows<P, Z, A>, rows, threads, 0, stream, a);
 }

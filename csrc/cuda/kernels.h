@@ -1,4 +1,5 @@
-// The CUDA row kernels as plain C++: each overload starts its kernel on a stream of the current device and returns.
+// The CUDA row kernels as plain C++: each overload starts its kernel on a stream of the current
+// device and returns.
 #pragma once
 #include "../kernel_params.h"
 

@@ -1,11 +1,12 @@
-// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler: tests/simt/simt.h, which has the same
-// names and runs the same kernels on the CPU, cluster after cluster.
+// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler: tests/simt/simt.h,
+// which has the same names and runs the same kernels on the CPU, cluster after cluster.
 //
-// A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one holds the path of the
-// build folder, and the same sources would give other bytes elsewhere.
+// A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one
+// holds the path of the build folder, and the same sources would give other bytes elsewhere.
 //
-// Few headers of the standard library: nvcc reads a .cu once for the host and once for each kind of PTX, and <map>,
-// <mutex>, <stdexcept> and <string> took two of the three CPU seconds that a short one needs.
+// Few headers of the standard library: nvcc reads a .cu once for the host and once for each kind of
+// PTX, and <map>, <mutex>, <stdexcept> and <string> took two of the three CPU seconds that a short
+// one needs.
 #pragma once
 #include <pthread.h>
 
@@ -19,8 +20,8 @@ namespace cuda {
 constexpr int kWarp = 32;
 constexpr int kMaxCluster = 8;  // blocks, on every device that has clusters
 
-// What a multiprocessor gives: the threads and the bytes of shared memory that one block may ask for, and the bytes
-// that all its blocks share.
+// What a multiprocessor gives: the threads and the bytes of shared memory that one block may ask
+// for, and the bytes that all its blocks share.
 struct Multiprocessor {
   int threads_of_block;
   int64_t shared_of_block, shared;
@@ -47,13 +48,15 @@ class Failure : public std::exception {
 
  public:
   explicit Failure(const char* what, const char* why = nullptr) {
-    std::snprintf(what_, sizeof what_, "nitp_ops row kernel: %s%s%s", what, why ? ": " : "", why ? why : "");
+    std::snprintf(what_, sizeof what_, "nitp_ops row kernel: %s%s%s", what, why ? ": " : "",
+                  why ? why : "");
   }
   const char* what() const noexcept override { return what_; }
 };
 
-// Values that the driver is asked for once per device and key: later launches make no call. Host threads take turns.
-// The entries live as long as the process: threads may still launch while it ends.
+// Values that the driver is asked for once per device and key: later launches make no call. Host
+// threads take turns. The entries live as long as the process: threads may still launch while it
+// ends.
 template <class Key, class Value>
 class DriverCache {
   struct Entry {
@@ -128,8 +131,9 @@ __device__ T* dynamic_shared() {
   return reinterpret_cast<T*>(memory);
 }
 
-// Begins to copy a pack of 16 bytes from global memory to the block's shared memory, without a register in between: all
-// packs of a row can be under way at once. The thread that began it sees it after wait_for_copies.
+// Begins to copy a pack of 16 bytes from global memory to the block's shared memory, without a
+// register in between: all packs of a row can be under way at once. The thread that began it sees
+// it after wait_for_copies.
 template <class P>
 __device__ void begin_copy(P* to, const void* from) {
   static_assert(sizeof(P) == 16, "one pack");
@@ -140,114 +144,29 @@ __device__ void begin_copy(P* to, const void* from) {
 
 __device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Whether the code that is being compiled may have the instructions of clusters.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr bool kClusters = false;
-#else
-constexpr bool kClusters = true;
-#endif
-
-__device__ inline int cluster_rank() {
-  unsigned rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return static_cast<int>(rank);
-}
-
-__device__ inline int cluster_size() {
-  unsigned blocks = 1;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(blocks));
-#endif
-  return static_cast<int>(blocks);
-}
-
-// The same address in the shared memory of another block of the cluster.
-__device__ inline uint32_t shared_of(const void* here, int rank) {
-  uint32_t there = static_cast<uint32_t>(__cvta_generic_to_shared(here));
-#if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(there) : "r"(rank));
-#endif
-  return there;
-}
-
-// All threads, before anything is sent: the inbox waits for a message of every block. inboxes_are_open: those of all
-// blocks do.
-template <class M>
-__device__ void open_inbox(Inbox<M>& inbox) {
-#if __CUDA_ARCH__ >= 900
-  if (threadIdx.x == 0) {
-    const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&inbox.barrier));
-    const uint32_t bytes = cluster_size() * sizeof(M);
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  }
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-__device__ inline void inboxes_are_open() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// One thread: this block's message to the block of that rank.
-template <class M>
-__device__ void send(Inbox<M>& inbox, const M& message, int rank) {
-#if __CUDA_ARCH__ >= 900
-  const uint32_t there = shared_of(inbox.from + cluster_rank(), rank), barrier = shared_of(&inbox.barrier, rank);
-  uint32_t w[sizeof(M) / sizeof(uint32_t)];
-  memcpy(w, &message, sizeof(M));
-#pragma unroll
-  for (unsigned i = 0; i < sizeof(M) / 16; ++i) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                     there + 16 * i),
-                 "r"(w[4 * i]), "r"(w[4 * i + 1]), "r"(w[4 * i + 2]), "r"(w[4 * i + 3]), "r"(barrier)
-                 : "memory");
-  }
-#endif
-}
-
-// Waits for the message of every block; once only.
-template <class M>
-__device__ void await_messages(Inbox<M>& inbox) {
-#if __CUDA_ARCH__ >= 900
-  const auto barrier = static_cast<uint32_t>(__cvta_generic_to_shared(&inbox.barrier));
-  uint32_t complete = 0;
-  while (!complete) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n\t"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n\t"
-        "selp.u32 %0, 1, 0, p;\n\t}"
-        : "=r"(complete)
-        : "r"(barrier)
-        : "memory");
-  }
-#endif
-}
-
-// More than 48 KB of shared memory, or the larger share of the first-level cache, is opt-in: once per kernel and
-// device, for as much as a block can have. The setting holds for all host threads, so one for the bytes of a single
-// launch would let another thread's launch fail.
+// More than 48 KB of shared memory, or the larger share of the first-level cache, is opt-in: once
+// per kernel and device, for as much as a block can have. The setting holds for all host threads,
+// so one for the bytes of a single launch would let another thread's launch fail.
 inline void allow(const void* kernel, int64_t shared_bytes) {
   if (shared_bytes == 0) return;
   static DriverCache<const void*, bool> cache;
   cache.get(current_device(), kernel, [&] {
     cudaFuncAttributes code;
     check(cudaFuncGetAttributes(&code, kernel), "kernel attributes");
-    const int most = static_cast<int>(multiprocessor().shared_of_block) - static_cast<int>(code.sharedSizeBytes);
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+    const int most =
+        static_cast<int>(multiprocessor().shared_of_block) - static_cast<int>(code.sharedSizeBytes);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
+          "shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                               cudaSharedmemCarveoutMaxShared),
           "shared memory");
     return true;
   });
 }
 
-// How many blocks of this size a cluster of the kernel can have, at most kMaxCluster. 1 where it is code for sm_80,
-// which has no clusters: also on a later device that translates the PTX of compute_80.
+// How many blocks of this size a cluster of the kernel can have, at most kMaxCluster. 1 where it is
+// code for sm_80, which has no clusters: also on a later device that translates the PTX of
+// compute_80.
 template <class... Arguments>
 int largest_cluster(void (*kernel)(Arguments...), int threads, int64_t shared_bytes) {
   cudaFuncAttributes code;
@@ -262,13 +181,14 @@ int largest_cluster(void (*kernel)(Arguments...), int threads, int64_t shared_by
 }
 
 template <class... Arguments>
-void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes, void* stream,
-            Arguments... arguments) {
+void launch(void (*kernel)(Arguments...), Blocks blocks, int threads, int64_t shared_bytes,
+            void* stream, Arguments... arguments) {
   if (blocks.count > INT32_MAX) throw Failure("more blocks than a grid has");
   allow(reinterpret_cast<const void*>(kernel), shared_bytes);
   cudaLaunchAttribute shape{};
   shape.id = cudaLaunchAttributeClusterDimension;
-  shape.val.clusterDim.x = blocks.of_cluster, shape.val.clusterDim.y = 1, shape.val.clusterDim.z = 1;
+  shape.val.clusterDim.x = blocks.of_cluster, shape.val.clusterDim.y = 1,
+  shape.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(blocks.count), config.blockDim = threads;
   config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);

@@ -1,5 +1,6 @@
-// 16-byte accesses to rows that start anywhere: a row is `head` single elements up to the first aligned address, then
-// packs of N elements, then single elements again. Both ends together are the edges.
+// 16-byte accesses to rows that start anywhere: a row is `head` single elements up to the first
+// aligned address, then packs of N elements, then single elements again. Both ends aligned_alike
+// are the edges.
 #pragma once
 #include <type_traits>
 
@@ -23,7 +24,8 @@ __device__ Pack<T, N> read(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 
-// In one instruction: left to itself, the compiler stores the packs of an unrolled loop word by word.
+// In one instruction: left to itself, the compiler stores the packs of an unrolled loop word by
+// word.
 template <class T, int N>
 __device__ void write(T* p, const Pack<T, N>& pack) {
 #ifdef __CUDA_ARCH__
@@ -42,8 +44,8 @@ __device__ void write(T* p, const Pack<T, N>& pack) {
   *reinterpret_cast<Pack<T, N>*>(p) = pack;
 }
 
-// The same pack, of which the compiler knows nothing: else it keeps the widened values of one pass for the next, in
-// twice the registers that the pack itself takes.
+// The same pack, of which the compiler knows nothing: else it keeps the widened values of one pass
+// for the next, in twice the registers that the pack itself takes.
 template <class T, int N>
 __device__ Pack<T, N> unseen(Pack<T, N> pack) {
 #ifdef __CUDA_ARCH__
@@ -65,7 +67,8 @@ __device__ inline int unseen(int number) {
   return number;
 }
 
-// The largest number of U packs in half precision; a NaN is left out where there is a number. Two comparisons at once.
+// The largest number of U packs in half precision; a NaN is left out where there is a number. Two
+// comparisons at once.
 template <int U, class T, int N>
 __device__ float largest_of(const Pack<T, N>* packs) {
 #ifdef __CUDA_ARCH__
@@ -100,9 +103,13 @@ __device__ Pack<T, N> narrow(const A (&values)[N]) {
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) {
       if constexpr (std::is_same_v<T, bfloat16>) {
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;"
+            : "=r"(words[i])
+            : "f"(values[2 * i + 1]), "f"(values[2 * i]));
       } else {
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(words[i]) : "f"(values[2 * i + 1]), "f"(values[2 * i]));
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;"
+            : "=r"(words[i])
+            : "f"(values[2 * i + 1]), "f"(values[2 * i]));
       }
     }
     memcpy(&pack, words, sizeof pack);
@@ -134,8 +141,8 @@ __device__ int64_t elements_to_boundary(const T* p) {
 template <int N, class First, class... Others>
 __device__ Split<N> split(int64_t columns, const First* first, const Others*... others) {
   const int64_t head = elements_to_boundary<N>(first);
-  const bool together = ((elements_to_boundary<N>(others) == head) && ...);
-  const int64_t packs = together && head < columns ? (columns - head) / N : 0;
+  const bool aligned_alike = ((elements_to_boundary<N>(others) == head) && ...);
+  const int64_t packs = aligned_alike && head < columns ? (columns - head) / N : 0;
   return {packs > 0 ? head : columns, packs, columns - packs * N};
 }
 
@@ -156,7 +163,8 @@ struct Tiles {
   unsigned of_row;
   int threads;
 };
-constexpr int kPacksOfThread = 2;  // of each operand: with three operands 96 bytes a thread in flight
+constexpr int kPacksOfThread =
+    2;  // of each operand: with three operands 96 bytes a thread in flight
 constexpr int kMaxThreads = 256;
 
 // Dense rows are one long row.
@@ -167,7 +175,8 @@ void flatten(int64_t& rows, int64_t& columns, Strides... strides) {
   rows = rows > 0 ? 1 : 0;
 }
 
-// As few tiles as blocks of kMaxThreads allow, and no more threads in each than its share of the packs needs.
+// As few tiles as blocks of kMaxThreads allow, and no more threads in each than its share of the
+// packs needs.
 template <int N>
 Tiles tiles(int64_t columns) {
   constexpr int64_t kOfTile = kMaxThreads * kPacksOfThread;
@@ -177,8 +186,8 @@ Tiles tiles(int64_t columns) {
   return {static_cast<unsigned>(of_row), static_cast<int>((packs + of_warp - 1) / of_warp * kWarp)};
 }
 
-// finish(width, column, load(width, column)) for every pack and edge of the tile; all packs are loaded before the first
-// is finished, because a store may alias the next load.
+// finish(width, column, load(width, column)) for every pack and edge of the tile; all packs are
+// loaded before the first is finished, because a store may alias the next load.
 template <int N, class Load, class Finish>
 __device__ void over_tile(const Split<N>& split, int64_t tile, Load load, Finish finish) {
   const int threads = blockDim.x;
@@ -194,7 +203,8 @@ __device__ void over_tile(const Split<N>& split, int64_t tile, Load load, Finish
     const int64_t i = first + k * threads;
     if (i < split.packs) finish(Width<N>{}, split.pack(i), operands[k]);
   }
-  const int64_t per_tile = static_cast<int64_t>(kPacksOfThread) * threads * N, end = (tile + 1) * per_tile;
+  const int64_t per_tile = static_cast<int64_t>(kPacksOfThread) * threads * N;
+  const int64_t end = (tile + 1) * per_tile;
   for (int64_t i = tile * per_tile + threadIdx.x; i < split.edges && i < end; i += threads) {
     const int64_t j = split.edge(i);
     finish(Width<1>{}, j, load(Width<1>{}, j));

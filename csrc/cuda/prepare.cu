@@ -1,6 +1,6 @@
-// Before the chunks of a token loss: row weights, the count and empty values from the labels. After them: the loss from
-// the rows. The labels are read by a thread per row; what is summed over rows, by one block in an
-// order that only the number of rows decides.
+// Before the chunks of a token loss: row weights, the count and empty values from the labels. After
+// them: the loss from the rows. The labels are read by a thread per row; what is summed over rows,
+// by one block in an order that only the number of rows decides.
 #include "../formulas/labels.h"
 #include "kernels.h"
 #include "reduce.h"
@@ -11,7 +11,8 @@ inline namespace prepare_cu {
 
 constexpr int kReaders = 256, kAdders = 1024, kAtOnce = 8;
 
-// use(row, load(row)) for every row, by one block: a thread has the loads of several rows in flight.
+// use(row, load(row)) for every row, by one block: a thread has the loads of several rows in
+// flight.
 template <class Load, class Use>
 __device__ __forceinline__ void each_row(int64_t rows, Load load, Use use) {
   for (int64_t first = threadIdx.x; first < rows; first += kAtOnce * kAdders) {
@@ -44,7 +45,8 @@ struct Counts {
 };
 
 __device__ inline Counts warp_counts(Counts counts) {
-  return warp_merge(counts, [](Counts x, Counts y) { return Counts{x.count + y.count, x.present + y.present}; });
+  return warp_merge(
+      counts, [](Counts x, Counts y) { return Counts{x.count + y.count, x.present + y.present}; });
 }
 
 // Of one block.
@@ -57,7 +59,10 @@ __global__ void __launch_bounds__(kAdders) count_rows(PrepareRows<A> a) {
   Counts mine{0, 0};
   const auto has_target = [&](int64_t row) { return a.prediction[row] >= 0; };
   each_row(
-      a.columns, [&](int64_t row) { return has_target(row) ? Counts{portable::count_of(a, row), 1} : Counts{0, 0}; },
+      a.columns,
+      [&](int64_t row) {
+        return has_target(row) ? Counts{portable::count_of(a, row), 1} : Counts{0, 0};
+      },
       [&](int64_t, const Counts& one) { mine.count += one.count, mine.present += one.present; });
   const Counts all = block_merge(mine, Counts{0, 0}, scratch.partials, warp_counts);
   const A normalizer = portable::normalizer_of(a, all.count);
@@ -80,7 +85,8 @@ __global__ void __launch_bounds__(kAdders) add_losses(FinishRows<A> a) {
   Scratch& scratch = shared<Scratch>();
   double mine = 0;
   each_row(
-      a.columns, [&](int64_t row) { return portable::loss_of(a, row); }, [&](int64_t, double loss) { mine += loss; });
+      a.columns, [&](int64_t row) { return portable::loss_of(a, row); },
+      [&](int64_t, double loss) { mine += loss; });
   const double sum = block_merge(mine, 0.0, scratch.partials, [](double x) { return warp_sum(x); });
   if (threadIdx.x == 0) *a.loss = sum;
 }

@@ -1,4 +1,5 @@
-// Whether this build's kernels can run on a device: the driver is asked once per device, before the first launch.
+// Whether this build's kernels can run on a device: the driver is asked once per device, before the
+// first launch.
 #include "launch.h"
 
 inline namespace probe_cu {
@@ -7,7 +8,8 @@ __global__ void probe() {}
 
 }  // namespace probe_cu
 
-// nullptr, or why not: a driver older than the runtime that the library is linked with, or no code for the device.
+// nullptr, or why not: a driver older than the runtime that the library is linked with, or no code
+// for the device.
 extern "C" __attribute__((visibility("default"))) const char* nitp_ops_cuda_refusal(int device) {
   int before = 0;
   cudaFuncAttributes code;

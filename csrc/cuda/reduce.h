@@ -1,8 +1,9 @@
-// Reductions over the lanes of a warp, the warps of a block and the blocks of a cluster, by butterflies: every lane
-// ends with the same bits, and the order of additions depends on the number of threads and blocks alone.
+// Reductions over the lanes of a warp, the warps of a block and the blocks of a cluster, by
+// butterflies: every lane ends with the same bits, and the order of additions depends on the number
+// of threads and blocks alone.
 #pragma once
 #include "../host_device.h"
-#include "launch.h"
+#include "cluster.h"
 
 namespace nitp {
 namespace cuda {
@@ -22,7 +23,9 @@ __device__ V shuffle_xor(const V& value, int lanes) {
 template <class V, class Merge>
 __device__ V warp_merge(V value, Merge merge) {
 #pragma unroll
-  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value = merge(value, shuffle_xor(value, lanes));
+  for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
+    value = merge(value, shuffle_xor(value, lanes));
+  }
   return value;
 }
 
@@ -31,7 +34,8 @@ __device__ A warp_sum(A value) {
   return warp_merge(value, [](A a, A b) { return a + b; });
 }
 
-// What one lane of every warp leaves in shared memory and every warp merges again, behind one barrier.
+// What one lane of every warp leaves in shared memory and every warp merges again, behind one
+// barrier.
 template <class V, class WarpMerge>
 __device__ V block_merge(V value, V none, V (&partials)[kWarp], WarpMerge warp_merge) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
@@ -41,7 +45,8 @@ __device__ V block_merge(V value, V none, V (&partials)[kWarp], WarpMerge warp_m
   return warp_merge(lane < warps ? partials[lane] : none);
 }
 
-// The team of a row: one block, or the blocks of a cluster. kCompiled: the code may have the instructions for it.
+// The team of a row: one block, or the blocks of a cluster. kCompiled: the code may have the
+// instructions for it.
 struct OneBlock {
   static constexpr bool kCompiled = true, kAlone = true;
   template <class M>
@@ -58,28 +63,34 @@ struct Cluster {
   static __device__ int rank() { return cluster_rank(); }
 };
 
-// One message from each block to every block of its team, in turns: before anything else the blocks open their inboxes,
-// then each sends, and every warp of each merges them all, lane by lane in the order of the ranks: all have the same
-// bits. The blocks of a cluster exchange nothing else:
+// One message from each block to every block of its team, in turns: before anything else the blocks
+// open their inboxes, then each sends, and every warp of each merges them all, lane by lane in the
+// order of the ranks: all have the same bits. The blocks of a cluster exchange nothing else:
 //
-// * open_inbox initialises the mbarrier that counts the bytes of an inbox and releases that to the cluster
-//   (fence.mbarrier_init, a relaxed arrival at the cluster's barrier); inboxes_are_open acquires it. So no message
-//   reaches a barrier that is not initialised, and every block has begun.
-// * A message lies in the sender's registers. st.async stores it and then completes its bytes at the mbarrier of the
-//   same inbox with release semantics at cluster scope; await_messages acquires that phase at cluster scope. So
-//   a block that has waited reads whole messages.
-// * The phase ends with the last byte for the inbox, and a block waits for it before it ends: nothing is stored into
-//   the memory of a block that has ended. Nobody reads another block's memory, so none waits for its readers.
+// * open_inbox initialises the mbarrier that counts the bytes of an inbox and releases that to the
+// cluster
+//   (fence.mbarrier_init, a relaxed arrival at the cluster's barrier); inboxes_are_open acquires
+//   it. So no message reaches a barrier that is not initialised, and every block has begun.
+// * A message lies in the sender's registers. st.async stores it and then completes its bytes at
+// the mbarrier of the
+//   same inbox with release semantics at cluster scope; await_messages acquires that phase at
+//   cluster scope. So a block that has waited reads whole messages.
+// * The phase ends with the last byte for the inbox, and a block waits for it before it ends:
+// nothing is stored into
+//   the memory of a block that has ended. No block reads another's memory, so none waits for its
+//   readers.
 //
-// A message releases nothing else of its sender. A row must not need it: of a row's memory each block reads and writes
-// what is its own alone (its columns, what it found of the targets in them), but for what nobody writes.
+// A message releases nothing else of its sender. A row must not need it: of a row's memory each
+// block reads and writes what is its own alone (its columns, what it found of the targets in them),
+// and what no block writes.
 template <class Team, class M>
 __device__ void open(typename Team::template Mail<M>& mail) {
   if constexpr (!Team::kAlone) open_inbox(mail);
 }
 
 template <class Team, class M, class WarpMerge>
-__device__ M exchange(typename Team::template Mail<M>& mail, const M& message, const M& none, WarpMerge warp_merge) {
+__device__ M exchange(typename Team::template Mail<M>& mail, const M& message, const M& none,
+                      WarpMerge warp_merge) {
   if constexpr (Team::kAlone) {
     return message;
   } else {

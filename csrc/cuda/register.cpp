@@ -1,7 +1,8 @@
-// The CUDA row kernels: on the tensors' device, on PyTorch's current stream, without waiting for anything. A
-// value that is wrong (a label, a target row outside its range) gives NaN in its row.
+// The CUDA row kernels: on the tensors' device, on PyTorch's current stream, without waiting for
+// anything. A value that is wrong (a label, a target row outside its range) gives NaN in its row.
 //
-// torch's CUDA library is looked up, not linked: one nitp_ops serves CPU-only and CUDA builds of torch.
+// torch's CUDA library is looked up, not linked: one nitp_ops serves CPU-only and CUDA builds of
+// torch.
 #include <stream.h>
 
 #include <type_traits>

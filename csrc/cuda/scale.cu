@@ -1,5 +1,6 @@
-// out = rows * factor, a number on the device. In place a factor of one touches nothing (the upstream gradient of most
-// losses, which the host cannot know without waiting); a factor of zero writes zeros, so that a NaN under it stays out.
+// out = rows * factor, a number on the device. In place a factor of one touches nothing (the
+// upstream gradient of most losses, which the host cannot know without waiting); a factor of zero
+// writes zeros, so that a NaN under it stays out.
 #include "kernels.h"
 #include "pack.h"
 
@@ -7,8 +8,8 @@ namespace nitp {
 namespace cuda {
 inline namespace scale_cu {
 
-// Enough for any device, and few where there is nothing to do: one block a tile took 0.08 ms over 1 GB that a factor
-// of one leaves alone.
+// Enough for any device, and few where there is nothing to do: one block a tile took 0.08 ms over 1
+// GB that a factor of one leaves alone.
 constexpr int64_t kMostBlocks = 4096;
 
 template <class T, class Out, class A>
@@ -42,7 +43,9 @@ void run(const ScaleRows<T, Out, A>& arguments, int64_t rows, void* stream) {
   flatten(rows, a.columns, a.stride, a.out_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
   const int64_t all = rows * t.of_row, blocks = all < kMostBlocks ? all : kMostBlocks;
-  if (blocks > 0) launch(scale_rows<T, Out, A>, blocks, t.threads, 0, stream, a, blocks, all, t.of_row);
+  if (blocks > 0) {
+    launch(scale_rows<T, Out, A>, blocks, t.threads, 0, stream, a, blocks, all, t.of_row);
+  }
 }
 
 template void run(const ScaleRows<double, double, double>&, int64_t, void*);

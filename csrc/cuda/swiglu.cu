@@ -1,5 +1,5 @@
-// SwiGLU over rows: reads gate and up (and the upstream gradient) once, writes the result (or both gradients, also in
-// place) once. 3 and 5 accesses an element; no other memory, no barrier.
+// SwiGLU over rows: reads gate and up (and the upstream gradient) once, writes the result (or both
+// gradients, also in place) once. 3 and 5 accesses an element; no other memory, no barrier.
 #include "../formulas/swiglu.h"
 #include "kernels.h"
 #include "pack.h"
@@ -28,14 +28,17 @@ __global__ void __launch_bounds__(kMaxThreads) swiglu_rows(SwigluRows<T> a, unsi
     constexpr int W = decltype(width)::value;
     Pack<T, W> result;
 #pragma unroll
-    for (int i = 0; i < W; ++i) store(result.at + i, swiglu(widen(in.gate.at[i]), widen(in.up.at[i])));
+    for (int i = 0; i < W; ++i) {
+      store(result.at + i, swiglu(widen(in.gate.at[i]), widen(in.up.at[i])));
+    }
     write(out + j, result);
   };
   over_tile(split<N>(a.columns, gate, up, out), blockIdx.x % tiles_of_row, load, finish);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) swiglu_rows_backward(SwigluRowsBackward<T> a, unsigned tiles_of_row) {
+__global__ void __launch_bounds__(kMaxThreads)
+    swiglu_rows_backward(SwigluRowsBackward<T> a, unsigned tiles_of_row) {
   constexpr int N = kPackBytes / sizeof(T);
   const int64_t row = blockIdx.x / tiles_of_row;
   const T* gate = a.gate + row * a.gate_stride;
@@ -52,14 +55,16 @@ __global__ void __launch_bounds__(kMaxThreads) swiglu_rows_backward(SwigluRowsBa
     Pack<T, W> of_gate, of_up;
 #pragma unroll
     for (int i = 0; i < W; ++i) {
-      const auto gradient = swiglu_gradient(widen(in.gate.at[i]), widen(in.up.at[i]), widen(in.upstream.at[i]));
+      const auto gradient =
+          swiglu_gradient(widen(in.gate.at[i]), widen(in.up.at[i]), widen(in.upstream.at[i]));
       store(of_gate.at + i, gradient.gate);
       store(of_up.at + i, gradient.up);
     }
     write(d_gate + j, of_gate);
     write(d_up + j, of_up);
   };
-  over_tile(split<N>(a.columns, gate, up, upstream, d_gate, d_up), blockIdx.x % tiles_of_row, load, finish);
+  over_tile(split<N>(a.columns, gate, up, upstream, d_gate, d_up), blockIdx.x % tiles_of_row, load,
+            finish);
 }
 
 }  // namespace swiglu_cu
@@ -69,15 +74,20 @@ void run(const SwigluRows<T>& arguments, int64_t rows, void* stream) {
   SwigluRows<T> a = arguments;
   flatten(rows, a.columns, a.gate_stride, a.up_stride, a.out_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
-  if (rows > 0 && t.of_row > 0) launch(swiglu_rows<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  if (rows > 0 && t.of_row > 0) {
+    launch(swiglu_rows<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  }
 }
 
 template <class T>
 void run(const SwigluRowsBackward<T>& arguments, int64_t rows, void* stream) {
   SwigluRowsBackward<T> a = arguments;
-  flatten(rows, a.columns, a.gate_stride, a.up_stride, a.upstream_stride, a.d_gate_stride, a.d_up_stride);
+  flatten(rows, a.columns, a.gate_stride, a.up_stride, a.upstream_stride, a.d_gate_stride,
+          a.d_up_stride);
   const Tiles t = tiles<kPackBytes / sizeof(T)>(a.columns);
-  if (rows > 0 && t.of_row > 0) launch(swiglu_rows_backward<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  if (rows > 0 && t.of_row > 0) {
+    launch(swiglu_rows_backward<T>, rows * t.of_row, t.threads, 0, stream, a, t.of_row);
+  }
 }
 
 #define NITP_INSTANTIATE(T)                                \

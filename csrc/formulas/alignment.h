@@ -1,6 +1,7 @@
 // Distance between a prediction row p and a target row z of D features, and its gradients.
 //
-//   cosine:     loss = 1 - c,  c = p.z / (|p| |z|), each norm clamped at eps;  = |p^ - z^|^2 / 2 where c > 1/2;
+//   cosine:     loss = 1 - c,  c = p.z / (|p| |z|), each norm clamped at eps;  = |p^ - z^|^2 / 2
+//   where c > 1/2;
 //               dloss/dp = -(z^ - c p^) / |p|, zero where |p| < eps   (p^ = p/|p|, z^ = z/|z|)
 //   mse:        loss = mean (p - z)^2
 //   smooth_l1:  loss = mean of d^2/2 where |d| < 1, else |d| - 1/2,  d = p - z
@@ -8,8 +9,9 @@
 //
 // cosine, mse and smooth_l1 are symmetric: swapping the arguments gives the gradient of the target.
 //
-// A cosine does not change when a row is scaled. Where the squares of a row would overflow or vanish, its sums and its
-// gradient are those of the row times a power of two, which rounds nothing: f p and g z stand for p and z then.
+// A cosine does not change when a row is scaled. Where the squares of a row would overflow or
+// vanish, its sums and its gradient are those of the row times a power of two, which rounds
+// nothing: f p and g z stand for p and z then.
 #pragma once
 #include "../host_device.h"
 
@@ -30,7 +32,8 @@ NITP_HD PairSums<A> swap(const PairSums<A>& sums) {
   return {sums.zz, sums.pp, sums.pz};
 }
 
-// The factor of a row before it is squared, and the sum of squares, `most`, beyond which it is not 1.
+// The factor of a row before it is squared, and the sum of squares, `most`, beyond which it is
+// not 1.
 template <class A>
 struct SquareRange {
   static constexpr bool wide = sizeof(A) == 8;
@@ -54,7 +57,8 @@ struct PairFactors {
   NITP_HD bool none() const { return p == A(1) && z == A(1); }
 };
 
-// One row's scalars, in float64: they are few, and their rounding would show in every feature of the row.
+// One row's scalars, in float64: they are few, and their rounding would show in every feature of
+// the row.
 template <class A>
 struct CosineRow {
   double cosine, prediction_norm, target_norm;
@@ -64,7 +68,8 @@ struct CosineRow {
 
   // sums: of f p and g z.
   NITP_HD CosineRow(PairSums<A> sums, PairFactors<A> by, A eps, A scale) {
-    const double scaled_p = sqrt(static_cast<double>(sums.pp)), scaled_z = sqrt(static_cast<double>(sums.zz));
+    const double scaled_p = sqrt(static_cast<double>(sums.pp));
+    const double scaled_z = sqrt(static_cast<double>(sums.zz));
     // A division costs a short row more than the test.
     prediction_norm = by.p == A(1) ? scaled_p : scaled_p / by.p;
     target_norm = by.z == A(1) ? scaled_z : scaled_z / by.z;

@@ -1,4 +1,5 @@
-// The labels of one row, on the host and on the device: whether the row counts, and its weight before the normalizer.
+// The labels of one row, on the host and on the device: whether the row counts, and its weight
+// before the normalizer.
 #pragma once
 #include "../kernel_params.h"
 
@@ -7,8 +8,9 @@ namespace NITP_TARGET {
 
 template <class A>
 struct RowLabels {
-  bool present;     // the row has a target
-  A weight;         // of the row before the normalizer; 0 where it has no target, or none with a weight and needs one
+  bool present;  // the row has a target
+  A weight;  // of the row before the normalizer; 0 where it has no target, or none with a weight
+             // and needs one
   int64_t outside;  // index of its first label outside [0, classes), -1: none
 };
 
@@ -31,7 +33,9 @@ NITP_HD RowLabels<A> read_labels(const PrepareRows<A>& a, int64_t row) {
 // What a row adds to the normalizer: 1, or the class weight of its only target.
 template <class A>
 NITP_HD double count_of(const PrepareRows<A>& a, int64_t row) {
-  return a.target_weight != nullptr && !a.negative_is_absent ? static_cast<double>(a.target_weight[row]) : 1.0;
+  return a.target_weight != nullptr && !a.negative_is_absent
+             ? static_cast<double>(a.target_weight[row])
+             : 1.0;
 }
 
 template <class A>
@@ -49,7 +53,9 @@ NITP_HD A scale_of(A weight, A normalizer) {
 // The values of a row that is not computed.
 template <class A>
 NITP_HD void clear_values(const PrepareRows<A>& a, int64_t row) {
-  for (int64_t field = 0; field < a.fields; ++field) a.stats[field * a.stats_stride + row] = field == 0 ? A(0) : A(NAN);
+  for (int64_t field = 0; field < a.fields; ++field) {
+    a.stats[field * a.stats_stride + row] = field == 0 ? A(0) : A(NAN);
+  }
   for (int64_t k = row * a.targets; k < (row + 1) * a.targets; ++k) a.target_logit[k] = A(NAN);
   a.prediction[row] = -1;
 }

@@ -25,7 +25,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 #: of its own PTX and of sm_100's sm_120 gets the same code. All other kernels wait for memory, and half of the time of
 #: a build goes from sources to PTX.
 OVER_LOGITS = ("cross_entropy", "cross_entropy_gradient")
-#: What clusters exchange messages by (csrc/cuda/launch.h) came with CUDA 12.1.
+#: Clusters exchange messages by instructions (csrc/cuda/cluster.h) that CUDA has since 12.1.
 PROBE = """__global__ void probe(int* x) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%0];" ::"r"(0), "r"(1) : "memory");

@@ -1,6 +1,6 @@
-// The AVX-512 instructions of csrc/cpu/gemm/simd.h as loops over their lanes, so that its GEMMs can be run, and
-// watched by sanitizers, on a processor without them. Loads and stores touch the lanes of their mask alone; an aligned
-// load of an address that is not ends the run.
+// The AVX-512 instructions of csrc/cpu/gemm/simd.h as loops over their lanes, so that its GEMMs can
+// be run, and watched by sanitizers, on a processor without them. Loads and stores touch the lanes
+// of their mask alone; an aligned load of an address that is not ends the run.
 #pragma once
 #include <cstdint>
 #include <cstdlib>
@@ -53,19 +53,28 @@ TWIN __m512i _mm512_load_si512(const void* from) { return aligned<__m512i>(from)
 TWIN __m512 _mm512_load_ps(const void* from) { return aligned<__m512>(from); }
 TWIN void _mm512_storeu_si512(void* to, __m512i x) { std::memcpy(to, &x, sizeof x); }
 
-TWIN __m512i _mm512_maskz_loadu_epi32(__mmask16 m, const void* from) { return loaded<__m512i, int32_t>(m, from); }
-TWIN __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void* from) { return loaded<__m512, float>(m, from); }
-TWIN __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void* from) { return loaded<__m512i, uint16_t>(m, from); }
-TWIN __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void* from) { return loaded<__m256i, uint16_t>(m, from); }
+TWIN __m512i _mm512_maskz_loadu_epi32(__mmask16 m, const void* from) {
+  return loaded<__m512i, int32_t>(m, from);
+}
+TWIN __m512 _mm512_maskz_loadu_ps(__mmask16 m, const void* from) {
+  return loaded<__m512, float>(m, from);
+}
+TWIN __m512i _mm512_maskz_loadu_epi16(__mmask32 m, const void* from) {
+  return loaded<__m512i, uint16_t>(m, from);
+}
+TWIN __m256i _mm256_maskz_loadu_epi16(__mmask16 m, const void* from) {
+  return loaded<__m256i, uint16_t>(m, from);
+}
 TWIN void _mm512_mask_storeu_ps(void* to, __mmask16 m, __m512 x) { stored<float>(to, m, x); }
 TWIN void _mm512_mask_storeu_epi16(void* to, __mmask32 m, __m512i x) { stored<uint16_t>(to, m, x); }
 
-// In each of the four quarters: numbers of `words` words, the low or the high half of both, one after another in turn.
+// In each of the four quarters: numbers of `words` words, the low or the high half of both, one
+// after another in turn.
 TWIN __m512i unpacked(__m512i a, __m512i b, int words, bool high) {
   __m512i out{};
   for (int i = 0; i < 16; ++i) {
-    const int place = i % 4, from = i / 4 * 4 + 2 * high + place / (2 * words) * words + place % words;
-    out[i] = place / words % 2 == 0 ? a[from] : b[from];
+    const int lane = i % 4, from = i / 4 * 4 + 2 * high + lane / (2 * words) * words + lane % words;
+    out[i] = lane / words % 2 == 0 ? a[from] : b[from];
   }
   return out;
 }
@@ -91,14 +100,17 @@ TWIN __m512i _mm512_or_si512(__m512i a, __m512i b) { return a | b; }
 TWIN __m512i _mm512_slli_epi32(__m512i x, int bits) { return x << bits; }
 TWIN __m512 _mm512_castsi512_ps(__m512i x) { return bits_of<__m512>(x); }
 TWIN __m256i _mm512_castsi512_si256(__m512i x) { return bits_of<__m256i>(x); }
-TWIN __m256i _mm512_extracti64x4_epi64(__m512i x, int half) { return bits_of<__m256i>(x, 32 * half); }
+TWIN __m256i _mm512_extracti64x4_epi64(__m512i x, int half) {
+  return bits_of<__m256i>(x, 32 * half);
+}
 
 TWIN __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 TWIN __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 sum) { return a * b + sum; }
 TWIN float of_bfloat16(uint16_t x) { return bits_of<float>(static_cast<uint32_t>(x) << 16); }
 TWIN __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
   for (int i = 0; i < 32; ++i) {
-    sum[i / 2] += of_bfloat16(bits_of<uint16_t>(a, 2 * i)) * of_bfloat16(bits_of<uint16_t>(b, 2 * i));
+    sum[i / 2] +=
+        of_bfloat16(bits_of<uint16_t>(a, 2 * i)) * of_bfloat16(bits_of<uint16_t>(b, 2 * i));
   }
   return sum;
 }

@@ -1,10 +1,12 @@
-// Runs one operator of a libnitp_ops.so without torch: this program is the torch that the library asks for.
+// Runs one operator of a libnitp_ops.so without torch: this program is the torch that the library
+// asks for.
 //
-//   driver LIBRARY FILE      FILE holds the operator's name and arguments; its tensors are overwritten with the results
+//   driver LIBRARY FILE      FILE holds the operator's name and arguments; its tensors are
+//   overwritten with the results
 //
-// Layout, all numbers of 8 bytes: length of the name, the name, number of arguments; each argument is a kind (0 none,
-// 1 the 64 bits of a stack slot, 2 a tensor, 3 an optional tensor), then for a tensor the code of its dtype, the number
-// of sizes, the sizes, the bytes (dense).
+// Layout, all numbers of 8 bytes: length of the name, the name, number of arguments; each argument
+// is a kind (0 none, 1 the 64 bits of a stack slot, 2 a tensor, 3 an optional tensor), then for a
+// tensor the code of its dtype, the number of sizes, the sizes, the bytes (dense).
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -53,8 +55,12 @@ AtenTensorOpaque* tensor(const char*& at) {
 }  // namespace
 
 extern "C" {
-AOTITorchError aoti_torch_library_init_def(const char*, const char*, uint32_t, TorchLibraryHandle*) { return 0; }
-AOTITorchError aoti_torch_library_init_impl(const char*, const char* key, const char*, uint32_t, TorchLibraryHandle*) {
+AOTITorchError aoti_torch_library_init_def(const char*, const char*, uint32_t,
+                                           TorchLibraryHandle*) {
+  return 0;
+}
+AOTITorchError aoti_torch_library_init_impl(const char*, const char* key, const char*, uint32_t,
+                                            TorchLibraryHandle*) {
   implemented = key;
   return 0;
 }
@@ -64,11 +70,15 @@ AOTITorchError torch_library_impl(TorchLibraryHandle, const char* name, Kernel k
   return 0;
 }
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor) { return delete tensor, 0; }
-AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** result) { return *result = tensor->data, 0; }
+AOTITorchError aoti_torch_get_data_ptr(AtenTensorHandle tensor, void** result) {
+  return *result = tensor->data, 0;
+}
 AOTITorchError aoti_torch_get_dim(AtenTensorHandle tensor, int64_t* result) {
   return *result = static_cast<int64_t>(tensor->sizes.size()), 0;
 }
-AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* result) { return *result = tensor->numel(), 0; }
+AOTITorchError aoti_torch_get_numel(AtenTensorHandle tensor, int64_t* result) {
+  return *result = tensor->numel(), 0;
+}
 AOTITorchError aoti_torch_get_size(AtenTensorHandle tensor, int64_t dim, int64_t* result) {
   return *result = tensor->sizes.at(dim), 0;
 }
@@ -78,9 +88,15 @@ AOTITorchError aoti_torch_get_stride(AtenTensorHandle tensor, int64_t dim, int64
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* result) {
   return *result = static_cast<int32_t>(tensor->dtype), 0;
 }
-AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t* result) { return *result = 0, 0; }
-AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* result) { return *result = 0, 0; }
-AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle, bool* result) { return *result = true, 0; }
+AOTITorchError aoti_torch_get_device_type(AtenTensorHandle, int32_t* result) {
+  return *result = 0, 0;
+}
+AOTITorchError aoti_torch_get_device_index(AtenTensorHandle, int32_t* result) {
+  return *result = 0, 0;
+}
+AOTITorchError aoti_torch_is_contiguous(AtenTensorHandle, bool* result) {
+  return *result = true, 0;
+}
 int32_t aoti_torch_dtype_float64() { return 0; }
 int32_t aoti_torch_dtype_float32() { return 1; }
 int32_t aoti_torch_dtype_bfloat16() { return 2; }
@@ -91,8 +107,8 @@ int32_t aoti_torch_device_type_cpu() { return 0; }
 int32_t aoti_torch_device_type_cuda() { return 1; }
 AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*) { return 1; }
 AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 1; }
-AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*part)(int64_t, int64_t, void*),
-                                  void* context) {
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t,
+                                  void (*part)(int64_t, int64_t, void*), void* context) {
   return part(begin, end, context), 0;
 }
 AOTITorchError torch_get_num_threads(uint32_t* result) { return *result = 1, 0; }
@@ -113,7 +129,9 @@ int main(int, char** arguments) {
       case 0: slot = 0; break;
       case 1: slot = static_cast<StableIValue>(number(at)); break;
       case 2: slot = reinterpret_cast<StableIValue>(tensor(at)); break;
-      case 3: slot = reinterpret_cast<StableIValue>(new StableIValue(reinterpret_cast<StableIValue>(tensor(at))));
+      case 3:
+        slot = reinterpret_cast<StableIValue>(
+            new StableIValue(reinterpret_cast<StableIValue>(tensor(at))));
     }
   }
   try {

@@ -59,7 +59,9 @@ std::vector<unsigned> Cluster::order(size_t count) {
 
 void Cluster::poison(unsigned rank) {
   std::memset(blocks_[rank].shared.get(), kPoison, shared_bytes_);
-  for (StaticShared* memory : every_static_shared) std::memset(memory->of_block[rank].get(), kPoison, memory->size);
+  for (StaticShared* memory : every_static_shared) {
+    std::memset(memory->of_block[rank].get(), kPoison, memory->size);
+  }
 }
 
 void Cluster::run(unsigned first_block) {
@@ -87,8 +89,9 @@ void Cluster::run(unsigned first_block) {
     for (const unsigned rank : order(blocks_.size())) moved |= run_block(rank, first_block + rank);
   }
   for (const Block& block : blocks_) {
-    if (block.done < block.fibers.size())
+    if (block.done < block.fibers.size()) {
       throw std::runtime_error("simt: threads wait at a barrier that others never reach");
+    }
   }
 }
 
@@ -132,7 +135,8 @@ void Cluster::wait(Meeting& meeting, int64_t round) {
   now.waits_for = nullptr;
 }
 
-// The barrier's arrival; inboxes_are_open waits for it, and here nobody goes on who would do so before all have opened.
+// The barrier's arrival; inboxes_are_open waits for it, and here no thread goes on before all have
+// opened.
 void Cluster::open_inbox() {
   if (threadIdx.x == 0) block().mail.members = size();
 }
@@ -141,7 +145,8 @@ void Cluster::send(const void* here, const void* message, size_t size, int rank)
   char* there = static_cast<char*>(peer(here, rank));
   const char* bytes = static_cast<const char*>(message);
   Block& to = blocks_[rank];
-  to.messages.push_back([there, sent = std::string(bytes, size)] { std::memcpy(there, sent.data(), sent.size()); });
+  to.messages.push_back(
+      [there, sent = std::string(bytes, size)] { std::memcpy(there, sent.data(), sent.size()); });
   if (++to.mail.arrived == to.mail.members) ++to.mail.round;
 }
 
@@ -166,15 +171,15 @@ void* Cluster::peer(const void* here, int rank) {
   const Block& of = blocks_[rank];
   if (of.mail.members == 0) fail("a message to a block whose inbox is not open");
   if (of.done == of.fibers.size()) fail("a message to a block that has ended");
-  const auto place = [&](const char* mine, size_t size) {
+  const auto offset_in = [&](const char* mine, size_t size) {
     const std::ptrdiff_t offset = static_cast<const char*>(here) - mine;
     return offset >= 0 && offset < static_cast<std::ptrdiff_t>(size) ? offset : -1;
   };
   for (StaticShared* memory : every_static_shared) {
-    const std::ptrdiff_t offset = place(memory->of_block[rank_].get(), memory->size);
+    const std::ptrdiff_t offset = offset_in(memory->of_block[rank_].get(), memory->size);
     if (offset >= 0) return memory->of_block[rank].get() + offset;
   }
-  const std::ptrdiff_t offset = place(block().shared.get(), shared_bytes_);
+  const std::ptrdiff_t offset = offset_in(block().shared.get(), shared_bytes_);
   if (offset < 0) fail("a peer's memory is asked for by what is not shared memory");
   return of.shared.get() + offset;
 }
@@ -188,19 +193,28 @@ void Cluster::fail(const std::string& what) {
 }  // namespace simt
 }  // namespace nitp
 
-extern "C" __attribute__((visibility("default"))) void simt_set(int64_t order, int64_t shared_bytes, int64_t cluster,
-                                                                int64_t threads) {
+extern "C" __attribute__((visibility("default"))) void simt_set(int64_t order, int64_t shared_bytes,
+                                                                int64_t cluster, int64_t threads) {
   ++nitp::simt::device;
-  nitp::simt::settings = {static_cast<nitp::simt::Settings::Order>(order), shared_bytes, cluster, threads};
+  nitp::simt::settings = {static_cast<nitp::simt::Settings::Order>(order), shared_bytes, cluster,
+                          threads};
 }
 
-extern "C" __attribute__((visibility("default"))) int simt_questions() { return nitp::simt::questions; }
+extern "C" __attribute__((visibility("default"))) int simt_questions() {
+  return nitp::simt::questions;
+}
 
-extern "C" __attribute__((visibility("default"))) int simt_last_cluster() { return nitp::simt::last_cluster; }
+extern "C" __attribute__((visibility("default"))) int simt_last_cluster() {
+  return nitp::simt::last_cluster;
+}
 
-// How pack.h lays `columns` out over packs of `width` elements: tiles of a row and threads of a tile.
-extern "C" __attribute__((visibility("default"))) void simt_tiles(int64_t columns, int64_t width, int64_t* out) {
+// How pack.h lays `columns` out over packs of `width` elements: tiles of a row and threads of a
+// tile.
+extern "C" __attribute__((visibility("default"))) void simt_tiles(int64_t columns, int64_t width,
+                                                                  int64_t* out) {
   using namespace nitp::cuda;
-  const Tiles t = width == 2 ? tiles<2>(columns) : width == 4 ? tiles<4>(columns) : tiles<8>(columns);
+  const Tiles t = width == 2   ? tiles<2>(columns)
+                  : width == 4 ? tiles<4>(columns)
+                               : tiles<8>(columns);
   out[0] = t.of_row, out[1] = t.threads;
 }

@@ -1,8 +1,8 @@
-// GEMMs by cells of `out`: a thread packs a part of the depth of both operands and multiplies panel by panel, a
-// block of rows staying in its second-level cache while the columns stream past.
+// GEMMs by cells of `out`: a thread packs a part of the depth of both operands and multiplies panel
+// by panel, a block of rows staying in its second-level cache while the columns stream past.
 //
-// The sum of a number of `out` is cut at the same depths whatever the threads and the other rows are: a row of the
-// result has the same bits in every chunk.
+// The sum of a number of `out` is cut at the same depths whatever the threads and the other rows
+// are: a row of the result has the same bits in every chunk.
 #ifdef __AVX2__
 #include <memory>
 #include <new>
@@ -14,7 +14,8 @@ namespace NITP_TARGET {
 
 // Rows that are packed once for all threads stay in the last-level cache too.
 constexpr int64_t kSharedBytes = 4 << 20;
-// Cells are high, so that their columns are packed once; less high where their sums wait in float32.
+// Cells are high, so that their columns are packed once; less high where their sums wait in
+// float32.
 constexpr int64_t kHeightAtMost = 8192, kHeightOfSums = 1024;
 
 // The depth in parts of equal size, whole words.
@@ -32,9 +33,9 @@ Depth depth_of(int64_t whole) {
   return {whole, parts_of(words, parts_of(words, kPart)) * in_word<T>};
 }
 
-// Memory at cache lines: one part for all threads, one for each. The calling thread keeps it: freed after each GEMM, it
-// would fragment the heap between the chunks (the plan of four heads peaked at 206 to 232 MiB
-// instead of 195).
+// Memory at cache lines: one part for all threads, one for each. The calling thread keeps it: freed
+// after each GEMM, it would fragment the heap between the chunks (the plan of four heads peaked at
+// 206 to 232 MiB instead of 195).
 class Scratch {
  public:
   void reserve(int64_t shared, int64_t words, int64_t threads) {
@@ -63,8 +64,9 @@ class Scratch {
   std::unique_ptr<uint32_t, Free> memory_;
 };
 
-// [rows, columns] cells of at most `max_height` x `max_width`, the same number for each thread; among such grids the
-// one that packs least, which is m once for every column of cells, n once for every row.
+// [rows, columns] cells of at most `max_height` x `max_width`, the same number for each thread;
+// among such grids the one that packs least, which is m once for every column of cells, n once for
+// every row.
 struct Grid {
   int64_t height, width, columns, cells;
 
@@ -82,15 +84,17 @@ struct Grid {
   }
 };
 
-// The panels of a block of rows times the panels of columns: row by row of tiles where `out` is visited once, whose
-// lines lie along rows in memory (the weight gradient gained 2 to 4 %), else column by column, which reads less of the
-// packed numbers.
+// The panels of a block of rows times the panels of columns: row by row of tiles where `out` is
+// visited once, whose lines lie along rows in memory (the weight gradient gained 2 to 4 %), else
+// column by column, which reads less of the packed numbers.
 template <class T, class O>
-void multiply(const uint32_t* rows, int64_t height, const uint32_t* columns, int64_t width, int64_t words, O* out,
-              int64_t stride, bool add, bool along_rows, Prefetcher prefetcher) {
+void multiply(const uint32_t* rows, int64_t height, const uint32_t* columns, int64_t width,
+              int64_t words, O* out, int64_t stride, bool add, bool along_rows,
+              Prefetcher prefetcher) {
   const auto at = [&](int64_t i, int64_t j) {
     tile_of<T>(rows + i * panel<kHeight>(words), columns + j * panel<kWidth>(words), words,
-               out + i * kHeight * stride + j * kWidth, stride, std::min<int64_t>(kHeight, height - i * kHeight),
+               out + i * kHeight * stride + j * kWidth, stride,
+               std::min<int64_t>(kHeight, height - i * kHeight),
                std::min<int64_t>(kWidth, width - j * kWidth), add, prefetcher);
   };
   const int64_t down = parts_of(height, kHeight), across = parts_of(width, kWidth);
@@ -103,26 +107,28 @@ void multiply(const uint32_t* rows, int64_t height, const uint32_t* columns, int
 
 // out = sums, or out += sums.
 template <class O>
-void round_sums(const float* sums, int64_t sums_stride, O* out, int64_t stride, int64_t rows, int64_t columns,
-                bool add) {
+void round_sums(const float* sums, int64_t sums_stride, O* out, int64_t stride, int64_t rows,
+                int64_t columns, bool add) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; j += kWidth) {
       const float* at = sums + i * sums_stride + j;
-      put(out + i * stride + j, sums_at(at), sums_at(at + kLanes), std::min<int64_t>(kWidth, columns - j), add);
+      put(out + i * stride + j, sums_at(at), sums_at(at + kLanes),
+          std::min<int64_t>(kWidth, columns - j), add);
     }
   }
 }
 
-// Lines [begin, end) at depths [from, from + depth): share `i` of `shares` of it, cut where memory is not dense.
+// Lines [begin, end) at depths [from, from + depth): share `i` of `shares` of it, cut where memory
+// is not dense.
 template <class T>
-void prefetch_lines(Prefetcher& prefetcher, Operand<T> x, int64_t begin, int64_t end, int64_t from, int64_t depth,
-                    int64_t i, int64_t shares) {
+void prefetch_lines(Prefetcher& prefetcher, Operand<T> x, int64_t begin, int64_t end, int64_t from,
+                    int64_t depth, int64_t i, int64_t shares) {
   const bool dense = x.depth == 1;
   const int64_t count = dense ? end - begin : depth, stride = dense ? x.line : x.depth;
   const int64_t first_row = count * i / shares, rows = count * (i + 1) / shares - first_row;
   const T* data = x.data + begin * x.line + from * x.depth + first_row * stride;
-  prefetcher.add(reinterpret_cast<const char*>(data), stride * sizeof(T), (dense ? depth : end - begin) * sizeof(T),
-                 rows);
+  prefetcher.add(reinterpret_cast<const char*>(data), stride * sizeof(T),
+                 (dense ? depth : end - begin) * sizeof(T), rows);
 }
 
 struct Cell {
@@ -136,7 +142,8 @@ struct Cell {
   bool empty() const { return top >= bottom || left >= right; }
 };
 
-// All rows of a, packed once for every thread: one part of the depth after another, `of_part` words each.
+// All rows of a, packed once for every thread: one part of the depth after another, `of_part` words
+// each.
 template <class T>
 void pack_rows(Operand<T> a, int64_t m, Depth depth, uint32_t* out, int64_t of_part, Team team) {
   const int64_t share = parts_of(parts_of(m, kHeight), team.threads) * kHeight;
@@ -154,11 +161,13 @@ template <class T, class O>
 void by_cells(const Gemm<T, O>& g, Team team) {
   const Depth depth = depth_of<T>(g.k);
   const int64_t words = depth.size / in_word<T>;
-  const bool waits = sizeof(O) < 4 && depth.cut();  // the sums, in float32, for the rounding at their end
+  const bool waits =
+      sizeof(O) < 4 && depth.cut();  // the sums, in float32, for the rounding at their end
   const int64_t max_width = std::max<int64_t>(kWidth, kColumnBytes / (4 * words));
   const Grid grid(g.m, g.n, waits ? kHeightOfSums : kHeightAtMost, max_width, team.threads);
   const int64_t max_height = std::max<int64_t>(1, kBlockBytes / (4 * words * kHeight)) * kHeight;
-  const int64_t block = parts_of(grid.height / kHeight, parts_of(grid.height, max_height)) * kHeight;
+  const int64_t block =
+      parts_of(grid.height / kHeight, parts_of(grid.height, max_height)) * kHeight;
   // each thread would pack the same rows for each of its columns of cells
   const int64_t of_part_of_rows = parts_of(g.m, kHeight) * panel<kHeight>(words);
   const int64_t of_all_rows = depth.parts() * of_part_of_rows;
@@ -166,8 +175,8 @@ void by_cells(const Gemm<T, O>& g, Team team) {
   const int64_t of_columns = grid.width / kWidth * panel<kWidth>(words);
   const int64_t of_rows = shares ? 0 : Scratch::lines(block / kHeight * panel<kHeight>(words));
   Scratch& scratch = Scratch::of_this_thread();
-  scratch.reserve(shares ? of_all_rows : 0, of_columns + of_rows + (waits ? grid.height * grid.width : 0),
-                  team.threads);
+  scratch.reserve(shares ? of_all_rows : 0,
+                  of_columns + of_rows + (waits ? grid.height * grid.width : 0), team.threads);
   uint32_t* const all_rows = scratch.shared();
   if (shares) pack_rows(g.a, g.m, depth, all_rows, of_part_of_rows, team);
   team.run(team.threads, [&](int64_t thread) {
@@ -190,7 +199,8 @@ void by_cells(const Gemm<T, O>& g, Team team) {
             if (j + 1 < blocks) {
               prefetch_lines(prefetcher, g.a, end, std::min(bottom, end + block), from, here, 0, 1);
             } else {
-              prefetch_lines(prefetcher, g.a, top, std::min(bottom, top + block), next, there, 0, 1);
+              prefetch_lines(prefetcher, g.a, top, std::min(bottom, top + block), next, there, 0,
+                             1);
             }
           }
           if (there > 0) {
@@ -200,18 +210,21 @@ void by_cells(const Gemm<T, O>& g, Team team) {
           }
           const int64_t deep = parts_of(here, in_word<T>);
           const uint32_t* const of_part = all_rows + from / depth.size * of_part_of_rows;
-          const uint32_t* const packed = shares ? of_part + begin / kHeight * panel<kHeight>(deep) : rows;
+          const uint32_t* const packed =
+              shares ? of_part + begin / kHeight * panel<kHeight>(deep) : rows;
           if (waits) {
-            multiply<T>(packed, end - begin, columns, right - left, deep, sums + (begin - top) * grid.width, grid.width,
-                        from > 0, false, prefetcher);
+            multiply<T>(packed, end - begin, columns, right - left, deep,
+                        sums + (begin - top) * grid.width, grid.width, from > 0, false, prefetcher);
           } else {
-            multiply<T>(packed, end - begin, columns, right - left, deep, g.out + begin * g.stride + left, g.stride,
-                        g.add || from > 0, !depth.cut(), prefetcher);
+            multiply<T>(packed, end - begin, columns, right - left, deep,
+                        g.out + begin * g.stride + left, g.stride, g.add || from > 0, !depth.cut(),
+                        prefetcher);
           }
         }
       }
       if (waits) {
-        round_sums(sums, grid.width, g.out + top * g.stride + left, g.stride, bottom - top, right - left, g.add);
+        round_sums(sums, grid.width, g.out + top * g.stride + left, g.stride, bottom - top,
+                   right - left, g.add);
       }
     }
   });

@@ -7,7 +7,8 @@
 
 namespace nitp {
 
-// Line i (a row of a, a column of b) at depth k lies at data[i * line + k * depth]; one of the strides is 1.
+// Line i (a row of a, a column of b) at depth k lies at data[i * line + k * depth]; one of the
+// strides is 1.
 template <class T>
 struct Operand {
   const T* data;
@@ -22,7 +23,8 @@ struct Gemm {
   bool add;
 };
 
-// The threads: run(count, task) calls task(i) once for each i below count, by up to `threads` threads.
+// The threads: run(count, task) calls task(i) once for each i below count, by up to `threads`
+// threads.
 struct Team {
   int64_t threads;
   void (*run)(int64_t count, const std::function<void(int64_t)>& task);

@@ -22,7 +22,8 @@ void run(int64_t count, const std::function<void(int64_t)>& task) {
 
 template <class T>
 nitp::Operand<T> operand(const Tensor& t, int line, int depth) {
-  return {static_cast<const T*>(t.data_ptr()), t.stride(line), t.size(depth) == 1 ? 1 : t.stride(depth)};
+  return {static_cast<const T*>(t.data_ptr()), t.stride(line),
+          t.size(depth) == 1 ? 1 : t.stride(depth)};
 }
 
 template <class T, class O>
@@ -40,7 +41,9 @@ nitp::Gemm<T, O> arguments(const Tensor& out, const Tensor& a, const Tensor& b, 
 // The stride of a dimension of size 1 means nothing.
 bool dense(const Tensor& t, int dim) { return t.size(dim) == 1 || t.stride(dim) == 1; }
 
-bool is_matrix(const Tensor& t) { return t.is_cpu() && t.dim() == 2 && t.numel() > 0 && (dense(t, 0) || dense(t, 1)); }
+bool is_matrix(const Tensor& t) {
+  return t.is_cpu() && t.dim() == 2 && t.numel() > 0 && (dense(t, 0) || dense(t, 1));
+}
 
 #ifdef NITP_X86
 template <class O>
@@ -52,13 +55,15 @@ void bfloat16_gemm(const nitp::Gemm<bfloat16, O>& args, nitp::Team team) {
 
 void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
   NITP_CHECK(is_matrix(out) && is_matrix(a) && is_matrix(b) && dense(out, 1),
-             "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a and b with dense "
+             "nitp_ops::gemm_: expected CPU matrices that are not empty, out with dense rows, a "
+             "and b with dense "
              "rows or columns");
   NITP_CHECK(a.size(1) == b.size(0) && out.size(0) == a.size(0) && out.size(1) == b.size(1),
              "nitp_ops::gemm_: shapes do not match");
   const ScalarType of = a.scalar_type(), into = out.scalar_type();
   const bool narrow = of == ScalarType::BFloat16;
-  NITP_CHECK(b.scalar_type() == of && (into == of || into == ScalarType::Float) && (narrow || of == ScalarType::Float),
+  NITP_CHECK(b.scalar_type() == of && (into == of || into == ScalarType::Float) &&
+                 (narrow || of == ScalarType::Float),
              "nitp_ops::gemm_: expected float32, or bfloat16 into bfloat16 or float32");
   NITP_CHECK(nitp_ops_has_gemm(), "nitp_ops::gemm_: not for this processor");
 #ifdef NITP_X86
@@ -77,6 +82,8 @@ void gemm_(Tensor out, Tensor a, Tensor b, bool add) {
 
 }  // namespace
 
-extern "C" bool nitp_ops_has_gemm() { return !intel && nitp_instruction_set() >= InstructionSet::avx2; }
+extern "C" bool nitp_ops_has_gemm() {
+  return !intel && nitp_instruction_set() >= InstructionSet::avx2;
+}
 
 static const Library kernel(NITP_LIBRARY, "CPU", [](Library& m) { m.impl<gemm_>("gemm_"); });

@@ -1,9 +1,9 @@
-// The registers of the GEMMs by instruction set: how many numbers one holds, how they are loaded and stored, and the
-// block sizes for its caches.
+// The registers of the GEMMs by instruction set: how many numbers one holds, how they are loaded
+// and stored, and the block sizes for its caches.
 //
-// A word is what one multiplier takes of an operand at a time: 32 bits, one float32, or two bfloat16 where one
-// instruction multiplies pairs of them and adds (AVX512_BF16). AVX2 has no such instruction: there a bfloat16 is a
-// word, widened.
+// A word is what one multiplier takes of an operand at a time: 32 bits, one float32, or two
+// bfloat16 where one instruction multiplies pairs of them and adds (AVX512_BF16). AVX2 has no such
+// instruction: there a bfloat16 is a word, widened.
 #pragma once
 #include <algorithm>
 
@@ -37,12 +37,16 @@ constexpr int64_t in_word = 4 / sizeof(T);
 using Words = __m512i;
 using Sums = __m512;
 
-NITP_HD __mmask16 first(int64_t lanes) { return static_cast<__mmask16>((1u << std::min<int64_t>(lanes, 16)) - 1u); }
+NITP_HD __mmask16 first(int64_t lanes) {
+  return static_cast<__mmask16>((1u << std::min<int64_t>(lanes, 16)) - 1u);
+}
 NITP_HD __mmask32 first_32(int64_t lanes) { return lanes >= 32 ? 0xffffffffu : (1u << lanes) - 1u; }
 
 NITP_HD Words no_words() { return _mm512_setzero_si512(); }
 NITP_HD Words words_at(const uint32_t* at) { return _mm512_load_si512(at); }
-NITP_HD Words everywhere(const uint32_t* word) { return _mm512_set1_epi32(static_cast<int>(*word)); }
+NITP_HD Words everywhere(const uint32_t* word) {
+  return _mm512_set1_epi32(static_cast<int>(*word));
+}
 NITP_HD void put_words(uint32_t* into, Words words) { _mm512_storeu_si512(into, words); }
 
 NITP_HD void transpose(Words (&rows)[kLanes]) {
@@ -70,17 +74,23 @@ NITP_HD void transpose(Words (&rows)[kLanes]) {
 }
 
 // Words along a line; `count` numbers of it are there.
-NITP_HD Words load_line(const float* line, int64_t count) { return _mm512_maskz_loadu_epi32(first(count), line); }
-NITP_HD Words load_line(const bfloat16* line, int64_t count) { return _mm512_maskz_loadu_epi16(first_32(count), line); }
+NITP_HD Words load_line(const float* line, int64_t count) {
+  return _mm512_maskz_loadu_epi32(first(count), line);
+}
+NITP_HD Words load_line(const bfloat16* line, int64_t count) {
+  return _mm512_maskz_loadu_epi16(first_32(count), line);
+}
 
-// A word of each of `count` lines that lie beside each other; a bfloat16 alone has a zero for its pair.
+// A word of each of `count` lines that lie beside each other; a bfloat16 alone has a zero for its
+// pair.
 NITP_HD Words load_words(const float* at, int64_t, bool, int64_t count) {
   return _mm512_maskz_loadu_epi32(first(count), at);
 }
 NITP_HD Words load_words(const bfloat16* at, int64_t depth_stride, bool pair, int64_t count) {
   const Words low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), at));
   if (!pair) return low;
-  const Words high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), at + depth_stride));
+  const Words high =
+      _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), at + depth_stride));
   return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 }
 
@@ -103,7 +113,9 @@ NITP_HD void put(float* out, Sums left, Sums right, int64_t columns, bool add) {
 NITP_HD void multiply_add(bfloat16, Sums& sum, Words a, Words b) {
   sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
-NITP_HD Sums widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+NITP_HD Sums widened(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
 NITP_HD void put(bfloat16* out, Sums left, Sums right, int64_t columns, bool add) {
   if (add) {
     const __m512i old = _mm512_maskz_loadu_epi16(first_32(columns), out);
@@ -116,8 +128,9 @@ NITP_HD void put(bfloat16* out, Sums left, Sums right, int64_t columns, bool add
 
 #else  // AVX2
 
-// 12 of the 16 registers, and half the second-level cache. Parts of 256 words were slower in bfloat16, whose sums then
-// wait more often, parts of 1024 in a weight gradient of 2048 rows (0.93, 0.93 and 0.91 of torch.mm's time on average).
+// 12 of the 16 registers, and half the second-level cache. Parts of 256 words were slower in
+// bfloat16, whose sums then wait more often, parts of 1024 in a weight gradient of 2048 rows (0.93,
+// 0.93 and 0.91 of torch.mm's time on average).
 constexpr int kLanes = 8, kHeight = 6, kWidth = 16;
 constexpr int64_t kPart = 512;
 constexpr int64_t kBlockBytes = 192 << 10, kColumnBytes = 1 << 20;
@@ -135,11 +148,15 @@ NITP_HD __m256i first(int64_t lanes) {
 }
 
 NITP_HD Words no_words() { return _mm256_setzero_si256(); }
-NITP_HD Words words_at(const uint32_t* at) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(at)); }
+NITP_HD Words words_at(const uint32_t* at) {
+  return _mm256_load_si256(reinterpret_cast<const __m256i*>(at));
+}
 NITP_HD Words everywhere(const uint32_t* word) {
   return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(word)));
 }
-NITP_HD void put_words(uint32_t* into, Words words) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(into), words); }
+NITP_HD void put_words(uint32_t* into, Words words) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(into), words);
+}
 
 NITP_HD void transpose(Words (&rows)[kLanes]) {
   Words t[kLanes];
@@ -208,11 +225,14 @@ NITP_HD __m256i rounded(Sums x) {
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
   const __m256 number = _mm256_cmp_ps(x, x, _CMP_ORD_Q);
-  return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(sum, 16), _mm256_castps_si256(number));
+  return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), _mm256_srli_epi32(sum, 16),
+                            _mm256_castps_si256(number));
 }
 NITP_HD void put(bfloat16* out, Sums left, Sums right, int64_t columns, bool add) {
   if (add) left = _mm256_add_ps(left, _mm256_castsi256_ps(load_line(out, columns)));
-  if (add) right = _mm256_add_ps(right, _mm256_castsi256_ps(load_line(out + kLanes, columns - kLanes)));
+  if (add) {
+    right = _mm256_add_ps(right, _mm256_castsi256_ps(load_line(out + kLanes, columns - kLanes)));
+  }
   const __m256i crossed = _mm256_packus_epi32(rounded(left), rounded(right));
   const __m256i both = _mm256_permute4x64_epi64(crossed, 0xd8);
   if (columns >= kWidth) {

@@ -1,5 +1,6 @@
-// Over rows of logits whose maximum and sum of exponentials are known, their gradient: a block a row, one pass of
-// packs, one barrier, then the targets, whose logits are arguments. The rows of a vocabulary-parallel head.
+// Over rows of logits whose maximum and sum of exponentials are known, their gradient: a block a
+// row, one pass of packs, one barrier, then the targets, whose logits are arguments. The rows of a
+// vocabulary-parallel head.
 #include <cmath>
 
 #include "../../formulas/cross_entropy.h"
@@ -10,9 +11,9 @@ namespace nitp {
 namespace cuda {
 inline namespace cross_entropy_gradient_cu {
 
-// Four blocks fill a multiprocessor with 64 registers a thread; without the bound the compiler takes 48 on sm_100a, and
-// spills. Each thread loads its packs before it stores the first, which may alias them: 32 KB are in flight per
-// multiprocessor. General rows wait for their arithmetic.
+// Four blocks fill a multiprocessor with 64 registers a thread; without the bound the compiler
+// takes 48 on sm_100a, and spills. Each thread loads its packs before it stores the first, which
+// may alias them: 32 KB are in flight per multiprocessor. General rows wait for their arithmetic.
 constexpr int kGradientThreads = 256;
 template <class T>
 constexpr int kGradientBlocks = sizeof(T) == 8 ? 2 : 4;
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(kGradientThreads, kGradientBlocks<T>)
     }
   }
   __syncthreads();
-  for (int64_t t = thread; t < a.targets; t += threads) {  // over what the whole row got; duplicates add
+  for (int64_t t = thread; t < a.targets;
+       t += threads) {  // over what the whole row got; duplicates add
     const int64_t label = a.labels[first + t];
     if (label < 0 || label >= a.columns || a.target_scale[first + t] == A(0)) continue;
     A scale(0);
@@ -88,10 +90,13 @@ void run(const CrossEntropyGradientRows<T, A>& a, int64_t rows, void* stream) {
       return start(cross_entropy_gradient_rows<T, A, Kind::capped>);
     }
   }
-  if constexpr (sizeof(T) < 8) {  // of a plain row the scale goes into the exponent, as it has gone into the maximum
+  if constexpr (sizeof(T) < 8) {  // of a plain row the scale goes into the exponent, as it has gone
+                                  // into the maximum
     int exponent;
     const bool exact = std::frexp(a.logit_scale, &exponent) == A(0.5);
-    if (!general && !(a.softcap > A(0)) && exact) return start(cross_entropy_gradient_rows<T, A, Kind::plain>);
+    if (!general && !(a.softcap > A(0)) && exact) {
+      return start(cross_entropy_gradient_rows<T, A, Kind::plain>);
+    }
   }
   start(cross_entropy_gradient_rows<T, A, Kind::general>);
 }

@@ -1,4 +1,5 @@
-// exp(unit (v - base)) for many v beside one base, and tanh, in as few instructions as the error budget allows.
+// exp(unit (v - base)) for many v beside one base, and tanh, in as few instructions as the error
+// budget allows.
 #pragma once
 #include <cmath>
 
@@ -39,11 +40,11 @@ struct Exponential {
   __device__ A correction() const { return A(1); }
 };
 
-// float32: 2^(rate v - offset), one multiply-add into the exponential, with offset = rate base rounded. What the
-// rounding leaves out, `residual`, is exact and the same for all v: the result is exp(unit (v - base)) 2^-residual,
-// and a sum is set right by one `correction`. From |offset| = 2^31 on the residual itself could overflow. There
-// neighbouring floats are so far apart that only v = base counts, whatever the rate, and a power of two as rate leaves
-// no residual.
+// float32: 2^(rate v - offset), one multiply-add into the exponential, with offset = rate base
+// rounded. What the rounding leaves out, `residual`, is exact and the same for all v: the result is
+// exp(unit (v - base)) 2^-residual, and a sum is set right by one `correction`. From |offset| =
+// 2^31 on the residual itself could overflow. There neighbouring floats are so far apart that only
+// v = base counts, whatever the rate, and a power of two as rate leaves no residual.
 template <>
 struct Exponential<float> {
   float rate, offset, residual;
@@ -77,9 +78,9 @@ __device__ inline float half_tanh(float x) {
   return std::fma(-2.0f, reciprocal(1.0f + exp2_of(x * (2.0f * kLog2e))), 1.0f);
 }
 
-// For gradients alone. bfloat16, whose logits are rounded by 2^-9: the device's own approximation in one instruction
-// instead of two on the same unit, off by 2^-11; on the CPU tanh rounded to that. float16 has digits that it would
-// lose.
+// For gradients alone. bfloat16, whose logits are rounded by 2^-9: the device's own approximation
+// in one instruction instead of two on the same unit, off by 2^-11; on the CPU tanh rounded to
+// that. float16 has digits that it would lose.
 template <class T>
 __device__ float gradient_tanh(float x) {
   return half_tanh(x);

@@ -1,5 +1,5 @@
-// One row of logits, from the view of a thread: what it adds up of its packs, and what it writes over
-// them. A single element at the edge is a pack of one.
+// One row of logits, from the view of a thread: what it adds up of its packs, and what it writes
+// over them. A single element at the edge is a pack of one.
 #pragma once
 #include "../../formulas/cross_entropy.h"
 #include "../../kernel_params.h"
@@ -12,25 +12,25 @@ namespace cuda {
 
 constexpr int kNoColumn = INT32_MAX;
 
-// The options of a row. plain: a scale. capped: a softcap as well, in half precision. general: any of bias, softcap,
-// class weights and entropy.
+// The options of a row. plain: a scale. capped: a softcap as well, in half precision. general: any
+// of bias, softcap, class weights and entropy.
 enum class Kind { plain, capped, general };
 // A larger softcap would cost a capped row digits.
 constexpr float kLargestCap = 1024;
 
-// A row is added up by values v of its logits x: exp(z - max z) = exp(unit (v - max v)). The maximum is kept as a key,
-// which is cheap to find; v grows with it.
+// A row is added up by values v of its logits x: exp(z - max z) = exp(unit (v - max v)). The
+// maximum is kept as a key, which is cheap to find; v grows with it.
 //
-// So the prediction of a capped row is that of exact arithmetic, its largest logit, also where the cap makes several
-// equal in float32.
+// So the prediction of a capped row is that of exact arithmetic, its largest logit, also where the
+// cap makes several equal in float32.
 //
 //            key    value                    unit
 //   plain    x      x                        scale
 //   capped   x      tanh(scale x / cap)      cap
 //   general  z      z                        1
 //
-// Every sum is relative to the value of `max`, but for `shifted_logit_sum`, which is relative to the block's reference
-// until the blocks' sums meet.
+// Every sum is relative to the value of `max`, but for `shifted_logit_sum`, which is relative to
+// the block's reference until the blocks' sums meet.
 template <class A>
 struct RowSums {
   A max, sum;           // sum exp(unit (v - max))
@@ -45,11 +45,26 @@ __device__ A finite_or_zero(A x) {
   return x - x == A(0) ? x : A(0);
 }
 
-// The targets of one row, gathered by the first warp of each block; `own_weight_sum`: of those that are the block's.
+// The targets of one row, gathered by the first warp of each block; `own_weight_sum`: of those that
+// are the block's.
 template <class A>
 struct RowTargets {
   A weight_sum, own_weight_sum;
   int present, outside;
+};
+
+// What a block has found in its part of the row.
+template <class A>
+struct alignas(16) Found {
+  RowSums<A> sums;    // shifted_logit_sum relative to the maximum
+  A gap, own_weight;  // sum_k w_k (max - z_k) and sum_k w_k over the block's targets
+};
+
+template <class Team, class A>
+struct Scratch {
+  RowSums<A> partials[kWarp];
+  RowTargets<A> targets;
+  typename Team::template Mail<Found<A>> mail;
 };
 
 template <class T, class A, Kind K>
@@ -93,27 +108,36 @@ struct Row {
   __device__ A slope(A v) const {
     if constexpr (K == Kind::plain) return A(1);
     if constexpr (K == Kind::capped) return A(1) - v * v;
-    return a.softcap > A(0) ? LogitTransform<A, true>{a.logit_scale, a.softcap}.slope(v) : a.logit_scale;
+    return a.softcap > A(0) ? LogitTransform<A, true>{a.logit_scale, a.softcap}.slope(v)
+                            : a.logit_scale;
   }
 
   // Relative to a maximum; -inf is none, and then to zero.
-  __device__ A base(A max) const { return K != Kind::capped && max == A(-INFINITY) ? A(0) : value(max); }
+  __device__ A base(A max) const {
+    return K != Kind::capped && max == A(-INFINITY) ? A(0) : value(max);
+  }
   __device__ Exponential<A> relative_to(A max) const { return Exponential<A>(unit, base(max)); }
 
   // The sums move to another maximum, which is not smaller.
   __device__ void rebase(RowSums<A>& s, A to) const {
-    const A from = base(s.max), shift = base(to), factor = exp_of_difference(unit, value(s.max) - shift);
+    const A from = base(s.max), shift = base(to);
+    const A factor = exp_of_difference(unit, value(s.max) - shift);
     scale_sums(s, factor, shift - from);
     s.max = to;
   }
   __device__ void scale_sums(RowSums<A>& s, A factor, A raised) const {
-    if (entropy()) s.entropy_sum = factor > A(0) && s.sum != A(0) ? factor * (s.entropy_sum + raised * s.sum) : A(0);
+    if (entropy()) {
+      s.entropy_sum =
+          factor > A(0) && s.sum != A(0) ? factor * (s.entropy_sum + raised * s.sum) : A(0);
+    }
     s.sum *= factor;
   }
 
-  // Adds packs that start at columns j, j + step, ... to sums relative to `exp`, the Exponential of s.max.
+  // Adds packs that start at columns j, j + step, ... to sums relative to `exp`, the Exponential of
+  // s.max.
   template <int U, int W>
-  __device__ void add(RowSums<A>& s, Exponential<A>& exp, const Pack<T, W>* loaded, int j, int step) const {
+  __device__ void add(RowSums<A>& s, Exponential<A>& exp, const Pack<T, W>* loaded, int j,
+                      int step) const {
     A keys[U][W];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -151,7 +175,8 @@ struct Row {
     }
   }
 
-  // Of sums of the threads of one block, or of blocks whose `shifted_logit_sum` are relative to one number.
+  // Of sums of the threads of one block, or of blocks whose `shifted_logit_sum` are relative to one
+  // number.
   __device__ RowSums<A> merge_warp(RowSums<A> s) const {
     struct Best {
       A max;
@@ -163,7 +188,9 @@ struct Row {
     rebase(s, best.max);
     s.first = best.first;
     s.sum = warp_sum(s.sum);
-    if (smooth()) s.shifted_logit_sum = warp_sum(s.shifted_logit_sum), s.weight_sum = warp_sum(s.weight_sum);
+    if (smooth()) {
+      s.shifted_logit_sum = warp_sum(s.shifted_logit_sum), s.weight_sum = warp_sum(s.weight_sum);
+    }
     if (entropy()) s.entropy_sum = warp_sum(s.entropy_sum);
     return s;
   }
@@ -194,13 +221,16 @@ struct Writer {
 
   __device__ A gradient(A v, int j) const {
     return row.slope(v) *
-           (softmax_coeff * exp(v) - (Row<T, A, K>::kGeneral ? uniform_coeff * row.weight(j) : uniform_coeff));
+           (softmax_coeff * exp(v) -
+            (Row<T, A, K>::kGeneral ? uniform_coeff * row.weight(j) : uniform_coeff));
   }
   template <int W>
   __device__ void operator()(T* logits, int64_t j, const Pack<T, W>& in) const {
     A out[W];
 #pragma unroll
-    for (int i = 0; i < W; ++i) out[i] = gradient(row.gradient_value(row.key(in.at[i], j + i)), j + i);
+    for (int i = 0; i < W; ++i) {
+      out[i] = gradient(row.gradient_value(row.key(in.at[i], j + i)), j + i);
+    }
     write(logits + j, narrow<T>(out));
   }
 };
