@@ -44,10 +44,10 @@ endif
 	$(INSTALL) -e ".[dev]"
 	@touch $@
 
-$(TRAINERS): $(STAMP) tests/trainers.txt
+$(TRAINERS): $(STAMP) tests/trainers/requirements.txt
 	@$(PYTHON) csrc/tools/installed_torch.py > $(STAMP).torch
 	$(INSTALL) $$(sed -n 's/^trainers = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
-	$(INSTALL) --no-deps -r tests/trainers.txt
+	$(INSTALL) --no-deps -r tests/trainers/requirements.txt
 	@touch $@
 
 demo: $(STAMP)
@@ -69,13 +69,13 @@ test-package: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist loadfile -m package
 
 test-versions: $(STAMP)
-	$(PYTHON) tests/versions.py
+	$(PYTHON) -m tests.project.versions
 
 test-gpu-source: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m gpu_source
 
 mutants: $(TRAINERS)
-	$(PYTHON) tests/mutants.py $(PART)
+	$(PYTHON) -m tests.mutants.run $(PART)
 
 lint: $(TRAINERS)  # pyright reads the adapters beside the packages that they adapt
 	$(PYTHON) -m ruff check .
@@ -104,7 +104,7 @@ wheel: $(STAMP)
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .
 
 wheels: $(STAMP)
-	$(PYTHON) tests/wheels.py dist
+	$(PYTHON) -m tests.project.build.wheels dist
 
 doctor: $(STAMP)
 	$(PYTHON) -m nitp_ops doctor

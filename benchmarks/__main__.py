@@ -85,7 +85,7 @@ def listing() -> str:
 def run_cuda(options: argparse.Namespace) -> int:
     """The same on a GPU, after the values of every op there, or benchmarks/gpu.sh's stage `test` of this commit."""
     if not run_report.tests_are_green(options.commit, options.out):
-        reason = pytest_failure([printed.ROOT / "tests/test_gpu_values.py"])
+        reason = pytest_failure([printed.ROOT / "tests/gpu/test_values.py"])
         if reason:
             print(f"benchmarks: the tests on CUDA are red, no numbers: {reason}", file=sys.stderr)
             return 1

@@ -3,9 +3,10 @@
 import os
 
 import pytest
-import skips
 import torch
 from hypothesis import settings
+
+from tests.support import skips
 
 # without it deterministic mode refuses cuBLAS; read at the first product on a GPU
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

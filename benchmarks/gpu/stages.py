@@ -47,7 +47,7 @@ def steps(stage: str, out: Path, commit: str | None) -> list[Step]:
     if stage == "build":
         return [python("-m", "nitp_ops", "env"), python("-m", "nitp_ops", "doctor")]
     if stage in ("test", "large"):
-        tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").glob("test_gpu_*.py"))]
+        tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/gpu").glob("test_*.py"))]
         if stage == "large":  # one after the other: a test takes up to 30 GB
             return [python("-m", "pytest", "-m", "gpu and large", *tests)]
         return [python("-m", "pytest", "-n", "8", "-m", "gpu and not large", *tests)]

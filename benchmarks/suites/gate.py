@@ -25,9 +25,9 @@ def failed_tests(ops: Sequence[str]) -> str | None:
     """Run the ops' tests on CPU; None when they are green, else what went wrong."""
     files: set[Path] = set()
     for op in ops:
-        own = set((printed.ROOT / "tests").glob(f"test_*{op}*.py"))
+        own = set((printed.ROOT / "tests/ops").rglob(f"test_*{op}*.py"))
         if not own:
-            return f"no tests/test_*{op}*.py"
+            return f"no tests/ops/**/test_*{op}*.py"
         files |= own
     return pytest_failure(sorted(files))
 

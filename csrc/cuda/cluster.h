@@ -1,4 +1,4 @@
-// What a block tells the others of its cluster: a message into the inbox of each. tests/simt/simt.h
+// What a block tells the others of its cluster: a message into the inbox of each. tests/kernels/cuda_source/simt/simt.h
 // has the same functions for the CPU.
 #pragma once
 #include "launch.h"

@@ -1,4 +1,4 @@
-// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler: tests/simt/simt.h,
+// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler: tests/kernels/cuda_source/simt/simt.h,
 // which has the same names and runs the same kernels on the CPU, cluster after cluster.
 //
 // A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one

@@ -91,7 +91,7 @@ def memory_bound() -> Iterator[Piece]:
 
 def tests(cases: list[cuda_run.Case], capability: str) -> Stage:
     """The tests on a GPU, few examples each; beside them, what is compiled later is compiled."""
-    files = [str(path.relative_to(stages.ROOT)) for path in sorted((stages.ROOT / "tests").glob("test_gpu_*.py"))]
+    files = [str(path.relative_to(stages.ROOT)) for path in sorted((stages.ROOT / "tests/gpu").glob("test_*.py"))]
     options = ["-n", "16", "--hypothesis-profile", "few", "-m", "gpu and not large"]
     step = stages.python("-m", "pytest", *options, *files)
     known = [(case.op, case.sizes, case.dtype) for case in cases]

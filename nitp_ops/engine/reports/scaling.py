@@ -60,7 +60,7 @@ _HEAD = f"""# Scaling
 Written by `python -m nitp_ops.engine.reports.scaling > docs/scaling.md` from the calculator behind
 `python -m nitp_ops explain SPEC --hidden D --vocab V --layers L --tokens N --mesh tp=8,dp=1024,cp=4`. Nothing on this
 page was measured: no machine of this size was there. What was measured is that the same calculator gives, to the byte,
-what four processes hand to their collectives, for every registered objective (`tests/test_footprint_ranks.py`).
+what four processes hand to their collectives, for every registered objective (`tests/distributed/objectives/test_footprint.py`).
 
 Each rank holds {_TOKENS:,} tokens of one sequence a microbatch, in bfloat16. Head, embedding and each term's own
 parameters are FSDP2 groups over data x context parallel ranks, cut again after their forward pass; head and embedding

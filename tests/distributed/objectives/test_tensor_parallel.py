@@ -1,0 +1,20 @@
+"""Two and four gloo processes: objectives on a model whose head a tensor-parallel style sharded, tied, with FSDP2."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.objectives.tensor_parallel_cases import CASES
+from tests.support.rank_cases import results
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def outcome(request, tmp_path_factory):
+    return results(request.param, tmp_path_factory.mktemp("ranks"), "tensor_parallel_cases")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_objectives_train_as_in_one_process(name, outcome):
+    assert not outcome[name], outcome[name]

@@ -1,0 +1,20 @@
+"""Two and four gloo processes: a head whose vocabulary is sharded gives what one process gives, option by option."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.ops.vocab_parallel_cases import CASES
+from tests.support.rank_cases import results
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def outcome(request, tmp_path_factory):
+    return results(request.param, tmp_path_factory.mktemp("ranks"), "vocab_parallel_cases")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_sharded_head_is_the_whole_head(name, outcome):
+    assert not outcome[name], outcome[name]
