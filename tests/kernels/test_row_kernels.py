@@ -49,7 +49,7 @@ def test_the_row_kernels_of_a_backend_are_found_by_name():
     for backend, package in (("torch", "torch_rows"), ("triton", "triton")):
         for name, function in table.implementations(package).items():
             assert getattr(select.row_kernels(backend), name) is function
-        with pytest.raises(AttributeError, match=f"'nitp_ops.{package}' has no attribute 'cosine'"):
+        with pytest.raises(AttributeError, match=f"'nitp_ops.kernels.{package}' has no attribute 'cosine'"):
             _ = select.row_kernels(backend).cosine
     for name in TABLE:
         assert getattr(select.row_kernels("native"), name) is getattr(torch.ops.nitp_ops, name)

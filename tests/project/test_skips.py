@@ -18,7 +18,7 @@ MODULES = {
     "test_whole.py": 'import pytest\npytest.importorskip("no_such_package")\ndef test_a(): pass',
     "test_marked.py": "import pytest\npytestmark = [pytest.mark.trainers]\n"
     'pytest.skip("not today", allow_module_level=True)\ndef test_a(): pass',
-    "test_pretrain_stops.py": 'import pytest\ndef test_a(): pytest.skip("this user may not mount a file system")',
+    "experiments/test_stops.py": 'import pytest\ndef test_a(): pytest.skip("this user may not mount a file system")',
     "test_one_by_one.py": """
 import pytest
 
@@ -52,7 +52,7 @@ def test_gives_up(): pytest.xfail("given up")
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A repository with skips of every kind and the plugin."""
-    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/experiments").mkdir(parents=True)
     for name, text in MODULES.items():
         (tmp_path / "tests" / name).write_text(text)
     (tmp_path / "conftest.py").write_text(

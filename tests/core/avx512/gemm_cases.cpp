@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/gemm/gemm.cpp"
+#include "../../../csrc/cpu/gemm/gemm.cpp"
 
 namespace {
 

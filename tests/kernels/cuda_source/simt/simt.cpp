@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <numeric>
 
-#include "../../csrc/cuda/pack.h"
+#include "../../../../csrc/cuda/pack.h"
 
 thread_local Index threadIdx, blockIdx, blockDim;
 

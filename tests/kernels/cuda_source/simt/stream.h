@@ -1,7 +1,7 @@
 // Where the CUDA kernels run under simt.h: on the CPU, without a stream.
 #pragma once
 
-#include "../../csrc/torch_abi.h"
+#include "../../../../csrc/torch_abi.h"
 
 namespace nitp {
 namespace cuda {
