@@ -2,7 +2,8 @@
 
     objective = nitp_ops.objectives.build("ntp + 0.8*nitp", model=info)
 
-Importing never compiles and never fails for want of the compiled library: `python -m nitp_ops doctor` says what works.
+Importing never compiles and never fails for want of the compiled library: `python -m nitp_ops
+doctor` says what works.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ __all__ = [
     "swiglu",
 ]
 
-#: The module that holds a public name. It is imported on first use: defining the custom ops takes longer than all else.
+#: The module that holds a public name. It is imported on first use: defining the custom ops takes
+#: longer than all else.
 _HOME = {
     "AlignmentStats": "ops.alignment",
     "ChunkPlan": "ops.chunk_plan",
@@ -73,7 +75,16 @@ _HOME = {
     "swiglu": "ops.swiglu",
 }
 _MODULES = frozenset(
-    {"attaching", "distributed", "geometry", "kernels", "layers", "objectives", "reference", "trainers"}
+    {
+        "attaching",
+        "distributed",
+        "geometry",
+        "kernels",
+        "layers",
+        "objectives",
+        "reference",
+        "trainers",
+    }
 )
 
 
@@ -85,9 +96,8 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != f"{__name__}.objectives":
             raise
-        reason = (
-            library.source_tree() or "nitp_ops.objectives is absent, install the package"
-        )  # the installer maps objectives/ into the package
+        # the installer maps objectives/ into the package
+        reason = library.source_tree() or "nitp_ops.objectives is absent, install the package"
         raise AttributeError(f"module 'nitp_ops' has no attribute {name!r}: {reason}") from error
     if name in _HOME:
         globals()[name] = getattr(module, name)

@@ -1,4 +1,5 @@
-"""python -m nitp_ops env | doctor | list | explain: what is installed, whether it works, what it offers."""
+"""python -m nitp_ops env | doctor | list | explain: what is installed, whether it works, what it
+offers."""
 
 from __future__ import annotations
 
@@ -22,9 +23,15 @@ from .kernels import select
 
 def env() -> int:
     """Versions, build and CPU, one fact a line."""
-    print(f"nitp_ops {nitp_ops.__version__}   torch {torch.__version__}   python {platform.python_version()}")
+    print(
+        f"nitp_ops {nitp_ops.__version__}   torch {torch.__version__}   python "
+        f"{platform.python_version()}"
+    )
     print(f"package  {Path(nitp_ops.__file__).parent}")
-    print(f"machine  {platform.machine()}, {torch.get_num_threads()} threads, cuda {torch.cuda.is_available()}")
+    print(
+        f"machine  {platform.machine()}, {torch.get_num_threads()} threads, cuda "
+        f"{torch.cuda.is_available()}"
+    )
     if select.load_error is not None:
         print(f"library  none: {select.load_error}")
         return 0
@@ -35,19 +42,28 @@ def env() -> int:
         print(f"built    {key}: {value or 'none'}")
     if kernels:
         most, spills = max(k["registers"] for k in kernels), sum(k["spills"] for k in kernels)
-        print(f"kernels  {len(kernels)} for CUDA, at most {most} registers a thread, {spills} bytes spilled")
+        print(
+            f"kernels  {len(kernels)} for CUDA, at most {most} registers a thread, {spills} "
+            "bytes spilled"
+        )
     return 0
 
 
 def gradient_error(backend: str, device: torch.device) -> float:
-    """The largest relative difference of loss and gradients from the reference, over the four ops, in float64 (float32
-    on a device without it)."""
+    """The largest relative difference of loss and gradients from the reference, over the four ops,
+    in float64 (float32 on a device without it)."""
     generator, dtype = torch.Generator().manual_seed(0), sum_dtype(device)
 
     def leaf(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype).to(device).requires_grad_()
 
-    hidden, weight, gate, up, down = leaf(2, 9, 8), leaf(33, 8), leaf(12, 8), leaf(12, 8), leaf(8, 12)
+    hidden, weight, gate, up, down = (
+        leaf(2, 9, 8),
+        leaf(33, 8),
+        leaf(12, 8),
+        leaf(12, 8),
+        leaf(8, 12),
+    )
     target = leaf(2, 9, 8).detach()
     labels = torch.arange(18, device=device).view(2, 9)
 
@@ -73,18 +89,22 @@ def gradient_error(backend: str, device: torch.device) -> float:
 
 
 def doctor() -> int:
-    """A gradient check of every backend; 1 where what is installed fails, or where calls on CPU do not run compiled."""
+    """A gradient check of every backend; 1 where what is installed fails, or where calls on CPU do
+    not run compiled."""
     broken = False
     other = torch.accelerator.current_accelerator()
     checks = [("native", "native", "cpu")]
     checks += [("cuda", "native", "cuda")] if torch.cuda.is_available() else []
     checks += [("triton", "triton", "cuda"), ("torch", "torch", "cpu")]
-    checks += [(other.type, "torch", other.type)] if other is not None and other.type != "cuda" else []
+    checks += (
+        [(other.type, "torch", other.type)] if other is not None and other.type != "cuda" else []
+    )
     for name, backend, place in [*checks, ("reference", "reference", "cpu")]:
         device = torch.device(place)
         reason = None if backend == "reference" else select.unavailable_reason(device, backend)
         if reason is not None:
-            installed = select.installed(backend) and name != "cuda"  # CUDA kernels are built only where nvcc is
+            # CUDA kernels are built only where nvcc is
+            installed = select.installed(backend) and name != "cuda"
             print(f"{name:10} {'BROKEN' if installed else 'off'}: {reason}")
             broken |= installed or name == "native"  # without it, calls on CPU do not run compiled
             continue
@@ -102,7 +122,11 @@ def explain(arguments: argparse.Namespace) -> int:
     objectives = nitp_ops.objectives
     cost_model = importlib.import_module("nitp_ops.engine.reports.cost_model")
     try:
-        sizes = {"hidden_size": arguments.hidden, "vocab_size": arguments.vocab, "num_layers": arguments.layers}
+        sizes = {
+            "hidden_size": arguments.hidden,
+            "vocab_size": arguments.vocab,
+            "num_layers": arguments.layers,
+        }
         info = objectives.ModelInfo(**sizes)
         with torch.device("meta"):
             print(objectives.build(arguments.spec, model=info).explain(arguments.tokens))
@@ -125,10 +149,18 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("list", help="the registered objectives")
     spec = commands.add_parser("explain", help="what an objective resolves to")
     spec.add_argument("spec", help='e.g. "ntp + 0.8*nitp(target_layer=0.2)"')
-    for name, meaning in (("hidden", "hidden size"), ("vocab", "vocabulary size"), ("layers", "number of layers")):
+    for name, meaning in (
+        ("hidden", "hidden size"),
+        ("vocab", "vocabulary size"),
+        ("layers", "number of layers"),
+    ):
         spec.add_argument(f"--{name}", type=int, required=True, help=meaning)
-    spec.add_argument("--tokens", type=int, default=8192, help="tokens of a batch, for the plan of passes")
-    spec.add_argument("--mesh", help="bytes sent and held by a rank that has these tokens, e.g. tp=8,dp=1024,cp=4")
+    spec.add_argument(
+        "--tokens", type=int, default=8192, help="tokens of a batch, for the plan of passes"
+    )
+    spec.add_argument(
+        "--mesh", help="bytes sent and held by a rank that has these tokens, e.g. tp=8,dp=1024,cp=4"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.command in ("explain", "list"):
         try:

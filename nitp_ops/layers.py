@@ -1,7 +1,7 @@
 """Losses as modules without parameters.
 
-`ForCausalLMLoss` is what the package `kernels` puts into models (transformers' `use_kernels=True`): it takes classes
-with a forward and two flags, without state.
+`ForCausalLMLoss` is what the package `kernels` puts into models (transformers' `use_kernels=True`):
+it takes classes with a forward and two flags, without state.
 """
 
 from __future__ import annotations
@@ -16,17 +16,21 @@ from .ops.cross_entropy.api import linear_cross_entropy
 from .ops.cross_entropy.logits.api import cross_entropy
 
 _OPTIONS = tuple(
-    name for name, each in inspect.signature(linear_cross_entropy).parameters.items() if each.kind == each.KEYWORD_ONLY
+    name
+    for name, each in inspect.signature(linear_cross_entropy).parameters.items()
+    if each.kind == each.KEYWORD_ONLY
 )
 
 
 class LinearCrossEntropy(nn.Module):
     """`linear_cross_entropy` as a module, which holds the options and no parameters.
 
-    ``loss(hidden, unembedding, labels, **more) = linear_cross_entropy(hidden, unembedding, labels, **options, **more)``
+    ``loss(hidden, unembedding, labels, **more) = linear_cross_entropy(hidden, unembedding, labels,
+    **options, **more)``
 
     Args:
-        options: any option of `linear_cross_entropy`; one that is given to a call takes the place of the module's.
+        options: any option of `linear_cross_entropy`; one that is given to a call takes the place
+            of the module's.
         hidden: ``[..., d]``, unembedding: ``[V, d]``, labels: ``[...]``, of a call.
 
     Raises:
@@ -59,16 +63,20 @@ class LinearCrossEntropy(nn.Module):
 
 
 class ForCausalLMLoss(nn.Module):
-    """The loss of that name of transformers, by `nitp_ops.cross_entropy`: no float32 copy of the logits.
+    """The loss of that name of transformers, by `nitp_ops.cross_entropy`: no float32 copy of the
+    logits.
 
-    ``sum over t of -log softmax(logits_t)[labels_{t+1}]`` over the labelled positions, divided by num_items_in_batch or
-    by their number, in float32 (float64 for float64). A batch without a label gives 0 where transformers gives NaN.
+    ``sum over t of -log softmax(logits_t)[labels_{t+1}]`` over the labelled positions, divided by
+    num_items_in_batch or by their number, in float32 (float64 for float64). A batch without a label
+    gives 0 where transformers gives NaN.
 
     Args:
         logits: ``[..., T, vocab_size]``.
-        labels: ``[..., T]`` int64, of the tokens at those positions; not read where shift_labels are given.
+        labels: ``[..., T]`` int64, of the tokens at those positions; not read where shift_labels
+            are given.
         vocab_size: the width of logits.
-        num_items_in_batch: what the sum is divided by, e.g. the labels of a whole accumulation window.
+        num_items_in_batch: what the sum is divided by, e.g. the labels of a whole accumulation
+            window.
         ignore_index: the label that means "absent".
         shift_labels: ``[..., T]`` int64, already those of the next tokens.
         kwargs: whatever else a model passes on; not read.
@@ -96,7 +104,9 @@ class ForCausalLMLoss(nn.Module):
         logits = logits.view(*logits.shape[:-1], vocab_size)
         if shift_labels is None:
             if labels is None:
-                raise ValueError("ForCausalLMLoss: labels is None, expected a tensor (or one of shift_labels)")
+                raise ValueError(
+                    "ForCausalLMLoss: labels is None, expected a tensor (or one of shift_labels)"
+                )
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         shift_labels = shift_labels.reshape(logits.shape[:-1]).to(logits.device)
         if num_items_in_batch is None:

@@ -1,8 +1,9 @@
 """The book of equations: every op in plain PyTorch, differentiable, slow, and right.
 
-Scalars come back in float32 (float64 for float64 inputs); arithmetic between GEMMs runs in that precision too.
-Each function has the name, arguments and meaning of the public op (whose docstring holds shapes and sources); the
-arguments that only steer the execution (chunk_bytes, backend) are absent.
+Scalars come back in float32 (float64 for float64 inputs); arithmetic between GEMMs runs in that
+precision too. Each function has the name, arguments and meaning of the public op (whose docstring
+holds shapes and sources); the arguments that only steer the execution (chunk_bytes, backend) are
+absent.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def power_of_two(x: Tensor) -> Tensor:
-    """A power of two within a factor of two of |x|, itself and its reciprocal normal numbers; 1 for 0, inf and NaN.
+    """A power of two within a factor of two of |x|, itself and its reciprocal normal numbers; 1 for
+    0, inf and NaN.
 
     frexp would say the exponent, but not every device has it."""
     exponent = torch.where(torch.isfinite(x) & (x != 0), x.abs(), 1).log2().floor()
@@ -39,8 +41,11 @@ def power_of_two(x: Tensor) -> Tensor:
 
 
 def in_square_range(x: Tensor) -> Tensor:
-    """[..., 1], constants: a power of two for each row, times which no square overflows or all of them vanish."""
-    return 1 / power_of_two(torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True))
+    """[..., 1], constants: a power of two for each row, times which no square overflows or all of
+    them vanish."""
+    return 1 / power_of_two(
+        torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    )
 
 
 def norm(x: Tensor) -> Tensor:
@@ -57,15 +62,19 @@ def cosine(prediction: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
         x, least = x * size, eps * size
         square = x.square().sum(-1, keepdim=True)
         dead = square.sqrt() < least
-        norm = torch.where(dead, torch.ones_like(square), square).sqrt()  # sqrt has an infinite slope at 0
+        # sqrt has an infinite slope at 0
+        norm = torch.where(dead, torch.ones_like(square), square).sqrt()
         return torch.where(dead, x.detach() / least, x / norm)
 
     dtype = working(prediction, target)
     return (unit(prediction.to(dtype)) * unit(target.to(dtype))).sum(-1)
 
 
-def alignment(prediction: Tensor, target: Tensor, *, distance: str = "cosine", eps: float = 1e-6) -> Tensor:
-    """Per-row distance over the last axis: 1 - cos | mean square | mean smooth-L1 | KL(softmax z || softmax p)."""
+def alignment(
+    prediction: Tensor, target: Tensor, *, distance: str = "cosine", eps: float = 1e-6
+) -> Tensor:
+    """Per-row distance over the last axis: 1 - cos | mean square | mean smooth-L1 | KL(softmax z ||
+    softmax p)."""
     dtype = working(prediction, target)
     if distance == "cosine":
         return 1 - cosine(prediction, target, eps)
@@ -78,7 +87,9 @@ def alignment(prediction: Tensor, target: Tensor, *, distance: str = "cosine", e
         log_q_p, log_q_z = p.log_softmax(-1), z.log_softmax(-1)
         q_z = log_q_z.exp()
         return (q_z * (log_q_z - log_q_p).masked_fill(q_z == 0, 0)).sum(-1)  # 0 log 0 = 0
-    raise ValueError(f"alignment: distance is {distance!r}, expected 'cosine', 'mse', 'smooth_l1' or 'kl'")
+    raise ValueError(
+        f"alignment: distance is {distance!r}, expected 'cosine', 'mse', 'smooth_l1' or 'kl'"
+    )
 
 
 def projection(
@@ -139,7 +150,9 @@ def implicit_token_loss(
     rows = torch.zeros(keep.shape, dtype=working(hidden, target), device=hidden.device)
     shifted = target.detach().roll(-shift, -2)  # what wraps around is not in `keep`
     prediction = projection(hidden[keep], gate, up, down)
-    rows = rows.masked_scatter(keep, alignment(prediction, shifted[keep], distance=distance, eps=eps).to(rows.dtype))
+    rows = rows.masked_scatter(
+        keep, alignment(prediction, shifted[keep], distance=distance, eps=eps).to(rows.dtype)
+    )
     return reduce(rows, keep, reduction, normalizer)
 
 
@@ -159,7 +172,10 @@ def alignment_stats(
     """Per pair: loss, cosine, |prediction|, |target|; zeros where invalid."""
     keep = pairs(hidden, valid, shift)
     dtype = working(hidden, target)
-    p, z = projection(hidden[keep], gate, up, down).to(dtype), target.roll(-shift, -2)[keep].to(dtype)
+    p, z = (
+        projection(hidden[keep], gate, up, down).to(dtype),
+        target.roll(-shift, -2)[keep].to(dtype),
+    )
     rows = alignment(p, z, distance=distance, eps=eps), cosine(p, z, eps), norm(p), norm(z)
     empty = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
     loss, cos, p_norm, z_norm = (empty.masked_scatter(keep, row.to(dtype)) for row in rows)
@@ -167,9 +183,14 @@ def alignment_stats(
 
 
 def transformed_logits(
-    hidden: Tensor, unembedding: Tensor | None, bias: Tensor | None, softcap: float | None, logit_scale: float
+    hidden: Tensor,
+    unembedding: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
 ) -> Tensor:
-    """cap tanh(scale (W h + b) / cap), the GEMM in W's dtype, the rest in float32 (float64 for float64).
+    """cap tanh(scale (W h + b) / cap), the GEMM in W's dtype, the rest in float32 (float64 for
+    float64).
 
     No W: h are the logits."""
     logits = hidden if unembedding is None else F.linear(hidden.to(unembedding.dtype), unembedding)
@@ -196,9 +217,11 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     normalizer: Any = None,
 ) -> Tensor:
-    """w [(1 - e) sum_k w_k (lse - z_k) + e sum_v u_v (lse - z_v) + c lse^2],  z = cap tanh(scale (W h + b) / cap).
+    """w [(1 - e) sum_k w_k (lse - z_k) + e sum_v u_v (lse - z_v) + c lse^2],  z = cap tanh(scale (W
+    h + b) / cap).
 
-    u_v = S / V with S = sum_k w_k, or class_weight_v / V; a plain label is one target of weight 1 or class_weight."""
+    u_v = S / V with S = sum_k w_k, or class_weight_v / V; a plain label is one target of weight 1
+    or class_weight."""
     work = working(hidden if unembedding is None else unembedding)
     if target_weight is None:
         labels = labels.unsqueeze(-1)
@@ -220,17 +243,28 @@ def linear_cross_entropy(
     loss = (1 - label_smoothing) * (w * gaps.masked_fill(w == 0, 0)).sum(-1)
     if label_smoothing:  # not 0 * (lse - mean z): a logit may be -inf
         gap = lse.unsqueeze(-1) - z
-        smooth = w.sum(-1) * gap.mean(-1) if class_weight is None else (class_weight.to(work) * gap).mean(-1)
+        smooth = (
+            w.sum(-1) * gap.mean(-1)
+            if class_weight is None
+            else (class_weight.to(work) * gap).mean(-1)
+        )
         loss = loss + label_smoothing * smooth
     if z_loss:
         loss = loss + z_loss * lse.square()
     if token_weight is not None:
         loss = loss * token_weight.to(work).expand(counted.shape)[keep]
-    rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device).masked_scatter(keep, loss)
+    rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device).masked_scatter(
+        keep, loss
+    )
     if class_weight is None:
         return reduce(rows, counted, reduction, normalizer)
     total = weights.sum()
-    return reduce(rows, counted, reduction, torch.where(total == 0, 1, total) if normalizer is None else normalizer)
+    return reduce(
+        rows,
+        counted,
+        reduction,
+        torch.where(total == 0, 1, total) if normalizer is None else normalizer,
+    )
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -247,12 +281,19 @@ def token_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per row: loss before token_weight, log-sum-exp, arg-max, target logit(s), entropy; 0, NaN, -1, NaN, NaN where
-    absent."""
-    options = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    """Per row: loss before token_weight, log-sum-exp, arg-max, target logit(s), entropy; 0, NaN,
+    -1, NaN, NaN where absent."""
+    options = {
+        "bias": bias,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
     names = ("label_smoothing", "z_loss", "target_weight", "class_weight")
     terms = {name: getattr(term, name) for name in names}
-    loss = linear_cross_entropy(term.hidden, unembedding, term.labels, reduction="none", **terms, **options)
+    loss = linear_cross_entropy(
+        term.hidden, unembedding, term.labels, reduction="none", **terms, **options
+    )
     z = transformed_logits(term.hidden, unembedding, bias, softcap, logit_scale)
     if term.target_weight is None:
         present = term.labels != ignore_index
@@ -275,7 +316,9 @@ def token_stats(
     )
 
 
-def grouped_linear_cross_entropy(terms: Sequence[Any], unembedding: Tensor, **options: Any) -> Tensor:
+def grouped_linear_cross_entropy(
+    terms: Sequence[Any], unembedding: Tensor, **options: Any
+) -> Tensor:
     """Sum over terms of the weighted row losses against one unembedding."""
     names = ("token_weight", "label_smoothing", "z_loss", "target_weight", "class_weight")
     losses = [

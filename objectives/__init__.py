@@ -1,11 +1,12 @@
 """Training objectives as declarations: ``loss = sum over parts of weight * SUM / COUNT``.
 
-    objective = build("ntp + 0.8*nitp(target_layer=0.2)", model=ModelInfo(...))
-    out = objective(Streams(token_ids=ids, last_hidden=h, hidden_states={4: s4}, head=model.lm_head))
+    objective = build("ntp + 0.8*nitp(target_layer=0.2)", model=ModelInfo(...)) out =
+    objective(Streams(token_ids=ids, last_hidden=h, hidden_states={4: s4}, head=model.lm_head))
     out.loss.backward()
 
-An objective is a frozen dataclass that is registered under a name; `build` turns a spec of them into one
-`torch.nn.Module`. Head terms (cross-entropies against the unembedding) share one pass over its matrix.
+An objective is a frozen dataclass that is registered under a name; `build` turns a spec of them
+into one `torch.nn.Module`. Head terms (cross-entropies against the unembedding) share one pass over
+its matrix.
 """
 
 if __name__ != "nitp_ops.objectives":
@@ -14,7 +15,15 @@ if __name__ != "nitp_ops.objectives":
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from nitp_ops.engine.base import Context, HeadReading, HeadRows, HeadTerm, LatentPart, LatentTerm, Objective
+from nitp_ops.engine.base import (
+    Context,
+    HeadReading,
+    HeadRows,
+    HeadTerm,
+    LatentPart,
+    LatentTerm,
+    Objective,
+)
 from nitp_ops.engine.composite import CompositeObjective, Output, build
 from nitp_ops.engine.counts import Counts
 from nitp_ops.engine.drafting.decoding import Drafting, Trunk
@@ -43,7 +52,8 @@ if TYPE_CHECKING:
     from .tokens.ntp import NTP
     from .tokens.top import TOP
 
-#: Where the objectives of this package live, each imported when it is first named, like those of other packages.
+#: Where the objectives of this package live, each imported when it is first named, like those of
+#: other packages.
 _BUILT_IN = {
     "cosine_regularizer": "regularizers.cosine_regularizer:CosineRegularizer",
     "external": "external:External",
@@ -103,7 +113,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    module = {cls: module for module, _, cls in (home.partition(":") for home in _BUILT_IN.values())}.get(name)
+    module = {
+        cls: module for module, _, cls in (home.partition(":") for home in _BUILT_IN.values())
+    }.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value = getattr(importlib.import_module(f".{module}", __name__), name)

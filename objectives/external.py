@@ -18,13 +18,16 @@ from nitp_ops.engine.streams.streams import Streams
 @register("external")
 @dataclass(frozen=True, kw_only=True)
 class External(LatentTerm):
-    """``weight * SUM / COUNT`` of a loss that the model computed itself: it shares weights, schedules, counts and logs.
+    """``weight * SUM / COUNT`` of a loss that the model computed itself: it shares weights,
+    schedules, counts and logs.
 
-    `Streams.external` brings ``{name: (SUM, COUNT)}`` or ``{name: SUM}``. A sum alone counts 1, so that it is averaged
-    over the microbatches of a window (and its ranks). `CompositeObjective.count` runs before SUM exists: it takes COUNT
-    from a pair with any SUM, and 1 where the name is missing.
+    `Streams.external` brings ``{name: (SUM, COUNT)}`` or ``{name: SUM}``. A sum alone counts 1, so
+    that it is averaged over the microbatches of a window (and its ranks).
+    `CompositeObjective.count` runs before SUM exists: it takes COUNT from a pair with any SUM, and
+    1 where the name is missing.
 
-    Under a weight of zero SUM gets a gradient of exact zeros; what the model computed before it is the model's own.
+    Under a weight of zero SUM gets a gradient of exact zeros; what the model computed before it is
+    the model's own.
 
     Args:
         stream: the name in `Streams.external`; the label where not given.
@@ -62,4 +65,7 @@ class External(LatentTerm):
         return {"": context.part(total)}
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
-        return {"rows": f"external[{self.key()}]: as many as the model counts, 1 a microbatch where it counts none"}
+        return {
+            "rows": f"external[{self.key()}]: as many as the model counts, 1 a microbatch "
+            "where it counts none"
+        }

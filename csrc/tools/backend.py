@@ -2,7 +2,8 @@
 
     python -m build --config-setting portable=true       # or portable=x86_64, portable=aarch64
 
-builds py3-none-manylinux_2_28_*: a library for any Linux with glibc >= 2.28, under any Python (portable.py)."""
+builds py3-none-manylinux_2_28_*: a library for any Linux with glibc >= 2.28, under any Python
+(portable.py)."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     return [*required, ZIG] if portable(config_settings) else required
 
 
-def build_wheel(wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None) -> str:
+def build_wheel(
+    wheel_directory: str, config_settings: Settings = None, metadata_directory: str | None = None
+) -> str:
     machine, settings = portable(config_settings), _others(config_settings)
     if machine:
         settings["--build-option"] = [f"--portable={machine}"]
@@ -86,7 +89,10 @@ def repack(archive: Path) -> None:
     """The same files in order of name, without owners and times of this machine."""
     seconds = int(os.environ.get("SOURCE_DATE_EPOCH", "0"))
     packed = io.BytesIO()
-    with tarfile.open(archive) as old, tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new:
+    with (
+        tarfile.open(archive) as old,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as new,
+    ):
         for member in sorted(old.getmembers(), key=lambda member: member.name):
             member.uid = member.gid = 0
             member.uname = member.gname = ""
@@ -94,7 +100,10 @@ def repack(archive: Path) -> None:
             member.mode = 0o755 if member.isdir() or member.mode & 0o100 else 0o644
             member.pax_headers = {}
             new.addfile(member, old.extractfile(member) if member.isfile() else None)
-    with archive.open("wb") as file, gzip.GzipFile("", "wb", fileobj=file, mtime=seconds) as compressed:
+    with (
+        archive.open("wb") as file,
+        gzip.GzipFile("", "wb", fileobj=file, mtime=seconds) as compressed,
+    ):
         compressed.write(packed.getvalue())
 
 

@@ -1,7 +1,9 @@
-"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11) with ninja; no torch is needed.
+"""Compiles libnitp_ops.so (operators, stable ABI) and nitp_ops/_C (pybind11) with ninja; no torch
+is needed.
 
-The CUDA kernels are part of it wherever a usable nvcc is found, whether or not a GPU is there (build_cuda.py).
-The portable wheel's library is linked for every Linux, and has no module beside it (portable.py)."""
+The CUDA kernels are part of it wherever a usable nvcc is found, whether or not a GPU is there
+(build_cuda.py). The portable wheel's library is linked for every Linux, and has no module beside it
+(portable.py)."""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ REVISION = runpy.run_path(str(TOOLS / "revision.py"))
 LINK = "-s -Wl,--no-as-needed -Wl,-soname,libnitp_ops.so -Wl,--version-script=exports.txt"
 EXPORTS = "{ global: nitp_ops_*; local: *; };\n"
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mprefer-vector-width=512"
-#: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there. Those over float64 are avx2's.
-#: On x86 the portable kernels are for processors of before 2013: -O2 compiles them in 2/3 of the time.
+#: avx512_bf16 holds the kernels over bfloat16 alone; all others are avx512's there. Those over
+#: float64 are avx2's. On x86 the portable kernels are for processors of before 2013: -O2 compiles
+#: them in 2/3 of the time.
 TARGET_FLAGS = {
     "portable": "-O2",
     "avx2": "-mavx2 -mfma -mf16c",
@@ -35,18 +38,29 @@ TARGET_FLAGS = {
     "avx512_bf16": f"{AVX512} -mavx512bf16",
 }
 #: Compiled once: what takes tensors, and what chooses the instruction set.
-ONCE = ("schemas", "build_info", "cpu/register", "cpu/gemm/register", "cpu/instruction_set", "cpu/prefault")
+ONCE = (
+    "schemas",
+    "build_info",
+    "cpu/register",
+    "cpu/gemm/register",
+    "cpu/instruction_set",
+    "cpu/prefault",
+)
 #: The other sources of csrc/cpu, by name: compiled for each instruction set.
 KERNELS = {
     Path(source).name: source
-    for source in sorted(str(path.relative_to(CSRC).with_suffix("")) for path in CSRC.glob("cpu/**/*.cpp"))
+    for source in sorted(
+        str(path.relative_to(CSRC).with_suffix("")) for path in CSRC.glob("cpu/**/*.cpp")
+    )
     if source not in ONCE
 }
 FLAGS = (
-    "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast -fvisibility=hidden "
-    "-Wall -Wextra -Wno-unused-parameter -DNDEBUG"
+    "-std=c++20 -O3 -fPIC -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=fast "
+    "-fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -DNDEBUG"
 )
-PROBE = "#include <optional>\n#include <tuple>\nint main() { return [](auto x) { return x; }(0); }\n"
+PROBE = (
+    "#include <optional>\n#include <tuple>\nint main() { return [](auto x) { return x; }(0); }\n"
+)
 
 
 class BuildError(RuntimeError):
@@ -54,9 +68,9 @@ class BuildError(RuntimeError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"nitp_ops: the compiled kernels cannot be built: {reason}. On Linux install a C++20 compiler (g++ >= 10, "
-            "or clang >= 14; CXX names another one); or set NITP_OPS_PURE=1 to install without compiled kernels on "
-            "purpose."
+            f"nitp_ops: the compiled kernels cannot be built: {reason}. On Linux install a C++20 "
+            "compiler (g++ >= 10, or clang >= 14; CXX names another one); or set NITP_OPS_PURE=1 "
+            "to install without compiled kernels on purpose."
         )
 
 
@@ -91,13 +105,19 @@ def find_compiler(portable: str | None = None) -> list[str]:
 
 
 def build(
-    compiler: Sequence[str], work: Path, package: Path, module_name: str | None, portable: str | None = None
+    compiler: Sequence[str],
+    work: Path,
+    package: Path,
+    module_name: str | None,
+    portable: str | None = None,
 ) -> None:
-    """Writes work/build.ninja, runs it, and puts the library and the module into the folder `package`.
+    """Writes work/build.ninja, runs it, and puts the library and the module into the folder
+    `package`.
 
     Args:
         module_name: the file name of _C; None leaves it out.
-        portable: "x86_64" or "aarch64" for a library that every Linux on such a machine loads; else it is for this one.
+        portable: "x86_64" or "aarch64" for a library that every Linux on such a machine loads; else
+            it is for this one.
 
     Raises:
         BuildError: a compile or a link failed; its own output comes before.
@@ -111,7 +131,9 @@ def build(
     objects = [(source.replace("/", "_"), f"csrc/{source}.cpp", flags) for source in ONCE]
     for target, chosen in TARGET_FLAGS.items() if x86 else (("portable", ""),):
         own = f"{flags} -DNITP_TARGET={target} {chosen}"
-        objects += [(f"{name}.{target}", f"csrc/{source}.cpp", own) for name, source in KERNELS.items()]
+        objects += [
+            (f"{name}.{target}", f"csrc/{source}.cpp", own) for name, source in KERNELS.items()
+        ]
     nvcc = CUDA["find_nvcc"]() if machine == platform.machine() else None
     if nvcc:
         objects.append(("cuda_register", "csrc/cuda/register.cpp", f"{flags} -Icsrc/cuda"))
@@ -131,13 +153,18 @@ def build(
         f"  command = {escape_value(shlex.join(linker))} -shared $in -o $out $flags",
     ]
     cuda_lines, cuda_objects, cuda_linked = cuda_rules(nvcc)
-    lines += [*cuda_lines, *(module_rules(library, package / module_name, work) if module_name else ())]
+    lines += [
+        *cuda_lines,
+        *(module_rules(library, package / module_name, work) if module_name else ()),
+    ]
     for name, source, own in sorted(objects, key=lambda each: -length(work / each[1])):
         generated = " | build_info.inc" if name == "build_info" else ""
         lines += [f"build {name}.o: compile {source}{generated}", f"  flags = {own} -I."]
     lines += [
-        f"build {escape(library)}: link {' '.join([*(f'{name}.o' for name, *_ in objects), *cuda_objects])}"
-        f"{' || module.o' if module_name else ''}",  # else ninja puts it off until the library is there
+        f"build {escape(library)}: link "
+        f"{' '.join([*(f'{name}.o' for name, *_ in objects), *cuda_objects])}"
+        # else ninja puts it off until the library is there
+        f"{' || module.o' if module_name else ''}",
         f"  flags = {LINK} {' '.join(map(quote, [stub, *runtimes]))} -ldl {cuda_linked}",
     ]
     (work / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -146,14 +173,16 @@ def build(
 
 
 def link(name: Path, folder: Path) -> None:
-    """Compilers see the same names in every build: the same bytes come out, and a cache finds what another compiled."""
+    """Compilers see the same names in every build: the same bytes come out, and a cache finds what
+    another compiled."""
     if name.is_symlink():
         name.unlink()
     name.symlink_to(folder.resolve(), target_is_directory=True)
 
 
 def length(source: Path) -> int:
-    """ninja begins in the order of its rules: the long compiles first, so that none is left to one core at the end."""
+    """ninja begins in the order of its rules: the long compiles first, so that none is left to one
+    core at the end."""
     return source.stat().st_size
 
 
@@ -182,17 +211,21 @@ def torch_stub(compiler: Sequence[str], work: Path) -> Path:
     command += ["-Wl,--no-as-needed", f"-Wl,-soname,{stub.name}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise BuildError(f"{shlex.join(compiler)} links no shared library ({_first_line(done.stderr)})")
+        raise BuildError(
+            f"{shlex.join(compiler)} links no shared library ({_first_line(done.stderr)})"
+        )
     return stub
 
 
 def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
-    """Lines of build.ninja, objects, and flags of the link; without nvcc only an empty table of kernels."""
+    """Lines of build.ninja, objects, and flags of the link; without nvcc only an empty table of
+    kernels."""
     kernels = CUDA["KERNELS"] if nvcc else {}
     lines = [
         f"nvcc = {escape_value(quote(nvcc or ''))}",
         "rule nvcc",
-        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || (cat $out.txt; exit 1)",
+        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out > $out.txt 2>&1 || (cat $out.txt; "
+        "exit 1)",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule facts",
@@ -208,8 +241,11 @@ def cuda_rules(nvcc: str | None) -> tuple[list[str], list[str], str]:
 
 
 def write_facts(file: Path, cxx: str, flags: str, nvcc: str | None) -> None:
-    """The facts of `nitp_ops.build_info`, without the CUDA kernels' report; not rewritten where nothing changed."""
-    compiled_by = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True, check=False)
+    """The facts of `nitp_ops.build_info`, without the CUDA kernels' report; not rewritten where
+    nothing changed."""
+    compiled_by = subprocess.run(
+        [*shlex.split(cxx), "--version"], capture_output=True, text=True, check=False
+    )
     facts = {
         "cuda": CUDA["version"](nvcc) if nvcc else None,
         "cuda_architectures": list(CUDA["architectures"](nvcc)) if nvcc else [],

@@ -1,4 +1,5 @@
-"""Which nvcc compiles csrc/cuda and how, and the resources of each kernel as the assembler reports them.
+"""Which nvcc compiles csrc/cuda and how, and the resources of each kernel as the assembler reports
+them.
 
 python csrc/tools/build_cuda.py OUT FACTS REPORT...    writes the facts of a build; ninja runs it
 """
@@ -18,12 +19,13 @@ from typing import NamedTuple
 
 FOLDER = Path(__file__).parents[1] / "cuda"
 KERNELS = {path.stem: path for path in sorted(FOLDER.glob("**/*.cu"), key=lambda path: path.stem)}
-#: Machine code for A100, H100/H200, B200/B300 and RTX 50; others translate the PTX of compute_90 at their first launch.
-#: Plain sm_90 and sm_100, not the "a" targets: the code is the same, and it runs on the whole generation.
+#: Machine code for A100, H100/H200, B200/B300 and RTX 50; others translate the PTX of compute_90 at
+#: their first launch. Plain sm_90 and sm_100, not the "a" targets: the code is the same, and it
+#: runs on the whole generation.
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-#: Compiled for each generation anew: of Hopper's PTX the loops over logits take 7 % more instructions on sm_100, while
-#: of its own PTX and of sm_100's sm_120 gets the same code. All other kernels wait for memory, and half of the time of
-#: a build goes from sources to PTX.
+#: Compiled for each generation anew: of Hopper's PTX the loops over logits take 7 % more
+#: instructions on sm_100, while of its own PTX and of sm_100's sm_120 gets the same code. All other
+#: kernels wait for memory, and half of the time of a build goes from sources to PTX.
 OVER_LOGITS = ("cross_entropy", "cross_entropy_gradient")
 #: Clusters exchange messages by instructions (csrc/cuda/cluster.h) that CUDA has since 12.1.
 PROBE = """__global__ void probe(int* x) {
@@ -37,7 +39,8 @@ FLAGS = "-std=c++20 -O3 -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 class Kernel(NamedTuple):
-    """What one kernel takes: registers a thread; static shared memory a block, stack and spills a thread in bytes."""
+    """What one kernel takes: registers a thread; static shared memory a block, stack and spills a
+    thread in bytes."""
 
     name: str
     architecture: str
@@ -50,12 +53,14 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def find_nvcc() -> str | None:
-    """The nvcc of the PATH, if it compiles a kernel for one of the architectures; else None, after the reason."""
+    """The nvcc of the PATH, if it compiles a kernel for one of the architectures; else None, after
+    the reason."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         if os.environ.get("NITP_CUDA_ARCHITECTURES"):
             raise SystemExit(
-                f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(requested())}, but no nvcc is on the PATH"
+                f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(requested())}, but no nvcc "
+                "is on the PATH"
             )
         return None
     reason = unusable(nvcc)
@@ -73,11 +78,20 @@ def unusable(nvcc: str) -> str | None:
         with tempfile.TemporaryDirectory() as folder:
             source, compiled = Path(folder) / "probe.cu", Path(folder) / "probe.o"
             source.write_text(PROBE)
-            command = [nvcc, *flags(nvcc, source.stem).split(), "-c", str(source), "-o", str(compiled)]
+            command = [
+                nvcc,
+                *flags(nvcc, source.stem).split(),
+                "-c",
+                str(source),
+                "-o",
+                str(compiled),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             written = compiled.exists()
         if done.returncode or not written:
-            lines = [line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
+            lines = [
+                line for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()
+            ]
             return f"does not compile a kernel ({lines[0].strip() if lines else 'no message'})"
         libraries(nvcc)
     except OSError as error:
@@ -93,11 +107,15 @@ def requested() -> tuple[str, ...]:
     Raises:
         SystemExit: the variable names one that there is no code for.
     """
-    names = tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split()) or ARCHITECTURES
+    names = (
+        tuple(os.environ.get("NITP_CUDA_ARCHITECTURES", "").replace(",", " ").split())
+        or ARCHITECTURES
+    )
     unknown = [name for name in names if name not in ARCHITECTURES]
     if unknown:
         raise SystemExit(
-            f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(unknown)}, expected some of {', '.join(ARCHITECTURES)}"
+            f"nitp_ops: NITP_CUDA_ARCHITECTURES names {', '.join(unknown)}, expected some of "
+            f"{', '.join(ARCHITECTURES)}"
         )
     return names
 
@@ -105,7 +123,9 @@ def requested() -> tuple[str, ...]:
 @functools.cache
 def architectures(nvcc: str) -> tuple[str, ...]:
     """The requested architectures that this nvcc knows."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    known = subprocess.run(
+        [nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
+    ).stdout.split()
     return tuple(name for name in requested() if name.replace("sm_", "compute_") in known)
 
 
@@ -141,13 +161,18 @@ def flags(nvcc: str, kernel: str) -> str:
     codes = {source: [name for name in known if ptx[name] == source] for source in ptx.values()}
     if "sm_90" in known:
         codes["sm_90"].append("compute_90")
-    chosen = (f"-gencode arch={source.replace('sm_', 'compute_')},code=[{','.join(codes[source])}]" for source in codes)
+    chosen = (
+        f"-gencode arch={source.replace('sm_', 'compute_')},code=[{','.join(codes[source])}]"
+        for source in codes
+    )
     return f"{FLAGS} {' '.join(chosen)}"
 
 
 def short_names(mangled: list[str]) -> list[str]:
     """Kernels as "name<template arguments>"."""
-    shown = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True
+    ).stdout
     bare = re.sub(r"\w+_cu::|\(nitp::cuda::\w+\)|nitp::|cuda::|^void ", "", shown, flags=re.M)
     return [name.partition("(")[0] for name in bare.splitlines()]
 
@@ -157,7 +182,9 @@ def parse(report: str) -> list[Kernel]:
     names = re.findall(r"Compiling entry function '(\w+)' for '(\w+)'", report)
     blocks = re.split(r"Compiling entry function ", report)[1:]
     kernels = []
-    for (_, architecture), short, block in zip(names, short_names([n for n, _ in names]), blocks, strict=True):
+    for (_, architecture), short, block in zip(
+        names, short_names([n for n, _ in names]), blocks, strict=True
+    ):
 
         def number(pattern: str, block: str = block) -> int:
             match = re.search(pattern, block)
@@ -179,7 +206,9 @@ def parse(report: str) -> list[Kernel]:
 
 def table(kernels: list[Kernel]) -> str:
     width = max(len(kernel.name) for kernel in kernels)
-    lines = [f"{'kernel':{width}}  arch     registers  shared  stack  spills (stores + loads, bytes)"]
+    lines = [
+        f"{'kernel':{width}}  arch     registers  shared  stack  spills (stores + loads, bytes)"
+    ]
     lines += [
         f"{k.name:{width}}  {k.architecture:7}  {k.registers:9}  {k.shared:6}  {k.stack:5}  "
         f"{k.spill_stores} + {k.spill_loads}"
@@ -189,7 +218,8 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def facts(file: Path, reports: list[Path]) -> str:
-    """The build's facts and the kernels of the reports as one C++ string literal of JSON, for csrc/build_info.cpp."""
+    """The build's facts and the kernels of the reports as one C++ string literal of JSON, for
+    csrc/build_info.cpp."""
     kernels = [kernel for report in reports for kernel in parse(report.read_text())]
     described = [
         {

@@ -38,7 +38,10 @@ class BuildNative(build_ext):
         headers = Path(sysconfig.get_path("include"), "Python.h")
         ext.optional = not headers.exists()  # setuptools then asks for no file of it
         if ext.optional:
-            print(f"nitp_ops: built without nitp_ops._C, which nothing needs: {headers} is absent", file=sys.stderr)
+            print(
+                f"nitp_ops: built without nitp_ops._C, which nothing needs: {headers} is absent",
+                file=sys.stderr,
+            )
         name = None if self.portable or ext.optional else module.name
         try:
             compiler = native["find_compiler"](self.portable)
@@ -52,14 +55,21 @@ class BuildNative(build_ext):
         self.copy_file(str(Path(self.build_lib) / LIBRARY), str(ROOT / LIBRARY))
 
     def get_outputs(self):
-        modules = [] if self.portable or any(ext.optional for ext in self.extensions) else super().get_outputs()
+        modules = (
+            []
+            if self.portable or any(ext.optional for ext in self.extensions)
+            else super().get_outputs()
+        )
         return [*modules, str(Path(self.build_lib) / LIBRARY)]
 
 
 class Wheel(bdist_wheel):
     """A wheel that holds the library names in its SBOM what is linked into it."""
 
-    user_options: ClassVar = [*bdist_wheel.user_options, ("portable=", None, "x86_64 or aarch64: for any Linux there")]
+    user_options: ClassVar = [
+        *bdist_wheel.user_options,
+        ("portable=", None, "x86_64 or aarch64: for any Linux there"),
+    ]
 
     def initialize_options(self):
         super().initialize_options()
@@ -67,13 +77,21 @@ class Wheel(bdist_wheel):
 
     def finalize_options(self):
         if self.portable and PURE:
-            sys.exit("nitp_ops: portable=true and NITP_OPS_PURE=1 exclude each other: unset one of them")
+            sys.exit(
+                "nitp_ops: portable=true and NITP_OPS_PURE=1 exclude each other: unset one of them"
+            )
         if self.portable:  # apart from what is built for this machine
-            self.distribution.get_command_obj("build").build_base = f"build/portable-{self.portable}"
+            self.distribution.get_command_obj(
+                "build"
+            ).build_base = f"build/portable-{self.portable}"
         super().finalize_options()
 
     def get_tag(self):
-        return runpy.run_path(str(TOOLS / "portable.py"))["tag"](self.portable) if self.portable else super().get_tag()
+        return (
+            runpy.run_path(str(TOOLS / "portable.py"))["tag"](self.portable)
+            if self.portable
+            else super().get_tag()
+        )
 
     def write_wheelfile(self, wheelfile_base, *arguments, **options):
         super().write_wheelfile(wheelfile_base, *arguments, **options)

@@ -1,4 +1,5 @@
-"""python csrc/tools/installed_torch.py: this environment's torch as a constraint for pip, so that it stays as it is."""
+"""python csrc/tools/installed_torch.py: this environment's torch as a constraint for pip, so that
+it stays as it is."""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ def main() -> int:
     if tuple(map(int, version.split(".")[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         print(
-            f"make: {sys.prefix} is active and has torch {version}, nitp_ops needs torch >= {oldest}: upgrade torch "
-            "there, or deactivate the environment and make uses .venv",
+            f"make: {sys.prefix} is active and has torch {version}, nitp_ops needs torch >= "
+            f"{oldest}: upgrade torch there, or deactivate the environment and make uses .venv",
             file=sys.stderr,
         )
         return 1

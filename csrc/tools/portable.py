@@ -1,8 +1,10 @@
-"""The link of the portable wheel: one library for every Linux with glibc >= 2.28, whatever compiled its objects.
+"""The link of the portable wheel: one library for every Linux with glibc >= 2.28, whatever compiled
+its objects.
 
-The linker and the glibc to link against are zig's (PyPI ziglang). libstdc++ and libgcc_s stay shared: with copies of
-its own in the library an exception that a kernel throws would end the process instead of arriving in torch. Only what a
-compiler always links from libgcc.a is taken from there: the detection of the processor's features (zig has none)."""
+The linker and the glibc to link against are zig's (PyPI ziglang). libstdc++ and libgcc_s stay
+shared: with copies of its own in the library an exception that a kernel throws would end the
+process instead of arriving in torch. Only what a compiler always links from libgcc.a is taken from
+there: the detection of the processor's features (zig has none)."""
 
 from __future__ import annotations
 
@@ -29,9 +31,13 @@ def unusable(machine: str, compiler: Sequence[str]) -> str | None:
     if machine not in MACHINES:
         return f"a portable library is for {' or '.join(MACHINES)}, got {machine}"
     if importlib.util.find_spec("ziglang") is None:
-        return "a portable library is linked by ziglang, which is not installed (pip install ziglang)"
+        return (
+            "a portable library is linked by ziglang, which is not installed (pip install ziglang)"
+        )
     absent = [
-        name for name in ("libgcc.a", "libstdc++.so.6", "libgcc_s.so.1") if not runtime(compiler, name).is_absolute()
+        name
+        for name in ("libgcc.a", "libstdc++.so.6", "libgcc_s.so.1")
+        if not runtime(compiler, name).is_absolute()
     ]
     return f"{compiler[-1]} finds no {' and no '.join(absent)}" if absent else None
 
@@ -52,7 +58,9 @@ def linker(machine: str, compiler: Sequence[str], work: Path) -> tuple[list[str]
     """The command that links, and what it links beside the objects."""
     source, single_threaded = work / "single_threaded.c", work / "single_threaded.o"
     source.write_text(SINGLE_THREADED)
-    subprocess.run([*compiler, "-x", "c", "-fPIC", "-c", str(source), "-o", str(single_threaded)], check=True)
+    subprocess.run(
+        [*compiler, "-x", "c", "-fPIC", "-c", str(source), "-o", str(single_threaded)], check=True
+    )
     command = [sys.executable, "-m", "ziglang", "cc", "-target", f"{machine}-linux-gnu.{GLIBC}"]
     runtimes = [runtime(compiler, name) for name in ("libgcc.a", "libstdc++.so.6", "libgcc_s.so.1")]
     return command, [single_threaded, *runtimes]

@@ -31,7 +31,9 @@ def git(*command: str) -> str:
         return ""
 
     def output(*arguments: str) -> str:
-        done = subprocess.run(["git", "-C", str(CSRC), *arguments], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(CSRC), *arguments], capture_output=True, text=True, check=False
+        )
         return done.stdout.strip()
 
     # another project's repository may lie around an unpacked archive

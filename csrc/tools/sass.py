@@ -1,4 +1,5 @@
-"""Counts what the loops of a kernel issue for each number, in the machine code that cuobjdump shows."""
+"""Counts what the loops of a kernel issue for each number, in the machine code that cuobjdump
+shows."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ PACK_BYTES = 16
 
 
 class Loop(NamedTuple):
-    """An innermost loop over packs: instructions of its shortest turn, packs that a turn loads and stores.
+    """An innermost loop over packs: instructions of its shortest turn, packs that a turn loads and
+    stores.
 
-    The shortest turn is the usual one: what a thread does for a new maximum, or for an option, is behind a branch.
+    The shortest turn is the usual one: what a thread does for a new maximum, or for an option, is
+    behind a branch.
     """
 
     instructions: int
@@ -31,10 +34,16 @@ def find_cuobjdump(beside: Path) -> str | None:
     """The program of the PATH, of that folder, or of the Triton that this Python has."""
     triton = importlib.util.find_spec("triton")
     of_triton = [
-        Path(folder) / "backends/nvidia/bin" for folder in (triton and triton.submodule_search_locations) or []
+        Path(folder) / "backends/nvidia/bin"
+        for folder in (triton and triton.submodule_search_locations) or []
     ]
     folders = (None, beside, *of_triton)
-    return next(filter(None, (shutil.which("cuobjdump", path=folder and str(folder)) for folder in folders)), None)
+    return next(
+        filter(
+            None, (shutil.which("cuobjdump", path=folder and str(folder)) for folder in folders)
+        ),
+        None,
+    )
 
 
 def loops_of(cuobjdump: str, binary: Path) -> dict[str, list[Loop]]:
@@ -42,13 +51,23 @@ def loops_of(cuobjdump: str, binary: Path) -> dict[str, list[Loop]]:
     command = [cuobjdump, "-sass", "-arch", "sm_90", str(binary)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return {
-        name: loops([(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,})\*/ +([^;]*?) *;", code)])
+        name: loops(
+            [
+                (int(at, 16), what)
+                for at, what in re.findall(
+                    r"/\*([0-9a-f]{4,})\*/ "
+                    r"+([^;]*?) *;",
+                    code,
+                )
+            ]
+        )
         for name, code in re.findall(r"Function : (\w+)\n(.*?)(?=Function : |\Z)", shown, re.DOTALL)
     }
 
 
 def loops(code: list[tuple[int, str]]) -> list[Loop]:
-    """The innermost loops that load or store packs, in the order of the code: (address, instruction) each."""
+    """The innermost loops that load or store packs, in the order of the code: (address,
+    instruction) each."""
     jumps = {at: target for at, what in code if (target := _target(what)) is not None}
     back = [(target, at) for at, target in jumps.items() if target < at]
     found = []

@@ -6,18 +6,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-CUDA_LICENSE = {"name": "NVIDIA CUDA Toolkit End User License Agreement", "url": "https://docs.nvidia.com/cuda/eula/"}
+CUDA_LICENSE = {
+    "name": "NVIDIA CUDA Toolkit End User License Agreement",
+    "url": "https://docs.nvidia.com/cuda/eula/",
+}
 
 
 def document(version: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """What the library holds beside its own sources: NVIDIA's CUDA runtime where it has CUDA kernels, nothing else."""
+    """What the library holds beside its own sources: NVIDIA's CUDA runtime where it has CUDA
+    kernels, nothing else."""
     wheel = {
         "type": "library",
         "name": "nitp_ops",
         "version": version,
         "purl": f"pkg:pypi/nitp-ops@{version}",
         "licenses": [{"license": {"id": "Apache-2.0"}}],
-        "properties": [{"name": key, "value": facts[key]} for key in ("commit", "compiler", "flags")],
+        "properties": [
+            {"name": key, "value": facts[key]} for key in ("commit", "compiler", "flags")
+        ],
     }
     runtime = {
         "type": "library",

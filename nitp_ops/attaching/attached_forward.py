@@ -1,4 +1,5 @@
-"""The forward of an attached model: a bound method in all that one is asked for, but it goes where its model goes."""
+"""The forward of an attached model: a bound method in all that one is asked for, but it goes where
+its model goes."""
 
 from __future__ import annotations
 
@@ -15,16 +16,20 @@ HANDLE = "nitp_handle"
 class AttachedForward:
     """Runs the pass of the model's handle.
 
-    A bound method is pickled as the name of its function, and comes back as the forward of the class; this comes back
-    as itself, bound to the model that it came with. It looks like a method: Accelerate wraps ``__func__`` and binds the
-    result to the model again.
+    A bound method is pickled as the name of its function, and comes back as the forward of the
+    class; this comes back as itself, bound to the model that it came with. It looks like a method:
+    Accelerate wraps ``__func__`` and binds the result to the model again.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.__self__ = model
         self.is_of_instance = "forward" in model.__dict__
         plain = plain_forward(model)
-        self.__name__, self.__qualname__, self.__doc__ = "forward", plain.__qualname__, plain.__doc__
+        self.__name__, self.__qualname__, self.__doc__ = (
+            "forward",
+            plain.__qualname__,
+            plain.__doc__,
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _run(self.__self__, *args, **kwargs)
@@ -36,13 +41,17 @@ class AttachedForward:
         def nitp_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return _run(self, *args, **kwargs)
 
-        # no __wrapped__: accelerate's unwrap_model(keep_fp32_wrapper=False) installs what it finds at its end;
-        # no __module__: it tells Liger's forward from others
-        functools.update_wrapper(nitp_forward, plain, assigned=("__name__", "__qualname__", "__doc__"))
+        # no __wrapped__: accelerate's unwrap_model(keep_fp32_wrapper=False) installs what it finds
+        # at its end; no __module__: it tells Liger's forward from others
+        functools.update_wrapper(
+            nitp_forward, plain, assigned=("__name__", "__qualname__", "__doc__")
+        )
         del nitp_forward.__wrapped__  # type: ignore[attr-defined]
         me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         signature = self.__signature__
-        nitp_forward.__signature__ = signature.replace(parameters=[me, *signature.parameters.values()])  # type: ignore[attr-defined]
+        nitp_forward.__signature__ = signature.replace(
+            parameters=[me, *signature.parameters.values()]
+        )  # type: ignore[attr-defined]
         return nitp_forward
 
     @property
@@ -59,4 +68,8 @@ def plain_forward(model: nn.Module) -> Callable[..., Any]:
 
 def _run(model: Any, *args: Any, **kwargs: Any) -> Any:
     handle = model.__dict__.get(HANDLE)
-    return type(model).forward(model, *args, **kwargs) if handle is None else handle._pass(args, kwargs)
+    return (
+        type(model).forward(model, *args, **kwargs)
+        if handle is None
+        else handle._pass(args, kwargs)
+    )

@@ -1,4 +1,5 @@
-"""What `attach` saw of a model and what must still hold in every training pass: each change is refused by its name."""
+"""What `attach` saw of a model and what must still hold in every training pass: each change is
+refused by its name."""
 
 from __future__ import annotations
 
@@ -45,27 +46,27 @@ class AttachedModel:
             head: the head that computes now.
 
         Raises:
-            ValueError: an own parameter is frozen or on the meta device; the head has other sizes or is no linear any
-                more.
+            ValueError: an own parameter is frozen or on the meta device; the head has other sizes
+                or is no linear any more.
         """
         self._check_head(head)
         check_own_parameters(self._objective, head)
 
     def check_ties(self, plain: Any) -> None:
-        """After the other two, which say more of a head that was replaced; torch.compile traces this too.
+        """After the other two, which say more of a head that was replaced; torch.compile traces
+        this too.
 
         Raises:
             ValueError: parameters that were one came apart.
         """
         for first, second in self._ties:
             ends = _parameter(plain, first), _parameter(plain, second)
-            if ends[0] is not ends[1] and all(
-                end is not None for end in ends
-            ):  # an adapter that was deleted leaves no end
+            # an adapter that was deleted leaves no end
+            if ends[0] is not ends[1] and all(end is not None for end in ends):
                 raise ValueError(
-                    f"attach: {first} and {second} were one parameter at attach and are two, expected one "
-                    "(to_empty and load_state_dict(assign=True) untie: model.tie_weights() after them, before "
-                    "fully_shard)"
+                    f"attach: {first} and {second} were one parameter at attach and are two, "
+                    "expected one (to_empty and load_state_dict(assign=True) untie: "
+                    "model.tie_weights() after them, before fully_shard)"
                 )
 
     def check_untraced(self, plain: Any, head: nn.Module) -> None:
@@ -75,8 +76,8 @@ class AttachedModel:
             plain: the model. head: its output embeddings now.
 
         Raises:
-            ValueError: somebody has hooks on the head, or its call is no longer that of a linear; modules that streams
-                pass were replaced; the logits have another softcap or scale.
+            ValueError: somebody has hooks on the head, or its call is no longer that of a linear;
+                modules that streams pass were replaced; the logits have another softcap or scale.
         """
         refuse_hooks_on_head(head)
         computing = active_copy(head)
@@ -86,10 +87,12 @@ class AttachedModel:
         self._settings.check(plain)
 
     def check_forward(self, plain: Any) -> None:
-        """Before a training call of the model; a forward that is wrapped around the attached one is fine.
+        """Before a training call of the model; a forward that is wrapped around the attached one is
+        fine.
 
         Raises:
-            ValueError: the forward of the class was replaced, or the model's own by Liger-Kernel's, which has a loss.
+            ValueError: the forward of the class was replaced, or the model's own by Liger-Kernel's,
+                which has a loss.
         """
         forward = plain.__dict__.get("forward")
         if isinstance(forward, AttachedForward):
@@ -100,8 +103,9 @@ class AttachedModel:
             replaced = name.startswith("liger_kernel.")
         if replaced:
             raise ValueError(
-                f"attach: model.forward was replaced by {name}, expected attach after that replacement (Liger-Kernel: "
-                "apply it before attach, or with fused_linear_cross_entropy=False)"
+                f"attach: model.forward was replaced by {name}, expected attach after that "
+                "replacement (Liger-Kernel: apply it before attach, or with "
+                "fused_linear_cross_entropy=False)"
             )
 
     def check_loss(self, plain: Any, handle: Any) -> None:
@@ -113,8 +117,8 @@ class AttachedModel:
         own = plain.__dict__.get("_loss_function")
         if own is not None and getattr(own, "__self__", None) is not handle:
             raise ValueError(
-                f"attach: model.loss_function was replaced by {_name(own)}, expected attach after that replacement "
-                "(in training the objective is the loss)"
+                f"attach: model.loss_function was replaced by {_name(own)}, expected attach after "
+                "that replacement (in training the objective is the loss)"
             )
 
     def _check_head(self, head: nn.Module | None) -> None:
@@ -122,20 +126,28 @@ class AttachedModel:
         biased = getattr(head, "bias", None) is not None
         same = getattr(weight, "shape", None) == self._sizes
         kind = type(head).__name__
-        if head is not None and (inside := [name for name, module in head._modules.items() if module is not None]):
+        if head is not None and (
+            inside := [name for name, module in head._modules.items() if module is not None]
+        ):
             came = f"is a {kind} with submodules {', '.join(inside)}"
-            more = "compile the model, not its head" if "_orig_mod" in inside else "an adapter is more"
+            more = (
+                "compile the model, not its head" if "_orig_mod" in inside else "an adapter is more"
+            )
             raise ValueError(f"attach: the model's head {came}, expected a plain linear ({more})")
-        # of the weight first: PEFT's tied copy of a head names them the other way round, ZeRO-3 empties the weight
+        # of the weight first: PEFT's tied copy of a head names them the other way round, ZeRO-3
+        # empties the weight
         sizes = tuple(getattr(head, name, None) for name in ("out_features", "in_features"))
         same = same or sizes == self._sizes
         if same and biased == self._bias:
             return
-        before = f"{self._sizes[0]} x {self._sizes[1]}{' with a bias' if self._bias else ''} at attach"
+        before = (
+            f"{self._sizes[0]} x {self._sizes[1]}{' with a bias' if self._bias else ''} at attach"
+        )
         if not same:
             came = f"is a {kind}" if None in sizes else f"was resized to {sizes[0]} x {sizes[1]}"
             raise ValueError(
-                f"attach: the model's head {came}, it was {before}, expected attach after resizing {_DETACH}"
+                f"attach: the model's head {came}, it was {before}, expected attach after "
+                f"resizing {_DETACH}"
             )
         came = "a bias" if biased else "no bias"
         raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
@@ -146,16 +158,21 @@ class AttachedModel:
         if wrapped or not weight.is_floating_point():
             got = type(weight).__name__ if wrapped else str(weight.dtype)
             raise ValueError(
-                f"attach: the model's head has a weight of {got}, expected a plain floating point tensor as at attach "
-                "(a quantised head gets no gradient)"
+                f"attach: the model's head has a weight of {got}, expected a plain floating point "
+                "tensor as at attach (a quantised head gets no gradient)"
             )
         if is_linear_call(head):
             return
         own = head.__dict__.get("forward")
-        got = f"is a {_name(type(head))}" if own is None else f"had its forward replaced by {_name(own)}"
+        got = (
+            f"is a {_name(type(head))}"
+            if own is None
+            else f"had its forward replaced by {_name(own)}"
+        )
         raise ValueError(
-            f"attach: the model's head {got}, expected a plain linear as at attach: undo that change (in training the "
-            "weight is read and no forward of the head is called; softcap and logit scale belong to the model's)"
+            f"attach: the model's head {got}, expected a plain linear as at attach: undo that "
+            "change (in training the weight is read and no forward of the head is called; softcap "
+            "and logit scale belong to the model's)"
         )
 
     def _check_modules(self, plain: Any) -> None:
@@ -164,19 +181,26 @@ class AttachedModel:
         gone = [module for module in moved if id(module) not in present]
         if gone:
             raise ValueError(
-                f"attach: a {type(gone[0]).__name__} that streams pass is no part of the model any more, {_AGAIN}"
+                f"attach: a {type(gone[0]).__name__} that streams pass is no part of the model "
+                f"any more, {_AGAIN}"
             )
         path, before = self._list
         blocks = _module(plain, path.split(".")) if before else None
         now = 0 if blocks is None else len(list(blocks.children()))
         if now != before:
-            raise ValueError(f"attach: the model has {now} blocks, at attach it had {before}, {_AGAIN}")
+            raise ValueError(
+                f"attach: the model has {now} blocks, at attach it had {before}, {_AGAIN}"
+            )
 
 
 def _list_of(plain: nn.Module, blocks: tuple[nn.Module, ...]) -> tuple[str, int]:
     """(path, length) of the list that holds the blocks; ("", 0) where none does."""
     for path, module in plain.named_modules():
-        if blocks and isinstance(module, nn.ModuleList) and any(child is blocks[0] for child in module):
+        if (
+            blocks
+            and isinstance(module, nn.ModuleList)
+            and any(child is blocks[0] for child in module)
+        ):
             return path, len(module)
     return "", 0
 
@@ -216,8 +240,14 @@ def _module(plain: nn.Module, path: list[str]) -> nn.Module | None:
 def _ties(plain: nn.Module) -> list[tuple[str, str]]:
     """Pairs of names of one parameter: names, for a module may be replaced by another."""
     first: dict[int, str] = {}
-    named = [(name, id(parameter)) for name, parameter in plain.named_parameters(remove_duplicate=False)]
-    return [(one, name) for name, parameter in named if (one := first.setdefault(parameter, name)) != name]
+    named = [
+        (name, id(parameter)) for name, parameter in plain.named_parameters(remove_duplicate=False)
+    ]
+    return [
+        (one, name)
+        for name, parameter in named
+        if (one := first.setdefault(parameter, name)) != name
+    ]
 
 
 def _parameter(plain: nn.Module, path: str) -> Any:

@@ -1,4 +1,5 @@
-"""What `attach` leaves on a model: a forward that trains the objective, and the handle that steers it."""
+"""What `attach` leaves on a model: a forward that trains the objective, and the handle that steers
+it."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from .inspection.hugging_face import active_copy, head_of, virtual_tokens
 from .optimizers import check_optimizers
 from .tapping import Tap
 
-# where Hugging Face models put the balance loss of their experts; the part of the loss that a model adds itself
+# where Hugging Face models put the balance loss of their experts; the part of the loss that a model
+# adds itself
 AUX_LOSS = "aux_loss"
 _REPLACED = ("forward", "_loss_function", "_keys_to_ignore_on_save")
 
@@ -36,9 +38,10 @@ class Handle:
 
     Attributes:
         objective: also ``model.nitp_objective``.
-        metrics: of the last training pass, None before the first; add them up over a window, see `Metrics`. What the
-            model adds to its loss is the part "aux_loss".
-        label_layout: of the shift_labels that are counted and trained on from now on, see `Streams`.
+        metrics: of the last training pass, None before the first; add them up over a window, see
+            `Metrics`. What the model adds to its loss is the part "aux_loss".
+        label_layout: of the shift_labels that are counted and trained on from now on, see
+            `Streams`.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class Handle:
         self._zero: Tensor | None = None
         self._ran = False
         self._exact: list[Tensor] | None = None
-        self._before_attach = {name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__}
+        self._before_attach = {
+            name: plain.__dict__[name] for name in _REPLACED if name in plain.__dict__
+        }
         self._names = tuple(inspect.signature(plain.forward).parameters)
         self._attached = AttachedModel(plain, objective, tap)
         self._reads_embed = reads(objective.requires, "embed")
@@ -69,7 +74,10 @@ class Handle:
         plain.forward = AttachedForward(plain)
         plain.loss_function = self._loss
         own = {f"{OBJECTIVE}.{name}" for name in objective.state_dict()}
-        plain._keys_to_ignore_on_save = {*(getattr(plain, "_keys_to_ignore_on_save", None) or ()), *own}
+        plain._keys_to_ignore_on_save = {
+            *(getattr(plain, "_keys_to_ignore_on_save", None) or ()),
+            *own,
+        }
         after = model.register_forward_hook(self._after, with_kwargs=True)
         self._last_hook = after.id
         self._hooks = [
@@ -87,23 +95,28 @@ class Handle:
             ValueError: no integer >= 0.
         """
         if not is_int(step) or step < 0:
-            raise ValueError(f"set_step: step is {step!r}, expected an integer{of_64_bits(step)} >= 0")
+            raise ValueError(
+                f"set_step: step is {step!r}, expected an integer{of_64_bits(step)} >= 0"
+            )
         self._step = torch.tensor(step)  # a tensor keeps torch.compile from recompiling
 
-    def set_counts(self, counts: Counts | None, *, gradient_reduction: Literal["mean", "sum"] = "mean") -> None:
+    def set_counts(
+        self, counts: Counts | None, *, gradient_reduction: Literal["mean", "sum"] = "mean"
+    ) -> None:
         """Counts of the window, for the training passes that follow.
 
         Args:
-            counts: of all its microbatches (and ranks): the losses of the passes then add up to that of the window, so
-                do not divide by the number of passes. What the model adds to its loss is averaged over
-                ``counts.batches``. None: each pass counts itself, or is weighted by its share of
-                ``num_items_in_batch`` where the call brings it.
+            counts: of all its microbatches (and ranks): the losses of the passes then add up to
+                that of the window, so do not divide by the number of passes. What the model adds to
+                its loss is averaged over ``counts.batches``. None: each pass counts itself, or is
+                weighted by its share of ``num_items_in_batch`` where the call brings it.
             gradient_reduction: see `CompositeObjective.forward`.
         """
         self._counts, self._gradient_reduction = counts, gradient_reduction
 
     def count(self, batch: Mapping[str, Any]) -> Counts:
-        """Counts of a batch, the keywords of a forward call; add them over the window, all-reduce them over ranks."""
+        """Counts of a batch, the keywords of a forward call; add them over the window, all-reduce
+        them over ranks."""
         return self.objective.count(self.tokens(batch))
 
     def tokens(self, batch: Mapping[str, Any]) -> Streams:
@@ -114,11 +127,12 @@ class Handle:
         return Streams(**fields, label_layout=self.label_layout)
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """See that the optimizer trains the objective's own parameters, and of a sharded model the shards.
+        """See that the optimizer trains the objective's own parameters, and of a sharded model the
+        shards.
 
         Raises:
-            ValueError: an own parameter is frozen, on the meta device, or in no group of the optimizer; a parameter in
-                it is a gathered copy of one that fully_shard has cut.
+            ValueError: an own parameter is frozen, on the meta device, or in no group of the
+                optimizer; a parameter in it is a gathered copy of one that fully_shard has cut.
         """
         check_own_parameters(self.objective)
         check_optimizers("check", self._plain, self.objective, [optimizer])
@@ -138,7 +152,9 @@ class Handle:
         """
         plain = self._plain
         if plain.__dict__.get(HANDLE) is not self:
-            raise ValueError("detach: the objective is detached already, expected one detach an attach")
+            raise ValueError(
+                "detach: the objective is detached already, expected one detach an attach"
+            )
         for hook in self._hooks:
             hook.remove()
         self._tap.remove()
@@ -157,19 +173,26 @@ class Handle:
         if not self._plain.training or not _has_labels(call):
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
-            raise ValueError("attach: fused_lm_head is True, expected a trainer of nitp_ops.trainers.trl")
+            raise ValueError(
+                "attach: fused_lm_head is True, expected a trainer of nitp_ops.trainers.trl"
+            )
         head = self._plain.get_output_embeddings()
         self._attached.check(active_copy(head))
-        self._check_untraced() if torch.compiler.is_compiling() else self._attached.check_untraced(self._plain, head)
+        self._check_untraced() if torch.compiler.is_compiling() else self._attached.check_untraced(
+            self._plain, head
+        )
         self._attached.check_ties(self._plain)
         fields = token_streams(call)
         labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
         tuples = call.get("return_dict") is False
         call |= {"labels": labels, "return_dict": True}
         call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
-        defaults = {"use_cache": False} | ({"output_router_logits": True} if AUX_LOSS in self._external else {})
+        defaults = {"use_cache": False} | (
+            {"output_router_logits": True} if AUX_LOSS in self._external else {}
+        )
         call |= {name: value for name, value in defaults.items() if call.get(name) is None}
-        if "skip_logits" in self._names:  # Liger-Kernel's forward: else it computes a loss of its own
+        # Liger-Kernel's forward: else it computes a loss of its own
+        if "skip_logits" in self._names:
             call["skip_logits"] = False
         self._tap.start()
         try:
@@ -192,7 +215,8 @@ class Handle:
             loss = self._with_own_loss(loss, out, zero, counts)
         if counts is not self._counts:
             assert self.metrics is not None
-            self.metrics = self.metrics.contributing(label_count(fields) > 0)  # the share of no label is zero
+            # the share of no label is zero
+            self.metrics = self.metrics.contributing(label_count(fields) > 0)
         if self._exact is not None:
             self._exact.append(loss)
         out = type(out)(**{**out, "loss": loss, "logits": None})
@@ -200,18 +224,26 @@ class Handle:
 
     @torch.compiler.assume_constant_result
     def _check_untraced(self) -> None:
-        """torch.compile runs this each time that it traces the pass, and leaves it out of what it compiles."""
+        """torch.compile runs this each time that it traces the pass, and leaves it out of what it
+        compiles."""
         self._attached.check_untraced(self._plain, self._plain.get_output_embeddings())
 
     def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
         own = self._before_attach.get("forward")
-        # unbound: where torch.compile breaks its graph inside, it looks a bound method up again by its name
-        return type(self._plain).forward(self._plain, *args, **kwargs) if own is None else own(*args, **kwargs)
+        # unbound: where torch.compile breaks its graph inside, it looks a bound method up again by
+        #     its name
+        return (
+            type(self._plain).forward(self._plain, *args, **kwargs)
+            if own is None
+            else own(*args, **kwargs)
+        )
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for ``model.loss_function``: zero in a training pass, where there are no logits."""
         if self._tap.collecting:
-            self._zero = torch.zeros((), device=kwargs["labels"].device if "labels" in kwargs else args[1].device)
+            self._zero = torch.zeros(
+                (), device=kwargs["labels"].device if "labels" in kwargs else args[1].device
+            )
             return self._zero
         own = self._before_attach.get("_loss_function")
         return (_class_loss(self._plain) if own is None else own)(*args, **kwargs)
@@ -219,34 +251,50 @@ class Handle:
     def _given(self, out: Any, name: str) -> Tensor:
         value = getattr(out, name, None)
         if not isinstance(value, Tensor):
-            raise ValueError(f"attach: the model returns no {name}, expected one (external[{name}] is required)")
+            raise ValueError(
+                f"attach: the model returns no {name}, expected one (external[{name}] is required)"
+            )
         return value
 
-    def _window(self, streams: Streams, fields: Mapping[str, Any], items: Tensor | int | None) -> Counts | None:
-        """Counts of the window. Where only its number of labels is known, the mean of each term is weighted by this
-        batch's share of them: COUNT = count * items / labels."""
+    def _window(
+        self, streams: Streams, fields: Mapping[str, Any], items: Tensor | int | None
+    ) -> Counts | None:
+        """Counts of the window. Where only its number of labels is known, the mean of each term is
+        weighted by this batch's share of them: COUNT = count * items / labels."""
         if self._counts is not None or items is None:
             return self._counts
         labels = label_count(fields)
-        inverse = torch.as_tensor(items, dtype=sum_dtype(labels.device), device=labels.device) / labels
-        inverse = torch.where(labels == 0, torch.inf, inverse)  # 0 / 0 where the whole window has no label
+        inverse = (
+            torch.as_tensor(items, dtype=sum_dtype(labels.device), device=labels.device) / labels
+        )
+        # 0 / 0 where the whole window has no label
+        inverse = torch.where(labels == 0, torch.inf, inverse)
         counts = self.objective.count(streams).items()
-        return Counts({part: count.clamp(min=1) * inverse for part, count in counts}, batches=inverse)
+        return Counts(
+            {part: count.clamp(min=1) * inverse for part, count in counts}, batches=inverse
+        )
 
-    def _with_own_loss(self, loss: Tensor, out: Any, zero: Tensor | None, counts: Counts | None) -> Tensor:
-        """The objective, and what the model added to a cross-entropy of zero (see `_loss`) as a mean over the batches
-        of the window: in the metrics a part beside the others, absent where the model added nothing."""
+    def _with_own_loss(
+        self, loss: Tensor, out: Any, zero: Tensor | None, counts: Counts | None
+    ) -> Tensor:
+        """The objective, and what the model added to a cross-entropy of zero (see `_loss`) as a
+        mean over the batches of the window: in the metrics a part beside the others, absent where
+        the model added nothing."""
         assert self.metrics is not None
         own: Tensor = out.loss
-        if own is zero and not own.requires_grad and getattr(out, AUX_LOSS, None) is None:  # most models add in place
+        # most models add in place
+        if own is zero and not own.requires_grad and getattr(out, AUX_LOSS, None) is None:
             return loss
         one = torch.ones_like(own)
         self.metrics = Metrics(
-            self.metrics.sums | {AUX_LOSS: {"weighted": own, "denominator": one, "loss": own, "count": one}}
+            self.metrics.sums
+            | {AUX_LOSS: {"weighted": own, "denominator": one, "loss": own, "count": one}}
         )
         if counts is not None:
             ranks = counts.group_size if self._gradient_reduction == "mean" else 1
-            batches = torch.as_tensor(counts.batches, dtype=sum_dtype(own.device), device=own.device)
+            batches = torch.as_tensor(
+                counts.batches, dtype=sum_dtype(own.device), device=own.device
+            )
             own = own * (ranks / batches).to(own.dtype)
         return loss + own
 
@@ -259,18 +307,30 @@ class Handle:
             self._attached.check_forward(self._plain)
             self._attached.check_loss(self._plain, self)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
         if not self._ran and self._trains(module, args, kwargs):
             name = getattr(self._plain.forward, "__qualname__", repr(self._plain.forward))
-            raise RuntimeError(f"attach: model.forward was replaced by {name}, expected attach after that replacement")
+            raise RuntimeError(
+                f"attach: model.forward was replaced by {name}, expected attach after that "
+                "replacement"
+            )
         exact, self._exact = self._exact, None
         if not exact or output[0].dtype == exact[0].dtype:
             return output
-        # the policy's output_dtype is for hidden states and logits; FSDP2 watches the loss itself, not the copy it cast
-        return (*exact, *output[1:]) if isinstance(output, tuple) else type(output)(**{**output, "loss": exact[0]})
+        # the policy's output_dtype is for hidden states and logits; FSDP2 watches the loss itself,
+        # not the copy it cast
+        return (
+            (*exact, *output[1:])
+            if isinstance(output, tuple)
+            else type(output)(**{**output, "loss": exact[0]})
+        )
 
     def _trains(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return module.training and _has_labels(dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs)
+        return module.training and _has_labels(
+            dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+        )
 
 
 def _has_labels(call: Mapping[str, Any]) -> bool:
@@ -286,7 +346,9 @@ def _class_loss(model: Any) -> Any:
         model.__dict__["_loss_function"] = own
 
 
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+def _leave_out(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}{OBJECTIVE}.")]:
         del state[name]
 

@@ -1,4 +1,5 @@
-"""Where the streams of a forward pass are found in a module tree: by name, or by structure in a Hugging Face model."""
+"""Where the streams of a forward pass are found in a module tree: by name, or by structure in a
+Hugging Face model."""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ BlocksLike: TypeAlias = "ModuleLike | Iterable[ModuleLike]"
 class Sites:
     """Modules that the streams pass; None where not known.
 
-    blocks: in order; what block k + 1 receives is hidden_states[k]. norm: it receives last_residual. trunk: it returns
-    last_hidden (the final norm, or the body of a model that the head reads). owner: it holds the blocks. embed, head:
-    the modules themselves.
+    blocks: in order; what block k + 1 receives is hidden_states[k]. norm: it receives
+        last_residual. trunk: it returns
+    last_hidden (the final norm, or the body of a model that the head reads). owner: it holds the
+    blocks. embed, head: the modules themselves.
     """
 
     blocks: tuple[nn.Module, ...] | None = None
@@ -38,7 +40,8 @@ def named_sites(
     embed: ModuleLike | None = None,
     head: ModuleLike | None = None,
 ) -> Sites:
-    """The modules that were given, by name or as such; the others by structure where the model is a Hugging Face one.
+    """The modules that were given, by name or as such; the others by structure where the model is a
+    Hugging Face one.
 
     Raises:
         TypeError, ValueError: a name that the model does not have, a thing that is no module.
@@ -65,7 +68,9 @@ def hugging_face_sites(model: Any) -> Sites:
     body = model.base_model
     if body is model and hasattr(model, "get_decoder"):
         body = model.get_decoder()
-    known = Sites(trunk=body, embed=model.get_input_embeddings(), head=model.get_output_embeddings())
+    known = Sites(
+        trunk=body, embed=model.get_input_embeddings(), head=model.get_output_embeddings()
+    )
     layers = getattr(text_config(model), "num_hidden_layers", None)
     for owner, blocks in block_lists(model):
         if len(blocks) == layers:
@@ -75,10 +80,11 @@ def hugging_face_sites(model: Any) -> Sites:
 
 
 def block_lists(model: Any) -> list[tuple[nn.Module, tuple[nn.Module, ...]]]:
-    """``(module that holds the list, list)`` of every list of modules that may be the blocks, the likeliest first.
+    """``(module that holds the list, list)`` of every list of modules that may be the blocks, the
+    likeliest first.
 
-    Those of the text decoder (a tower for images may be as deep) before any other, those of ``num_hidden_layers``
-    modules before any other, the outermost first.
+    Those of the text decoder (a tower for images may be as deep) before any other, those of
+    ``num_hidden_layers`` modules before any other, the outermost first.
     """
     layers = getattr(text_config(model), "num_hidden_layers", None)
     found: dict[int, tuple[nn.Module, tuple[nn.Module, ...]]] = {}
@@ -104,14 +110,17 @@ def final_norm(model: Any, owner: nn.Module) -> nn.Module | None:
 
 
 def head_shape(head: nn.Linear) -> tuple[int, int]:
-    """(V, d) of a head's weight. in_features may say V (PEFT's copy of a tied head); ZeRO-3 leaves a weight empty."""
+    """(V, d) of a head's weight. in_features may say V (PEFT's copy of a tied head); ZeRO-3 leaves
+    a weight empty."""
     vocab, width = getattr(head.weight, "ds_shape", head.weight.shape)
     return vocab, width
 
 
 def text_config(model: Any) -> Any:
     """Of a model of text and images the config of its text decoder."""
-    return model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    return (
+        model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    )
 
 
 def _is_norm(module: nn.Module, width: int | None) -> bool:
@@ -120,20 +129,25 @@ def _is_norm(module: nn.Module, width: int | None) -> bool:
     weight = getattr(module, "weight", None)
     if weight is None and next(module.parameters(), None) is None:
         return "norm" in type(module).__name__.lower()  # one without parameters, such as OLMo's
-    return isinstance(weight, torch.Tensor) and weight.dim() == 1 and width in (weight.numel(), None)
+    return (
+        isinstance(weight, torch.Tensor) and weight.dim() == 1 and width in (weight.numel(), None)
+    )
 
 
 def _module(model: nn.Module, argument: str, given: object) -> nn.Module:
     if isinstance(given, nn.Module):
         return given
     if not isinstance(given, str):
-        raise TypeError(f"tap: {argument} is a {type(given).__name__}, expected a module or its name")
+        raise TypeError(
+            f"tap: {argument} is a {type(given).__name__}, expected a module or its name"
+        )
     try:
         return model.get_submodule(given)
     except AttributeError:
         children = ", ".join(name for name, _ in model.named_children())
         raise ValueError(
-            f"tap: {argument} is {given!r}, expected a module of the {type(model).__name__} (which has {children})"
+            f"tap: {argument} is {given!r}, expected a module of the {type(model).__name__} "
+            f"(which has {children})"
         ) from None
 
 
@@ -143,5 +157,7 @@ def _sequence(model: nn.Module, given: BlocksLike) -> tuple[nn.Module, ...]:
     if isinstance(given, nn.ModuleDict):
         return tuple(given.values())
     if not isinstance(given, Iterable):
-        raise TypeError(f"tap: blocks is a {type(given).__name__}, expected a list of modules or its name")
+        raise TypeError(
+            f"tap: blocks is a {type(given).__name__}, expected a list of modules or its name"
+        )
     return tuple(_module(model, "blocks", block) for block in given)

@@ -21,12 +21,14 @@ FILE = "nitp_objective.safetensors"
 def save(objective: CompositeObjective, folder: str | os.PathLike[str]) -> Path:
     """Write the own parameters and the spec to ``folder/nitp_objective.safetensors``; the path.
 
-    On several ranks every rank must call: sharded parameters are gathered, rank 0 writes. A crash leaves the old file.
+    On several ranks every rank must call: sharded parameters are gathered, rank 0 writes. A crash
+    leaves the old file.
 
     Raises:
         ValueError: parameters on the meta device.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
-        OSError: the file cannot be written. On the ranks that all is well with: RuntimeError with the same reason.
+        OSError: the file cannot be written. On the ranks that all is well with: RuntimeError with
+            the same reason.
     """
     from safetensors.torch import save as serialized
 
@@ -36,7 +38,8 @@ def save(objective: CompositeObjective, folder: str | os.PathLike[str]) -> Path:
             _checked("save", name, value)
     except Exception as error:
         failure = error
-    agree("save", failure)  # before the parameters are gathered, which would wait for a rank that has raised
+    # before the parameters are gathered, which would wait for a rank that has raised
+    agree("save", failure)
     state = {name: _whole(value) for name, value in own.items()}
     if not is_distributed() or dist.get_rank() == 0:
         try:
@@ -51,12 +54,14 @@ def save(objective: CompositeObjective, folder: str | os.PathLike[str]) -> Path:
 
 @torch.no_grad()
 def load(objective: CompositeObjective, folder: str | os.PathLike[str]) -> None:
-    """Read the own parameters back; every rank must call. Nothing is changed where anything is wrong, on any rank.
+    """Read the own parameters back; every rank must call. Nothing is changed where anything is
+    wrong, on any rank.
 
     Raises:
         FileNotFoundError: no sidecar in the folder.
-        ValueError: it is damaged, belongs to another spec or to a model of other sizes; parameters on the meta device.
-            On the other ranks, and where ranks read different files: RuntimeError with the reason.
+        ValueError: it is damaged, belongs to another spec or to a model of other sizes; parameters
+            on the meta device. On the other ranks, and where ranks read different files:
+            RuntimeError with the reason.
         NotImplementedError: parameters that DeepSpeed ZeRO-3 has partitioned.
     """
     state, found, failure = {}, "", None
@@ -73,20 +78,28 @@ def _read(objective: CompositeObjective, path: Path) -> tuple[dict[str, Tensor],
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"load: {path} does not exist, expected the sidecar that handle.save(folder) writes")
+        raise FileNotFoundError(
+            f"load: {path} does not exist, expected the sidecar that handle.save(folder) writes"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"load: {path} is damaged ({' '.join(str(error).split())}), expected another copy") from error
+        raise ValueError(
+            f"load: {path} is damaged ({' '.join(str(error).split())}), expected another copy"
+        ) from error
     got, expected = metadata.get("spec", "none"), _spec(objective)
     found = checksum(state, got)
     if metadata.get("sha256", found) != found:  # a file of an earlier version has none
-        raise ValueError(f"load: {path} is damaged (its checksum does not match), expected another copy")
+        raise ValueError(
+            f"load: {path} is damaged (its checksum does not match), expected another copy"
+        )
     if got != expected:
         raise ValueError(f"load: {path} has the spec {got}, expected {expected}")
-    shapes = {name: tuple(_checked("load", name, value).shape) for name, value in _own(objective).items()}
+    shapes = {
+        name: tuple(_checked("load", name, value).shape) for name, value in _own(objective).items()
+    }
     if shapes != (there := {name: tuple(value.shape) for name, value in state.items()}):
         raise ValueError(f"load: {path} holds {there}, expected {shapes}")
     return state, found
@@ -103,9 +116,14 @@ def _own(objective: CompositeObjective) -> dict[str, Tensor]:
 
 def _checked(function: str, name: str, value: Tensor) -> Tensor:
     if hasattr(value, "ds_id"):
-        raise NotImplementedError(f"{function}: {name} is partitioned by DeepSpeed ZeRO-3, expected a whole parameter")
+        raise NotImplementedError(
+            f"{function}: {name} is partitioned by DeepSpeed ZeRO-3, expected a whole parameter"
+        )
     if value.is_meta:
-        raise ValueError(f"{function}: {name} is on the meta device, expected values (objective.materialize(device))")
+        raise ValueError(
+            f"{function}: {name} is on the meta device, expected values "
+            "(objective.materialize(device))"
+        )
     return value
 
 

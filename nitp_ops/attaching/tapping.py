@@ -26,11 +26,12 @@ def tap(
     embed: ModuleLike | None = None,
     head: ModuleLike | None = None,
 ) -> Tap:
-    """A context that collects exactly the required streams of the forward pass inside it, without a copy.
+    """A context that collects exactly the required streams of the forward pass inside it, without a
+    copy.
 
     * ``last_hidden``: what the final norm returns; ``last_residual``: what it receives;
-    * ``hidden_states[k]``: the residual stream after k blocks, 0 the embedding output: what block k + 1 receives (the
-      final norm, after the last block);
+    * ``hidden_states[k]``: the residual stream after k blocks, 0 the embedding output: what block k
+      + 1 receives (the final norm, after the last block);
     * ``head``, ``embed``: the modules.
 
     Each is detached at once, unless a `Need` of it asks for its gradient.
@@ -38,8 +39,9 @@ def tap(
     Args:
         model: the module tree that the forward pass runs through.
         requires: an objective, or needs of streams (``objective.requires``).
-        blocks: the transformer blocks in order, or the name of their list. norm, embed, head: the final norm, the
-            embedding and the unembedding, or their names. In a Hugging Face model all are found by structure.
+        blocks: the transformer blocks in order, or the name of their list. norm, embed, head: the
+            final norm, the embedding and the unembedding, or their names. In a Hugging Face model
+            all are found by structure.
 
     Raises:
         TypeError, ValueError: a name that the model does not have; no module for a required stream.
@@ -62,13 +64,17 @@ def tap(
 
 
 class Tap:
-    """What `tap` returns. Use it as a context for each forward pass; `streams` then hands out what it collected.
+    """What `tap` returns. Use it as a context for each forward pass; `streams` then hands out what
+    it collected.
 
-    Hooks are registered when the context is entered and removed when it is left. A model that is compiled needs them
-    before: `install` registers them for good (torch.compile ignores hooks that come later), `remove` ends that.
+    Hooks are registered when the context is entered and removed when it is left. A model that is
+    compiled needs them
+    before: `install` registers them for good (torch.compile ignores hooks that come later),
+        `remove` ends that.
 
     Args:
-        sites: modules that the streams pass. requires: the streams. who: the function that the user called, for errors.
+        sites: modules that the streams pass. requires: the streams. who: the function that the user
+            called, for errors.
     """
 
     def __init__(self, sites: Sites, requires: Iterable[Need], *, who: str = "tap") -> None:
@@ -80,7 +86,9 @@ class Tap:
         self._temporary = self._handed_out = False
         self._states = {str(need): need.layer for need in self.requires if need.layer is not None}
         self._given = [name for name in ("head", "embed") if reads(self.requires, name)]
-        self._points = [point for name in named(self.requires) if (point := self._point(name)) is not None]
+        self._points = [
+            point for name in named(self.requires) if (point := self._point(name)) is not None
+        ]
 
     def install(self) -> Tap:
         """Register the hooks until `remove`; they do nothing outside the context."""
@@ -89,7 +97,9 @@ class Tap:
                 if output:
                     handle = module.register_forward_hook(partial(self._returned, name))
                 else:
-                    handle = module.register_forward_pre_hook(partial(self._received, name), with_kwargs=True)
+                    handle = module.register_forward_pre_hook(
+                        partial(self._received, name), with_kwargs=True
+                    )
                 self._handles.append(handle)
         return self
 
@@ -126,8 +136,9 @@ class Tap:
     def start(self) -> None:
         """Collect what passes from now on; torch.compile traces this and `stop`, but no context.
 
-        A head that is called on no rows, so that no logits are built, runs no hook until `stop`: the objective calls it
-        once more, and an engine that sees two calls in a step frees parameters of its group after the first.
+        A head that is called on no rows, so that no logits are built, runs no hook until `stop`:
+        the objective calls it once more, and an engine that sees two calls in a step frees
+        parameters of its group after the first.
         """
         if not torch.compiler.is_compiling():
             self._see_last()
@@ -150,7 +161,8 @@ class Tap:
             self.sites.head.__dict__.pop("_call_impl", None)
 
     def streams(self, **fields: Any) -> Streams:
-        """`Streams` of the pass: what was collected, the modules, and the token streams given by keyword.
+        """`Streams` of the pass: what was collected, the modules, and the token streams given by
+        keyword.
 
         What was collected is handed out once, so that it lives no longer than the step.
 
@@ -159,7 +171,9 @@ class Tap:
         """
         self._check_complete()
         found = self._found
-        given: dict[str, Any] = {"hidden_states": {k: found[name] for name, k in self._states.items()}}
+        given: dict[str, Any] = {
+            "hidden_states": {k: found[name] for name, k in self._states.items()}
+        }
         given |= {name: found[name] for name in ("last_hidden", "last_residual") if name in found}
         given |= {name: getattr(self.sites, name) for name in self._given}
         self._found, self._handed_out = {}, True
@@ -169,8 +183,9 @@ class Tap:
         missing = [name for name, _, _ in self._points if name not in self._found]
         if missing:
             raise RuntimeError(
-                f"{self.who}: {', '.join(missing)} did not pass, expected a forward pass inside the context "
-                "(torch.compile ignores hooks that come after it: install() the tap first)"
+                f"{self.who}: {', '.join(missing)} did not pass, expected a forward pass inside "
+                "the context (torch.compile ignores hooks that come after it: install() the tap "
+                "first)"
             )
 
     def _point(self, name: str) -> tuple[str, nn.Module, bool] | None:
@@ -178,12 +193,21 @@ class Tap:
         sites = self.sites
         if name in self._states:
             if sites.blocks is None:
-                raise ValueError(f"{self.who}: blocks is None, expected the transformer blocks ({name} is required)")
+                raise ValueError(
+                    f"{self.who}: blocks is None, expected the transformer blocks ({name} is "
+                    "required)"
+                )
             k, count = self._states[name], len(sites.blocks)
             if k > count:
                 has = f"the model has {count} blocks"
-                raise ValueError(f"{self.who}: {name} is required, expected at most {count} ({has})")
-            return (name, sites.blocks[k], False) if k < count else (name, self._needed("norm", name), False)
+                raise ValueError(
+                    f"{self.who}: {name} is required, expected at most {count} ({has})"
+                )
+            return (
+                (name, sites.blocks[k], False)
+                if k < count
+                else (name, self._needed("norm", name), False)
+            )
         if name == "last_hidden":
             return name, self._needed("trunk", name), True
         if name == "last_residual":
@@ -196,16 +220,23 @@ class Tap:
         module = getattr(self.sites, site)
         if module is None:
             argument = "norm" if site == "trunk" else site
-            raise ValueError(f"{self.who}: {argument} is None, expected a module or its name ({stream} is required)")
+            raise ValueError(
+                f"{self.who}: {argument} is None, expected a module or its name ({stream} is "
+                "required)"
+            )
         return module
 
-    def _received(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _received(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if self.collecting:
             self._keep(name, first_tensor(args, kwargs))
 
     def _returned(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.collecting:
-            first = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+            first = (
+                output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+            )
             self._keep(name, output[0] if first is None and isinstance(output, tuple) else first)
 
     def _keep(self, name: str, value: object) -> None:
@@ -215,7 +246,9 @@ class Tap:
         if not isinstance(value, Tensor):
             raise TypeError(f"{self.who}: {name} is a {type(value).__name__}, expected a tensor")
         if name in self._found:
-            raise RuntimeError(f"{self.who}: {name} passed twice, expected one forward pass inside the context")
+            raise RuntimeError(
+                f"{self.who}: {name} passed twice, expected one forward pass inside the context"
+            )
         self._found[name] = value if name in self._differentiable else value.detach()
 
 

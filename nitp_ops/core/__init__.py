@@ -1,1 +1,2 @@
-"""What every op uses and knows of no op: argument checks, chunking, GEMMs, dispatch, the compiled library."""
+"""What every op uses and knows of no op: argument checks, chunking, GEMMs, dispatch, the compiled
+library."""

@@ -1,4 +1,5 @@
-"""Checks at the door. One message form: `op: argument has|is <what came>, expected <what was expected>`."""
+"""Checks at the door. One message form: `op: argument has|is <what came>, expected <what was
+expected>`."""
 
 from __future__ import annotations
 
@@ -31,18 +32,20 @@ def is_tensor(op: str, argument: str, value: object) -> None:
 
 
 def is_dtensor(value: Any) -> bool:
-    # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s (2 busy cores)
+    # where torch.distributed.tensor was never imported there is no DTensor; importing it took 2.3 s
+    # (2 busy cores)
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(value, distributed.DTensor)
 
 
 def is_plain(op: str, argument: str, value: Any) -> None:
-    """No DTensor: an op on its local part would be silently wrong, one on the whole would gather it."""
+    """No DTensor: an op on its local part would be silently wrong, one on the whole would gather
+    it."""
     if is_dtensor(value):
         placements = ", ".join(map(str, value.placements))
         raise TypeError(
-            f"{op}: {argument} is a DTensor ({placements}), expected a plain tensor (or, for an unembedding with "
-            "Shard(0), group=nitp_ops.distributed.VocabularyShards())"
+            f"{op}: {argument} is a DTensor ({placements}), expected a plain tensor (or, for an "
+            "unembedding with Shard(0), group=nitp_ops.distributed.VocabularyShards())"
         )
 
 
@@ -58,14 +61,20 @@ def is_float(op: str, argument: str, value: object) -> None:
     is_tensor(op, argument, value)
     assert isinstance(value, Tensor)
     if value.layout != torch.strided:
-        raise TypeError(f"{op}: {argument} has the layout {name_of(value.layout)}, expected strided")
+        raise TypeError(
+            f"{op}: {argument} has the layout {name_of(value.layout)}, expected strided"
+        )
     has_dtype(op, argument, value, FLOATS)
 
 
-def has_shape(op: str, argument: str, tensor: Tensor, expected: Sequence[int], meaning: str = "") -> None:
+def has_shape(
+    op: str, argument: str, tensor: Tensor, expected: Sequence[int], meaning: str = ""
+) -> None:
     if tuple(tensor.shape) != tuple(expected):
         note = f" ({meaning})" if meaning else ""
-        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {tuple(expected)}{note}")
+        raise ValueError(
+            f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {tuple(expected)}{note}"
+        )
 
 
 def has_dim(op: str, argument: str, tensor: Tensor, least: int, form: str) -> None:
@@ -75,19 +84,23 @@ def has_dim(op: str, argument: str, tensor: Tensor, least: int, form: str) -> No
 
 def same_device(op: str, argument: str, tensor: Tensor, like: str, other: Tensor) -> None:
     if tensor.device != other.device:
-        raise ValueError(f"{op}: {argument} is on {tensor.device}, expected {other.device} (where {like} is)")
+        raise ValueError(
+            f"{op}: {argument} is on {tensor.device}, expected {other.device} (where {like} is)"
+        )
 
 
 def one_of(op: str, argument: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{op}: {argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}")
+        raise ValueError(
+            f"{op}: {argument} is {value!r}, expected one of {', '.join(map(repr, allowed))}"
+        )
 
 
 def constant(value: float) -> float:
     """The number, a constant of the graph while tracing: another value compiles anew.
 
-    As a symbol it would reach a custom op, which AOTAutograd turns into a constant behind its own cache: compiled code
-    of an earlier value then ran for a later one (pytorch issue 197889)."""
+    As a symbol it would reach a custom op, which AOTAutograd turns into a constant behind its own
+    cache: compiled code of an earlier value then ran for a later one (pytorch issue 197889)."""
     if not torch.compiler.is_compiling():
         return value
     from torch.fx.experimental.symbolic_shapes import guard_scalar
@@ -106,12 +119,15 @@ def number(
 ) -> float:
     """A finite real number `>= least` (`> least` with open_end), as float, a `constant`.
 
-    dtype: of the arithmetic that takes it; there it must not be infinite, nor zero with open_end (a softcap of zero
+    dtype: of the arithmetic that takes it; there it must not be infinite, nor zero with open_end (a
+        softcap of zero
     means none)."""
     return constant(_number(op, argument, value, least, open_end, dtype))
 
 
-def _number(op: str, argument: str, value: object, least: float, open_end: bool, dtype: torch.dtype) -> float:
+def _number(
+    op: str, argument: str, value: object, least: float, open_end: bool, dtype: torch.dtype
+) -> float:
     expected = f"a number {'>' if open_end else '>='} {least:g}"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{op}: {argument} is {value!r}, expected {expected}")
@@ -123,7 +139,9 @@ def _number(op: str, argument: str, value: object, least: float, open_end: bool,
         raise ValueError(f"{op}: {argument} is {value!r}, expected {expected}")
     range_ = torch.finfo(dtype)
     if real > range_.max or (open_end and abs(real) < range_.tiny):
-        raise ValueError(f"{op}: {argument} is {value!r}, expected {expected} in the range of {name_of(dtype)}")
+        raise ValueError(
+            f"{op}: {argument} is {value!r}, expected {expected} in the range of {name_of(dtype)}"
+        )
     return real
 
 
@@ -140,8 +158,8 @@ def integer(op: str, argument: str, value: object, *, least: int = _INT64.min) -
 
 
 def scalar(op: str, argument: str, value: Any, dtype: torch.dtype) -> Any:
-    """A positive number for arithmetic in dtype, as float (while tracing as it is: no constant), or a 0-d tensor
-    without gradient, which is never read on the host."""
+    """A positive number for arithmetic in dtype, as float (while tracing as it is: no constant), or
+    a 0-d tensor without gradient, which is never read on the host."""
     if isinstance(value, Tensor):
         is_plain(op, argument, value)
         has_shape(op, argument, value, ())
@@ -155,43 +173,60 @@ def scalar(op: str, argument: str, value: Any, dtype: torch.dtype) -> Any:
 
 def no_gradient(op: str, argument: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
-        raise ValueError(f"{op}: {argument} requires a gradient, expected a detached tensor (it gets none)")
+        raise ValueError(
+            f"{op}: {argument} requires a gradient, expected a detached tensor (it gets none)"
+        )
 
 
-def labels_inside(op: str, argument: str, labels: Tensor, ignore_index: int, classes: int, many: bool) -> None:
-    """Host check of values: each label lies in [0, classes) or is absent (ignore_index; with many a row: negative)."""
+def labels_inside(
+    op: str, argument: str, labels: Tensor, ignore_index: int, classes: int, many: bool
+) -> None:
+    """Host check of values: each label lies in [0, classes) or is absent (ignore_index; with many a
+    row: negative)."""
     wrong = labels >= classes if many else (labels < 0) | (labels >= classes)
     wrong = wrong & (labels != ignore_index)  # out of place: functionalize follows that
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
-        expected = f"[0, {classes}) or {'absent: negative or ' if many else ''}ignore_index={ignore_index}"
-        raise IndexError(f"{op}: {argument}{list(where)} is {int(labels[where])}, expected a value in {expected}")
+        expected = (
+            f"[0, {classes}) or {'absent: negative or ' if many else ''}ignore_index={ignore_index}"
+        )
+        raise IndexError(
+            f"{op}: {argument}{list(where)} is {int(labels[where])}, expected a value in {expected}"
+        )
 
 
 def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) -> None:
-    """A dense buffer that a backward pass adds the gradient of `tensor` into: float32 (float64 for float64)."""
+    """A dense buffer that a backward pass adds the gradient of `tensor` into: float32 (float64 for
+    float64)."""
     is_plain(op, argument, value)
     is_tensor(op, argument, value)
     assert isinstance(value, Tensor)
-    has_dtype(op, argument, value, (torch.float64 if tensor.dtype == torch.float64 else torch.float32,))
+    has_dtype(
+        op, argument, value, (torch.float64 if tensor.dtype == torch.float64 else torch.float32,)
+    )
     has_shape(op, argument, value, tensor.shape, f"{like}'s")
     same_device(op, argument, value, like, tensor)
     no_gradient(op, argument, value)
     if not value.is_contiguous():
-        raise ValueError(f"{op}: {argument} has strides {value.stride()}, expected a contiguous tensor")
+        raise ValueError(
+            f"{op}: {argument} has strides {value.stride()}, expected a contiguous tensor"
+        )
     if torch.is_grad_enabled() and not tensor.requires_grad:
         raise ValueError(
-            f"{op}: {argument} came, but {like} requires no gradient; expected one that does, or no buffer"
+            f"{op}: {argument} came, but {like} requires no gradient; expected one that does, or "
+            "no buffer"
         )
 
 
 def host_reads(device: torch.device) -> bool:
-    """Whether values may steer the host: never those of a GPU, whose queue would run empty meanwhile."""
+    """Whether values may steer the host: never those of a GPU, whose queue would run empty
+    meanwhile."""
     return device.type == "cpu"
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether values may be read on the host: a CPU tensor that is neither traced, fake nor batched."""
+    """Whether values may be read on the host: a CPU tensor that is neither traced, fake nor
+    batched."""
     if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
@@ -201,7 +236,8 @@ def plain(tensor: Tensor) -> bool:
 
 
 def plain_autograd(op: str, *tensors: Tensor | None) -> None:
-    """Refuses by name what a custom op cannot follow: forward mode would lose its tangent without a word."""
+    """Refuses by name what a custom op cannot follow: forward mode would lose its tangent without a
+    word."""
     if torch.compiler.is_compiling():
         return
     dual = forward_ad._current_level >= 0
@@ -217,4 +253,6 @@ def plain_autograd(op: str, *tensors: Tensor | None) -> None:
             came = "forward-mode differentiation"
         else:
             continue
-        raise NotImplementedError(f"{op}: {came} came, expected plain reverse mode (or backend='reference')")
+        raise NotImplementedError(
+            f"{op}: {came} came, expected plain reverse mode (or backend='reference')"
+        )

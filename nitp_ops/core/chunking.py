@@ -1,4 +1,5 @@
-"""Chunks of rows: which, how many, how large, and access to them without copying a whole activation."""
+"""Chunks of rows: which, how many, how large, and access to them without copying a whole
+activation."""
 
 from __future__ import annotations
 
@@ -12,14 +13,17 @@ from . import checks, library
 
 #: Default workspace on CPU: small ones stay in the last-level cache and in memory that glibc keeps.
 LEAST_BYTES = 32 * 2**20
-#: Every chunk reads and writes the whole weight gradient, so a workspace may be as large as that in float32, up to:
+#: Every chunk reads and writes the whole weight gradient, so a workspace may be as large as that in
+#: float32, up to:
 MOST_BYTES = 120 * 2**20
 #: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
 ENOUGH_ROWS = 512
-#: Several terms share a pass to save memory: their chunk is at most this share of the gradient, or has so many rows.
+#: Several terms share a pass to save memory: their chunk is at most this share of the gradient, or
+#: has so many rows.
 SHARED_PART, ENOUGH_SHARED_ROWS = 0.6, 448
-#: Default on a GPU: so many rows, whatever the width (reading and writing the sum of the weight gradient takes a share
-#: of its GEMM that goes by the rows alone), and for a projector at least so many bytes (docs/decisions/0014).
+#: Default on a GPU: so many rows, whatever the width (reading and writing the sum of the weight
+#: gradient takes a share of its GEMM that goes by the rows alone), and for a projector at least so
+#: many bytes (docs/decisions/0014).
 ROWS_ON_GPU, PROJECTOR_BYTES_ON_GPU = 8192, 1280 * 2**20
 #: Copies of logits that the row kernels cannot read in place, on a GPU.
 COPY_BYTES_ON_GPU = 512 * 2**20
@@ -27,7 +31,8 @@ COPY_BYTES_ON_GPU = 512 * 2**20
 _MAPPED_BYTES = 32 * 2**20
 #: Rows of a chunk are a multiple of so many, which the GEMMs of libraries are fastest at.
 EVEN_ROWS = 8
-#: Numbers of one load, 16 bytes in bfloat16, and of the lines of 128 bytes that other rows of logits are padded to.
+#: Numbers of one load, 16 bytes in bfloat16, and of the lines of 128 bytes that other rows of
+#: logits are padded to.
 _LOAD, _ALIGNED = 8, 64
 
 
@@ -42,21 +47,30 @@ def rows_per_chunk(
     device: str = "cpu",
     itemsize: int = 4,
 ) -> int:
-    """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a sliver.
+    """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a
+    sliver.
 
-    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller. longest: rows of
-    the longest of several terms that these are. itemsize: of a number of the GEMMs, or of the gradient where that is
-    wider. Chunks of several rows have a multiple of 8, which the GEMMs of a CPU are fastest at."""
+    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller.
+        longest: rows of
+    the longest of several terms that these are. itemsize: of a number of the GEMMs, or of the
+    gradient where that is wider. Chunks of several rows have a multiple of 8, which the GEMMs of a
+    CPU are fastest at."""
     if device == "cpu":
         part, enough = (1.0, ENOUGH_ROWS) if longest is None else (SHARED_PART, ENOUGH_SHARED_ROWS)
-        default = max(min(int(part * 4 * weights), MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES))
+        default = max(
+            min(int(part * 4 * weights), MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES)
+        )
         if longest is not None:  # no more than a call for that term would need
             default = min(default, -(-longest // EVEN_ROWS) * EVEN_ROWS * row_bytes)
         default = max(least, default)
     else:
         default = max(least, ROWS_ON_GPU * row_bytes)
-        whole, spared = -(-rows // EVEN_ROWS) * EVEN_ROWS * row_bytes, max(0, 4 - itemsize) * weights
-        # one chunk needs no float32 sum of a narrow gradient; with it, the largest chunk would take as much
+        whole, spared = (
+            -(-rows // EVEN_ROWS) * EVEN_ROWS * row_bytes,
+            max(0, 4 - itemsize) * weights,
+        )
+        # one chunk needs no float32 sum of a narrow gradient; with it, the largest chunk would take
+        # as much
         if longest is None and default < whole <= default + spared:
             default = whole
     most = max(1, (default if chunk_bytes is None else chunk_bytes) // max(1, row_bytes))
@@ -66,15 +80,17 @@ def rows_per_chunk(
 
 
 def row_stride(columns: int, device: str) -> int:
-    """Numbers from one row of logits to the next: V, or on CUDA, where V is no multiple of 8, the next multiple of 64.
-    A GEMM over rows that do not begin at 16 bytes cannot load them 16 bytes at a time."""
+    """Numbers from one row of logits to the next: V, or on CUDA, where V is no multiple of 8, the
+    next multiple of 64. A GEMM over rows that do not begin at 16 bytes cannot load them 16 bytes at
+    a time."""
     if device != "cuda" or columns % _LOAD == 0:
         return columns
     return -(-columns // _ALIGNED) * _ALIGNED
 
 
 def workspace(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Memory that will be written as a whole: on CPU the pages of a block that glibc maps afresh come at once."""
+    """Memory that will be written as a whole: on CPU the pages of a block that glibc maps afresh
+    come at once."""
     block = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and block.nbytes > _MAPPED_BYTES and library.load_error is None:
         torch.ops.nitp_ops.populate_(block)
@@ -89,7 +105,8 @@ def rows_of(tensor: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 class Rows:
-    """A tensor [..., d] read as rows [N, d]: views where strides allow, else copies of one chunk at a time."""
+    """A tensor [..., d] read as rows [N, d]: views where strides allow, else copies of one chunk at
+    a time."""
 
     def __init__(self, tensor: Tensor):
         self.shape = tensor.shape[:-1]
@@ -108,21 +125,25 @@ class Rows:
         return self.tensor[torch.unravel_index(rows, self.shape)]
 
     def dense(self, rows: Tensor | slice) -> Tensor:
-        """`take` with a dense last axis, which the row kernels need; copies (a chunk) only where it is not."""
+        """`take` with a dense last axis, which the row kernels need; copies (a chunk) only where it
+        is not."""
         part = self.take(rows)
         return part if part.shape[-1] < 2 or part.stride(-1) == 1 else part.contiguous()
 
 
 def whole_or_chunk(*tensors: Rows) -> int:
-    """Rows a call for an elementwise kernel: all at once where it can read them in place, else 8 MiB of copies."""
-    in_place = all(rows.flat and (rows.width < 2 or rows.tensor.stride(-1) == 1) for rows in tensors)
+    """Rows a call for an elementwise kernel: all at once where it can read them in place, else 8
+    MiB of copies."""
+    in_place = all(
+        rows.flat and (rows.width < 2 or rows.tensor.stride(-1) == 1) for rows in tensors
+    )
     count, width = tensors[0].count, tensors[0].width
     return max(1, count if in_place else 2**20 // max(1, width))
 
 
 class Selection(NamedTuple):
-    """The rows that are computed, in order, and those that are not: slices where they lie together, so that nothing
-    need be gathered, else indices."""
+    """The rows that are computed, in order, and those that are not: slices where they lie together,
+    so that nothing need be gathered, else indices."""
 
     rows: Tensor | slice
     rest: tuple[Tensor | slice, ...]
@@ -135,8 +156,8 @@ class Selection(NamedTuple):
 
 
 def select_rows(keep: Tensor, max_rows: int | None = None) -> Selection:
-    """The kept rows. Where the host must not read `keep`: the first `max_rows` of all rows, kept ones first; without
-    it, every row."""
+    """The kept rows. Where the host must not read `keep`: the first `max_rows` of all rows, kept
+    ones first; without it, every row."""
     total = keep.numel()
     if not checks.host_reads(keep.device):
         if max_rows is None or max_rows >= total:
@@ -190,12 +211,18 @@ def packed(
 
 
 def _between(rows: Tensor | slice, first: int, last: int) -> Tensor | slice:
-    return slice(rows.start + first, rows.start + last) if isinstance(rows, slice) else rows[first:last]
+    return (
+        slice(rows.start + first, rows.start + last)
+        if isinstance(rows, slice)
+        else rows[first:last]
+    )
 
 
 def with_zeros(chunk: Tensor, rows: int) -> Tensor:
     """The chunk [n, d], followed by zeros where it has less than `rows` rows."""
-    return chunk if len(chunk) == rows else torch.constant_pad_nd(chunk, (0, 0, 0, rows - len(chunk)))
+    return (
+        chunk if len(chunk) == rows else torch.constant_pad_nd(chunk, (0, 0, 0, rows - len(chunk)))
+    )
 
 
 def clear(out: Tensor, rows: Tensor | slice) -> None:

@@ -1,4 +1,5 @@
-"""Files that are whole or absent, whenever a process ends and whoever else writes; checksums of tensors."""
+"""Files that are whole or absent, whenever a process ends and whoever else writes; checksums of
+tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ UNFINISHED = ".partial"
 
 
 def write_whole(path: Path, content: bytes, keep: Path | None = None) -> None:
-    """Write a neighbour file, fsync it, rename it over `path`: at any moment `path` is an old or a new whole.
+    """Write a neighbour file, fsync it, rename it over `path`: at any moment `path` is an old or a
+    new whole.
 
     Of several processes that write the same path one wins, whole: each has a neighbour of its own.
 

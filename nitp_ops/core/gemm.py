@@ -11,72 +11,95 @@ from torch import Tensor
 from . import checks, library
 from .chunking import EVEN_ROWS, rows_of, workspace
 
-#: A block of a weight that is cast, or of a GEMM that is summed, at a time: it stays in the second-level cache.
+#: A block of a weight that is cast, or of a GEMM that is summed, at a time: it stays in the
+#: second-level cache.
 BLOCK_BYTES = 2 * 2**20
 #: The same on a GPU, which needs large GEMMs to be busy.
 BLOCK_BYTES_ON_GPU = 128 * 2**20
-#: A float32 sum that is rounded at the end stands in pieces of so many bytes or more, each given back once it is
+#: A float32 sum that is rounded at the end stands in pieces of so many bytes or more, each given
+#: back once it is
 #: rounded: glibc maps blocks over 32 MiB one by one.
 _PIECE_BYTES = 40 * 2**20
-#: A GEMM that writes fewer numbers has less than two tiles of 128 x 256 for each multiprocessor of a
-#: large GPU, which a split of its sum would keep busy.
+#: A GEMM that writes fewer numbers has less than two tiles of 128 x 256 for each multiprocessor of
+#: a large GPU, which a split of its sum would keep busy.
 SPLIT_NUMBERS = 2**23
 #: Dtypes narrower than the arithmetic on them.
 _NARROW = (torch.bfloat16, torch.float16)
-#: A GEMM by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06 where they are many
-#: and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the rest goes apart (docs/log.md).
+#: A GEMM by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06
+#: where they are many and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the
+#: rest goes apart (docs/log.md).
 _EVEN_ROWS, _MANY_ROWS = 16, 2048
-#: Where a GEMM writes columns of a wider matrix; on MPS it left them unwritten (pytorch issue 104832).
+#: Where a GEMM writes columns of a wider matrix; on MPS it left them unwritten (pytorch issue
+#: 104832).
 _STRIDED_OUT = frozenset({"cpu", "cuda"})
 #: Asked once: torch 2.11 cannot trace the question.
-_AUTOCAST = frozenset(device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device))
+_AUTOCAST = frozenset(
+    device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
+)
 
 
 def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto") -> torch.dtype:
-    """The autocast dtype where autocast is on (it leaves float64 alone), else the weight's; or `logits_dtype`.
+    """The autocast dtype where autocast is on (it leaves float64 alone), else the weight's; or
+    `logits_dtype`.
 
-    On CPU float16 runs in float32, and so does bfloat16 where the processor has no GEMM of it (decision 0010)."""
+    On CPU float16 runs in float32, and so does bfloat16 where the processor has no GEMM of it
+    (decision 0010)."""
     device, dtype = weight.device.type, weight.dtype
     if logits_dtype != "auto" and not isinstance(logits_dtype, torch.dtype):
         raise TypeError(f"{op}: logits_dtype is {logits_dtype!r}, expected 'auto' or a torch.dtype")
     if device in _AUTOCAST and torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         if dtype not in checks.FLOATS:
-            raise TypeError(f"{op}: autocast is {checks.name_of(dtype)}, expected bfloat16 or float16 (or no autocast)")
+            raise TypeError(
+                f"{op}: autocast is {checks.name_of(dtype)}, expected bfloat16 or float16 (or no "
+                "autocast)"
+            )
     if logits_dtype != "auto":
         allowed = {dtype, torch.promote_types(dtype, torch.float32)}
         if logits_dtype not in allowed:
-            names = " or ".join(["'auto'", *sorted(f"torch.{checks.name_of(each)}" for each in allowed)])
-            raise ValueError(f"{op}: logits_dtype is {logits_dtype}, expected {names} (the GEMM is {dtype})")
+            names = " or ".join(
+                ["'auto'", *sorted(f"torch.{checks.name_of(each)}" for each in allowed)]
+            )
+            raise ValueError(
+                f"{op}: logits_dtype is {logits_dtype}, expected {names} (the GEMM is {dtype})"
+            )
         assert isinstance(logits_dtype, torch.dtype)
         dtype = logits_dtype
     return torch.float32 if device == "cpu" and dtype in _WITHOUT_GEMM else dtype
 
 
-def operand_dtype(device: str, weight: torch.dtype, hidden: Sequence[torch.dtype], logits: torch.dtype) -> torch.dtype:
-    """In which dtype the GEMMs take their operands, where `logits` is the dtype of logits that was asked for.
+def operand_dtype(
+    device: str, weight: torch.dtype, hidden: Sequence[torch.dtype], logits: torch.dtype
+) -> torch.dtype:
+    """In which dtype the GEMMs take their operands, where `logits` is the dtype of logits that was
+    asked for.
 
-    On CUDA a GEMM of narrow operands can write float32: the logits of widened operands at the speed of narrow ones.
-    Elsewhere, and beside float32 hidden states, which must not be rounded, the operands are as wide as the logits."""
+    On CUDA a GEMM of narrow operands can write float32: the logits of widened operands at the speed
+    of narrow ones. Elsewhere, and beside float32 hidden states, which must not be rounded, the
+    operands are as wide as the logits."""
     narrow = device == "cuda" and weight in _NARROW and all(each == weight for each in hidden)
     return weight if narrow and logits == torch.float32 else logits
 
 
 def sums_in_float32(device: str, dtype: torch.dtype, numbers: int) -> bool:
-    """Whether a GEMM that writes so many numbers of `dtype` goes through float32: it may split its sum, and cuBLAS
-    adds the parts in the dtype of the result unless a global setting forbids it (docs/decisions/0037)."""
+    """Whether a GEMM that writes so many numbers of `dtype` goes through float32: it may split its
+    sum, and cuBLAS adds the parts in the dtype of the result unless a global setting forbids it
+    (docs/decisions/0037)."""
     return device == "cuda" and dtype in _NARROW and numbers < SPLIT_NUMBERS
 
 
 def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
-    """Whether this library multiplies such numbers itself: on CPUs with AVX2 or AVX-512 that MKL is not made for."""
+    """Whether this library multiplies such numbers itself: on CPUs with AVX2 or AVX-512 that MKL is
+    not made for."""
     return device == "cpu" and dtype in (torch.float32, torch.bfloat16) and library.has_gemm()
 
 
 def torch_has_bfloat16() -> bool:
-    """Whether torch.mm has a fast GEMM of bfloat16 numbers on CPU; one without oneDNN is taken to have its own.
+    """Whether torch.mm has a fast GEMM of bfloat16 numbers on CPU; one without oneDNN is taken to
+    have its own.
 
-    Where oneDNN has none torch.mm multiplies one by one: dh took 120 times as long as in float32 (AMD EPYC, AVX2)."""
+    Where oneDNN has none torch.mm multiplies one by one: dh took 120 times as long as in float32
+    (AMD EPYC, AVX2)."""
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -89,7 +112,8 @@ _WITHOUT_GEMM = frozenset(
 
 
 def pad_to_alignment(rows: int, device: torch.device, dtype: torch.dtype) -> int:
-    """As many rows as a GEMM on `device` should have: up to 15 more, or none where GEMMs are our own."""
+    """As many rows as a GEMM on `device` should have: up to 15 more, or none where GEMMs are our
+    own."""
     if device.type != "cpu" or rows < EVEN_ROWS or has_native_gemm(device.type, dtype):
         return rows
     multiple = EVEN_ROWS if rows < _MANY_ROWS else 2 * EVEN_ROWS
@@ -104,7 +128,8 @@ def writes_float32(device: torch.device, dtype: torch.dtype) -> bool:
 class GemmPolicy(NamedTuple):
     """How the GEMMs of one call run; asked once.
 
-    dtype: of the operands. logits: of the logits, narrower than it never. out_dtype: what a GEMM can write, float32
+    dtype: of the operands. logits: of the logits, narrower than it never. out_dtype: what a GEMM
+        can write, float32
     where that spares narrow numbers a rounding."""
 
     device: torch.device
@@ -113,13 +138,16 @@ class GemmPolicy(NamedTuple):
     out_dtype: torch.dtype
 
     @classmethod
-    def of(cls, device: torch.device, dtype: torch.dtype, logits: torch.dtype | None = None) -> GemmPolicy:
+    def of(
+        cls, device: torch.device, dtype: torch.dtype, logits: torch.dtype | None = None
+    ) -> GemmPolicy:
         out = torch.float32 if writes_float32(device, dtype) else dtype
         return cls(device, dtype, dtype if logits is None else logits, out)
 
     @property
     def logit_bytes(self) -> int:
-        """Of the workspace per logit: its own, and those of a gradient that is rounded for the GEMMs."""
+        """Of the workspace per logit: its own, and those of a gradient that is rounded for the
+        GEMMs."""
         return self.logits.itemsize + (0 if self.logits == self.dtype else self.dtype.itemsize)
 
     def pad(self, rows: int) -> int:
@@ -128,16 +156,24 @@ class GemmPolicy(NamedTuple):
 
     def out_view(self, out: Tensor | None, rows: Tensor | slice) -> Tensor | None:
         """The rows of `out` as a view that a GEMM can write into, or None: then `place` them."""
-        if out is None or not isinstance(rows, slice) or out.dtype not in (self.dtype, self.out_dtype):
+        if (
+            out is None
+            or not isinstance(rows, slice)
+            or out.dtype not in (self.dtype, self.out_dtype)
+        ):
             return None
         return rows_of(out, rows)
 
 
-def gemm_policy(op: str, weight: Tensor, hidden: Sequence[Tensor], logits_dtype: torch.dtype | str) -> GemmPolicy:
+def gemm_policy(
+    op: str, weight: Tensor, hidden: Sequence[Tensor], logits_dtype: torch.dtype | str
+) -> GemmPolicy:
     """Of hidden states against the unembedding `weight`."""
     logits = operands = gemm_dtype(op, weight, logits_dtype)
     if logits_dtype == torch.float32:  # and not autocast's dtype, which is that of the operands too
-        operands = operand_dtype(weight.device.type, weight.dtype, [x.dtype for x in hidden], logits)
+        operands = operand_dtype(
+            weight.device.type, weight.dtype, [x.dtype for x in hidden], logits
+        )
     return GemmPolicy.of(weight.device, operands, logits)
 
 
@@ -172,8 +208,8 @@ def _dense(matrix: Tensor) -> Tensor:
 class Weight:
     """A weight [m, k] in the dtype of the GEMMs.
 
-    A narrower one is widened one block of rows at a time, which costs a GEMM of n rows 1 / n; a wider one is copied
-    once, as autocast does."""
+    A narrower one is widened one block of rows at a time, which costs a GEMM of n rows 1 / n; a
+    wider one is copied once, as autocast does."""
 
     def __init__(self, matrix: Tensor, policy: GemmPolicy):
         dtype = self.dtype = policy.dtype
@@ -185,7 +221,9 @@ class Weight:
         block = BLOCK_BYTES if matrix.device.type == "cpu" else BLOCK_BYTES_ON_GPU
         fitting = block // max(1, matrix.shape[1] * dtype.itemsize)
         rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
-        self.blocks = [slice(first, first + rows) for first in range(0, max(1, matrix.shape[0]), rows)]
+        self.blocks = [
+            slice(first, first + rows) for first in range(0, max(1, matrix.shape[0]), rows)
+        ]
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """out = x W^T."""
@@ -213,12 +251,13 @@ def _into(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 
 class WeightGradient:
-    """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to `dtype`.
+    """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to
+    `dtype`.
 
-    On CUDA, and where GEMMs on CPU are this library's own, the GEMM itself adds to the float32 sum. ATen has no
-    bfloat16 x bfloat16 -> float32 GEMM on CPU: elsewhere a chunk's GEMM rounds to bfloat16 before it is added, one
-    block of rows at a time. A single chunk needs no float32 sum, nor do two on CPU: the second GEMM is added to the
-    first before its own rounding."""
+    On CUDA, and where GEMMs on CPU are this library's own, the GEMM itself adds to the float32 sum.
+    ATen has no bfloat16 x bfloat16 -> float32 GEMM on CPU: elsewhere a chunk's GEMM rounds to
+    bfloat16 before it is added, one block of rows at a time. A single chunk needs no float32 sum,
+    nor do two on CPU: the second GEMM is added to the first before its own rounding."""
 
     def __init__(self, shape: torch.Size, policy: GemmPolicy, dtype: torch.dtype, chunks: int):
         self.dtype, self.empty, self.shape = dtype, True, shape
@@ -227,7 +266,9 @@ class WeightGradient:
         same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (2 if on_cpu else 1))
         self.in_gemm = same or writes_float32(device, gemm_dtype)
         sum_dtype = gemm_dtype if same else torch.float32
-        fitting = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_ON_GPU) // max(1, shape[1] * gemm_dtype.itemsize)
+        fitting = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_ON_GPU) // max(
+            1, shape[1] * gemm_dtype.itemsize
+        )
         self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
         pieces = max(1, 4 * shape.numel() // _PIECE_BYTES) if on_cpu and sum_dtype != dtype else 1
         rows = -(-max(1, shape[0]) // (pieces * self.block_rows)) * self.block_rows
@@ -272,7 +313,8 @@ class WeightGradient:
 
 
 class WeightGemm:
-    """buffer += a^T b, which waits for the upstream gradient: none of the weight's is written, read and added."""
+    """buffer += a^T b, which waits for the upstream gradient: none of the weight's is written, read
+    and added."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
@@ -286,11 +328,13 @@ class WeightGemm:
         return self
 
     def run(self, upstream: Tensor | None, kernels: Any) -> None:
-        """With b times the upstream gradient (None: one); where that is zero nothing is added, whatever it meets."""
+        """With b times the upstream gradient (None: one); where that is zero nothing is added,
+        whatever it meets."""
         if self.operands is None:
             return
         a, b = self.operands
         if upstream is not None:
-            kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype), a)  # one costs nothing, zero leaves no NaN
+            # one costs nothing, zero leaves no NaN
+            kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype), a)
             b = torch.where(upstream == 0, 0, b * upstream).to(b.dtype)
         matmul(a.t(), b, self.buffer, add=True)

@@ -1,6 +1,8 @@
-"""libnitp_ops.so: loading the compiled row kernels, and what they say about their build and this CPU.
+"""libnitp_ops.so: loading the compiled row kernels, and what they say about their build and this
+CPU.
 
-The facts are C functions of the library, read by ctypes: nothing here depends on the Python that built it.
+The facts are C functions of the library, read by ctypes: nothing here depends on the Python that
+built it.
 """
 
 from __future__ import annotations
@@ -25,15 +27,22 @@ _MACHINES = {62: "x86_64", 183: "aarch64"}
 
 
 def _refuse_a_second_copy() -> None:
-    """Two copies in a process, such as an installed one and one that the package `kernels` loads from its folder, would
-    overwrite each other's operators: these have one name in a process (docs/decisions/0035)."""
-    copies = [module for name, module in sys.modules.items() if name.endswith(".core.library") and name != __name__]
-    for module in copies:  # an attribute of any other module may be a lazy import (transformers has hundreds)
+    """Two copies in a process, such as an installed one and one that the package `kernels` loads
+    from its folder, would overwrite each other's operators: these have one name in a process
+    (docs/decisions/0035)."""
+    copies = [
+        module
+        for name, module in sys.modules.items()
+        if name.endswith(".core.library") and name != __name__
+    ]
+    # an attribute of any other module may be a lazy import (transformers has hundreds)
+    for module in copies:
         other = getattr(module, "LIBRARY", None)
         if isinstance(other, Path) and other.name == LIBRARY.name:
             raise ImportError(
-                f"nitp_ops is loaded from {other.parent}, expected one copy in a process, got a second at "
-                f"{LIBRARY.parent}: use the first, or start a process that loads the second alone"
+                f"nitp_ops is loaded from {other.parent}, expected one copy in a process, got a "
+                f"second at {LIBRARY.parent}: use the first, or start a process that loads the "
+                "second alone"
             )
 
 
@@ -47,17 +56,22 @@ def _load() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except (OSError, RuntimeError) as error:
-        # torch names the path alone; the loader's own words (wrong architecture, old glibc) are the cause
+        # torch names the path alone; the loader's own words (wrong architecture, old glibc) are the
+        # cause
         return f"{LIBRARY} does not load: {str(error.__cause__ or error).splitlines()[0]}"
     if not hasattr(_functions(), "nitp_ops_registration_error"):
         return f"{LIBRARY} does not load: it is not of this version of nitp_ops, build it again"
     failed = _call("nitp_ops_registration_error")
-    return f"{LIBRARY} does not register: {failed} (is another copy of nitp_ops loaded?)" if failed else None
+    return (
+        f"{LIBRARY} does not register: {failed} (is another copy of nitp_ops loaded?)"
+        if failed
+        else None
+    )
 
 
 def _damage(library: Path) -> str | None:
-    """What the ELF header tells that the loader does not: it crashes on a file that is cut short, and calls one for
-    another machine absent. None where the loader is to be asked."""
+    """What the ELF header tells that the loader does not: it crashes on a file that is cut short,
+    and calls one for another machine absent. None where the loader is to be asked."""
     if not library.is_file():
         return None
     with library.open("rb") as file:
@@ -67,7 +81,9 @@ def _damage(library: Path) -> str | None:
     machine = _MACHINES.get(int.from_bytes(header[18:20], "little"), "another machine")
     if platform.machine() in _MACHINES.values() and machine != platform.machine():
         return f"is for {machine}, this is {platform.machine()}"
-    sections, size, count = (int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62)))
+    sections, size, count = (
+        int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62))
+    )
     expected, found = sections + size * count, library.stat().st_size
     return f"is cut short, {found} of {expected} bytes" if found < expected else None
 
@@ -77,8 +93,11 @@ def source_tree() -> str | None:
     root = _PACKAGE.parent
     if not (root / "csrc").is_dir():
         return None
-    # a build leaves its metadata in the clone (*.egg-info), and Python started there finds those first
-    roots = {Path(str(d.locate_file(""))).resolve() for d in metadata.distributions(name="nitp_ops")}
+    # a build leaves its metadata in the clone (*.egg-info), and Python started there finds those
+    # first
+    roots = {
+        Path(str(d.locate_file(""))).resolve() for d in metadata.distributions(name="nitp_ops")
+    }
     roots.discard(root.resolve())
     if not roots:
         return f"this is the source tree at {root}, nothing is installed: run pip install {root}"
@@ -97,8 +116,9 @@ def _absent() -> str:
     if __package__ != "nitp_ops.core":
         return f"{_PACKAGE} holds Python only, as the package `kernels` loads it: pip install nitp_ops has compiled kernels"
     return (
-        "it was installed without its compiled library (NITP_OPS_PURE=1, or a wheel for any platform): install g++ and "
-        f"run pip install --force-reinstall --no-cache-dir --no-deps {_source()}"
+        "it was installed without its compiled library (NITP_OPS_PURE=1, or a wheel for any "
+        "platform): install g++ and run pip install --force-reinstall --no-cache-dir --no-deps "
+        f"{_source()}"
     )
 
 
@@ -109,7 +129,8 @@ def _source() -> str:
     except metadata.PackageNotFoundError:  # a copy of the folder
         return "CLONE, a clone of the sources"
     told = json.loads(found.read_text("direct_url.json") or "{}")
-    url = quote(told.get("url", ""), safe=":/@+%")  # pip keeps a space of a folder as it is, and takes none
+    # pip keeps a space of a folder as it is, and takes none
+    url = quote(told.get("url", ""), safe=":/@+%")
     vcs, editable = told.get("vcs_info"), told.get("dir_info", {}).get("editable")
     if vcs:
         return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
@@ -132,12 +153,14 @@ def _functions() -> ctypes.CDLL:
 
 
 def instruction_set() -> str:
-    """The CPU instruction set of row kernels and GEMMs: "avx512_bf16", "avx512", "avx2" or "portable"."""
+    """The CPU instruction set of row kernels and GEMMs: "avx512_bf16", "avx512", "avx2" or
+    "portable"."""
     return _call("nitp_ops_instruction_set")
 
 
 def choose_instruction_set(name: str) -> None:
-    """Row kernels and GEMMs of a lesser instruction set, for the whole process: to test and to compare them.
+    """Row kernels and GEMMs of a lesser instruction set, for the whole process: to test and to
+    compare them.
 
     Raises:
         ValueError: not "portable", nor a set that this CPU has.
@@ -145,12 +168,16 @@ def choose_instruction_set(name: str) -> None:
     function = _functions().nitp_ops_choose_instruction_set
     function.restype = ctypes.c_bool
     if not function(ctypes.c_char_p(name.encode())):
-        raise ValueError(f"choose_instruction_set: name is {name!r}, expected 'portable' or one that this CPU has")
+        raise ValueError(
+            f"choose_instruction_set: name is {name!r}, expected 'portable' or one that this CPU "
+            "has"
+        )
     _has_gemm.cache_clear()
 
 
 def has_gemm() -> bool:
-    """Whether GEMMs of float32 and of bfloat16 on CPU are this library's own; False without the library."""
+    """Whether GEMMs of float32 and of bfloat16 on CPU are this library's own; False without the
+    library."""
     return _has_gemm()
 
 
@@ -168,7 +195,8 @@ has_gemm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what as
 
 
 def cuda_refusal(index: int) -> str | None:
-    """Why the CUDA kernels cannot run on device `index` (an old driver, no code for it), asked once; None: they can."""
+    """Why the CUDA kernels cannot run on device `index` (an old driver, no code for it), asked
+    once; None: they can."""
     return _cuda_refusal(index)
 
 
@@ -181,12 +209,17 @@ def _cuda_refusal(index: int) -> str | None:
     function = _functions().nitp_ops_cuda_refusal
     function.restype = ctypes.c_char_p
     reason: bytes | None = function(ctypes.c_int(index))
-    return None if reason is None else f"the compiled kernels cannot run on cuda:{index}: {reason.decode()}"
+    return (
+        None
+        if reason is None
+        else f"the compiled kernels cannot run on cuda:{index}: {reason.decode()}"
+    )
 
 
 def build_info() -> dict[str, Any]:
-    """What the library was built with: cuda, cuda_architectures, compiler, flags, commit; kernels, the assembler's
-    report of every CUDA kernel (registers per thread; bytes of shared memory, stack and spills)."""
+    """What the library was built with: cuda, cuda_architectures, compiler, flags, commit; kernels,
+    the assembler's report of every CUDA kernel (registers per thread; bytes of shared memory, stack
+    and spills)."""
     return json.loads(_call("nitp_ops_build_info"))
 
 
@@ -197,7 +230,8 @@ def users_stacklevel() -> int:
         module = str(frame.f_globals.get("__name__", ""))
         if module.partition(".")[0] in ("nitp_ops", __name__.partition(".")[0]):
             level += 1
-        elif not module.startswith("importlib"):  # the frames of an import, which `warnings` does not count
+        # the frames of an import, which `warnings` does not count
+        elif not module.startswith("importlib"):
             break
         frame = frame.f_back
     return level
@@ -208,8 +242,8 @@ _refuse_a_second_copy()
 load_error: str | None = _load()
 if load_error is not None:
     warnings.warn(
-        f"nitp_ops: no compiled row kernels, backend='torch' serves CPU tensors, same memory bound but slower: "
-        f"{load_error}",
+        "nitp_ops: no compiled row kernels, backend='torch' serves CPU tensors, same memory "
+        f"bound but slower: {load_error}",
         RuntimeWarning,
         stacklevel=users_stacklevel(),
     )

@@ -24,26 +24,36 @@ _TYPES: dict[Any, str] = {
 
 
 class Packing:
-    """Some values of the type `several` (None: of none) and one of each of `ones`, as arguments of a custom op.
+    """Some values of the type `several` (None: of none) and one of each of `ones`, as arguments of
+    a custom op.
 
-    All are dataclasses or NamedTuples; an option that becomes a field of one is thereby an argument of the op: those of
-    `several` field by field as lists, then those of `ones`, whose names differ. A field that is itself a NamedTuple or
-    None stands as its own fields, all of which may be None.
+    All are dataclasses or NamedTuples; an option that becomes a field of one is thereby an argument
+    of the op: those of `several` field by field as lists, then those of `ones`, whose names differ.
+    A field that is itself a NamedTuple or None stands as its own fields, all of which may be None.
     """
 
     def __init__(self, several: type | None, *ones: Any):
         self.several, self.ones = several, ones
         hints = [hint for kind in ones for hint in get_type_hints(kind).items()]
-        nested = {name: [each for each in get_args(hint) if hasattr(each, "_fields")] for name, hint in hints}
+        nested = {
+            name: [each for each in get_args(hint) if hasattr(each, "_fields")]
+            for name, hint in hints
+        }
         self.nested: dict[str, Any] = {name: found[0] for name, found in nested.items() if found}
         self.names = () if several is None else names_of(several)
 
     def schema(self, returns: str) -> str:
-        declared = [] if self.several is None else [f"{kind}[] each_{name}" for name, kind in _declared(self.several)]
+        declared = (
+            []
+            if self.several is None
+            else [f"{kind}[] each_{name}" for name, kind in _declared(self.several)]
+        )
         for one in self.ones:
             for name, hint in _hints(one):
                 if name in self.nested:
-                    declared += [f"{kind}? {name}_{inner}" for inner, kind in _declared(self.nested[name])]
+                    declared += [
+                        f"{kind}? {name}_{inner}" for inner, kind in _declared(self.nested[name])
+                    ]
                 else:
                     declared.append(f"{_TYPES[hint]} {name}")
         return f"({', '.join(declared)}) -> {returns}"
@@ -53,7 +63,9 @@ class Packing:
         before = list(self.names)
         for one in self.ones:
             for field in one._fields:
-                before += [field] if field not in self.nested else [""] * len(self.nested[field]._fields)
+                before += (
+                    [field] if field not in self.nested else [""] * len(self.nested[field]._fields)
+                )
         return before.index(name)
 
     def pack(self, *values: Any) -> list[Any]:

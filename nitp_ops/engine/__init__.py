@@ -1,1 +1,2 @@
-"""What every objective shares: specs, streams, windows, the plan of passes, weights, counts and metrics."""
+"""What every objective shares: specs, streams, windows, the plan of passes, weights, counts and
+metrics."""

@@ -1,4 +1,5 @@
-"""What an objective is: a frozen dataclass that declares rows for a head, or computes sums of its own."""
+"""What an objective is: a frozen dataclass that declares rows for a head, or computes sums of its
+own."""
 
 from __future__ import annotations
 
@@ -27,9 +28,10 @@ class Context:
     Attributes:
         info: the model. module: the term's own module, or None. backend: for the ops.
         normalizer: ``{part: COUNT / weight}``, 0-d; a latent term divides its SUM by it.
-        guard: passes tensors through; their gradients become exact zeros while the weight is zero, so that a NaN
-            inside a term of weight zero reaches nothing. The hidden streams of a latent term, and of a head term with
-            states of its own, have passed it; the term sends its own parameters and embedded tokens through it.
+        guard: passes tensors through; their gradients become exact zeros while the weight is zero,
+            so that a NaN inside a term of weight zero reaches nothing. The hidden streams of a
+            latent term, and of a head term with states of its own, have passed it; the term sends
+            its own parameters and embedded tokens through it.
     """
 
     info: ModelInfo
@@ -45,11 +47,13 @@ class Context:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Rows of a head term: hidden states ``[B, T, d]`` against labels ``[B, T]`` (ignore_index: no target).
+    """Rows of a head term: hidden states ``[B, T, d]`` against labels ``[B, T]`` (ignore_index: no
+    target).
 
-    head is a module with weight ``[V, d]`` (and perhaps bias ``[V]``) or a leaf tensor; token_weight is ``[B, T]``.
-    With target_weight ``[B, T, K]`` the labels are ``[B, T, K]`` too: K weighted targets a row. Accuracy asks for the
-    first that is present. class_weight is ``[V]``, not with target_weight.
+    head is a module with weight ``[V, d]`` (and perhaps bias ``[V]``) or a leaf tensor;
+    token_weight is ``[B, T]``. With target_weight ``[B, T, K]`` the labels are ``[B, T, K]`` too: K
+    weighted targets a row. Accuracy asks for the first that is present. class_weight is ``[V]``,
+    not with target_weight.
     """
 
     hidden: Tensor
@@ -66,8 +70,10 @@ class HeadRows:
 class LatentPart:
     """What one part of a latent term computed.
 
-    loss: ``SUM / normalizer``, 0-d, differentiable. total: SUM, 0-d, detached. means: further sums over the counted
-    rows, to be logged divided by the count. unit_target: sum of the unit targets ``[D]`` (cosine distance only).
+    loss: ``SUM / normalizer``, 0-d, differentiable. total: SUM, 0-d, detached. means: further sums
+        over the counted
+    rows, to be logged divided by the count. unit_target: sum of the unit targets ``[D]`` (cosine
+    distance only).
     """
 
     loss: Tensor
@@ -78,11 +84,14 @@ class LatentPart:
 
 @dataclass(frozen=True)
 class HeadReading:
-    """A part of a latent term that reads a head of the model: ``finish(use(hidden, weight, bias))``.
+    """A part of a latent term that reads a head of the model: ``finish(use(hidden, weight,
+    bias))``.
 
-    It waits for the pass that all readers of that head share: an engine that gathers the weight does so once a step.
+    It waits for the pass that all readers of that head share: an engine that gathers the weight
+    does so once a step.
 
-    head: as in `HeadRows`, its weight unsharded. hidden: what gets a gradient through ``use``, see `through_head`.
+    head: as in `HeadRows`, its weight unsharded. hidden: what gets a gradient through ``use``, see
+        `through_head`.
     """
 
     head: nn.Module | Tensor
@@ -95,7 +104,8 @@ class HeadReading:
 class Objective:
     """``weight * SUM / COUNT``, one for each part; the fields of a subclass are its options.
 
-    Subclass `HeadTerm` or `LatentTerm`, not this class. Types are checked from the annotations; ranges in `problems`.
+    Subclass `HeadTerm` or `LatentTerm`, not this class. Types are checked from the annotations;
+    ranges in `problems`.
 
     Args:
         label: name in logs and parameters; the registered name where not given.
@@ -132,7 +142,9 @@ class Objective:
         if not any(getattr(self, name) is MISSING for name in defaults):
             found += self.problems()
         if found:
-            raise SpecError(f"{self.label or self.name or type(self).__name__}: {problem}" for problem in found)
+            raise SpecError(
+                f"{self.label or self.name or type(self).__name__}: {problem}" for problem in found
+            )
 
     def problems(self) -> list[str]:
         """What is wrong with the options, one line each."""
@@ -143,7 +155,8 @@ class Objective:
         return []
 
     def farthest(self) -> int:
-        """k of the farthest target x_{t+k} that a row must have; 0 where the term takes what there is."""
+        """k of the farthest target x_{t+k} that a row must have; 0 where the term takes what there
+        is."""
         return 0
 
     def conflicts(self, others: Sequence[Objective]) -> list[str]:
@@ -163,18 +176,24 @@ class Objective:
         return 1.0
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
-        """``{part: [B, T]}``, the rows that count (bool) or how often each counts (int64: pairs, say).
+        """``{part: [B, T]}``, the rows that count (bool) or how often each counts (int64: pairs,
+        say).
 
         A term with one part calls it "". Reads no hidden stream."""
         raise NotImplementedError
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
-        """What keeps the term from running where `Streams.shard` says that other ranks hold the rest of the sequence,
-        one line each; none where `rows` or `sums` reach other positions by `shift` alone."""
-        return ["it does not say that it can run on a part of the sequence, expected its own shard_problems"]
+        """What keeps the term from running where `Streams.shard` says that other ranks hold the
+        rest of the sequence, one line each; none where `rows` or `sums` reach other positions by
+        `shift` alone."""
+        return [
+            "it does not say that it can run on a part of the sequence, expected its own "
+            "shard_problems"
+        ]
 
     def drafter(self, module: nn.Module | None, info: ModelInfo) -> Drafter | None:
-        """What guesses tokens ahead with the term's module for one sequence, or None where the term can not."""
+        """What guesses tokens ahead with the term's module for one sequence, or None where the term
+        can not."""
         return None
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
@@ -182,22 +201,30 @@ class Objective:
         return {}
 
 
-def check_shard(terms: Sequence[Objective], streams: Streams, info: ModelInfo, modules: nn.ModuleDict) -> None:
+def check_shard(
+    terms: Sequence[Objective], streams: Streams, info: ModelInfo, modules: nn.ModuleDict
+) -> None:
     """
     Raises:
-        ValueError: the sequence is sharded, and terms can not run on a part of it; each with its reason.
+        ValueError: the sequence is sharded, and terms can not run on a part of it; each with its
+            reason.
     """
     if streams.shard is None:
         return
     own = dict(modules.items())
-    found = [f"{t.label}: {problem}" for t in terms for problem in t.shard_problems(info, own.get(str(t.label)))]
+    found = [
+        f"{t.label}: {problem}"
+        for t in terms
+        for problem in t.shard_problems(info, own.get(str(t.label)))
+    ]
     if found:
         raise ValueError(f"objective: streams has a shard of the sequence: {'; '.join(found)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadTerm(Objective):
-    """A cross-entropy against the unembedding: declares rows, the plan computes them together with the others'."""
+    """A cross-entropy against the unembedding: declares rows, the plan computes them together with
+    the others'."""
 
     predicts_tokens: ClassVar[bool] = True
 

@@ -37,13 +37,17 @@ class Output(NamedTuple):
     metrics: Metrics
 
 
-def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | None = None) -> CompositeObjective:
-    """The objective that a spec declares, for a model: ``loss = sum over parts of weight * SUM / COUNT``.
+def build(
+    spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | None = None
+) -> CompositeObjective:
+    """The objective that a spec declares, for a model: ``loss = sum over parts of weight * SUM /
+    COUNT``.
 
     Args:
         spec: in any spelling, see `parse`.
         model: sizes and head transforms of the model.
-        seed: of the own parameters; each term draws from its own generator, so terms do not disturb each other.
+        seed: of the own parameters; each term draws from its own generator, so terms do not disturb
+            each other.
         backend: of the ops: None (the device decides), "native" or "reference".
 
     Raises:
@@ -69,10 +73,12 @@ def build(spec: SpecLike, *, model: ModelInfo, seed: int = 0, backend: str | Non
 
 
 class CompositeObjective(Sealed, KeepsValues):
-    """What `build` returns. It owns the terms' parameters and nothing else; heads come with the streams.
+    """What `build` returns. It owns the terms' parameters and nothing else; heads come with the
+    streams.
 
     Attributes:
-        spec: the frozen spec. info: the model's sizes. requires: the streams that a call must bring, as `Need`s.
+        spec: the frozen spec. info: the model's sizes. requires: the streams that a call must
+            bring, as `Need`s.
     """
 
     def __init__(self, spec: Spec, info: ModelInfo, seed: int, backend: str | None) -> None:
@@ -81,17 +87,26 @@ class CompositeObjective(Sealed, KeepsValues):
         needs = [checked(str(term.label), term.requires(info)) for term in spec.terms]
         self.requires = checked("build", (need for own in needs for need in own))
         self._predicts_tokens = any(term.predicts_tokens for term in spec.terms)
-        self._scheduled = [str(term.label) for term in spec.terms if not isinstance(term.weight, float)]
+        self._scheduled = [
+            str(term.label) for term in spec.terms if not isinstance(term.weight, float)
+        ]
         # torch.compile traces tuples of names, but no set of dataclasses
-        self._needs, self._names = tuple(sorted(self.requires, key=str)), tuple(named(self.requires))
+        self._needs, self._names = (
+            tuple(sorted(self.requires, key=str)),
+            tuple(named(self.requires)),
+        )
         # an op guards the rows of its jobs itself
         self._guarded = {
-            str(term.label): sorted(str(need) for need in own if need.grad and need.stream in HIDDEN_STREAMS)
+            str(term.label): sorted(
+                str(need) for need in own if need.grad and need.stream in HIDDEN_STREAMS
+            )
             for term, own in zip(spec.terms, needs, strict=True)
             if isinstance(term, LatentTerm) or (isinstance(term, HeadTerm) and term.own_states())
         }
         readers = [name for own in needs for name in named(own)]
-        self._widened = [name for name in ("last_hidden", "last_residual") if readers.count(name) > 1]
+        self._widened = [
+            name for name in ("last_hidden", "last_residual") if readers.count(name) > 1
+        ]
         self.terms = nn.ModuleDict()
         for term in spec.terms:
             module = term.make_module(info, zlib.crc32(f"{seed}:{term.label}".encode()))
@@ -115,8 +130,11 @@ class CompositeObjective(Sealed, KeepsValues):
         return iter(self.terms.values())
 
     def count(self, streams: Streams) -> Counts:
-        """Rows that count in each part. Needs no hidden stream: it can run over a whole window before the forward."""
-        return Counts({name: part.count for name, part in self._parts(streams.for_a_call()).items()})
+        """Rows that count in each part. Needs no hidden stream: it can run over a whole window
+        before the forward."""
+        return Counts(
+            {name: part.count for name, part in self._parts(streams.for_a_call()).items()}
+        )
 
     def forward(
         self,
@@ -127,15 +145,19 @@ class CompositeObjective(Sealed, KeepsValues):
         step: int | Tensor | None = None,
         gradient_reduction: Literal["mean", "sum"] | None = None,
     ) -> Output:
-        """``loss = sum over parts of weight * SUM / max(COUNT, 1)``, SUM over this batch, COUNT over the window.
+        """``loss = sum over parts of weight * SUM / max(COUNT, 1)``, SUM over this batch, COUNT
+        over the window.
 
         Args:
             streams: of this batch, with everything in `requires`.
-            window: counts, step and reduction of the window that the batch belongs to, see `Window`.
-            counts, step, gradient_reduction: the same one by one, for a plain loop; not with window.
+            window: counts, step and reduction of the window that the batch belongs to, see
+                `Window`.
+            counts, step, gradient_reduction: the same one by one, for a plain loop; not with
+                window.
 
         Raises:
-            TypeError, ValueError: missing or unfit streams, counts of other parts, no step for a schedule.
+            TypeError, ValueError: missing or unfit streams, counts of other parts, no step for a
+                schedule.
         """
         window = window_of(window, counts, step, gradient_reduction)
         hidden = self._check(streams, window)
@@ -145,10 +167,18 @@ class CompositeObjective(Sealed, KeepsValues):
         local = {name: part.count for name, part in parts.items()}
         whole = local if window.counts is None else window.counts
         if whole.keys() != local.keys():
-            raise ValueError(f"objective: counts has parts {sorted(whole)}, expected {sorted(local)}")
-        weights = {name: weight_of(part, window.step, streams.device) for name, part in parts.items()}
+            raise ValueError(
+                f"objective: counts has parts {sorted(whole)}, expected {sorted(local)}"
+            )
+        weights = {
+            name: weight_of(part, window.step, streams.device) for name, part in parts.items()
+        }
         coefficients = {
-            name: divided(weights[name] * window.loss_factor, whole[part.denominator].to(streams.device), working)
+            name: divided(
+                weights[name] * window.loss_factor,
+                whole[part.denominator].to(streams.device),
+                working,
+            )
             for name, part in parts.items()
         }
         losses, sums = self._run(streams, parts, coefficients, window)
@@ -158,12 +188,16 @@ class CompositeObjective(Sealed, KeepsValues):
         return Output(sum(losses[1:], start=losses[0]), Metrics(sums))
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Own parameters for an optimizer: ``{"params", "matrices": True}`` the 2-D ones (for Muon), then the others.
+        """Own parameters for an optimizer: ``{"params", "matrices": True}`` the 2-D ones (for
+        Muon), then the others.
 
         Groups without parameters are left out.
         """
         groups = [
-            {"params": [p for p in self.parameters() if (p.dim() == 2) == matrices], "matrices": matrices}
+            {
+                "params": [p for p in self.parameters() if (p.dim() == 2) == matrices],
+                "matrices": matrices,
+            }
             for matrices in (True, False)
         ]
         return [group for group in groups if group["params"]]
@@ -178,20 +212,26 @@ class CompositeObjective(Sealed, KeepsValues):
         max_drafts: int | None = None,
         stop_token: int | None = None,
     ) -> Drafting:
-        """Greedy decoding, sped up: a multi-token head guesses tokens ahead, one call of the model checks them.
+        """Greedy decoding, sped up: a multi-token head guesses tokens ahead, one call of the model
+        checks them.
 
-        Every token is the model's own greedy choice: the text is that of plain greedy decoding, up to near ties that
-        rounding decides (several tokens at once go through other kernels than one). Nothing is differentiated.
+        Every token is the model's own greedy choice: the text is that of plain greedy decoding, up
+        to near ties that rounding decides (several tokens at once go through other kernels than
+        one). Nothing is differentiated.
 
         Args:
-            trunk: the model with its cache, which has read nothing yet: ``extend(token_ids [1, n])`` reads n tokens and
-                returns their `Streams` (last_hidden, head, what the term reads), ``cut(length)`` forgets the end.
+            trunk: the model with its cache, which has read nothing yet: ``extend(token_ids [1,
+                n])`` reads n tokens and returns their `Streams` (last_hidden, head, what the term
+                reads), ``cut(length)`` forgets the end.
             prompt: int64 [1, T], T >= 1. new_tokens: how many to add, >= 1.
-            label: of the term that drafts (an mtp_shared, mtp_parallel or mtp_sequential); not needed for the only one.
-            max_drafts: of a call; None: as many as the term makes, 0: plain greedy. stop_token: decoding ends with it.
+            label: of the term that drafts (an mtp_shared, mtp_parallel or mtp_sequential); not
+                needed for the only one.
+            max_drafts: of a call; None: as many as the term makes, 0: plain greedy. stop_token:
+                decoding ends with it.
 
         Raises:
-            TypeError, ValueError: unfit arguments or streams; no such term, or one that can not draft.
+            TypeError, ValueError: unfit arguments or streams; no such term, or one that can not
+                draft.
 
         Example:
             >>> from nitp_ops.objectives import ModelInfo, Streams
@@ -205,15 +245,23 @@ class CompositeObjective(Sealed, KeepsValues):
             >>> found.token_ids.shape[1], found.calls <= 10
             (13, True)
 
-        Source: arXiv 2211.17192 at temperature zero, with the heads of arXiv 2404.19737 and 2412.19437.
+        Source: arXiv 2211.17192 at temperature zero, with the heads of arXiv 2404.19737 and
+            2412.19437.
         """
-        modules, terms = dict(self.terms.items()), {str(term.label): term for term in self.spec.terms}
-        drafters = {name: term.drafter(modules.get(name), self.info) for name, term in terms.items()}
-        return decode(trunk, choose(drafters, label), self.info, prompt, new_tokens, max_drafts, stop_token)
+        modules, terms = (
+            dict(self.terms.items()),
+            {str(term.label): term for term in self.spec.terms},
+        )
+        drafters = {
+            name: term.drafter(modules.get(name), self.info) for name, term in terms.items()
+        }
+        return decode(
+            trunk, choose(drafters, label), self.info, prompt, new_tokens, max_drafts, stop_token
+        )
 
     def explain(self, tokens: int = 8192) -> str:
-        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and bytes a token, and
-        how the passes over ``tokens`` rows are cut into chunks."""
+        """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and
+        bytes a token, and how the passes over ``tokens`` rows are cut into chunks."""
         return explain(self.spec.terms, self.info, self.terms, tokens)
 
     def _parts(self, streams: Streams) -> dict[str, Part]:
@@ -227,7 +275,11 @@ class CompositeObjective(Sealed, KeepsValues):
         return parts
 
     def _run(
-        self, streams: Streams, parts: dict[str, Part], coefficients: dict[str, Tensor], window: Window
+        self,
+        streams: Streams,
+        parts: dict[str, Part],
+        coefficients: dict[str, Tensor],
+        window: Window,
     ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         """(losses to be added, ``{part: sums}`` in declaration order)."""
         if self._widened:
@@ -235,7 +287,9 @@ class CompositeObjective(Sealed, KeepsValues):
         head_parts: list[HeadPart] = []
         latent: dict[str, LatentPart | HeadReading] = {}
         for term in self.spec.terms:
-            own = {part.piece: coefficients[name] for name, part in parts.items() if part.term is term}
+            own = {
+                part.piece: coefficients[name] for name, part in parts.items() if part.term is term
+            }
             context = self._context(term, own)
             given = self._handed(streams, term, context)
             if isinstance(term, HeadTerm):
@@ -244,7 +298,10 @@ class CompositeObjective(Sealed, KeepsValues):
                     name = joined(term, piece)
                     head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
             elif isinstance(term, LatentTerm):
-                latent |= {joined(term, piece): part for piece, part in sums_of(term, given, context).items()}
+                latent |= {
+                    joined(term, piece): part
+                    for piece, part in sums_of(term, given, context).items()
+                }
         losses, sums, computed = plan.run(head_parts, latent, self.info, self.backend)
         for name, part in computed.items():
             # counts of a window may be infinite: where it has no label at all
@@ -259,13 +316,18 @@ class CompositeObjective(Sealed, KeepsValues):
         label = str(term.label)
         module = self.terms[label] if label in self.terms else None  # noqa: SIM401 (a ModuleDict has no get)
         # the guard costs a pass over each gradient
-        guard = unguarded if always_on(term) else guarded(torch.stack(list(coefficients.values())).any())
+        guard = (
+            unguarded
+            if always_on(term)
+            else guarded(torch.stack(list(coefficients.values())).any())
+        )
         summed = coefficients if isinstance(term, LatentTerm) else {}
         normalizer = {piece: coefficient.reciprocal() for piece, coefficient in summed.items()}
         return Context(self.info, module, self.backend, normalizer, guard)
 
     def _handed(self, streams: Streams, term: Objective, context: Context) -> Streams:
-        """The streams as the term gets them: those that it sends gradients into stay clean while its weight is zero."""
+        """The streams as the term gets them: those that it sends gradients into stay clean while
+        its weight is zero."""
         names = self._guarded.get(str(term.label))
         if always_on(term) or not names:
             return streams
@@ -278,7 +340,9 @@ class CompositeObjective(Sealed, KeepsValues):
             raise TypeError(f"objective: streams is a {type(streams).__name__}, expected Streams")
         missing = [str(need) for need in self._needs if not streams.offers(need)]
         if missing:
-            raise ValueError(f"objective: streams lacks {', '.join(missing)}, expected {', '.join(self._names)}")
+            raise ValueError(
+                f"objective: streams lacks {', '.join(missing)}, expected {', '.join(self._names)}"
+            )
         read = []
         for name, hidden in streams.hidden_streams().items():
             if name not in self._names:
@@ -286,10 +350,18 @@ class CompositeObjective(Sealed, KeepsValues):
             read.append(hidden)
             if hidden.shape[-1] != self.info.hidden_size:
                 expected = (*streams.shape, self.info.hidden_size)
-                raise ValueError(f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}")
+                raise ValueError(
+                    f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}"
+                )
         if self._predicts_tokens:
             check_targets(streams, self.info.vocab_size)
         if window.step is None and self._scheduled:
             names = ", ".join(self._scheduled)
-            raise ValueError(f"objective: step is None, expected an integer (scheduled weights: {names})")
-        return read + [pair[0] for name, pair in streams.external_pairs.items() if f"external[{name}]" in self._names]
+            raise ValueError(
+                f"objective: step is None, expected an integer (scheduled weights: {names})"
+            )
+        return read + [
+            pair[0]
+            for name, pair in streams.external_pairs.items()
+            if f"external[{name}]" in self._names
+        ]

@@ -12,11 +12,13 @@ from .streams.collectives import all_reduce, is_distributed
 
 
 class Counts(dict[str, Tensor]):
-    """``{part: 0-d int64 tensor}``: add them over the microbatches of a window, all-reduce them once.
+    """``{part: 0-d int64 tensor}``: add them over the microbatches of a window, all-reduce them
+    once.
 
-    ``counts + counts`` adds part by part. `group_size` is the number of ranks that the counts were reduced over; an
-    objective with ``gradient_reduction="mean"`` multiplies its loss by it. `batches` is the number of batches that were
-    counted, over microbatches and ranks: what a model adds to its loss once a batch is averaged over them.
+    ``counts + counts`` adds part by part. `group_size` is the number of ranks that the counts were
+    reduced over; an objective with ``gradient_reduction="mean"`` multiplies its loss by it.
+    `batches` is the number of batches that were counted, over microbatches and ranks: what a model
+    adds to its loss once a batch is averaged over them.
 
     Raises:
         ValueError: added counts have other parts or another group size.
@@ -27,7 +29,9 @@ class Counts(dict[str, Tensor]):
         (6, 1)
     """
 
-    def __init__(self, counts: Mapping[str, Tensor], group_size: int = 1, batches: int | Tensor = 1) -> None:
+    def __init__(
+        self, counts: Mapping[str, Tensor], group_size: int = 1, batches: int | Tensor = 1
+    ) -> None:
         super().__init__(counts)
         self.group_size, self.batches = group_size, batches
 
@@ -37,15 +41,24 @@ class Counts(dict[str, Tensor]):
         if self.keys() != other.keys():
             raise ValueError(f"Counts: other has parts {sorted(other)}, expected {sorted(self)}")
         if self.group_size != other.group_size:
-            raise ValueError(f"Counts: other has group size {other.group_size}, expected {self.group_size}")
-        return Counts({part: self[part] + other[part] for part in self}, self.group_size, self.batches + other.batches)
+            raise ValueError(
+                f"Counts: other has group size {other.group_size}, expected {self.group_size}"
+            )
+        return Counts(
+            {part: self[part] + other[part] for part in self},
+            self.group_size,
+            self.batches + other.batches,
+        )
 
     def to(self, device: torch.device | str | None) -> Counts:
         """The same on another device."""
-        return Counts({part: count.to(device) for part, count in self.items()}, self.group_size, self.batches)
+        return Counts(
+            {part: count.to(device) for part, count in self.items()}, self.group_size, self.batches
+        )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Counts:
-        """The sums over the ranks of ``group`` (None: all); every rank of it must call. One process: unchanged.
+        """The sums over the ranks of ``group`` (None: all); every rank of it must call. One
+        process: unchanged.
 
         Reducing over one group after another (data, then context parallel) multiplies their sizes.
         """

@@ -1,4 +1,5 @@
-"""An op's error in the name of what the user called: a term, or the objective whose terms share a pass."""
+"""An op's error in the name of what the user called: a term, or the objective whose terms share a
+pass."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ _OPS = ("alignment", "grouped_linear_cross_entropy", "implicit_token_loss", "swi
 
 
 def rename(error: Exception, caller: str, terms: Sequence[str] = ()) -> None:
-    """`op: reason` becomes `caller: reason`, and terms[i] the name of that term; any other error stays as it is."""
+    """`op: reason` becomes `caller: reason`, and terms[i] the name of that term; any other error
+    stays as it is."""
     op, _, reason = str(error).partition(": ")
     if op in _OPS:
         for place, name in enumerate(terms):

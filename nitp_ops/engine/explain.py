@@ -16,19 +16,26 @@ from nitp_ops.engine.streams.needs import named, reads
 _HIDDEN = ("last_hidden", "last_residual", "hidden_states")
 
 
-def explain(terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict, tokens: int) -> str:
-    """One paragraph a term (weight, rows, resolved layers, parameters, FLOPs, bytes), the passes, the totals."""
+def explain(
+    terms: Sequence[Objective], info: ModelInfo, modules: nn.ModuleDict, tokens: int
+) -> str:
+    """One paragraph a term (weight, rows, resolved layers, parameters, FLOPs, bytes), the passes,
+    the totals."""
     lines = []
     for term in terms:
         kind = "" if term.label == term.name else f" = {term.name}"
         pass_kind = "head term" if isinstance(term, HeadTerm) else "latent term"
         lines.append(f"{term.label}{kind} ({pass_kind})")
         lines += [f"    {name}: {value}" for name, value in facts(term, info).items()]
-    lines += [f"passes over {tokens:,} tokens:", *(f"    {line}" for line in _passes(terms, info, tokens))]
+    lines += [
+        f"passes over {tokens:,} tokens:",
+        *(f"    {line}" for line in _passes(terms, info, tokens)),
+    ]
     heads = sum(isinstance(term, HeadTerm) for term in terms)
     added = sum(parameter.numel() for parameter in modules.parameters())
     lines.append(
-        f"total: {heads} head term{'' if heads == 1 else 's'} of {len(terms)} terms, {added:,} parameters added"
+        f"total: {heads} head term{'' if heads == 1 else 's'} of {len(terms)} terms, {added:,} "
+        "parameters added"
     )
     return "\n".join(lines)
 
@@ -37,7 +44,12 @@ def facts(term: Objective, info: ModelInfo) -> dict[str, object]:
     """What a term means for a model, in reading order."""
     needs = term.requires(info)
     read = ", ".join(named(needs))
-    found = {"weight": term.weight, "denominator": term.denominator, "reads": read, **term.explain(info)}
+    found = {
+        "weight": term.weight,
+        "denominator": term.denominator,
+        "reads": read,
+        **term.explain(info),
+    }
     states = sum(need.stream in _HIDDEN for need in needs)
     if states:
         size = info.dtype.itemsize

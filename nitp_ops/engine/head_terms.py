@@ -1,7 +1,9 @@
-"""Parts of head terms as the op takes them: one part a job, or several parts on the same rows of logits.
+"""Parts of head terms as the op takes them: one part a job, or several parts on the same rows of
+logits.
 
-Parts that read the same hidden states with the same smoothing e and z-loss c share rows: row i has a target of each
-such part p, S_i is the sum of their coefficients c_p, a_p = c_p / S_i, and the sum of their losses in row i is
+Parts that read the same hidden states with the same smoothing e and z-loss c share rows: row i has
+a target of each such part p, S_i is the sum of their coefficients c_p, a_p = c_p / S_i, and the sum
+of their losses in row i is
 
 S_i [(1 - e) sum_p a_p (lse - z_p) + e (lse - mean z) + c lse^2]
 """
@@ -25,10 +27,13 @@ Sums: TypeAlias = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class HeadPart:
-    """Rows of one part with their coefficient c_p, a 0-d tensor; `ignore_index` marks rows without a target.
+    """Rows of one part with their coefficient c_p, a 0-d tensor; `ignore_index` marks rows without
+    a target.
 
-    term: the label of its term where that term's weight may be zero, else None. A part that may be silent shares rows
-    with parts of its own term only: its presence must not change how the others are cut into chunks and rounded.
+    term: the label of its term where that term's weight may be zero, else None. A part that may be
+        silent shares rows
+    with parts of its own term only: its presence must not change how the others are cut into chunks
+    and rounded.
     """
 
     name: str
@@ -38,9 +43,14 @@ class HeadPart:
     term: str | None
 
     def joins(self, other: HeadPart) -> bool:
-        """Whether both can share rows. Token weights can not: where their signs differ S_i may vanish."""
+        """Whether both can share rows. Token weights can not: where their signs differ S_i may
+        vanish."""
         mine, theirs = self.rows, other.rows
-        weights = [w for rows in (mine, theirs) for w in (rows.token_weight, rows.target_weight, rows.class_weight)]
+        weights = [
+            w
+            for rows in (mine, theirs)
+            for w in (rows.token_weight, rows.target_weight, rows.class_weight)
+        ]
         plain = all(w is None for w in weights)
         alike = (mine.label_smoothing, mine.z_loss) == (theirs.label_smoothing, theirs.z_loss)
         return mine.hidden is theirs.hidden and self.term == other.term and plain and alike
@@ -50,7 +60,9 @@ class HeadPart:
         rows, weight = self.rows, self.coefficient
         if rows.token_weight is not None:
             weight = weight * rows.token_weight.to(weight.dtype)
-        labels = rows.labels if rows.target_weight is None else _several(rows.labels, self.ignore_index)
+        labels = (
+            rows.labels if rows.target_weight is None else _several(rows.labels, self.ignore_index)
+        )
         targets, classes = rows.target_weight, rows.class_weight
         return CrossEntropyTerm(
             hidden,
@@ -63,7 +75,8 @@ class HeadPart:
         )
 
     def sums(self, stats: TokenStats) -> Sums:
-        """SUM (token weights included, the part's weight not) and the rows whose first target is predicted."""
+        """SUM (token weights included, the part's weight not) and the rows whose first target is
+        predicted."""
         labels, losses = self.rows.labels, stats.loss
         if self.rows.target_weight is not None:
             first = (labels != self.ignore_index).to(torch.uint8).argmax(-1, keepdim=True)
@@ -75,7 +88,12 @@ class HeadPart:
         right = stats.prediction == labels  # an absent row predicts -1
         if self.ignore_index == -1:
             right &= labels != -1
-        return {self.name: {"loss": losses.sum(dtype=sum_dtype(losses.device)), "accuracy": right.count_nonzero()}}
+        return {
+            self.name: {
+                "loss": losses.sum(dtype=sum_dtype(losses.device)),
+                "accuracy": right.count_nonzero(),
+            }
+        }
 
 
 class Together(NamedTuple):
@@ -104,9 +122,12 @@ class Together(NamedTuple):
         )
 
     def sums(self, stats: TokenStats) -> Sums:
-        """The row loss of part p is ``(1 - e) (lse - z_p)`` and what is left of the row's loss without its targets."""
+        """The row loss of part p is ``(1 - e) (lse - z_p)`` and what is left of the row's loss
+        without its targets."""
         _, shares, _ = self._targets()
-        losses = (1 - self.rows.label_smoothing) * (stats.log_sum_exp.unsqueeze(-1) - stats.target_logit)
+        losses = (1 - self.rows.label_smoothing) * (
+            stats.log_sum_exp.unsqueeze(-1) - stats.target_logit
+        )
         if self.rows.label_smoothing or self.rows.z_loss:
             left = stats.loss - (shares * losses.masked_fill(shares == 0, 0)).sum(-1)
             losses = losses + left.unsqueeze(-1)
@@ -117,7 +138,8 @@ class Together(NamedTuple):
         return found
 
     def _targets(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(labels, a_p): [B, T, parts], S: [B, T]. Silent parts get even shares, so that they are measured too."""
+        """(labels, a_p): [B, T, parts], S: [B, T]. Silent parts get even shares, so that they are
+        measured too."""
         labels = torch.stack([part.rows.labels for part in self.parts], dim=-1)
         coefficients = torch.stack([part.coefficient for part in self.parts])
         present = labels != self.parts[0].ignore_index
@@ -128,7 +150,8 @@ class Together(NamedTuple):
 
 
 def _several(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels [B, T, K] in which a negative label is an error, as it is alone: the op would take it for absent."""
+    """Labels [B, T, K] in which a negative label is an error, as it is alone: the op would take it
+    for absent."""
     return labels.masked_fill((labels < 0) & (labels != ignore_index), torch.iinfo(torch.int64).max)
 
 

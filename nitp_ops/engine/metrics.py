@@ -1,4 +1,5 @@
-"""What an objective measured, as numerators and denominators that can be added before they are divided."""
+"""What an objective measured, as numerators and denominators that can be added before they are
+divided."""
 
 from __future__ import annotations
 
@@ -19,19 +20,23 @@ _INTERNAL = ("weighted", "denominator", "loss", "count", "unit_target")
 class Metrics:
     """Sums of one or more batches, float64, on the device; detached.
 
-    ``a + b`` adds batches, `all_reduce` adds ranks, `compute` divides. For each part p of the objective:
+    ``a + b`` adds batches, `all_reduce` adds ranks, `compute` divides. For each part p of the
+    objective:
 
-    * ``loss/p``: ``weight * SUM / COUNT``, its contribution; ``loss``: the sum of all contributions;
+    * ``loss/p``: ``weight * SUM / COUNT``, its contribution; ``loss``: the sum of all
+      contributions;
     * ``p/loss``: ``SUM / COUNT``; ``p/count``; and what the term adds: accuracy for head terms;
-    * ``p/floor`` (``1 - |mean z^|``, what a constant predictor scores), ``p/skill`` (``1 - loss / floor``; NaN where
-      floor < 1e-4), both under the cosine distance only; ``p/prediction_norm``, ``p/target_norm``: means over rows.
+    * ``p/floor`` (``1 - |mean z^|``, what a constant predictor scores), ``p/skill`` (``1 - loss /
+      floor``; NaN where floor < 1e-4), both under the cosine distance only; ``p/prediction_norm``,
+      ``p/target_norm``: means over rows.
 
-    COUNT is that of the batches added so far: one microbatch shows its own means, the sum over a window and its ranks
-    the loss of the window. Over several steps `compute` gives means over rows, not means of step means.
+    COUNT is that of the batches added so far: one microbatch shows its own means, the sum over a
+    window and its ranks the loss of the window. Over several steps `compute` gives means over rows,
+    not means of step means.
 
     Args:
-        sums: ``{part: {quantity: tensor}}`` with the quantities weighted, denominator, loss, count, perhaps
-            unit_target (``[D]``), and any other sum, which is reported divided by count.
+        sums: ``{part: {quantity: tensor}}`` with the quantities weighted, denominator, loss, count,
+            perhaps unit_target (``[D]``), and any other sum, which is reported divided by count.
 
     Raises:
         ValueError: metrics of another objective are added.
@@ -46,15 +51,20 @@ class Metrics:
 
     def __init__(self, sums: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._given = {
-            part: {name: x.detach() if x.requires_grad else x for name, x in own.items()} for part, own in sums.items()
+            part: {name: x.detach() if x.requires_grad else x for name, x in own.items()}
+            for part, own in sums.items()
         }
         self._sums: dict[str, dict[str, Tensor]] | None = None
 
     @property
     def sums(self) -> dict[str, dict[str, Tensor]]:
-        """``{part: {quantity: sum}}``, widened when they are first asked for: most passes are measured by nobody."""
+        """``{part: {quantity: sum}}``, widened when they are first asked for: most passes are
+        measured by nobody."""
         if self._sums is None:
-            self._sums = {part: {name: for_sums(x) for name, x in own.items()} for part, own in self._given.items()}
+            self._sums = {
+                part: {name: for_sums(x) for name, x in own.items()}
+                for part, own in self._given.items()
+            }
         return self._sums
 
     def __add__(self, other: Metrics) -> Metrics:
@@ -63,21 +73,37 @@ class Metrics:
         if self._keys() != other._keys():
             raise ValueError(f"Metrics: other has {other._keys()}, expected {self._keys()}")
         mine, theirs = self.sums, other.sums
-        return Metrics({part: {name: mine[part][name] + theirs[part][name] for name in mine[part]} for part in mine})
+        return Metrics(
+            {
+                part: {name: mine[part][name] + theirs[part][name] for name in mine[part]}
+                for part in mine
+            }
+        )
 
     def contributing(self, where: Tensor) -> Metrics:
         """The same, but of parts that add nothing to the loss where a 0-d condition is False."""
         kept = ("weighted", "denominator")
-        return Metrics({p: own | {n: torch.where(where, own[n], 0) for n in kept} for p, own in self.sums.items()})
+        return Metrics(
+            {
+                p: own | {n: torch.where(where, own[n], 0) for n in kept}
+                for p, own in self.sums.items()
+            }
+        )
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Metrics:
-        """The sums over the ranks of ``group`` (None: all), in one collective. One process: unchanged."""
+        """The sums over the ranks of ``group`` (None: all), in one collective. One process:
+        unchanged."""
         if not is_distributed():
             return self
         flat = [x.reshape(-1) for own in self.sums.values() for x in own.values()]
         packed = all_reduce(torch.cat(flat), group, "metrics")
         pieces = iter(packed.split([x.numel() for x in flat]))
-        return Metrics({p: {n: next(pieces).view(x.shape) for n, x in own.items()} for p, own in self.sums.items()})
+        return Metrics(
+            {
+                p: {n: next(pieces).view(x.shape) for n, x in own.items()}
+                for p, own in self.sums.items()
+            }
+        )
 
     def compute(self) -> dict[str, float]:
         """The quotients as Python numbers; waits for the device once."""
@@ -89,7 +115,9 @@ class Metrics:
             rows = own["count"].clamp(min=1)
             mean = own["loss"] / rows
             values |= {f"{part}/loss": mean, f"{part}/count": own["count"]}
-            values |= {f"{part}/{name}": x / rows for name, x in own.items() if name not in _INTERNAL}
+            values |= {
+                f"{part}/{name}": x / rows for name, x in own.items() if name not in _INTERNAL
+            }
             if "unit_target" in own:
                 values[f"{part}/floor"], values[f"{part}/skill"] = floor_and_skill(
                     own["unit_target"], own["count"], mean

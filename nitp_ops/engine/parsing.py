@@ -31,8 +31,8 @@ class Spec:
         terms: dataclasses of objectives; a missing label becomes the registered name.
 
     Raises:
-        SpecError: no term, more than 100, two terms of one label, a label that cannot name parameters,
-            ``denominator="main"`` without an ntp term, terms that conflict.
+        SpecError: no term, more than 100, two terms of one label, a label that cannot name
+            parameters, ``denominator="main"`` without an ntp term, terms that conflict.
     """
 
     terms: tuple[Objective, ...]
@@ -41,7 +41,8 @@ class Spec:
         if len(self.terms) > MOST_TERMS:
             raise SpecError([too_many_terms(len(self.terms))])
         named = tuple(
-            term if term.label is not None else dataclasses.replace(term, label=term.name) for term in self.terms
+            term if term.label is not None else dataclasses.replace(term, label=term.name)
+            for term in self.terms
         )
         object.__setattr__(self, "terms", named)
         found = [] if named else ["the spec is empty, expected at least one objective"]
@@ -49,13 +50,21 @@ class Spec:
         for place, term in enumerate(named):
             label = str(term.label)
             if label in seen:
-                found.append(f'{label}: the label is given twice, expected "other: {term.name}" for one of them')
+                found.append(
+                    f'{label}: the label is given twice, expected "other: {term.name}" '
+                    "for one of them"
+                )
             seen.add(label)
             if not NAME.fullmatch(label) or label == "loss" or hasattr(_MODULES, label):
-                found.append(f'"{label}" is no label, expected an identifier that names no attribute of a module')
+                found.append(
+                    f'"{label}" is no label, expected an identifier that names no '
+                    "attribute of a module"
+                )
             if term.denominator == "main" and self.main_label is None:
                 found.append(f'{label}: denominator is "main", expected an ntp term to divide by')
-            found += [f"{label}: {line}" for line in term.conflicts(named[:place] + named[place + 1 :])]
+            found += [
+                f"{label}: {line}" for line in term.conflicts(named[:place] + named[place + 1 :])
+            ]
         if found:
             raise SpecError(found)
 
@@ -81,12 +90,14 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
     """The frozen spec of any spelling.
 
     * expression: ``"ntp + 0.8*nitp(target_layer=0.2) + late: 0.1*nitp(target_layer=8)"``;
-    * mapping, as YAML, TOML or JSON give it: ``{"ntp": {}, "late": {"type": "nitp", "weight": 0.1}}``, where a key is
-      a label and `type` the objective, which a key that is its name may leave out;
+    * mapping, as YAML, TOML or JSON give it: ``{"ntp": {}, "late": {"type": "nitp", "weight":
+      0.1}}``, where a key is a label and `type` the objective, which a key that is its name may
+      leave out;
     * dataclasses: ``[NTP(), NITP(weight=0.8), NITP(label="late", weight=0.1, target_layer=8)]``.
 
     Raises:
-        SpecError: everything that is wrong with the spec, in its ``problems``; with a model also what does not fit it.
+        SpecError: everything that is wrong with the spec, in its ``problems``; with a model also
+            what does not fit it.
         TypeError: not a spec at all.
 
     Example:
@@ -99,7 +110,11 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
         spec = [spec]
     problems: list[str] = []
     terms: list[Objective] = []
-    if isinstance(spec, Mapping | Sequence) and not isinstance(spec, str) and len(spec) > MOST_TERMS:
+    if (
+        isinstance(spec, Mapping | Sequence)
+        and not isinstance(spec, str)
+        and len(spec) > MOST_TERMS
+    ):
         raise SpecError([too_many_terms(len(spec))])
     if isinstance(spec, str):
         parsed, problems = parse_expression(spec)
@@ -113,9 +128,13 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
             if isinstance(item, Objective) and item.name and find(item.name) is type(item):
                 terms.append(item)
             else:
-                problems.append(f"{shown(item)} is no registered objective, expected dataclasses like NTP()")
+                problems.append(
+                    f"{shown(item)} is no registered objective, expected dataclasses like NTP()"
+                )
     else:
-        raise TypeError(f"parse: spec is a {type(spec).__name__}, expected an expression, a mapping or a list")
+        raise TypeError(
+            f"parse: spec is a {type(spec).__name__}, expected an expression, a mapping or a list"
+        )
     for label, name, options in entries:
         try:
             terms.append(_construct(label, name, options))
@@ -135,7 +154,9 @@ def parse(spec: SpecLike, model: ModelInfo | None = None) -> Spec:
     return whole
 
 
-def _entry(key: object, value: object, problems: list[str]) -> tuple[str | None, str, dict[str, Any]] | None:
+def _entry(
+    key: object, value: object, problems: list[str]
+) -> tuple[str | None, str, dict[str, Any]] | None:
     """(label, name, options); problems go to the list, None where there is no label or no name."""
     if not isinstance(key, str):
         problems.append(f"{shown(key)} is no label, expected a string")
@@ -160,13 +181,18 @@ def _construct(label: str | None, name: str, options: dict[str, Any]) -> Objecti
     try:
         cls = find(name)
     except SpecError as error:
-        raise SpecError(f"{label}: {line}" if label not in (None, name) else line for line in error.problems) from None
+        raise SpecError(
+            f"{label}: {line}" if label not in (None, name) else line for line in error.problems
+        ) from None
     if len(options) > _MOST_OPTIONS:
-        raise SpecError([f"{label or name}: {len(options)} options, expected at most {_MOST_OPTIONS}"])
+        raise SpecError(
+            [f"{label or name}: {len(options)} options, expected at most {_MOST_OPTIONS}"]
+        )
     known = [field.name for field in dataclasses.fields(cls)]
     offered = [option for option in known if option != "label"]
     problems = [
-        f"{label or name}: {_word(key)} is no option, expected one of {', '.join(offered)}.{suggestion(key, offered)}"
+        f"{label or name}: {_word(key)} is no option, expected one of "
+        f"{', '.join(offered)}.{suggestion(key, offered)}"
         for key in options
         if key not in known
     ]
@@ -195,4 +221,7 @@ def _past_the_end(term: Objective, length: int | None) -> list[str]:
     k = term.farthest()
     if length is None or k < length:
         return []
-    return [f"the target x_(t+{k}) lies past every sequence, expected at most t+{length - 1} (T = {length})"]
+    return [
+        f"the target x_(t+{k}) lies past every sequence, expected at most t+{length - 1} (T = "
+        f"{length})"
+    ]

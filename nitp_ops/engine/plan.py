@@ -1,6 +1,7 @@
 """One pass for each head, whatever the number of terms: the plan equals the sum of its terms.
 
-loss = sum over parts p of c_p * sum over rows i of p of token_weight_i * row_loss_i,  c_p = weight_p / COUNT_p
+loss = sum over parts p of c_p * sum over rows i of p of token_weight_i * row_loss_i,  c_p =
+weight_p / COUNT_p
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from .streams.model_info import ModelInfo
 
 
 def run(
-    parts: Sequence[HeadPart], latent: Mapping[str, LatentPart | HeadReading], info: ModelInfo, backend: str | None
+    parts: Sequence[HeadPart],
+    latent: Mapping[str, LatentPart | HeadReading],
+    info: ModelInfo,
+    backend: str | None,
 ) -> tuple[list[Tensor], Sums, dict[str, LatentPart]]:
-    """(one loss a head, ``{part: sums}``, the latent parts, all of them computed). One call of a head serves them all.
+    """(one loss a head, ``{part: sums}``, the latent parts, all of them computed). One call of a
+    head serves them all.
 
-    softcap and logit scale belong to the model, so the head alone (its matrix and its bias) makes a group. Parts that
-    share it share a pass, in declaration order.
+    softcap and logit scale belong to the model, so the head alone (its matrix and its bias) makes a
+    group. Parts that share it share a pass, in declaration order.
     """
     losses: list[Tensor] = []
     sums: Sums = {}
@@ -39,7 +44,10 @@ def run(
             losses.append(outcome[0])
             for job, own in zip(jobs, outcome[1], strict=True):
                 sums |= job.sums(own)
-        computed |= {name: own.finish(value) for (name, own), value in zip(readings.items(), values, strict=True)}
+        computed |= {
+            name: own.finish(value)
+            for (name, own), value in zip(readings.items(), values, strict=True)
+        }
     return losses, {part.name: sums[part.name] for part in parts}, computed  # type: ignore[return-value]
 
 
@@ -67,7 +75,9 @@ def _read(
     def use(hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Any:
         if weight.shape != (info.vocab_size, info.hidden_size):
             expected = f"{(info.vocab_size, info.hidden_size)} (ModelInfo's)"
-            raise ValueError(f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}")
+            raise ValueError(
+                f"objective: head has a weight of shape {tuple(weight.shape)}, expected {expected}"
+            )
         own = iter(hidden)
         mine = [job.job(next(own)) for job in jobs]
         outcome = None
@@ -86,7 +96,9 @@ def _read(
             except OP_ERRORS as error:
                 rename(error, "objective", [job.name for job in jobs])
                 raise
-        return outcome, [each.use([next(own) for _ in each.hidden], weight, bias) for each in readings]
+        return outcome, [
+            each.use([next(own) for _ in each.hidden], weight, bias) for each in readings
+        ]
 
     hidden = [*(job.rows.hidden for job in jobs), *(x for each in readings for x in each.hidden)]
     return through_head(head, hidden, use, takes_shards=not readings)

@@ -1,4 +1,5 @@
-"""Names of objectives: registered, built in, or an entry point in the group ``nitp_ops.objectives``."""
+"""Names of objectives: registered, built in, or an entry point in the group
+``nitp_ops.objectives``."""
 
 from __future__ import annotations
 
@@ -49,11 +50,16 @@ def register(name: str) -> Callable[[_T], _T]:
             )
         late = [field.name for field in dataclasses.fields(cls) if not field.kw_only]
         if late:
-            raise TypeError(f"register: {cls.__name__} has positional fields {', '.join(late)}, expected kw_only=True")
+            raise TypeError(
+                f"register: {cls.__name__} has positional fields {', '.join(late)}, "
+                "expected kw_only=True"
+            )
         held = _held(name)
         if held not in (None, _home(cls)):
             holder = held.rpartition(":")[2]
-            raise ValueError(f'register: name is "{name}", expected one that {holder} does not hold')
+            raise ValueError(
+                f'register: name is "{name}", expected one that {holder} does not hold'
+            )
         cls.name = name
         _registered[name] = cls
         return cls
@@ -64,8 +70,11 @@ def register(name: str) -> Callable[[_T], _T]:
 
 
 def offer(package: str, homes: Mapping[str, str]) -> None:
-    """Names that a package has built in, as ``{name: "module:class"}`` inside it: found like a plugin's."""
-    _built_in.update({name: EntryPoint(name, f"{package}.{home}", GROUP) for name, home in homes.items()})
+    """Names that a package has built in, as ``{name: "module:class"}`` inside it: found like a
+    plugin's."""
+    _built_in.update(
+        {name: EntryPoint(name, f"{package}.{home}", GROUP) for name, home in homes.items()}
+    )
 
 
 def available() -> tuple[str, ...]:
@@ -77,13 +86,19 @@ def find(name: str) -> type[Objective]:
     """The class behind a name, which is imported when it is first named.
 
     Raises:
-        SpecError: an unknown name (with the nearest known one), or a plugin that does not load (with its reason).
+        SpecError: an unknown name (with the nearest known one), or a plugin that does not load
+            (with its reason).
     """
     if name not in _registered:
         plugin = _built_in.get(name) or _plugins().get(name)
         if plugin is None:
             known = available()
-            raise SpecError([f'"{name}" is no objective, expected one of {listing(known)}.{suggestion(name, known)}'])
+            raise SpecError(
+                [
+                    f'"{name}" is no objective, expected one of '
+                    f"{listing(known)}.{suggestion(name, known)}"
+                ]
+            )
         _load(name, plugin)
     return _registered[name]
 
@@ -111,7 +126,8 @@ def _plugins() -> Mapping[str, EntryPoint]:
 
 @functools.lru_cache(maxsize=1)
 def _plugins_in(path: tuple[tuple[str, int], ...]) -> Mapping[str, EntryPoint]:
-    """Those on sys.path, read again where a folder has changed: every installed package is asked, which takes long."""
+    """Those on sys.path, read again where a folder has changed: every installed package is asked,
+    which takes long."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
@@ -131,4 +147,6 @@ def _load(name: str, plugin: EntryPoint) -> None:
         raise
     except BaseException as error:  # sys.exit too: a plugin does not end the program that names it
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise SpecError([f'"{name}" is a plugin ({plugin.value}) that does not load: {reason}']) from error
+        raise SpecError(
+            [f'"{name}" is a plugin ({plugin.value}) that does not load: {reason}']
+        ) from error

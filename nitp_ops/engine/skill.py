@@ -2,8 +2,8 @@
 
     floor = 1 - |mean z^|,  skill = 1 - loss / floor
 
-A constant p gives mean (1 - p^.z^) = 1 - p^.mean(z^), smallest where p points along mean(z^). |mean z^|^2 is about the
-mean pairwise cosine of the targets: 0.89 gives a floor of 0.057.
+A constant p gives mean (1 - p^.z^) = 1 - p^.mean(z^), smallest where p points along mean(z^). |mean
+z^|^2 is about the mean pairwise cosine of the targets: 0.89 gives a floor of 0.057.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ _BLOCK_ELEMENTS = 2**20
 _LEAST_FLOOR = 1e-4
 
 
-def unit_target_sum(target: Tensor, target_norm: Tensor, valid: Tensor, shift: int, eps: float) -> Tensor:
-    """``sum over valid t of z[t+shift] / max(|z[t+shift]|, eps)``: [D], float32 (float64 for float64); detached.
+def unit_target_sum(
+    target: Tensor, target_norm: Tensor, valid: Tensor, shift: int, eps: float
+) -> Tensor:
+    """``sum over valid t of z[t+shift] / max(|z[t+shift]|, eps)``: [D], float32 (float64 for
+    float64); detached.
 
     Args:
-        target: z ``[B, T, D]``. target_norm: ``|z[t+shift]|`` at t, ``[B, T]``, detached. valid: bool ``[B, T]``.
+        target: z ``[B, T, D]``. target_norm: ``|z[t+shift]|`` at t, ``[B, T]``, detached. valid:
+            bool ``[B, T]``.
     """
     batch, length, width = target.shape
     dtype = torch.float64 if target.dtype == torch.float64 else torch.float32
@@ -40,7 +44,8 @@ def unit_target_sum(target: Tensor, target_norm: Tensor, valid: Tensor, shift: i
 
 
 def floor_and_skill(unit_sum: Tensor, count: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """(floor, skill) from the sum of unit targets, their number and the mean loss; skill is NaN at floor < 1e-4."""
+    """(floor, skill) from the sum of unit targets, their number and the mean loss; skill is NaN at
+    floor < 1e-4."""
     floor = 1 - torch.linalg.vector_norm(unit_sum) / count.clamp(min=1)
     skill = torch.where(floor < _LEAST_FLOOR, math.nan, 1 - loss / floor)
     return floor, torch.where(count > 0, skill, math.nan)

@@ -58,7 +58,12 @@ def offset_problems(offsets: tuple[int, ...], most: int) -> list[str]:
     """One line if the offsets are none, more than `most`, outside [1, MOST_AHEAD], or not distinct."""
     if len(offsets) > most:
         return [f"offsets holds {len(offsets)} integers, expected at most {most}"]
-    if offsets and min(offsets) >= 1 and max(offsets) <= MOST_AHEAD and len(set(offsets)) == len(offsets):
+    if (
+        offsets
+        and min(offsets) >= 1
+        and max(offsets) <= MOST_AHEAD
+        and len(set(offsets)) == len(offsets)
+    ):
         return []
     return [f"offsets is {list(offsets)}, expected distinct integers in [1, {MOST_AHEAD}]"]
 

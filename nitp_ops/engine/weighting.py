@@ -1,4 +1,5 @@
-"""What a part of an objective weighs: ``weight / max(COUNT, 1)`` before its sum, and its contribution to the loss."""
+"""What a part of an objective weighs: ``weight / max(COUNT, 1)`` before its sum, and its
+contribution to the loss."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ def divided(weight: float | Tensor, count: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def contribution(weight: float | Tensor, loss: Tensor) -> Tensor:
-    """weight * loss; a NaN under a weight of zero shows in the term's own numbers, not in its contribution."""
+    """weight * loss; a NaN under a weight of zero shows in the term's own numbers, not in its
+    contribution."""
     if isinstance(weight, Tensor):
         return torch.where(weight == 0, 0, weight * loss)
     return weight * loss if weight else torch.zeros_like(loss)
@@ -72,9 +74,10 @@ class _Guard(torch.autograd.Function):
 
 
 def guarded(alive: Tensor) -> Callable[[Tensor], Tensor]:
-    """A function that passes a tensor through; its gradient becomes exact zeros where ``alive`` (0-d bool) is false.
+    """A function that passes a tensor through; its gradient becomes exact zeros where ``alive``
+    (0-d bool) is false.
 
-    A weight of zero alone would not do: zero times NaN is NaN. The gradient stays a tensor of zeros, not None, so that
-    DDP sees every parameter used.
+    A weight of zero alone would not do: zero times NaN is NaN. The gradient stays a tensor of
+    zeros, not None, so that DDP sees every parameter used.
     """
     return lambda tensor: _Guard.apply(tensor, alive) if tensor.requires_grad else tensor  # type: ignore[return-value]

@@ -1,4 +1,5 @@
-"""Effective rank, mean cosine, top component, mean norm ratio and uniformity of rows of hidden states."""
+"""Effective rank, mean cosine, top component, mean norm ratio and uniformity of rows of hidden
+states."""
 
 from __future__ import annotations
 
@@ -39,17 +40,20 @@ def _singular_values(rows: torch.Tensor, centre: bool) -> torch.Tensor:
 
 
 def effective_rank(x: torch.Tensor, definition: RankDefinition = "covariance") -> float:
-    """``exp(-sum_i p_i ln p_i)``: the exponential of the entropy of a normalised spectrum, in [1, min(n, d)].
+    """``exp(-sum_i p_i ln p_i)``: the exponential of the entropy of a normalised spectrum, in [1,
+    min(n, d)].
 
-    ``"covariance"``: p = eigenvalues of the mean-centred covariance / their sum (NITP). ``"singular"``: p =
-    singular values of x itself, not centred, / their sum (Roy and Vetterli). The two differ widely on one
-    matrix; name the one you report, and use many more rows than d.
+    ``"covariance"``: p = eigenvalues of the mean-centred covariance / their sum (NITP).
+        ``"singular"``: p =
+    singular values of x itself, not centred, / their sum (Roy and Vetterli). The two differ widely
+    on one matrix; name the one you report, and use many more rows than d.
 
     Args:
         x: ``[..., d]``, floating point, at least two rows.
 
     Returns:
-        A float without unit; NaN when the spectrum is zero (equal rows; for ``"singular"`` zero rows).
+        A float without unit; NaN when the spectrum is zero (equal rows; for ``"singular"`` zero
+        rows).
 
     Raises:
         TypeError: x is no floating point tensor.
@@ -63,7 +67,9 @@ def effective_rank(x: torch.Tensor, definition: RankDefinition = "covariance") -
     Source: Roy and Vetterli, "The effective rank" (EUSIPCO 2007); NITP, arXiv 2605.24956.
     """
     if definition not in ("covariance", "singular"):
-        raise ValueError(f"effective_rank: definition is {definition!r}, expected 'covariance' or 'singular'")
+        raise ValueError(
+            f"effective_rank: definition is {definition!r}, expected 'covariance' or 'singular'"
+        )
     rows = _rows(x, "effective_rank")
     if definition == "singular":
         return entropy_rank(_singular_values(rows, centre=False))
@@ -71,7 +77,8 @@ def effective_rank(x: torch.Tensor, definition: RankDefinition = "covariance") -
 
 
 def top_component_share(x: torch.Tensor) -> float:
-    """``lambda_1 / sum_i lambda_i`` with lambda the eigenvalues of the mean-centred covariance, in [1/d, 1].
+    """``lambda_1 / sum_i lambda_i`` with lambda the eigenvalues of the mean-centred covariance, in
+    [1/d, 1].
 
     Args:
         x: ``[..., d]``, floating point, at least two rows.
@@ -95,7 +102,8 @@ def top_component_share(x: torch.Tensor) -> float:
 
 
 def mean_pairwise_cosine(x: torch.Tensor) -> float:
-    """``sum_{i != j} cos(x_i, x_j) / (n (n - 1))``, computed as ``(|sum_i u_i|^2 - n) / (n (n - 1))``.
+    """``sum_{i != j} cos(x_i, x_j) / (n (n - 1))``, computed as ``(|sum_i u_i|^2 - n) / (n (n -
+    1))``.
 
     u_i = x_i / |x_i|; the cost is O(n d). A zero row has cosine 0 with every other row.
 
@@ -114,7 +122,8 @@ def mean_pairwise_cosine(x: torch.Tensor) -> float:
         >>> round(mean_pairwise_cosine(torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])), 6)
         0.333333
 
-    Source: Ethayarajh, arXiv 1909.00512 (anisotropy as mean cosine); the identity is expanding |sum u|^2.
+    Source: Ethayarajh, arXiv 1909.00512 (anisotropy as mean cosine); the identity is expanding |sum
+        u|^2.
     """
     unit = unit_rows(_rows(x, "mean_pairwise_cosine"))
     return pairwise_cosine(unit.sum(dim=0), unit.square().sum(), unit.shape[0])
@@ -138,7 +147,8 @@ def mean_norm_ratio(x: torch.Tensor) -> float:
         >>> round(mean_norm_ratio(torch.tensor([[3.0, 0.0], [0.0, 3.0]])), 6)
         0.707107
 
-    Source: the mean resultant length of directional statistics (Mardia and Jupp 2000), here with lengths
+    Source: the mean resultant length of directional statistics (Mardia and Jupp 2000), here with
+        lengths
     kept.
     """
     rows = _rows(x, "mean_norm_ratio")
@@ -150,8 +160,9 @@ def mean_norm_ratio(x: torch.Tensor) -> float:
 def uniformity(x: torch.Tensor, *, max_rows: int = 1024, seed: int = 0) -> float:
     """``log mean_{i < j} exp(-2 |u_i - u_j|^2)`` on unit vectors u_i = x_i / |x_i|, in [-8, 0].
 
-    Lower is more uniform. All pairs when x has at most `max_rows` rows, else all pairs of a random sample of
-    `max_rows` rows, drawn with a generator of its own (`seed`): the global random state is left alone.
+    Lower is more uniform. All pairs when x has at most `max_rows` rows, else all pairs of a random
+    sample of `max_rows` rows, drawn with a generator of its own (`seed`): the global random state
+    is left alone.
 
     Args:
         x: ``[..., d]``, floating point, at least two rows.

@@ -1,4 +1,5 @@
-"""Which rows a probe sees: targets j steps ahead, whole sequences held out, moments of the training rows."""
+"""Which rows a probe sees: targets j steps ahead, whole sequences held out, moments of the training
+rows."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one side of the split: where they stand in ``hidden[S * T, d]``, their tokens, and a factor on them,
-    a power of two that keeps squares in range."""
+    """The rows of one side of the split: where they stand in ``hidden[S * T, d]``, their tokens,
+    and a factor on them, a power of two that keeps squares in range."""
 
     hidden: Tensor
     index: Tensor
@@ -71,7 +72,9 @@ class Split:
     @property
     def frequency(self) -> Tensor:
         """Share of each class in the training rows, [C] float64."""
-        return torch.bincount(self.train.tokens, minlength=self.classes.shape[0]).double() / len(self.train)
+        return torch.bincount(self.train.tokens, minlength=self.classes.shape[0]).double() / len(
+            self.train
+        )
 
     @property
     def empty(self) -> bool:
@@ -100,10 +103,13 @@ def split_rows(
     """The rows that count on each side and the moments of the training side."""
     checks.is_tensor(op, "hidden", hidden)
     if not hidden.is_floating_point():
-        raise TypeError(f"{op}: hidden is {checks.name_of(hidden.dtype)}, expected a floating point dtype")
+        raise TypeError(
+            f"{op}: hidden is {checks.name_of(hidden.dtype)}, expected a floating point dtype"
+        )
     if hidden.dim() < 3 or hidden.shape[-1] == 0 or hidden.shape[:-2].numel() < 2:
         raise ValueError(
-            f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., T, d) with two or more sequences"
+            f"{op}: hidden has shape {tuple(hidden.shape)}, expected (..., T, d) with two or more "
+            "sequences"
         )
     checks.integer(op, "offset", offset, least=0)
     leading, length, d = hidden.shape[:-2], hidden.shape[-2], hidden.shape[-1]
@@ -137,7 +143,10 @@ def split_rows(
     classes, positions = torch.unique(train.tokens, return_inverse=True)
     unit = _unit(train)
     train, test = Rows(flat, train.index, positions, unit), replace(test, unit=unit)
-    total, scatter = flat.new_zeros(d, dtype=torch.float64), flat.new_zeros(d, d, dtype=torch.float64)
+    total, scatter = (
+        flat.new_zeros(d, dtype=torch.float64),
+        flat.new_zeros(d, d, dtype=torch.float64),
+    )
     for features, _ in train.blocks(d, torch.float64):
         total += features.sum(dim=0)
     mean = total / max(1, len(train))
@@ -156,7 +165,9 @@ def _unit(train: Rows) -> Tensor:
     return in_square_range(largest)
 
 
-def _held_out(op: str, held_out: float | Tensor, leading: torch.Size, seed: int, device: torch.device) -> Tensor:
+def _held_out(
+    op: str, held_out: float | Tensor, leading: torch.Size, seed: int, device: torch.device
+) -> Tensor:
     """Which sequences are held out, bool [S]."""
     sequences = leading.numel()
     if isinstance(held_out, Tensor):
@@ -165,7 +176,9 @@ def _held_out(op: str, held_out: float | Tensor, leading: torch.Size, seed: int,
         return held_out.reshape(-1).to(device)
     share = checks.number(op, "held_out", held_out, least=0.0, open_end=True)
     if share >= 1:
-        raise ValueError(f"{op}: held_out is {held_out!r}, expected a number inside (0, 1) or a bool a sequence")
+        raise ValueError(
+            f"{op}: held_out is {held_out!r}, expected a number inside (0, 1) or a bool a sequence"
+        )
     count = min(sequences - 1, max(1, round(share * sequences)))
     chosen = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.zeros(sequences, dtype=torch.bool).index_fill_(0, chosen, True).to(device)
@@ -180,5 +193,6 @@ def _check_finite(op: str, *sides: Rows) -> None:
     if bad:
         total = sum(map(len, sides))
         raise ValueError(
-            f"{op}: hidden has NaN or infinity in {bad} of {total} rows that count, expected finite values"
+            f"{op}: hidden has NaN or infinity in {bad} of {total} rows that count, expected "
+            "finite values"
         )

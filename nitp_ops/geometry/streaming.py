@@ -1,4 +1,5 @@
-"""The streaming half of `nitp_ops.geometry`: float64 sums over batches, a bounded sample, one finish."""
+"""The streaming half of `nitp_ops.geometry`: float64 sums over batches, a bounded sample, one
+finish."""
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ def check_finite(rows: torch.Tensor, function: str) -> None:
     """Refuse rows with a NaN or an infinity."""
     bad = int((~torch.isfinite(rows).all(dim=-1)).sum())
     if bad:
-        raise ValueError(f"{function}: x has NaN or infinity in {bad} of {rows.shape[0]} rows, expected finite values")
+        raise ValueError(
+            f"{function}: x has NaN or infinity in {bad} of {rows.shape[0]} rows, expected finite "
+            "values"
+        )
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
@@ -40,7 +44,8 @@ def unit_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def common_unit(rows: torch.Tensor) -> torch.Tensor:
-    """0-d, a power of two: times it no square of the rows overflows, nor do those of the largest row vanish.
+    """0-d, a power of two: times it no square of the rows overflows, nor do those of the largest
+    row vanish.
 
     What is a ratio of squares is the same in any unit, to the bit.
     """
@@ -48,7 +53,8 @@ def common_unit(rows: torch.Tensor) -> torch.Tensor:
 
 
 def spectral_floor(n: int, d: int, frobenius: torch.Tensor) -> torch.Tensor:
-    """Singular values below this are rounding of the input: the spectrum of equal rows is zero, not noise."""
+    """Singular values below this are rounding of the input: the spectrum of equal rows is zero, not
+    noise."""
     return _EPS * max(n, d) * frobenius
 
 
@@ -124,7 +130,9 @@ class _Moments(NamedTuple):
         centred = rows - total / rows.shape[0]
         norms = torch.linalg.vector_norm(rows, dim=-1).sum()
         scatter = centred.T @ centred
-        return cls(rows.shape[0], scale, total, norms, scatter, unit.sum(dim=0), unit.square().sum())
+        return cls(
+            rows.shape[0], scale, total, norms, scatter, unit.sum(dim=0), unit.square().sum()
+        )
 
     def plus(self, other: _Moments) -> _Moments:
         n, m = self.count, other.count
@@ -147,21 +155,26 @@ class _Moments(NamedTuple):
         moved = _Moments(self.count, *(t.to(unit.device) for t in self[1:]))
         by = unit / moved.unit
         return moved._replace(
-            unit=unit, total=moved.total * by, norms=moved.norms * by, scatter=moved.scatter * by * by
+            unit=unit,
+            total=moved.total * by,
+            norms=moved.norms * by,
+            scatter=moved.scatter * by * by,
         )
 
 
 class Accumulator:
-    """The numbers of `nitp_ops.geometry` over a stream of batches, each with its definition beside it.
+    """The numbers of `nitp_ops.geometry` over a stream of batches, each with its definition beside
+    it.
 
-    Keeps, in float64 and on the device of the batches: n, ``sum x``, ``sum |x|``, ``sum x / |x|``, the
-    scatter ``sum (x - mean)(x - mean)^T``, and a random sample of unit rows for uniformity. The scatter is
-    combined by the pairwise update of Chan et al., so a large common offset cancels nothing. Any split into
-    batches gives the numbers of the whole, to rounding.
+    Keeps, in float64 and on the device of the batches: n, ``sum x``, ``sum |x|``, ``sum x / |x|``,
+    the scatter ``sum (x - mean)(x - mean)^T``, and a random sample of unit rows for uniformity. The
+    scatter is combined by the pairwise update of Chan et al., so a large common offset cancels
+    nothing. Any split into batches gives the numbers of the whole, to rounding.
 
     Args:
         width: d, the size of the last axis.
-        source: what was measured ("hidden_states[5], before the final norm"); repeated in every record.
+        source: what was measured ("hidden_states[5], before the final norm"); repeated in every
+            record.
         max_rows: rows in the sample for uniformity, at least 2.
         seed: seed of the sample; give each rank its own.
 
@@ -178,11 +191,14 @@ class Accumulator:
         >>> round(record["value"], 6), record["centring"], record["n"], record["d"]
         (3.0, 'mean', 6, 3)
 
-    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+    Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
+        sample
     variances" (1979).
     """
 
-    def __init__(self, width: int, *, source: str = "", max_rows: int = 1024, seed: int = 0) -> None:
+    def __init__(
+        self, width: int, *, source: str = "", max_rows: int = 1024, seed: int = 0
+    ) -> None:
         if width < 1:
             raise ValueError(f"Accumulator: width is {width}, expected at least 1")
         self.width = width
@@ -204,7 +220,9 @@ class Accumulator:
         """
         check_tensor(x, "Accumulator.update")
         if x.shape[-1] != self.width:
-            raise ValueError(f"Accumulator.update: x has shape {tuple(x.shape)}, expected (..., {self.width})")
+            raise ValueError(
+                f"Accumulator.update: x has shape {tuple(x.shape)}, expected (..., {self.width})"
+            )
         rows = with_float64(x.detach()).reshape(-1, self.width)
         check_finite(rows, "Accumulator.update")
         for start in range(0, rows.shape[0], block := max(1, _BLOCK_ELEMENTS // self.width)):
@@ -217,47 +235,59 @@ class Accumulator:
         self._moments = self._moments.plus(moments) if self._moments else moments
 
     def merge(self, other: Accumulator) -> Accumulator:
-        """Add another accumulator's rows to this one and return this one (``a + b`` leaves both alone).
+        """Add another accumulator's rows to this one and return this one (``a + b`` leaves both
+        alone).
 
         Raises:
             TypeError: other is no Accumulator.
             ValueError: another width, source or max_rows.
         """
         if not isinstance(other, Accumulator):
-            raise TypeError(f"Accumulator.merge: other is {type(other).__name__}, expected an Accumulator")
+            raise TypeError(
+                f"Accumulator.merge: other is {type(other).__name__}, expected an Accumulator"
+            )
         mine = (self.width, self.source, self._sample.max_rows)
         theirs = (other.width, other.source, other._sample.max_rows)
         if mine != theirs:
-            raise ValueError(f"Accumulator.merge: other has (width, source, max_rows) {theirs}, expected {mine}")
+            raise ValueError(
+                f"Accumulator.merge: other has (width, source, max_rows) {theirs}, expected {mine}"
+            )
         if other._moments:
             self._add(other._moments)
             self._sample.merge(other._sample)
         return self
 
     def __add__(self, other: Accumulator) -> Accumulator:
-        result = Accumulator(self.width, source=self.source, max_rows=self._sample.max_rows).merge(self)
+        result = Accumulator(self.width, source=self.source, max_rows=self._sample.max_rows).merge(
+            self
+        )
         result._sample.generator.set_state(self._sample.generator.get_state())
         return result.merge(other)
 
     def compute(self) -> dict[str, dict[str, Any]]:
-        """One record a number: ``{"value", "definition", "centring", "n", "d", "source"}``, ready for JSON.
+        """One record a number: ``{"value", "definition", "centring", "n", "d", "source"}``, ready
+        for JSON.
 
         Keys: effective_rank, effective_rank_singular, top_component_share, mean_pairwise_cosine,
-        mean_norm_ratio, uniformity. Singular values come from the second moment, so those below 1e-8 of the
-        largest are not resolved.
+        mean_norm_ratio, uniformity. Singular values come from the second moment, so those below
+        1e-8 of the largest are not resolved.
 
         Raises:
             ValueError: fewer than two rows were seen.
         """
         if self._moments is None or self._moments.count < 2:
-            raise ValueError(f"Accumulator.compute: {self.count} rows were seen, expected at least 2")
+            raise ValueError(
+                f"Accumulator.compute: {self.count} rows were seen, expected at least 2"
+            )
         n, _, total, norms, scatter, unit_total, unit_squares = self._moments
         second_moment = scatter + torch.outer(total, total) / n
         noise = spectral_floor(n, self.width, second_moment.trace().sqrt()).square()
 
         def eigenvalues(matrix: torch.Tensor) -> torch.Tensor:
             values = torch.linalg.eigvalsh(matrix)
-            return torch.where(values > noise.clamp_min(_EPS * self.width * values[-1]), values, 0.0)
+            return torch.where(
+                values > noise.clamp_min(_EPS * self.width * values[-1]), values, 0.0
+            )
 
         variances = eigenvalues(scatter)
         sampled = self._sample.keys.shape[0]
@@ -289,7 +319,8 @@ class Accumulator:
             ),
             "uniformity": (
                 self._sample.uniformity(),
-                f"log mean exp(-2 |u_i - u_j|^2), u = x / |x|, over all pairs of {sampled} sampled rows",
+                f"log mean exp(-2 |u_i - u_j|^2), u = x / |x|, over all pairs of {sampled} "
+                "sampled rows",
                 "none",
             ),
         }

@@ -1,1 +1,2 @@
-"""One row kernel, four implementations, one table: compiled for CPU and CUDA (csrc/), Triton, torch operations."""
+"""One row kernel, four implementations, one table: compiled for CPU and CUDA (csrc/), Triton, torch
+operations."""

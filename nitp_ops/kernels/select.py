@@ -1,9 +1,10 @@
 """Who serves the row kernels: the tensor's device decides, through PyTorch's dispatcher.
 
-`table.py` holds the table of them; the library registers its kernels for CPU and, where a CUDA compiler built them,
-for CUDA. Where it did not, `nitp_ops.kernels.triton` registers its own for CUDA tensors, on the first of them. Every other
-device, and a CPU without the library, is served by `torch_rows`: the same algorithm, row kernels of torch operations.
-A public function asks `select_backend` once and takes the row kernels by name from `row_kernels`.
+`table.py` holds the table of them; the library registers its kernels for CPU and, where a CUDA
+compiler built them, for CUDA. Where it did not, `nitp_ops.kernels.triton` registers its own for
+CUDA tensors, on the first of them. Every other device, and a CPU without the library, is served by
+`torch_rows`: the same algorithm, row kernels of torch operations. A public function asks
+`select_backend` once and takes the row kernels by name from `row_kernels`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def _load_triton() -> str | None:
         return "torch sees no GPU"
     try:
         importlib.import_module(".triton", __package__)
-    except Exception as error:  # whatever a broken installation raises: it is one backend's reason, not a crash
+    # whatever a broken installation raises: it is one backend's reason, not a crash
+    except Exception as error:
         return f"the Triton kernels do not load: {error!r}"
     return None
 
@@ -50,7 +52,8 @@ def triton_unavailable_reason() -> str | None:
     return _load_triton()
 
 
-# What torch.compiler.assume_constant_result sets; the function itself would import torch._dynamo, and triton with it.
+# What torch.compiler.assume_constant_result sets; the function itself would import torch._dynamo,
+# and triton with it.
 triton_unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -62,11 +65,16 @@ def installed(backend: str) -> bool:
 
 
 def unavailable_reason(device: torch.device, backend: str = "native") -> str | None:
-    """Why the row kernels of `backend` ("native", "triton" or "torch") cannot serve tensors on `device`, or None."""
+    """Why the row kernels of `backend` ("native", "triton" or "torch") cannot serve tensors on
+    `device`, or None."""
     if backend == "torch":
         return None
     if backend == "triton":
-        return triton_unavailable_reason() if device.type == "cuda" else "its row kernels serve cuda tensors only"
+        return (
+            triton_unavailable_reason()
+            if device.type == "cuda"
+            else "its row kernels serve cuda tensors only"
+        )
     if load_error is not None:
         return load_error
     if device.type not in _COMPILED_FOR:
@@ -77,8 +85,8 @@ def unavailable_reason(device: torch.device, backend: str = "native") -> str | N
 
 
 def select_backend(op: str, device: torch.device, backend: str | None) -> str:
-    """The backend that runs this call: "native" where compiled kernels serve the device, else "triton", else "torch",
-    after one RuntimeWarning per device type; or `backend`.
+    """The backend that runs this call: "native" where compiled kernels serve the device, else
+    "triton", else "torch", after one RuntimeWarning per device type; or `backend`.
 
     Raises:
         ValueError: an unknown backend.
@@ -95,11 +103,12 @@ def select_backend(op: str, device: torch.device, backend: str | None) -> str:
     if backend == "reference" or unavailable_reason(device, backend) is None:
         return backend
     reasons = " ".join(
-        f"{name}: {unavailable_reason(device, name) or 'serves them'}." for name in ("native", "triton", "torch")
+        f"{name}: {unavailable_reason(device, name) or 'serves them'}."
+        for name in ("native", "triton", "torch")
     )
     raise checks.BackendError(
-        f"{op}: backend={backend!r} does not serve {device.type} tensors. {reasons} reference: only on request, "
-        "backend='reference'."
+        f"{op}: backend={backend!r} does not serve {device.type} tensors. {reasons} reference: "
+        "only on request, backend='reference'."
     )
 
 
@@ -113,9 +122,12 @@ _say_torch_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _warn_of_torch(kind: str) -> None:
-    reasons = "; ".join(f"{name}: {unavailable_reason(torch.device(kind), name)}" for name in ("native", "triton"))
+    reasons = "; ".join(
+        f"{name}: {unavailable_reason(torch.device(kind), name)}" for name in ("native", "triton")
+    )
     warnings.warn(
-        f"nitp_ops: {kind} tensors are served by backend='torch', same memory bound but slower ({reasons})",
+        f"nitp_ops: {kind} tensors are served by backend='torch', same memory bound but slower "
+        f"({reasons})",
         RuntimeWarning,
         stacklevel=users_stacklevel(),
     )
@@ -124,7 +136,8 @@ def _warn_of_torch(kind: str) -> None:
 def row_kernels(backend: str) -> Any:
     """The row kernels by the names of the table, for a backend that `select_backend` returned.
 
-    "native": the dispatcher's, which go by the tensor's device; "triton" and "torch": their own, also where compiled
+    "native": the dispatcher's, which go by the tensor's device; "triton" and "torch": their own,
+        also where compiled
     ones exist.
     """
     if backend == "native":

@@ -1,8 +1,9 @@
 """The table of row kernels: one row each, declared by its torch implementation.
 
-A function of `torch_rows` under `@row_kernel` is a row: its name is the operator's, its signature the schema. Schemas
-where the compiled library is absent, the look-up of the torch and Triton implementations, benchmarks, the sanitized
-script and the tests that compare backends go by this table. The compiled kernels have theirs in csrc/kernel_params.h.
+A function of `torch_rows` under `@row_kernel` is a row: its name is the operator's, its signature
+the schema. Schemas where the compiled library is absent, the look-up of the torch and Triton
+implementations, benchmarks, the sanitized script and the tests that compare backends go by this
+table. The compiled kernels have theirs in csrc/kernel_params.h.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A typical call: its arguments, the bytes that it must move, what puts back an input that it overwrites."""
+    """A typical call: its arguments, the bytes that it must move, what puts back an input that it
+    overwrites."""
 
     arguments: tuple[Any, ...]
     moved: int
@@ -52,7 +54,8 @@ _declared: dict[str, RowKernel] = {}
 def row_kernel(
     *, writes: Sequence[str], sample: Callable[[int, int, torch.dtype], Sample]
 ) -> Callable[[Function], Function]:
-    """Declares a row kernel by its implementation in torch operations; writes: the arguments that it overwrites."""
+    """Declares a row kernel by its implementation in torch operations; writes: the arguments that
+    it overwrites."""
 
     def declare(function: Function) -> Function:
         name = function.__name__
@@ -83,7 +86,8 @@ def _modules(package: str) -> list[ModuleType]:
 
 @functools.cache
 def all_kernels() -> Mapping[str, RowKernel]:
-    """Row kernels by name, in its order: who imports one module of torch_rows before the others changes nothing."""
+    """Row kernels by name, in its order: who imports one module of torch_rows before the others
+    changes nothing."""
     _modules("torch_rows")
     return dict(sorted(_declared.items()))
 

@@ -26,7 +26,8 @@ DISTANCES = {"cosine": 0, "mse": 1, "smooth_l1": 2, "kl": 3}
 
 
 class AlignmentStats(NamedTuple):
-    """Detached per-row values, float32 (float64 for float64), shaped like the rows; zeros where a row is invalid."""
+    """Detached per-row values, float32 (float64 for float64), shaped like the rows; zeros where a
+    row is invalid."""
 
     loss: Tensor
     cosine: Tensor
@@ -54,11 +55,13 @@ def alignment(
     A cosine is that of the directions however large the numbers are: no square overflows.
 
     Under torch.compile each new value of eps compiles anew, and past
-    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see `linear_cross_entropy`.
+    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see
+    `linear_cross_entropy`.
 
     Args:
-        prediction, target: ``[..., D]``, one shape and device; float64, float32, bfloat16 or float16, each its own
-            dtype (on CUDA float64 meets only float64). Both get gradients; detach the target to stop its gradient.
+        prediction, target: ``[..., D]``, one shape and device; float64, float32, bfloat16 or
+            float16, each its own dtype (on CUDA float64 meets only float64). Both get gradients;
+            detach the target to stop its gradient.
         distance: the row of the table above.
         eps: lower bound of each norm (cosine).
         backend: None (the device decides), "native", "triton", "torch" or "reference".
@@ -67,7 +70,8 @@ def alignment(
         ``[...]``, float32 (float64 when either input is float64).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown distance.
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown
+            distance.
         BackendError: the backend that was asked for does not serve this device.
 
     Example:
@@ -83,7 +87,9 @@ def alignment(
     checks.has_shape(_OP, "target", target, prediction.shape, "prediction's")
     checks.same_device(_OP, "target", target, "prediction", prediction)
     checks.one_of(_OP, "distance", distance, tuple(DISTANCES))
-    eps = checks.number(_OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target))
+    eps = checks.number(
+        _OP, "eps", eps, least=0.0, open_end=True, dtype=reference.working(prediction, target)
+    )
     chosen = select.select_backend(_OP, prediction.device, backend)
     if chosen == "reference":
 
@@ -105,7 +111,16 @@ def forward(prediction: Tensor, target: Tensor, distance: int, eps: float, backe
     stats = torch.empty(4, p.count, dtype=dtype, device=prediction.device)
     for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
         select.row_kernels(backend).alignment_rows_(
-            p.dense(part), z.dense(part), None, None, stats[:, part], None, None, distance, eps, False
+            p.dense(part),
+            z.dense(part),
+            None,
+            None,
+            stats[:, part],
+            None,
+            None,
+            distance,
+            eps,
+            False,
         )
     return stats[0].view(p.shape).clone()
 
@@ -119,19 +134,40 @@ def _(prediction: Tensor, target: Tensor, distance: int, eps: float, backend: st
 
 
 def backward(
-    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
+    prediction: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    distance: int,
+    eps: float,
+    wants_target: bool,
+    backend: str,
 ) -> list[Tensor]:
     """[d_prediction] or, with wants_target, [d_prediction, d_target]."""
     p, z = Rows(prediction), Rows(target)
     shape = (p.count, prediction.shape[-1])
     d_prediction = torch.empty(prediction.shape, dtype=prediction.dtype, device=prediction.device)
-    d_target = torch.empty(target.shape, dtype=target.dtype, device=target.device) if wants_target else None
+    d_target = (
+        torch.empty(target.shape, dtype=target.dtype, device=target.device)
+        if wants_target
+        else None
+    )
     scale = upstream.reshape(-1).contiguous()
     stats = torch.empty(4, p.count, dtype=scale.dtype, device=scale.device)
     for part in chunks(slice(0, p.count), whole_or_chunk(p, z)):
-        into = d_prediction.view(shape)[part], None if d_target is None else d_target.view(shape)[part]
+        into = (
+            d_prediction.view(shape)[part],
+            None if d_target is None else d_target.view(shape)[part],
+        )
         select.row_kernels(backend).alignment_rows_(
-            p.dense(part), z.dense(part), None, scale[part], stats[:, part], *into, distance, eps, True
+            p.dense(part),
+            z.dense(part),
+            None,
+            scale[part],
+            stats[:, part],
+            *into,
+            distance,
+            eps,
+            True,
         )
     return [d_prediction] if d_target is None else [d_prediction, d_target]
 
@@ -141,7 +177,13 @@ _backward = torch.library.custom_op("nitp_ops::alignment_backward", mutates_args
 
 @_backward.register_fake
 def _(
-    prediction: Tensor, target: Tensor, upstream: Tensor, distance: int, eps: float, wants_target: bool, backend: str
+    prediction: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    distance: int,
+    eps: float,
+    wants_target: bool,
+    backend: str,
 ) -> list[Tensor]:
     d_prediction = prediction.new_empty(prediction.shape)
     return [d_prediction, target.new_empty(target.shape)] if wants_target else [d_prediction]
@@ -154,10 +196,18 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, upstream: Tensor):
     tensors = *ctx.saved_tensors, upstream
-    run: Callable[..., Any] = _backward if torch.is_grad_enabled() or needs_dispatcher(tensors) else backward
+    run: Callable[..., Any] = (
+        _backward if torch.is_grad_enabled() or needs_dispatcher(tensors) else backward
+    )
     wants_prediction, wants_target = ctx.needs_input_grad[:2]
     gradients = run(*tensors, ctx.distance, ctx.eps, wants_target, ctx.backend)
-    return gradients[0] if wants_prediction else None, gradients[1] if wants_target else None, None, None, None
+    return (
+        gradients[0] if wants_prediction else None,
+        gradients[1] if wants_target else None,
+        None,
+        None,
+        None,
+    )
 
 
 _plain = plain_function("AlignmentFunction", forward, _save, _differentiate)

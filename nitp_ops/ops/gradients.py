@@ -1,4 +1,5 @@
-"""What ops with gradients formed in the forward pass share: a backward pass that only multiplies by the upstream."""
+"""What ops with gradients formed in the forward pass share: a backward pass that only multiplies by
+the upstream."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ def scale_gradients(
     gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], double_backward_inputs: list[Tensor], backend: str,
     op: str,
 ) -> list[Tensor]:  # fmt: skip
-    """upstream * gradient for each in its input's dtype, formed in float32 and rounded once, in one pass; an upstream
-    of zero writes zeros, so that a NaN under it stays out.
+    """upstream * gradient for each in its input's dtype, formed in float32 and rounded once, in one
+    pass; an upstream of zero writes zeros, so that a NaN under it stays out.
 
-    The double_backward_inputs (what the gradients depend on) are not read: through them a double backward finds its
-    way here and is refused, where constants would be silently wrong."""
+    The double_backward_inputs (what the gradients depend on) are not read: through them a double
+    backward finds its way here and is refused, where constants would be silently wrong."""
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
@@ -38,26 +39,33 @@ def _rows(dense: Tensor) -> Tensor:
 
 
 def power_of_two(scale: Tensor) -> Tensor:
-    """0-d, near the largest weight of a row: float16 gradients are formed without it, else they would underflow."""
+    """0-d, near the largest weight of a row: float16 gradients are formed without it, else they
+    would underflow."""
     return reference.power_of_two(torch.cat([scale, scale.new_zeros(1)]).abs().amax(0))
 
 
 def scale_in_place(kernels: Any, gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor, a 0-d tensor: one costs nothing, zero leaves no NaN."""
     if gradient.numel() > 0:
-        dense = _rows(gradient)  # named twice: allow_mutation_on_saved_tensors looks up what a schema says is written
+        # named twice: allow_mutation_on_saved_tensors looks up what a schema says is written
+        dense = _rows(gradient)
         kernels.scale_rows_(dense, factor.to(reference.working(gradient)), dense)
 
 
 @scale_gradients.register_fake
 def _(gradients, upstream, inputs, double_backward_inputs, backend, op):
-    return [torch.empty_like(gradient, dtype=like.dtype) for gradient, like in zip(gradients, inputs, strict=True)]
+    return [
+        torch.empty_like(gradient, dtype=like.dtype)
+        for gradient, like in zip(gradients, inputs, strict=True)
+    ]
 
 
 @torch.library.custom_op("nitp_ops::add_gradients", mutates_args={"buffers"})
-def add_gradients(buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor, backend: str) -> None:
-    """buffer += upstream * gradient for each, in one pass; the gradients have the buffers' dtypes. An upstream of zero
-    adds nothing, whatever it meets."""
+def add_gradients(
+    buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor, backend: str
+) -> None:
+    """buffer += upstream * gradient for each, in one pass; the gradients have the buffers' dtypes.
+    An upstream of zero adds nothing, whatever it meets."""
     for buffer, gradient in zip(buffers, gradients, strict=True):
         if buffer.numel() > 0:
             of_rows = _rows(buffer), _rows(gradient), upstream.to(buffer.dtype)
@@ -77,11 +85,14 @@ def refuse_double_backward(op: str) -> Callable[..., None]:
 
 
 def refuse_vmap(op: str | int) -> Callable[..., None]:
-    """The batching rule of an op: a refusal by name; a number is the place of the argument that is the name."""
+    """The batching rule of an op: a refusal by name; a number is the place of the argument that is
+    the name."""
 
     def refuse(info, in_dims, *arguments) -> None:
         name = arguments[op] if isinstance(op, int) else op
-        raise NotImplementedError(f"{name}: vmap came, expected a batched call (or backend='reference')")
+        raise NotImplementedError(
+            f"{name}: vmap came, expected a batched call (or backend='reference')"
+        )
 
     return refuse
 
@@ -94,22 +105,25 @@ scale_gradients.register_autograd(refuse_double_backward("fused loss"), setup_co
 
 
 def formed_dtype(tensor: Tensor, buffer: Tensor | None) -> torch.dtype:
-    """In which dtype a gradient waits for its upstream: float16 would underflow, a buffer takes what it holds."""
+    """In which dtype a gradient waits for its upstream: float16 would underflow, a buffer takes
+    what it holds."""
     if buffer is not None:
         return buffer.dtype
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _is_value(tensor: Tensor) -> bool:
-    """Whether a backward pass computes with it now; tracing runs one for many, and a subclass may be of a trace."""
+    """Whether a backward pass computes with it now; tracing runs one for many, and a subclass may
+    be of a trace."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
 class FormedGradients:
-    """Gradients that the forward pass formed, for the backward pass to hand out, times the upstream.
+    """Gradients that the forward pass formed, for the backward pass to hand out, times the
+    upstream.
 
-    They are handed out once and then forgotten, so that no second copy of a weight gradient lives; a second backward
-    pass recomputes them."""
+    They are handed out once and then forgotten, so that no second copy of a weight gradient lives;
+    a second backward pass recomputes them."""
 
     def __init__(self, gradients: Sequence[Any]):
         self.gradients: list[Any] | None = list(gradients)
@@ -125,21 +139,29 @@ def scaled_gradients(
     double_backward_inputs: list[Tensor], op: str, backend: str,
     formed: Sequence[tuple[Tensor, Tensor, Tensor | None]], upstream: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """upstream * gradient in its input's dtype for each (gradient, input, buffer); None where a buffer took it.
+    """upstream * gradient in its input's dtype for each (gradient, input, buffer); None where a
+    buffer took it.
 
-    upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing, another one a pass in
-    place: nobody else holds the gradients. Under create_graph they are tied to the double_backward_inputs, so that a
+    upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing,
+    another one a pass in
+    place: nobody else holds the gradients. Under create_graph they are tied to the
+        double_backward_inputs, so that a
     double backward is refused by name."""
     if not formed:
         return []
     gradients, inputs, buffers = zip(*formed, strict=True)
-    one, eager = upstream is None, _is_value(gradients[0]) and (upstream is None or _is_value(upstream))
+    one, eager = (
+        upstream is None,
+        _is_value(gradients[0]) and (upstream is None or _is_value(upstream)),
+    )
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)
     taken = [(buffer, gradient) for gradient, _, buffer in formed if buffer is not None]
     if taken:
-        add_gradients([buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream, backend)
+        add_gradients(
+            [buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream, backend
+        )
     free = [place for place, buffer in enumerate(buffers) if buffer is None]
     values, leaves = [gradients[place] for place in free], [inputs[place] for place in free]
     if torch.is_grad_enabled():

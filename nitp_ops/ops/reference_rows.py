@@ -1,6 +1,8 @@
-"""The formula behind ``backend="reference"``: like kernels it leaves rows out whose upstream gradient is zero.
+"""The formula behind ``backend="reference"``: like kernels it leaves rows out whose upstream
+gradient is zero.
 
-Autograd would multiply: zero times the NaN of such a row is NaN, also in the gradients that all rows share.
+Autograd would multiply: zero times the NaN of such a row is NaN, also in the gradients that all
+rows share.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _Formula = Callable[..., Tensor]
 def of_live_rows(formula: _Formula, *tensors: Tensor | None) -> Tensor:
     """``formula(None, *tensors)``; its gradients are those of ``formula(upstream != 0, *tensors)``.
 
-    formula: gives rows that are not wanted the loss 0, and reads nothing of them. tensors: all that get a gradient.
+    formula: gives rows that are not wanted the loss 0, and reads nothing of them. tensors: all that
+        get a gradient.
     """
     transformed = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
     if transformed or torch.compiler.is_compiling():
@@ -43,7 +46,9 @@ class _LiveRows(torch.autograd.Function):
             wanted = [x for x, flag in zip(tensors, needed, strict=True) if flag and x is not None]
             losses = ctx.formula(upstream != 0, *tensors)
         if losses.requires_grad:
-            found = torch.autograd.grad(losses, wanted, upstream, create_graph=again, materialize_grads=True)
+            found = torch.autograd.grad(
+                losses, wanted, upstream, create_graph=again, materialize_grads=True
+            )
         else:  # no row is left
             found = [torch.zeros_like(x) for x in wanted]
         gradients = iter(found)

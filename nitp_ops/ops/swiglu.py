@@ -24,8 +24,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     ``y = silu(gate) * up = gate * sigmoid(gate) * up``
 
     Args:
-        gate, up: ``[..., m]``, one shape, device and dtype (float64, float32, bfloat16 or float16). Strided rows are
-            read in place. Arithmetic runs in float32 (float64 for float64) and is rounded once.
+        gate, up: ``[..., m]``, one shape, device and dtype (float64, float32, bfloat16 or float16).
+            Strided rows are read in place. Arithmetic runs in float32 (float64 for float64) and is
+            rounded once.
         backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
@@ -61,7 +62,9 @@ def forward(gate: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     g, u = Rows(gate), Rows(up)
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u)):
-        select.row_kernels(backend).swiglu_rows(g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part])
+        select.row_kernels(backend).swiglu_rows(
+            g.dense(part), u.dense(part), out.view(g.count, gate.shape[-1])[part]
+        )
     return out
 
 
@@ -79,7 +82,9 @@ def backward(gate: Tensor, up: Tensor, upstream: Tensor, backend: str) -> tuple[
     d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
     for part in chunks(slice(0, g.count), whole_or_chunk(g, u, dy)):
         into = d_gate.view(shape)[part], d_up.view(shape)[part]
-        select.row_kernels(backend).swiglu_rows_backward_(g.dense(part), u.dense(part), dy.dense(part), *into)
+        select.row_kernels(backend).swiglu_rows_backward_(
+            g.dense(part), u.dense(part), dy.dense(part), *into
+        )
     return d_gate, d_up
 
 
@@ -98,7 +103,9 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, upstream: Tensor):
     tensors = *ctx.saved_tensors, upstream
-    run: Callable[..., Any] = _backward if torch.is_grad_enabled() or needs_dispatcher(tensors) else backward
+    run: Callable[..., Any] = (
+        _backward if torch.is_grad_enabled() or needs_dispatcher(tensors) else backward
+    )
     return *run(*tensors, ctx.backend), None
 
 

@@ -1,4 +1,5 @@
-"""A plain loop with Accelerate: the counts of each accumulation window before its first forward pass.
+"""A plain loop with Accelerate: the counts of each accumulation window before its first forward
+pass.
 
     accumulation = Accumulation(accelerator, nitp_ops.attach(model, "ntp + 0.8*nitp"))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -8,7 +9,8 @@
             optimizer.step()
             optimizer.zero_grad()
 
-Losses of microbatches and ranks average to that of the window, for every term, however the masks fall.
+Losses of microbatches and ranks average to that of the window, for every term, however the masks
+fall.
 """
 
 from __future__ import annotations
@@ -32,25 +34,32 @@ def data_parallel_only(accelerator: Accelerator, who: str) -> None:
     """Raise NotImplementedError where ranks hold anything but other rows of the same batch."""
     kind = accelerator.distributed_type.value
     if kind not in _PROVIDED:
-        raise NotImplementedError(f"{who}: the distributed type is {kind}, expected one process or DDP")
+        raise NotImplementedError(
+            f"{who}: the distributed type is {kind}, expected one process or DDP"
+        )
     sizes = {name: getattr(accelerator.parallelism_config, name, 1) for name in _PARALLEL}
     if max(sizes.values()) > 1:
-        raise NotImplementedError(f"{who}: the parallelism is {sizes}, expected data parallelism alone")
+        raise NotImplementedError(
+            f"{who}: the parallelism is {sizes}, expected data parallelism alone"
+        )
 
 
 class Accumulation:
-    """Windows of ``accelerator.gradient_accumulation_steps`` microbatches, for a loop with ``accelerator.accumulate``.
+    """Windows of ``accelerator.gradient_accumulation_steps`` microbatches, for a loop with
+    ``accelerator.accumulate``.
 
-    Reads a window of batches ahead, counts every term over it and over all ranks (one collective), then hands the
-    batches out one by one. The loss of a pass is ``gradient_accumulation_steps`` times its contribution, because
-    Accelerate divides by that number: any other loss that joins it is averaged, as without an objective. The last
-    window of a loader may be short, as in Accelerate.
+    Reads a window of batches ahead, counts every term over it and over all ranks (one collective),
+    then hands the batches out one by one. The loss of a pass is ``gradient_accumulation_steps``
+    times its contribution, because Accelerate divides by that number: any other loss that joins it
+    is averaged, as without an objective. The last window of a loader may be short, as in
+    Accelerate.
 
-    A loop that ends inside a window takes no step for it: gradients and log of its microbatches are dropped before the
-    next window, which begins anew.
+    A loop that ends inside a window takes no step for it: gradients and log of its microbatches are
+    dropped before the next window, which begins anew.
 
-    Register it with ``accelerator.register_for_checkpointing``: `save_state` then keeps the own parameters, the spec
-    and the step, and `load_state` refuses a folder without them, or of another spec.
+    Register it with ``accelerator.register_for_checkpointing``: `save_state` then keeps the own
+    parameters, the spec and the step, and `load_state` refuses a folder without them, or of another
+    spec.
 
     Args:
         accelerator: one process or data parallel.
@@ -67,7 +76,10 @@ class Accumulation:
     def __init__(self, accelerator: Accelerator, handle: Handle) -> None:
         data_parallel_only(accelerator, "Accumulation")
         if not accelerator.gradient_state.sync_with_dataloader:
-            raise ValueError("Accumulation: sync_with_dataloader is False, expected True (no window spans two loaders)")
+            raise ValueError(
+                "Accumulation: sync_with_dataloader is False, expected True (no window spans two "
+                "loaders)"
+            )
         self.accelerator, self.handle, self.step = accelerator, handle, 0
         self._counts: Counts | None = None
         self._log = StepLog(handle.objective.spec)
@@ -79,7 +91,10 @@ class Accumulation:
             TypeError: another loader, which does not say where it ends.
         """
         if not hasattr(loader, "end_of_dataloader"):
-            raise TypeError(f"Accumulation: loader is a {type(loader).__name__}, expected one from accelerator.prepare")
+            raise TypeError(
+                f"Accumulation: loader is a {type(loader).__name__}, expected one from "
+                "accelerator.prepare"
+            )
         batches = iter(loader)
         counts = None
         try:
@@ -87,9 +102,11 @@ class Accumulation:
                 last = loader.end_of_dataloader
                 counts = self._begin(window)
                 for index, batch in enumerate(window):
-                    # accelerate synchronises gradients wherever this is set, and reading ahead has set it too early
+                    # accelerate synchronises gradients wherever this is set, and reading ahead has
+                    # set it too early
                     loader.end_of_dataloader = last and index == len(window) - 1
-                    # it would count on where a loop was left, and stand still where a batch is skipped
+                    # it would count on where a loop was left, and stand still where a batch is
+                    # skipped
                     self.accelerator.step = index
                     yield batch
         finally:
@@ -98,7 +115,8 @@ class Accumulation:
 
     def _begin(self, window: list[Any]) -> Counts:
         if self._log.drop():
-            self.handle._model.zero_grad()  # that of accelerate's optimizers does nothing inside a window
+            # that of accelerate's optimizers does nothing inside a window
+            self.handle._model.zero_grad()
         steps = self.accelerator.gradient_accumulation_steps
         self._counts = count_window(map(self.handle.count, window), divisor=steps)
         self.handle.set_counts(self._counts)
@@ -114,7 +132,10 @@ class Accumulation:
         for batch in batches:
             window.append(batch)
             # asked for more than it has, a loader would forget that it is at its end
-            if loader.end_of_dataloader or len(window) == self.accelerator.gradient_accumulation_steps:
+            if (
+                loader.end_of_dataloader
+                or len(window) == self.accelerator.gradient_accumulation_steps
+            ):
                 break
         return window
 
@@ -122,7 +143,8 @@ class Accumulation:
         """``accelerator.backward``, and the log and the step of the window."""
         if self._counts is None:
             raise RuntimeError(
-                "Accumulation: backward is called outside of the loop, expected batches of accumulation(loader)"
+                "Accumulation: backward is called outside of the loop, expected batches of "
+                "accumulation(loader)"
             )
         self._log.add(self.handle.metrics, self._counts)
         self.accelerator.backward(loss)
@@ -132,17 +154,22 @@ class Accumulation:
             self.step += 1
 
     def take_log(self) -> dict[str, float]:
-        """``loss``, ``loss/ntp``, ... and what the terms measured in the steps since the last call, see `StepLog`.
+        """``loss``, ``loss/ntp``, ... and what the terms measured in the steps since the last call,
+        see `StepLog`.
 
-        Over all ranks; every rank calls it, for instance where ``accelerator.sync_gradients`` is true. Empty where no
-        step was taken.
+        Over all ranks; every rank calls it, for instance where ``accelerator.sync_gradients`` is
+        true. Empty where no step was taken.
         """
         return self._log.take()
 
     def state_dict(self) -> dict[str, Any]:
         """The own parameters, the spec and the step."""
         objective = self.handle.objective
-        return {"spec": objective.spec.to_dict(), "parameters": objective.state_dict(), "step": self.step}
+        return {
+            "spec": objective.spec.to_dict(),
+            "parameters": objective.state_dict(),
+            "step": self.step,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse.
@@ -153,7 +180,8 @@ class Accumulation:
         objective = self.handle.objective
         if state["spec"] != objective.spec.to_dict():
             raise ValueError(
-                f"Accumulation: the state has the spec {state['spec']}, expected {objective.spec.to_dict()}"
+                f"Accumulation: the state has the spec {state['spec']}, expected "
+                f"{objective.spec.to_dict()}"
             )
         objective.load_state_dict(state["parameters"])
         self.step = state["step"]

@@ -4,8 +4,9 @@
       - nitp_ops.trainers.axolotl.NitpPlugin
     nitp_objective: ntp + 0.8*nitp(target_layer=0.2)
 
-The objective is attached to the loaded model, after its adapters; Axolotl's own trainer then counts whole accumulation
-windows, logs the parts of the loss and keeps the own parameters in its checkpoints, as `NitpTrainer` does.
+The objective is attached to the loaded model, after its adapters; Axolotl's own trainer then counts
+whole accumulation windows, logs the parts of the loss and keeps the own parameters in its
+checkpoints, as `NitpTrainer` does.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ from nitp_ops.attaching.api import attach  # noqa: E402
 from nitp_ops.objectives import parse  # noqa: E402
 
 # options that put another loss, or another forward, in the objective's place
-_OTHER_LOSS = ("cut_cross_entropy", "liger_fused_linear_cross_entropy", "liger_cross_entropy", "chunked_cross_entropy")
+_OTHER_LOSS = (
+    "cut_cross_entropy",
+    "liger_fused_linear_cross_entropy",
+    "liger_cross_entropy",
+    "chunked_cross_entropy",
+)
 _OTHER_TRAINER = ("rl", "reward_model", "process_reward_model", "trainer_cls")
 
 
 class NitpArgs(BaseModel):
     """What the plugin adds to Axolotl's config.
 
-    nitp_objective: a spec as an expression or a mapping, see `nitp_ops.objectives.parse`. nitp_seed: of its parameters.
+    nitp_objective: a spec as an expression or a mapping, see `nitp_ops.objectives.parse`.
+        nitp_seed: of its parameters.
     nitp_label_layout: of ``shift_labels`` that the data brings, see `attach`.
     """
 
@@ -50,12 +57,16 @@ class NitpArgs(BaseModel):
         found = [name for name in (*_OTHER_LOSS, *_OTHER_TRAINER) if data.get(name)]
         if found:
             came = ", ".join(f"{name} is {data[name]!r}" for name in found)
-            raise ValueError(f"axolotl: {came}, expected none of them with nitp_objective (the objective is the loss)")
+            raise ValueError(
+                f"axolotl: {came}, expected none of them with nitp_objective (the objective is the "
+                "loss)"
+            )
         return data
 
 
 class NitpPlugin(BasePlugin):
-    """Gives the model that Axolotl loads the objective of ``nitp_objective``, and its trainer the counts of windows."""
+    """Gives the model that Axolotl loads the objective of ``nitp_objective``, and its trainer the
+    counts of windows."""
 
     def get_input_args(self) -> str:
         return f"{NitpArgs.__module__}.{NitpArgs.__name__}"
@@ -63,7 +74,9 @@ class NitpPlugin(BasePlugin):
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Attach, after adapters and Axolotl's own patches."""
         layout = cfg["nitp_label_layout"] or "document"
-        attach(model, _plain(cfg["nitp_objective"]), seed=cfg["nitp_seed"] or 0, label_layout=layout)
+        attach(
+            model, _plain(cfg["nitp_objective"]), seed=cfg["nitp_seed"] or 0, label_layout=layout
+        )
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """AxolotlTrainer with an objective; the model that it gets has one."""

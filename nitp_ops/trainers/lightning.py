@@ -1,9 +1,11 @@
 """Lightning: a callback that gives a LightningModule its training objective.
 
-    trainer = L.Trainer(callbacks=[ObjectiveCallback("ntp + 0.8*nitp(target_layer=0.2)")], accumulate_grad_batches=4)
+    trainer = L.Trainer(callbacks=[ObjectiveCallback("ntp + 0.8*nitp(target_layer=0.2)")],
+    accumulate_grad_batches=4)
 
-A module that wraps a Hugging Face model needs nothing else: ``self.model(**batch).loss``, which its ``training_step``
-returns, is the objective. A module that builds its own streams holds an objective and returns its `objective_loss`.
+A module that wraps a Hugging Face model needs nothing else: ``self.model(**batch).loss``, which its
+``training_step`` returns, is the objective. A module that builds its own streams holds an objective
+and returns its `objective_loss`.
 """
 
 from __future__ import annotations
@@ -38,26 +40,29 @@ SIDECAR = "nitp_objective"
 class ObjectiveCallback(Callback):
     """Counts, steps, logs, checks and saves the objective of a LightningModule.
 
-    * Losses divide by the counts of the window of ``accumulate_grad_batches`` batches, over all ranks: the batches
-      of a window are read ahead of its first one, up to the end of the epoch and no further. What ``training_step``
-      returns is ``accumulate_grad_batches`` times its contribution, since Lightning divides by that number; any other
-      loss is averaged.
+    * Losses divide by the counts of the window of ``accumulate_grad_batches`` batches, over all
+      ranks: the batches of a window are read ahead of its first one, up to the end of the epoch and
+      no further. What ``training_step`` returns is ``accumulate_grad_batches`` times its
+      contribution, since Lightning divides by that number; any other loss is averaged.
     * Scheduled weights follow ``trainer.global_step``.
-    * Own parameters are there before ``configure_optimizers``; one that no optimizer holds is an error before step 0.
-      They are saved beside the model in full checkpoints, under "nitp_objective", never in its weights.
-    * The parts of the loss are logged as ``objective/<name>``, those of the last window, every ``log_every_n_steps``.
+    * Own parameters are there before ``configure_optimizers``; one that no optimizer holds is an
+      error before step 0. They are saved beside the model in full checkpoints, under
+      "nitp_objective", never in its weights.
+    * The parts of the loss are logged as ``objective/<name>``, those of the last window, every
+      ``log_every_n_steps``.
 
     Args:
-        spec: the objective of the Hugging Face model inside the module, see `attach`. None: the module holds a
-            `CompositeObjective` of its own.
+        spec: the objective of the Hugging Face model inside the module, see `attach`. None: the
+            module holds a `CompositeObjective` of its own.
         model: name of the Hugging Face model in the module; not needed for the only one.
-        streams: makes the token streams of a batch as the data loader yields it (on the host). Not needed where batches
-            are what a Hugging Face model is called with.
+        streams: makes the token streams of a batch as the data loader yields it (on the host). Not
+            needed where batches are what a Hugging Face model is called with.
         label_layout, seed, backend: as in `attach`.
 
     Raises:
-        ValueError, TypeError: (when fitting starts) no model or no objective, or more than one; manual optimization; a
-            strategy that accumulates by itself; streams that are required and not provided.
+        ValueError, TypeError: (when fitting starts) no model or no objective, or more than one;
+            manual optimization; a strategy that accumulates by itself; streams that are required
+            and not provided.
 
     Example:
         >>> ObjectiveCallback("ntp + 0.8*nitp").spec
@@ -87,16 +92,23 @@ class ObjectiveCallback(Callback):
             return
         if not pl_module.automatic_optimization:
             raise ValueError(
-                "lightning: automatic_optimization is False, expected True (or objective.count and counts= by hand)"
+                "lightning: automatic_optimization is False, expected True (or objective.count "
+                "and counts= by hand)"
             )
         if trainer.strategy.handles_gradient_accumulation and trainer.accumulate_grad_batches > 1:
             came = type(trainer.strategy).__name__
-            raise ValueError(f"lightning: {came} accumulates by itself, expected accumulate_grad_batches=1 with it")
+            raise ValueError(
+                f"lightning: {came} accumulates by itself, expected accumulate_grad_batches=1 with "
+                "it"
+            )
         if self.spec is None:
             _refuse_attached(pl_module)
             self.objective = _only(CompositeObjective, pl_module)
             if self.streams is None:
-                raise TypeError("lightning: streams is None, expected a function (the module builds streams itself)")
+                raise TypeError(
+                    "lightning: streams is None, expected a function (the module builds streams "
+                    "itself)"
+                )
         else:
             inside = pl_module.get_submodule(self.model) if self.model else _hugging_face(pl_module)
             self.handle = _of_an_earlier_fit(inside, self.spec)
@@ -105,7 +117,9 @@ class ObjectiveCallback(Callback):
                 self.handle = attach(inside, self.spec, label_layout=self.label_layout, **options)
             self.handle.label_layout = self.label_layout
             self.objective = self.handle.objective
-            check_streams("lightning", self.handle.objective.requires, (*STREAMS, "external[aux_loss]"))
+            check_streams(
+                "lightning", self.handle.objective.requires, (*STREAMS, "external[aux_loss]")
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_optimizers("lightning", pl_module, self._own(), trainer.optimizers)
@@ -114,10 +128,14 @@ class ObjectiveCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._leave()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         steps = trainer.accumulate_grad_batches
         if batch_idx % steps == 0 or self._counts is None:
             ahead = min(steps - 1 - batch_idx % steps, trainer.num_training_batches - 1 - batch_idx)
@@ -141,22 +159,36 @@ class ObjectiveCallback(Callback):
             return
         self._counts = None
         if self._metrics is None:
-            raise RuntimeError("lightning: training_step computed no objective, expected model(**batch) with labels")
+            raise RuntimeError(
+                "lightning: training_step computed no objective, expected model(**batch) with "
+                "labels"
+            )
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = {f"objective/{name}": value for name, value in self._metrics.all_reduce().compute().items()}
+            values = {
+                f"objective/{name}": value
+                for name, value in self._metrics.all_reduce().compute().items()
+            }
             pl_module.log_dict(values, on_step=True, on_epoch=False, batch_size=1)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self.handle is not None:
             objective = self.handle.objective
-            checkpoint[SIDECAR] = {"spec": objective.spec.to_dict(), "parameters": dict(objective.state_dict())}
+            checkpoint[SIDECAR] = {
+                "spec": objective.spec.to_dict(),
+                "parameters": dict(objective.state_dict()),
+            }
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self.handle is None:
             return
         if SIDECAR not in checkpoint:
             raise ValueError(
-                f"lightning: the checkpoint has no {SIDECAR}, expected one that this callback took part in"
+                f"lightning: the checkpoint has no {SIDECAR}, expected one that this callback "
+                "took part in"
             )
         came, expected = checkpoint[SIDECAR]["spec"], self.handle.objective.spec.to_dict()
         if came != expected:
@@ -166,7 +198,9 @@ class ObjectiveCallback(Callback):
     def loss(self, trainer: Trainer, streams: Streams) -> Output:
         """Loss and metrics of one batch of the window that is being trained on."""
         if self._counts is None:
-            raise RuntimeError("lightning: objective_loss outside a training batch, expected it in training_step")
+            raise RuntimeError(
+                "lightning: objective_loss outside a training batch, expected it in training_step"
+            )
         out = self._own()(streams, counts=self._counts, step=trainer.global_step)
         self._add(out.metrics)
         return out
@@ -189,13 +223,17 @@ class ObjectiveCallback(Callback):
         if self.streams is not None:
             return self.streams(batch)
         if not hasattr(batch, "keys"):
-            raise TypeError(f"lightning: a batch is a {type(batch).__name__}, expected a mapping, or streams=function")
+            raise TypeError(
+                f"lightning: a batch is a {type(batch).__name__}, expected a mapping, "
+                "or streams=function"
+            )
         assert self.handle is not None  # else `setup` asked for streams
         return self.handle.tokens(batch)
 
 
 def objective_loss(module: LightningModule, streams: Streams) -> Tensor:
-    """The loss that `training_step` returns, in a module that builds its own streams and holds its own objective.
+    """The loss that `training_step` returns, in a module that builds its own streams and holds its
+    own objective.
 
     Outside training (validation, say) call the objective itself.
 
@@ -204,7 +242,9 @@ def objective_loss(module: LightningModule, streams: Streams) -> Tensor:
     """
     callbacks = [each for each in module.trainer.callbacks if isinstance(each, ObjectiveCallback)]  # type: ignore[attr-defined]
     if len(callbacks) != 1:
-        raise ValueError(f"lightning: the trainer has {len(callbacks)} ObjectiveCallbacks, expected one")
+        raise ValueError(
+            f"lightning: the trainer has {len(callbacks)} ObjectiveCallbacks, expected one"
+        )
     return callbacks[0].loss(module.trainer, streams).loss
 
 
@@ -225,12 +265,16 @@ class _Ahead(Iterator[Any]):
 
 
 def _upcoming(trainer: Trainer, count: int) -> list[Any]:
-    """The next batches of the epoch, as many as there are up to ``count``; they stay where they are."""
+    """The next batches of the epoch, as many as there are up to ``count``; they stay where they
+    are."""
     if count == 0:
         return []
     fetcher: Any = trainer.fit_loop._data_fetcher  # no public name offers the batches to come
     if not hasattr(fetcher, "batches"):
-        raise TypeError("lightning: training_step takes dataloader_iter, expected batch (a window is read ahead)")
+        raise TypeError(
+            "lightning: training_step takes dataloader_iter, expected batch (a window "
+            "is read ahead)"
+        )
     if not isinstance(fetcher.iterator, _Ahead):
         fetcher.iterator = _Ahead(fetcher.iterator)
     fetched = [*fetcher.batches]  # what Lightning prefetched from a loader without a length
@@ -243,18 +287,22 @@ def _hugging_face(module: nn.Module) -> nn.Module:
         return found[0]
     names = ", ".join(name for name, _ in module.named_children())
     raise ValueError(
-        f"lightning: the module has {len(found)} Hugging Face models among {names}, expected one, or model= its name"
+        f"lightning: the module has {len(found)} Hugging Face models among {names}, expected one, "
+        "or model= its name"
     )
 
 
 def _of_an_earlier_fit(model: nn.Module, spec: SpecLike) -> Handle | None:
-    held: Handle | None = next((m.__dict__[HANDLE] for m in model.modules() if HANDLE in m.__dict__), None)
+    held: Handle | None = next(
+        (m.__dict__[HANDLE] for m in model.modules() if HANDLE in m.__dict__), None
+    )
     if held is None:
         return None
     came, expected = held.objective.spec.to_dict(), parse(spec, held.objective.info).to_dict()
     if came != expected:
         raise ValueError(
-            f"lightning: the model has the objective {came}, expected {expected} (or handle.detach() first)"
+            f"lightning: the model has the objective {came}, expected {expected} (or "
+            "handle.detach() first)"
         )
     return held
 
@@ -263,8 +311,8 @@ def _refuse_attached(module: nn.Module) -> None:
     for name, each in module.named_modules():
         if HANDLE in each.__dict__:
             raise ValueError(
-                f"lightning: spec is None and {name} is attached already, expected the spec that it was attached with "
-                "(None: the module builds its streams itself)"
+                f"lightning: spec is None and {name} is attached already, expected the spec that "
+                "it was attached with (None: the module builds its streams itself)"
             )
 
 
@@ -272,6 +320,7 @@ def _only(kind: type[CompositeObjective], module: nn.Module) -> CompositeObjecti
     found = [each for each in module.modules() if isinstance(each, kind)]
     if len(found) != 1:
         raise ValueError(
-            f"lightning: spec is None and the module holds {len(found)} objectives, expected a spec or one of them"
+            f"lightning: spec is None and the module holds {len(found)} objectives, expected a "
+            "spec or one of them"
         )
     return found[0]

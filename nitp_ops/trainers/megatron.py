@@ -9,14 +9,16 @@
         tokens, labels, loss_mask, attention_mask, position_ids = get_batch(data_iterator)
         return objective_step(model, tokens, position_ids, attention_mask, labels, loss_mask)
 
-Megatron's labels are pre-shifted and its ``loss_mask[t]`` masks ``labels[t]``: the label is masked, the token that
-predicts it is not. A label belongs to the document of the position where it stands (`Streams`,
-``label_layout="document"``), so that "ntp" is Megatron's own loss under its own mask. Its tensors are [T, B, d]; they
-are read as [B, T, d] without a copy. The whole objective is the output of ``forward_step``: Megatron's loss scale
-reaches all of it, no term needs an auxiliary loss scaler.
+Megatron's labels are pre-shifted and its ``loss_mask[t]`` masks ``labels[t]``: the label is masked,
+the token that predicts it is not. A label belongs to the document of the position where it stands
+(`Streams`, ``label_layout="document"``), so that "ntp" is Megatron's own loss under its own mask.
+Its tensors are [T, B, d]; they are read as [B, T, d] without a copy. The whole objective is the
+output of ``forward_step``: Megatron's loss scale reaches all of it, no term needs an auxiliary loss
+scaler.
 
-Data parallelism only. Tested with GPTModel and `forward_step_calc_loss` on the CPU; Megatron's DistributedDataParallel,
-its distributed optimizer and its schedules are not part of the tests, which have no GPU.
+Data parallelism only. Tested with GPTModel and `forward_step_calc_loss` on the CPU; Megatron's
+DistributedDataParallel, its distributed optimizer and its schedules are not part of the tests,
+which have no GPU.
 """
 
 from __future__ import annotations
@@ -43,19 +45,25 @@ _HANDLE = "nitp_gpt"
 LossFunction: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
 
 
-def attach_gpt(model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str | None = None) -> GPTObjective:
+def attach_gpt(
+    model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str | None = None
+) -> GPTObjective:
     """Give a GPTModel a training objective, in place; registered as ``model.nitp_objective``.
 
-    In training, with labels, the model then returns the objective (0-d) in place of a loss a token, without logits.
-    Otherwise it is the plain model. Own parameters are part of its (sharded) state dict.
+    In training, with labels, the model then returns the objective (0-d) in place of a loss a token,
+    without logits. Otherwise it is the plain model. Own parameters are part of its (sharded) state
+    dict.
 
     Raises:
-        TypeError: no GPTModel with the forward of GPTModel. SpecError: the spec is wrong, or wrong for this model.
-        ValueError: pipeline, tensor or context parallelism, or an MTP block of its own; the reason is named. A stream
-            is required that the model does not provide.
+        TypeError: no GPTModel with the forward of GPTModel. SpecError: the spec is wrong, or wrong
+            for this model.
+        ValueError: pipeline, tensor or context parallelism, or an MTP block of its own; the reason
+            is named. A stream is required that the model does not provide.
     """
     if not isinstance(model, GPTModel) or type(model).forward is not GPTModel.forward:
-        raise TypeError(f"megatron: model is a {type(model).__name__}, expected a GPTModel with its forward")
+        raise TypeError(
+            f"megatron: model is a {type(model).__name__}, expected a GPTModel with its forward"
+        )
     if hasattr(model, OBJECTIVE):
         raise ValueError(f"megatron: model has a {OBJECTIVE} already, expected a model without")
     _refuse(model)
@@ -71,10 +79,13 @@ def attach_gpt(model: GPTModel, spec: SpecLike, *, seed: int = 0, backend: str |
     objective = build(spec, model=info, seed=seed, backend=backend).to(head.weight.device)
     check_streams("megatron", objective.requires)
     norm: Any = model.decoder.final_layernorm
-    differentiable = [need for need in objective.requires if need.stream == "hidden_states" and need.grad]
+    differentiable = [
+        need for need in objective.requires if need.stream == "hidden_states" and need.grad
+    ]
     if differentiable and model.config.recompute_granularity == "full":
         raise ValueError(
-            f'megatron: recompute_granularity is "full", expected None or "selective" (a term sends a gradient into '
+            'megatron: recompute_granularity is "full", expected None or "selective" (a term '
+            "sends a gradient into "
             f"{', '.join(named(differentiable))}, which full recomputation computes without one)"
         )
     sites = Sites(
@@ -101,15 +112,18 @@ def objective_step(
 ) -> tuple[Tensor, LossFunction]:
     """What Megatron's ``forward_step`` returns: ``(output, loss_func)``.
 
-    ``loss_func(output)`` is ``(loss * n, n, {name: [sum, n]})``, Megatron's form, with n the targets of the microbatch
-    (those of ntp, else of the first term). With ``calculate_per_token_loss`` the sums end divided by the n of all
-    microbatches and ranks: exact for ntp, and other terms weigh each microbatch by its share of n. With counts of the
-    whole step every term is exact.
+    ``loss_func(output)`` is ``(loss * n, n, {name: [sum, n]})``, Megatron's form, with n the
+    targets of the microbatch (those of ntp, else of the first term). With
+    ``calculate_per_token_loss`` the sums end divided by the n of all microbatches and ranks: exact
+    for ntp, and other terms weigh each microbatch by its share of n. With counts of the whole step
+    every term is exact.
 
     Args:
         model: with an objective, perhaps inside DDP or Float16Module.
-        tokens, position_ids, labels, loss_mask: [B, T]. Documents derive from position_ids (``reset_position_ids``).
-        counts: of all microbatches and ranks, see `GPTObjective.count`; needs ``calculate_per_token_loss``.
+        tokens, position_ids, labels, loss_mask: [B, T]. Documents derive from position_ids
+            (``reset_position_ids``).
+        counts: of all microbatches and ranks, see `GPTObjective.count`; needs
+            ``calculate_per_token_loss``.
         step: for scheduled weights. extra: of the model's forward.
 
     Raises:
@@ -117,14 +131,19 @@ def objective_step(
     """
     handle = next((m.__dict__[_HANDLE] for m in model.modules() if _HANDLE in m.__dict__), None)
     if handle is None:
-        raise ValueError(f"megatron: model is a {type(model).__name__} without an objective, expected attach_gpt first")
+        raise ValueError(
+            f"megatron: model is a {type(model).__name__} without an objective, expected "
+            "attach_gpt first"
+        )
     if counts is not None and not handle.model.config.calculate_per_token_loss:
         raise ValueError(
-            "megatron: counts are given and calculate_per_token_loss is False, expected True (else Megatron divides "
-            "each microbatch by its own number of tokens)"
+            "megatron: counts are given and calculate_per_token_loss is False, expected True "
+            "(else Megatron divides each microbatch by its own number of tokens)"
         )
     handle.counts, handle.step = counts, step
-    output = model(tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **extra)
+    output = model(
+        tokens, position_ids, attention_mask, labels=labels, loss_mask=loss_mask, **extra
+    )
     return output, handle.loss_function()
 
 
@@ -144,8 +163,11 @@ class GPTObjective:
         model.__dict__[_HANDLE] = self
         model.forward = self._forward
 
-    def count(self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor) -> Counts:
-        """Counts of a microbatch: add them over a step, then all-reduce them over the data-parallel group."""
+    def count(
+        self, tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor
+    ) -> Counts:
+        """Counts of a microbatch: add them over a step, then all-reduce them over the data-parallel
+        group."""
         return self.objective.count(Streams(**_fields(tokens, position_ids, labels, loss_mask)))
 
     def loss_function(self) -> LossFunction:
@@ -157,25 +179,46 @@ class GPTObjective:
         whole = tokens if counts is None else counts[main].to(tokens.device)
 
         def loss_func(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            report = {f"{part}/loss": torch.stack([own["loss"], own["count"]]) for part, own in metrics.sums.items()}
+            report = {
+                f"{part}/loss": torch.stack([own["loss"], own["count"]])
+                for part, own in metrics.sums.items()
+            }
             loss = output * whole
-            return loss, tokens, {"objective": torch.stack([loss.detach().double(), tokens.double()]), **report}
+            return (
+                loss,
+                tokens,
+                {"objective": torch.stack([loss.detach().double(), tokens.double()]), **report},
+            )
 
         return loss_func
 
     def _forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *rest: Any, **named: Any
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None,
+        *rest: Any,
+        **named: Any,
     ) -> Any:
         labels = named.get("labels", rest[1] if len(rest) > 1 else None)
         if labels is None or not self.model.training:
-            return GPTModel.forward(self.model, input_ids, position_ids, attention_mask, *rest, **named)  # type: ignore[arg-type]
+            return GPTModel.forward(
+                self.model, input_ids, position_ids, attention_mask, *rest, **named
+            )  # type: ignore[arg-type]
         if rest:
-            raise TypeError(f"megatron: {len(rest)} arguments after attention_mask by position, expected them by name")
+            raise TypeError(
+                f"megatron: {len(rest)} arguments after attention_mask by position, "
+                "expected them by name"
+            )
         fields = _fields(input_ids, position_ids, labels, named.pop("loss_mask", None))
         with self.tap, _WithoutLogits(self.model.output_layer):
-            GPTModel.forward(self.model, input_ids, position_ids, attention_mask, **{**named, "labels": None})  # type: ignore[arg-type]
+            GPTModel.forward(
+                self.model, input_ids, position_ids, attention_mask, **{**named, "labels": None}
+            )  # type: ignore[arg-type]
         streams = self.tap.streams(**fields)
-        loss, self.metrics = self.objective(streams, counts=self.counts, step=self.step, gradient_reduction="sum")
+        loss, self.metrics = self.objective(
+            streams, counts=self.counts, step=self.step, gradient_reduction="sum"
+        )
         return loss
 
 
@@ -199,7 +242,9 @@ class _WithoutLogits:
         del self.layer.forward
 
 
-def _fields(tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor | None) -> dict[str, Any]:
+def _fields(
+    tokens: Tensor, position_ids: Tensor, labels: Tensor, loss_mask: Tensor | None
+) -> dict[str, Any]:
     if loss_mask is not None:
         labels = labels.masked_fill(loss_mask == 0, -100)
     fields = {"token_ids": tokens, "shift_labels": labels, "position_ids": position_ids}
@@ -210,24 +255,27 @@ def _refuse(model: GPTModel) -> None:
     config, found = model.config, []
     if not (model.pre_process and model.post_process) or config.pipeline_model_parallel_size > 1:
         found.append(
-            f"pipeline_model_parallel_size is {config.pipeline_model_parallel_size}, expected 1 (the hidden states of "
-            "a lower layer live on another stage than the loss)"
+            f"pipeline_model_parallel_size is {config.pipeline_model_parallel_size}, expected 1 "
+            "(the hidden states of a lower layer live on another stage than the loss)"
         )
     if config.tensor_model_parallel_size > 1:
         found.append(
-            f"tensor_model_parallel_size is {config.tensor_model_parallel_size}, expected 1 (a rank holds a slice of "
-            "the vocabulary in its output layer)"
+            f"tensor_model_parallel_size is {config.tensor_model_parallel_size}, expected 1 (a "
+            "rank holds a slice of the vocabulary in its output layer)"
         )
     if config.context_parallel_size > 1:
         found.append(
-            f"context_parallel_size is {config.context_parallel_size}, expected 1 (the next token of a position may "
-            "live on another rank)"
+            f"context_parallel_size is {config.context_parallel_size}, expected 1 (the next token "
+            "of a position may live on another rank)"
         )
     if config.mtp_num_layers:
         found.append(
-            f"mtp_num_layers is {config.mtp_num_layers}, expected None (mtp_sequential is the objective for it)"
+            f"mtp_num_layers is {config.mtp_num_layers}, expected None (mtp_sequential is the "
+            "objective for it)"
         )
     if config.defer_embedding_wgrad_compute:
-        found.append("defer_embedding_wgrad_compute is True, expected False (the output layer is not run)")
+        found.append(
+            "defer_embedding_wgrad_compute is True, expected False (the output layer is not run)"
+        )
     if found:
         raise ValueError("; ".join(f"megatron: {problem}" for problem in found))

@@ -27,7 +27,9 @@ def check_version(package: str, lowest: str, below: str) -> None:
         raise ImportError(f"{package} is {found}, {expected}")
 
 
-def check_streams(adapter: str, requires: Iterable[Need], provided: Iterable[str] = STREAMS) -> None:
+def check_streams(
+    adapter: str, requires: Iterable[Need], provided: Iterable[str] = STREAMS
+) -> None:
     """Refuse an objective that requires streams which an adapter does not provide, before any step.
 
     A provided "hidden_states" stands for all of them, "external[aux_loss]" for that one.
@@ -42,8 +44,8 @@ def check_streams(adapter: str, requires: Iterable[Need], provided: Iterable[str
     lacking = named(need for need in requires if not {str(need), need.stream} & set(provided))
     if lacking:
         raise ValueError(
-            f"{adapter}: the objective requires {', '.join(lacking)}, expected only what the adapter provides: "
-            f"{', '.join(provided)}"
+            f"{adapter}: the objective requires {', '.join(lacking)}, expected only what the "
+            f"adapter provides: {', '.join(provided)}"
         )
 
 

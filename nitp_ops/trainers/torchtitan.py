@@ -3,9 +3,10 @@
     def llama3_nitp():  # a config function, as --module and --config find it
         return with_objective(llama3_8b(), "ntp + 0.8*nitp(target_layer=0.2)")
 
-Training computes the objective in place of the loss of the config, over the counts of all microbatches and ranks of a
-step; validation keeps the loss of the config. Its data shifts labels inside each document and restarts the positions in
-every one, so that "ntp" is torchtitan's own loss: a document's last label, its end of text, is a target (`Streams`,
+Training computes the objective in place of the loss of the config, over the counts of all
+microbatches and ranks of a step; validation keeps the loss of the config. Its data shifts labels
+inside each document and restarts the positions in every one, so that "ntp" is torchtitan's own
+loss: a document's last label, its end of text, is a target (`Streams`,
 ``label_layout="document"``).
 """
 
@@ -29,7 +30,15 @@ from torchtitan.trainer import Trainer  # noqa: E402
 
 from nitp_ops.attaching.tapping import Tap, tap  # noqa: E402
 from nitp_ops.engine.parsing import SpecLike  # noqa: E402
-from nitp_ops.objectives import CompositeObjective, Counts, Metrics, ModelInfo, Output, Streams, build  # noqa: E402
+from nitp_ops.objectives import (
+    CompositeObjective,
+    Counts,
+    Metrics,
+    ModelInfo,
+    Output,
+    Streams,
+    build,
+)  # noqa: E402
 
 OBJECTIVE = "nitp_objective"
 _Batch = tuple[dict[str, Tensor], Tensor]
@@ -39,8 +48,8 @@ def with_objective(config: Trainer.Config, spec: str) -> ObjectiveTrainer.Config
     """The config of an `ObjectiveTrainer` with everything that `config` says.
 
     Args:
-        config: of torchtitan's Trainer, as a config function returns it. spec: an expression, see `parse`; the flag
-            ``--objective`` replaces it.
+        config: of torchtitan's Trainer, as a config function returns it. spec: an expression, see
+            `parse`; the flag ``--objective`` replaces it.
 
     Raises:
         TypeError: the config of another Trainer, whose class would be lost.
@@ -48,21 +57,23 @@ def with_objective(config: Trainer.Config, spec: str) -> ObjectiveTrainer.Config
     if type(config) is not Trainer.Config:
         came = f"{type(config).__module__}.{type(config).__qualname__}"
         raise TypeError(
-            f"torchtitan: config is a {came}, expected that of torchtitan's own Trainer (another one: derive its class "
-            "from ObjectiveTrainer)"
+            f"torchtitan: config is a {came}, expected that of torchtitan's own Trainer (another "
+            "one: derive its class from ObjectiveTrainer)"
         )
     return derive(config, ObjectiveTrainer.Config, objective=spec)
 
 
 def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> CompositeObjective:
-    """Build the objective of a torchtitan decoder and register it as ``model.nitp_objective``; returns it.
+    """Build the objective of a torchtitan decoder and register it as ``model.nitp_objective``;
+    returns it.
 
-    It is left out of ``model.state_dict()``, which is what is exported. After the meta device, `draw` its parameters.
+    It is left out of ``model.state_dict()``, which is what is exported. After the meta device,
+    `draw` its parameters.
 
     Raises:
-        TypeError: no decoder whose logits are ``lm_head(norm(h))``. ValueError: it has MTP layers or an objective
-            already; a stream is required that a decoder does not provide. SpecError: the spec is wrong, or wrong for
-            this model.
+        TypeError: no decoder whose logits are ``lm_head(norm(h))``. ValueError: it has MTP layers
+            or an objective already; a stream is required that a decoder does not provide.
+            SpecError: the spec is wrong, or wrong for this model.
 
     Example:
         >>> from torchtitan.models.llama3 import model_registry
@@ -76,7 +87,10 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
         raise ValueError(f"torchtitan: model has a {OBJECTIVE} already, expected a model without")
     weight = model.lm_head.weight
     info = ModelInfo(
-        hidden_size=weight.shape[1], vocab_size=weight.shape[0], num_layers=len(model.layers), dtype=weight.dtype
+        hidden_size=weight.shape[1],
+        vocab_size=weight.shape[0],
+        num_layers=len(model.layers),
+        dtype=weight.dtype,
     )
     with torch.device(weight.device):
         objective = build(spec, model=info, seed=seed)
@@ -87,10 +101,12 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
 
 
 def tap_decoder(model: Decoder) -> Tap:
-    """The tap of a decoder with an objective, its hooks installed: after activation checkpointing and compile were
-    applied, before the first forward pass."""
+    """The tap of a decoder with an objective, its hooks installed: after activation checkpointing
+    and compile were applied, before the first forward pass."""
     objective: Any = getattr(model, OBJECTIVE)
-    return tap(model, objective, blocks="layers", norm="norm", embed="tok_embeddings", head="lm_head").install()
+    return tap(
+        model, objective, blocks="layers", norm="norm", embed="tok_embeddings", head="lm_head"
+    ).install()
 
 
 @torch.no_grad()
@@ -100,7 +116,11 @@ def draw(objective: CompositeObjective, *, seed: int = 0) -> None:
     mine, values = ([*each.parameters(), *each.buffers()] for each in (objective, fresh))
     for old, new in zip(mine, values, strict=True):
         new = new.to(old.device)
-        old.copy_(distribute_tensor(new, old.device_mesh, old.placements) if isinstance(old, DTensor) else new)
+        old.copy_(
+            distribute_tensor(new, old.device_mesh, old.placements)
+            if isinstance(old, DTensor)
+            else new
+        )
 
 
 def objective_loss(
@@ -113,16 +133,17 @@ def objective_loss(
     step: int | None = None,
     **extra: Any,
 ) -> Output:
-    """Loss and metrics of one microbatch; ranks and microbatches add up, as torchtitan's gradients do.
+    """Loss and metrics of one microbatch; ranks and microbatches add up, as torchtitan's gradients
+    do.
 
-    The objective runs inside the ``__call__`` of the model, where FSDP has gathered its parameters, and
-    no logits are built.
+    The objective runs inside the ``__call__`` of the model, where FSDP has gathered its parameters,
+    and no logits are built.
 
     Args:
         model: with an objective (`attach_decoder`). tapped: see `tap_decoder`.
         inputs: token ids [B, T]. labels: [B, T], pre-shifted inside each document.
-        counts: of the whole step. step: for scheduled weights. extra: of the decoder's forward; documents derive from
-            ``positions`` [B, T].
+        counts: of the whole step. step: for scheduled weights. extra: of the decoder's forward;
+            documents derive from ``positions`` [B, T].
     """
     plain, own = model.forward, model.__dict__.get("forward")
     objective: Any = getattr(model, OBJECTIVE)
@@ -135,7 +156,9 @@ def objective_loss(
         finally:
             model._skip_lm_head = skip
         fields = _fields(inputs, labels, extra.get("positions"))
-        return objective(tapped.streams(**fields), counts=counts, step=step, gradient_reduction="sum")
+        return objective(
+            tapped.streams(**fields), counts=counts, step=step, gradient_reduction="sum"
+        )
 
     model.forward = with_loss  # type: ignore[method-assign, assignment]
     try:
@@ -149,12 +172,13 @@ def objective_loss(
 class ObjectiveTrainer(Trainer):
     """torchtitan's Trainer, with the loss that ``config.objective`` declares.
 
-    Own parameters are registered before FSDP and the optimizer see the model. They are saved with the state of the
-    trainer, never with the model. The parts of the loss are logged as ``objective/<name>``.
+    Own parameters are registered before FSDP and the optimizer see the model. They are saved with
+    the state of the trainer, never with the model. The parts of the loss are logged as
+    ``objective/<name>``.
 
     Raises:
-        ValueError: (when it is made) the config asks for what the objective can not run under; the message says what
-            to do instead.
+        ValueError: (when it is made) the config asks for what the objective can not run under; the
+            message says what to do instead.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -198,12 +222,22 @@ class ObjectiveTrainer(Trainer):
             self._log()
 
     def _forward_backward_body(
-        self, inputs: Tensor, labels: Tensor, global_valid_tokens: Tensor, extra_kwargs: dict[str, Any]
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        global_valid_tokens: Tensor,
+        extra_kwargs: dict[str, Any],
     ) -> Tensor:
         with self.train_context():
             model: Any = self.model_parts[0]
             out = objective_loss(
-                model, self._tap, inputs, labels, counts=self._counts, step=self.step - 1, **extra_kwargs
+                model,
+                self._tap,
+                inputs,
+                labels,
+                counts=self._counts,
+                step=self.step - 1,
+                **extra_kwargs,
             )
             out.loss.backward()
         self._metrics = out.metrics if self._metrics is None else self._metrics + out.metrics
@@ -232,10 +266,13 @@ def _check_decoder(model: nn.Module) -> None:
         raise TypeError(f"torchtitan: model is a {name}, expected a Decoder")
     # MTPDecoder's forward is Decoder's where it has no MTP layers
     if type(model).forward not in (Decoder.forward, MTPDecoder.forward):
-        raise TypeError(f"torchtitan: model is a {name} with a forward of its own, expected that of Decoder")
+        raise TypeError(
+            f"torchtitan: model is a {name} with a forward of its own, expected that of Decoder"
+        )
     if depth := len(getattr(model, "mtp_layers", None) or ()):
         raise ValueError(
-            f"torchtitan: model is a {name} with {depth} MTP layers, expected num_mtp_layers=0: the objective has such "
+            f"torchtitan: model is a {name} with {depth} MTP layers, expected num_mtp_layers=0: "
+            "the objective has such "
             f'layers of its own, "ntp + 0.3*mtp_sequential(depth={depth}, source=last_residual)"'
         )
 
@@ -245,7 +282,9 @@ def _fields(inputs: Tensor, labels: Tensor, positions: Tensor | None) -> dict[st
     return fields | {"label_layout": "document"}
 
 
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+def _leave_out(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
+) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}{OBJECTIVE}.")]:
         del state[name]
 
@@ -255,30 +294,35 @@ def _refuse(config: ObjectiveTrainer.Config) -> None:
     parallelism, found = config.parallelism, []
     if parallelism.pipeline_parallel_degree > 1:
         found.append(
-            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, expected 1 (the hidden "
-            "states of a lower layer live on another stage than the loss; FSDP shards the same parameters)"
+            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, "
+            "expected 1 (the hidden states of a lower layer live on another stage than the loss; "
+            "FSDP shards the same parameters)"
         )
     if parallelism.tensor_parallel_degree > 1:
         found.append(
-            f"parallelism.tensor_parallel_degree is {parallelism.tensor_parallel_degree}, expected 1 (a rank holds a "
-            "slice of the vocabulary; FSDP shards the same parameters)"
+            f"parallelism.tensor_parallel_degree is {parallelism.tensor_parallel_degree}, expected "
+            "1 (a rank holds a slice of the vocabulary; FSDP shards the same parameters)"
         )
     if parallelism.context_parallel_degree > 1:
         found.append(
-            f"parallelism.context_parallel_degree is {parallelism.context_parallel_degree}, expected 1 (the next token "
-            "of a position may live on another rank)"
+            f"parallelism.context_parallel_degree is {parallelism.context_parallel_degree}, "
+            "expected 1 (the next token of a position may live on another rank)"
         )
     if not config.training.disable_cuda_graphs:
         found.append(
-            "training.disable_cuda_graphs is False, expected True (a captured step would replay the counts and the "
-            "weights of the first one)"
+            "training.disable_cuda_graphs is False, expected True (a captured step would replay "
+            "the counts and the weights of the first one)"
         )
     if parallelism.spmd_backend == "full_dtensor" or config.debug.spmd_typechecking:
         found.append(
             f'parallelism.spmd_backend is "{parallelism.spmd_backend}", debug.spmd_typechecking is '
-            f"{config.debug.spmd_typechecking}, expected local tensors and False (the ops take plain tensors)"
+            f"{config.debug.spmd_typechecking}, expected local tensors and False (the ops take "
+            "plain tensors)"
         )
     if config.checkpoint.create_seed_checkpoint:
-        found.append("checkpoint.create_seed_checkpoint is True, expected False (make it with torchtitan's Trainer)")
+        found.append(
+            "checkpoint.create_seed_checkpoint is True, expected False (make it with "
+            "torchtitan's Trainer)"
+        )
     if found:
         raise ValueError("; ".join(f"torchtitan: {problem}" for problem in found))

@@ -1,7 +1,8 @@
-"""The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a sidecar a checkpoint.
+"""The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a
+sidecar a checkpoint.
 
-    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp")
-    trainer.train()
+    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate,
+    objective="ntp + 0.8*nitp") trainer.train()
 
 `NitpTrainerMixin` does the same for any subclass of Trainer.
 """
@@ -28,43 +29,48 @@ from .window import StepLog, count_window
 if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
     raise ImportError(
         f"nitp_ops.trainers.transformers: transformers {transformers.__version__} has no "
-        "Trainer.loss_is_scaled_for_ga, expected a version that lets a trainer scale its own loss (5.24 does)"
+        "Trainer.loss_is_scaled_for_ga, expected a version that lets a trainer scale its own loss "
+        "(5.24 does)"
     )
 
 _Base = transformers.Trainer if TYPE_CHECKING else object
 
 
 class NitpTrainerMixin(_Base):
-    """``class MyTrainer(NitpTrainerMixin, Trainer)``: trains with an objective, one line beside a plain Trainer.
+    """``class MyTrainer(NitpTrainerMixin, Trainer)``: trains with an objective, one line beside a
+    plain Trainer.
 
-    * Every term is divided by its count over the whole accumulation window of all ranks: a batch of 8, 2 x 4
-      accumulated and 2 ranks x 4 give the same gradients, for every term, however the masks fall. Any other loss (of
-      the experts' balance, or added in a subclass) is averaged over the microbatches.
-    * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms measure: accuracy,
-      skill, floor, counts, over all rows since the last log.
+    * Every term is divided by its count over the whole accumulation window of all ranks: a batch of
+      8, 2 x 4 accumulated and 2 ranks x 4 give the same gradients, for every term, however the
+      masks fall. Any other loss (of the experts' balance, or added in a subclass) is averaged over
+      the microbatches.
+    * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms
+      measure: accuracy, skill, floor, counts, over all rows since the last log.
     * Scheduled weights follow ``state.global_step``, also after a resume.
-    * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or with that of another
-      spec, is an error.
+    * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or
+      with that of another spec, is an error.
     * Evaluation and prediction see the plain model.
 
-    Provides data parallelism (one process, DDP). Tensor, context and sequence parallelism, FSDP and DeepSpeed through
-    the Trainer are refused.
+    Provides data parallelism (one process, DDP). Tensor, context and sequence parallelism, FSDP and
+    DeepSpeed through the Trainer are refused.
 
     Args:
-        objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's own ``__init__``,
-            thus after PEFT and TRL. None: the model that came is attached already.
-        label_layout: of ``shift_labels`` that the data collator makes, as in `attach`, whose word it is where the model
-            came attached. Those that the trainer itself makes from the labels of a batch are "stream": they count what
-            the labels count.
+        objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's
+            own ``__init__``, thus after PEFT and TRL. None: the model that came is attached
+            already.
+        label_layout: of ``shift_labels`` that the data collator makes, as in `attach`, whose word
+            it is where the model came attached. Those that the trainer itself makes from the labels
+            of a batch are "stream": they count what the labels count.
         *args, **kwargs: of the Trainer.
 
     Attributes:
         nitp: the handle of the attached objective.
 
     Raises:
-        ValueError: options that compute another loss (``label_smoothing_factor``, ``compute_loss_func``,
-            ``use_liger_kernel`` with its fused loss), several GPUs in one process; a model without an objective. At the
-            first step: an own parameter that the optimizer lacks.
+        ValueError: options that compute another loss (``label_smoothing_factor``,
+            ``compute_loss_func``, ``use_liger_kernel`` with its fused loss), several GPUs in one
+            process; a model without an objective. At the first step: an own parameter that the
+            optimizer lacks.
         NotImplementedError: a parallelism that is not provided.
     """
 
@@ -72,7 +78,11 @@ class NitpTrainerMixin(_Base):
     loss_is_scaled_for_ga = False
 
     def __init__(
-        self, *args: Any, objective: SpecLike | None = None, label_layout: LabelLayout = "document", **kwargs: Any
+        self,
+        *args: Any,
+        objective: SpecLike | None = None,
+        label_layout: LabelLayout = "document",
+        **kwargs: Any,
     ) -> None:
         self._objective: SpecLike | None = None
         self._label_layout: LabelLayout = label_layout
@@ -80,21 +90,26 @@ class NitpTrainerMixin(_Base):
         if self.args.label_smoothing_factor:
             smoothing = self.args.label_smoothing_factor
             raise ValueError(
-                f'{type(self).__name__}: label_smoothing_factor is {smoothing}, expected 0: write "ntp('
-                f'label_smoothing={smoothing})"'
+                f"{type(self).__name__}: label_smoothing_factor is {smoothing}, expected 0: write "
+                f'"ntp(label_smoothing={smoothing})"'
             )
         if self.compute_loss_func is not None:
             raise ValueError(
-                f"{type(self).__name__}: compute_loss_func is given, expected None: the objective is the loss"
+                f"{type(self).__name__}: compute_loss_func is given, expected None: the objective "
+                "is the loss"
             )
-        if self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        if self.args.use_liger_kernel and (self.args.liger_kernel_config or {}).get(
+            "fused_linear_cross_entropy", True
+        ):
             raise ValueError(
                 f"{type(self).__name__}: use_liger_kernel is True, expected it with "
-                'liger_kernel_config={"fused_linear_cross_entropy": False}: the objective is the loss'
+                'liger_kernel_config={"fused_linear_cross_entropy": False}: the objective is the '
+                "loss"
             )
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"{type(self).__name__}: {self.args.n_gpu} GPUs in one process, expected one a process (torchrun)"
+                f"{type(self).__name__}: {self.args.n_gpu} GPUs in one process, expected one a "
+                "process (torchrun)"
             )
         data_parallel_only(self.accelerator, type(self).__name__)
         self._objective = objective
@@ -124,18 +139,24 @@ class NitpTrainerMixin(_Base):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
-        if hasattr(self, "nitp"):  # else __init__ does it, after the trainer's own changes to the model
+        # else __init__ does it, after the trainer's own changes to the model
+        if hasattr(self, "nitp"):
             self._bind(model)
         return model
 
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: Any
+    ) -> tuple[list[Any], Any]:
         self._end_window()
-        if self._step_log.drop():  # Trainer takes no step for it: it was short, or a callback ended the epoch in it
+        # Trainer takes no step for it: it was short, or a callback ended the epoch in it
+        if self._step_log.drop():
             self.model.zero_grad()  # type: ignore[reportOptionalMemberAccess]
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if batches:
             self.nitp.label_layout = self._label_layout
-            self._collated_shift_labels = any(batch.get("shift_labels") is not None for batch in batches)
+            self._collated_shift_labels = any(
+                batch.get("shift_labels") is not None for batch in batches
+            )
             counted = map(self.nitp.count, batches)
             self._counts = count_window(counted, divisor=len(batches), device=device)
             self._window_step = self.state.global_step
@@ -159,7 +180,8 @@ class NitpTrainerMixin(_Base):
             self._optimizer_checked = True
         self.nitp.set_step(self.state.global_step)
         if inputs.get("shift_labels") is not None and not self._collated_shift_labels:
-            self.nitp.label_layout = "stream"  # the trainer made them from the labels that were counted
+            # the trainer made them from the labels that were counted
+            self.nitp.label_layout = "stream"
         self.nitp.set_counts(self._counts)
         try:
             outputs = model(**inputs)
@@ -176,12 +198,15 @@ class NitpTrainerMixin(_Base):
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # first, so that what follows in the same folder (push, rotation, trainer_state.json) finds it there
+        # first, so that what follows in the same folder (push, rotation, trainer_state.json) finds
+        # it there
         folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self.nitp.save(os.path.join(self._get_output_dir(trial=trial), folder))
         super()._save_checkpoint(model, trial)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         self.nitp.load(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -1,9 +1,11 @@
 """TRL's SFTTrainer with objectives, packed rows included.
 
-    trainer = NitpSFTTrainer(model=model, args=SFTConfig(packing=True), train_dataset=data, objective="ntp + 0.8*nitp")
+    trainer = NitpSFTTrainer(model=model, args=SFTConfig(packing=True), train_dataset=data,
+    objective="ntp + 0.8*nitp")
 
-SFTTrainer builds a fused head of its own into the model in its ``__init__`` and computes its loss from that head's
-outputs. In training the objective takes the place of both; evaluation stays TRL's own.
+SFTTrainer builds a fused head of its own into the model in its ``__init__`` and computes its loss
+from that head's outputs. In training the objective takes the place of both; evaluation stays TRL's
+own.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from .transformers import NitpTrainerMixin
 class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
     """`trl.SFTTrainer` with an objective: see `NitpTrainerMixin`.
 
-    The objective is attached after SFTTrainer's ``__init__``, which applies PEFT and installs its head. In training
-    ``ntp/accuracy`` takes the place of TRL's ``mean_token_accuracy`` in the log, ``num_tokens`` stays, and there is no
+    The objective is attached after SFTTrainer's ``__init__``, which applies PEFT and installs its
+    head. In training ``ntp/accuracy`` takes the place of TRL's ``mean_token_accuracy`` in the log,
+    ``num_tokens`` stays, and there is no
     ``entropy``: no term measures it.
 
     Raises:
@@ -37,7 +40,8 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
         assert isinstance(self.args, SFTConfig)
         if self.args.loss_type != "nll":
             raise ValueError(
-                f'NitpSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the objective is the loss'
+                f'NitpSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the '
+                "objective is the loss"
             )
         self._tokens: Tensor | None = None
 
@@ -53,7 +57,9 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
             if self.aux_loss_enabled:
                 inputs["output_router_logits"] = True
             mask = inputs.get("attention_mask")
-            seen = torch.as_tensor(inputs["input_ids"].numel() if mask is None else mask.sum(), device=self.args.device)
+            seen = torch.as_tensor(
+                inputs["input_ids"].numel() if mask is None else mask.sum(), device=self.args.device
+            )
             self._tokens = seen if self._tokens is None else self._tokens + seen
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

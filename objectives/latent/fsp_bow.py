@@ -30,15 +30,18 @@ _BAG_TOKENS = 2**18
 @register("fsp_bow")
 @dataclass(frozen=True, kw_only=True)
 class FSPBagOfWords(LatentTerm):
-    """``(1/V) [sum_v softplus(z_v) - sum over v in B_t of z_v]``, ``z = U h_t``, ``B_t = {x_{t+2}, ..., x_{t+tau}}``.
+    """``(1/V) [sum_v softplus(z_v) - sum over v in B_t of z_v]``, ``z = U h_t``, ``B_t = {x_{t+2},
+    ..., x_{t+tau}}``.
 
-    That is the mean over the vocabulary of the binary cross-entropy of "v comes soon". B_t is a set, where a token that
-    repeats counts once; it ends with the document and leaves out masked targets. An empty B_t does not count.
-    The head U ``[V, d]`` is the term's own, used in training only; the model's logit scale and softcap apply to it. It
-    is computed a chunk of rows at a time. The metric "tokens" is the mean size of B_t.
+    That is the mean over the vocabulary of the binary cross-entropy of "v comes soon". B_t is a
+    set, where a token that repeats counts once; it ends with the document and leaves out masked
+    targets. An empty B_t does not count. The head U ``[V, d]`` is the term's own, used in training
+    only; the model's logit scale and softcap apply to it. It is computed a chunk of rows at a time.
+    The metric "tokens" is the mean size of B_t.
 
     Args:
-        tau: how far the window reaches, in [2, 1048576]; what reaches past a sequence changes nothing.
+        tau: how far the window reaches, in [2, 1048576]; what reaches past a sequence changes
+            nothing.
 
     Example:
         >>> from nitp_ops.objectives import ModelInfo, Streams, build
@@ -76,13 +79,19 @@ class FSPBagOfWords(LatentTerm):
         assert h is not None and module is not None
         ahead = TargetWindow(streams, 2, self.tau)
 
-        def use(hidden: Sequence[Tensor], weight: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor]:
+        def use(
+            hidden: Sequence[Tensor], weight: Tensor, _: Tensor | None
+        ) -> tuple[Tensor, Tensor]:
             formula = partial(self._losses, ahead)
-            return sum_of_rows(hidden[0], context.guard(weight), None, ahead.occupied(), info, formula)
+            return sum_of_rows(
+                hidden[0], context.guard(weight), None, ahead.occupied(), info, formula
+            )
 
         total, rows = through_head(module, [h.flatten(0, 1)], use)
         loss = total / (info.vocab_size * context.normalizer[""])
-        sizes = [inside.sum() for *_, inside in self._bags(ahead, 0, max(1, h.shape[0] * h.shape[1]))]
+        sizes = [
+            inside.sum() for *_, inside in self._bags(ahead, 0, max(1, h.shape[0] * h.shape[1]))
+        ]
         total_loss = rows.sum(dtype=sum_dtype(rows.device)) / info.vocab_size
         return {"": LatentPart(loss, total_loss, {"tokens": torch.stack(sizes).sum()})}
 
@@ -91,7 +100,10 @@ class FSPBagOfWords(LatentTerm):
         # above the threshold softplus(z) is z: at 40 also in float64
         losses, slope = F.softplus(z, threshold=40).sum(-1), z.sigmoid()
         for rows, bag, inside in self._bags(ahead, part.start, part.start + len(z)):
-            here, counted = slice(rows.start - part.start, rows.stop - part.start), inside.to(z.dtype)
+            here, counted = (
+                slice(rows.start - part.start, rows.stop - part.start),
+                inside.to(z.dtype),
+            )
             losses[here] -= (z[here].gather(1, bag) * counted).sum(-1)
             slope[here].scatter_add_(1, bag, -counted)
         return losses, slope
@@ -104,8 +116,11 @@ class FSPBagOfWords(LatentTerm):
             "training FLOPs a token": f"{6 * parameters:,} (6 V d)",
         }
 
-    def _bags(self, ahead: TargetWindow, begin: int, end: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, the tokens of their windows, which of them are there), [rows, tau - 1], for some rows at a time."""
+    def _bags(
+        self, ahead: TargetWindow, begin: int, end: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(rows, the tokens of their windows, which of them are there), [rows, tau - 1], for some
+        rows at a time."""
         step = max(1, _BAG_TOKENS // self.tau)
         for first in range(begin, end, step):
             rows = slice(first, min(first + step, end))

@@ -13,7 +13,8 @@ from .nitp import NITP
 @register("next_embedding")
 @dataclass(frozen=True, kw_only=True)
 class NextEmbedding(NITP):
-    """``1 - cos(h_t, z_{t+1})``, ``z_{t+1} = stopgrad(s_0[t+1])``: `NITP` on the embedding output, without a projector.
+    """``1 - cos(h_t, z_{t+1})``, ``z_{t+1} = stopgrad(s_0[t+1])``: `NITP` on the embedding output,
+    without a projector.
 
     It adds no parameter; every option of `NITP` is one here.
 

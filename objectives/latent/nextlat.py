@@ -1,4 +1,5 @@
-"""Next-latent prediction: hidden state and next token predict the next hidden state and what it says of the tokens."""
+"""Next-latent prediction: hidden state and next token predict the next hidden state and what it
+says of the tokens."""
 
 from __future__ import annotations
 
@@ -27,16 +28,18 @@ from nitp_ops.engine.streams.targets import inputs_ahead, rows_ahead, valid_pair
 @register("nextlat")
 @dataclass(frozen=True, kw_only=True)
 class NextLat(LatentTerm):
-    """``a smooth_l1(p_t, g_{t+1}) + b KL(softmax W g_{t+1} || softmax W p_t)`` over the pairs inside a document.
+    """``a smooth_l1(p_t, g_{t+1}) + b KL(softmax W g_{t+1} || softmax W p_t)`` over the pairs
+    inside a document.
 
-    ``p_t = h_t + W_3 gelu(W_2 gelu(W_1 [h_t; E(x_{t+1})]))`` and ``g_{t+1} = stopgrad(h_{t+1})``. smooth_l1 has beta 1
-    and is a mean over d. The unembedding W is frozen here, with the model's bias, logit scale and softcap; E learns.
-    Both losses are reported, the KL is computed a chunk of rows at a time. The matrices, ``3 d m + m^2`` numbers, are
-    used in training only.
+    ``p_t = h_t + W_3 gelu(W_2 gelu(W_1 [h_t; E(x_{t+1})]))`` and ``g_{t+1} = stopgrad(h_{t+1})``.
+    smooth_l1 has beta 1 and is a mean over d. The unembedding W is frozen here, with the model's
+    bias, logit scale and softcap; E learns. Both losses are reported, the KL is computed a chunk of
+    rows at a time. The matrices, ``3 d m + m^2`` numbers, are used in training only.
 
     Args:
         intermediate_size: m, of both inner layers, at most 256 d; d where not given.
-        smooth_l1_weight: a. kl_weight: b. A loss of weight 0 is not computed; without the KL no head is needed.
+        smooth_l1_weight: a. kl_weight: b. A loss of weight 0 is not computed; without the KL no
+            head is needed.
 
     Raises:
         ValueError: at a call without token_ids: labels may say "no target", which has no embedding.
@@ -55,7 +58,10 @@ class NextLat(LatentTerm):
     kl_weight: float = 1.0
 
     def problems(self) -> list[str]:
-        found = [number_problem(name, getattr(self, name), 0) for name in ("smooth_l1_weight", "kl_weight")]
+        found = [
+            number_problem(name, getattr(self, name), 0)
+            for name in ("smooth_l1_weight", "kl_weight")
+        ]
         if self.intermediate_size is not None:
             found.append(number_problem("intermediate_size", self.intermediate_size, 1))
         if self.smooth_l1_weight == self.kl_weight == 0:
@@ -84,11 +90,16 @@ class NextLat(LatentTerm):
         prediction = context.module(here, token, context.guard)
         smooth: dict[str, Tensor] = {}
         if self.smooth_l1_weight:
-            smooth["smooth_l1"] = alignment(prediction, target, distance="smooth_l1", backend=context.backend).sum()
+            smooth["smooth_l1"] = alignment(
+                prediction, target, distance="smooth_l1", backend=context.backend
+            ).sum()
         if not self.kl_weight:
             return {"": self._weighted(context, smooth)}
         assert streams.head is not None
-        both, kl = [prediction.flatten(0, 1), target.flatten(0, 1)], partial(_kl, keep.flatten(), context.info)
+        both, kl = (
+            [prediction.flatten(0, 1), target.flatten(0, 1)],
+            partial(_kl, keep.flatten(), context.info),
+        )
         return {"": HeadReading(streams.head, both, kl, partial(self._weighted, context, smooth))}
 
     def _pairs(self, streams: Streams, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,14 +111,21 @@ class NextLat(LatentTerm):
         target, shift = rows_ahead(streams, h, 1)
         pairs = h.shape[1] - shift
         keep = self.valid(streams)[""][:, :pairs]
-        # rows that do not count become zeros before anything reads them: a NaN there must not meet a zero gradient
-        here, target = (x.masked_fill(~keep.unsqueeze(-1), 0) for x in (h[:, :pairs], target[:, shift:]))
+        # rows that do not count become zeros before anything reads them: a NaN there must not meet
+        # a zero gradient
+        here, target = (
+            x.masked_fill(~keep.unsqueeze(-1), 0) for x in (h[:, :pairs], target[:, shift:])
+        )
         token = embedded(streams.embed, inputs_ahead(streams, 1)[:, :pairs].masked_fill(~keep, 0))
         return keep, here, context.guard(token).masked_fill(~keep.unsqueeze(-1), 0), target
 
-    def _weighted(self, context: Context, smooth: dict[str, Tensor], kl: Tensor | None = None) -> LatentPart:
+    def _weighted(
+        self, context: Context, smooth: dict[str, Tensor], kl: Tensor | None = None
+    ) -> LatentPart:
         sums = smooth if kl is None else smooth | {"kl": kl}
-        total = torch.stack([getattr(self, f"{name}_weight") * loss for name, loss in sums.items()]).sum()
+        total = torch.stack(
+            [getattr(self, f"{name}_weight") * loss for name, loss in sums.items()]
+        ).sum()
         return context.part(total, {name: loss.detach() for name, loss in sums.items()})
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
@@ -116,12 +134,14 @@ class NextLat(LatentTerm):
         return {
             "rows": "last_hidden at t and the embedding of token t+1 against last_hidden at t+1",
             "parameters added": f"{parameters:,} (3 d m + m^2, m = {m}), dropped after training",
-            "training FLOPs a token": f"{6 * parameters + head:,} (18 d m + 6 m^2{' + 6 V d' if head else ''})",
+            "training FLOPs a token": f"{6 * parameters + head:,} (18 d m + 6 "
+            f"m^2{' + 6 V d' if head else ''})",
         }
 
 
 class LatentDynamics(OwnParameters):
-    """``h + W_3 gelu(W_2 gelu(W_1 [h; e]))``: W_1 ``[m, 2d]``, W_2 ``[m, m]``, W_3 ``[d, m]``, no bias."""
+    """``h + W_3 gelu(W_2 gelu(W_1 [h; e]))``: W_1 ``[m, 2d]``, W_2 ``[m, m]``, W_3 ``[d, m]``, no
+    bias."""
 
     enter: nn.Parameter
     middle: nn.Parameter
@@ -129,7 +149,9 @@ class LatentDynamics(OwnParameters):
 
     def __init__(self, info: ModelInfo, inner: int, seed: int) -> None:
         width = info.hidden_size
-        super().__init__(info, seed, enter=(inner, 2 * width), middle=(inner, inner), leave=(width, inner))
+        super().__init__(
+            info, seed, enter=(inner, 2 * width), middle=(inner, inner), leave=(width, inner)
+        )
 
     def forward(self, hidden: Tensor, token: Tensor, guard: Callable[[Tensor], Tensor]) -> Tensor:
         enter, middle, leave = (guard(w) for w in (self.enter, self.middle, self.leave))
@@ -137,8 +159,11 @@ class LatentDynamics(OwnParameters):
         return hidden + F.linear(F.gelu(F.linear(F.gelu(F.linear(x, enter)), middle)), leave)
 
 
-def _kl(keep: Tensor, info: ModelInfo, hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Sum over the kept rows of ``KL(softmax W target || softmax W prediction)``, its gradient to the prediction."""
+def _kl(
+    keep: Tensor, info: ModelInfo, hidden: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Sum over the kept rows of ``KL(softmax W target || softmax W prediction)``, its gradient to
+    the prediction."""
     prediction, target = hidden
     frozen = weight.detach()
 

@@ -25,27 +25,32 @@ from nitp_ops.engine.streams.needs import Need
 from nitp_ops.engine.streams.streams import Streams
 from nitp_ops.engine.streams.targets import rows_ahead, valid_pairs
 
-# (SUM / normalizer, row losses, |p|, |z|): 0-d with a gradient, then three [B, T], zero where a pair does not count
+# (SUM / normalizer, row losses, |p|, |z|): 0-d with a gradient, then three [B, T], zero where a
+# pair does not count
 _Outcome: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @register("nitp")
 @dataclass(frozen=True, kw_only=True)
 class NITP(LatentTerm):
-    """``1 - cos(P(h_t), z_{t+1})``, ``z_{t+1} = stopgrad(s_k[t+1])``, over the pairs inside a document.
+    """``1 - cos(P(h_t), z_{t+1})``, ``z_{t+1} = stopgrad(s_k[t+1])``, over the pairs inside a
+    document.
 
-    P is ``W_down (silu(W_gate h) * W_up h)``: 12 d^2 parameters and 72 d^2 + 18 d training FLOPs a token at the default
-    size, used in training only. The defaults are the paper's; every ablation of the paper is an option.
+    P is ``W_down (silu(W_gate h) * W_up h)``: 12 d^2 parameters and 72 d^2 + 18 d training FLOPs a
+    token at the default size, used in training only. The defaults are the paper's; every ablation
+    of the paper is an option.
 
     Args:
-        target_layer: k. An int in [0, L-1]: after so many blocks, 0 the embedding output. A float f strictly inside
-            (0, 1): that fraction of the L blocks, ``min(L - 1, max(1, floor(f L + 0.75)))``; 0.2 gives 4 of 17, 5 of
-            24, 6 of 28, 3 of 16.
+        target_layer: k. An int in [0, L-1]: after so many blocks, 0 the embedding output. A float f
+            strictly inside (0, 1): that fraction of the L blocks, ``min(L - 1, max(1, floor(f L +
+            0.75)))``; 0.2 gives 4 of 17, 5 of 24, 6 of 28, 3 of 16.
         shift: pair h_t with z_{t+shift}, in [0, 1048576].
-        distance: "cosine"; "mse" or "smooth_l1" (beta 1), means over d; "kl", KL(softmax z || softmax p) over d.
+        distance: "cosine"; "mse" or "smooth_l1" (beta 1), means over d; "kl", KL(softmax z ||
+            softmax p) over d.
         projector: "swiglu", "linear" (``W_down h``) or "none" (P(h) = h).
         intermediate_size: m of swiglu, at most 256 d; 4 d where not given.
-        mask: "document" counts pairs inside a document; "document+label" also asks that token t + shift is a target.
+        mask: "document" counts pairs inside a document; "document+label" also asks that token t +
+            shift is a target.
         source: h after the final norm ("last_hidden") or before it ("last_residual").
         stop_gradient: False lets the gradient into z; the projected states are then held whole.
         target_norm: "rms" divides z by ``sqrt(mean z^2 + eps)`` first.
@@ -71,7 +76,10 @@ class NITP(LatentTerm):
     eps: float = 1e-6
 
     def problems(self) -> list[str]:
-        found = [count_problem("shift", self.shift, 0, MOST_AHEAD), number_problem("eps", self.eps, 0, inclusive=False)]
+        found = [
+            count_problem("shift", self.shift, 0, MOST_AHEAD),
+            number_problem("eps", self.eps, 0, inclusive=False),
+        ]
         if is_int(self.target_layer):
             found.append(number_problem("target_layer", self.target_layer, 0))
         elif not 0 < self.target_layer < 1:
@@ -80,7 +88,10 @@ class NITP(LatentTerm):
         if self.intermediate_size is not None:
             found.append(number_problem("intermediate_size", self.intermediate_size, 1))
             if self.projector != "swiglu":
-                found.append(f'intermediate_size is {self.intermediate_size}, expected none with "{self.projector}"')
+                found.append(
+                    f"intermediate_size is {self.intermediate_size}, expected none with "
+                    f'"{self.projector}"'
+                )
         return [problem for problem in found if problem]
 
     def model_problems(self, info: ModelInfo) -> list[str]:
@@ -94,7 +105,9 @@ class NITP(LatentTerm):
         """k: how many blocks the target has passed."""
         if is_int(self.target_layer):
             return int(self.target_layer)
-        return min(info.num_layers - 1, max(1, math.floor(self.target_layer * info.num_layers + 0.75)))
+        return min(
+            info.num_layers - 1, max(1, math.floor(self.target_layer * info.num_layers + 0.75))
+        )
 
     def farthest(self) -> int:
         return self.shift
@@ -117,7 +130,10 @@ class NITP(LatentTerm):
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         h, valid = getattr(streams, self.source), self.valid(streams)[""]
         z, shift = self._targets(streams, valid, context.info)
-        score, projector = self._one_sided if self.stop_gradient else self._two_sided, context.module
+        score, projector = (
+            self._one_sided if self.stop_gradient else self._two_sided,
+            context.module,
+        )
         assert isinstance(projector, Projector)
 
         def use(h: Tensor) -> _Outcome:
@@ -125,7 +141,11 @@ class NITP(LatentTerm):
 
         loss, rows, prediction_norm, target_norm = opened(projector, [h], use)
         means = {"prediction_norm": prediction_norm.sum(), "target_norm": target_norm.sum()}
-        units = unit_target_sum(z, target_norm, valid, shift, self.eps) if self.distance == "cosine" else None
+        units = (
+            unit_target_sum(z, target_norm, valid, shift, self.eps)
+            if self.distance == "cosine"
+            else None
+        )
         return {"": LatentPart(loss, rows.sum(dtype=sum_dtype(rows.device)), means, units)}
 
     def _targets(self, streams: Streams, valid: Tensor, info: ModelInfo) -> tuple[Tensor, int]:
@@ -135,8 +155,8 @@ class NITP(LatentTerm):
             z, shift = rows_ahead(streams, z, self.shift)
         else:
             shift = self.shift
-            # targets that do not count become zeros before anything reads them: a NaN there must not meet a zero
-            # gradient
+            # targets that do not count become zeros before anything reads them: a NaN there must
+            # not meet a zero gradient
             targets = F.pad(valid[:, : max(0, z.shape[1] - shift)], (min(shift, z.shape[1]), 0))
             z = z.masked_fill(~targets.unsqueeze(-1), 0)
         return (_rms_normalised(z, self.eps) if self.target_norm == "rms" else z), shift
@@ -166,7 +186,8 @@ class NITP(LatentTerm):
         """The same pairs with gradients to both sides."""
         pairs = max(0, h.shape[1] - shift)
         keep = valid[:, :pairs]
-        h, z = h[:, :pairs].masked_fill(~keep.unsqueeze(-1), 0), z[:, shift:]  # z has its zeros already
+        # z has its zeros already
+        h, z = h[:, :pairs].masked_fill(~keep.unsqueeze(-1), 0), z[:, shift:]
         gate_up, down = matrices
         fused = partial(swiglu, backend=context.backend)
         p = reference.projection(h, gate_up, None, down, fused)
@@ -185,10 +206,14 @@ class NITP(LatentTerm):
         parameters = sum(parameter.numel() for parameter in module.parameters())
         flops = module.training_flops(info.hidden_size)
         products = f"{6 * parameters / square:g} d^2 + " if parameters else ""
-        added = {"parameters added": f"{parameters:,} ({parameters / square:g} d^2), dropped after training"}
+        added = {
+            "parameters added": f"{parameters:,} ({parameters / square:g} d^2), dropped "
+            "after training"
+        }
         return {
             "rows": f"{self.source} at t against token t+{self.shift}",
-            "target": f"hidden_states[{self.layer(info)}] of {info.num_layers} blocks ({self.target_layer} asked for)",
+            "target": f"hidden_states[{self.layer(info)}] of {info.num_layers} blocks "
+            f"({self.target_layer} asked for)",
             **(added if parameters else {}),
             "training FLOPs a token": f"{flops:,} ({products}18 d)",
         }
@@ -198,4 +223,6 @@ def _rms_normalised(z: Tensor, eps: float) -> Tensor:
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
     size = reference.in_square_range(wide).clamp(max=1)
     scaled = wide * size
-    return (scaled * torch.rsqrt(scaled.square().mean(-1, keepdim=True) + eps * size * size)).to(z.dtype)
+    return (scaled * torch.rsqrt(scaled.square().mean(-1, keepdim=True) + eps * size * size)).to(
+        z.dtype
+    )

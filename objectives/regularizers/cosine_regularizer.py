@@ -20,10 +20,12 @@ from nitp_ops.reference import in_square_range
 @register("cosine_regularizer")
 @dataclass(frozen=True, kw_only=True)
 class CosineRegularizer(LatentTerm):
-    """Mean of ``cos(h_i, h_j)`` over the ordered pairs i != j inside a document: it drives hidden states apart.
+    """Mean of ``cos(h_i, h_j)`` over the ordered pairs i != j inside a document: it drives hidden
+    states apart.
 
-    ``SUM = sum over documents of |sum_i h^_i|^2 - sum_i |h^_i|^2``, ``COUNT = sum of n (n - 1)`` with
-    ``h^ = h / max(|h|, eps)``: O(n d) time and memory, no pair is formed. Padding is in no document.
+    ``SUM = sum over documents of |sum_i h^_i|^2 - sum_i |h^_i|^2``, ``COUNT = sum of n (n - 1)``
+    with ``h^ = h / max(|h|, eps)``: O(n d) time and memory, no pair is formed. Padding is in no
+    document.
 
     Args:
         eps: lower bound of each norm.
@@ -50,22 +52,32 @@ class CosineRegularizer(LatentTerm):
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         documents, inside = _documents(streams)
-        size = torch.zeros_like(documents).scatter_add_(1, documents, inside.to(torch.int64)).gather(1, documents)
+        size = (
+            torch.zeros_like(documents)
+            .scatter_add_(1, documents, inside.to(torch.int64))
+            .gather(1, documents)
+        )
         return {"": torch.where(inside, size - 1, 0)}
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
-        return ["it pairs all tokens of a document, which other ranks hold too, expected whole sequences"]
+        return [
+            "it pairs all tokens of a document, which other ranks hold too, expected whole "
+            "sequences"
+        ]
 
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart]:
         assert streams.last_hidden is not None
         h = streams.last_hidden
         documents, inside = _documents(streams)
         wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        # masked rows become zeros before anything reads them: a NaN there must not meet a zero gradient
+        # masked rows become zeros before anything reads them: a NaN there must not meet a zero
+        # gradient
         wide = wide.masked_fill(~inside.unsqueeze(-1), 0)
         size = in_square_range(wide)
         wide = wide * size
-        unit = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(min=self.eps * size)
+        unit = wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True).clamp(
+            min=self.eps * size
+        )
         sums = torch.zeros_like(unit).scatter_add(1, documents.unsqueeze(-1).expand_as(unit), unit)
         total = sums.square().sum() - unit.square().sum()
         return {"": context.part(total)}
@@ -75,10 +87,14 @@ class CosineRegularizer(LatentTerm):
 
 
 def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
-    """(number of its document within the row, int64 in [0, T); whether it is in one) of every token: [B, T] each."""
+    """(number of its document within the row, int64 in [0, T); whether it is in one) of every
+    token: [B, T] each."""
     given = streams.documents
     if given is None:
         given = torch.zeros(streams.shape, dtype=torch.int64, device=streams.device)
     ordered, places = given.sort(dim=1)
-    new = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).to(torch.int64)], dim=1)
+    new = torch.cat(
+        [torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).to(torch.int64)],
+        dim=1,
+    )
     return torch.zeros_like(given).scatter_(1, places, new.cumsum(1)), given >= 0

@@ -33,17 +33,20 @@ from nitp_ops.engine.token_term import TokenTerm, ahead, offset_problems, valid_
 @register("mtp_parallel")
 @dataclass(frozen=True, kw_only=True)
 class MTPParallel(TokenTerm):
-    """``sum_i SUM_i / COUNT_i`` of ``CE(W f_i(h)_t, x_{t+i})`` over V_i, each f_i a head of its own.
+    """``sum_i SUM_i / COUNT_i`` of ``CE(W f_i(h)_t, x_{t+i})`` over V_i, each f_i a head of its
+    own.
 
-    f_i reads last_hidden h, W is the model's head. The unembedding is read once for all heads and for every other term
-    of the model's head. An offset that another term already predicts from the same hidden states with the same head is
-    refused: beside ntp take 2 and more; the paper's own form is ``mtp_parallel(offsets=[1, 2, 3, 4])`` without ntp.
+    f_i reads last_hidden h, W is the model's head. The unembedding is read once for all heads and
+    for every other term of the model's head. An offset that another term already predicts from the
+    same hidden states with the same head is
+    refused: beside ntp take 2 and more; the paper's own form is ``mtp_parallel(offsets=[1, 2, 3,
+        4])`` without ntp.
 
     Args:
         offsets: the i, distinct and >= 1, at most 64 of them.
-        heads: "block", one transformer block each (`ModelInfo.block_factory`, else a plain one: RMSNorm, causal
-            attention inside the document, SwiGLU); "residual", ``h + silu(W_i h)`` with W_i zero at first: with
-            offsets (1, 3, 5, 7) that is L-MTP, arXiv 2505.17505.
+        heads: "block", one transformer block each (`ModelInfo.block_factory`, else a plain one:
+            RMSNorm, causal attention inside the document, SwiGLU); "residual", ``h + silu(W_i h)``
+            with W_i zero at first: with offsets (1, 3, 5, 7) that is L-MTP, arXiv 2505.17505.
         label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
 
     Example:
@@ -64,7 +67,8 @@ class MTPParallel(TokenTerm):
 
     def conflicts(self, others: Sequence[Objective]) -> list[str]:
         return [
-            f"offset {k} is predicted from last_hidden by {other.label} too, expected offsets of its own"
+            f"offset {k} is predicted from last_hidden by {other.label} too, expected offsets of "
+            "its own"
             for other in others
             if isinstance(other, TokenTerm)
             for k in sorted(self.predicted() & other.predicted())
@@ -96,15 +100,23 @@ class MTPParallel(TokenTerm):
         trunk = streams.last_hidden
         if self.heads == "block":
             trunk = without_padding(trunk, streams)
-        else:  # no position looks at another: zeros wherever no head has a target, before anything is applied to them
+        # no position looks at another: zeros wherever no head has a target, before anything is
+        # applied to them
+        else:
             counted = torch.stack([*self.valid(streams).values()]).any(0)
             trunk = trunk.masked_fill(~counted.unsqueeze(-1), 0)
         hidden = context.module(trunk, attention_mask(streams))
-        return {str(k): self.against(streams, f, k) for k, f in zip(self.offsets, hidden, strict=True)}
+        return {
+            str(k): self.against(streams, f, k) for k, f in zip(self.offsets, hidden, strict=True)
+        }
 
     def drafter(self, module: nn.Module | None, info: ModelInfo) -> ParallelDrafter | None:
         assert isinstance(module, ParallelHeads)
-        return ParallelDrafter(list(module.heads), self.offsets, info) if max(self.offsets) > 1 else None  # type: ignore[arg-type]
+        return (
+            ParallelDrafter(list(module.heads), self.offsets, info)
+            if max(self.offsets) > 1
+            else None
+        )  # type: ignore[arg-type]
 
     def own_states(self) -> int:
         return len(self.offsets)
@@ -117,18 +129,22 @@ class MTPParallel(TokenTerm):
         return {
             "rows": f"{self.heads} heads on h_t against tokens {ahead(self.offsets)}",
             "parameters added": f"{own:,}, dropped after training",
-            "training FLOPs a token": f"{6 * (head + own):,} (6 V d a head, 6 a parameter){attention}",
+            "training FLOPs a token": f"{6 * (head + own):,} (6 V d a head, 6 a "
+            f"parameter){attention}",
         }
 
 
 class Residual(nn.Module):
-    """``h + silu(W h)``, W zero at first: the head starts as the identity, and learns, for silu'(0) = 1/2."""
+    """``h + silu(W h)``, W zero at first: the head starts as the identity, and learns, for silu'(0)
+    = 1/2."""
 
     incremental = context_parallel = True  # no position looks at another
 
     def __init__(self, info: ModelInfo) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(info.hidden_size, info.hidden_size, dtype=info.dtype))
+        self.weight = nn.Parameter(
+            torch.zeros(info.hidden_size, info.hidden_size, dtype=info.dtype)
+        )
 
     def forward(self, hidden: Tensor, mask: Tensor | None, past: KeyValues | None = None) -> Tensor:
         return hidden + F.silu(F.linear(hidden, self.weight))
@@ -137,7 +153,9 @@ class Residual(nn.Module):
 class ParallelHeads(Sealed):
     """``[f_1(h), f_2(h), ...]``, with initial values that depend on the seed alone."""
 
-    def __init__(self, kind: Literal["block", "residual"], count: int, info: ModelInfo, seed: int) -> None:
+    def __init__(
+        self, kind: Literal["block", "residual"], count: int, info: ModelInfo, seed: int
+    ) -> None:
         super().__init__()
         self.kind, self.count, self.info, self.seed = kind, count, info, seed
         self.heads = seeded(self._make, seed)

@@ -1,4 +1,5 @@
-"""Several future tokens by modules in sequence, each of which is told the token before the one it predicts."""
+"""Several future tokens by modules in sequence, each of which is told the token before the one it
+predicts."""
 
 from __future__ import annotations
 
@@ -35,17 +36,20 @@ from nitp_ops.engine.token_term import TokenTerm, ahead, valid_offsets
 @register("mtp_sequential")
 @dataclass(frozen=True, kw_only=True)
 class MTPSequential(TokenTerm):
-    """``weight / D sum_k SUM_k / COUNT_k`` of ``CE(W norm_k(h^k_t), x_{t+k+1})`` over V_{k+1}, k = 1 .. D.
+    """``weight / D sum_k SUM_k / COUNT_k`` of ``CE(W norm_k(h^k_t), x_{t+k+1})`` over V_{k+1}, k =
+    1 .. D.
 
-    ``h^k = Block_k(M_k [RMSNorm(E(x_{t+k})); RMSNorm(h^{k-1}_t)])``, M_k a matrix ``[d, 2 d]`` without bias. E and W
-    are the model's embedding and head, which get gradients like the trunk. The block attends inside the document. A
-    module of depth k has the parameters ``enorm, hnorm, eh_proj, block, norm``; the part of depth k is named k + 1.
+    ``h^k = Block_k(M_k [RMSNorm(E(x_{t+k})); RMSNorm(h^{k-1}_t)])``, M_k a matrix ``[d, 2 d]``
+    without bias. E and W are the model's embedding and head, which get gradients like the trunk.
+    The block attends inside the document. A module of depth k has the parameters ``enorm, hnorm,
+    eh_proj, block, norm``; the part of depth k is named k + 1.
 
     Args:
-        weight: 0.3 unless given; ``[[0, 0.3], [steps, 0.1]]`` is the published schedule, steps at 2/3 of training.
+        weight: 0.3 unless given; ``[[0, 0.3], [steps, 0.1]]`` is the published schedule, steps at
+            2/3 of training.
         depth: D, in [1, 64].
-        source: h^0: "last_hidden", after the final norm, and each next module reads norm_k(h^k); "last_residual",
-            before it, and each next module reads h^k.
+        source: h^0: "last_hidden", after the final norm, and each next module reads norm_k(h^k);
+            "last_residual", before it, and each next module reads h^k.
         detach_trunk: no gradient from the modules into h^0.
         label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
 
@@ -100,10 +104,13 @@ class MTPSequential(TokenTerm):
         trunk = without_padding(trunk.detach() if self.detach_trunk else trunk, streams)
         tokens = [self._tokens(streams, context, k) for k in range(1, self.depth + 1)]
         hidden = context.module(tokens, trunk, attention_mask(streams))
-        return {str(k): self.against(streams, h, k) for k, h in zip(self.offsets, hidden, strict=True)}
+        return {
+            str(k): self.against(streams, h, k) for k, h in zip(self.offsets, hidden, strict=True)
+        }
 
     def _tokens(self, streams: Streams, context: Context, k: int) -> Tensor:
-        """E(x_{t+k}), zeros where that token is in another document or in none, as in `without_padding`."""
+        """E(x_{t+k}), zeros where that token is in another document or in none, as in
+        `without_padding`."""
         assert streams.embed is not None
         token = context.guard(embedded(streams.embed, inputs_ahead(streams, k)))
         return token.masked_fill(~valid_pairs(streams, k).unsqueeze(-1), 0)
@@ -120,9 +127,11 @@ class MTPSequential(TokenTerm):
             own = sum(parameter.numel() for parameter in self.make_module(info, 0).parameters())
         head = self.depth * info.vocab_size * info.hidden_size
         return {
-            "rows": f"{self.source} at t and the tokens between, against tokens {ahead(self.offsets)}",
+            "rows": f"{self.source} at t and the tokens between, against tokens "
+            f"{ahead(self.offsets)}",
             "parameters added": f"{own:,}, dropped after training",
-            "training FLOPs a token": f"{6 * (head + own):,} (6 V d a depth, 6 a parameter) and attention",
+            "training FLOPs a token": f"{6 * (head + own):,} (6 V d a depth, 6 a parameter) and "
+            "attention",
         }
 
 
@@ -163,7 +172,9 @@ class SequentialModules(Sealed):
         """Draw the initial values anew, always the same ones; on the meta device nothing happens."""
         redraw(self.layers, self._make, self.seed)
 
-    def forward(self, tokens: Sequence[Tensor], hidden: Tensor, mask: Tensor | None) -> list[Tensor]:
+    def forward(
+        self, tokens: Sequence[Tensor], hidden: Tensor, mask: Tensor | None
+    ) -> list[Tensor]:
         found = []
         for layer, token in zip(self.layers, tokens, strict=True):  # type: ignore[arg-type]
             state, normed = layer(token, hidden, mask)

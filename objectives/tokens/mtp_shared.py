@@ -23,18 +23,21 @@ _MOST_OFFSETS = 256
 @register("mtp_shared")
 @dataclass(frozen=True, kw_only=True)
 class MTPShared(TokenTerm):
-    """``sum_k w_k SUM_k / COUNT_k`` of ``CE(z_t, x_{t+k})`` over V_k: one row of logits against several tokens.
+    """``sum_k w_k SUM_k / COUNT_k`` of ``CE(z_t, x_{t+k})`` over V_k: one row of logits against
+    several tokens.
 
-    No parameter. z are the model's logits, computed once for all offsets, and once together with an ntp of the same
-    smoothing and z-loss. The gradient on a row of logits is ``S softmax(z) - sum_k w_k onehot(x_{t+k})`` over the
-    targets that the row has, S the sum of their w_k (each divided by its count); equal tokens add. Each offset is a
-    part of its own with its count, loss and accuracy. Smoothing and z-loss belong to each of the terms, so they count
-    S times.
+    No parameter. z are the model's logits, computed once for all offsets, and once together with an
+    ntp of the same smoothing and z-loss. The gradient on a row of logits is ``S softmax(z) - sum_k
+    w_k onehot(x_{t+k})`` over the targets that the row has, S the sum of their w_k (each divided by
+    its count); equal tokens add. Each offset is a part of its own with its count, loss and
+    accuracy. Smoothing and z-loss belong to each of the terms, so they count S times.
 
-    Streams.token_weight multiplies each target's loss; every offset then takes a pass of its own over the logits.
+    Streams.token_weight multiplies each target's loss; every offset then takes a pass of its own
+    over the logits.
 
     Args:
-        offsets: the k, distinct and >= 1, at most 256 of them. weights: one w_k > 0 for each offset; 1 where not given.
+        offsets: the k, distinct and >= 1, at most 256 of them. weights: one w_k > 0 for each
+            offset; 1 where not given.
         label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
 
     Example:
@@ -52,8 +55,15 @@ class MTPShared(TokenTerm):
         found = [*super().problems(), *offset_problems(self.offsets, _MOST_OFFSETS)]
         weights = self.weights or ()
         if self.weights is not None and len(weights) != len(self.offsets):
-            found.append(f"weights is {list(weights)}, expected {len(self.offsets)} numbers, one for each offset")
-        found += [problem for w in weights if (problem := number_problem("weights", w, 0, inclusive=False))]
+            found.append(
+                f"weights is {list(weights)}, expected {len(self.offsets)} numbers, one "
+                "for each offset"
+            )
+        found += [
+            problem
+            for w in weights
+            if (problem := number_problem("weights", w, 0, inclusive=False))
+        ]
         return found
 
     def farthest(self) -> int:
@@ -86,5 +96,6 @@ class MTPShared(TokenTerm):
         return {
             "rows": f"h_t against tokens {ahead(self.offsets)}",
             "parameters added": "0",
-            "training FLOPs a token": f"{head:,} (6 V d) for all offsets; none of its own beside an equal ntp",
+            "training FLOPs a token": f"{head:,} (6 V d) for all offsets; none of its own beside "
+            "an equal ntp",
         }

@@ -19,15 +19,18 @@ from nitp_ops.engine.token_term import TokenTerm
 @register("ntp")
 @dataclass(frozen=True, kw_only=True)
 class NTP(TokenTerm):
-    """``(1 - e) (lse - z[x_{t+1}]) + e (lse - mean_v z_v) + c lse^2`` over V_1, with ``lse = log sum_v exp(z_v)``.
+    """``(1 - e) (lse - z[x_{t+1}]) + e (lse - mean_v z_v) + c lse^2`` over V_1, with ``lse = log
+    sum_v exp(z_v)``.
 
-    z are the model's logits (its bias, logit scale and softcap included). Streams.token_weight multiplies a row's loss
-    and leaves the count alone. With ``class_weight=true`` so does Streams.class_weight u, and the row's loss is
-    ``(1 - e) u[x_{t+1}] (lse - z[x_{t+1}]) + e mean_v u_v (lse - z_v) + c lse^2``, as in PyTorch; unlike there COUNT
-    stays the number of rows: it is an integer that is known before the forward pass.
+    z are the model's logits (its bias, logit scale and softcap included). Streams.token_weight
+    multiplies a row's loss and leaves the count alone. With ``class_weight=true`` so does
+    Streams.class_weight u, and the row's loss is ``(1 - e) u[x_{t+1}] (lse - z[x_{t+1}]) + e mean_v
+    u_v (lse - z_v) + c lse^2``, as in PyTorch; unlike there COUNT stays the number of rows: it is
+    an integer that is known before the forward pass.
 
     Args:
-        label_smoothing: e, in [0, 1]. z_loss: c, >= 0. class_weight: whether Streams.class_weight applies.
+        label_smoothing: e, in [0, 1]. z_loss: c, >= 0. class_weight: whether Streams.class_weight
+            applies.
 
     Example:
         >>> from nitp_ops.objectives import parse

@@ -22,21 +22,25 @@ from nitp_ops.engine.streams.targets import TargetWindow
 @register("top")
 @dataclass(frozen=True, kw_only=True)
 class TOP(HeadTerm):
-    """``lse(U h_t) - sum_v w_v (U h_t)_v``, ``w = softmax(y)``, ``y_v = window - distance to the nearest v ahead``.
+    """``lse(U h_t) - sum_v w_v (U h_t)_v``, ``w = softmax(y)``, ``y_v = window - distance to the
+    nearest v ahead``.
 
-    The list-net loss ``-sum_v softmax(y)_v log_softmax(U h_t)_v``. The distance of x_{t+1} is 0; y is -inf outside the
-    next `window` tokens, outside the document and for tokens that are no targets. A row without any target does not
-    count. U is an own, untied head ``[V, d]``, used in training only; the model's logit scale and softcap apply to it.
-    Accuracy is that of the nearest token. Streams.token_weight multiplies w_v by the weight of v's nearest occurrence.
+    The list-net loss ``-sum_v softmax(y)_v log_softmax(U h_t)_v``. The distance of x_{t+1} is 0; y
+    is -inf outside the next `window` tokens, outside the document and for tokens that are no
+    targets. A row without any target does not count. U is an own, untied head ``[V, d]``, used in
+    training only; the model's logit scale and softcap apply to it. Accuracy is that of the nearest
+    token. Streams.token_weight multiplies w_v by the weight of v's nearest occurrence.
 
-    A row has the targets whose weight is a normal number of float32 (float64 for float64): none more than 87 tokens
-    (708) behind the nearest one, however large the window. So time and memory grow with B T, not with B T window.
+    A row has the targets whose weight is a normal number of float32 (float64 for float64): none
+    more than 87 tokens (708) behind the nearest one, however large the window. So time and memory
+    grow with B T, not with B T window.
 
     Args:
-        window: how many tokens ahead, in [1, 1048576]; what reaches past a sequence changes nothing.
-        compat: "fp16_scores" rounds y to half precision, as the published data builders store it: from 2048 on y is
-            coarse, and at window 4096 the weights of the next four tokens become .456, .456, .062, .008 instead of
-            .632, .233, .086, .031.
+        window: how many tokens ahead, in [1, 1048576]; what reaches past a sequence changes
+            nothing.
+        compat: "fp16_scores" rounds y to half precision, as the published data builders store it:
+            from 2048 on y is coarse, and at window 4096 the weights of the next four tokens become
+            .456, .456, .062, .008 instead of .632, .233, .086, .031.
 
     Example:
         >>> from nitp_ops.objectives import ModelInfo, build
@@ -52,7 +56,11 @@ class TOP(HeadTerm):
 
     def problems(self) -> list[str]:
         found = count_problem("window", self.window, 1, MOST_AHEAD)
-        if found is None and self.compat == "fp16_scores" and self.window > torch.finfo(torch.float16).max:
+        if (
+            found is None
+            and self.compat == "fp16_scores"
+            and self.window > torch.finfo(torch.float16).max
+        ):
             found = f'window is {self.window}, expected at most 65504 with "fp16_scores"'
         return [found] if found else []
 
@@ -82,7 +90,8 @@ class TOP(HeadTerm):
         return {"": HeadRows(hidden, labels, head, counts, target_weight=weight)}
 
     def most_targets(self, dtype: torch.dtype) -> int:
-        """How many tokens from the nearest target on can weigh more than the smallest normal number of the weights'
+        """How many tokens from the nearest target on can weigh more than the smallest normal number
+        of the weights'
         dtype: e^-k falls below it. Rounded scores stay as they are over 2^n tokens."""
         reach = math.ceil(-math.log(torch.finfo(_working(dtype)).tiny))
         if self.compat == "fp16_scores":
@@ -90,7 +99,8 @@ class TOP(HeadTerm):
         return min(self.window, reach)
 
     def target_weights(self, present: Tensor, k: Tensor, dtype: torch.dtype) -> Tensor:
-        """softmax(y) over the targets t + k that are present, bool [..., K]; zeros in a row without any."""
+        """softmax(y) over the targets t + k that are present, bool [..., K]; zeros in a row without
+        any."""
         y = self.window + 1 - k
         y = (y.half() if self.compat == "fp16_scores" else y).to(_working(dtype))
         weights = torch.softmax(y.masked_fill(~present, -torch.inf), dim=-1)

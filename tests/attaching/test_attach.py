@@ -1,4 +1,5 @@
-"""attach on a tiny Llama: windows, documents, checkpointing, compile, copies, checkpoints, and leaving no trace."""
+"""attach on a tiny Llama: windows, documents, checkpointing, compile, copies, checkpoints, and
+leaving no trace."""
 
 from __future__ import annotations
 
@@ -15,7 +16,13 @@ from torch import Tensor, nn
 
 import nitp_ops
 from nitp_ops.attaching import handle_of
-from tests.support.hugging_face_cases import assert_equal_training, batch, gradients, make, written_out
+from tests.support.hugging_face_cases import (
+    assert_equal_training,
+    batch,
+    gradients,
+    make,
+    written_out,
+)
 
 pytestmark = pytest.mark.trainers
 SPEC = "ntp + 0.8*nitp(target_layer=1)"
@@ -31,7 +38,8 @@ def padding(given: dict[str, Tensor]) -> Tensor:
 
 
 def test_left_padding_and_a_batch_without_a_mask():
-    model, handle = attached(attention="sdpa")  # eager attention makes NaN of a row that sees nothing
+    # eager attention makes NaN of a row that sees nothing
+    model, handle = attached(attention="sdpa")
     left = batch(padding="left")
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
     assert_equal_training(model, left, padding(left), handle)
@@ -47,7 +55,9 @@ def test_documents_of_a_packed_row_derive_from_position_ids_and_from_cu_seqlens(
     given = {"input_ids": ids, "labels": ids, "position_ids": positions}
     assert_equal_training(model, given, documents, handle)
     lengths = torch.tensor([0, 4, 7, 10], dtype=torch.int32)
-    by_lengths = model(**given, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=4, max_length_k=4).loss
+    by_lengths = model(
+        **given, cu_seq_lens_q=lengths, cu_seq_lens_k=lengths, max_length_q=4, max_length_k=4
+    ).loss
     assert torch.equal(by_lengths, model(**given).loss)
 
 
@@ -58,7 +68,9 @@ def test_shift_labels_come_before_labels():
     expected = model(**given).loss
     found = model(**(given | {"labels": torch.zeros_like(shifted)}), shift_labels=shifted).loss
     torch.testing.assert_close(found, expected)
-    assert torch.equal(model(**{k: v for k, v in given.items() if k != "labels"}, shift_labels=shifted).loss, found)
+    assert torch.equal(
+        model(**{k: v for k, v in given.items() if k != "labels"}, shift_labels=shifted).loss, found
+    )
 
 
 def test_counts_of_the_window_make_microbatches_add_up_to_the_batch():
@@ -66,10 +78,13 @@ def test_counts_of_the_window_make_microbatches_add_up_to_the_batch():
     given = batch(rows=4)
     whole = model(**given)
     reference = gradients(whole.loss, model)
-    parts = [{name: value[rows] for name, value in given.items()} for rows in (slice(0, 1), slice(1, 4))]
+    parts = [
+        {name: value[rows] for name, value in given.items()} for rows in (slice(0, 1), slice(1, 4))
+    ]
     handle.set_counts(handle.count(parts[0]) + handle.count(parts[1]))
     model.zero_grad()
-    losses = [model(**part, num_items_in_batch=7).loss for part in parts]  # ignored: the counts are known
+    # ignored: the counts are known
+    losses = [model(**part, num_items_in_batch=7).loss for part in parts]
     torch.stack(losses).sum().backward()
     torch.testing.assert_close(torch.stack(losses).sum(), whole.loss, rtol=1e-12, atol=1e-12)
     for name, parameter in model.named_parameters():
@@ -91,7 +106,9 @@ def test_num_items_in_batch_weights_local_means_by_the_share_of_labels():
         total += local * share
     alone = model(**given, num_items_in_batch=int(items)).loss
     torch.testing.assert_close(alone, model(**given).loss)
-    empty = {name: value[:1] for name, value in given.items()} | {"labels": torch.full((1, 10), -100)}
+    empty = {name: value[:1] for name, value in given.items()} | {
+        "labels": torch.full((1, 10), -100)
+    }
     assert model(**empty, num_items_in_batch=items).loss == 0
 
 
@@ -100,7 +117,9 @@ def test_a_batch_without_a_target_gives_zero_and_no_nan():
     given = batch()
     loss = model(**(given | {"labels": torch.full_like(given["labels"], -100)})).loss
     loss.backward()
-    assert loss == 0 and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert loss == 0 and all(
+        torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None
+    )
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
@@ -165,15 +184,25 @@ def test_no_logits_and_no_other_hidden_state_are_kept(monkeypatch: pytest.Monkey
     of_engine.__module__ = "torch.distributed.fsdp"
     model.lm_head.register_forward_hook(of_engine)
     out = model(**batch())
-    assert calls == [1], "an engine's hooks on the head run once, around the objective's own reading of it"
-    assert out.logits is None and out.hidden_states is None and "_call_impl" not in model.lm_head.__dict__
+    assert calls == [1], (
+        "an engine's hooks on the head run once, around the objective's own reading of it"
+    )
+    assert (
+        out.logits is None
+        and out.hidden_states is None
+        and "_call_impl" not in model.lm_head.__dict__
+    )
     assert handle._tap._found == {}
 
 
 def test_a_scheduled_weight_follows_set_step():
     model, handle = attached("ntp + schedule(to=1.0, begin=0, warmup=10)*nitp(target_layer=1)")
     given = batch()
-    with pytest.raises(ValueError, match=r"step is None, expected an integer \(scheduled weights: nitp\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"step is None, expected an integer \(scheduled weights: "
+        r"nitp\)",
+    ):
         model(**given)
     handle.set_step(5)
     model(**given)
@@ -199,14 +228,18 @@ def test_a_deep_copy_is_an_attached_model_of_its_own():
 def test_detach_leaves_no_trace():
     model = make("llama", dtype=torch.float32)
     before, state = set(model.__dict__), set(model.state_dict())
-    hooks = {name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()}
+    hooks = {
+        name: len(m._forward_hooks) + len(m._forward_pre_hooks) for name, m in model.named_modules()
+    }
     given = batch()
     loss = model(**given).loss
     handle = nitp_ops.attach(model, SPEC)
     model(**given).loss.backward()
     handle.detach()
     assert set(model.__dict__) == before and set(model.state_dict()) == state
-    assert {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()} == hooks
+    assert {
+        n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()
+    } == hooks
     assert not model._state_dict_hooks and not model._load_state_dict_post_hooks
     assert model.forward.__func__ is type(model).forward and torch.equal(model(**given).loss, loss)
     with pytest.raises(ValueError, match="detached already"):

@@ -1,4 +1,5 @@
-"""A model that changes after attach: what still trains, and what the first step refuses before it computes anything."""
+"""A model that changes after attach: what still trains, and what the first step refuses before it
+computes anything."""
 
 from __future__ import annotations
 
@@ -40,7 +41,9 @@ def another_kind_of_head(model: Any) -> None:
 def adapted_head(model: Any) -> None:
     import peft
 
-    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM"))
+    peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    )
     for parameter in model.nitp_objective.parameters():
         parameter.requires_grad_(True)
 
@@ -68,21 +71,30 @@ def another_body(model: Any) -> None:
 
 
 CHANGES: dict[Callable[[Any], None], str] = {
-    resized: r"head was resized to 70 x 32, it was 64 x 32 at attach, expected attach after resizing \(handle\.detach",
-    shrunk: r"head was resized to 50 x 32, it was 64 x 32 at attach, expected attach after resizing \(handle\.detach",
+    resized: r"head was resized to 70 x 32, it was 64 x 32 at attach, expected attach after "
+    r"resizing \(handle\.detach",
+    shrunk: r"head was resized to 50 x 32, it was 64 x 32 at attach, expected attach after "
+    r"resizing \(handle\.detach",
     biased: "head has a bias, it was 64 x 32 at attach, expected attach after that change",
     another_kind_of_head: "head is a Identity, it was 64 x 32 at attach",
-    adapted_head: r"head is a Linear with submodules base_layer, .*, expected a plain linear \(an adapter is more\)",
-    without_the_last_blocks: "a LlamaDecoderLayer that streams pass is no part of the model any more, expected attach",
-    without_the_first_block: "a LlamaDecoderLayer that streams pass is no part of the model any more, expected attach",
+    adapted_head: r"head is a Linear with submodules base_layer, .*, expected a plain linear \(an "
+    r"adapter is more\)",
+    without_the_last_blocks: "a LlamaDecoderLayer that streams pass is no part of the model any "
+    "more, expected attach",
+    without_the_first_block: "a LlamaDecoderLayer that streams pass is no part of the model any "
+    "more, expected attach",
     one_block_more: "the model has 4 blocks, at attach it had 3, expected attach after that change",
-    another_block: "a LlamaDecoderLayer that streams pass is no part of the model any more, expected attach",
-    another_body: "a LlamaDecoderLayer that streams pass is no part of the model any more, expected attach",
+    another_block: "a LlamaDecoderLayer that streams pass is no part of the model any more, "
+    "expected attach",
+    another_body: "a LlamaDecoderLayer that streams pass is no part of the model any more, "
+    "expected attach",
 }
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_that_the_objective_would_misread_is_refused_before_anything_is_computed(change: Any):
+def test_a_change_that_the_objective_would_misread_is_refused_before_anything_is_computed(
+    change: Any,
+):
     model = make("llama")
     handle = nitp_ops.attach(model, SPEC)
     change(model)
@@ -129,14 +141,16 @@ def assigned(model: Any, values: dict[str, Any]) -> None:
 
 
 def refilled(load: Callable[[Any, dict[str, Any]], None], *, tied: bool) -> tuple[Any, Any, Any]:
-    """(model that was attached on the meta device, the same one that never was there, handle of the first)."""
+    """(model that was attached on the meta device, the same one that never was there, handle of the
+    first)."""
     plain = make("llama", tie_word_embeddings=tied)
     nitp_ops.attach(plain, SPEC)
     model = copy.deepcopy(make("llama", tie_word_embeddings=tied)).to("meta")
     model.tie_weights()
     handle = nitp_ops.attach(model, SPEC)
     load(model, copy.deepcopy(plain.state_dict()))
-    model.model.rotary_emb = copy.deepcopy(plain.model.rotary_emb)  # no state dict holds its buffers
+    # no state dict holds its buffers
+    model.model.rotary_emb = copy.deepcopy(plain.model.rotary_emb)
     return model, plain, handle
 
 
@@ -146,7 +160,9 @@ def test_a_tie_that_came_apart_is_refused_and_training_goes_on_once_it_is_tied_a
     model, plain, _ = refilled(load, tied=True)
     given = batch()
     with pytest.raises(
-        ValueError, match=r"model\.embed_tokens\.weight and lm_head\.weight were one parameter at attach and are two"
+        ValueError,
+        match=r"model\.embed_tokens\.weight and lm_head\.weight were one parameter at "
+        r"attach and are two",
     ):
         model(**given)
     model.tie_weights()
@@ -169,7 +185,9 @@ def another_head(model: Any) -> None:
     model.set_output_embeddings(nn.Linear(32, 64, bias=False, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("change", [another_embedding, another_head], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [another_embedding, another_head], ids=lambda change: change.__name__
+)
 def test_a_new_module_at_one_end_of_a_tie_is_refused_until_it_is_tied_again(change: Any):
     model, given = make("llama", tie_word_embeddings=True), batch()
     nitp_ops.attach(model, "ntp")
@@ -181,7 +199,9 @@ def test_a_new_module_at_one_end_of_a_tie_is_refused_until_it_is_tied_again(chan
 
 
 @pytest.mark.parametrize("load", [emptied, assigned], ids=lambda load: load.__name__)
-def test_own_parameters_have_their_seeded_values_once_a_model_from_the_meta_device_is_filled(load: Any):
+def test_own_parameters_have_their_seeded_values_once_a_model_from_the_meta_device_is_filled(
+    load: Any,
+):
     model, plain, handle = refilled(load, tied=False)
     for name, parameter in plain.nitp_objective.named_parameters():
         assert torch.equal(handle.objective.get_parameter(name), parameter), name
@@ -198,7 +218,9 @@ def test_own_parameters_that_were_trained_come_back_from_the_meta_device():
     before = {name: parameter.clone() for name, parameter in handle.objective.named_parameters()}
     values = model.state_dict()
     model.to("meta").load_state_dict(values, assign=True)
-    assert before and all(torch.equal(handle.objective.get_parameter(name), value) for name, value in before.items())
+    assert before and all(
+        torch.equal(handle.objective.get_parameter(name), value) for name, value in before.items()
+    )
 
 
 def test_own_parameters_that_stay_on_the_meta_device_are_refused(tmp_path: Path):
@@ -211,12 +233,20 @@ def test_own_parameters_that_stay_on_the_meta_device_are_refused(tmp_path: Path)
         handle.check(optimizer)
     with pytest.raises(ValueError, match=expected):
         model(**batch())
-    with pytest.raises(ValueError, match=r"^save: .*gate_up is on the meta device, expected values"):
+    with pytest.raises(
+        ValueError,
+        match=r"^save: .*gate_up is on the meta device, expected "
+        r"values",
+    ):
         handle.save(tmp_path)
     handle.objective.materialize(torch.device("cpu"))
     handle.save(tmp_path)
     handle.objective.to("meta")
-    with pytest.raises(ValueError, match=r"^load: .*gate_up is on the meta device, expected values"):
+    with pytest.raises(
+        ValueError,
+        match=r"^load: .*gate_up is on the meta device, expected "
+        r"values",
+    ):
         handle.load(tmp_path)  # copying into the meta device would do nothing
     handle.objective.materialize(torch.device("cpu"))
     model(**batch()).loss.backward()

@@ -42,7 +42,9 @@ def test_save_pretrained_writes_the_plain_model_and_it_loads(tmp_path: Path, tie
     assert not report["unexpected_keys"] and not report["missing_keys"]
     assert torch.equal(loaded.eval()(**given).logits, model.eval()(**given).logits)
     # engines hand over a state dict that they gathered themselves, parameter by parameter
-    model.save_pretrained(tmp_path / "gathered", state_dict={n: p.detach() for n, p in model.named_parameters()})
+    model.save_pretrained(
+        tmp_path / "gathered", state_dict={n: p.detach() for n, p in model.named_parameters()}
+    )
     with safe_open(tmp_path / "gathered" / "model.safetensors", framework="pt") as file:
         assert set(file.keys()) == written
 
@@ -93,7 +95,11 @@ def test_a_training_run_resumes_from_model_and_sidecar(tmp_path: Path):
 
 def test_a_sidecar_that_is_missing_or_another_ones_is_an_error(tmp_path: Path):
     handle = nitp_ops.attach(make("llama"), SPEC)
-    with pytest.raises(FileNotFoundError, match=r"nitp_objective\.safetensors does not exist, expected the sidecar"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"nitp_objective\.safetensors does not exist, "
+        r"expected the sidecar",
+    ):
         handle.load(tmp_path)
     handle.save(tmp_path)
     other = nitp_ops.attach(make("llama"), "ntp + 0.7*nitp(target_layer=1)")
@@ -117,7 +123,11 @@ def test_check_names_what_the_optimizer_does_not_hold():
     model = make("llama")
     early = torch.optim.SGD(model.parameters(), lr=0.1)
     handle = nitp_ops.attach(model, SPEC)
-    with pytest.raises(ValueError, match=r"^check: terms\.nitp\.gate_up, terms\.nitp\.down of the obj"):
+    with pytest.raises(
+        ValueError,
+        match=r"^check: terms\.nitp\.gate_up, terms\.nitp\.down of the "
+        r"obj",
+    ):
         handle.check(early)
     early.add_param_group({"params": list(handle.objective.parameters())})
     handle.check(early)
@@ -128,7 +138,9 @@ def lora(model: Any, **options: Any) -> Any:
     import peft
 
     options = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_dropout": 0.0} | options
-    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
+    return peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    )
 
 
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])
@@ -151,7 +163,9 @@ def test_all_linear_leaves_the_objective_alone_and_freezing_it_is_noticed():
     wrapped = lora(model, target_modules="all-linear")
     assert not any("lora" in name for name, _ in handle.objective.named_parameters())
     frozen = pytest.raises(
-        ValueError, match=r"gate_up is frozen, expected it to be trained \(PEFT freezes what it finds"
+        ValueError,
+        match=r"gate_up is frozen, expected it to be trained \(PEFT freezes what it "
+        r"finds",
     )
     with frozen:
         wrapped.train()(**batch())
@@ -161,7 +175,11 @@ def test_all_linear_leaves_the_objective_alone_and_freezing_it_is_noticed():
 
 def test_an_adapter_on_the_head_is_refused():
     model = lora(make("llama"), target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match=r"the model's head is a Linear with submodules base_layer, .*lora_A"):
+    with pytest.raises(
+        ValueError,
+        match=r"the model's head is a Linear with submodules "
+        r"base_layer, .*lora_A",
+    ):
         nitp_ops.attach(model, "ntp")
     late = make("llama")
     nitp_ops.attach(late, "ntp")
@@ -172,7 +190,11 @@ def test_an_adapter_on_the_head_is_refused():
 def test_fully_shard_sees_the_objective_and_its_sidecar_gathers_it(tmp_path: Path):
     """One rank, the head in a group of its own: DTensors everywhere, numbers that must not change."""
     import torch.distributed as dist
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

@@ -30,11 +30,14 @@ def test_one_graph_holds_the_model_and_the_objective_and_serves_every_batch():
     other = batch(seed=7)
     handle.set_step(3)
     torch.testing.assert_close(compiled(**other).loss, model(**other).loss, rtol=1e-12, atol=0)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "another batch or step compiles again"
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, (
+        "another batch or step compiles again"
+    )
 
 
 def test_a_graph_may_break_at_an_engines_hooks():
-    """As it does at those of FSDP2, on every module; a head's are run around the objective's reading of it."""
+    """As it does at those of FSDP2, on every module; a head's are run around the objective's
+    reading of it."""
     model, given, calls = make("llama", num_hidden_layers=2), batch(), []
 
     @torch.compiler.disable
@@ -48,12 +51,18 @@ def test_a_graph_may_break_at_an_engines_hooks():
     expected = model(**given).loss
     assert len(calls) == 3
     torch.compiler.reset()
-    torch.testing.assert_close(torch.compile(model, backend="eager")(**given).loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.compile(model, backend="eager")(**given).loss, expected, rtol=1e-12, atol=0
+    )
     assert len(calls) == 6
 
 
 def test_a_compiled_model_is_refused_in_every_form():
-    refused = pytest.raises(ValueError, match=r"model is compiled \(\w+\), expected attach before compile")
+    refused = pytest.raises(
+        ValueError,
+        match=r"model is compiled \(\w+\), expected attach before "
+        r"compile",
+    )
     with refused:
         nitp_ops.attach(torch.compile(make("llama")), "ntp")
     model = make("llama")

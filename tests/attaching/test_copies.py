@@ -1,4 +1,5 @@
-"""Copies of an attached model that leave the process: pickle, torch.save, mp.spawn give one that trains alike."""
+"""Copies of an attached model that leave the process: pickle, torch.save, mp.spawn give one that
+trains alike."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def test_a_pickled_model_trains_alike_and_on_its_own(copied: Callable[[Any], Any
     if adapted:
         import peft
 
-        config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+        config = peft.LoraConfig(
+            target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"
+        )
         model = peft.get_peft_model(model, config)
     handle = nitp_ops.attach(model, SPEC)
     handle.set_step(1)
@@ -58,7 +61,9 @@ def test_a_pickled_model_trains_alike_and_on_its_own(copied: Callable[[Any], Any
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(0.5)
-    assert torch.equal(model(**given).loss, expected) and not torch.equal(twin(**given).loss, expected)
+    assert torch.equal(model(**given).loss, expected) and not torch.equal(
+        twin(**given).loss, expected
+    )
     other.detach()
     plain = twin.get_base_model() if adapted else twin
     assert "forward" not in plain.__dict__ and torch.isfinite(twin(**given).loss)

@@ -1,4 +1,5 @@
-"""What an attached model reads from a batch: whose document a pre-shifted label belongs to, and keys that hold None."""
+"""What an attached model reads from a batch: whose document a pre-shifted label belongs to, and
+keys that hold None."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def test_shift_labels_of_a_stream_train_like_the_labels_that_they_were_made_of(k
     model = make("llama")
     handle, given = nitp_ops.attach(model, SPEC, label_layout="stream"), packed()
     shifted = with_shifted(given, keep=keep)
-    assert counts(handle, given) == counts(handle, shifted) == {"ntp": 7, "mtp_shared/2": 4, "nitp": 7}
+    assert (
+        counts(handle, given) == counts(handle, shifted) == {"ntp": 7, "mtp_shared/2": 4, "nitp": 7}
+    )
     expected, found = (gradients(model(**each).loss, model) for each in (given, shifted))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
@@ -56,7 +59,12 @@ def test_shift_labels_of_documents_are_all_targets_and_ntp_is_their_cross_entrop
     given: dict[str, Any] = with_shifted(packed(), keep=False)
     given["shift_labels"] = torch.randint(64, (1, 10), generator=torch.Generator().manual_seed(3))
     if source == "cu_seqlens":
-        given |= {"cu_seq_lens_q": LENGTHS, "cu_seq_lens_k": LENGTHS, "max_length_q": 4, "max_length_k": 4}
+        given |= {
+            "cu_seq_lens_q": LENGTHS,
+            "cu_seq_lens_k": LENGTHS,
+            "max_length_q": 4,
+            "max_length_k": 4,
+        }
     assert counts(handle, given) == {"ntp": 10, "mtp_shared/2": 7}
     logits = plain(input_ids=given["input_ids"], position_ids=POSITIONS, use_cache=False).logits
     expected = F.cross_entropy(logits[0], given["shift_labels"][0])
@@ -64,12 +72,20 @@ def test_shift_labels_of_documents_are_all_targets_and_ntp_is_their_cross_entrop
 
 
 @pytest.mark.parametrize("present", ["cu_seqlens", "cu_seq_lens_q"])
-@pytest.mark.parametrize("absent", [True, False], ids=["the other is None", "the other is not there"])
+@pytest.mark.parametrize(
+    "absent", [True, False], ids=["the other is None", "the other is not there"]
+)
 def test_boundaries_come_from_either_name_of_cu_seqlens(present: str, absent: bool):
     ids = torch.arange(3, 11)[None]
-    given: dict[str, Any] = {"input_ids": ids, "labels": ids, present: torch.tensor([0, 4, 8], dtype=torch.int32)}
+    given: dict[str, Any] = {
+        "input_ids": ids,
+        "labels": ids,
+        present: torch.tensor([0, 4, 8], dtype=torch.int32),
+    }
     if absent:
-        given |= dict.fromkeys({"cu_seqlens", "cu_seq_lens_q", "position_ids", "attention_mask"} - {present})
+        given |= dict.fromkeys(
+            {"cu_seqlens", "cu_seq_lens_q", "position_ids", "attention_mask"} - {present}
+        )
     handle = nitp_ops.attach(make("llama"), "ntp")
     assert counts(handle, given) == {"ntp": 6}
 
@@ -80,7 +96,12 @@ def test_a_key_that_holds_none_is_absent():
     expected, before = model(**given), counts(handle, given)
     found = model(**given, shift_labels=None, cu_seq_lens_q=None, use_cache=None, return_dict=None)
     assert torch.equal(found.loss, expected.loss) and found.past_key_values is None
-    by_position = {"cu_seqlens": None, "cu_seq_lens_q": None, "shift_labels": None, "attention_mask": None}
+    by_position = {
+        "cu_seqlens": None,
+        "cu_seq_lens_q": None,
+        "shift_labels": None,
+        "attention_mask": None,
+    }
     assert counts(handle, given | by_position) == before
 
 
@@ -92,5 +113,9 @@ def test_router_logits_that_nobody_asked_for_are_asked_for_where_the_objective_n
 
 
 def test_another_layout_is_refused_at_attach():
-    with pytest.raises(ValueError, match=r'^attach: label_layout is "packed", expected "document" or "stream"$'):
+    with pytest.raises(
+        ValueError,
+        match=r'^attach: label_layout is "packed", expected "document" '
+        r'or "stream"$',
+    ):
         nitp_ops.attach(make("llama"), "ntp", label_layout="packed")  # type: ignore[arg-type]

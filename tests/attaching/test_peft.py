@@ -1,4 +1,5 @@
-"""attach on what PEFT makes of a model: prompts, prefixes, copies of the head, adapters that are switched."""
+"""attach on what PEFT makes of a model: prompts, prefixes, copies of the head, adapters that are
+switched."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ KINDS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 def model_of(kind: str) -> tuple[Any, dict[str, Tensor]]:
     config, changes, more = KINDS[kind]
     torch.manual_seed(3)
-    return peft.get_peft_model(make("llama", dtype=torch.float32, **changes), config).double(), batch() | more
+    return peft.get_peft_model(
+        make("llama", dtype=torch.float32, **changes), config
+    ).double(), batch() | more
 
 
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "no mask"])
@@ -115,14 +118,22 @@ def test_switching_adapters_and_switching_them_off_moves_the_head_too():
 def test_a_wrapper_that_keeps_the_models_own_forward_is_refused_at_attach():
     config = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, **TASK)
     model = peft.get_peft_model(make("llama"), config)
-    with pytest.raises(ValueError, match="AdaptionPromptModel around the model calls a forward of it that it has kept"):
+    with pytest.raises(
+        ValueError,
+        match="AdaptionPromptModel around the model calls a forward of it that it has kept",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
 def test_an_adapter_whose_loss_peft_makes_from_the_logits_is_refused_at_attach():
-    config = peft.CPTConfig(cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4], **TASK)
+    config = peft.CPTConfig(
+        cpt_token_ids=[3, 4, 5], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4], **TASK
+    )
     model = peft.get_peft_model(make("llama"), config)
-    with pytest.raises(ValueError, match="adapter 'default' is of the type CPT, whose loss PEFT makes from the logits"):
+    with pytest.raises(
+        ValueError,
+        match="adapter 'default' is of the type CPT, whose loss PEFT makes from the logits",
+    ):
         nitp_ops.attach(model, "ntp")
     assert not hasattr(model.get_base_model(), "nitp_objective")
 
@@ -132,5 +143,10 @@ def test_a_mask_of_floats_and_one_of_cached_keys_too_say_what_attention_reads():
     handle = nitp_ops.attach(model, "ntp + nitp")
     counts = handle.count(given)
     mask = given["attention_mask"]
-    for other in (mask.float(), mask.bool(), mask * 0.5, torch.cat([torch.ones(3, 4), mask], dim=1)):
+    for other in (
+        mask.float(),
+        mask.bool(),
+        mask * 0.5,
+        torch.cat([torch.ones(3, 4), mask], dim=1),
+    ):
         assert handle.count(given | {"attention_mask": other}) == counts

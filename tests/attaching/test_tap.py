@@ -15,7 +15,12 @@ from nitp_ops.attaching.hook_points import Sites
 from nitp_ops.objectives import ModelInfo, Need, build
 
 INFO = ModelInfo(hidden_size=8, vocab_size=16, num_layers=3, dtype=torch.float64)
-NAMES: dict[str, Any] = {"blocks": "trunk.h", "norm": "trunk.ln_f", "embed": "trunk.wte", "head": "lm_head"}
+NAMES: dict[str, Any] = {
+    "blocks": "trunk.h",
+    "norm": "trunk.ln_f",
+    "embed": "trunk.wte",
+    "head": "lm_head",
+}
 
 
 def state(k: int, *, grad: bool = False) -> Need:
@@ -36,7 +41,11 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = {"wte": nn.Embedding(16, 8), "h": nn.ModuleList(Block() for _ in range(3)), "ln_f": nn.LayerNorm(8)}
+        layers = {
+            "wte": nn.Embedding(16, 8),
+            "h": nn.ModuleList(Block() for _ in range(3)),
+            "ln_f": nn.LayerNorm(8),
+        }
         self.trunk = nn.ModuleDict(layers)
         self.lm_head = nn.Linear(8, 16, bias=False)
         self.reentrant: bool | None = None
@@ -44,7 +53,11 @@ class Model(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.trunk["wte"](ids)
         for block in self.trunk["h"]:  # type: ignore[union-attr]
-            x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            x = (
+                block(x)
+                if self.reentrant is None
+                else checkpoint(block, x, use_reentrant=self.reentrant)
+            )
         return self.lm_head(self.trunk["ln_f"](x)[:, [-1]])
 
     def streams(self, ids: Tensor) -> list[Tensor]:
@@ -71,15 +84,25 @@ def test_it_collects_what_is_required_and_nothing_else(model: Model, ids: Tensor
     with tapped:
         model(ids)
     streams, states = tapped.streams(token_ids=ids), model.streams(ids)
-    assert torch.equal(streams.last_hidden, states[-1]) and torch.equal(streams.last_residual, states[3])
-    assert streams.hidden_states.keys() == {0, 2, 3} and streams.embed is None and streams.head is model.lm_head
+    assert torch.equal(streams.last_hidden, states[-1]) and torch.equal(
+        streams.last_residual, states[3]
+    )
+    assert (
+        streams.hidden_states.keys() == {0, 2, 3}
+        and streams.embed is None
+        and streams.head is model.lm_head
+    )
     assert all(torch.equal(value, states[k]) for k, value in streams.hidden_states.items())
-    assert streams.last_hidden.requires_grad and not any(s.requires_grad for s in streams.hidden_states.values())
+    assert streams.last_hidden.requires_grad and not any(
+        s.requires_grad for s in streams.hidden_states.values()
+    )
 
 
 def test_nothing_is_copied_and_what_was_collected_is_handed_out_once(model: Model, ids: Tensor):
     seen = []
-    model.trunk["h"][1].register_forward_hook(lambda module, args, output: seen.append(output.data_ptr()))  # type: ignore[index]
+    model.trunk["h"][1].register_forward_hook(
+        lambda module, args, output: seen.append(output.data_ptr())
+    )  # type: ignore[index]
     tapped = tap(model, {state(2)}, **NAMES)
     with tapped:
         model(ids)
@@ -127,7 +150,9 @@ def test_both_last_streams_carry_gradients(model: Model, ids: Tensor):
     for mine, expected in ((streams.last_hidden, states[-1]), (streams.last_residual, states[3])):
         assert mine is not None
         table: Any = model.trunk["wte"].weight
-        found, wanted = (torch.autograd.grad(x.sum(), table, retain_graph=True)[0] for x in (mine, expected))
+        found, wanted = (
+            torch.autograd.grad(x.sum(), table, retain_graph=True)[0] for x in (mine, expected)
+        )
         assert torch.equal(found, wanted)
 
 
@@ -143,14 +168,24 @@ def test_hooks_leave_with_the_context_also_after_an_error(model: Model, ids: Ten
 
 def test_a_stream_that_did_not_pass_or_passed_twice_is_an_error(model: Model, ids: Tensor):
     tapped = tap(model, {Need("last_hidden")}, **NAMES)
-    with pytest.raises(RuntimeError, match="tap: last_hidden did not pass, expected a forward pass inside"), tapped:
+    with (
+        pytest.raises(
+            RuntimeError, match="tap: last_hidden did not pass, expected a forward pass inside"
+        ),
+        tapped,
+    ):
         pass
-    with pytest.raises(RuntimeError, match="last_hidden passed twice, expected one forward pass"), tapped:
+    with (
+        pytest.raises(RuntimeError, match="last_hidden passed twice, expected one forward pass"),
+        tapped,
+    ):
         model(ids)
         model(ids)
 
 
-def test_a_model_that_is_compiled_is_tapped_after_install_and_an_error_without(model: Model, ids: Tensor):
+def test_a_model_that_is_compiled_is_tapped_after_install_and_an_error_without(
+    model: Model, ids: Tensor
+):
     objective = build("ntp + nitp(target_layer=1)", model=INFO)
     late = tap(model, objective, **NAMES)
     with late:
@@ -168,7 +203,11 @@ def test_a_model_that_is_compiled_is_tapped_after_install_and_an_error_without(m
     compiled = torch.compile(model, backend="eager")
     compiled(ids)
     with (
-        pytest.raises(RuntimeError, match=r"torch.compile ignores hooks that come after it: install\(\) the tap first"),
+        pytest.raises(
+            RuntimeError,
+            match=r"torch.compile ignores hooks that come after it: "
+            r"install\(\) the tap first",
+        ),
         late,
     ):
         compiled(ids)
@@ -205,9 +244,21 @@ def test_blocks_may_be_modules_in_any_container_and_take_keywords(ids: Tensor):
             ValueError,
             r"norm is None, expected a module or its name \(last_hidden is",
         ),
-        ({state(1)}, {"blocks": None}, ValueError, r"blocks is None, expected the transformer blocks"),
+        (
+            {state(1)},
+            {"blocks": None},
+            ValueError,
+            r"blocks is None, expected the transformer "
+            r"blocks",
+        ),
         ({state(4)}, {}, ValueError, r"hidden_states\[4\] is required, expected at most 3"),
-        ({Need("head")}, {"head": None}, ValueError, r"head is None, expected a module or its name"),
+        (
+            {Need("head")},
+            {"head": None},
+            ValueError,
+            r"head is None, expected a module or its "
+            r"name",
+        ),
         (
             {Need("head")},
             {"head": "unembed"},
@@ -215,11 +266,18 @@ def test_blocks_may_be_modules_in_any_container_and_take_keywords(ids: Tensor):
             r"head is 'unembed', expected a module of the Model \(which has",
         ),
         ({Need("embed")}, {"embed": 3}, TypeError, "embed is a int, expected a module or its name"),
-        ({state(1)}, {"blocks": 3}, TypeError, "blocks is a int, expected a list of modules or its name"),
+        (
+            {state(1)},
+            {"blocks": 3},
+            TypeError,
+            "blocks is a int, expected a list of modules or its name",
+        ),
     ],
     ids=str,
 )
-def test_bad_arguments_are_named(model: Model, requires: set, changes: dict, error: type[Exception], message: str):
+def test_bad_arguments_are_named(
+    model: Model, requires: set, changes: dict, error: type[Exception], message: str
+):
     with pytest.raises(error, match=message):
         tap(model, requires, **{**NAMES, **changes})
 
@@ -238,5 +296,9 @@ def test_a_block_that_passes_no_tensor_is_named(ids: Tensor):
 
 def test_an_error_names_the_function_that_was_called():
     for who in ("tap", "attach"):
-        with pytest.raises(ValueError, match=rf"^{who}: blocks is None, expected the transformer blocks"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^{who}: blocks is None, expected the transformer "
+            r"blocks",
+        ):
             Tap(Sites(), [state(1)], who=who)

@@ -1,4 +1,5 @@
-"""`benchmarks --base`: two processes, each with its own nitp_ops, in turns; ratios, bits, a worktree that goes away."""
+"""`benchmarks --base`: two processes, each with its own nitp_ops, in turns; ratios, bits, a
+worktree that goes away."""
 
 import argparse
 import subprocess
@@ -16,7 +17,12 @@ from benchmarks.suites import against_base, gate
 pytestmark = pytest.mark.programs
 
 ROOT = printed.ROOT
-IN_GIT = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False).returncode == 0
+IN_GIT = (
+    subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False
+    ).returncode
+    == 0
+)
 TOY = OPS["swiglu"].toy
 
 
@@ -58,16 +64,27 @@ def swiglu(*arguments, **options):
 def test_a_slower_and_different_base_is_seen(toy, tmp_path):
     with changed(tmp_path / "base", SLOW) as folder:
         (case,) = against_base.run_cases(options(), folder)
-    assert case["here_over_base"]["q75"] < 0.7 and against_base.verdict(case["here_over_base"]) == "faster"
-    assert case["rows"]["base"]["milliseconds"]["median"] > 50 and case["rows"]["here"]["rounds"] == 3
+    assert (
+        case["here_over_base"]["q75"] < 0.7
+        and against_base.verdict(case["here_over_base"]) == "faster"
+    )
+    assert (
+        case["rows"]["base"]["milliseconds"]["median"] > 50 and case["rows"]["here"]["rounds"] == 3
+    )
     assert not case["same_bits"] and "differ" in against_base.table([case])
 
 
 def test_the_process_imports_the_package_of_its_folder(tmp_path):
     case = heading(OPS["swiglu"], "toy", TOY, against_base.cpu_run.DTYPES["float32"])
-    with changed(tmp_path / "base", "") as folder, Worker([folder, ROOT], 1) as there, Worker([ROOT, ROOT], 1) as here:
+    with (
+        changed(tmp_path / "base", "") as folder,
+        Worker([folder, ROOT], 1) as there,
+        Worker([ROOT, ROOT], 1) as here,
+    ):
         found, own = there.prepare(case), here.prepare(case)
-        assert found["nitp_ops"] == str(folder / "nitp_ops") and own["nitp_ops"] == str(ROOT / "nitp_ops")
+        assert found["nitp_ops"] == str(folder / "nitp_ops") and own["nitp_ops"] == str(
+            ROOT / "nitp_ops"
+        )
         assert found["bits"] == own["bits"]
         there.step()
         assert 0 < there.seconds < 10 and there.peak() >= 0
@@ -79,8 +96,11 @@ def test_the_process_imports_the_package_of_its_folder(tmp_path):
 def test_the_same_revision_has_the_same_bits_and_leaves_no_worktree(toy, capfd):
     before = against_base.git("worktree", "list")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(against_base, "BUILT_FROM", ("LICENSE",))  # as if csrc/ were the same: the library is copied
-        code = command.main(["--quick", "--op", "swiglu", "--dtype", "float32", "--threads", "1", "--base", "HEAD"])
+        # as if csrc/ were the same: the library is copied
+        patch.setattr(against_base, "BUILT_FROM", ("LICENSE",))
+        code = command.main(
+            ["--quick", "--op", "swiglu", "--dtype", "float32", "--threads", "1", "--base", "HEAD"]
+        )
     shown = capfd.readouterr().out
     assert code == 0 and "swiglu N=6 m=8 float32" in shown and "equal" in shown
     assert f"base {against_base.git('rev-parse', '--short=12', 'HEAD')}" in shown

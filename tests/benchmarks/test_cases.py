@@ -1,4 +1,5 @@
-"""`benchmarks`: real heads, what each case must do, peers that say why they cannot run, cases that do not fit."""
+"""`benchmarks`: real heads, what each case must do, peers that say why they cannot run, cases that
+do not fit."""
 
 import sys
 
@@ -35,7 +36,9 @@ def test_every_head_names_its_source_and_is_a_case():
     assert OPS["linear_cross_entropy"].full["Gemma-2-9B"]["softcap"] == 30
 
 
-@pytest.mark.parametrize(("op", "width"), [("linear_cross_entropy", "d"), ("implicit_token_loss", "d")])
+@pytest.mark.parametrize(
+    ("op", "width"), [("linear_cross_entropy", "d"), ("implicit_token_loss", "d")]
+)
 def test_the_flops_of_a_case_are_those_that_explain_states(op, width):
     for sizes in OPS[op].full.values():
         plan = nitp_ops.explain(op, rows=sizes["N"], width=sizes[width], vocabulary=sizes.get("V"))
@@ -46,7 +49,9 @@ def test_the_flops_of_a_case_are_those_that_explain_states(op, width):
 def test_the_least_bytes_are_those_of_the_inputs_and_gradients(op):
     inputs = op.inputs(op.toy, torch.float32)
     wide = [tensor for tensor in inputs.arguments.values() if tensor.is_floating_point()]
-    read_and_written = sum(each.nbytes for each in wide) + sum(leaf.nbytes for leaf in inputs.leaves.values())
+    read_and_written = sum(each.nbytes for each in wide) + sum(
+        leaf.nbytes for leaf in inputs.leaves.values()
+    )
     if op.name in ("swiglu", "alignment"):  # nothing stays in a cache from forward to backward
         read_and_written += sum(each.nbytes for each in wide)
         if op.name == "swiglu":  # the product, and its gradient
@@ -60,15 +65,27 @@ def test_a_softcap_reaches_everybody_that_has_one_and_the_others_say_so():
     capped, plain = op.inputs(sizes, torch.float32), op.inputs(op.toy, torch.float32)
     for name in ("ours", "ours-reference", "eager", "eager-float32"):
         value = step(forward(op.name, name), capped)
-        assert value == pytest.approx(float(step(forward(op.name, "ours-reference"), capped)), rel=1e-5)
+        assert value == pytest.approx(
+            float(step(forward(op.name, "ours-reference"), capped)), rel=1e-5
+        )
         assert abs(value - step(forward(op.name, name), plain)) > 1e-3
     rows = cpu.time_case(op, sizes, torch.float32, ["torch-best"], rounds=1, seconds=1.0)
-    assert "has no softcap" in rows["torch-best"]["skipped"] or "has no F.linear" in rows["torch-best"]["skipped"]
+    assert (
+        "has no softcap" in rows["torch-best"]["skipped"]
+        or "has no F.linear" in rows["torch-best"]["skipped"]
+    )
 
 
 def test_names_of_the_cross_entropy_alone_stay_out_of_other_ops():
     assert names_for("linear_cross_entropy") == list(NAMES)
-    assert names_for("swiglu") == ["ours", "ours-compiled", "ours-triton", "ours-reference", "eager", "compile"]
+    assert names_for("swiglu") == [
+        "ours",
+        "ours-compiled",
+        "ours-triton",
+        "ours-reference",
+        "eager",
+        "compile",
+    ]
     assert set(SLOW) < set(NAMES)
 
 
@@ -98,7 +115,10 @@ def test_forward_and_backward_are_the_two_parts_of_a_step():
     taken()
     rows = {"floor": {}, "ours": {}}
     cpu.described(rows, {"floor": [1.0], "ours": [5.0]}, {"ours": taken}, flops=10**9)
-    assert rows["ours"]["forward_ms"]["median"] == 3000 and rows["ours"]["backward_ms"]["median"] == 2000
+    assert (
+        rows["ours"]["forward_ms"]["median"] == 3000
+        and rows["ours"]["backward_ms"]["median"] == 2000
+    )
     assert rows["ours"]["gflop_per_s"] == pytest.approx(0.2)
 
 
@@ -107,7 +127,14 @@ def test_a_case_that_does_not_fit_is_a_reason_and_no_swap(monkeypatch):
     monkeypatch.setattr(cpu_run, "in_child", lambda *_: pytest.fail("measured"))
     op = OPS["linear_cross_entropy"]
     (case,) = cpu_run.measure_case(
-        op, "DeepSeek-V3", op.full["DeepSeek-V3"], "bfloat16", ["ours"], 1, ["default"], cpu_run.QUICK
+        op,
+        "DeepSeek-V3",
+        op.full["DeepSeek-V3"],
+        "bfloat16",
+        ["ours"],
+        1,
+        ["default"],
+        cpu_run.QUICK,
     )
     assert case["rows"]["ours"]["skipped"].endswith("GiB, 1.0 are available")
 
@@ -121,5 +148,7 @@ def test_a_name_and_an_op_that_do_not_meet_are_refused(monkeypatch, capsys):
 def test_an_extra_case_is_its_module(monkeypatch):
     seen = []
     monkeypatch.setitem(command.EXTRA, "scaling", "gate")
-    monkeypatch.setattr(cpu_run.gate, "run", lambda options: seen.append(options.case) or 7, raising=False)
+    monkeypatch.setattr(
+        cpu_run.gate, "run", lambda options: seen.append(options.case) or 7, raising=False
+    )
     assert command.main(["--case", "scaling"]) == 7 and seen == [["scaling"]]

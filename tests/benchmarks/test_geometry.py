@@ -1,4 +1,5 @@
-"""What is timed by clusters and threads is the cross-entropy's kernel: the numbers of the op, on the CPU."""
+"""What is timed by clusters and threads is the cross-entropy's kernel: the numbers of the op, on
+the CPU."""
 
 import ctypes
 import shutil
@@ -23,7 +24,10 @@ def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU")
     out = tmp_path_factory.mktemp("geometry") / "geometry.so"
-    sources = [str(ROOT / "benchmarks/suites/geometry.cu"), str(ROOT / "tests/kernels/cuda_source/simt/simt.cpp")]
+    sources = [
+        str(ROOT / "benchmarks/suites/geometry.cu"),
+        str(ROOT / "tests/kernels/cuda_source/simt/simt.cpp"),
+    ]
     flags = [
         "-std=c++20",
         "-fPIC",
@@ -33,7 +37,9 @@ def library(tmp_path_factory):
         "-x",
         "c++",
     ]
-    done = subprocess.run(["g++", *flags, *sources, "-o", str(out)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["g++", *flags, *sources, "-o", str(out)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return out
 
@@ -63,8 +69,13 @@ def test_the_sweep_times_what_runs_and_says_why_the_rest_does_not(library, monke
     stand_in(monkeypatch)
     clusters(library, 1)
     monkeypatch.setattr(geometry, "built", lambda: library)
-    found = geometry.sweep(lambda name: None, ["chosen", "1x128", "2x128"], sizes=SIZES, rounds=2, seconds=9)
-    assert found["chosen"]["times_floor"]["median"] > 0 and found["1x128"]["milliseconds"]["median"] > 0
+    found = geometry.sweep(
+        lambda name: None, ["chosen", "1x128", "2x128"], sizes=SIZES, rounds=2, seconds=9
+    )
+    assert (
+        found["chosen"]["times_floor"]["median"] > 0
+        and found["1x128"]["milliseconds"]["median"] > 0
+    )
     assert "no such clusters" in found["2x128"]["skipped"]
 
 

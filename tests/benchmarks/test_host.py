@@ -33,7 +33,9 @@ def test_a_step_of_twice_the_time_has_the_ratio_two(monkeypatch):
 
     monkeypatch.setattr(host.time, "perf_counter", lambda: now["at"])
     rows = host.measured(step(2e-6), step(1e-6), rounds=3, calls=4)
-    assert rows["ours"]["median"] == pytest.approx(2) and rows["ratio"]["median"] == pytest.approx(2)
+    assert rows["ours"]["median"] == pytest.approx(2) and rows["ratio"]["median"] == pytest.approx(
+        2
+    )
 
 
 @pytest.mark.programs

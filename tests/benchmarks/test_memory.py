@@ -1,4 +1,5 @@
-"""`benchmarks --case memory`: a peak for each implementation, and a page that is what the kept results say."""
+"""`benchmarks --case memory`: a peak for each implementation, and a page that is what the kept
+results say."""
 
 import json
 
@@ -31,7 +32,11 @@ def test_who_cannot_run_is_not_measured_and_says_why(monkeypatch):
     monkeypatch.setattr(memory, "in_child", lambda *_: pytest.fail("measured"))
     case = memory.measure_case("", memory.CASES["Llama-3's vocabulary"], 1)
     text = memory.table(case)
-    assert text.count("| not measured | not measured |") == text.count("GiB, 1.0 are available") == len(memory.WAYS)
+    assert (
+        text.count("| not measured | not measured |")
+        == text.count("GiB, 1.0 are available")
+        == len(memory.WAYS)
+    )
 
 
 @pytest.mark.parametrize("option", ["--markdown", "--save"])

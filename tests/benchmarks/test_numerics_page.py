@@ -16,7 +16,13 @@ def test_the_pages_come_from_measurements_at_toy_sizes(tmp_path, capsys):
         assert f"## {heading}" in page
     assert page.count("| 8 x 4 x 20 |") == 4  # two dtypes, two malloc settings
     latent = (tmp_path / "implicit-numerics.md").read_text()
-    for line in ("| 8 x 4 | float32 |", "| 8 x 4 | bfloat16 |", "| 16 |", "| alignment 8 x 4 |", "| swiglu 8 x 4 |"):
+    for line in (
+        "| 8 x 4 | float32 |",
+        "| 8 x 4 | bfloat16 |",
+        "| 16 |",
+        "| alignment 8 x 4 |",
+        "| swiglu 8 x 4 |",
+    ):
         assert latent.count(line) == 1
     assert (tmp_path / "plan-numerics.md").read_text().count("| residual 8 x 4 x 20 |") == 4
 
@@ -32,11 +38,15 @@ def test_the_exponent_of_a_quadratic_is_two():
 
 def test_every_library_that_is_timed_forms_the_product():
     for dtype in gemm_times.DTYPES.values():
-        rows, gradient, weight = (torch.randn(shape).to(dtype) for shape in ((24, 16), (24, 40), (40, 16)))
+        rows, gradient, weight = (
+            torch.randn(shape).to(dtype) for shape in ((24, 16), (24, 40), (40, 16))
+        )
         for a, b in ((rows, weight.t()), (gradient, weight), (gradient.t(), rows)):
             out = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
             exact = (a.double() @ b.double()).to(dtype)
-            for run in (gemm_times.multiplied("", a, b, out) | gemm_times.own("", a, b, out)).values():
+            for run in (
+                gemm_times.multiplied("", a, b, out) | gemm_times.own("", a, b, out)
+            ).values():
                 out.zero_()
                 written = run()
                 found = written if isinstance(written, torch.Tensor) else out

@@ -1,4 +1,5 @@
-"""`benchmarks.peers`: how each peer is called, what it cannot run, and that the real packages take such calls."""
+"""`benchmarks.peers`: how each peer is called, what it cannot run, and that the real packages take
+such calls."""
 
 from __future__ import annotations
 
@@ -35,13 +36,30 @@ def cce(e, c, targets, softcap=None, filter_eps: Any = "high", impl="cce"):
     return loss(e, c, targets, softcap)
 
 
-def quack(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True, use_scaled_exp=None):
+def quack(
+    x,
+    weight,
+    target,
+    chunk_size=4096,
+    ignore_index=-100,
+    reduction="mean",
+    tuned=True,
+    use_scaled_exp=None,
+):
     assert use_scaled_exp in (True, False)
     return loss(x, weight, target)
 
 
 def unsloth(
-    trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, shift_labels=True, *, logit_softcapping=0
+    trainer,
+    hidden_states,
+    lm_head_weight,
+    lm_head_bias,
+    labels,
+    mask=None,
+    shift_labels=True,
+    *,
+    logit_softcapping=0,
 ):
     assert trainer is lm_head_bias is mask is None and shift_labels is False
     assert hidden_states.shape[:2] == labels.shape == (1, hidden_states.shape[1])
@@ -56,8 +74,23 @@ class LogProb:
     """The stand-in for TRL's autograd.Function, by its apply."""
 
     @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs):
-        assert (bias, temperature, logit_scale, outputs) == (None, 1.0, 1.0, ()) and chunk_size >= 1024
+    def apply(
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        chunk_size,
+        final_logit_softcapping,
+        logit_scale,
+        outputs,
+    ):
+        assert (bias, temperature, logit_scale, outputs) == (
+            None,
+            1.0,
+            1.0,
+            (),
+        ) and chunk_size >= 1024
         logits = torch.nn.functional.linear(hidden, weight)
         if final_logit_softcapping:
             logits = final_logit_softcapping * torch.tanh(logits / final_logit_softcapping)
@@ -87,7 +120,9 @@ def installed(monkeypatch):
         found = sys.modules.get(name)
         if found is None or not hasattr(found, "fake"):
             found = types.ModuleType(name)
-            found.__dict__.update(fake=True, __path__=[], __spec__=importlib.machinery.ModuleSpec(name, None))
+            found.__dict__.update(
+                fake=True, __path__=[], __spec__=importlib.machinery.ModuleSpec(name, None)
+            )
             monkeypatch.setitem(sys.modules, name, found)
             parent, _, last = name.rpartition(".")
             if parent:
@@ -110,7 +145,9 @@ def test_a_peer_is_called_as_its_signature_asks(name, softcap, installed, monkey
         return
     sizes = OP.toy | ({"softcap": softcap} if softcap else {})
     inputs = OP.inputs(sizes, torch.float32)
-    assert step(peers.forward(name), inputs) == pytest.approx(float(step(forward(OP.name, "eager"), inputs)), rel=1e-5)
+    assert step(peers.forward(name), inputs) == pytest.approx(
+        float(step(forward(OP.name, "eager"), inputs)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -129,7 +166,9 @@ def test_the_real_package_takes_the_arguments_of_the_stand_in(name):
     positional = [each.name for each in known.values() if each.kind != each.KEYWORD_ONLY]
     for place, wanted in enumerate(inspect.signature(stands).parameters.values()):
         takes_any = any(each.kind == each.VAR_KEYWORD for each in known.values())
-        assert wanted.name in known or (takes_any and wanted.kind == wanted.KEYWORD_ONLY), wanted.name
+        assert wanted.name in known or (takes_any and wanted.kind == wanted.KEYWORD_ONLY), (
+            wanted.name
+        )
         if wanted.default is wanted.empty:
             assert positional[place] == wanted.name
 
@@ -141,7 +180,9 @@ def test_trl_computes_the_loss_and_its_gradients_where_it_is_installed():
         return
     for sizes in (OP.toy, OP.toy | {"softcap": 1}):
         inputs = OP.inputs(sizes, torch.float32)
-        exact = cpu.value_and_gradients(forward(OP.name, "ours-reference"), inputs.to(torch.float64))
+        exact = cpu.value_and_gradients(
+            forward(OP.name, "ours-reference"), inputs.to(torch.float64)
+        )
         assert max(cpu.relative(cpu.value_and_gradients(function, inputs), exact).values()) < 1e-5
 
 
@@ -149,13 +190,43 @@ def test_trl_computes_the_loss_and_its_gradients_where_it_is_installed():
     ("name", "sizes", "dtype", "capability", "reason"),
     [
         ("liger", {}, BF16, None, "liger needs a GPU"),
-        ("quack-rows", {}, BF16, (8, 0), "quack-rows needs compute capability 9.0 or newer, got 8.0"),
+        (
+            "quack-rows",
+            {},
+            BF16,
+            (8, 0),
+            "quack-rows needs compute capability 9.0 or newer, got 8.0",
+        ),
         ("liger-sm90", {}, BF16, (10, 0), "liger-sm90 needs compute capability 9.0, got 10.0"),
-        ("quack-scaled-exp", {}, torch.float32, HOPPER, "quack-scaled-exp takes bfloat16, got float32"),
-        ("quack-rows", {}, torch.float32, HOPPER, "quack-rows takes bfloat16 or float16, got float32"),
+        (
+            "quack-scaled-exp",
+            {},
+            torch.float32,
+            HOPPER,
+            "quack-scaled-exp takes bfloat16, got float32",
+        ),
+        (
+            "quack-rows",
+            {},
+            torch.float32,
+            HOPPER,
+            "quack-rows takes bfloat16 or float16, got float32",
+        ),
         ("quack-rows", {"softcap": 30}, BF16, HOPPER, "quack-rows has no softcap"),
-        ("liger-sm90", {"V": 151936}, BF16, HOPPER, "liger-sm90 needs V to be a multiple of 256, got 151936"),
-        ("liger-sm90", {"N": 100}, BF16, HOPPER, "liger-sm90 needs N to be a multiple of 128, got 100"),
+        (
+            "liger-sm90",
+            {"V": 151936},
+            BF16,
+            HOPPER,
+            "liger-sm90 needs V to be a multiple of 256, got 151936",
+        ),
+        (
+            "liger-sm90",
+            {"N": 100},
+            BF16,
+            HOPPER,
+            "liger-sm90 needs N to be a multiple of 128, got 100",
+        ),
         ("quack-scaled-exp", {"V": 151936}, BF16, HOPPER, None),
         ("quack-rows", {}, BF16, (10, 0), None),
         ("liger", {"softcap": 30}, torch.float32, (8, 0), None),
@@ -174,7 +245,11 @@ def test_a_missing_module_is_named(monkeypatch):
     for module in ("quack", "cutlass"):
         monkeypatch.setitem(sys.modules, module, None)
     reason = peers.unavailable("quack-rows", OP.toy, BF16, HOPPER)
-    assert reason is not None and reason.startswith("quack-rows needs quack, cutlass") and "\n" not in reason
+    assert (
+        reason is not None
+        and reason.startswith("quack-rows needs quack, cutlass")
+        and "\n" not in reason
+    )
 
 
 def test_a_case_that_it_cannot_run_is_not_started(installed):

@@ -32,18 +32,26 @@ def test_another_result_would_change_the_table(tmp_path, monkeypatch):
     assert "98.76" in changed != text
     (row,) = [line for line in changed.splitlines() if "98.76" in line and line.startswith("|")]
     assert "54.32" in row and "| liger |" in changed  # a peer that ran has a column
-    assert f"Slower than liger: {document['cases'][0]['op']} in {document['cases'][0]['dtype']} (1.82)." in changed
+    assert (
+        f"Slower than liger: {document['cases'][0]['op']} in {document['cases'][0]['dtype']} "
+        "(1.82)." in changed
+    )
     assert "(1.00)" not in changed
 
 
-def test_the_figure_of_growth_stands_there_for_both_themes_once_it_is_measured(tmp_path, monkeypatch):
+def test_the_figure_of_growth_stands_there_for_both_themes_once_it_is_measured(
+    tmp_path, monkeypatch
+):
     path = kept()
     before = readme.section(path)
     assert ("<picture>" in before) == (plots.newest("-scaling") is not None)
     measured = tmp_path / "scaling.json"
     monkeypatch.setattr(readme, "newest", lambda kind: measured)
     section = readme.section(path)
-    assert 'srcset="docs/plots/time-dark.svg"' in section and 'src="docs/plots/time-light.svg"' in section
+    assert (
+        'srcset="docs/plots/time-dark.svg"' in section
+        and 'src="docs/plots/time-light.svg"' in section
+    )
 
 
 def test_the_scaling_page_and_its_figures_are_what_the_json_says(tmp_path):

@@ -1,4 +1,5 @@
-"""`benchmarks.measure.roofline`: the model's figures, its agreement with a GPU that was measured, and its bytes law."""
+"""`benchmarks.measure.roofline`: the model's figures, its agreement with a GPU that was measured,
+and its bytes law."""
 
 import pytest
 import torch
@@ -66,9 +67,15 @@ def test_a_call_launches_no_more_small_kernels_than_the_model_says(chunks):
     hidden, weight = (torch.randn(m, d).bfloat16().requires_grad_() for m in (n, v))
     labels = torch.randint(0, v, (n,))
     with without_reading(), SmallKernels() as count:
-        nitp_ops.linear_cross_entropy(hidden, weight, labels, chunk_bytes=2 * n * v // chunks).backward()
+        nitp_ops.linear_cross_entropy(
+            hidden, weight, labels, chunk_bytes=2 * n * v // chunks
+        ).backward()
     # of few chunks the weight gradient needs no cast
-    assert 0 <= cost("linear_cross_entropy", head(n, d, v), chunks).launches - count.launched.total() <= 1
+    assert (
+        0
+        <= cost("linear_cross_entropy", head(n, d, v), chunks).launches - count.launched.total()
+        <= 1
+    )
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
@@ -87,14 +94,21 @@ def test_a_call_of_nitp_launches_no_more_small_kernels_than_the_model_says(chunk
     call = nitp_ops.implicit_token_loss
     with without_reading(), SmallKernels() as count:
         call(hidden.requires_grad_(), target, gate, up, down, chunk_bytes=size).backward()
-    assert 0 <= cost(OP, {"N": batch * length, "d": d}, chunks).launches - count.launched.total() <= 2
+    assert (
+        0 <= cost(OP, {"N": batch * length, "d": d}, chunks).launches - count.launched.total() <= 2
+    )
 
 
 def test_the_bytes_of_the_weight_gradient_s_sum_grow_with_the_chunks():
     sizes = head(64, 8, 40)
-    one, two, three = (cost("linear_cross_entropy", sizes, chunks).sum_bytes / (8 * 40) for chunks in (1, 2, 3))
+    one, two, three = (
+        cost("linear_cross_entropy", sizes, chunks).sum_bytes / (8 * 40) for chunks in (1, 2, 3)
+    )
     assert (one, two, three) == (0, 6 + roofline.SUM * 10, 6 + roofline.SUM * 18)
-    assert cost("implicit_token_loss", {"N": 64, "d": 8}, 2).sum_bytes == (6 + roofline.SUM * 10) * 12 * 64
+    assert (
+        cost("implicit_token_loss", {"N": 64, "d": 8}, 2).sum_bytes
+        == (6 + roofline.SUM * 10) * 12 * 64
+    )
     assert cost("linear_cross_entropy", sizes).sum_bytes == 0
 
 
@@ -110,7 +124,9 @@ def test_the_chunks_are_those_that_the_op_makes_on_a_gpu():
 def test_faster_memory_brings_the_ratio_down_to_the_launches():
     found = cost("linear_cross_entropy", head(4096, 4096, 128256))
     assert found.ratio(Rates(H200.flops, 1e30, 0.0)) == 1
-    assert found.ratio(Rates(H200.flops, 1e30)) == pytest.approx(1 + 12 * 2.5e-6 * H200.flops / found.flops)
+    assert found.ratio(Rates(H200.flops, 1e30)) == pytest.approx(
+        1 + 12 * 2.5e-6 * H200.flops / found.flops
+    )
 
 
 def test_what_two_losses_take_is_what_they_take_together():

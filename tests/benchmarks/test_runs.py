@@ -1,4 +1,5 @@
-"""`benchmarks`: floors that do the op's own work, fair rounds, true memory, no numbers from red ops."""
+"""`benchmarks`: floors that do the op's own work, fair rounds, true memory, no numbers from red
+ops."""
 
 import json
 import os
@@ -33,7 +34,10 @@ class Work(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm"):
             left, right = args[-2:]
-            self.products, self.flops = self.products + 1, self.flops + 2 * left.numel() * right.shape[1]
+            self.products, self.flops = (
+                self.products + 1,
+                self.flops + 2 * left.numel() * right.shape[1],
+            )
         if name == "copy_":
             self.moved += 2 * args[0].numel()
         return func(*args, **(kwargs or {}))
@@ -46,7 +50,8 @@ def work(run: Callable[[], object]) -> Work:
 
 
 @pytest.mark.parametrize(
-    ("name", "products", "pairs_lost"), [("linear_cross_entropy", 3, 0), ("implicit_token_loss", 9, 1)]
+    ("name", "products", "pairs_lost"),
+    [("linear_cross_entropy", 3, 0), ("implicit_token_loss", 9, 1)],
 )
 def test_the_floor_of_a_gemm_bound_op_does_the_products_of_eager(name, products, pairs_lost):
     op = OPS[name]
@@ -57,8 +62,12 @@ def test_the_floor_of_a_gemm_bound_op_does_the_products_of_eager(name, products,
     assert floor.flops == eager.flops
 
 
-@pytest.mark.parametrize(("name", "forward_moves", "backward_moves"), [("swiglu", 3, 5), ("alignment", 2, 3)])
-def test_the_floor_of_a_memory_bound_op_moves_what_it_must_touch(name, forward_moves, backward_moves):
+@pytest.mark.parametrize(
+    ("name", "forward_moves", "backward_moves"), [("swiglu", 3, 5), ("alignment", 2, 3)]
+)
+def test_the_floor_of_a_memory_bound_op_moves_what_it_must_touch(
+    name, forward_moves, backward_moves
+):
     op = OPS[name]
     numbers = next(iter(op.inputs(op.toy, torch.float32).leaves.values())).numel()
     assert work(op.floor(op.toy, torch.float32)).moved == (forward_moves + backward_moves) * numbers
@@ -80,7 +89,9 @@ def test_a_wrong_implementation_has_a_large_error(monkeypatch):
     assert cpu.errors(op, op.toy, torch.float32, ["ours"])["ours"]["value"] > 0.1
 
 
-def interleaved(durations: dict[str, float], rounds: int, seconds: float) -> tuple[dict[str, list[float]], str]:
+def interleaved(
+    durations: dict[str, float], rounds: int, seconds: float
+) -> tuple[dict[str, list[float]], str]:
     now, order = 0.0, ""
 
     def run(name: str) -> Callable[[], None]:
@@ -113,7 +124,9 @@ def test_preparing_a_run_is_not_timed():
         nonlocal now
         now += 5.0
 
-    assert cpu.interleave({"a": int}, prepare, rounds=3, seconds=99, clock=lambda: now) == {"a": [0.0] * 3}
+    assert cpu.interleave({"a": int}, prepare, rounds=3, seconds=99, clock=lambda: now) == {
+        "a": [0.0] * 3
+    }
 
 
 def test_ratios_within_a_round_cancel_a_drift_of_the_machine():
@@ -183,11 +196,19 @@ def case(ours: float, eager: float, ours_peak: int = 1, eager_peak: int = 2) -> 
     rows = {"floor": {k: v for k, v in row(1.0, 0).items() if k != "peak_bytes"}}
     rows |= {"ours": row(ours, ours_peak), "eager": row(eager, eager_peak)}
     rows["compile"] = {"skipped": "InvalidCxxCompiler: No working C++ compiler found"}
-    return {"op": "swiglu", "sizes": {"N": 2, "m": 3}, "dtype": "float32", "malloc": "default", "rows": rows}
+    return {
+        "op": "swiglu",
+        "sizes": {"N": 2, "m": 3},
+        "dtype": "float32",
+        "malloc": "default",
+        "rows": rows,
+    }
 
 
 def test_the_verdict_names_every_losing_case():
-    assert printed.verdict([case(1.0, 2.0)]) == ("slower than eager: 0 of 1 cases\nlarger than eager: 0 of 1 cases")
+    assert printed.verdict([case(1.0, 2.0)]) == (
+        "slower than eager: 0 of 1 cases\nlarger than eager: 0 of 1 cases"
+    )
     assert printed.verdict([case(1.0, 2.0), case(3.0, 2.0, 6, 4)]).splitlines() == [
         "slower than eager: 1 of 2 cases",
         "  swiglu  N=2 m=3  float32  malloc default: 1.50 x",
@@ -206,7 +227,9 @@ def test_a_skipped_implementation_keeps_its_row_and_says_why():
 def test_a_case_whose_process_dies_keeps_its_rows_and_says_why(monkeypatch):
     monkeypatch.setattr(cpu, "time_case", lambda *_, **__: os._exit(9))
     op = OPS["swiglu"]
-    (dead,) = cpu_run.measure_case(op, "toy", op.toy, "float32", ["ours"], 1, ["default"], cpu_run.QUICK)
+    (dead,) = cpu_run.measure_case(
+        op, "toy", op.toy, "float32", ["ours"], 1, ["default"], cpu_run.QUICK
+    )
     assert "ended with code 9" in dead["rows"]["ours"]["skipped"]
 
 
@@ -278,11 +301,21 @@ sys.exit(command.main(["--quick", "--op", "swiglu", "--dtype", "float32", *sys.a
 def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_json(tmp_path):
     path = tmp_path / "results.json"
     arguments = ["--threads", "1", "--malloc", "both", "--json", str(path)]
-    done = subprocess.run([sys.executable, "-c", TOY_RUN, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", TOY_RUN, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
     assert done.stdout.splitlines()[0] == printed.machine_line(document["machine"])
-    assert set(document["machine"]) == {"cpu", "instruction_set", "cores", "threads", "torch", "commit", "date"}
+    assert set(document["machine"]) == {
+        "cpu",
+        "instruction_set",
+        "cores",
+        "threads",
+        "torch",
+        "commit",
+        "date",
+    }
     assert "slower than eager:" in done.stdout
     assert "compile skipped: RuntimeError: cannot run here" in done.stdout
     cases = [(case["dtype"], case["malloc"]) for case in document["cases"]]
@@ -293,8 +326,16 @@ def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_j
         assert "BackendError" in measured["rows"]["ours-triton"]["skipped"]
         assert measured["rows"]["ours-reference"]["skipped"].startswith("left out of --quick: ")
         ours = measured["rows"]["ours"]
-        assert ours["milliseconds"]["q25"] <= ours["milliseconds"]["median"] <= ours["milliseconds"]["q75"]
+        assert (
+            ours["milliseconds"]["q25"]
+            <= ours["milliseconds"]["median"]
+            <= ours["milliseconds"]["q75"]
+        )
         assert ours["peak_bytes"] >= 0
-        assert 0 < ours["forward_ms"]["median"] < ours["milliseconds"]["median"] + ours["forward_ms"]["q75"]
+        assert (
+            0
+            < ours["forward_ms"]["median"]
+            < ours["milliseconds"]["median"] + ours["forward_ms"]["q75"]
+        )
         assert set(ours["error"]) == {"value", "gradient of gate", "gradient of up"}
         assert measured["rows"]["compile"]["skipped"] == "RuntimeError: cannot run here"

@@ -1,4 +1,5 @@
-"""`benchmarks --case scaling` and `plot`: exponents that are those of the growth, figures that are true SVG."""
+"""`benchmarks --case scaling` and `plot`: exponents that are those of the growth, figures that are
+true SVG."""
 
 import json
 import xml.etree.ElementTree as xml
@@ -26,7 +27,10 @@ def points(time, memory):
 def test_the_exponents_are_those_of_the_laws():
     found = scaling.exponents(points(lambda n: 3.0 * n**2, lambda n: 1000 * n))
     assert found["ours"]["time"] == pytest.approx(2) and found["ours"]["memory"] == pytest.approx(1)
-    assert scaling.exponents(points(lambda n: 7.0, lambda n: 0))["eager"] == {"time": 0, "memory": 0}
+    assert scaling.exponents(points(lambda n: 7.0, lambda n: 0))["eager"] == {
+        "time": 0,
+        "memory": 0,
+    }
 
 
 def test_who_cannot_run_has_a_reason_and_no_exponent():
@@ -51,7 +55,10 @@ def test_a_study_has_every_axis_everybody_the_errors_and_the_roofline(study):
     assert [sweep["axis"] for sweep in study["sweeps"]] == ["N", "V", "d", "heads"]
     for sweep in study["sweeps"]:
         for point in sweep["points"]:
-            assert point["rows"]["ours"]["milliseconds"] > 0 and point["rows"]["ours"]["extra_bytes"] >= 0
+            assert (
+                point["rows"]["ours"]["milliseconds"] > 0
+                and point["rows"]["ours"]["extra_bytes"] >= 0
+            )
         assert set(sweep["exponents"]) >= {"ours", "eager"}
     assert len(study["errors"]["lines"]["nitp_ops"]) == len(study["errors"]["chunks"])
     assert study["roofline"]["gb_per_s"] > 0 and study["roofline"]["gflop_per_s"] > 0
@@ -65,7 +72,9 @@ def test_the_plots_are_svg_in_both_themes_and_the_page_names_them(study, tmp_pat
         root = xml.fromstring(path.read_text())
         assert root.tag == f"{SVG}svg" and len(list(root.iter(f"{SVG}path"))) > 10
         assert f"plots/{path.name}" in text and "mathdefault" not in path.read_text()
-    light, dark = ((tmp_path / f"plots/time-{theme}.svg").read_text() for theme in ("light", "dark"))
+    light, dark = (
+        (tmp_path / f"plots/time-{theme}.svg").read_text() for theme in ("light", "dark")
+    )
     assert light != dark and plots.THEMES["light"][0] in light and plots.THEMES["dark"][0] in dark
     assert "prefers-color-scheme: dark" in text and printed.machine_line(study["machine"]) in text
     for found in study["sweeps"]:

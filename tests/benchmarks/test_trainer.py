@@ -1,4 +1,5 @@
-"""`python -m benchmarks --case trainer`: what it measures is one loss, and another one gives no numbers."""
+"""`python -m benchmarks --case trainer`: what it measures is one loss, and another one gives no
+numbers."""
 
 from __future__ import annotations
 

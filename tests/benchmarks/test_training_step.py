@@ -1,4 +1,5 @@
-"""`benchmarks.suites.training_step`: the same model and batch for every objective, one JSON record each."""
+"""`benchmarks.suites.training_step`: the same model and batch for every objective, one JSON record
+each."""
 
 import inspect
 import json
@@ -12,11 +13,21 @@ pytest.importorskip("transformers")
 from benchmarks.suites import training_step
 
 pytestmark = pytest.mark.trainers
-TINY = {"tokens": 32, "hidden": 16, "layers": 3, "heads": 2, "kv_heads": 1, "intermediate": 32, "vocabulary": 96}
+TINY = {
+    "tokens": 32,
+    "hidden": 16,
+    "layers": 3,
+    "heads": 2,
+    "kv_heads": 1,
+    "intermediate": 32,
+    "vocabulary": 96,
+}
 
 
 def record(objective: str, **options):
-    return training_step.measure("cpu", objective, steps=2, warmup=1, **{"dtype": "float32", **TINY, **options})
+    return training_step.measure(
+        "cpu", objective, steps=2, warmup=1, **{"dtype": "float32", **TINY, **options}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +38,11 @@ def records():
 def test_a_record_is_json_and_says_what_ran(records):
     for objective, found in records.items():
         assert json.loads(json.dumps(found, allow_nan=False)) == found
-        assert found["objective"] == objective and found["sizes"] == TINY and found["gradient_checkpointing"] is False
+        assert (
+            found["objective"] == objective
+            and found["sizes"] == TINY
+            and found["gradient_checkpointing"] is False
+        )
         assert found["tokens_per_s"] == pytest.approx(32e3 / found["milliseconds"]["median"])
         assert found["peak_gib"] > 0.05 and found["rounds"] == 2  # torch alone has more resident
 
@@ -50,7 +65,9 @@ def test_every_step_goes_backward_and_moves_every_weight(objective, monkeypatch)
             before = [weight.detach().clone() for weight in weights]
             assert all(weight.grad is not None and weight.grad.any() for weight in weights)
             super().step(closure)
-            taken.append(all(not torch.equal(old, new) for old, new in zip(before, weights, strict=True)))
+            taken.append(
+                all(not torch.equal(old, new) for old, new in zip(before, weights, strict=True))
+            )
 
     monkeypatch.setattr(torch.optim, "AdamW", Watched)
     training_step.measure("cpu", objective, steps=2, warmup=3, **{"dtype": "float32", **TINY})
@@ -71,7 +88,8 @@ def test_the_sizes_are_those_of_qwen2():
     sizes = training_step.Sizes()
     model, _ = training_step.build(torch.device("meta"), "plain", sizes, torch.bfloat16, False)
     parameters = {id(parameter): parameter for parameter in model.parameters()}
-    assert sum(parameter.numel() for parameter in parameters.values()) == 494_032_768  # of Qwen/Qwen2-0.5B
+    # of Qwen/Qwen2-0.5B
+    assert sum(parameter.numel() for parameter in parameters.values()) == 494_032_768
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -80,16 +98,26 @@ def test_only_the_head_is_liger_s(monkeypatch):
     seen = []
 
     def apply_liger_kernel_to_qwen2(
-        rope=True, cross_entropy=False, fused_linear_cross_entropy=True, rms_norm=True, swiglu=True, model=None
+        rope=True,
+        cross_entropy=False,
+        fused_linear_cross_entropy=True,
+        rms_norm=True,
+        swiglu=True,
+        model=None,
     ):
-        seen.append((rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model is not None))
+        seen.append(
+            (rope, cross_entropy, fused_linear_cross_entropy, rms_norm, swiglu, model is not None)
+        )
 
     try:
         from liger_kernel.transformers import apply_liger_kernel_to_qwen2 as real
     except ImportError:
         pass
     else:
-        assert inspect.getfullargspec(real).args == inspect.getfullargspec(apply_liger_kernel_to_qwen2).args
+        assert (
+            inspect.getfullargspec(real).args
+            == inspect.getfullargspec(apply_liger_kernel_to_qwen2).args
+        )
     module = types.ModuleType("liger_kernel.transformers")
     module.__dict__["apply_liger_kernel_to_qwen2"] = apply_liger_kernel_to_qwen2
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))

@@ -1,4 +1,5 @@
-"""What MPS and Intel's client GPUs lack, on CPU tensors: float64, frexp, strided writes, compiled kernels."""
+"""What MPS and Intel's client GPUs lack, on CPU tensors: float64, frexp, strided writes, compiled
+kernels."""
 
 from __future__ import annotations
 
@@ -21,15 +22,22 @@ class AnotherDevice(NoReading):
         name = func._schema.name.partition("::")[2]
         assert name != "frexp", "frexp is not served"
         if name != "copy_":
-            given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
+            given = {
+                argument.name: value
+                for argument, value in zip(func._schema.arguments, args, strict=False)
+            }
             given |= kwargs or {}
             for argument in func._schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     for tensor in tree_leaves(given.get(argument.name)):
-                        assert tensor is None or tensor.is_contiguous(), f"{func} writes into strided memory"
+                        assert tensor is None or tensor.is_contiguous(), (
+                            f"{func} writes into strided memory"
+                        )
         found = super().__torch_dispatch__(func, types, args, kwargs)
         for value in tree_leaves(found):
-            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, f"{func} makes a float64 tensor"
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, (
+                f"{func} makes a float64 tensor"
+            )
         return found
 
 

@@ -31,7 +31,11 @@ def test_a_number_without_a_size_has_the_power_one():
 
 def test_sums_are_float64_where_the_device_has_it():
     assert devices.sum_dtype(torch.device("cuda")) is torch.float64
-    assert devices.sum_dtype(torch.device("mps")) is devices.sum_dtype(torch.device("xpu")) is torch.float32
+    assert (
+        devices.sum_dtype(torch.device("mps"))
+        is devices.sum_dtype(torch.device("xpu"))
+        is torch.float32
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -42,12 +46,19 @@ def test_without_a_driver_the_cuda_kernels_say_why_they_cannot_run():
 
 
 def test_a_device_that_the_compiled_kernels_refuse_is_left_to_others(monkeypatch):
-    device, reason = torch.device("cuda", 1), "the compiled kernels cannot run on cuda:1: no kernel image"
+    device, reason = (
+        torch.device("cuda", 1),
+        "the compiled kernels cannot run on cuda:1: no kernel image",
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(select, "_COMPILED_FOR", {"cpu", "meta", "cuda"})
     monkeypatch.setattr(library, "cuda_refusal", lambda index: reason if index == 1 else None)
     monkeypatch.setattr(select, "triton_unavailable_reason", lambda: None)
     assert select.select_backend("swiglu", device, None) == "triton"
     assert select.select_backend("swiglu", torch.device("cuda", 0), None) == "native"
-    with pytest.raises(nitp_ops.BackendError, match=r"backend='native' does not serve cuda.*no kernel image"):
+    with pytest.raises(
+        nitp_ops.BackendError,
+        match=r"backend='native' does not serve cuda.*no "
+        r"kernel image",
+    ):
         select.select_backend("swiglu", device, "native")

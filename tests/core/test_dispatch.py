@@ -1,4 +1,5 @@
-"""A call takes the plain autograd.Function or, where somebody watches, the custom op: with the same bits."""
+"""A call takes the plain autograd.Function or, where somebody watches, the custom op: with the same
+bits."""
 
 import warnings
 
@@ -34,23 +35,38 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def tokens(dtype: torch.dtype, **options):
-    hidden, weight, bias = leaf(3, 7, 8, dtype=dtype), leaf(33, 8, dtype=dtype), leaf(33, dtype=dtype)
+    hidden, weight, bias = (
+        leaf(3, 7, 8, dtype=dtype),
+        leaf(33, 8, dtype=dtype),
+        leaf(33, dtype=dtype),
+    )
     labels = torch.randint(0, 33, (3, 7))
     labels[0, :3] = -100
     call = nitp_ops.linear_cross_entropy
-    return (hidden, weight, bias), lambda: call(hidden, weight, labels, bias=bias, return_stats=True, **options)
+    return (hidden, weight, bias), lambda: call(
+        hidden, weight, labels, bias=bias, return_stats=True, **options
+    )
 
 
 def latents(dtype: torch.dtype, **options):
     hidden, target = leaf(3, 7, 8, dtype=dtype), torch.randn(3, 7, 8).to(dtype)
     projector = leaf(12, 8, dtype=dtype), leaf(12, 8, dtype=dtype), leaf(8, 12, dtype=dtype)
     call = nitp_ops.implicit_token_loss
-    return (hidden, *projector), lambda: call(hidden, target, *projector, return_stats=True, **options)
+    return (hidden, *projector), lambda: call(
+        hidden, target, *projector, return_stats=True, **options
+    )
 
 
 def shared(dtype: torch.dtype, **options):
-    first, second, weight = leaf(9, 8, dtype=dtype), leaf(5, 8, dtype=dtype), leaf(33, 8, dtype=dtype)
-    jobs = [nitp_ops.CrossEntropyTerm(x, torch.randint(0, 33, (len(x),)), **options) for x in (first, second)]
+    first, second, weight = (
+        leaf(9, 8, dtype=dtype),
+        leaf(5, 8, dtype=dtype),
+        leaf(33, 8, dtype=dtype),
+    )
+    jobs = [
+        nitp_ops.CrossEntropyTerm(x, torch.randint(0, 33, (len(x),)), **options)
+        for x in (first, second)
+    ]
 
     def call():
         loss, stats = nitp_ops.grouped_linear_cross_entropy(jobs, weight)
@@ -60,7 +76,11 @@ def shared(dtype: torch.dtype, **options):
 
 
 def logits(dtype: torch.dtype, **options):
-    given, bias, labels = leaf(3, 7, 33, dtype=dtype), leaf(33, dtype=dtype), torch.randint(0, 33, (3, 7))
+    given, bias, labels = (
+        leaf(3, 7, 33, dtype=dtype),
+        leaf(33, dtype=dtype),
+        torch.randint(0, 33, (3, 7)),
+    )
     call = nitp_ops.cross_entropy
     return (given, bias), lambda: call(given * 1, labels, bias=bias, return_stats=True, **options)
 
@@ -76,7 +96,9 @@ def gates(dtype: torch.dtype):
 
 
 CASES = {
-    "tokens": lambda dtype: tokens(dtype, label_smoothing=0.1, z_loss=0.01, softcap=5.0, chunk_bytes=600),
+    "tokens": lambda dtype: tokens(
+        dtype, label_smoothing=0.1, z_loss=0.01, softcap=5.0, chunk_bytes=600
+    ),
     "tokens, none": lambda dtype: tokens(dtype, reduction="none"),
     "latents": lambda dtype: latents(dtype, chunk_bytes=600),
     "latents, none": lambda dtype: latents(dtype, reduction="none"),

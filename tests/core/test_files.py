@@ -1,4 +1,5 @@
-"""Files that the library writes: whole or absent, whoever else writes them; damaged ones are named, never used."""
+"""Files that the library writes: whole or absent, whoever else writes them; damaged ones are named,
+never used."""
 
 from __future__ import annotations
 
@@ -33,9 +34,15 @@ def values(made) -> set[float]:
 
 
 WRITERS = {
-    "write_whole": (lambda folder, value: write_whole(folder / "a", str(value).encode() * 999), "a"),
+    "write_whole": (
+        lambda folder, value: write_whole(folder / "a", str(value).encode() * 999),
+        "a",
+    ),
     "sidecar": (lambda folder, value: sidecar.save(objective(value), folder), sidecar.FILE),
-    "benchmarks": (lambda folder, value: printed.write(folder / "a.json", str(value) * 999), "a.json"),
+    "benchmarks": (
+        lambda folder, value: printed.write(folder / "a.json", str(value) * 999),
+        "a.json",
+    ),
 }
 
 
@@ -84,9 +91,16 @@ def test_no_flipped_bit_and_no_cut_of_a_sidecar_is_loaded(tmp_path: Path):
     whole = path.read_bytes()
     read = objective(0)
     for place in [*range(0, len(whole), 97), len(whole) - 1]:
-        for content in (whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :], whole[:place]):
+        for content in (
+            whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :],
+            whole[:place],
+        ):
             path.write_bytes(content)
-            with pytest.raises(ValueError, match=r"^load: [^\n]*nitp_objective.safetensors [^\n]*$"):
+            with pytest.raises(
+                ValueError,
+                match=r"^load: [^\n]*nitp_objective.safetensors "
+                r"[^\n]*$",
+            ):
                 sidecar.load(read, tmp_path)
             assert values(read) == {0.0}
     path.write_bytes(whole)
@@ -103,8 +117,12 @@ def test_a_sidecar_of_an_earlier_version_has_no_checksum_and_loads(tmp_path: Pat
     assert values(read) == {1.5}
 
 
-@pytest.mark.parametrize("content", [b"", b'{"machine": {"da', b"[]", b'{"machine\xff": 1}', b'{"other": 1}'])
-def test_damaged_results_of_benchmarks_are_one_line(tmp_path: Path, monkeypatch, capsys, content: bytes):
+@pytest.mark.parametrize(
+    "content", [b"", b'{"machine": {"da', b"[]", b'{"machine\xff": 1}', b'{"other": 1}']
+)
+def test_damaged_results_of_benchmarks_are_one_line(
+    tmp_path: Path, monkeypatch, capsys, content: bytes
+):
     monkeypatch.setattr(printed, "RESULTS", tmp_path)
     (tmp_path / "machine").mkdir()
     for kind in ("quick", "scaling"):
@@ -118,7 +136,9 @@ def test_damaged_results_of_benchmarks_are_one_line(tmp_path: Path, monkeypatch,
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_benchmarks_as_ctrl_c_does(monkeypatch, capsys, number):
-    handler = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    handler = signal.signal(
+        number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    )
     cleaned = []
 
     def listing():

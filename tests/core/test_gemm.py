@@ -1,4 +1,5 @@
-"""This library's own GEMMs on CPU: every shape, stride and dtype against float64, with a bound an element."""
+"""This library's own GEMMs on CPU: every shape, stride and dtype against float64, with a bound an
+element."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ BEST = library.instruction_set()
 #: Terms that are summed before they are added to the rest.
 CHAIN = {torch.float32: 256, torch.bfloat16: 2048}
 sides = st.one_of(st.integers(1, 70), st.sampled_from([111, 112, 113, 511, 530]))
-depths = st.one_of(st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 1030, 2048, 2050, 4100]))
+depths = st.one_of(
+    st.integers(1, 70), st.sampled_from([511, 512, 513, 1024, 1030, 2048, 2050, 4100])
+)
 
 
 @pytest.fixture(autouse=True, scope="module", params=parameters(SETS))
@@ -37,7 +40,11 @@ def matrix(rows, columns, dtype, transposed=False, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (columns + 5, rows + 3) if transposed else (rows + 3, columns + 5)
     whole = torch.randn(shape, generator=generator).to(dtype)
-    return whole[2 : columns + 2, 1 : rows + 1].t() if transposed else whole[1 : rows + 1, 2 : columns + 2]
+    return (
+        whole[2 : columns + 2, 1 : rows + 1].t()
+        if transposed
+        else whole[1 : rows + 1, 2 : columns + 2]
+    )
 
 
 def bound(a, b, out_dtype, of=0.0):
@@ -45,10 +52,15 @@ def bound(a, b, out_dtype, of=0.0):
     chain = CHAIN[a.dtype]
     terms = min(a.shape[1], chain) + a.shape[1] // chain + 3
     magnitude = a.double().abs() @ b.double().abs() + abs(of)
-    return 2.0**-24 * terms * magnitude + torch.finfo(out_dtype).eps / 2 * (a.double() @ b.double() + of).abs()
+    return (
+        2.0**-24 * terms * magnitude
+        + torch.finfo(out_dtype).eps / 2 * (a.double() @ b.double() + of).abs()
+    )
 
 
-@given(m=sides, n=sides, k=depths, which=st.integers(0, 2), layout=st.integers(0, 3), add=st.booleans())
+@given(
+    m=sides, n=sides, k=depths, which=st.integers(0, 2), layout=st.integers(0, 3), add=st.booleans()
+)
 def test_a_gemm_equals_float64_and_writes_nothing_beside_its_result(m, n, k, which, layout, add):
     dtype = DTYPES[min(which, 1)]
     out_dtype = torch.float32 if which < 2 else dtype
@@ -63,7 +75,8 @@ def test_a_gemm_equals_float64_and_writes_nothing_beside_its_result(m, n, k, whi
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(9000, 40, 30), (40, 20000, 30), (1100, 600, 2100), (30, 30, 70000), (60, 9000, 600)]
+    ("m", "n", "k"),
+    [(9000, 40, 30), (40, 20000, 30), (1100, 600, 2100), (30, 30, 70000), (60, 9000, 600)],
 )
 def test_more_than_one_cell_or_part_a_thread(dtype, m, n, k):
     a, b = matrix(m, k, dtype), matrix(k, n, dtype, seed=1)
@@ -84,11 +97,15 @@ def test_a_number_of_the_result_depends_on_its_row_and_column_alone(dtype, k):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(each, found[0]) for each in found)
-    assert torch.equal(multiply(torch.empty(29, 7, dtype=dtype), a[50:79], b[:, 13:20]), found[0][50:79, 13:20])
+    assert torch.equal(
+        multiply(torch.empty(29, 7, dtype=dtype), a[50:79], b[:, 13:20]), found[0][50:79, 13:20]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "words"), [(8200, 120), (60, 2100)], ids=["whole depth", "depth in parts"])
+@pytest.mark.parametrize(
+    ("m", "words"), [(8200, 120), (60, 2100)], ids=["whole depth", "depth in parts"]
+)
 def test_rows_that_all_cells_share_give_the_same_numbers(dtype, m, words, instruction_set):
     """9000 columns are more cells wide than there are threads. A small GEMM shares none."""
     k = words * (2 if (dtype, instruction_set) == (torch.bfloat16, "avx512_bf16") else 1)
@@ -104,11 +121,15 @@ def test_rows_that_all_cells_share_give_the_same_numbers(dtype, m, words, instru
     assert torch.equal(out, found[1])
     for rows in (slice(0, 20), slice(m // 2 - 10, m // 2 + 30), slice(m - 20, m)):
         for columns in (slice(0, 40), slice(2990, 3050), slice(5990, 6050), slice(8970, 9000)):
-            apart = multiply(torch.empty_like(out[rows, columns].contiguous()), a[rows], b[:, columns])
+            apart = multiply(
+                torch.empty_like(out[rows, columns].contiguous()), a[rows], b[:, columns]
+            )
             assert torch.equal(out[rows, columns], apart)
 
 
-@pytest.mark.parametrize(("k", "most"), [(128, 1.1), (256, 1.5), (512, 1.3), (2048, 1.3), (8192, 1.3)])
+@pytest.mark.parametrize(
+    ("k", "most"), [(128, 1.1), (256, 1.5), (512, 1.3), (2048, 1.3), (8192, 1.3)]
+)
 def test_float32_sums_round_little_more_than_those_of_mkl(k, most):
     """One chain of 512 made it 1.7, chains of any length as long as the depth 2.2 (decision 0008)."""
     a, b = matrix(200, k, torch.float32), matrix(k, 200, torch.float32, seed=1)

@@ -1,4 +1,5 @@
-"""The GEMM compiled by itself, under sanitizers: AVX-512's for any processor, as tests/avx512 stands in for it."""
+"""The GEMM compiled by itself, under sanitizers: AVX-512's for any processor, as tests/avx512
+stands in for it."""
 
 import shutil
 import subprocess
@@ -10,7 +11,11 @@ from tests.support import processor
 
 HERE = Path(__file__).parent
 STAND_IN = [f"-I{HERE / 'avx512'}", "-D__AVX2__", "-D__AVX512F__"]
-SETS = {"avx2": ["-mavx2", "-mfma"], "avx512": STAND_IN, "avx512_bf16": [*STAND_IN, "-D__AVX512BF16__"]}
+SETS = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": STAND_IN,
+    "avx512_bf16": [*STAND_IN, "-D__AVX512BF16__"],
+}
 
 
 @pytest.mark.programs

@@ -15,17 +15,38 @@ def unembedding(shard):
     return Unembedding("op", torch.zeros(3, 2), None, -100, 0.0, 1.0, None, None, shard)
 
 
-CALL = Call("native", torch.float32, torch.bfloat16, "mean", torch.tensor(3.0), True, False, (True, False), True, False)
+CALL = Call(
+    "native",
+    torch.float32,
+    torch.bfloat16,
+    "mean",
+    torch.tensor(3.0),
+    True,
+    False,
+    (True, False),
+    True,
+    False,
+)
 
 
 @pytest.mark.parametrize("shard", [None, VocabShard("0", (2, 1), False, True)])
 def test_what_is_packed_comes_back(shard):
     rows = torch.zeros(2, 2)
-    terms = [CrossEntropyTerm(rows, rows[0].long(), z_loss=z, max_rows=most) for z, most in ((0.0, None), (0.5, 3))]
+    terms = [
+        CrossEntropyTerm(rows, rows[0].long(), z_loss=z, max_rows=most)
+        for z, most in ((0.0, None), (0.5, 3))
+    ]
     found, head, call = PACKING.unpack(PACKING.pack(terms, unembedding(shard), CALL))
     for ours, term in zip(found, terms, strict=True):
-        assert all(getattr(ours, name) is getattr(term, name) for name in ("hidden", "labels", "token_weight"))
-        assert (ours.z_loss, ours.max_rows, ours.label_smoothing) == (term.z_loss, term.max_rows, 0.0)
+        assert all(
+            getattr(ours, name) is getattr(term, name)
+            for name in ("hidden", "labels", "token_weight")
+        )
+        assert (ours.z_loss, ours.max_rows, ours.label_smoothing) == (
+            term.z_loss,
+            term.max_rows,
+            0.0,
+        )
     assert head[2:] == unembedding(shard)[2:] and head.op == "op"
     assert call == CALL
 

@@ -1,4 +1,5 @@
-"""weight_grad_out of a call of one chunk: the third GEMM runs in the backward pass and adds into the buffer."""
+"""weight_grad_out of a call of one chunk: the third GEMM runs in the backward pass and adds into
+the buffer."""
 
 import warnings
 
@@ -60,14 +61,18 @@ def test_the_buffer_takes_the_gradient_twice_within_the_error_budget(ran, dtype,
     started, (of_hidden, of_weight) = buffer.clone(), exact(hidden, weight, labels, upstream)
     loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer)
     eager = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels)
-    rough = [g.double() for g in torch.autograd.grad(eager, (hidden, weight), torch.tensor(upstream, dtype=dtype))]
+    rough = [
+        g.double()
+        for g in torch.autograd.grad(eager, (hidden, weight), torch.tensor(upstream, dtype=dtype))
+    ]
     for times in (1, 2):
         (loss * upstream).backward(retain_graph=True)
         assert weight.grad is None
         error = (buffer.double() - started.double() - times * of_weight).norm()
         allowed = 1.5 * times * (rough[1] - of_weight).norm()
         size = buffer.double().norm() + times * of_weight.norm()
-        assert error <= allowed + (8 if dtype == torch.float64 else 2) * EPS[buffer.dtype] * size  # float64: of both
+        # float64: of both
+        assert error <= allowed + (8 if dtype == torch.float64 else 2) * EPS[buffer.dtype] * size
     assert hidden.grad is not None
     within = 3 * (rough[0] - of_hidden).norm() + 4 * EPS[dtype] * of_hidden.norm()
     assert (hidden.grad.double() - 2 * of_hidden).norm() <= within
@@ -91,7 +96,9 @@ def test_rows_without_weight_reach_nothing(ran):
     started, token_weight = buffer.clone(), torch.ones(N)
     call = nitp_ops.linear_cross_entropy
     token_weight[[0, 3]] = 0.0  # an ignored row and one with a label
-    expected = torch.autograd.grad(call(hidden, weight, labels, token_weight=token_weight), weight)[0]
+    expected = torch.autograd.grad(call(hidden, weight, labels, token_weight=token_weight), weight)[
+        0
+    ]
     with torch.no_grad():
         hidden[[0, 3]] = torch.tensor([[NAN], [float("inf")]])
     call(hidden, weight, labels, token_weight=token_weight, weight_grad_out=buffer).backward()
@@ -104,7 +111,9 @@ def test_a_call_without_a_row_that_counts_adds_nothing():
     started = buffer.clone()
     for label, token_weight in ((-100, None), (0, torch.zeros(N))):
         labels = torch.full((N,), label)
-        loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer, token_weight=token_weight)
+        loss = nitp_ops.linear_cross_entropy(
+            hidden, weight, labels, weight_grad_out=buffer, token_weight=token_weight
+        )
         loss.backward()
     assert torch.equal(buffer, started)
 
@@ -134,12 +143,18 @@ def test_no_gradient_of_the_weight_is_formed(ran, monkeypatch):
         (torch.float32, 2 * D, {}),  # the logits would hold more memory than the gradient
     ],
 )
-def test_where_it_does_not_wait_the_buffer_takes_the_gradient_all_the_same(ran, dtype, rows, options):
+def test_where_it_does_not_wait_the_buffer_takes_the_gradient_all_the_same(
+    ran, dtype, rows, options
+):
     hidden, weight, labels, buffer = case(dtype, rows)
     started, (_, of_weight) = buffer.clone(), exact(hidden, weight, labels, 1.0)
-    nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer, **options).backward()
+    nitp_ops.linear_cross_entropy(
+        hidden, weight, labels, weight_grad_out=buffer, **options
+    ).backward()
     assert not ran
-    assert (buffer - started - of_weight).norm() <= 4 * EPS[dtype] * (of_weight.norm() + started.norm())
+    assert (buffer - started - of_weight).norm() <= 4 * EPS[dtype] * (
+        of_weight.norm() + started.norm()
+    )
 
 
 def test_float16_waits_in_float32_where_a_gemm_could_add(ran, monkeypatch):
@@ -149,7 +164,9 @@ def test_float16_waits_in_float32_where_a_gemm_could_add(ran, monkeypatch):
     monkeypatch.setattr(gemm.GemmPolicy, "of", lambda *given: policy)
     hidden, weight, labels, buffer = case(torch.float16)
     started, (_, of_weight) = buffer.clone(), exact(hidden, weight, labels, 1.0)
-    nitp_ops.linear_cross_entropy(hidden.detach(), weight, labels, weight_grad_out=buffer).backward()
+    nitp_ops.linear_cross_entropy(
+        hidden.detach(), weight, labels, weight_grad_out=buffer
+    ).backward()
     assert not ran
     assert (buffer - started - of_weight).norm() <= 4 * EPS[torch.float16] * of_weight.norm()
 

@@ -1,4 +1,5 @@
-"""On a GPU the host must not wait for a value: the passes that read none give the numbers of those that do."""
+"""On a GPU the host must not wait for a value: the passes that read none give the numbers of those
+that do."""
 
 import pytest
 import torch
@@ -23,17 +24,23 @@ def bound(kind, count, total):
 
 def labelled_rows(labels, options):
     present = labels != -100
-    return int((present & (labels >= 0)).any(-1).sum() if "target_weight" in options else present.sum())
+    return int(
+        (present & (labels >= 0)).any(-1).sum() if "target_weight" in options else present.sum()
+    )
 
 
 @given(token.problems(), BOUNDS)
 def test_linear_cross_entropy_equals_the_reference(problem, kind):
     inputs, labels, options, upstream, chunk = problem
     most = bound(kind, labelled_rows(labels, options), len(labels))
-    ours = token.call(nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk, "max_rows": most})
+    ours = token.call(
+        nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk, "max_rows": most}
+    )
     with without_reading():
         ours = outputs(ours, inputs, upstream)
-    exact = outputs(token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream)
+    exact = outputs(
+        token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream
+    )
     near(ours, exact, ["loss", "d hidden", "d weight", "d bias"])
 
 
@@ -42,7 +49,9 @@ def test_implicit_token_loss_equals_the_reference(problem, kind):
     inputs, options, upstream, chunk = problem
     pairs = reference.pairs(inputs[0], options["valid"], options["shift"])
     most = bound(kind, int(pairs.sum()), pairs.numel())
-    ours = latent.call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "max_rows": most})
+    ours = latent.call(
+        nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "max_rows": most}
+    )
     with without_reading():
         ours = outputs(ours, inputs, upstream)
     latent.near_the_reference(ours, inputs, options, upstream)
@@ -60,7 +69,12 @@ def head(rows=9, width=5, vocabulary=33, dtype=torch.float64):
 @pytest.mark.parametrize("most", [None, 6, 7])
 def test_statistics_of_every_row_are_those_of_the_cpu(reduction, most):
     hidden, weight, labels = head()
-    options = {"reduction": reduction, "return_stats": "entropy", "max_rows": most, "chunk_bytes": 700}
+    options = {
+        "reduction": reduction,
+        "return_stats": "entropy",
+        "max_rows": most,
+        "chunk_bytes": 700,
+    }
     with without_reading():
         loss, stats = nitp_ops.linear_cross_entropy(hidden, weight, labels, **options)
     expected, of_cpu = nitp_ops.linear_cross_entropy(hidden, weight, labels, **options)
@@ -68,7 +82,12 @@ def test_statistics_of_every_row_are_those_of_the_cpu(reduction, most):
     torch.testing.assert_close(stats, of_cpu, equal_nan=True)
     h, z, *projector = latent.make()
     valid = torch.rand(2, 6) < 0.6
-    options = {"valid": valid, "return_stats": True, "reduction": reduction, "max_rows": most and 10}
+    options = {
+        "valid": valid,
+        "return_stats": True,
+        "reduction": reduction,
+        "max_rows": most and 10,
+    }
     with without_reading():
         loss, stats = nitp_ops.implicit_token_loss(h, z, *projector, **options)
     expected, of_cpu = nitp_ops.implicit_token_loss(h, z, *projector, **options)
@@ -77,15 +96,24 @@ def test_statistics_of_every_row_are_those_of_the_cpu(reduction, most):
 
 
 def everything(with_bounds: bool):
-    """Forward and backward of every op, with an upstream that is not one and a second backward pass."""
+    """Forward and backward of every op, with an upstream that is not one and a second backward
+    pass."""
     hidden, weight, labels = head()
     most = 6 if with_bounds else None
-    bias, weights = torch.randn(33, dtype=torch.float64, requires_grad=True), torch.rand(9, dtype=torch.float64)
+    bias, weights = (
+        torch.randn(33, dtype=torch.float64, requires_grad=True),
+        torch.rand(9, dtype=torch.float64),
+    )
     h, z, *projector = latent.make()
     pairs = {"valid": torch.rand(2, 6) < 0.6, "max_rows": 10 if with_bounds else None}
     with NoReading():
         for reduction in ("mean", "none"):
-            options = {"reduction": reduction, "max_rows": most, "return_stats": True, "chunk_bytes": 600}
+            options = {
+                "reduction": reduction,
+                "max_rows": most,
+                "return_stats": True,
+                "chunk_bytes": 600,
+            }
             options |= {"bias": bias, "token_weight": weights, "label_smoothing": 0.1}
             loss, _ = nitp_ops.linear_cross_entropy(hidden, weight, labels, **options)
             (loss * 0.3).sum().backward(retain_graph=True)
@@ -121,7 +149,9 @@ def test_more_rows_than_the_bound_give_nan_not_a_wrong_number(most, reduction):
     hidden, weight, labels = head()
     h, z, *projector = latent.make()
     with without_reading():
-        loss = nitp_ops.linear_cross_entropy(hidden, weight, labels, max_rows=most, reduction=reduction)
+        loss = nitp_ops.linear_cross_entropy(
+            hidden, weight, labels, max_rows=most, reduction=reduction
+        )
         assert loss.isnan()[labels != -100].all() if reduction == "none" else loss.isnan()
         loss = nitp_ops.implicit_token_loss(h, z, *projector, max_rows=most, reduction=reduction)
         assert loss.isnan()[:, :-1].all() if reduction == "none" else loss.isnan()
@@ -139,7 +169,8 @@ def test_an_ignored_nan_reaches_nothing():
     with without_reading():
         for reduction in ("mean", "none"):
             ours = outputs(
-                token.call(nitp_ops.linear_cross_entropy, labels, {"reduction": reduction}), (hidden, weight)
+                token.call(nitp_ops.linear_cross_entropy, labels, {"reduction": reduction}),
+                (hidden, weight),
             )
             assert all(x.isfinite().all() for x in ours)
             options = {"valid": valid, "reduction": reduction}
@@ -156,7 +187,8 @@ def test_a_nan_under_a_weight_of_zero_reaches_no_gradient():
     token_weight[1] = 0
     with without_reading():
         ours = outputs(
-            token.call(nitp_ops.linear_cross_entropy, labels, {"token_weight": token_weight}), (hidden, weight)
+            token.call(nitp_ops.linear_cross_entropy, labels, {"token_weight": token_weight}),
+            (hidden, weight),
         )
         assert all(x.isfinite().all() for x in ours)
         options = {"normalizer": torch.tensor(float("inf")).double()}  # a term of weight zero
@@ -188,7 +220,9 @@ def test_float16_gradients_do_not_underflow_under_a_large_count(monkeypatch):
     """As on a GPU, where float16 products stay in float16: 1 / count enters after them."""
     hidden, weight, labels = head(64, 32, 50)
     inputs = [hidden.detach().half().requires_grad_(), weight.detach().half().requires_grad_()]
-    h, z, *projector = (x.detach().half().requires_grad_(x.requires_grad) for x in latent.make(length=32, width=16))
+    h, z, *projector = (
+        x.detach().half().requires_grad_(x.requires_grad) for x in latent.make(length=32, width=16)
+    )
     for module in ("core.gemm", "ops.implicit_token.autograd"):
         monkeypatch.setattr(f"nitp_ops.{module}.gemm_dtype", lambda *_: torch.float16)
     options = {"normalizer": 2.0**22}  # a gradient of a logit is 1e-9 then: float16 ends at 6e-8
@@ -201,7 +235,10 @@ def test_float16_gradients_do_not_underflow_under_a_large_count(monkeypatch):
     )
     upstream = 2.0**20  # of a GradScaler
     with without_reading():
-        ours = outputs(token_loss, inputs, upstream), outputs(latent_loss, (h, z, *projector), upstream)
+        ours = (
+            outputs(token_loss, inputs, upstream),
+            outputs(latent_loss, (h, z, *projector), upstream),
+        )
     exact = token.call(reference.linear_cross_entropy, labels, options)
     for a, b in zip(ours[0], outputs(exact, widened(inputs), upstream), strict=True):
         assert (a.double() - b).norm() <= 2e-3 * b.norm()

@@ -72,5 +72,7 @@ def test_a_workspace_is_populated_where_it_is_large(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.ops.nitp_ops, "populate_", lambda block: seen.append(block.nbytes))
     for bytes_ in (32 * 2**20, 32 * 2**20 + 4):
-        assert chunking.workspace((bytes_ // 4,), torch.float32, torch.device("cpu")).nbytes == bytes_
+        assert (
+            chunking.workspace((bytes_ // 4,), torch.float32, torch.device("cpu")).nbytes == bytes_
+        )
     assert seen == [32 * 2**20 + 4]

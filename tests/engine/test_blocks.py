@@ -1,4 +1,5 @@
-"""The blocks that objectives own: what they compute, what they see, where their initial values come from."""
+"""The blocks that objectives own: what they compute, what they see, where their initial values come
+from."""
 
 from __future__ import annotations
 
@@ -49,11 +50,15 @@ def test_the_plain_block_follows_its_equations(packed: bool):
         nn.init.normal_(parameter)
     batch = make_batch()
     if packed:
-        batch.documents = torch.tensor([[0, 0, 0, 1, 1, -1, -1], [4, 4, 4, 4, 4, 4, 4], [0, 1, 0, 1, 0, 1, -1]])
+        batch.documents = torch.tensor(
+            [[0, 0, 0, 1, 1, -1, -1], [4, 4, 4, 4, 4, 4, 4], [0, 1, 0, 1, 0, 1, -1]]
+        )
     mask = attention_mask(batch.streams())
     assert (mask is None) is not packed
     documents = torch.zeros(3, 7) if batch.documents is None else batch.documents
-    expected = torch.stack([slow_block(block, *row) for row in zip(batch.hidden, documents, strict=True)])
+    expected = torch.stack(
+        [slow_block(block, *row) for row in zip(batch.hidden, documents, strict=True)]
+    )
     torch.testing.assert_close(block(batch.hidden, mask), expected, rtol=1e-11, atol=1e-11)
 
 
@@ -102,7 +107,12 @@ class Foreign(nn.Module):
 
 
 FOREIGN = ModelInfo(
-    hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5, block_factory=Foreign
+    hidden_size=6,
+    vocab_size=11,
+    num_layers=5,
+    dtype=torch.float64,
+    initializer_range=0.5,
+    block_factory=Foreign,
 )
 SPECS = ["mtp_parallel", "mtp_sequential(depth=2)"]
 
@@ -115,14 +125,21 @@ def test_the_factory_of_the_model_makes_the_blocks_and_keeps_its_initial_values(
     blocks = [module for module in objective.modules() if isinstance(module, Foreign)]
     objective(make_batch().streams(document_ids=torch.tensor([[0, 0, 0, 1, 1, 1, -1]] * 3)))
     for block in blocks:
-        assert len(block.masks) == 1 and block.masks[0] is not None and block.masks[0].shape == (3, 1, 7, 7)
+        assert (
+            len(block.masks) == 1
+            and block.masks[0] is not None
+            and block.masks[0].shape == (3, 1, 7, 7)
+        )
         assert (block.gain == 0.5).all() and block.gain.dtype == torch.float64
         assert block.frequencies.dtype == torch.float32
     again, other = build(spec, model=FOREIGN, seed=3), build(spec, model=FOREIGN, seed=4)
     own = [module.linear.weight for module in objective.modules() if isinstance(module, Foreign)]
     same = [module.linear.weight for module in again.modules() if isinstance(module, Foreign)]
     different = [module.linear.weight for module in other.modules() if isinstance(module, Foreign)]
-    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in zip(own, same, different, strict=True))
+    assert all(
+        torch.equal(a, b) and not torch.equal(a, c)
+        for a, b, c in zip(own, same, different, strict=True)
+    )
     assert len({weight.sum().item() for weight in own}) == len(own)
 
 
@@ -135,7 +152,10 @@ def test_blocks_are_built_on_the_meta_device_and_filled_later(spec: str, info: M
     objective.reset_parameters()
     objective.to_empty(device="cpu").reset_parameters()
     expected = build(spec, model=info, seed=5)
-    for mine, wanted in ((objective.parameters(), expected.parameters()), (objective.buffers(), expected.buffers())):
+    for mine, wanted in (
+        (objective.parameters(), expected.parameters()),
+        (objective.buffers(), expected.buffers()),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
 
 
@@ -166,7 +186,9 @@ def test_narrow_blocks_read_wide_streams_and_the_other_way_round(spec: str):
         objective = build(spec, model=single).to(dtype)
         for other in (torch.float32, torch.bfloat16):
             hidden = batch.hidden.detach().to(other).requires_grad_()
-            loss = objective(batch.streams(last_hidden=hidden, last_residual=None, hidden_states={})).loss
+            loss = objective(
+                batch.streams(last_hidden=hidden, last_residual=None, hidden_states={})
+            ).loss
             loss.backward()
             assert loss.isfinite() and hidden.grad is not None and hidden.grad.dtype == other
             assert loss.item() == pytest.approx(expected, rel=0.5)
@@ -201,11 +223,15 @@ def broken() -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_factory_that_makes_no_block_is_refused_at_build_beside_every_other_problem(spec, factory, message):
+def test_a_factory_that_makes_no_block_is_refused_at_build_beside_every_other_problem(
+    spec, factory, message
+):
     with pytest.raises(SpecError) as caught:
         build(f"nitp(target_layer=5) + {spec}", model=replace(FOREIGN, block_factory=factory))
     first, second = caught.value.problems
-    assert first.startswith("nitp: target_layer is 5") and second.startswith(f"{spec.partition('(')[0]}: block_factory")
+    assert first.startswith("nitp: target_layer is 5") and second.startswith(
+        f"{spec.partition('(')[0]}: block_factory"
+    )
     assert message in second
     if spec == "mtp_parallel":
         build("mtp_parallel(heads=residual)", model=replace(FOREIGN, block_factory=factory))

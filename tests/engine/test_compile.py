@@ -19,7 +19,9 @@ def test_a_compiled_objective_equals_eager_and_is_not_compiled_again_as_its_weig
 
     def loss(hidden: Tensor, state: Tensor, step: Tensor) -> Tensor:
         window = Window(step=step)
-        return objective(batch.streams(last_hidden=hidden, hidden_states={1: state}), window=window).loss
+        return objective(
+            batch.streams(last_hidden=hidden, hidden_states={1: state}), window=window
+        ).loss
 
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     tensors = [batch.hidden, *batch.head.parameters(), *objective.parameters()]
@@ -47,26 +49,38 @@ def test_every_objective_beside_ntp_is_one_graph(name: str):
     def loss(hidden: Tensor) -> Tensor:
         return objective(batch.streams(last_hidden=hidden)).loss
 
-    torch.compiler.reset()  # the tests before it leave graphs of the same code, which count towards a limit
-    mine, expected = torch.compile(loss, backend="aot_eager", fullgraph=True)(batch.hidden), loss(batch.hidden)
+    # the tests before it leave graphs of the same code, which count towards a limit
+    torch.compiler.reset()
+    mine, expected = (
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(batch.hidden),
+        loss(batch.hidden),
+    )
     torch.testing.assert_close(mine, expected, rtol=1e-13, atol=0)
     # a compiled backward may overwrite what it saved, so its graph serves once
-    for a, b in zip(gradients(mine, tensors, retain_graph=False), gradients(expected, tensors), strict=True):
+    for a, b in zip(
+        gradients(mine, tensors, retain_graph=False), gradients(expected, tensors), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
 
 
 def test_a_narrow_stream_that_several_terms_read_is_widened_inside_the_graph():
     batch = make_batch()
     head = nn.Linear(INFO.hidden_size, INFO.vocab_size, dtype=torch.bfloat16)
-    state, hidden = (x.detach().bfloat16().requires_grad_() for x in (batch.states[1], batch.hidden))
+    state, hidden = (
+        x.detach().bfloat16().requires_grad_() for x in (batch.states[1], batch.hidden)
+    )
     objective = build("ntp + nitp + fsp_bow", model=replace(INFO, dtype=torch.bfloat16))
 
     def loss(hidden: Tensor) -> Tensor:
-        streams = batch.streams(last_hidden=hidden, last_residual=None, hidden_states={1: state}, head=head)
+        streams = batch.streams(
+            last_hidden=hidden, last_residual=None, hidden_states={1: state}, head=head
+        )
         return objective(streams).loss
 
     torch.compiler.reset()
     mine, expected = torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden), loss(hidden)
     torch.testing.assert_close(mine, expected)
-    for a, b in zip(gradients(mine, [hidden], retain_graph=False), gradients(expected, [hidden]), strict=True):
+    for a, b in zip(
+        gradients(mine, [hidden], retain_graph=False), gradients(expected, [hidden]), strict=True
+    ):
         torch.testing.assert_close(a, b)

@@ -1,4 +1,5 @@
-"""Drafting yields the text of plain greedy decoding, and guesses what the heads predict in training."""
+"""Drafting yields the text of plain greedy decoding, and guesses what the heads predict in
+training."""
 
 from __future__ import annotations
 
@@ -14,7 +15,9 @@ from nitp_ops.engine.base import Context
 from nitp_ops.engine.modules.blocks import Block
 from nitp_ops.objectives import CompositeObjective, KeyValues, ModelInfo, Streams, build
 
-INFO = ModelInfo(hidden_size=8, vocab_size=5, num_layers=1, dtype=torch.float64, initializer_range=0.5)
+INFO = ModelInfo(
+    hidden_size=8, vocab_size=5, num_layers=1, dtype=torch.float64, initializer_range=0.5
+)
 SPECS = (
     "ntp + mtp_shared",
     "ntp + mtp_parallel",
@@ -41,7 +44,13 @@ class Model(nn.Module):
     def forward(self, ids: Tensor) -> Streams:
         residual = self.block(self.embed(ids), None)
         last = nn.functional.rms_norm(residual, residual.shape[-1:])
-        return Streams(token_ids=ids, last_hidden=last, last_residual=residual, head=self.head, embed=self.embed)
+        return Streams(
+            token_ids=ids,
+            last_hidden=last,
+            last_residual=residual,
+            head=self.head,
+            embed=self.embed,
+        )
 
 
 @dataclass
@@ -59,7 +68,11 @@ class Whole:
         assert streams.last_hidden is not None and streams.last_residual is not None
         last, residual = streams.last_hidden[:, -new:], streams.last_residual[:, -new:]
         return Streams(
-            token_ids=token_ids, last_hidden=last, last_residual=residual, head=streams.head, embed=streams.embed
+            token_ids=token_ids,
+            last_hidden=last,
+            last_residual=residual,
+            head=streams.head,
+            embed=streams.embed,
         )
 
     def cut(self, length: int) -> None:
@@ -101,7 +114,8 @@ def test_the_text_is_that_of_greedy_decoding(spec, seed, prompt, new, limit, sto
     assert found.new_tokens == expected.shape[1] - len(prompt)
     assert all(a <= d for a, d in zip(found.accepted, found.drafted, strict=True))
     if stop is None:
-        assert found.calls + sum(found.accepted) == new  # each call adds one token beside the drafts that came true
+        # each call adds one token beside the drafts that came true
+        assert found.calls + sum(found.accepted) == new
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -126,7 +140,8 @@ def training_guess(own: CompositeObjective, streams: Streams, part: str, positio
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "shared" not in spec])
 @pytest.mark.parametrize("cuts", [(4, 5, 9), (6, 7, 8), (2, 6, 11)])
 def test_a_guess_is_what_the_head_predicts_in_training(spec, cuts):
-    """The drafter reads a sequence in three pieces; its guesses before each come out wrong, right, or a mixture."""
+    """The drafter reads a sequence in three pieces; its guesses before each come out wrong, right,
+    or a mixture."""
     model, own = Model(7), objective(spec, 5)
     term = own.spec.terms[-1]
     drafter = term.drafter(dict(own.terms.items()).get(str(term.label)), own.info)
@@ -141,14 +156,21 @@ def test_a_guess_is_what_the_head_predicts_in_training(spec, cuts):
         if "sequential" in spec:
             told = torch.cat([ids[:, : known + 1], drafts[None]], dim=1)
             streams = model(told)
-            expected = [training_guess(own, streams, str(k), known - 1) for k in range(2, len(drafts) + 2)]
+            expected = [
+                training_guess(own, streams, str(k), known - 1) for k in range(2, len(drafts) + 2)
+            ]
         else:
             offsets = sorted(term.offsets)
             # tokens behind, which no state before them sees: a head is read where it has a target
             streams = model(torch.nn.functional.pad(ids[:, : known + 1], (0, max(offsets))))
-            places = [(min(k for k in offsets if k > ahead), ahead) for ahead in range(1, drafter.reach + 1)]
+            places = [
+                (min(k for k in offsets if k > ahead), ahead)
+                for ahead in range(1, drafter.reach + 1)
+            ]
             places = places[: len(drafts)]
-            expected = [training_guess(own, streams, str(k), known + ahead - k) for k, ahead in places]
+            expected = [
+                training_guess(own, streams, str(k), known + ahead - k) for k, ahead in places
+            ]
         assert drafts.tolist() == expected
 
 
@@ -172,7 +194,8 @@ def test_what_stood_on_a_wrong_draft_is_computed_again(source):
         assert torch.equal(drafts, anew.propose(hidden, tokens, whole, 3))
         for mine, expected in zip(kept.states, anew.states, strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
-        assert drafts[0] != ids[0, known + 1]  # so that modules 2 and 3 were told what did not come true
+        # so that modules 2 and 3 were told what did not come true
+        assert drafts[0] != ids[0, known + 1]
         start = known
 
 
@@ -196,14 +219,18 @@ def test_shared_logits_offer_their_next_most_probable_tokens():
     streams = model(torch.tensor([[1, 4, 2]]))
     order = model.head(streams.last_hidden[0, -1]).argsort(descending=True)
     assert (
-        drafter.propose(streams.last_hidden, torch.tensor([[1, 4, 2, 0]]), streams, 2).tolist() == order[1:3].tolist()
+        drafter.propose(streams.last_hidden, torch.tensor([[1, 4, 2, 0]]), streams, 2).tolist()
+        == order[1:3].tolist()
     )
 
 
 def test_the_models_softcap_scale_and_bias_take_part_in_every_choice():
-    info = replace(INFO, softcap=1e-3, logit_scale=1e3)  # the cap saturates: equal logits, the first of them wins
+    # the cap saturates: equal logits, the first of them wins
+    info = replace(INFO, softcap=1e-3, logit_scale=1e3)
     model = Model(2, info, bias=True)
-    found = objective("ntp + mtp_parallel", info=info).draft(Whole(model), torch.tensor([[1, 2]]), 8)
+    found = objective("ntp + mtp_parallel", info=info).draft(
+        Whole(model), torch.tensor([[1, 2]]), 8
+    )
     plain = greedy(model, torch.tensor([[1, 2]]), 8)
     ids = torch.tensor([[1, 2]])
     for _ in range(8):
@@ -218,7 +245,10 @@ def test_a_factorys_block_drafts_like_a_block_with_keys_and_values(offsets):
         incremental = False
 
     own = objective(f"ntp + mtp_parallel(offsets={offsets})")
-    other = objective(f"ntp + mtp_parallel(offsets={offsets})", info=replace(INFO, block_factory=lambda: Plain(INFO)))
+    other = objective(
+        f"ntp + mtp_parallel(offsets={offsets})",
+        info=replace(INFO, block_factory=lambda: Plain(INFO)),
+    )
     other.load_state_dict(own.state_dict())
     prompt = torch.tensor([[4, 0, 2]])
     one, two = own.draft(Whole(Model(9)), prompt, 20), other.draft(Whole(Model(9)), prompt, 20)
@@ -244,23 +274,32 @@ def test_attention_with_kept_keys_and_values_is_that_of_the_whole_sequence(piece
 @pytest.mark.parametrize(
     ("spec", "change", "error", "message"),
     [
-        ("ntp + nitp", {}, ValueError, r"^draft: ntp, nitp can not draft, expected an mtp_\* term with an offset"),
+        ("ntp + nitp", {}, ValueError, r"^draft: ntp, nitp can not draft, expected an mtp_\* term "
+                                       r"with an offset"),
         ("mtp_parallel(offsets=[1])", {}, ValueError, r"mtp_parallel can not draft"),
-        ("ntp + mtp_shared + mtp_sequential", {}, ValueError, r"mtp_shared, mtp_sequential can draft, expected label"),
-        ("ntp + mtp_shared", {"label": "mtp_shred"}, ValueError, r'one of ntp, mtp_shared. Did you mean "mtp_sh'),
+        ("ntp + mtp_shared + mtp_sequential", {}, ValueError, r"mtp_shared, mtp_sequential can "
+                                                              r"draft, expected label"),
+        ("ntp + mtp_shared", {"label": "mtp_shred"}, ValueError, r'one of ntp, mtp_shared. Did '
+                                                                 r'you mean "mtp_sh'),
         ("ntp + mtp_shared", {"label": "ntp"}, ValueError, r"^draft: ntp can not draft"),
-        ("ntp + mtp_shared", {"new_tokens": 0}, ValueError, r"^draft: new_tokens is 0, expected an integer >= 1$"),
-        ("ntp + mtp_shared", {"max_drafts": -1}, ValueError, r"^draft: max_drafts is -1, expected an integer >= 0$"),
-        ("ntp + mtp_shared", {"prompt": torch.tensor([[1], [2]])}, ValueError, r"prompt has shape \(2, 1\)"),
+        ("ntp + mtp_shared", {"new_tokens": 0}, ValueError, r"^draft: new_tokens is 0, expected "
+                                                            r"an integer >= 1$"),
+        ("ntp + mtp_shared", {"max_drafts": -1}, ValueError, r"^draft: max_drafts is -1, expected "
+                                                             r"an integer >= 0$"),
+        ("ntp + mtp_shared", {"prompt": torch.tensor([[1], [2]])}, ValueError, r"prompt has shape "
+                                                                               r"\(2, 1\)"),
         ("ntp + mtp_shared", {"prompt": torch.tensor([[]]).long()}, ValueError, r"prompt has shape \(1, 0\)"),
-        ("ntp + mtp_shared", {"prompt": torch.zeros(1, 3)}, TypeError, r"prompt is torch.float32, expected an int64"),
+        ("ntp + mtp_shared", {"prompt": torch.zeros(1, 3)}, TypeError, r"prompt is torch.float32, "
+                                                                       r"expected an int64"),
         ("ntp + mtp_shared", {"prompt": [1, 2]}, TypeError, r"prompt is list, expected an int64"),
     ],
 )  # fmt: skip
 def test_unfit_arguments_are_refused_by_name(spec, change, error, message):
     given = {"prompt": torch.tensor([[1, 2]]), "new_tokens": 4} | change
     with pytest.raises(error, match=message):
-        objective(spec).draft(Whole(Model(0)), given.pop("prompt"), given.pop("new_tokens"), **given)
+        objective(spec).draft(
+            Whole(Model(0)), given.pop("prompt"), given.pop("new_tokens"), **given
+        )
 
 
 def test_a_trunk_that_breaks_its_word_is_refused_by_name():
@@ -274,10 +313,16 @@ def test_a_trunk_that_breaks_its_word_is_refused_by_name():
 
     own = objective("ntp + mtp_sequential(source=last_residual)")
     with pytest.raises(
-        ValueError, match=r"^draft: the trunk's streams lack last_residual, head, embed, expected last_"
+        ValueError,
+        match=r"^draft: the trunk's streams lack last_residual, head, embed, expected "
+        r"last_",
     ):
         own.draft(Silent(Model(0)), torch.tensor([[1, 2]]), 4)
     with pytest.raises(ValueError, match=r"returned streams of shape \(1, 4\), expected \(1, 2\)"):
         own.draft(Long(Model(0)), torch.tensor([[1, 2]]), 4)
-    with pytest.raises(TypeError, match=r"^draft: trunk.extend returned a Tensor, expected Streams$"):
+    with pytest.raises(
+        TypeError,
+        match=r"^draft: trunk.extend returned a Tensor, expected "
+        r"Streams$",
+    ):
         own.draft(type("Bare", (), {"extend": lambda self, ids: ids})(), torch.tensor([[1, 2]]), 4)

@@ -1,4 +1,5 @@
-"""The calculator of bytes on a mesh, and the description of a part of a sequence, without any second process."""
+"""The calculator of bytes on a mesh, and the description of a part of a sequence, without any
+second process."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ def by_purpose(spec: str, mesh: Mesh, **options: int) -> dict[str, int]:
 
 
 def test_the_page_is_what_the_calculator_says():
-    assert PAGE.read_text() == scaling.page(), "run python -m nitp_ops.engine.reports.scaling > docs/scaling.md"
+    assert PAGE.read_text() == scaling.page(), (
+        "run python -m nitp_ops.engine.reports.scaling > docs/scaling.md"
+    )
 
 
 def test_the_page_has_the_papers_widths():
@@ -43,7 +46,8 @@ def test_what_a_rank_sends_is_the_formula_written_out():
         "reduce-scatter gradients of nitp": projector * 15 // 16,
         "all-gather parameters of head": 2 * head * 15 // 16,
         "reduce-scatter gradients of head": head * 15 // 16,
-        # one row of 64 bfloat16 numbers at the start of each of 2 x 2 chunks, of which half is the rank's own
+        # one row of 64 bfloat16 numbers at the start of each of 2 x 2 chunks, of which half is the
+        # rank's own
         "all-gather rows past the chunks": 4 * 64 * 2 // 2,
         # maximum, prediction, sum, target: float32
         "all-gather softmax across the vocabulary": rows * 4 * 4 * 3,
@@ -55,16 +59,26 @@ def test_what_a_rank_sends_is_the_formula_written_out():
 def test_a_single_rank_sends_nothing_and_holds_the_chunk():
     cost = footprint("ntp + nitp", WIDE, Mesh(), tokens=4096)
     assert cost.traffic == () and cost.sent == 0
-    plan = nitp_ops.explain("linear_cross_entropy", rows=4096, width=64, vocabulary=512, dtype=torch.bfloat16)
-    assert cost.memory["the largest pass: its parameters whole, its chunk"] >= 512 * 64 * 2 + plan.peak_bytes
+    plan = nitp_ops.explain(
+        "linear_cross_entropy", rows=4096, width=64, vocabulary=512, dtype=torch.bfloat16
+    )
+    assert (
+        cost.memory["the largest pass: its parameters whole, its chunk"]
+        >= 512 * 64 * 2 + plan.peak_bytes
+    )
     assert cost.memory["tapped states"] == 4096 * 64 * 2 and cost.peak == sum(cost.memory.values())
 
 
 def test_targets_that_share_rows_share_their_sums():
-    one, three = (by_purpose(spec, Mesh(tp=2)) for spec in ("ntp", "ntp + mtp_shared(offsets=[2, 3])"))
+    one, three = (
+        by_purpose(spec, Mesh(tp=2)) for spec in ("ntp", "ntp + mtp_shared(offsets=[2, 3])")
+    )
     kind = "all-gather softmax across the vocabulary"
     assert three[kind] - one[kind] == 2 * 4096 * 4
-    assert three["all-reduce hidden gradients across it"] == one["all-reduce hidden gradients across it"]
+    assert (
+        three["all-reduce hidden gradients across it"]
+        == one["all-reduce hidden gradients across it"]
+    )
 
 
 @pytest.mark.parametrize("name", available())
@@ -91,7 +105,10 @@ def test_the_command_prints_what_a_rank_sends(capsys: pytest.CaptureFixture[str]
     sizes = ["--hidden", "64", "--vocab", "512", "--layers", "24", "--tokens", "4096"]
     assert command.main(["explain", "ntp + nitp", *sizes, "--mesh", "tp=2,dp=4,cp=2"]) == 0
     text = capsys.readouterr().out
-    assert "on each rank of a mesh tp=2,dp=4,cp=2:" in text and "rows past the chunks: all-gather" in text
+    assert (
+        "on each rank of a mesh tp=2,dp=4,cp=2:" in text
+        and "rows past the chunks: all-gather" in text
+    )
     assert "bytes sent a step of one microbatch" in text
     assert command.main(["explain", "ntp", *sizes, "--mesh", "tp=2,dp"]) == 2
     assert 'mesh: an axis is "dp"' in capsys.readouterr().err
@@ -101,7 +118,10 @@ def test_one_rank_that_holds_all_chunks_computes_what_it_does_without_a_shard():
     batch = make_batch(length=8)
     for layout in ("contiguous", "zigzag"):
         shard = SequenceShard(length=8, layout=layout)  # type: ignore[arg-type]
-        for spec in ("ntp + nitp(shift=2) + nextlat + top + mtp_shared", "nitp(shift=0, stop_gradient=false)"):
+        for spec in (
+            "ntp + nitp(shift=2) + nextlat + top + mtp_shared",
+            "nitp(shift=0, stop_gradient=false)",
+        ):
             objective = build(spec, model=INFO)
             mine, plain = (objective(batch.streams(shard=given)).loss for given in (shard, None))
             torch.testing.assert_close(mine, plain, rtol=1e-12, atol=1e-12)
@@ -117,7 +137,9 @@ def test_one_rank_that_holds_all_chunks_computes_what_it_does_without_a_shard():
 def test_which_positions_each_rank_holds(layout, expected, monkeypatch: pytest.MonkeyPatch):
     for rank, positions in enumerate(expected):
         monkeypatch.setattr(context_parallel, "group_size", lambda group, rank=rank: (4, rank))
-        assert SequenceShard(length=16, layout=layout).take(torch.arange(16).view(1, 16)).tolist() == [positions]
+        assert SequenceShard(length=16, layout=layout).take(
+            torch.arange(16).view(1, 16)
+        ).tolist() == [positions]
 
 
 def test_a_part_that_does_not_fit_is_refused_by_name():
@@ -137,7 +159,13 @@ def test_a_part_that_does_not_fit_is_refused_by_name():
 
 
 @pytest.mark.parametrize(
-    "spec", ["cosine_regularizer", "mtp_sequential", "nitp(stop_gradient=false)", "mtp_parallel(offsets=[2])"]
+    "spec",
+    [
+        "cosine_regularizer",
+        "mtp_sequential",
+        "nitp(stop_gradient=false)",
+        "mtp_parallel(offsets=[2])",
+    ],
 )
 def test_a_term_that_needs_the_whole_sequence_is_refused_before_anything_runs(spec: str):
     streams = make_batch(length=8).streams(shard=SequenceShard(length=8))

@@ -1,4 +1,5 @@
-"""Own parameters and buffers that move to the meta device and come back have their values, or those of the seed."""
+"""Own parameters and buffers that move to the meta device and come back have their values, or those
+of the seed."""
 
 from __future__ import annotations
 
@@ -28,16 +29,23 @@ class Rotary(nn.Module):
 
 
 def built(factory: Callable[[], nn.Module] | None) -> CompositeObjective:
-    return build(SPEC, model=ModelInfo(hidden_size=8, vocab_size=16, num_layers=4, block_factory=factory))
+    return build(
+        SPEC, model=ModelInfo(hidden_size=8, vocab_size=16, num_layers=4, block_factory=factory)
+    )
 
 
 def values(objective: nn.Module) -> dict[str, Tensor]:
-    return {name: x.detach().clone() for name, x in (*objective.named_parameters(), *objective.named_buffers())}
+    return {
+        name: x.detach().clone()
+        for name, x in (*objective.named_parameters(), *objective.named_buffers())
+    }
 
 
 def equal(objective: nn.Module, expected: dict[str, Tensor]) -> bool:
     found = values(objective)
-    return found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
+    return found.keys() == expected.keys() and all(
+        torch.equal(found[name], x) for name, x in expected.items()
+    )
 
 
 @pytest.fixture(params=[None, Rotary], ids=["plain block", "block with buffers"])
@@ -45,7 +53,9 @@ def factory(request: pytest.FixtureRequest) -> Any:
     return request.param
 
 
-def test_what_was_built_on_the_meta_device_gets_the_values_of_the_seed_wherever_it_goes(factory: Any):
+def test_what_was_built_on_the_meta_device_gets_the_values_of_the_seed_wherever_it_goes(
+    factory: Any,
+):
     plain = values(built(factory))
     with torch.device("meta"):
         late = built(factory)
@@ -72,7 +82,9 @@ def test_a_term_that_went_alone_is_drawn_and_the_others_stay():
     with torch.no_grad():
         for parameter in objective.parameters():
             parameter.add_(1)
-    expected = {name: seeded[name] if "nitp" in name else x for name, x in values(objective).items()}
+    expected = {
+        name: seeded[name] if "nitp" in name else x for name, x in values(objective).items()
+    }
     objective.terms["nitp"].to("meta")
     objective.materialize(torch.device("cpu"))
     assert equal(objective, expected)

@@ -22,7 +22,9 @@ SPEC = "ntp + 0.8*nitp + early: 0.5*nitp(target_layer=0, mask=document+label, de
     cuts=st.sets(st.integers(1, 5), max_size=4),
     valid=st.lists(st.integers(0, 7), min_size=6, max_size=6),
 )
-def test_microbatches_with_the_counts_of_the_window_give_the_whole_batch(cuts: set[int], valid: list[int]):
+def test_microbatches_with_the_counts_of_the_window_give_the_whole_batch(
+    cuts: set[int], valid: list[int]
+):
     batch = make_batch(batch=6)
     batch.documents = torch.where(torch.arange(7) < torch.tensor(valid)[:, None], 0, -1)
     batch.extra["target_mask"] = torch.rand(6, 7, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -67,7 +69,11 @@ def test_a_part_without_rows_and_a_row_without_weight_show_no_nan():
     out = build("ntp", model=INFO)(batch.streams(token_weight=weight))
     assert out.metrics.compute()["ntp/loss"] == pytest.approx(out.loss.item())
     silent = build("ntp + 0*nitp", model=INFO)(batch.streams(token_weight=weight)).metrics.compute()
-    assert silent["loss/nitp"] == 0 and silent["loss"] == silent["loss/ntp"] and math.isnan(silent["nitp/loss"])
+    assert (
+        silent["loss/nitp"] == 0
+        and silent["loss"] == silent["loss/ntp"]
+        and math.isnan(silent["nitp/loss"])
+    )
 
 
 def test_the_unweighted_mean_stands_beside_the_contribution():
@@ -87,9 +93,13 @@ def test_a_row_without_a_target_is_never_right_whatever_the_ignore_index():
     batch = make_batch()
     labels = batch.ids.clone()
     labels[:, 2:] = -1
-    metrics = build("ntp", model=INFO)(batch.streams(labels=labels, ignore_index=-1)).metrics.compute()
+    metrics = build("ntp", model=INFO)(
+        batch.streams(labels=labels, ignore_index=-1)
+    ).metrics.compute()
     right = batch.head(batch.hidden[:, 0]).argmax(-1) == batch.ids[:, 1]
-    assert metrics["ntp/count"] == 3 and metrics["ntp/accuracy"] == pytest.approx(right.double().mean().item())
+    assert metrics["ntp/count"] == 3 and metrics["ntp/accuracy"] == pytest.approx(
+        right.double().mean().item()
+    )
 
 
 def test_floor_and_skill_follow_their_definitions():
@@ -141,7 +151,11 @@ def test_skill_has_no_value_where_the_targets_are_all_alike():
 
 def test_only_the_cosine_distance_has_a_floor():
     metrics = build([NITP(distance="mse")], model=INFO)(make_batch().streams()).metrics.compute()
-    assert "nitp/floor" not in metrics and "nitp/skill" not in metrics and metrics["nitp/target_norm"] > 0
+    assert (
+        "nitp/floor" not in metrics
+        and "nitp/skill" not in metrics
+        and metrics["nitp/target_norm"] > 0
+    )
 
 
 def test_the_sum_of_unit_targets_is_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch):
@@ -157,13 +171,19 @@ def test_the_sum_of_unit_targets_is_the_same_in_blocks(monkeypatch: pytest.Monke
 
 def test_metrics_hold_no_graph():
     out = build(SPEC, model=INFO)(make_batch().streams())
-    assert not any(value.requires_grad for own in out.metrics.sums.values() for value in own.values())
+    assert not any(
+        value.requires_grad for own in out.metrics.sums.values() for value in own.values()
+    )
 
 
 def test_counting_needs_no_hidden_stream():
     batch = make_batch()
     counts = build(SPEC, model=INFO).count(Streams(token_ids=batch.ids))
-    assert {name: value.item() for name, value in counts.items()} == {"ntp": 18, "nitp": 18, "early": 18}
+    assert {name: value.item() for name, value in counts.items()} == {
+        "ntp": 18,
+        "nitp": 18,
+        "early": 18,
+    }
     assert all(value.dtype == torch.int64 and value.dim() == 0 for value in counts.values())
 
 
@@ -196,9 +216,13 @@ def test_gradient_reduction_mean_multiplies_the_loss_and_not_the_metrics():
 def test_float32_losses_carry_the_digits_of_one_minus_cosine():
     info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5)
     base = torch.randn(1, 40, 6).bfloat16()
-    streams = Streams(token_ids=torch.zeros(1, 40).long(), last_hidden=base, hidden_states={1: base.roll(1, 1)})
+    streams = Streams(
+        token_ids=torch.zeros(1, 40).long(), last_hidden=base, hidden_states={1: base.roll(1, 1)}
+    )
     out = build("nitp(projector=none)", model=info)(streams)
-    assert out.loss.dtype == torch.float32 and out.metrics.compute()["nitp/loss"] == pytest.approx(0, abs=1e-6)
+    assert out.loss.dtype == torch.float32 and out.metrics.compute()["nitp/loss"] == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_without_a_process_group_nothing_is_reduced():

@@ -13,7 +13,8 @@ from nitp_ops.engine.modules.module_call import inside_call
 
 
 def casting(module: nn.Module) -> list[str]:
-    """Hooks as an engine's: they cast every float that enters or leaves, and log when gradients pass."""
+    """Hooks as an engine's: they cast every float that enters or leaves, and log when gradients
+    pass."""
     passed: list[str] = []
 
     def logged(tensor: Any, name: str) -> Tensor:
@@ -40,10 +41,17 @@ def test_hooks_run_in_order_and_change_nothing():
         return z.square().sum(), z.detach(), option
 
     loss, z, option = inside_call(module, [x, frozen, "as it is"], use)
-    assert option == "as it is" and loss.dtype == z.dtype == torch.float32 and passed == ["enters", "leaves"]
+    assert (
+        option == "as it is"
+        and loss.dtype == z.dtype == torch.float32
+        and passed == ["enters", "leaves"]
+    )
     loss.backward()
     # parameters are there before anything is differentiated, and left alone when all is
-    assert differentiated == ["after leaves gradient"] and passed[2:] == ["leaves gradient", "enters gradient"]
+    assert differentiated == ["after leaves gradient"] and passed[2:] == [
+        "leaves gradient",
+        "enters gradient",
+    ]
     mine = [x.grad, module.weight.grad]
     x.grad = module.weight.grad = None
     (nn.functional.linear(x, module.weight) + frozen.sum()).square().sum().backward()
@@ -64,7 +72,9 @@ def test_inputs_without_a_gradient_leave_one_to_the_parameters(trained: bool):
     module = nn.Linear(4, 3).requires_grad_(trained)
     passed = casting(module)
     stats = inside_call(
-        module, [torch.ones(2, 4)], lambda x: TokenStats(*[(x @ module.weight.T).sum(-1)] * len(TokenStats._fields))
+        module,
+        [torch.ones(2, 4)],
+        lambda x: TokenStats(*[(x @ module.weight.T).sum(-1)] * len(TokenStats._fields)),
     )
     assert isinstance(stats, TokenStats) and stats.loss.requires_grad == trained
     if trained:
@@ -96,7 +106,9 @@ def test_it_is_compiled_into_one_graph():
     module.register_forward_pre_hook(lambda _, args: None)
 
     def loss(x: Tensor) -> Tensor:
-        return inside_call(module, [x], lambda x: nn.functional.linear(x, module.weight).square().sum())
+        return inside_call(
+            module, [x], lambda x: nn.functional.linear(x, module.weight).square().sum()
+        )
 
     (expected,) = torch.autograd.grad(loss(x), x)
     (mine,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager", fullgraph=True)(x), x)

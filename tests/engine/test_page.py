@@ -17,15 +17,23 @@ SIZES = ["--hidden", "1280", "--vocab", "152064", "--layers", "24"]
 
 
 def test_the_page_is_what_the_registry_says():
-    assert PAGE.read_text() == pages.page(), "run python -m nitp_ops.engine.reports.pages > docs/objectives.md"
+    assert PAGE.read_text() == pages.page(), (
+        "run python -m nitp_ops.engine.reports.pages > docs/objectives.md"
+    )
 
 
 def test_every_objective_has_a_section_with_its_options_and_its_source():
     sections = {text.partition("\n")[0]: text for text in pages.page().split("\n## ")[1:]}
     assert set(sections) == set(available())
-    assert "| kl_weight | a number | `1.0` |" in sections["nextlat"] and "arXiv 2511.05963" in sections["nextlat"]
+    assert (
+        "| kl_weight | a number | `1.0` |" in sections["nextlat"]
+        and "arXiv 2511.05963" in sections["nextlat"]
+    )
     assert "hidden_states[5] of 24 blocks" in sections["nitp"]
-    assert all("\n```python\n>>> " in text and "``\n" not in text.replace("```\n", "") for text in sections.values())
+    assert all(
+        "\n```python\n>>> " in text and "``\n" not in text.replace("```\n", "")
+        for text in sections.values()
+    )
 
 
 def test_the_command_lists_every_objective_with_its_equation(capsys: pytest.CaptureFixture[str]):
@@ -39,7 +47,9 @@ def test_explain_gives_bytes_and_the_plan_of_passes(capsys: pytest.CaptureFixtur
     spec = "ntp + 0.8*nitp + nextlat + more: ntp(z_loss=1e-4)"
     assert command.main(["explain", spec, *SIZES, "--tokens", "4096"]) == 0
     text = capsys.readouterr().out
-    assert f"bytes a token: {2 * 1280 * 4:,} read (2 hidden streams of d numbers of 4 bytes)" in text
+    assert (
+        f"bytes a token: {2 * 1280 * 4:,} read (2 hidden streams of d numbers of 4 bytes)" in text
+    )
     assert "passes over 4,096 tokens:" in text
     assert "ntp, more: one pass over the unembedding; linear_cross_entropy: 2 x 4096 rows" in text
     assert "nitp: a pass of its own" in text
@@ -55,7 +65,9 @@ def test_explain_gives_bytes_and_the_plan_of_passes(capsys: pytest.CaptureFixtur
     ],
 )
 def test_explain_counts_the_sets_of_rows_that_share_a_pass(spec: str, rows: str):
-    text = build(spec, model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4)).explain(tokens=64)
+    text = build(spec, model=ModelInfo(hidden_size=8, vocab_size=32, num_layers=4)).explain(
+        tokens=64
+    )
     assert f"one pass over the unembedding; linear_cross_entropy: {rows} in" in text
 
 
@@ -73,5 +85,8 @@ def test_a_term_without_a_projector_adds_no_parameter():
 
 def test_narrow_models_read_fewer_bytes():
     half = ModelInfo(hidden_size=8, vocab_size=32, num_layers=4, dtype=torch.bfloat16)
-    assert "bytes a token: 16 read (1 hidden stream of d numbers of 2 bytes)" in build("ntp", model=half).explain()
+    assert (
+        "bytes a token: 16 read (1 hidden stream of d numbers of 2 bytes)"
+        in build("ntp", model=half).explain()
+    )
     assert "bytes a token" not in build("external", model=INFO).explain()

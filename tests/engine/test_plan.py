@@ -1,4 +1,5 @@
-"""Head terms in one pass: the plan equals the sum of its terms, and a weight of zero keeps a term out."""
+"""Head terms in one pass: the plan equals the sum of its terms, and a weight of zero keeps a term
+out."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ from tests.support.objectives_cases import INFO, Batch, assert_same, gradients, 
     masked=st.lists(st.booleans(), min_size=21, max_size=21),
 )
 def test_the_plan_equals_the_sum_of_its_terms(weights, smoothing, z_loss, softcap, bias, masked):
-    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, softcap=softcap, dtype=torch.float64)
+    info = ModelInfo(
+        hidden_size=6, vocab_size=11, num_layers=5, softcap=softcap, dtype=torch.float64
+    )
     batch = make_batch(bias=bias)
     batch.extra["target_mask"] = torch.tensor(masked).view(3, 7)
     terms = [
@@ -68,7 +71,9 @@ def spoiled(batch: Batch) -> Batch:
     ],
     ids=["nitp", "two-sided nitp", "mse", "a second head term", "a schedule before its begin"],
 )
-def test_a_term_of_weight_zero_leaves_the_other_gradients_bit_identical(extra: NTP | NITP, backend: str | None):
+def test_a_term_of_weight_zero_leaves_the_other_gradients_bit_identical(
+    extra: NTP | NITP, backend: str | None
+):
     batch = make_batch()
     main = gradients(build("ntp", model=INFO, backend=backend)(batch.streams()).loss, batch.leaves)
     objective = build([NTP(), extra], model=INFO, backend=backend)
@@ -85,7 +90,9 @@ def test_a_nan_under_a_weight_of_zero_stays_out_and_parameters_still_get_zeros(
 ):
     batch = spoiled(make_batch())
     main = build("ntp", model=INFO)(batch.streams()).loss
-    objective = build([NTP(), NITP(weight=0, stop_gradient=stop_gradient)], model=INFO, backend=backend)
+    objective = build(
+        [NTP(), NITP(weight=0, stop_gradient=stop_gradient)], model=INFO, backend=backend
+    )
     out = objective(batch.streams())
     expected = gradients(main, batch.leaves)
     out.loss.backward()
@@ -94,9 +101,14 @@ def test_a_nan_under_a_weight_of_zero_stays_out_and_parameters_still_get_zeros(
         got = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     for parameter in objective.parameters():
-        assert parameter.grad is not None and torch.equal(parameter.grad, torch.zeros_like(parameter))
+        assert parameter.grad is not None and torch.equal(
+            parameter.grad, torch.zeros_like(parameter)
+        )
     metrics = out.metrics.compute()
-    assert metrics["loss"] == pytest.approx(main.item()) and metrics["nitp/loss"] != metrics["nitp/loss"]
+    assert (
+        metrics["loss"] == pytest.approx(main.item())
+        and metrics["nitp/loss"] != metrics["nitp/loss"]
+    )
 
 
 def test_a_nan_in_projector_weights_of_weight_zero_stays_out():
@@ -105,7 +117,9 @@ def test_a_nan_in_projector_weights_of_weight_zero_stays_out():
     with torch.no_grad():
         next(objective.parameters()).fill_(torch.nan)
     out = objective(batch.streams())
-    assert out.loss.isfinite() and all(g.isfinite().all() for g in gradients(out.loss, batch.leaves))
+    assert out.loss.isfinite() and all(
+        g.isfinite().all() for g in gradients(out.loss, batch.leaves)
+    )
 
 
 def test_a_term_of_weight_zero_is_still_measured():
@@ -144,7 +158,9 @@ def test_the_weight_of_a_hooked_head_is_read_between_its_hooks():
     assert "forward" not in head.__dict__ and head.weight.isnan().all()
 
 
-@pytest.mark.parametrize("spec", ["ntp", "nextlat", "ntp + mtp_shared + mtp_sequential + nextlat + last: 0*nextlat"])
+@pytest.mark.parametrize(
+    "spec", ["ntp", "nextlat", "ntp + mtp_shared + mtp_sequential + nextlat + last: 0*nextlat"]
+)
 def test_all_readers_of_the_head_share_one_call_and_hooks_see_nothing_of_it(spec: str):
     batch, seen = make_batch(), []
     expected = build(spec, model=INFO)
@@ -167,7 +183,11 @@ def test_a_head_that_fails_gets_its_own_forward_back():
 def test_a_leaf_tensor_is_a_head():
     batch = make_batch(bias=False)
     objective = build("ntp", model=INFO)
-    assert_same(objective(batch.streams(head=batch.head.weight)).loss, objective(batch.streams()).loss, batch.leaves)
+    assert_same(
+        objective(batch.streams(head=batch.head.weight)).loss,
+        objective(batch.streams()).loss,
+        batch.leaves,
+    )
 
 
 class Adapter(nn.Module):
@@ -187,8 +207,16 @@ class Adapter(nn.Module):
         (lambda head: Adapter(head), "head is a Adapter with submodules base_layer"),
         (lambda head: nn.Identity(), "head is a Identity, expected a module with a weight"),
         (lambda head: "lm_head", "head is a str"),
-        (lambda head: nn.Linear(6, 12), r"^objective: head has a weight of shape \(12, 6\), expected \(11, 6\) \(Mo"),
-        (lambda head: nn.Linear(5, 11), r"^objective: head has a weight of shape \(11, 5\), expected \(11, 6\) \(Mo"),
+        (
+            lambda head: nn.Linear(6, 12),
+            r"^objective: head has a weight of shape \(12, 6\), "
+            r"expected \(11, 6\) \(Mo",
+        ),
+        (
+            lambda head: nn.Linear(5, 11),
+            r"^objective: head has a weight of shape \(11, 5\), "
+            r"expected \(11, 6\) \(Mo",
+        ),
     ],
 )
 def test_what_is_no_head_is_refused(make, message: str):
@@ -210,22 +238,35 @@ def test_a_frozen_head_gets_no_gradient_and_changes_no_other():
 
 def test_missing_streams_are_named_before_anything_runs():
     streams = Streams(token_ids=make_batch().ids)
-    with pytest.raises(ValueError, match=r"streams lacks head, hidden_states\[1\], last_hidden, expected"):
+    with pytest.raises(
+        ValueError,
+        match=r"streams lacks head, hidden_states\[1\], last_hidden, "
+        r"expected",
+    ):
         build("ntp + nitp", model=INFO)(streams)
 
 
 def test_a_hidden_stream_of_another_width_is_refused():
     batch = make_batch()
-    with pytest.raises(ValueError, match=r"last_hidden has shape \(3, 7, 5\), expected \(3, 7, 6\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"last_hidden has shape \(3, 7, 5\), expected \(3, 7, "
+        r"6\)",
+    ):
         build("ntp + nitp", model=INFO)(batch.streams(last_hidden=batch.hidden[..., :5]))
 
 
 def test_terms_that_read_one_narrow_stream_share_a_float32_gradient():
-    """Equal to the float32 sum of the separate gradients, rounded once; separate ones are rounded once each."""
+    """Equal to the float32 sum of the separate gradients, rounded once; separate ones are rounded
+    once each."""
     batch = make_batch(batch=4, length=40)
     head = nn.Linear(INFO.hidden_size, INFO.vocab_size, dtype=torch.bfloat16)
     info = replace(INFO, dtype=torch.bfloat16)
-    streams = {"head": head, "hidden_states": {1: batch.states[1].detach().bfloat16()}, "last_residual": None}
+    streams = {
+        "head": head,
+        "hidden_states": {1: batch.states[1].detach().bfloat16()},
+        "last_residual": None,
+    }
 
     def gradient(spec: str, dtype: torch.dtype) -> Tensor:
         hidden = batch.hidden.detach().bfloat16().to(dtype).requires_grad_()
@@ -248,7 +289,12 @@ def test_other_hidden_states_leave_the_rest_of_the_streams_as_it_is():
         teacher: Tensor | None = None
 
     batch = make_batch()
-    streams = More(token_ids=batch.ids, document_ids=batch.ids, last_hidden=batch.hidden, teacher=batch.residual)
+    streams = More(
+        token_ids=batch.ids,
+        document_ids=batch.ids,
+        last_hidden=batch.hidden,
+        teacher=batch.residual,
+    )
     wide = batch.hidden.detach()
     other = streams.with_hidden({"last_hidden": wide})
     # the same objects: tensors are not compared by value
@@ -276,13 +322,17 @@ def test_a_negative_label_among_several_is_an_error_and_no_absent_target():
 
 
 def test_gradients_of_two_terms_into_a_narrow_stream_are_rounded_once():
-    info = ModelInfo(hidden_size=16, vocab_size=32, num_layers=2, dtype=torch.bfloat16, initializer_range=0.5)
+    info = ModelInfo(
+        hidden_size=16, vocab_size=32, num_layers=2, dtype=torch.bfloat16, initializer_range=0.5
+    )
     narrow, head = torch.randn(3, 20, 16).bfloat16(), nn.Linear(16, 32, bias=False).bfloat16()
     objective = build("ntp + nitp(target_layer=1)", model=info)
     ids, states = torch.randint(32, (3, 20)), {1: torch.randn(3, 20, 16).bfloat16()}
 
     def gradient(hidden: Tensor) -> Tensor:
-        streams = Streams(token_ids=ids, last_hidden=hidden.requires_grad_(), hidden_states=states, head=head)
+        streams = Streams(
+            token_ids=ids, last_hidden=hidden.requires_grad_(), hidden_states=states, head=head
+        )
         return torch.autograd.grad(objective(streams).loss, hidden)[0]
 
     assert torch.equal(gradient(narrow.clone()), gradient(narrow.float()).bfloat16())

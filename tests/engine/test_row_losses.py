@@ -1,4 +1,5 @@
-"""Losses of whole rows of logits, a chunk at a time: any formula gets its gradients, and no [N, V] tensor appears."""
+"""Losses of whole rows of logits, a chunk at a time: any formula gets its gradients, and no [N, V]
+tensor appears."""
 
 from __future__ import annotations
 
@@ -40,14 +41,18 @@ def test_it_is_the_sum_over_kept_rows_with_the_gradients_of_autograd():
     loss, rows = sum_of_rows(hidden, weight, bias, KEEP, INFO, quartic)
     torch.testing.assert_close(rows, expected.detach() * KEEP)
     torch.testing.assert_close(loss, expected[KEEP].sum())
-    ours, theirs = (gradients(x, [hidden, weight]) for x in (0.37 * loss, 0.37 * expected[KEEP].sum()))
+    ours, theirs = (
+        gradients(x, [hidden, weight]) for x in (0.37 * loss, 0.37 * expected[KEEP].sum())
+    )
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
 
 
 def test_its_gradient_is_that_of_finite_differences():
     hidden, weight = leaf(ROWS, WIDTH), leaf(VOCABULARY, WIDTH)
-    assert torch.autograd.gradcheck(lambda h, w: sum_of_rows(h, w, None, KEEP, INFO, quartic)[0], (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: sum_of_rows(h, w, None, KEEP, INFO, quartic)[0], (hidden, weight)
+    )
 
 
 @pytest.mark.usefixtures("chunk_rows")
@@ -56,7 +61,9 @@ def test_a_row_that_is_not_kept_reaches_nothing_whatever_it_holds():
 
     def spoiling(z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         losses, dz = quartic(z, rows)
-        return losses.masked_fill(~KEEP[rows], torch.nan), dz.masked_fill(~KEEP[rows].unsqueeze(1), torch.inf)
+        return losses.masked_fill(~KEEP[rows], torch.nan), dz.masked_fill(
+            ~KEEP[rows].unsqueeze(1), torch.inf
+        )
 
     clean, _ = sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)
     expected = gradients(clean, [hidden, weight])
@@ -79,8 +86,13 @@ def test_only_wanted_gradients_are_formed():
     assert (both.products, frozen.products, silent.products) == (3, 2, 1)
 
 
-def test_the_gradient_of_a_narrow_weight_is_summed_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch):
-    hidden, weight = leaf(512, WIDTH, dtype=torch.bfloat16), leaf(VOCABULARY, WIDTH, dtype=torch.bfloat16)
+def test_the_gradient_of_a_narrow_weight_is_summed_over_chunks_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    hidden, weight = (
+        leaf(512, WIDTH, dtype=torch.bfloat16),
+        leaf(VOCABULARY, WIDTH, dtype=torch.bfloat16),
+    )
     keep = torch.ones(512, dtype=torch.bool)
     exact_hidden, exact = (x.detach().double().requires_grad_() for x in (hidden, weight))
     expected = gradients(sum_of_rows(exact_hidden, exact, None, keep, INFO, quartic)[0], [exact])[0]
@@ -95,7 +107,10 @@ def test_the_gradient_of_a_narrow_weight_is_summed_over_chunks_in_float32(monkey
 
 
 def test_a_tiny_upstream_gradient_survives_a_float16_weight():
-    hidden, weight = leaf(ROWS, WIDTH, dtype=torch.float32), leaf(VOCABULARY, WIDTH, dtype=torch.float16)
+    hidden, weight = (
+        leaf(ROWS, WIDTH, dtype=torch.float32),
+        leaf(VOCABULARY, WIDTH, dtype=torch.float16),
+    )
     loss, _ = sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)
     (one,), (tiny,) = gradients(loss, [hidden]), gradients(1e-9 * loss, [hidden])
     torch.testing.assert_close(1e9 * tiny, one, rtol=1e-6, atol=1e-6)
@@ -103,7 +118,9 @@ def test_a_tiny_upstream_gradient_survives_a_float16_weight():
 
 def test_a_second_derivative_is_refused():
     hidden, weight = leaf(ROWS, WIDTH), leaf(VOCABULARY, WIDTH)
-    (first,) = torch.autograd.grad(sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)[0], hidden, create_graph=True)
+    (first,) = torch.autograd.grad(
+        sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)[0], hidden, create_graph=True
+    )
     with pytest.raises(NotImplementedError, match="double backward came"):
         first.sum().backward()
 

@@ -1,4 +1,5 @@
-"""Any set of objectives equals the sum of its terms: masks, documents, schedules, unequal weights, a shared step."""
+"""Any set of objectives equals the sum of its terms: masks, documents, schedules, unequal weights,
+a shared step."""
 
 from __future__ import annotations
 
@@ -23,14 +24,18 @@ HEADS = {"softcap": [None, 4.0], "logit_scale": [1.0, 0.7]}
 
 def terms_of(names):
     """The terms under labels of their own."""
-    return list(parse(" + ".join(f"x_{name}: {name}{OPTIONS.get(name, '')}" for name in names)).terms)
+    return list(
+        parse(" + ".join(f"x_{name}: {name}{OPTIONS.get(name, '')}" for name in names)).terms
+    )
 
 
 @st.composite
 def sets(draw):
     """Terms of different objectives, each with a weight that may be zero or still rising."""
     heads = draw(st.lists(st.sampled_from(HEAD_TERMS), min_size=1, max_size=5, unique=True))
-    names = draw(st.permutations(heads + draw(st.lists(st.sampled_from(OTHERS), max_size=2, unique=True))))
+    names = draw(
+        st.permutations(heads + draw(st.lists(st.sampled_from(OTHERS), max_size=2, unique=True)))
+    )
     return [replace(term, weight=draw(WEIGHTS)) for term in terms_of(names)]
 
 
@@ -42,7 +47,9 @@ def sets(draw):
     step=st.integers(0, 9),
     head=st.fixed_dictionaries({name: st.sampled_from(values) for name, values in HEADS.items()}),
 )
-@example(terms=terms_of(available()), documents=[0] * 21, masked=[True, True, False] * 7, step=0, head={})
+@example(
+    terms=terms_of(available()), documents=[0] * 21, masked=[True, True, False] * 7, step=0, head={}
+)
 def test_a_set_of_objectives_equals_the_sum_of_its_terms(terms, documents, masked, step, head):
     info, batch = replace(INFO, **head), make_batch()
     batch.documents = torch.tensor(documents).view(3, 7).sort(dim=1).values
@@ -54,7 +61,9 @@ def test_a_set_of_objectives_equals_the_sum_of_its_terms(terms, documents, maske
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=1e-12)
     named = dict(together.named_parameters())
     separate = {name: value for own in alone for name, value in own.named_parameters()}
-    assert named.keys() == separate.keys() and all(torch.equal(named[name], separate[name]) for name in named)
+    assert named.keys() == separate.keys() and all(
+        torch.equal(named[name], separate[name]) for name in named
+    )
     mine = gradients(out.loss, [*batch.leaves, *named.values()])
     theirs = gradients(expected, [*batch.leaves, *(separate[name] for name in named)])
     for a, b in zip(mine, theirs, strict=True):
@@ -65,4 +74,6 @@ def test_a_set_of_objectives_equals_the_sum_of_its_terms(terms, documents, maske
             if name != "loss":
                 expected_value = torch.tensor(value, dtype=torch.float64)
                 found = torch.tensor(values[name], dtype=torch.float64)
-                torch.testing.assert_close(found, expected_value, rtol=1e-9, atol=1e-12, equal_nan=True)
+                torch.testing.assert_close(
+                    found, expected_value, rtol=1e-9, atol=1e-12, equal_nan=True
+                )

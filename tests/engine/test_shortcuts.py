@@ -7,7 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from nitp_ops.engine.streams.targets import token_targets, valid_pairs
-from nitp_ops.objectives import NTP, CosineRegularizer, Counts, ModelInfo, Ramp, Streams, Window, build
+from nitp_ops.objectives import (
+    NTP,
+    CosineRegularizer,
+    Counts,
+    ModelInfo,
+    Ramp,
+    Streams,
+    Window,
+    build,
+)
 
 INFO = ModelInfo(hidden_size=8, vocab_size=16, num_layers=4)
 IDS = torch.arange(10).view(2, 5)
@@ -45,7 +54,9 @@ def test_a_batch_without_rows_has_a_loss_of_zero(weight: float | Ramp):
 def test_infinite_counts_of_a_window_keep_a_nan_out():
     objective = build("cosine_regularizer", model=INFO)
     given = streams(last_hidden=torch.full((2, 5, 8), torch.nan))
-    window = Window(counts=Counts({"cosine_regularizer": torch.tensor(torch.inf, dtype=torch.float64)}))
+    window = Window(
+        counts=Counts({"cosine_regularizer": torch.tensor(torch.inf, dtype=torch.float64)})
+    )
     assert objective(given).loss.isnan() and objective(given, window=window).loss.item() == 0
 
 
@@ -70,9 +81,14 @@ def test_nothing_formed_in_a_call_outlives_it():
 
 def test_inside_a_call_targets_are_formed_once():
     given = streams().for_a_call()
-    kept: list[tuple[Tensor, Tensor]] = [(token_targets(given, 1), valid_pairs(given, 1)) for _ in range(2)]
+    kept: list[tuple[Tensor, Tensor]] = [
+        (token_targets(given, 1), valid_pairs(given, 1)) for _ in range(2)
+    ]
     assert all(first is second for first, second in zip(*kept, strict=True))
-    assert token_targets(given, 2) is not kept[0][0] and valid_pairs(given, 1, labelled=True) is not kept[0][1]
+    assert (
+        token_targets(given, 2) is not kept[0][0]
+        and valid_pairs(given, 1, labelled=True) is not kept[0][1]
+    )
 
 
 def test_metrics_are_those_of_their_pass():
@@ -80,4 +96,7 @@ def test_metrics_are_those_of_their_pass():
     total = torch.tensor(2.0)
     out = build("external", model=INFO)(Streams(token_ids=IDS, external={"external": (total, 4)}))
     total.add_(1)
-    assert out.metrics.compute()["external/loss"] == 0.5 and out.metrics.sums["external"]["loss"].dtype == torch.float64
+    assert (
+        out.metrics.compute()["external/loss"] == 0.5
+        and out.metrics.sums["external"]["loss"].dtype == torch.float64
+    )

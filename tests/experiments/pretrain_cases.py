@@ -1,4 +1,5 @@
-"""What the tests of the pretraining example share: its modules, a small text, a small model, how to read results."""
+"""What the tests of the pretraining example share: its modules, a small text, a small model, how to
+read results."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ OPTIONS = """
 
 
 def write_text(folder):
-    """Small files of unequal length: windows cross file borders and hold unequal numbers of targets."""
+    """Small files of unequal length: windows cross file borders and hold unequal numbers of
+    targets."""
     for number in range(120):
         lines = [f"{number} {line * line % 97} walks.\n" for line in range(1 + number % 7)]
         (folder / f"{number:03}.txt").write_text("".join(lines))
@@ -66,10 +68,26 @@ def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):
     """An outcome made of numbers alone."""
     expression = "ntp" if name == "ntp" else "ntp + nitp"
     arm = arms.Arm(name, expression, parse(expression), name, "a test", 1.0)
-    keys = [f"{kind}/{j}" for kind in ("linear_probe", "knn_probe", "probe_baseline") for j in range(1, 9)]
+    keys = [
+        f"{kind}/{j}"
+        for kind in ("linear_probe", "knn_probe", "probe_baseline")
+        for j in range(1, 9)
+    ]
     latent = dict.fromkeys(("nitp/loss", "nitp/floor", "nitp/skill"), 0.25) if name != "ntp" else {}
-    base = {"cross_entropy": 1.0, "effective_rank": 9.0, "mean_cosine": 0.2, "rows": 64, "parameters": 9}
-    steps = {"step_low": 0.9, "step_seconds": 1.0, "step_high": 1.1, "tokens_per_step": 64, "own_parameters": 0}
+    base = {
+        "cross_entropy": 1.0,
+        "effective_rank": 9.0,
+        "mean_cosine": 0.2,
+        "rows": 64,
+        "parameters": 9,
+    }
+    steps = {
+        "step_low": 0.9,
+        "step_seconds": 1.0,
+        "step_high": 1.1,
+        "tokens_per_step": 64,
+        "own_parameters": 0,
+    }
     return outcomes.Outcome(
         arm, seed, {**base, **steps, **latent, **dict.fromkeys(keys, probes), **numbers}, [1.0, 2.0]
     )

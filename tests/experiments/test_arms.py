@@ -1,4 +1,5 @@
-"""What the pretraining example compares: the control table at any depth, several seeds, every bad objective named."""
+"""What the pretraining example compares: the control table at any depth, several seeds, every bad
+objective named."""
 
 from __future__ import annotations
 
@@ -8,7 +9,13 @@ from examples import pretrain
 from experiments.analysis import arms
 from experiments.train import options
 from nitp_ops.objectives import NITP, ModelInfo, parse
-from tests.experiments.pretrain_cases import arguments, checkpoint, complaint, steps_without_times, write_text
+from tests.experiments.pretrain_cases import (
+    arguments,
+    checkpoint,
+    complaint,
+    steps_without_times,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +60,9 @@ def test_at_the_papers_depth_the_table_is_the_papers():
     assert table["linear projector"].paper is None
 
 
-@pytest.mark.parametrize(("layers", "block", "paper"), [(3, 2, 22.16), (4, 2, 21.22), (5, 2, 22.12), (28, 23, 22.16)])
+@pytest.mark.parametrize(
+    ("layers", "block", "paper"), [(3, 2, 22.16), (4, 2, 21.22), (5, 2, 22.12), (28, 23, 22.16)]
+)
 def test_an_arm_of_the_sweep_carries_the_score_of_the_nearest_depth(layers, block, paper):
     assert controls(layers)[f"target layer {block}"].paper == paper
 
@@ -63,8 +72,14 @@ def test_an_arm_of_the_sweep_carries_the_score_of_the_nearest_depth(layers, bloc
 def test_at_any_depth_and_length_no_two_arms_are_equal_and_each_fits_the_model(layers, steps):
     table = arms.control_arms(info(layers), steps)
     default = NITP().layer(info(layers))
-    targets = [arm.spec.terms[1].layer(info(layers)) for arm in table if arm.name.startswith("target")]
-    assert len(set(targets)) == len(targets) and default not in targets and all(0 <= k < layers for k in targets)
+    targets = [
+        arm.spec.terms[1].layer(info(layers)) for arm in table if arm.name.startswith("target")
+    ]
+    assert (
+        len(set(targets)) == len(targets)
+        and default not in targets
+        and all(0 <= k < layers for k in targets)
+    )
     for one in ("name", "folder", "expression"):
         assert len({getattr(arm, one) for arm in table}) == len(table)
     begins = [arm.spec.terms[1].weight.begin for arm in table if arm.name.startswith("from step")]
@@ -75,7 +90,9 @@ def test_an_objective_that_is_not_registered_has_no_arm(monkeypatch):
     monkeypatch.setattr(arms, "parse_spec", lambda _: parse("ntp"))
     for known in (("nitp", "ntp"), ("cosine_regularizer", "nitp", "ntp")):
         monkeypatch.setattr(arms, "available", lambda known=known: known)
-        assert [name for name in controls(5) if "cosine" in name] == ["cosine regulariser"] * (len(known) - 2)
+        assert [name for name in controls(5) if "cosine" in name] == ["cosine regulariser"] * (
+            len(known) - 2
+        )
 
 
 def names(*more: str) -> list[str]:
@@ -86,7 +103,10 @@ def test_controls_and_objectives_together_add_only_what_the_table_lacks():
     assert names() == ["ntp", "ntp + nitp"]
     table = names("--controls")
     assert table[:2] == ["ntp", "nitp"] and len(table) > 12
-    assert names("--controls", "--objectives", "ntp+nitp", "ntp + 0.5*nitp") == [*table, "ntp + 0.5*nitp"]
+    assert names("--controls", "--objectives", "ntp+nitp", "ntp + 0.5*nitp") == [
+        *table,
+        "ntp + 0.5*nitp",
+    ]
 
 
 def test_control_arms_are_short_unless_the_user_says_otherwise():
@@ -95,12 +115,19 @@ def test_control_arms_are_short_unless_the_user_says_otherwise():
 
 
 def test_equal_labels_get_folders_of_their_own():
-    spelled = arms.arms_of(options.parse(["--objectives", "ntp + nitp", "ntp + 2*nitp", "ntp", "ntp + nitp(shift=0)"]))
+    spelled = arms.arms_of(
+        options.parse(["--objectives", "ntp + nitp", "ntp + 2*nitp", "ntp", "ntp + nitp(shift=0)"])
+    )
     assert [arm.folder for arm in spelled] == ["ntp-nitp", "ntp-nitp.2", "ntp", "ntp-nitp.3"]
 
 
 def test_every_bad_objective_is_reported_at_once(text, tmp_path, capsys):
-    wrong = ["ntp + niptp", "ntp", "ntp(z_los=1) + nitp(target_layer=9)", "ntp + nitp(target_layer=3)"]
+    wrong = [
+        "ntp + niptp",
+        "ntp",
+        "ntp(z_los=1) + nitp(target_layer=9)",
+        "ntp + nitp(target_layer=3)",
+    ]
     assert pretrain.main(arguments(text, tmp_path / "out", "--objectives", *wrong)) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith('pretrain: --objectives "ntp') for line in lines)
@@ -119,19 +146,31 @@ def test_every_bad_objective_is_reported_at_once(text, tmp_path, capsys):
         (["--seeds", "-1"], "--seed"),
     ],
 )
-def test_numbers_that_are_none_and_seeds_that_repeat_are_refused(text, tmp_path, capsys, more, said):
+def test_numbers_that_are_none_and_seeds_that_repeat_are_refused(
+    text, tmp_path, capsys, more, said
+):
     assert pretrain.main(arguments(text, tmp_path / "out", *more)) == 2
     assert said in complaint(capsys) and not (tmp_path / "out").exists()
 
 
-def test_each_seed_is_a_run_of_its_own_and_the_first_equals_the_run_without_others(text, tmp_path, capsys):
-    assert pretrain.main(arguments(text, tmp_path / "one", "--seed", "3", "--objectives", "ntp", "--steps", "6")) == 0
+def test_each_seed_is_a_run_of_its_own_and_the_first_equals_the_run_without_others(
+    text, tmp_path, capsys
+):
+    assert (
+        pretrain.main(
+            arguments(text, tmp_path / "one", "--seed", "3", "--objectives", "ntp", "--steps", "6")
+        )
+        == 0
+    )
     more = ["--seeds", "3", "4", "--objectives", "ntp", "ntp + nitp", "--steps", "6"]
     assert pretrain.main(arguments(text, tmp_path / "two", *more)) == 0
     three, four = (tmp_path / "two" / "ntp" / f"seed-{seed}" for seed in (3, 4))
     assert steps_without_times(three) == steps_without_times(tmp_path / "one" / "ntp")
     assert steps_without_times(three)[0]["ntp/loss"] != steps_without_times(four)[0]["ntp/loss"]
-    looks = [float(checkpoint.read_table(folder / "validation.csv")[-1]["cross_entropy"]) for folder in (three, four)]
+    looks = [
+        float(checkpoint.read_table(folder / "validation.csv")[-1]["cross_entropy"])
+        for folder in (three, four)
+    ]
     printed = capsys.readouterr().out
     low, high = sorted(looks)
     assert f"{(low + high) / 2:.4f} ± {(high - low) / 2**0.5:.4f}" in printed
@@ -139,7 +178,10 @@ def test_each_seed_is_a_run_of_its_own_and_the_first_equals_the_run_without_othe
 
 
 def test_the_control_table_runs_to_its_end_from_one_command(text, tmp_path, capsys):
-    assert pretrain.main(arguments(text, tmp_path, "--controls", "--steps", "4", "--eval-every", "4")) == 0
+    assert (
+        pretrain.main(arguments(text, tmp_path, "--controls", "--steps", "4", "--eval-every", "4"))
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "No benchmark is measured here" in printed
     for arm in arms.arms_of(options.parse(arguments(text, tmp_path, "--controls", "--steps", "4"))):

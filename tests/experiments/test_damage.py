@@ -1,4 +1,5 @@
-"""Files of the pretraining example that are damaged, and two processes at one folder: one line, and nothing is lost."""
+"""Files of the pretraining example that are damaged, and two processes at one folder: one line, and
+nothing is lost."""
 
 from __future__ import annotations
 
@@ -65,7 +66,9 @@ def everything(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_flipped_bit_in_a_checkpoint_is_refused_and_the_one_before_it_goes_on(text, straight, run, capsys):
+def test_a_flipped_bit_in_a_checkpoint_is_refused_and_the_one_before_it_goes_on(
+    text, straight, run, capsys
+):
     flip(run / "checkpoint.pt", in_tensors(run / "checkpoint.pt"))
     before = everything(run)
     assert resume(text, run) == 2
@@ -82,11 +85,16 @@ def test_without_a_good_one_before_it_a_damaged_checkpoint_is_only_named(text, r
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         flip(run / name, in_tensors(run / name))
     assert resume(text, run) == 2
-    assert complaint(capsys).endswith("damaged, its checksum does not match; remove it or choose another --out")
+    assert complaint(capsys).endswith(
+        "damaged, its checksum does not match; remove it or choose another --out"
+    )
 
 
 def test_a_damaged_table_is_named_and_the_run_goes_on_without_it(text, straight, run, capsys):
-    for name, damage in (("steps.csv", b"step,loss\r\n0,1.5\r\n1,one\r\n"), ("validation.csv", b"\xff\xfe\xff\n")):
+    for name, damage in (
+        ("steps.csv", b"step,loss\r\n0,1.5\r\n1,one\r\n"),
+        ("validation.csv", b"\xff\xfe\xff\n"),
+    ):
         (run / name).write_bytes(damage)
         assert resume(text, run) == 2
         line = complaint(capsys)
@@ -94,19 +102,24 @@ def test_a_damaged_table_is_named_and_the_run_goes_on_without_it(text, straight,
         assert (run / name).read_bytes() == damage
         (run / name).unlink()
     assert resume(text, run) == 0
-    assert (run / "model.safetensors").read_bytes() == (straight / "ntp" / "model.safetensors").read_bytes()
+    assert (run / "model.safetensors").read_bytes() == (
+        straight / "ntp" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.parametrize("name", ["steps.csv", "validation.csv"])
 def test_a_digit_that_changed_in_a_table_is_noticed(text, run, capsys, name):
     content = (run / name).read_bytes()
     place = content.index(b".", content.index(b"\n")) + 1
-    (run / name).write_bytes(content[:place] + bytes([105 - content[place]]) + content[place + 1 :])  # d becomes 9 - d
+    # d becomes 9 - d
+    (run / name).write_bytes(content[:place] + bytes([105 - content[place]]) + content[place + 1 :])
     assert resume(text, run) == 2
     assert "its rows before step 20 are not those of the checkpoint" in complaint(capsys)
 
 
-def test_a_folder_in_the_place_of_a_file_and_a_file_in_the_place_of_a_folder(text, run, tmp_path, capsys):
+def test_a_folder_in_the_place_of_a_file_and_a_file_in_the_place_of_a_folder(
+    text, run, tmp_path, capsys
+):
     (run / "checkpoint.pt").unlink()
     (run / "checkpoint.pt").mkdir()
     assert resume(text, run) == 2
@@ -122,7 +135,9 @@ def test_a_second_process_at_the_same_folder_is_refused(text, run, capsys):
         fcntl.flock(other, fcntl.LOCK_EX)
         for more in (["--resume"], []):
             assert pretrain.main(arguments(text, run.parent, *NTP, *more)) == 2
-            assert complaint(capsys).endswith("out: another process works there; wait for it or choose another --out")
+            assert complaint(capsys).endswith(
+                "out: another process works there; wait for it or choose another --out"
+            )
     assert everything(run) == before
     assert resume(text, run) == 0  # the file of the lock alone keeps nobody out
 
@@ -149,6 +164,8 @@ def test_records_name_the_damaged_line(tmp_path):
         with pytest.raises(failure.BadInput, match=f"line {number}"):
             records.Records(path, {"lr": 0.1})
         assert path.read_bytes() == good.replace(line, bad)
-    unsigned = [{k: v for k, v in json.loads(line).items() if k != "sha256"} for line in good.splitlines()]
+    unsigned = [
+        {k: v for k, v in json.loads(line).items() if k != "sha256"} for line in good.splitlines()
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in unsigned))
     assert [line["arm"] for line in records.Records(path, {"lr": 0.1}).lines] == ["a", "b"]

@@ -17,19 +17,29 @@ from experiments.train import data, schedule
 
 
 @settings(deadline=None, max_examples=30)
-@given(texts=st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=8), context=st.integers(2, 7))
+@given(
+    texts=st.lists(st.binary(min_size=1, max_size=30), min_size=1, max_size=8),
+    context=st.integers(2, 7),
+)
 def test_every_token_carries_the_number_of_its_document(texts, context):
     windows = data.Windows.of(texts, context)
     ids, documents = windows.take(torch.arange(len(windows)))
     stream = [(byte, number) for number, text in enumerate(texts) for byte in text]
-    cut = [stream[start : start + context] for start in range(0, len(stream) // context * context, context)]
+    cut = [
+        stream[start : start + context]
+        for start in range(0, len(stream) // context * context, context)
+    ]
     # a window of one-byte documents alone has nothing to predict
-    whole = [pair for window in cut if len({number for _, number in window}) < context for pair in window]
+    whole = [
+        pair for window in cut if len({number for _, number in window}) < context for pair in window
+    ]
     assert list(zip(ids.flatten().tolist(), documents.flatten().tolist(), strict=True)) == whole
 
 
 @settings(deadline=None, max_examples=30)
-@given(windows=st.integers(1, 20), seed=st.integers(0, 9), cuts=st.lists(st.integers(1, 9), max_size=8))
+@given(
+    windows=st.integers(1, 20), seed=st.integers(0, 9), cuts=st.lists(st.integers(1, 9), max_size=8)
+)
 def test_the_order_does_not_depend_on_how_it_is_asked_for(windows, seed, cuts):
     whole = data.Order(windows, seed).at(0, sum(cuts))
     order, pieces = data.Order(windows, seed), []
@@ -58,8 +68,18 @@ def test_of_few_documents_the_last_twentieth_of_each_is_held_out():
     assert data.split(texts) == ([b"a" * 95, b"b" * 38, b"c"], [b"a" * 5, b"b" * 2])
 
 
-def test_the_default_corpus_is_the_library_without_tests_and_installed_packages(tmp_path, monkeypatch):
-    for name in ["b.py", "a.py", "sub/c.py", "test/d.py", "sub/tests/e.py", "site-packages/f.py", "notes.txt"]:
+def test_the_default_corpus_is_the_library_without_tests_and_installed_packages(
+    tmp_path, monkeypatch
+):
+    for name in [
+        "b.py",
+        "a.py",
+        "sub/c.py",
+        "test/d.py",
+        "sub/tests/e.py",
+        "site-packages/f.py",
+        "notes.txt",
+    ]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(tmp_path))
@@ -68,7 +88,9 @@ def test_the_default_corpus_is_the_library_without_tests_and_installed_packages(
 
 def test_the_default_corpus_is_here_and_the_same_each_time():
     one, other = (data.load_corpus(None, 64, 16) for _ in range(2))
-    assert one.fingerprint == other.fingerprint and torch.equal(one.train.tokens, other.train.tokens)
+    assert one.fingerprint == other.fingerprint and torch.equal(
+        one.train.tokens, other.train.tokens
+    )
     assert len(one.train.tokens) > 10 * len(one.held_out.tokens) > 1_000_000
 
 
@@ -119,10 +141,15 @@ def test_whatever_is_left_out_of_a_directory_is_named(tmp_path, monkeypatch):
     ]
     (tmp_path / "good.txt").write_text("text and so on. " * 50)
     said = data.load_corpus(tmp_path, 4, 1).description
-    assert "6 skipped: gone (No such file or directory), locked.txt (Permission denied), loop (" in said
+    assert (
+        "6 skipped: gone (No such file or directory), locked.txt (Permission denied), loop ("
+        in said
+    )
     assert "and 3 more; held out" in said
     (tmp_path / "good.txt").unlink()
-    with pytest.raises(failure.BadInput, match="none of them non-empty UTF-8 text; 6 skipped: gone"):
+    with pytest.raises(
+        failure.BadInput, match="none of them non-empty UTF-8 text; 6 skipped: gone"
+    ):
         data.load_corpus(tmp_path, 4, 1)
 
 
@@ -189,7 +216,9 @@ def test_a_text_that_memory_does_not_hold_is_refused_in_one_line(tmp_path, monke
 
     monkeypatch.setattr(Path, "read_bytes", full)
     for path in (tmp_path / "huge.txt", tmp_path, None):
-        with pytest.raises(failure.BadInput, match="the text does not fit into memory; --data takes less text"):
+        with pytest.raises(
+            failure.BadInput, match="the text does not fit into memory; --data takes less text"
+        ):
             data.load_corpus(path, 32, 4)
 
 
@@ -204,4 +233,8 @@ def test_the_rate_is_never_zero_never_above_its_peak_and_jumps_nowhere(steps, wa
 
 def test_the_rate_warms_up_stays_and_decays():
     rates = [schedule.warmup_stable_decay(step, 100, 1.0, 0.1, 0.2) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9:80] == [1.0] * 71 and rates[99] == pytest.approx(0.05)
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[9:80] == [1.0] * 71
+        and rates[99] == pytest.approx(0.05)
+    )

@@ -1,4 +1,5 @@
-"""Drafting on the decoder of the examples: a cache changes nothing, drafts change the speed only, heads on request."""
+"""Drafting on the decoder of the examples: a cache changes nothing, drafts change the speed only,
+heads on request."""
 
 from __future__ import annotations
 
@@ -48,8 +49,12 @@ def test_reading_with_a_cache_is_reading_the_whole(pieces):
         trunk.extend(torch.full((1, 2), 6))  # read and forgotten
         trunk.cut(start)
         streams, stop = trunk.extend(piece), start + piece.shape[1]
-        torch.testing.assert_close(streams.last_hidden, whole.last_hidden[:, start:stop], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(streams.last_residual, whole.last_residual[:, start:stop], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            streams.last_hidden, whole.last_hidden[:, start:stop], rtol=1e-12, atol=1e-12
+        )
+        torch.testing.assert_close(
+            streams.last_residual, whole.last_residual[:, start:stop], rtol=1e-12, atol=1e-12
+        )
 
 
 @torch.no_grad()
@@ -79,11 +84,19 @@ def test_texts_that_part_are_told_with_the_gap(monkeypatch):
     monkeypatch.setattr(decoding, "greedy", lambda *_: other)
     ((place, gap),) = decoding.compare("a", net, objective(SPECS[1], net), [prompt], 10).parted
     logits = net.lm_head(net(plain[:, :7]).last_hidden[0, -1])
-    assert place == 7 and gap == pytest.approx(float(logits[other[0, 7]] - logits[plain[0, 7]])) and gap < 0
+    assert (
+        place == 7
+        and gap == pytest.approx(float(logits[other[0, 7]] - logits[plain[0, 7]]))
+        and gap < 0
+    )
 
 
 def test_more_tokens_than_the_context_are_refused():
-    with pytest.raises(ValueError, match=r"^Decoder: 41 tokens came, expected at most context = 40$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^Decoder: 41 tokens came, expected at most context = "
+        r"40$",
+    ):
         decoding.greedy(decoder(), torch.zeros(1, 38, dtype=torch.int64), 4)
 
 
@@ -98,8 +111,13 @@ def test_the_demonstration_trains_exports_and_decodes(text, tmp_path, capsys):
     assert draft.main(of_draft(text, tmp_path / "out", "--objectives", *SPECS)) == 0
     first = capsys.readouterr().out
     for spec in SPECS:
-        assert f"{spec}: token for token the text of plain greedy decoding in all 2 prompts; 24 tokens took" in first
-    folders = [tmp_path / "out" / f"ntp-mtp_{kind}" for kind in ("shared", "parallel", "sequential")]
+        assert (
+            f"{spec}: token for token the text of plain greedy decoding in all 2 prompts; 24 "
+            "tokens took" in first
+        )
+    folders = [
+        tmp_path / "out" / f"ntp-mtp_{kind}" for kind in ("shared", "parallel", "sequential")
+    ]
     assert draft.main(of_draft(text, tmp_path / "none", "--from", *map(str, folders))) == 0
     again = capsys.readouterr().out
     assert not (tmp_path / "none").exists() and "starts in" not in again
@@ -111,7 +129,12 @@ def test_the_demonstration_trains_exports_and_decodes(text, tmp_path, capsys):
 def test_heads_are_exported_on_request_only_and_come_back_as_they_were(text, tmp_path):
     spec = "ntp + mtp_parallel(offsets=[2])"
     for name, asked in (("without", []), ("with", ["--keep-heads"])):
-        assert pretrain.main(arguments(text, tmp_path / name, "--steps", "2", "--objectives", spec, *asked)) == 0
+        assert (
+            pretrain.main(
+                arguments(text, tmp_path / name, "--steps", "2", "--objectives", spec, *asked)
+            )
+            == 0
+        )
     plain, kept = (tmp_path / name / "ntp-mtp_parallel" for name in ("without", "with"))
     assert not (plain / "heads.safetensors").exists()
     assert (plain / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
@@ -124,10 +147,16 @@ def test_heads_are_exported_on_request_only_and_come_back_as_they_were(text, tmp
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--objectives", "ntp + nitp"], '--objectives "ntp + nitp": no term can draft, expected one mtp_shared'),
+        (
+            ["--objectives", "ntp + nitp"],
+            '--objectives "ntp + nitp": no term can draft, expected one mtp_shared',
+        ),
         (["--objectives", "ntp + mtp_shared + top", "nitpp"], '"nitpp" is no objective'),
         (["--objectives", SPECS[0] + " + a: mtp_sequential"], "mtp_shared, a can draft"),
-        (["--new-tokens", "13"], "--prompt-tokens 4 --new-tokens 13: 17 tokens, expected at most the context of 16"),
+        (
+            ["--new-tokens", "13"],
+            "--prompt-tokens 4 --new-tokens 13: 17 tokens, expected at most the context of 16",
+        ),
         (["--from", "/nowhere"], "/nowhere/model.safetensors: no such file"),
         (["--seeds", "1", "2"], "--seeds 1 2: expected one seed"),
     ],
@@ -148,7 +177,9 @@ def test_damaged_heads_are_refused_by_name(text, tmp_path, capsys):
         (folder / "heads.safetensors").write_bytes(content)
         assert draft.main(of_draft(text, out, "--from", str(folder))) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith((f"draft: {folder}: its exp", f"draft: {folder / 'heads.safetensors'}: not readable"))
+        assert line.startswith(
+            (f"draft: {folder}: its exp", f"draft: {folder / 'heads.safetensors'}: not readable")
+        )
     (folder / "heads.safetensors").write_bytes(whole)
     for name in ("heads.safetensors", "model.safetensors"):
         content = (folder / name).read_bytes()

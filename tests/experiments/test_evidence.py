@@ -1,4 +1,5 @@
-"""The evidence: three objectives on each text, equal tokens and equal time, measured once, a page made of records."""
+"""The evidence: three objectives on each text, equal tokens and equal time, measured once, a page
+made of records."""
 
 from __future__ import annotations
 
@@ -32,8 +33,20 @@ def gathered(tmp_path_factory):
         (folder / "own.txt").write_text(f"{name}\n" * 40)
         texts.append(str(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_ratios", lambda *_: {name: 1.0 if name == "ntp" else 2.0 for name in module.ARMS})
-        arguments = [*OPTIONS.split(), "--texts", *texts, "--out", str(out), "--page", str(out / "evidence.md")]
+        patch.setattr(
+            module,
+            "_ratios",
+            lambda *_: {name: 1.0 if name == "ntp" else 2.0 for name in module.ARMS},
+        )
+        arguments = [
+            *OPTIONS.split(),
+            "--texts",
+            *texts,
+            "--out",
+            str(out),
+            "--page",
+            str(out / "evidence.md"),
+        ]
         assert evidence.main(arguments) == 0
     return out, arguments
 
@@ -45,7 +58,11 @@ def lines(out) -> list[dict]:
 
 def test_an_arm_has_the_tokens_of_the_baseline_and_the_steps_of_its_time(gathered):
     for text in {line["text"] for line in lines(gathered[0])}:
-        found = {(x["arm"], x["budget"], x["seed"]): x["steps"] for x in lines(gathered[0]) if x["text"] == text}
+        found = {
+            (x["arm"], x["budget"], x["seed"]): x["steps"]
+            for x in lines(gathered[0])
+            if x["text"] == text
+        }
         for seed in (0, 1):
             assert found["ntp", "equal tokens", seed] == found["nitp", "equal tokens", seed] == 6
             assert found["nitp", "equal time", seed] == found["mtp", "equal time", seed] == 3
@@ -64,7 +81,11 @@ def test_the_page_says_what_the_records_say_for_every_text(gathered):
         and "seeds 0, 1" in text
     )
     for fingerprint in {line["text"] for line in lines(gathered[0])}:
-        for arm, budget in (("ntp", "equal tokens"), ("nitp", "equal tokens"), ("mtp", "equal time")):
+        for arm, budget in (
+            ("ntp", "equal tokens"),
+            ("nitp", "equal tokens"),
+            ("mtp", "equal time"),
+        ):
             own = [
                 x["cross_entropy"]
                 for x in lines(gathered[0])
@@ -96,7 +117,9 @@ def test_the_ratio_of_step_times_comes_from_interleaved_steps(tmp_path, monkeypa
 
     monkeypatch.setattr(run_module.Run, "step", step)
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    plan = module.parse([*OPTIONS.split(), "--texts", str(write_text(tmp_path)), "--out", str(tmp_path / "out")])
+    plan = module.parse(
+        [*OPTIONS.split(), "--texts", str(write_text(tmp_path)), "--out", str(tmp_path / "out")]
+    )
     corpus = module.load_corpus(plan.texts[0], 16, 4)
     assert module._ratios(plan.options, corpus, 3) == {"ntp": 1.0, "nitp": 1.5, "mtp": 3.0}
     assert order == [*("ntp", "nitp", "mtp"), *("nitp", "mtp", "ntp"), *("mtp", "ntp", "nitp")]

@@ -39,7 +39,16 @@ def text(tmp_path_factory):
 
 
 def experiment(text, out, *more) -> int:
-    own = ["--studies", "arms", "--data", str(text), "--out", str(out), "--document", str(out / "doc.md")]
+    own = [
+        "--studies",
+        "arms",
+        "--data",
+        str(text),
+        "--out",
+        str(out),
+        "--document",
+        str(out / "doc.md"),
+    ]
     return experiments.main([*OPTIONS.split(), *own, *more])
 
 
@@ -51,7 +60,13 @@ def measured(out) -> list[tuple]:
     """Everything that two runs of the same arms must agree on: no times, no machine."""
     timed = ("step_low", "step_seconds", "step_high")
     return [
-        (x["arm"], x["seed"], {k: v for k, v in x["numbers"].items() if k not in timed}, x["batches"], x["sample"])
+        (
+            x["arm"],
+            x["seed"],
+            {k: v for k, v in x["numbers"].items() if k not in timed},
+            x["batches"],
+            x["sample"],
+        )
         for x in lines(out)
         if x["study"] == "arms"
     ]
@@ -71,7 +86,10 @@ def test_the_document_holds_every_arm_its_spread_the_claims_and_the_overhead(str
     found = lines(straight)
     for name in KEPT:
         values = [x["numbers"]["cross_entropy"] for x in found if x.get("arm") == name]
-        assert f"| {name} | {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} |" in document
+        assert (
+            f"| {name} | {statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f} |"
+            in document
+        )
         assert f"| {name}: linear |" in document and f"| {name}: nearest neighbours |" in document
     for said in (
         "3 arms x 2 seeds x 4 steps x 64 tokens",
@@ -80,7 +98,11 @@ def test_the_document_holds_every_arm_its_spread_the_claims_and_the_overhead(str
         "* machine: ",
     ):
         assert said in document, said
-    assert re.search(r"\| nitp raises the effective rank \| paper \| effective rank, nitp - ntp \| [+-].* \|", document)
+    assert re.search(
+        r"\| nitp raises the effective rank \| paper \| effective rank, nitp - ntp "
+        r"\| [+-].* \|",
+        document,
+    )
     assert not verdicts(document)
     assert "| d = 16, ours |" in document and "| d = 32, eager |" in document
     assert "Incomplete" not in document and not re.search(r"\bnan\b|\binf\b", document)
@@ -122,7 +144,9 @@ def test_the_document_can_be_written_again_without_measuring(text, straight, mon
     monkeypatch.setattr(run_module.Run, "step", None)
     assert experiment(text, straight, "--studies") == 0
     after = (straight / "doc.md").read_text().splitlines()
-    assert [x for x in before if not x.startswith("* command")] == [x for x in after if not x.startswith("* command")]
+    assert [x for x in before if not x.startswith("* command")] == [
+        x for x in after if not x.startswith("* command")
+    ]
 
 
 def test_an_arm_that_diverges_is_reported_and_the_others_go_on(text, tmp_path, monkeypatch):
@@ -168,7 +192,10 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_the_rest_kept(tmp_path):
     again = records.Records(path, {"lr": 0.1})
     again.add(arm="c")
     assert [line["arm"] for line in records.Records(path, {"lr": 0.1}).lines] == ["a", "c"]
-    assert again.find(arm="a") == {"arm": "a", "value": 1.5, "gone": None} and again.find(arm="b") is None
+    assert (
+        again.find(arm="a") == {"arm": "a", "value": 1.5, "gone": None}
+        and again.find(arm="b") is None
+    )
     path.write_text("not json\n")
     with pytest.raises(failure.BadInput, match="not a file of records"):
         records.Records(path, {"lr": 0.1})
@@ -179,11 +206,16 @@ def test_claims_stand_beside_their_differences_and_nothing_is_concluded():
     nitp = [fake("nitp", seed, effective_rank=9 + x) for seed, x in enumerate((0.5, 0.6, 0.55))]
     table = claims.claims_grid(claims.found([ntp, nitp]))
     rows = {row[0]: row[1:] for row in table.rows}
-    assert rows["nitp raises the effective rank"] == ["paper", "effective rank, nitp - ntp", "+0.55 ± 0.06"]
+    assert rows["nitp raises the effective rank"] == [
+        "paper",
+        "effective rank, nitp - ntp",
+        "+0.55 ± 0.06",
+    ]
     assert table.header[-1] == "difference ± two standard errors"
     assert "without a projector hidden states align" not in rows
     five = [
-        [fake(name, seed, effective_rank=9 + seed * by) for seed in range(5)] for name, by in (("ntp", 0), ("b", 1))
+        [fake(name, seed, effective_rank=9 + seed * by) for seed in range(5)]
+        for name, by in (("ntp", 0), ("b", 1))
     ]
     table = claims.differences(five)
     assert table.title == 'less "ntp", paired by seed, ± 95 % interval'
@@ -191,7 +223,9 @@ def test_claims_stand_beside_their_differences_and_nothing_is_concluded():
 
 
 def test_the_overhead_is_the_median_ratio_of_rounds_beside_the_formula():
-    result = overhead.Overhead(512, "native", 5, 256, 1024, plain=[1.0, 2.0, 4.0], added=[1.1, 2.6, 4.8])
+    result = overhead.Overhead(
+        512, "native", 5, 256, 1024, plain=[1.0, 2.0, 4.0], added=[1.1, 2.6, 4.8]
+    )
     assert result.measured == pytest.approx(0.2)
     assert result.predicted == 1 / (5 + 256 / (12 * 512))
     (row,) = overhead.overhead_grid([result]).rows

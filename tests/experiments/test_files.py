@@ -1,4 +1,5 @@
-"""Files of the pretraining example: whole or absent, resumable, and without the projector when exported."""
+"""Files of the pretraining example: whole or absent, resumable, and without the projector when
+exported."""
 
 from __future__ import annotations
 
@@ -40,7 +41,11 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
 def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "c.pt"
     checkpoint.save_checkpoint(path, dict.fromkeys(checkpoint.STATE_KEYS, torch.zeros(1000)))
-    content = {"cut": path.read_bytes()[:700], "empty": b"", "pickle": b"cos\nsystem\n(S'true'\ntR."}.get(damage)
+    content = {
+        "cut": path.read_bytes()[:700],
+        "empty": b"",
+        "pickle": b"cos\nsystem\n(S'true'\ntR.",
+    }.get(damage)
     if content is None:
         torch.save({"weights": 1}, path)
     else:
@@ -65,7 +70,9 @@ def test_a_table_drops_the_rows_of_steps_that_are_taken_again(tmp_path):
 
 def test_a_row_cut_short_by_a_crash_is_left_out(tmp_path):
     (tmp_path / "t.csv").write_text("step,loss,seconds\n0,1.5,0.1\n1,1.")
-    assert checkpoint.read_table(tmp_path / "t.csv") == [{"step": "0", "loss": "1.5", "seconds": "0.1"}]
+    assert checkpoint.read_table(tmp_path / "t.csv") == [
+        {"step": "0", "loss": "1.5", "seconds": "0.1"}
+    ]
 
 
 @pytest.mark.parametrize(
@@ -91,17 +98,23 @@ def test_a_damaged_table_is_refused_by_name_and_left_alone(tmp_path, content, sa
 
 def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
     path = tmp_path / "c.pt"
-    checkpoint.save_checkpoint(path, dict.fromkeys(checkpoint.STATE_KEYS, 0) | {"model": {"w": torch.randn(4)}})
+    checkpoint.save_checkpoint(
+        path, dict.fromkeys(checkpoint.STATE_KEYS, 0) | {"model": {"w": torch.randn(4)}}
+    )
     whole = path.read_bytes()
     for place in [*range(0, len(whole), 17), *range(len(whole) - 80, len(whole))]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        path.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+        )
         with pytest.raises(failure.BadInput):
             checkpoint.load_checkpoint(path)
 
 
 def test_every_flipped_bit_and_every_cut_of_exported_weights_is_noticed(tmp_path):
     path = tmp_path / "m.safetensors"
-    config = model.ModelConfig(vocab_size=5, dim=4, layers=1, heads=1, kv_heads=1, context=6, tied=True)
+    config = model.ModelConfig(
+        vocab_size=5, dim=4, layers=1, heads=1, kv_heads=1, context=6, tied=True
+    )
     net = model.Decoder(config, seed=5)
     checkpoint.export_weights(path, net)
     whole = path.read_bytes()
@@ -116,12 +129,16 @@ def test_every_flipped_bit_and_every_cut_of_exported_weights_is_noticed(tmp_path
                 continue
             # JSON allows for it: a space that became another space, the order of keys
             assert found.config == config
-            assert all(torch.equal(a, b) for a, b in zip(found.parameters(), net.parameters(), strict=True))
+            assert all(
+                torch.equal(a, b) for a, b in zip(found.parameters(), net.parameters(), strict=True)
+            )
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_exported_weights_rebuild_the_plain_model(tmp_path, tied):
-    config = model.ModelConfig(vocab_size=13, dim=8, layers=2, heads=2, kv_heads=1, context=6, tied=tied)
+    config = model.ModelConfig(
+        vocab_size=13, dim=8, layers=2, heads=2, kv_heads=1, context=6, tied=tied
+    )
     net = model.Decoder(config, seed=5)
     checkpoint.export_weights(tmp_path / "m.safetensors", net)
     rebuilt = checkpoint.load_weights(tmp_path / "m.safetensors")

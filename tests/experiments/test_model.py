@@ -1,4 +1,5 @@
-"""The decoder of the pretraining example: causal, grouped, seeded, open at the streams that objectives read."""
+"""The decoder of the pretraining example: causal, grouped, seeded, open at the streams that
+objectives read."""
 
 from __future__ import annotations
 
@@ -83,7 +84,10 @@ def test_one_seed_gives_one_set_of_weights_whatever_was_drawn_before():
 def test_tied_embeddings_are_one_parameter():
     net = decoder(tied=True)
     assert net.lm_head.weight is net.embed.weight
-    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in decoder().parameters()) - 31 * 24
+    assert (
+        sum(p.numel() for p in net.parameters())
+        == sum(p.numel() for p in decoder().parameters()) - 31 * 24
+    )
 
 
 def test_the_norm_is_the_formula():
@@ -110,7 +114,11 @@ def test_a_cold_sample_is_the_most_likely_token():
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"dim": 25}, "dim is 25"), ({"kv_heads": 2}, "kv_heads is 2"), ({"layers": 0}, "layers is 0")],
+    [
+        ({"dim": 25}, "dim is 25"),
+        ({"kv_heads": 2}, "kv_heads is 2"),
+        ({"layers": 0}, "layers is 0"),
+    ],
 )
 def test_shapes_that_do_not_fit_are_named(changes, named):
     with pytest.raises(ValueError, match=named):

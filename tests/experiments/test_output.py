@@ -1,4 +1,5 @@
-"""The pretraining example where the console, the disk, the memory or the text is poor: one line, the report written."""
+"""The pretraining example where the console, the disk, the memory or the text is poor: one line,
+the report written."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def text(tmp_path_factory):
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_console_of_another_encoding_loses_letters_and_no_report(text, tmp_path, monkeypatch, encoding):
+def test_a_console_of_another_encoding_loses_letters_and_no_report(
+    text, tmp_path, monkeypatch, encoding
+):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
     assert pretrain.main(arguments(text, tmp_path, *SHORT)) == 0
@@ -36,12 +39,16 @@ def test_a_full_or_closed_standard_output_ends_no_training(text, tmp_path, monke
     with monkeypatch.context() as full, open("/dev/full", "w") as device:
         full.setattr(sys, "stdout", device)
         assert pretrain.main(arguments(text, tmp_path / "full", *SHORT)) == 1
-    assert complaint(capsys).startswith("pretrain: standard output: No space left on device: what was printed after")
+    assert complaint(capsys).startswith(
+        "pretrain: standard output: No space left on device: what was printed after"
+    )
     with monkeypatch.context() as closed:
         closed.setattr(sys, "stdout", None)
         assert pretrain.main(arguments(text, tmp_path / "none", *SHORT)) == 0
     for name in ("full", "none"):
-        assert (tmp_path / name / "report.html").exists() and (tmp_path / name / "ntp" / "model.safetensors").exists()
+        assert (tmp_path / name / "report.html").exists() and (
+            tmp_path / name / "ntp" / "model.safetensors"
+        ).exists()
 
 
 def test_a_reader_that_goes_away_ends_no_training(text, tmp_path, monkeypatch, capsys):
@@ -60,7 +67,9 @@ def test_a_head_that_can_not_be_measured_costs_no_report(text, tmp_path, monkeyp
 
     monkeypatch.setattr(comparison, "compare_heads", fails)
     assert pretrain.main(arguments(text, tmp_path, *SHORT, "--fused-head")) == 1
-    assert complaint(capsys) == "pretrain: the eager head at 1024 x 256 x 151936 failed: MemoryError"
+    assert (
+        complaint(capsys) == "pretrain: the eager head at 1024 x 256 x 151936 failed: MemoryError"
+    )
     assert (tmp_path / "report.html").exists() and (tmp_path / "comparison.png").exists()
 
 
@@ -68,8 +77,12 @@ def exhausted():
     raise MemoryError
 
 
-@pytest.mark.parametrize("action", [exhausted, lambda: torch.empty(1 << 55)], ids=["Python", "PyTorch"])
-def test_memory_that_ends_is_one_line_and_the_checkpoint_stays(text, tmp_path, monkeypatch, capsys, action):
+@pytest.mark.parametrize(
+    "action", [exhausted, lambda: torch.empty(1 << 55)], ids=["Python", "PyTorch"]
+)
+def test_memory_that_ends_is_one_line_and_the_checkpoint_stays(
+    text, tmp_path, monkeypatch, capsys, action
+):
     original = run_module.Run.step
 
     def step(run):
@@ -90,7 +103,13 @@ def test_a_folder_that_may_not_be_made_is_one_line(text, capsys):
 
 @pytest.mark.parametrize(
     "texts",
-    [[b"xy"] * 700, [b"x"] * 400 + [b"hello world "] * 140, [b"a" * 3000], [b"\n" * 3000], ["ü".encode() * 900]],
+    [
+        [b"xy"] * 700,
+        [b"x"] * 400 + [b"hello world "] * 140,
+        [b"a" * 3000],
+        [b"\n" * 3000],
+        ["ü".encode() * 900],
+    ],
     ids=["two bytes", "mostly one byte", "one letter", "empty lines", "one wide letter"],
 )
 def test_a_degenerate_text_trains_and_is_reported(tmp_path, texts):

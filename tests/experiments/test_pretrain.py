@@ -1,4 +1,5 @@
-"""The pretraining example as a user runs it: fair comparisons, honest sentences, weights without a projector."""
+"""The pretraining example as a user runs it: fair comparisons, honest sentences, weights without a
+projector."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def straight(text, tmp_path_factory):
 def test_both_runs_start_from_the_same_weights_and_read_the_same_text(straight):
     first = [steps_without_times(straight / name)[0] for name in ("ntp", "ntp-nitp")]
     assert first[0]["ntp/loss"] == first[1]["ntp/loss"]
-    looks = [checkpoint.read_table(straight / name / "validation.csv")[0] for name in ("ntp", "ntp-nitp")]
+    looks = [
+        checkpoint.read_table(straight / name / "validation.csv")[0] for name in ("ntp", "ntp-nitp")
+    ]
     assert looks[0]["effective_rank"] == looks[1]["effective_rank"]
 
 
@@ -53,7 +56,9 @@ def test_training_learns_and_writes_a_row_a_step_and_a_picture(straight):
 
 
 def test_the_exported_weights_hold_no_projector_and_run_in_the_plain_model(straight):
-    plain, with_nitp = (checkpoint.load_weights(straight / n / "model.safetensors") for n in ("ntp", "ntp-nitp"))
+    plain, with_nitp = (
+        checkpoint.load_weights(straight / n / "model.safetensors") for n in ("ntp", "ntp-nitp")
+    )
     assert plain.state_dict().keys() == with_nitp.state_dict().keys()
     state = checkpoint.load_checkpoint(straight / "ntp-nitp" / "checkpoint.pt")
     assert state["objective"] and state["model"].keys() == with_nitp.state_dict().keys()
@@ -73,7 +78,9 @@ def test_the_projector_trains_too(straight):
 def test_an_objective_of_weight_zero_changes_no_bit_of_the_model(text, tmp_path):
     spellings = ["--objectives", "ntp", "ntp + 0*nitp", "--clip", "0"]
     assert pretrain.main(arguments(text, tmp_path, *spellings)) == 0
-    exported = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("ntp", "ntp-nitp")]
+    exported = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("ntp", "ntp-nitp")
+    ]
     assert exported[0] == exported[1]
 
 
@@ -81,7 +88,16 @@ def test_two_microbatches_make_the_step_of_one_batch(text, tmp_path):
     rows = []
     for batch, accumulate in (("4", "1"), ("2", "2"), ("1", "4")):
         out = tmp_path / batch
-        more = ["--batch", batch, "--accumulate", accumulate, "--steps", "2", "--objectives", "ntp + nitp"]
+        more = [
+            "--batch",
+            batch,
+            "--accumulate",
+            accumulate,
+            "--steps",
+            "2",
+            "--objectives",
+            "ntp + nitp",
+        ]
         assert pretrain.main(arguments(text, out, *more)) == 0
         rows.append(steps_without_times(out / "ntp-nitp")[0])
     for row in rows[1:]:
@@ -90,7 +106,9 @@ def test_two_microbatches_make_the_step_of_one_batch(text, tmp_path):
             assert float(row[column]) == pytest.approx(float(rows[0][column]), rel=1e-5), column
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(text, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(
+    text, tmp_path, capsys
+):
     more = ["--lr", "1e30", "--warmup", "0", "--objectives", "ntp", "--clip", "0"]
     assert pretrain.main(arguments(text, tmp_path, *more)) == 1
     line = complaint(capsys)
@@ -100,23 +118,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_spoils_the_weights(te
 def test_what_is_printed_at_the_end_is_what_the_tables_hold(text, straight, capsys):
     assert pretrain.main(arguments(text, straight, "--resume")) == 0
     printed = capsys.readouterr().out
-    first, second = (checkpoint.read_table(straight / n / "validation.csv")[-1] for n in ("ntp", "ntp-nitp"))
+    first, second = (
+        checkpoint.read_table(straight / n / "validation.csv")[-1] for n in ("ntp", "ntp-nitp")
+    )
     for look in (first, second):
         assert f"{float(look['cross_entropy']):.4f}" in printed
         assert f"{float(look['effective_rank']):.2f}" in printed
     loss, floor, skill = (float(second[f"nitp/{name}"]) for name in ("loss", "floor", "skill"))
     side = "below" if loss < floor else "above"
-    assert f"nitp loss {loss:.4f} on held-out text is {side} the constant-predictor floor {floor:.4f}" in printed
+    assert (
+        f"nitp loss {loss:.4f} on held-out text is {side} the constant-predictor floor {floor:.4f}"
+        in printed
+    )
     assert f"skill {skill:.2f}" in printed
-    assert f"cross-entropy: {float(second['cross_entropy']) - float(first['cross_entropy']):+.4f} nats" in printed
+    assert (
+        f"cross-entropy: {float(second['cross_entropy']) - float(first['cross_entropy']):+.4f} nats"
+        in printed
+    )
 
 
 def test_bfloat16_and_other_objectives_train_too(text, tmp_path):
-    objectives = ["ntp + 0.5*nitp(distance=mse, projector=linear)", "ntp + schedule(to=1.0, warmup=3)*nitp"]
+    objectives = [
+        "ntp + 0.5*nitp(distance=mse, projector=linear)",
+        "ntp + schedule(to=1.0, warmup=3)*nitp",
+    ]
     more = ["--dtype", "bfloat16", "--tied", "--steps", "6", "--objectives", *objectives]
     assert pretrain.main(arguments(text, tmp_path, *more)) == 0
     weights = [
-        float(row["loss/nitp"]) / float(row["nitp/loss"]) for row in steps_without_times(tmp_path / "ntp-nitp.2")
+        float(row["loss/nitp"]) / float(row["nitp/loss"])
+        for row in steps_without_times(tmp_path / "ntp-nitp.2")
     ]
     assert weights == pytest.approx([0, 1 / 3, 2 / 3, 1, 1, 1], rel=1e-3)
 

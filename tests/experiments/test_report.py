@@ -1,4 +1,5 @@
-"""The report of the pretraining example: numbers as the tables hold them, honest spreads, a page that loads nothing."""
+"""The report of the pretraining example: numbers as the tables hold them, honest spreads, a page
+that loads nothing."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.loads += [x or "" for name, x in attrs if name in ("src", "href", "xlink:href", "data", "srcset")]
+        self.loads += [
+            x or "" for name, x in attrs if name in ("src", "href", "xlink:href", "data", "srcset")
+        ]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -60,7 +63,9 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text") / NAME.replace("/", "|")
     folder.mkdir()
     out = tmp_path_factory.mktemp("out")
-    assert pretrain.main(arguments(write_text(folder), out, "--steps", "8", "--seeds", "0", "1")) == 0
+    assert (
+        pretrain.main(arguments(write_text(folder), out, "--steps", "8", "--seeds", "0", "1")) == 0
+    )
     return out / "report.html", folder
 
 
@@ -71,7 +76,9 @@ def test_the_page_loads_nothing_runs_nothing_and_every_tag_closes(page):
     assert not {"script", "link", "img", "iframe", "object", "form"} & set(parsed.tags)
     assert parsed.loads and all(target.startswith("#") for target in parsed.loads)
     style = re.search(r"<style>.*?</style>", content, re.S)
-    assert style and "url(" not in style[0] and "@import" not in style[0] and "light dark" in style[0]
+    assert (
+        style and "url(" not in style[0] and "@import" not in style[0] and "light dark" in style[0]
+    )
     assert not re.search(r"url\((?!#)", content)
     assert "currentColor" in content and "#0a0b0c" not in content
 
@@ -88,7 +95,12 @@ def test_what_came_from_the_user_is_text_on_the_page(page):
 
 def test_the_page_holds_the_tables_the_specs_the_machine_and_the_disclaimer(page):
     parsed = Page(page[0].read_text())
-    for said in ("torch 2", " thread", "No benchmark is measured here", "8 steps of 64 tokens, seeds 0, 1"):
+    for said in (
+        "torch 2",
+        " thread",
+        "No benchmark is measured here",
+        "8 steps of 64 tokens, seeds 0, 1",
+    ):
         assert said in parsed.text, said
     spec = json.dumps(parse("ntp + nitp").to_dict(), indent=2)
     assert spec in parsed.text and "parameters added" in parsed.text
@@ -109,7 +121,10 @@ def test_a_cell_is_the_mean_and_the_standard_deviation_over_seeds():
     assert grid.cell(outcome.CROSS_ENTROPY, group[:1]) == "1.0000"
     assert grid.cell(outcome.LOSS, group) == "-"
     collapsed = [fake("nitp", 0, **{"nitp/skill": math.nan}), fake("nitp", 1)]
-    assert grid.cell(outcome.SKILL, collapsed) == "-" and grid.cell(outcome.LOSS, collapsed) == "0.2500"
+    assert (
+        grid.cell(outcome.SKILL, collapsed) == "-"
+        and grid.cell(outcome.LOSS, collapsed) == "0.2500"
+    )
 
 
 def test_outcomes_of_one_arm_stand_together_in_the_order_of_seeds():
@@ -128,7 +143,11 @@ def test_many_arms_are_rows_and_few_are_columns():
 
 
 def test_a_markdown_table_keeps_bars_inside_cells_and_aligns_numbers_right():
-    lines = grid.Grid("t", ["", "|z|", "word"], [["a|b", "1.5 ± 0.1", "x"], ["c", "-", "2"]]).as_markdown().splitlines()
+    lines = (
+        grid.Grid("t", ["", "|z|", "word"], [["a|b", "1.5 ± 0.1", "x"], ["c", "-", "2"]])
+        .as_markdown()
+        .splitlines()
+    )
     assert lines == [
         "**t**",
         "",
@@ -154,7 +173,10 @@ def test_from_five_pairs_on_a_difference_has_students_interval_and_below_none():
     assert spread.ninety_five(5) == pytest.approx(2.776445, abs=1e-6)
     assert spread.ninety_five(30) == pytest.approx(2.045230, abs=1e-6)
     five = spread.Difference(mean=0.5, deviation=1.0, pairs=5)
-    assert five.half_width == pytest.approx(2.776445 / 5**0.5, abs=1e-6) and five.spelled(".2f") == "+0.50 ± 1.24"
+    assert (
+        five.half_width == pytest.approx(2.776445 / 5**0.5, abs=1e-6)
+        and five.spelled(".2f") == "+0.50 ± 1.24"
+    )
     assert spread.shown_as(5) == "95 % interval" and spread.no_verdict(5) == ""
     four = spread.Difference(mean=0.5, deviation=1.0, pairs=4)
     assert four.half_width == 1.0 and spread.shown_as(4) == "two standard errors"
@@ -174,14 +196,23 @@ def test_chance_is_students_t():
 def test_the_sentences_follow_the_numbers():
     def said(*other, first=(1.0, 1.1, 1.2)) -> str:
         base = [fake("ntp", seed, cross_entropy=x) for seed, x in enumerate(first)]
-        return " ".join(sentences.about([base, [fake("nitp", seed, **x) for seed, x in enumerate(other)]]))
+        return " ".join(
+            sentences.about([base, [fake("nitp", seed, **x) for seed, x in enumerate(other)]])
+        )
 
     apart = said({"cross_entropy": 1.5}, {"cross_entropy": 1.61}, {"cross_entropy": 1.7})
-    assert "nitp against ntp over 3 seeds, cross-entropy, nats a byte: +0.5033 ± 0.0067 (two standard" in apart
+    assert (
+        "nitp against ntp over 3 seeds, cross-entropy, nats a byte: +0.5033 ± 0.0067 (two standard"
+        in apart
+    )
     assert "No verdict below five seeds: with 3 a 95 % interval" in apart and not verdicts(apart)
     values = (1.5, 1.61, 1.7, 1.8, 1.93)
     enough = said(*({"cross_entropy": x} for x in values), first=(1.0, 1.1, 1.2, 1.3, 1.4))
-    assert "+0.5080 ± 0.0162 (95 % interval)" in enough and "No verdict" not in enough and not verdicts(enough)
+    assert (
+        "+0.5080 ± 0.0162 (95 % interval)" in enough
+        and "No verdict" not in enough
+        and not verdicts(enough)
+    )
     below = {"nitp/loss": 0.1, "nitp/floor": 0.3, "nitp/skill": 0.6}
     assert "is below the constant-predictor floor" in said(below, below, below)
     assert "is below, in 1 of 3 seeds," in said(below, {}, {})
@@ -190,15 +221,21 @@ def test_the_sentences_follow_the_numbers():
     assert "no skill on held-out text" in said(gone, gone, gone)
     other = {"nitp/skill": math.nan, "nitp/floor": math.nan}
     assert "floor is known for the cosine only" in said(other, other, other)
-    assert "x[t+1] and x[t+8] in 75.0 % and 75.0 %" in said({"probes": 0.75}, {"probes": 0.75}, {"probes": 0.75})
+    assert "x[t+1] and x[t+8] in 75.0 % and 75.0 %" in said(
+        {"probes": 0.75}, {"probes": 0.75}, {"probes": 0.75}
+    )
     one = said({}, first=(1.0,))
     assert (
-        "One seed each" in one and "No verdict below five seeds: one seed has no spread." in one and not verdicts(one)
+        "One seed each" in one
+        and "No verdict below five seeds: one seed has no spread." in one
+        and not verdicts(one)
     )
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"], ids=lambda path: path.name
+    "path",
+    [p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "log.md"],
+    ids=lambda path: path.name,
 )
 def test_no_page_concludes_anything_from_fewer_than_five_seeds(path):
     text = path.read_text()
@@ -211,4 +248,6 @@ def test_no_page_concludes_anything_from_fewer_than_five_seeds(path):
 
 def test_the_conclusions_of_two_and_three_seeds_are_gone():
     pages = [(ROOT / "docs" / name).read_text() for name in ("evidence.md", "experiments.md")]
-    assert not verdicts("".join(pages)) and all("No verdict below five seeds: with" in page for page in pages)
+    assert not verdicts("".join(pages)) and all(
+        "No verdict below five seeds: with" in page for page in pages
+    )

@@ -1,4 +1,5 @@
-"""The pretraining example when it cannot go on: exact resumption, the last good checkpoint, one clear line."""
+"""The pretraining example when it cannot go on: exact resumption, the last good checkpoint, one
+clear line."""
 
 from __future__ import annotations
 
@@ -33,10 +34,13 @@ CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 @pytest.fixture(autouse=True)
 def heeded():
-    """Every signal as a shell leaves it, whatever started the tests (nohup, a job in the background)."""
+    """Every signal as a shell leaves it, whatever started the tests (nohup, a job in the
+    background)."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number in SIGNALS:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -76,7 +80,9 @@ def crash():
     [(lambda: signal.raise_signal(signal.SIGTERM), 143), (crash, None)],
     ids=["SIGTERM", "crash"],
 )
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(text, straight, tmp_path, monkeypatch, action, code):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    text, straight, tmp_path, monkeypatch, action, code
+):
     with monkeypatch.context() as interrupted:
         before_step(interrupted, 13, "ntp + nitp", action)
         if code is None:
@@ -102,7 +108,9 @@ def test_a_signal_is_saved_and_says_how_to_go_on(text, tmp_path, monkeypatch, ca
     assert signal.getsignal(number) is before
 
 
-@pytest.mark.parametrize(("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGHUP)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGHUP)]
+)
 def test_a_second_signal_acts_at_once(text, tmp_path, monkeypatch, capsys, first, second):
     def twice():
         signal.raise_signal(first)
@@ -143,7 +151,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(text, straight, tmp_path, m
         before_step(disk, 12, "ntp", lambda: disk.setattr(checkpoint.os, "fsync", full))
         assert pretrain.main(arguments(text, tmp_path)) == 1
     line = complaint(capsys)
-    assert "No space left on device" in line and "checkpoint of step 10 is intact" in line and "--resume" in line
+    assert (
+        "No space left on device" in line
+        and "checkpoint of step 10 is intact" in line
+        and "--resume" in line
+    )
     assert checkpoint.load_checkpoint(tmp_path / "ntp" / "checkpoint.pt")["step"] == 10
     assert not list((tmp_path / "ntp").glob(".*"))
     assert pretrain.main(arguments(text, tmp_path, "--resume")) == 0
@@ -153,13 +165,18 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(text, straight, tmp_path, m
 def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(text, straight, tmp_path):
     size = (straight / "ntp-nitp" / "checkpoint.pt").stat().st_size * 3 // 2
     mount = f"mount -t tmpfs -o size={size} none {tmp_path}"
-    if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False
+    ).returncode:
         pytest.skip("this user may not mount a file system")
     kept = tmp_path.with_name("kept.pt")
     command = [sys.executable, SCRIPT, *arguments(text, tmp_path, "--objectives", "ntp + nitp")]
     inside = f'{mount} && "$@"; code=$?; cp {tmp_path}/ntp-nitp/checkpoint.pt {kept}; exit $code'
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", inside, "sh", *command], capture_output=True, text=True, check=False
+        ["unshare", "-m", "sh", "-c", inside, "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
@@ -168,10 +185,23 @@ def test_a_disk_that_is_really_full_leaves_the_last_good_checkpoint(text, straig
 
 
 def test_a_signal_from_outside_ends_with_its_code_and_a_checkpoint(text, tmp_path):
-    command = [sys.executable, SCRIPT, *arguments(text, tmp_path), "--steps", "1000000", "--objectives", "ntp + nitp"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        SCRIPT,
+        *arguments(text, tmp_path),
+        "--steps",
+        "1000000",
+        "--objectives",
+        "ntp + nitp",
+    ]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         give_up = time.monotonic() + 240
-        while len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) < 3 and time.monotonic() < give_up:
+        while (
+            len(checkpoint.read_table(tmp_path / "ntp-nitp" / "steps.csv")) < 3
+            and time.monotonic() < give_up
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         (line,) = process.communicate(timeout=240)[1].splitlines()
@@ -190,7 +220,9 @@ def test_a_signal_from_outside_ends_with_its_code_and_a_checkpoint(text, tmp_pat
     ],
 )
 def test_a_signal_while_torch_is_still_loading_ends_with_one_line(tmp_path, path, number):
-    (tmp_path / "torch.py").write_text(f"import os, time; os.kill(os.getpid(), {number}); time.sleep(9)")
+    (tmp_path / "torch.py").write_text(
+        f"import os, time; os.kill(os.getpid(), {number}); time.sleep(9)"
+    )
     # The folder of the script comes first on the path, this one before the installed packages.
     done = subprocess.run(
         [sys.executable, ROOT / path],
@@ -199,12 +231,17 @@ def test_a_signal_while_torch_is_still_loading_ends_with_one_line(tmp_path, path
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (CODES[number], f"{Path(path).stem}: stopped before anything began\n")
+    assert (done.returncode, done.stderr) == (
+        CODES[number],
+        f"{Path(path).stem}: stopped before anything began\n",
+    )
 
 
 def test_starting_anew_keeps_the_earlier_run_beside_it(text, straight, tmp_path):
     shutil.copytree(straight, tmp_path / "out")
-    assert pretrain.main(arguments(text, tmp_path / "out", "--steps", "2", "--objectives", "ntp")) == 0
+    assert (
+        pretrain.main(arguments(text, tmp_path / "out", "--steps", "2", "--objectives", "ntp")) == 0
+    )
     assert len(steps_without_times(tmp_path / "out" / "ntp")) == 2
     assert_same_run(tmp_path / "out" / "ntp.previous", straight / "ntp")
 
@@ -258,7 +295,10 @@ def test_every_problem_of_a_spec_gets_a_line_of_its_own(text, tmp_path, capsys):
 def test_bad_input_shows_no_traceback_to_a_shell(tmp_path):
     (tmp_path / "empty.txt").touch()
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--data", tmp_path / "empty.txt"], capture_output=True, text=True, check=False
+        [sys.executable, SCRIPT, "--data", tmp_path / "empty.txt"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("pretrain: ") and len(done.stderr.splitlines()) == 1

@@ -1,4 +1,5 @@
-"""`nitp_ops.geometry`: identities against all pairs and the SVD, invariances, known spectra, streams."""
+"""`nitp_ops.geometry`: identities against all pairs and the SVD, invariances, known spectra,
+streams."""
 
 import json
 import math
@@ -43,7 +44,9 @@ def accumulated(x: torch.Tensor, *cuts: int) -> dict[str, float]:
 
 
 def same(left: float, right: float, tolerance: float = 1e-9) -> bool:
-    return math.isclose(left, right, rel_tol=tolerance, abs_tol=tolerance) or (left != left and right != right)
+    return math.isclose(left, right, rel_tol=tolerance, abs_tol=tolerance) or (
+        left != left and right != right
+    )
 
 
 @settings(deadline=None, max_examples=40)
@@ -180,7 +183,9 @@ def test_the_sample_is_bounded_and_does_not_depend_on_the_split():
 
 
 def test_the_sample_takes_early_and_late_rows_alike():
-    x = torch.cat([torch.tensor([[1.0, 0.0]]).repeat(1000, 1), torch.tensor([[-1.0, 0.0]]).repeat(1000, 1)])
+    x = torch.cat(
+        [torch.tensor([[1.0, 0.0]]).repeat(1000, 1), torch.tensor([[-1.0, 0.0]]).repeat(1000, 1)]
+    )
     # Half of the pairs are equal (exponent 0) and half opposite (exponent -8).
     assert abs(geometry.uniformity(x, max_rows=400) - math.log(0.5)) < 0.05
 
@@ -250,8 +255,16 @@ def test_measuring_builds_no_graph():
         (torch.ones(4), ValueError, r"x has shape \(4,\), expected \(\.\.\., d\) with d >= 1"),
         (torch.ones(4, 0), ValueError, r"x has shape \(4, 0\), expected \(\.\.\., d\) with d >= 1"),
         (torch.tensor([[1.0], [math.nan]]), ValueError, "x has NaN or infinity in 1 of 2 rows"),
-        (torch.tensor([[math.inf], [-math.inf]]), ValueError, "x has NaN or infinity in 2 of 2 rows"),
-        (torch.ones(4, 4, dtype=torch.int64), TypeError, "x has dtype torch.int64, expected a floating"),
+        (
+            torch.tensor([[math.inf], [-math.inf]]),
+            ValueError,
+            "x has NaN or infinity in 2 of 2 rows",
+        ),
+        (
+            torch.ones(4, 4, dtype=torch.int64),
+            TypeError,
+            "x has dtype torch.int64, expected a floating",
+        ),
         ([[1.0], [2.0]], TypeError, "x is list, expected a tensor"),
     ],
 )
@@ -263,7 +276,9 @@ def test_bad_input_is_one_clear_error(name, x, error, message):
 
 def test_unknown_options_are_named():
     x = gaussian(4, 2)
-    with pytest.raises(ValueError, match="definition is 'entropy', expected 'covariance' or 'singular'"):
+    with pytest.raises(
+        ValueError, match="definition is 'entropy', expected 'covariance' or 'singular'"
+    ):
         geometry.effective_rank(x, "entropy")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="uniformity: max_rows is 1, expected at least 2"):
         geometry.uniformity(x, max_rows=1)
@@ -284,7 +299,11 @@ def test_a_refused_update_adds_nothing():
 
 def test_accumulators_of_different_streams_do_not_merge():
     accumulator = Accumulator(3, source="layer 1")
-    with pytest.raises(ValueError, match=r"other has \(width, source, max_rows\) \(4, 'layer 1', 1024\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"other has \(width, source, max_rows\) \(4, 'layer 1', "
+        r"1024\)",
+    ):
         accumulator.merge(Accumulator(4, source="layer 1"))
     with pytest.raises(TypeError, match="other is int, expected an Accumulator"):
         accumulator.merge(3)  # pyright: ignore[reportArgumentType]

@@ -11,7 +11,8 @@ from tests.geometry.test_geometry import FUNCTIONS, gaussian
 
 
 class WithoutFloat64(torch.Tensor):
-    """Says that it lies on such a device, which `cpu()` and `to` leave; an operation there makes no float64."""
+    """Says that it lies on such a device, which `cpu()` and `to` leave; an operation there makes no
+    float64."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -22,7 +23,9 @@ class WithoutFloat64(torch.Tensor):
                 return args[0].as_subclass(torch.Tensor)
         found = super().__torch_function__(func, types, args, kwargs or {})
         for value in tree_leaves(found):
-            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, f"{func} makes a float64 tensor"
+            assert not isinstance(value, torch.Tensor) or value.dtype != torch.float64, (
+                f"{func} makes a float64 tensor"
+            )
         return found
 
 

@@ -1,4 +1,5 @@
-"""The numbers of `geometry` are ratios: the unit that hidden states are measured in changes none of them."""
+"""The numbers of `geometry` are ratios: the unit that hidden states are measured in changes none of
+them."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def test_an_accumulator_gives_the_same_in_every_unit(unit: float):
 
 
 def test_batches_of_unlike_sizes_give_the_numbers_of_the_whole():
-    """The rows of a small batch count no more beside those of a large one, but for their directions."""
+    """The rows of a small batch count no more beside those of a large one, but for their
+    directions."""
     x = torch.cat([rows() * 2.0**-700, rows().flip(0) * 2.0**700])
     streamed = geometry.Accumulator(5)
     for part in x.split(16):

@@ -1,4 +1,5 @@
-"""The probes of `nitp_ops.geometry`: what they decode, what they must not see, what changes nothing."""
+"""The probes of `nitp_ops.geometry`: what they decode, what they must not see, what changes
+nothing."""
 
 import math
 
@@ -16,7 +17,10 @@ CLASSES, WIDTH = 6, 8
 
 
 def tokens(sequences: int = 40, length: int = 16, seed: int = 0) -> torch.Tensor:
-    return torch.randint(CLASSES, (sequences, length), generator=torch.Generator().manual_seed(seed)) * 7
+    return (
+        torch.randint(CLASSES, (sequences, length), generator=torch.Generator().manual_seed(seed))
+        * 7
+    )
 
 
 def noise(*shape: int, seed: int = 1) -> torch.Tensor:
@@ -24,7 +28,8 @@ def noise(*shape: int, seed: int = 1) -> torch.Tensor:
 
 
 def code(ids: torch.Tensor, offset: int, spread: float = 0.02, seed: int = 2) -> torch.Tensor:
-    """h_t holds a random vector for x_{t+offset}, a little noise, and nothing else; past the end it is NaN."""
+    """h_t holds a random vector for x_{t+offset}, a little noise, and nothing else; past the end it
+    is NaN."""
     book = noise(int(ids.max()) + 1, WIDTH, seed=seed)
     ahead = torch.full((*ids.shape, WIDTH), math.nan)
     ahead[:, : ids.shape[1] - offset] = book[ids[:, offset:]]
@@ -34,11 +39,17 @@ def code(ids: torch.Tensor, offset: int, spread: float = 0.02, seed: int = 2) ->
 @every_probe
 @settings(deadline=None, max_examples=15)
 @given(offset=st.integers(0, 8), seed=st.integers(0, 2**16))
-def test_a_code_of_the_token_j_ahead_is_read_without_error_and_no_row_past_the_end_counts(probe, offset, seed):
+def test_a_code_of_the_token_j_ahead_is_read_without_error_and_no_row_past_the_end_counts(
+    probe, offset, seed
+):
     ids = tokens(seed=seed)
     result = probe(code(ids, offset, seed=seed), ids, offset)
     assert result.accuracy == 1.0
-    assert (result.offset, result.train_rows, result.held_out_rows) == (offset, 30 * (16 - offset), 10 * (16 - offset))
+    assert (result.offset, result.train_rows, result.held_out_rows) == (
+        offset,
+        30 * (16 - offset),
+        10 * (16 - offset),
+    )
 
 
 @every_probe
@@ -46,7 +57,10 @@ def test_a_code_of_another_offset_says_no_more_than_the_most_frequent_token(prob
     ids = tokens(300, 20)
     result = probe(code(ids, 2)[:, :18], ids[:, :18], 1)
     error = math.sqrt(result.baseline * (1 - result.baseline) / result.held_out_rows)
-    assert abs(result.accuracy - 1 / CLASSES) < 4 * error and abs(result.baseline - 1 / CLASSES) < 4 * error
+    assert (
+        abs(result.accuracy - 1 / CLASSES) < 4 * error
+        and abs(result.baseline - 1 / CLASSES) < 4 * error
+    )
 
 
 def test_noise_leaves_the_linear_probe_at_the_baseline():
@@ -80,7 +94,9 @@ def test_the_linear_probe_is_the_ridge_regression_of_one_hot_tokens(ridge):
     mean, n = x.mean(0), len(x)
     scale = (x - mean).square().mean().sqrt()
     # The ridge as extra rows of an ordinary least-squares problem.
-    left = torch.cat([(x - mean) / scale, (ridge * n) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)])
+    left = torch.cat(
+        [(x - mean) / scale, (ridge * n) ** 0.5 * torch.eye(WIDTH, dtype=torch.float64)]
+    )
     onehot = torch.nn.functional.one_hot(y, 36).double()
     right = torch.cat([onehot - onehot.mean(0), torch.zeros(WIDTH, 36, dtype=torch.float64)])
     weight = torch.linalg.lstsq(left, right).solution
@@ -178,7 +194,9 @@ def test_a_token_that_training_never_saw_is_never_named(probe):
 
 
 @every_probe
-@pytest.mark.parametrize("hidden", [torch.ones(6, 9, 3), torch.zeros(6, 9, 3)], ids=["equal", "zero"])
+@pytest.mark.parametrize(
+    "hidden", [torch.ones(6, 9, 3), torch.zeros(6, 9, 3)], ids=["equal", "zero"]
+)
 def test_equal_states_say_what_the_most_frequent_token_says(probe, hidden):
     ids = torch.where(tokens(6, 9) > 7, 7, 0)
     result = probe(hidden, ids)
@@ -188,7 +206,11 @@ def test_equal_states_say_what_the_most_frequent_token_says(probe, hidden):
 @every_probe
 def test_no_row_on_one_side_is_not_a_number(probe):
     ids, hidden = tokens(), noise(40, 16, WIDTH)
-    for offset, held_out in ((16, 0.5), (1, torch.zeros(40, dtype=torch.bool)), (1, torch.ones(40, dtype=torch.bool))):
+    for offset, held_out in (
+        (16, 0.5),
+        (1, torch.zeros(40, dtype=torch.bool)),
+        (1, torch.ones(40, dtype=torch.bool)),
+    ):
         result = probe(hidden, ids, offset, held_out=held_out)
         assert math.isnan(result.accuracy) and math.isnan(result.baseline)
         assert 0 in (result.train_rows, result.held_out_rows)
@@ -207,7 +229,8 @@ H, IDS = torch.zeros(4, 6, 3), torch.zeros(4, 6, dtype=torch.int64)
 WRONG = [
     (TypeError, "hidden is a list, expected a torch.Tensor", [[1.0], IDS], {}),
     (TypeError, "hidden is int64, expected a floating point dtype", [H.long(), IDS], {}),
-    (ValueError, r"hidden has shape \(6, 3\), expected \(\.\.\., T, d\) with two", [H[0], IDS[0]], {}),
+    (ValueError, r"hidden has shape \(6, 3\), expected \(\.\.\., T, d\) with "
+                 r"two", [H[0], IDS[0]], {}),
     (ValueError, r"hidden has shape \(1, 6, 3\), expected", [H[:1], IDS[:1]], {}),
     (ValueError, r"token_ids has shape \(3, 6\), expected \(4, 6\)", [H, IDS[:3]], {}),
     (TypeError, "token_ids is int32, expected int64", [H, IDS.int()], {}),
@@ -217,14 +240,19 @@ WRONG = [
     (ValueError, "token_ids is on meta, expected cpu", [H, IDS.to("meta")], {}),
     (ValueError, "held_out is 1.0, expected a number inside", [H, IDS], {"held_out": 1.0}),
     (ValueError, "held_out is 0, expected a number > 0", [H, IDS], {"held_out": 0}),
-    (ValueError, r"held_out has shape \(6,\), expected \(4,\) \(one a sequence\)", [H, IDS], {"held_out": IDS[0] > 0}),
+    (ValueError, r"held_out has shape \(6,\), expected \(4,\) \(one a "
+                 r"sequence\)", [H, IDS], {"held_out": IDS[0] > 0}),
     (ValueError, "hidden has NaN or infinity in 20 of 20 rows that count", [H / 0, IDS], {}),
 ]  # fmt: skip
 
 
 @every_probe
-@pytest.mark.parametrize(("kind", "message", "arguments", "options"), WRONG, ids=[row[1] for row in WRONG])
-def test_bad_input_is_answered_by_one_line_that_names_the_argument(probe, kind, message, arguments, options):
+@pytest.mark.parametrize(
+    ("kind", "message", "arguments", "options"), WRONG, ids=[row[1] for row in WRONG]
+)
+def test_bad_input_is_answered_by_one_line_that_names_the_argument(
+    probe, kind, message, arguments, options
+):
     with pytest.raises(kind, match=f"{probe.__name__}: {message}") as caught:
         probe(*arguments, **options)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
-"""On a GPU no op waits for the device; all can be captured, compiled, repeated bit by bit, within their memory."""
+"""On a GPU no op waits for the device; all can be captured, compiled, repeated bit by bit, within
+their memory."""
 
 import gc
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def test_forward_and_backward_never_wait_for_the_device(backend, name):
     inputs, (labels, target) = tensors(), labels_and_target()
     call = calls(served(backend), labels, target)[name]
     upstream = torch.tensor(0.37, device=DEVICE)
-    outputs(call, inputs, upstream)  # loads modules, compiles, sets up cuBLAS: all of which may wait
+    # loads modules, compiles, sets up cuBLAS: all of which may wait
+    outputs(call, inputs, upstream)
     with waiting_forbidden():
         outputs(call, inputs, upstream)
 
@@ -96,7 +98,8 @@ def test_results_are_bitwise_the_same_every_time(backend, name, dtype):
     call = calls(served(backend), labels, target)[name]
     first = outputs(call, inputs, 0.37)
     for again in range(3):
-        held = torch.full((1 + again * 10007,), 7.0, device=DEVICE)  # other addresses, other leftovers
+        # other addresses, other leftovers
+        held = torch.full((1 + again * 10007,), 7.0, device=DEVICE)
         for a, b in zip(outputs(call, inputs, 0.37), first, strict=True):
             assert torch.equal(a, b)
         del held
@@ -135,26 +138,37 @@ def test_the_memory_of_cross_entropy_does_not_grow_with_the_rows(backend):
     chunk_bytes = 256 * 20000 * 2
 
     def step(rows):
-        hidden, labels = normal(rows, 64, dtype=torch.bfloat16), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+        hidden, labels = (
+            normal(rows, 64, dtype=torch.bfloat16),
+            torch.zeros(rows, dtype=torch.int64, device=DEVICE),
+        )
         fused = {"chunk_bytes": chunk_bytes, "backend": served(backend)}
-        return lambda: outputs(lambda w: nitp_ops.linear_cross_entropy(hidden, w, labels, **fused), [weight])
+        return lambda: outputs(
+            lambda w: nitp_ops.linear_cross_entropy(hidden, w, labels, **fused), [weight]
+        )
 
     few, many = peak(step(1024)), peak(step(8192))
     assert few > chunk_bytes  # the counter counts
-    # values a row (loss, log-sum-exp, prediction, weights, indices): 128 bytes; logits would be 40000
+    # values a row (loss, log-sum-exp, prediction, weights, indices): 128 bytes; logits would be
+    # 40000
     assert many - few <= 7168 * 128 + 2**20
     assert many < 8192 * 20000 * 2 / 2
 
 
 @BACKENDS
 def test_the_memory_of_implicit_token_loss_does_not_grow_with_the_rows(backend):
-    weights = [normal(*s, scale=0.1, dtype=torch.bfloat16).requires_grad_() for s in [(1024, 256)] * 2 + [(256, 1024)]]
+    weights = [
+        normal(*s, scale=0.1, dtype=torch.bfloat16).requires_grad_()
+        for s in [(1024, 256)] * 2 + [(256, 1024)]
+    ]
     chunk_bytes = 512 * (3 * 1024 + 3 * 256) * 2
 
     def step(rows):
         hidden, target = (normal(rows, 256, seed=i, dtype=torch.bfloat16) for i in range(2))
         fused = {"chunk_bytes": chunk_bytes, "backend": served(backend)}
-        return lambda: outputs(lambda *w: nitp_ops.implicit_token_loss(hidden, target, *w, **fused), weights)
+        return lambda: outputs(
+            lambda *w: nitp_ops.implicit_token_loss(hidden, target, *w, **fused), weights
+        )
 
     few, many = peak(step(2048)), peak(step(16384))
     assert few > chunk_bytes / 2

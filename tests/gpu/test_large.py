@@ -23,7 +23,9 @@ def around(rows, width):
     """The first and last rows, and those on both sides of 2^31 numbers."""
     crossing = LIMIT // width
     assert 8 < crossing < rows - 8
-    return torch.cat([torch.arange(first, first + 8, device=DEVICE) for first in (0, crossing - 4, rows - 8)])
+    return torch.cat(
+        [torch.arange(first, first + 8, device=DEVICE) for first in (0, crossing - 4, rows - 8)]
+    )
 
 
 @BACKENDS
@@ -41,16 +43,22 @@ def test_a_chunk_of_more_than_two_billion_logits(backend, reduction):
     d_hidden, d_weight = torch.autograd.grad(loss.sum(), (hidden, weight))
     some = around(rows, vocabulary)
     wide = hidden.detach()[some].double().requires_grad_()
-    exact = reference.linear_cross_entropy(wide, weight.detach().double(), labels[some], reduction="none")
+    exact = reference.linear_cross_entropy(
+        wide, weight.detach().double(), labels[some], reduction="none"
+    )
     close(stats.loss[some], exact, 1e-2)
-    for row, expected in zip(d_hidden[some], torch.autograd.grad(exact.sum(), wide)[0], strict=True):
+    for row, expected in zip(
+        d_hidden[some], torch.autograd.grad(exact.sum(), wide)[0], strict=True
+    ):
         close(row, expected, 5e-2)
     # the weight's gradient sums every row: in float64, a chunk at a time
     wide_weight = weight.detach().double().requires_grad_()
     for first in range(0, rows, 1000):
         part = slice(first, first + 1000)
         hidden_part = hidden.detach()[part].double()
-        reference.linear_cross_entropy(hidden_part, wide_weight, labels[part], reduction="sum").backward()
+        reference.linear_cross_entropy(
+            hidden_part, wide_weight, labels[part], reduction="sum"
+        ).backward()
     assert wide_weight.grad is not None
     close(d_weight, wide_weight.grad, 2e-2)
 
@@ -58,7 +66,10 @@ def test_a_chunk_of_more_than_two_billion_logits(backend, reduction):
 @BACKENDS
 def test_swiglu_of_more_than_two_billion_numbers(backend):
     rows, width = 33000, 65537  # an odd width: no two rows are aligned alike
-    gate, up = made(rows, width, seed=0).requires_grad_(), made(rows, width, seed=1).requires_grad_()
+    gate, up = (
+        made(rows, width, seed=0).requires_grad_(),
+        made(rows, width, seed=1).requires_grad_(),
+    )
     out = nitp_ops.swiglu(gate, up, backend=served(backend))
     d_gate, d_up = torch.autograd.grad(out, (gate, up), torch.ones_like(out))
     some = around(rows, width)

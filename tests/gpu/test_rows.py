@@ -1,4 +1,5 @@
-"""On a GPU rows that do not count reach nothing, however many the host allows; wrong labels poison their row."""
+"""On a GPU rows that do not count reach nothing, however many the host allows; wrong labels poison
+their row."""
 
 from functools import partial
 
@@ -38,9 +39,18 @@ def latent_problem():
 def test_a_bound_on_the_rows_changes_nothing_of_cross_entropy(backend, bound, reduction):
     inputs, labels = token_problem()
     most = max_rows(bound, labels >= 0)
-    options = {"reduction": reduction, "max_rows": most, "chunk_bytes": 20 * 301 * 8, "backend": served(backend)}
-    ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **options), inputs, 0.37)
-    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels, reduction=reduction), inputs, 0.37)
+    options = {
+        "reduction": reduction,
+        "max_rows": most,
+        "chunk_bytes": 20 * 301 * 8,
+        "backend": served(backend),
+    }
+    ours = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **options), inputs, 0.37
+    )
+    exact = outputs(
+        lambda h, w: reference.linear_cross_entropy(h, w, labels, reduction=reduction), inputs, 0.37
+    )
     for a, b in zip(ours, exact, strict=True):
         close(a, b)
 
@@ -54,7 +64,9 @@ def test_a_bound_on_the_rows_changes_nothing_of_implicit_token_loss(backend, bou
     same = {"reduction": reduction, "valid": valid}
     fused = {**same, "max_rows": most, "chunk_bytes": 9000, "backend": served(backend)}
     ours = outputs(lambda h, *w: nitp_ops.implicit_token_loss(h, target, *w, **fused), inputs, 0.37)
-    exact = outputs(lambda h, *w: reference.implicit_token_loss(h, target, *w, **same), inputs, 0.37)
+    exact = outputs(
+        lambda h, *w: reference.implicit_token_loss(h, target, *w, **same), inputs, 0.37
+    )
     for a, b in zip(ours, exact, strict=True):
         close(a, b)
 
@@ -93,10 +105,18 @@ def test_each_job_of_a_shared_pass_has_its_own_bound(backend):
 @BOUNDS
 def test_an_ignored_nan_row_reaches_nothing_at_all(backend, bound):
     (hidden, weight), labels = token_problem(torch.float32)
-    options = {"max_rows": max_rows(bound, labels >= 0), "chunk_bytes": 20 * 301 * 4, "backend": served(backend)}
-    clean = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **options), [hidden, weight])
+    options = {
+        "max_rows": max_rows(bound, labels >= 0),
+        "chunk_bytes": 20 * 301 * 4,
+        "backend": served(backend),
+    }
+    clean = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **options), [hidden, weight]
+    )
     spoiled = hidden.detach().masked_fill((labels < 0).unsqueeze(-1), NAN).requires_grad_()
-    dirty = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **options), [spoiled, weight])
+    dirty = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **options), [spoiled, weight]
+    )
     for a, b in zip(dirty, clean, strict=True):
         assert torch.equal(a, b)
 
@@ -106,13 +126,23 @@ def test_an_ignored_nan_row_reaches_nothing_at_all(backend, bound):
 def test_an_invalid_nan_pair_reaches_nothing_at_all(backend, bound):
     (hidden, *weights), target, valid = latent_problem()
     keep = reference.pairs(hidden, valid, 1)
-    options = {"valid": valid, "max_rows": max_rows(bound, keep), "chunk_bytes": 9000, "backend": served(backend)}
-    clean = outputs(lambda h, *w: nitp_ops.implicit_token_loss(h, target, *w, **options), [hidden, *weights])
+    options = {
+        "valid": valid,
+        "max_rows": max_rows(bound, keep),
+        "chunk_bytes": 9000,
+        "backend": served(backend),
+    }
+    clean = outputs(
+        lambda h, *w: nitp_ops.implicit_token_loss(h, target, *w, **options), [hidden, *weights]
+    )
     spoiled = hidden.detach().masked_fill(~keep.unsqueeze(-1), NAN).requires_grad_()
     unread = ~keep.roll(1, 1)
     unread[:, 0] = True
     spoiled_target = target.masked_fill(unread.unsqueeze(-1), NAN)
-    dirty = outputs(lambda h, *w: nitp_ops.implicit_token_loss(h, spoiled_target, *w, **options), [spoiled, *weights])
+    dirty = outputs(
+        lambda h, *w: nitp_ops.implicit_token_loss(h, spoiled_target, *w, **options),
+        [spoiled, *weights],
+    )
     for a, b in zip(dirty, clean, strict=True):
         assert torch.equal(a, b)
 
@@ -121,7 +151,9 @@ def test_an_invalid_nan_pair_reaches_nothing_at_all(backend, bound):
 def test_a_nan_row_spoils_its_own_loss_only(backend):
     (hidden, weight), labels = token_problem()
     labels = labels.clamp(min=0)
-    loss = partial(nitp_ops.linear_cross_entropy, labels=labels, reduction="none", backend=served(backend))
+    loss = partial(
+        nitp_ops.linear_cross_entropy, labels=labels, reduction="none", backend=served(backend)
+    )
     spoiled = hidden.detach().clone()
     spoiled[1, 4] = NAN
     dirty, clean = loss(spoiled, weight), loss(hidden, weight)
@@ -136,10 +168,16 @@ def test_a_row_of_weight_zero_adds_nothing_even_if_it_is_nan(backend):
     labels[1, 4] = 3
     scale = torch.ones(labels.shape, dtype=torch.float64, device=DEVICE)
     scale[1, 4] = 0
-    loss = partial(nitp_ops.linear_cross_entropy, labels=labels, token_weight=scale, backend=served(backend))
+    loss = partial(
+        nitp_ops.linear_cross_entropy, labels=labels, token_weight=scale, backend=served(backend)
+    )
     spoiled = hidden.detach().clone()
     spoiled[1, 4] = NAN
-    for a, b in zip(outputs(loss, [spoiled.requires_grad_(), weight]), outputs(loss, [hidden, weight]), strict=True):
+    for a, b in zip(
+        outputs(loss, [spoiled.requires_grad_(), weight]),
+        outputs(loss, [hidden, weight]),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 
@@ -171,9 +209,14 @@ def test_no_row_that_counts_gives_zero_loss_and_zero_gradients(backend, rows, re
     hidden, weight, *projector = tensors()
     absent = torch.full((2, rows), -100, device=DEVICE)
     options = {"reduction": reduction, "backend": served(backend)}
-    token = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h[:, :rows], w, absent, **options), [hidden, weight])
+    token = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h[:, :rows], w, absent, **options),
+        [hidden, weight],
+    )
     latent = outputs(
-        lambda h, *w: nitp_ops.implicit_token_loss(h[:, :rows], h[:, :rows].detach(), *w, valid=absent >= 0, **options),
+        lambda h, *w: nitp_ops.implicit_token_loss(
+            h[:, :rows], h[:, :rows].detach(), *w, valid=absent >= 0, **options
+        ),
         [hidden, *projector],
     )
     assert all((x == 0).all() for x in (*token, *latent))
@@ -187,12 +230,19 @@ def test_float16_gradients_of_a_large_count_do_not_underflow(backend, chunk_rows
     weight = normal(2048, 32, seed=1, scale=0.05, dtype=torch.float16).requires_grad_()
     labels = torch.arange(65536, device=DEVICE) % 7  # few classes: the others' gradients are all p
     loss = partial(
-        nitp_ops.linear_cross_entropy, labels=labels, chunk_bytes=chunk_rows * 2048 * 2, backend=served(backend)
+        nitp_ops.linear_cross_entropy,
+        labels=labels,
+        chunk_bytes=chunk_rows * 2048 * 2,
+        backend=served(backend),
     )
     ours = outputs(loss, [hidden, weight])
     wide = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), wide)
-    near([ours[0], ours[2][7:]], [exact[0], exact[2][7:]], ["loss", "d unembedding of absent classes"])
+    near(
+        [ours[0], ours[2][7:]],
+        [exact[0], exact[2][7:]],
+        ["loss", "d unembedding of absent classes"],
+    )
     absent, absent_exact = ours[2][7:].double(), exact[2][7:]
     assert (absent - absent_exact).norm() < 0.01 * absent_exact.norm()
     # a row's gradient is near 1e-6, where float16 has steps of 6e-8: half a step each at most
@@ -208,9 +258,16 @@ def test_autocast_decides_the_dtype_of_the_products(backend):
         token = nitp_ops.linear_cross_entropy(hidden, weight, labels, backend=served(backend))
         latent = nitp_ops.implicit_token_loss(hidden, target, *projector, backend=backend)
     assert token.dtype == latent.dtype == torch.float32
-    assert torch.equal(token, nitp_ops.linear_cross_entropy(half[0], half[1], labels, backend=backend))
-    assert torch.equal(latent, nitp_ops.implicit_token_loss(half[0], target, *half[2:], backend=backend))
-    assert all(g.dtype == torch.float32 for g in torch.autograd.grad(token + latent, (hidden, weight, *projector)))
+    assert torch.equal(
+        token, nitp_ops.linear_cross_entropy(half[0], half[1], labels, backend=backend)
+    )
+    assert torch.equal(
+        latent, nitp_ops.implicit_token_loss(half[0], target, *half[2:], backend=backend)
+    )
+    assert all(
+        g.dtype == torch.float32
+        for g in torch.autograd.grad(token + latent, (hidden, weight, *projector))
+    )
 
 
 @BACKENDS

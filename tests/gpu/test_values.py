@@ -42,10 +42,17 @@ def on_gpu(options):
 @given(problem=token.problems())
 def test_cross_entropy_equals_the_reference(backend, problem):
     inputs, labels, options, upstream, chunk = problem
-    inputs, labels, options, upstream = [moved(x) for x in inputs], moved(labels), on_gpu(options), moved(upstream)
+    inputs, labels, options, upstream = (
+        [moved(x) for x in inputs],
+        moved(labels),
+        on_gpu(options),
+        moved(upstream),
+    )
     fused = {**options, "chunk_bytes": chunk, "backend": served(backend)}
     ours = outputs(token.call(nitp_ops.linear_cross_entropy, labels, fused), inputs, upstream)
-    exact = outputs(token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream)
+    exact = outputs(
+        token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream
+    )
     near(ours, exact, ["loss", "d hidden", "d unembedding", "d bias"])
     assert [x.dtype for x in ours[1:]] == [x.dtype for x in inputs]
 
@@ -57,8 +64,14 @@ def test_cross_entropy_of_logits_equals_the_reference(backend, problem, overwrit
     inputs = [moved((hidden @ weight.T).detach().requires_grad_()), *map(moved, bias)]
     labels, options, upstream = moved(labels), on_gpu(options), moved(upstream)
     fused = {**options, "inplace_gradient": overwrite, "backend": served(backend)}
-    ours = outputs(lambda x, b=None: nitp_ops.cross_entropy(x * 1, labels, bias=b, **fused), inputs, upstream)
-    exact = outputs(lambda x, b=None: reference.cross_entropy(x, labels, bias=b, **options), widened(inputs), upstream)
+    ours = outputs(
+        lambda x, b=None: nitp_ops.cross_entropy(x * 1, labels, bias=b, **fused), inputs, upstream
+    )
+    exact = outputs(
+        lambda x, b=None: reference.cross_entropy(x, labels, bias=b, **options),
+        widened(inputs),
+        upstream,
+    )
     near(ours, exact, ["loss", "d logits", "d bias"])
 
 
@@ -81,8 +94,15 @@ def test_implicit_token_loss_equals_the_reference(backend, problem):
 def test_alignment_and_swiglu_equal_the_reference(backend, dtype, distance, rows, width, seed):
     inputs = [normal(2, rows, width, seed=seed + i, dtype=dtype).requires_grad_() for i in range(2)]
     upstream = normal(2, rows, seed=seed + 2, dtype=reference.working(*inputs))
-    ours = outputs(partial(nitp_ops.alignment, distance=distance, backend=served(backend)), inputs, upstream)
-    near(ours, outputs(partial(reference.alignment, distance=distance), widened(inputs), upstream.double()))
+    ours = outputs(
+        partial(nitp_ops.alignment, distance=distance, backend=served(backend)), inputs, upstream
+    )
+    near(
+        ours,
+        outputs(
+            partial(reference.alignment, distance=distance), widened(inputs), upstream.double()
+        ),
+    )
     upstream = normal(2, rows, width, seed=seed + 3, dtype=dtype)
     ours = outputs(partial(nitp_ops.swiglu, backend=backend), inputs, upstream)
     near(ours, outputs(reference.swiglu, widened(inputs), upstream.double()))
@@ -101,12 +121,20 @@ def test_alignment_and_swiglu_equal_the_reference(backend, dtype, distance, rows
 # clusters of 2, 4 and 8, and rows that no cluster holds
 @pytest.mark.parametrize("vocabulary", [80000, 128256, 151936, 256000, 500001, 1200003])
 def test_cross_entropy_over_rows_longer_than_a_block_holds(backend, dtype, options, vocabulary):
-    hidden, weight = normal(40, 16, dtype=dtype), normal(vocabulary, 16, seed=1, scale=0.5, dtype=dtype)
-    inputs, labels = [hidden.requires_grad_(), weight.requires_grad_()], torch.arange(40, device=DEVICE)
+    hidden, weight = (
+        normal(40, 16, dtype=dtype),
+        normal(vocabulary, 16, seed=1, scale=0.5, dtype=dtype),
+    )
+    inputs, labels = (
+        [hidden.requires_grad_(), weight.requires_grad_()],
+        torch.arange(40, device=DEVICE),
+    )
     labels[1], labels[2] = -100, vocabulary - 1
     fused = {**options, "backend": served(backend)}
     ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **fused), inputs, 1.0)
-    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels, **options), widened(inputs), 1.0)
+    exact = outputs(
+        lambda h, w: reference.linear_cross_entropy(h, w, labels, **options), widened(inputs), 1.0
+    )
     near(ours, exact, ["loss", "d hidden", "d unembedding"])
 
 
@@ -114,18 +142,35 @@ def test_cross_entropy_over_rows_longer_than_a_block_holds(backend, dtype, optio
 @NARROW
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("chunk_rows", [64, 300, 777])
-def test_cross_entropy_keeps_the_error_budget_at_any_number_of_chunks(backend, dtype, reduction, chunk_rows):
-    hidden, weight = normal(777, 192, dtype=dtype), normal(5003, 192, seed=1, scale=192**-0.5, dtype=dtype)
+def test_cross_entropy_keeps_the_error_budget_at_any_number_of_chunks(
+    backend, dtype, reduction, chunk_rows
+):
+    hidden, weight = (
+        normal(777, 192, dtype=dtype),
+        normal(5003, 192, seed=1, scale=192**-0.5, dtype=dtype),
+    )
     inputs = [hidden.requires_grad_(), weight.requires_grad_()]
     labels = torch.randint(0, 5003, (777,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     labels[::7] = -100
     upstream = normal(777, seed=3) if reduction == "none" else 1.0
-    fused = {"reduction": reduction, "chunk_bytes": chunk_rows * 5003 * dtype.itemsize, "backend": served(backend)}
-    ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **fused), inputs, upstream)
+    fused = {
+        "reduction": reduction,
+        "chunk_bytes": chunk_rows * 5003 * dtype.itemsize,
+        "backend": served(backend),
+    }
+    ours = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, **fused), inputs, upstream
+    )
     # of the eager formula in the logits' dtype; its loss in float32, as the op returns it
-    eager = outputs(lambda h, w: F.cross_entropy(F.linear(h, w).float(), labels, reduction=reduction), inputs, upstream)
+    eager = outputs(
+        lambda h, w: F.cross_entropy(F.linear(h, w).float(), labels, reduction=reduction),
+        inputs,
+        upstream,
+    )
     exact = outputs(
-        lambda h, w: reference.linear_cross_entropy(h, w, labels, reduction=reduction), widened(inputs), upstream
+        lambda h, w: reference.linear_cross_entropy(h, w, labels, reduction=reduction),
+        widened(inputs),
+        upstream,
     )
     within_budget(ours, eager, exact)
 
@@ -136,7 +181,8 @@ def test_cross_entropy_keeps_the_error_budget_at_any_number_of_chunks(backend, d
 def test_implicit_token_loss_keeps_the_error_budget(backend, dtype, chunk_bytes):
     made = [normal(2, 200, 64, dtype=dtype), normal(2, 200, 64, seed=1, dtype=dtype)]
     made += [
-        normal(*s, seed=2 + i, scale=s[-1] ** -0.5, dtype=dtype) for i, s in enumerate([(256, 64)] * 2 + [(64, 256)])
+        normal(*s, seed=2 + i, scale=s[-1] ** -0.5, dtype=dtype)
+        for i, s in enumerate([(256, 64)] * 2 + [(64, 256)])
     ]
     inputs = [x.requires_grad_(place != 1) for place, x in enumerate(made)]
 
@@ -145,8 +191,12 @@ def test_implicit_token_loss_keeps_the_error_budget(backend, dtype, chunk_bytes)
         loss = 1 - F.cosine_similarity(prediction.float(), target[:, 1:].float(), dim=-1)
         return loss.mean() if reduction == "mean" else F.pad(loss, (0, 1))
 
-    def each(loss, tensors):  # the loss of every pair: in their mean, errors of either sign cancel by chance
-        return [loss(*tensors, reduction="none").detach(), *outputs(partial(loss, reduction="mean"), tensors)[1:]]
+    # the loss of every pair: in their mean, errors of either sign cancel by chance
+    def each(loss, tensors):
+        return [
+            loss(*tensors, reduction="none").detach(),
+            *outputs(partial(loss, reduction="mean"), tensors)[1:],
+        ]
 
     fused = partial(nitp_ops.implicit_token_loss, chunk_bytes=chunk_bytes, backend=served(backend))
     exact = each(reference.implicit_token_loss, widened(inputs))
@@ -210,7 +260,9 @@ def test_strided_hidden_states_give_the_same_numbers(backend):
     wide = normal(37, 2, 48, dtype=torch.float64)
     strided = wide.transpose(0, 1)[..., 12:36].detach().requires_grad_()
     dense = strided.detach().contiguous().requires_grad_()
-    loss = partial(nitp_ops.linear_cross_entropy, labels=labels, chunk_bytes=9000, backend=served(backend))
+    loss = partial(
+        nitp_ops.linear_cross_entropy, labels=labels, chunk_bytes=9000, backend=served(backend)
+    )
     for a, b in zip(outputs(loss, [strided, weight]), outputs(loss, [dense, weight]), strict=True):
         close(a, b)
 

@@ -1,4 +1,5 @@
-"""Bytes that the operators of a call read and write, counted by the sizes of the tensors that they are given."""
+"""Bytes that the operators of a call read and write, counted by the sizes of the tensors that they
+are given."""
 
 from __future__ import annotations
 
@@ -12,7 +13,14 @@ from torch.utils._pytree import tree_leaves
 from tests.core.without_reading import OWN, inside
 
 #: Make memory and leave its numbers.
-WITHOUT_NUMBERS = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "populate_"}
+WITHOUT_NUMBERS = {
+    "empty",
+    "empty_strided",
+    "empty_like",
+    "new_empty",
+    "new_empty_strided",
+    "populate_",
+}
 #: Arguments that are overwritten without being read.
 OVERWRITTEN = {
     "copy_": {"self"}, "zero_": {"self"}, "fill_": {"self"}, "mm": {"out"}, "swiglu_rows": {"out"},
@@ -22,7 +30,8 @@ OVERWRITTEN = {
 
 
 class BytesMoved(TorchDispatchMode):
-    """Entered, counts by operator, also inside the library's own; tensors of less than `least` numbers are left out."""
+    """Entered, counts by operator, also inside the library's own; tensors of less than `least`
+    numbers are left out."""
 
     def __init__(self, least: int) -> None:
         super().__init__()
@@ -36,14 +45,21 @@ class BytesMoved(TorchDispatchMode):
         if func in OWN:
             return inside(self, func, args, kwargs)
         result, name = func(*args, **kwargs), func._schema.name.partition("::")[2]
-        a_view = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
+        a_view = any(
+            each.alias_info is not None and not each.alias_info.is_write
+            for each in func._schema.returns
+        )
         if name in WITHOUT_NUMBERS or a_view:
             return result
-        given = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+        given = (
+            dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+        )
         read, written = _split(name, func._schema, given)
         if all(each.alias_info is None for each in func._schema.returns):
             written += tree_leaves(result)
-        self.moved[name] += sum(x.nbytes for x in read + written if isinstance(x, Tensor) and x.numel() >= self.least)
+        self.moved[name] += sum(
+            x.nbytes for x in read + written if isinstance(x, Tensor) and x.numel() >= self.least
+        )
         return result
 
 
@@ -55,10 +71,19 @@ def _split(name: str, schema: Any, given: dict[str, Any]) -> tuple[list[Any], li
     if in_place:
         return [given["rows"], given["factor"]], [given["rows"]]
     overwritten = {"out"} if name == "gemm_" and not given["add"] else OVERWRITTEN.get(name, set())
-    marked = {each.name for each in schema.arguments if each.alias_info is not None and each.alias_info.is_write}
+    marked = {
+        each.name
+        for each in schema.arguments
+        if each.alias_info is not None and each.alias_info.is_write
+    }
     if name == "scale_rows_":
         marked = {"out"}
     if name == "cross_entropy_rows_" and not given["gradient"]:
         marked = marked - {"logits"}
-    read = [leaf for argument, value in given.items() if argument not in overwritten for leaf in tree_leaves(value)]
+    read = [
+        leaf
+        for argument, value in given.items()
+        if argument not in overwritten
+        for leaf in tree_leaves(value)
+    ]
     return read, [leaf for argument in marked & set(given) for leaf in tree_leaves(given[argument])]

@@ -50,7 +50,10 @@ class Case:
         """Places of the targets of the row."""
         kept = [label != self.ignore_index for label in self.labels[row].tolist()]
         if self.negative_is_absent:
-            kept = [keep and label >= 0 for keep, label in zip(kept, self.labels[row].tolist(), strict=True)]
+            kept = [
+                keep and label >= 0
+                for keep, label in zip(kept, self.labels[row].tolist(), strict=True)
+            ]
         return [place for place, keep in enumerate(kept) if keep]
 
 
@@ -61,7 +64,9 @@ def cases(draw: Any, rows: Sequence[int] = (0, 1, 2, 7, 40)) -> Case:
     targets = draw(st.sampled_from([0, 1, 2, 5])) if negative_is_absent else 1
     torch.manual_seed(draw(st.integers(0, 2**31)))
     ignore_index = draw(st.sampled_from([-100, 0, CLASSES + 1]))
-    lowest, highest = draw(st.sampled_from([(0, CLASSES), (-2, CLASSES), (-2, CLASSES + 3), (CLASSES, CLASSES + 3)]))
+    lowest, highest = draw(
+        st.sampled_from([(0, CLASSES), (-2, CLASSES), (-2, CLASSES + 3), (CLASSES, CLASSES + 3)])
+    )
     labels = torch.randint(lowest, highest, (count, targets))
     labels[torch.rand(count, targets) < draw(st.sampled_from([0.0, 0.3, 0.9, 1.0]))] = ignore_index
 
@@ -98,7 +103,11 @@ def exact_scale(case: Case) -> tuple[list[float], list[bool]]:
     scale, present, counted = [], [], []
     for row, weight in enumerate(row_weight.double().expand(count).tolist()):
         places = case.given(row)
-        needed = weight_of is None or not case.needs_target_weight or any(weight_of[row][k] != 0 for k in places)
+        needed = (
+            weight_of is None
+            or not case.needs_target_weight
+            or any(weight_of[row][k] != 0 for k in places)
+        )
         present.append(bool(places))
         scale.append(weight if places and needed else 0.0)
         of_class = None if case.negative_is_absent else weight_of
@@ -124,7 +133,13 @@ def exact_totals(case: Case, scale: list[float], present: list[bool]) -> list[in
         if not 0 <= case.labels[row, place] < CLASSES
     ]
     active = sum(each != 0 for each in scale)
-    return [len(rows), active, rows[0] if rows else -1, rows[-1] if rows else -1, outside[0] if outside else -1]
+    return [
+        len(rows),
+        active,
+        rows[0] if rows else -1,
+        rows[-1] if rows else -1,
+        outside[0] if outside else -1,
+    ]
 
 
 def check_prepared(run: Run, case: Case, *, reads: bool = True) -> None:
@@ -132,9 +147,19 @@ def check_prepared(run: Run, case: Case, *, reads: bool = True) -> None:
     (count, targets), dtype = case.labels.shape, case.dtype
     scale, totals = torch.full((count,), 77.0, dtype=dtype), torch.full((5,), 77)
     wide = torch.full((case.fields, count + GAP), 77.0, dtype=dtype)
-    target_logit, prediction = torch.full((count, targets), 77.0, dtype=dtype), torch.full((count,), 77)
+    target_logit, prediction = (
+        torch.full((count, targets), 77.0, dtype=dtype),
+        torch.full((count,), 77),
+    )
     given = case.labels, case.target_weight, case.row_weight, case.normalizer
-    options = case.ignore_index, case.negative_is_absent, CLASSES, case.mean, case.needs_target_weight, case.max_rows
+    options = (
+        case.ignore_index,
+        case.negative_is_absent,
+        CLASSES,
+        case.mean,
+        case.needs_target_weight,
+        case.max_rows,
+    )
     before = [each.clone() for each in given if each is not None]
     found = run(
         "prepare_rows_", *given, scale, totals, wide[:, :count], target_logit, prediction, *options
@@ -208,4 +233,6 @@ def check_predictions(run: Run, dtype: torch.dtype) -> None:
                     targets > 1, 0.0, 0.0, 0.0, 1.0, gradient, parts,
                 )[8]  # fmt: skip
                 given = torch.tensor([True, False, True, False])
-                assert torch.equal(found, best if parts is not None else torch.where(given, best, -1))
+                assert torch.equal(
+                    found, best if parts is not None else torch.where(given, best, -1)
+                )

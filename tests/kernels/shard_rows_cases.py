@@ -1,4 +1,5 @@
-"""Rows of logits whose columns are cut in two: their parts, and the gradient of one half, by formulas in float64."""
+"""Rows of logits whose columns are cut in two: their parts, and the gradient of one half, by
+formulas in float64."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ def work(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def transformed(logits: Tensor, bias: Tensor | None, softcap: float, scale: float) -> tuple[Tensor, Tensor]:
+def transformed(
+    logits: Tensor, bias: Tensor | None, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
     """z and dz/dx, float64."""
     z = scale * (logits.double() + (0 if bias is None else bias.double()))
     if softcap == 0:
@@ -24,28 +27,40 @@ def transformed(logits: Tensor, bias: Tensor | None, softcap: float, scale: floa
     return z, scale * (1 - (z / softcap) ** 2)
 
 
-def parts_arguments(logits: Tensor, *, bias, class_weight, smoothing, softcap, scale, entropy) -> list[Any]:
+def parts_arguments(
+    logits: Tensor, *, bias, class_weight, smoothing, softcap, scale, entropy
+) -> list[Any]:
     """Of cross_entropy_rows_ with parts, without a gradient and without any target."""
     rows, dtype = len(logits), work(logits.dtype)
-    stats, parts = torch.full((3 if entropy else 2, rows), NAN, dtype=dtype), torch.full((4, rows), NAN, dtype=dtype)
+    stats, parts = (
+        torch.full((3 if entropy else 2, rows), NAN, dtype=dtype),
+        torch.full((4, rows), NAN, dtype=dtype),
+    )
     outputs = stats, torch.full((rows, 1), NAN, dtype=dtype), torch.full((rows,), -7)
     labels = torch.full((rows, 1), -1)
     options = -1, True, smoothing, 0.0, softcap, scale, False
     return [logits, labels, None, bias, class_weight, None, *outputs, *options, parts]
 
 
-def parts_by_formula(logits: Tensor, *, bias, class_weight, smoothing, softcap, scale, entropy) -> Tensor:
+def parts_by_formula(
+    logits: Tensor, *, bias, class_weight, smoothing, softcap, scale, entropy
+) -> Tensor:
     z, _ = transformed(logits, bias, softcap, scale)
     top = z.amax(1, keepdim=True)
     below, e = z - top, (z - top).exp()
     weighed = below if class_weight is None else below * class_weight.double()
     none = torch.zeros(len(z), dtype=torch.float64)
     spread = -(e * below.masked_fill(e == 0, 0)).sum(1)
-    return torch.stack([top[:, 0], e.sum(1), weighed.sum(1) if smoothing else none, spread if entropy else none])
+    return torch.stack(
+        [top[:, 0], e.sum(1), weighed.sum(1) if smoothing else none, spread if entropy else none]
+    )
 
 
-def gradient_arguments(logits: Tensor, *, bias, class_weight, softcap, scale, targets: int) -> list[Any]:
-    """Of cross_entropy_gradient_rows_: three rows, the second of zero factors and full of NaN; labels also outside."""
+def gradient_arguments(
+    logits: Tensor, *, bias, class_weight, softcap, scale, targets: int
+) -> list[Any]:
+    """Of cross_entropy_gradient_rows_: three rows, the second of zero factors and full of NaN;
+    labels also outside."""
     columns, dtype = logits.shape[1], work(logits.dtype)
     logits[1] = NAN
     labels = torch.randint(-1, columns + 1, (3, targets))
@@ -55,7 +70,9 @@ def gradient_arguments(logits: Tensor, *, bias, class_weight, softcap, scale, ta
     target_scale = torch.rand(3, targets, dtype=dtype)
     target_scale[1], target_scale[2, 0] = 0, 0
     top = z.nan_to_num(0).amax(1) + torch.tensor([0.0, 0.0, 1.5])
-    factors = torch.stack([top, torch.tensor([0.4, 0.0, 1.1]), torch.tensor([0.01, 0.0, 0.0])]).to(dtype)
+    factors = torch.stack([top, torch.tensor([0.4, 0.0, 1.1]), torch.tensor([0.01, 0.0, 0.0])]).to(
+        dtype
+    )
     return [logits, labels, target_scale, at, bias, class_weight, factors, softcap, scale]
 
 
@@ -63,7 +80,11 @@ def gradient_by_formula(arguments: list[Any]) -> Tensor:
     logits, labels, target_scale, _, bias, class_weight, factors, softcap, scale = arguments
     z, slope = transformed(logits, bias, softcap, scale)
     top, probability, off = factors.double().unsqueeze(2)
-    weights = torch.ones(z.shape[1], dtype=torch.float64) if class_weight is None else class_weight.double()
+    weights = (
+        torch.ones(z.shape[1], dtype=torch.float64)
+        if class_weight is None
+        else class_weight.double()
+    )
     g = probability * (z - top).exp() - off * weights
     inside = (labels >= 0) & (labels < z.shape[1])
     taken = target_scale.double().where(inside, 0)

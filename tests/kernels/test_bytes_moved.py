@@ -1,4 +1,5 @@
-"""A call moves the bytes that its equations ask for, on the path of a GPU; float32, counted in numbers."""
+"""A call moves the bytes that its equations ask for, on the path of a GPU; float32, counted in
+numbers."""
 
 from typing import Any
 
@@ -29,7 +30,10 @@ def numbers(loss, upstream=1.0, least=N * D):
             value = loss()
         with BytesMoved(least) as backward:
             value.backward(torch.tensor(upstream))
-    return [{name: moved // 4 for name, moved in each.moved.items() if moved} for each in (forward, backward)]
+    return [
+        {name: moved // 4 for name, moved in each.moved.items() if moved}
+        for each in (forward, backward)
+    ]
 
 
 def gemm(*shapes):
@@ -45,10 +49,16 @@ def split(moved):
 @pytest.mark.parametrize("upstream", [1.0, 0.5])
 def test_a_head_moves_its_gemms_its_logits_twice_and_what_silences_rows(upstream):
     hidden, weight, labels = normal(N, D), normal(V, D), torch.randint(0, V, (N,))
-    forward, backward = numbers(lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels), upstream)
+    forward, backward = numbers(
+        lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels), upstream
+    )
     gemms, rest = split(forward)
     assert gemms == gemm((N, D, V), (N, V, D), (V, N, D))
-    assert rest == {"cross_entropy_rows_": 2 * N * V, "masked_fill": 2 * N * D, "masked_fill_": 2 * N * D}
+    assert rest == {
+        "cross_entropy_rows_": 2 * N * V,
+        "masked_fill": 2 * N * D,
+        "masked_fill_": 2 * N * D,
+    }
     assert backward == ({} if upstream == 1 else {"scale_rows_": 2 * N * D + 2 * V * D})
 
 
@@ -56,13 +66,27 @@ def test_the_rows_that_are_left_out_are_all_that_is_filled():
     hidden, weight, labels = normal(2 * N, D), normal(V, D), torch.full((2 * N,), -100)
     labels[:N] = 1
     forward, _ = numbers(lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels, max_rows=N))
-    assert not {"zero_", "fill_", "zeros"} & set(forward) and forward["index_fill_"] == 2 * hidden.numel()
-    assert hidden.grad is not None and hidden.grad[:N].abs().sum(1).min() > 0 and not hidden.grad[N:].any()
+    assert (
+        not {"zero_", "fill_", "zeros"} & set(forward)
+        and forward["index_fill_"] == 2 * hidden.numel()
+    )
+    assert (
+        hidden.grad is not None
+        and hidden.grad[:N].abs().sum(1).min() > 0
+        and not hidden.grad[N:].any()
+    )
 
 
 def test_a_buffer_takes_its_gradient_in_one_pass():
-    hidden, weight, labels, total = normal(N, D), normal(V, D), torch.randint(0, V, (N,)), torch.zeros(V, D)
-    _, backward = numbers(lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=total), 0.5)
+    hidden, weight, labels, total = (
+        normal(N, D),
+        normal(V, D),
+        torch.randint(0, V, (N,)),
+        torch.zeros(V, D),
+    )
+    _, backward = numbers(
+        lambda: nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=total), 0.5
+    )
     assert backward == {"scale_rows_": 2 * N * D, "accumulate_rows_": 3 * V * D}
 
 
@@ -79,11 +103,15 @@ def test_nothing_else_in_a_compiled_backward_touches_a_gradient():
     graphs = []
 
     def keep(graph, inputs):
-        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        graphs.append(
+            [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        )
         return make_boxed_func(graph)
 
     hidden, weight, labels = normal(N, D), normal(V, D), torch.randint(0, V, (N,))
-    compiled = torch.compile(nitp_ops.linear_cross_entropy, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep))
+    compiled = torch.compile(
+        nitp_ops.linear_cross_entropy, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    )
     compiled(hidden, weight, labels).backward()
     wanted = {"nitp_ops.scale_gradients.default", "<built-in function getitem>"}
     assert len(graphs) == 2 and set(graphs[1]) == wanted
@@ -95,14 +123,27 @@ def test_what_stands_before_and_after_the_chunks_moves_its_sample_s_bytes(kernel
     with BytesMoved(1) as count:
         getattr(select.row_kernels("native"), kernel)(*call.arguments)
     # beside them the totals; of the stats the sum reads the losses alone
-    beside = call.arguments[5].nbytes if kernel == "prepare_rows_" else 8 + call.arguments[0][1].nbytes
+    beside = (
+        call.arguments[5].nbytes if kernel == "prepare_rows_" else 8 + call.arguments[0][1].nbytes
+    )
     assert count.total() == call.moved + beside
 
 
 def nitp(rows=N):
     """What a call with gate_up moves beside its GEMMs, and they."""
-    gemms = (rows, D, 2 * M), (rows, M, D), (D, rows, M), (rows, D, M), (2 * M, rows, D), (rows, 2 * M, D)
-    rest = {"swiglu_rows": 3 * rows * M, "alignment_rows_": 3 * rows * D, "swiglu_rows_backward_": 5 * rows * M}
+    gemms = (
+        (rows, D, 2 * M),
+        (rows, M, D),
+        (D, rows, M),
+        (rows, D, M),
+        (2 * M, rows, D),
+        (rows, 2 * M, D),
+    )
+    rest = {
+        "swiglu_rows": 3 * rows * M,
+        "alignment_rows_": 3 * rows * D,
+        "swiglu_rows_backward_": 5 * rows * M,
+    }
     return gemm(*gemms), rest
 
 
@@ -123,7 +164,9 @@ def test_the_latent_loss_moves_its_gemms_its_activations_and_a_copy_only_where_i
     if case in ("valid", "sequences"):
         rows = N if case == "valid" else N + 1
         expected |= {"masked_fill": 2 * rows * D, "masked_fill_": 2 * rows * D}
-    forward, backward = numbers(lambda: nitp_ops.implicit_token_loss(hidden, target, down=down, **given))
+    forward, backward = numbers(
+        lambda: nitp_ops.implicit_token_loss(hidden, target, down=down, **given)
+    )
     if case == "sequences":  # 65 rows: a library may be given more
         assert split(forward)[1].items() >= {"masked_fill": expected["masked_fill"]}.items()
     else:

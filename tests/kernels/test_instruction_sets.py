@@ -1,4 +1,5 @@
-"""The row kernels of every instruction set that this CPU has, and of any thread count, give the same numbers."""
+"""The row kernels of every instruction set that this CPU has, and of any thread count, give the
+same numbers."""
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ if select.load_error is not None:
 
 BEST = library.instruction_set()
 ALL = ("portable", "avx2", "avx512", "avx512_bf16")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 EVERY_SET = pytest.mark.parametrize("name", parameters(ALL))
 
 
@@ -35,20 +38,35 @@ def test_the_best_that_the_processor_has_is_chosen():
 def test_cross_entropy_with_every_option(name, dtype, columns):
     library.choose_instruction_set(name)
     assert library.instruction_set() == name
-    inputs = [torch.randn(7, 5).to(dtype).requires_grad_(), torch.randn(columns, 5).to(dtype).requires_grad_()]
+    inputs = [
+        torch.randn(7, 5).to(dtype).requires_grad_(),
+        torch.randn(columns, 5).to(dtype).requires_grad_(),
+    ]
     work = torch.float64 if dtype == torch.float64 else torch.float32
     bias, class_weight = torch.randn(columns, dtype=work), torch.rand(columns, dtype=work)
     labels = torch.randint(0, columns, (7,))
     several, weights = torch.randint(-1, columns, (7, 3)), torch.rand(7, 3, dtype=work)
     for targets, options in (
         (labels, {}),
-        (labels, {"bias": bias, "softcap": 3.0, "logit_scale": 0.7, "z_loss": 0.1, "label_smoothing": 0.1}),
+        (
+            labels,
+            {
+                "bias": bias,
+                "softcap": 3.0,
+                "logit_scale": 0.7,
+                "z_loss": 0.1,
+                "label_smoothing": 0.1,
+            },
+        ),
         (labels, {"class_weight": class_weight, "label_smoothing": 0.2}),
         (several, {"target_weight": weights, "label_smoothing": 0.1, "bias": bias}),
     ):
-        ours = outputs(lambda h, w, t=targets, o=options: nitp_ops.linear_cross_entropy(h, w, t, **o), inputs)
+        ours = outputs(
+            lambda h, w, t=targets, o=options: nitp_ops.linear_cross_entropy(h, w, t, **o), inputs
+        )
         exact = outputs(
-            lambda h, w, t=targets, o=options: reference.linear_cross_entropy(h, w, t, **o), widened(inputs)
+            lambda h, w, t=targets, o=options: reference.linear_cross_entropy(h, w, t, **o),
+            widened(inputs),
         )
         near(ours, exact)
 
@@ -88,7 +106,9 @@ def test_alignment_and_swiglu(name, dtype, distance):
 
 
 def test_an_instruction_set_that_is_not_here_is_refused():
-    with pytest.raises(ValueError, match="name is 'avx1024', expected 'portable' or one that this CPU has"):
+    with pytest.raises(
+        ValueError, match="name is 'avx1024', expected 'portable' or one that this CPU has"
+    ):
         library.choose_instruction_set("avx1024")
     assert library.instruction_set() == BEST
 
@@ -101,10 +121,29 @@ def test_cross_entropy_is_bitwise_the_same_at_any_thread_count(dtype):
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            rows_, stats, target = logits.clone(), torch.empty(2, 40, dtype=work), torch.empty(40, 1, dtype=work)
+            rows_, stats, target = (
+                logits.clone(),
+                torch.empty(2, 40, dtype=work),
+                torch.empty(40, 1, dtype=work),
+            )
             best = torch.empty(40, dtype=torch.int64)
             torch.ops.nitp_ops.cross_entropy_rows_(
-                rows_, labels, None, None, None, None, stats, target, best, -100, False, 0.1, 0.01, 0.0, 1.0, True
+                rows_,
+                labels,
+                None,
+                None,
+                None,
+                None,
+                stats,
+                target,
+                best,
+                -100,
+                False,
+                0.1,
+                0.01,
+                0.0,
+                1.0,
+                True,
             )
             results.append((rows_, stats, target, best))
         finally:
@@ -114,7 +153,8 @@ def test_cross_entropy_is_bitwise_the_same_at_any_thread_count(dtype):
 
 
 def every_bfloat16(columns: int) -> torch.Tensor:
-    """All 65536 of them in rows, so that vectors, and what is left of a row, hold each kind of number."""
+    """All 65536 of them in rows, so that vectors, and what is left of a row, hold each kind of
+    number."""
     return (
         torch.arange(2**16, dtype=torch.int32)
         .to(torch.int16)
@@ -143,7 +183,8 @@ def test_bfloat16_is_rounded_to_nearest_even_and_nan_stays_nan(name, columns, fa
 def test_swiglu_of_every_bfloat16_gate_is_right_to_a_rounding(name, columns):
     library.choose_instruction_set(name)
     gate = every_bfloat16(columns).clone()
-    gate[~(gate.abs() < 2.0**126)] = 0  # infinity times zero is no number, and the product may overflow
+    # infinity times zero is no number, and the product may overflow
+    gate[~(gate.abs() < 2.0**126)] = 0
     inputs = [gate.requires_grad_(), torch.full_like(gate, -1.5, requires_grad=True)]
     upstream = torch.full_like(gate, 0.75)
     ours = outputs(nitp_ops.swiglu, inputs, upstream)

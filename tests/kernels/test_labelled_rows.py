@@ -1,4 +1,5 @@
-"""What stands before the chunks of a token loss and after them, by every instruction set and by torch operations."""
+"""What stands before the chunks of a token loss and after them, by every instruction set and by
+torch operations."""
 
 import pytest
 import torch

@@ -35,7 +35,9 @@ def latent(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
 
 
 def shared(hidden: Tensor, weight: Tensor, **options: Any) -> Tensor:
-    return nitp_ops.grouped_linear_cross_entropy([nitp_ops.CrossEntropyTerm(hidden, LABELS)], weight, **options)[0]
+    return nitp_ops.grouped_linear_cross_entropy(
+        [nitp_ops.CrossEntropyTerm(hidden, LABELS)], weight, **options
+    )[0]
 
 
 def gradients(call: Any, upstream: Tensor, hidden: Tensor, **options: Any) -> list[Tensor]:
@@ -47,13 +49,17 @@ def gradients(call: Any, upstream: Tensor, hidden: Tensor, **options: Any) -> li
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("backend", ["native", "reference"])
-def test_an_alignment_of_upstream_zero_has_no_gradient_whatever_its_rows_hold(backend, distance, side, value):
+def test_an_alignment_of_upstream_zero_has_no_gradient_whatever_its_rows_hold(
+    backend, distance, side, value
+):
     rows = [drawn(3, 4, seed=0), drawn(3, 4, seed=1)]
     clean = [x.clone().requires_grad_() for x in rows]
     rows[side][1, 2] = value
     spoilt = [x.requires_grad_() for x in rows]
     found, expected = (
-        torch.autograd.grad(nitp_ops.alignment(*each, distance=distance, backend=backend), each, UPSTREAM)
+        torch.autograd.grad(
+            nitp_ops.alignment(*each, distance=distance, backend=backend), each, UPSTREAM
+        )
         for each in (spoilt, clean)
     )
     for gradient, reference in zip(found, expected, strict=True):

@@ -1,4 +1,5 @@
-"""The argument structs of csrc/kernel_params.h are filled by field name, and no field is left to its zero."""
+"""The argument structs of csrc/kernel_params.h are filled by field name, and no field is left to
+its zero."""
 
 import re
 from pathlib import Path
@@ -9,7 +10,12 @@ CSRC = Path(__file__).parents[2] / "csrc"
 COMMENT = re.compile(r"//.*")
 STRUCTS = {
     name: re.findall(r"(\w+)(?=[,;])", COMMENT.sub("", body))
-    for name, body in re.findall(r"struct (\w+Rows\w*) {(.*?)\n};", (CSRC / "kernel_params.h").read_text(), re.S)
+    for name, body in re.findall(
+        r"struct (\w+Rows\w*) "
+        r"{(.*?)\n};",
+        (CSRC / "kernel_params.h").read_text(),
+        re.S,
+    )
 }
 SOURCES = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".hpp", ".cpp", ".cu")]
 
@@ -25,7 +31,9 @@ def names(initialiser: str) -> list[str]:
 
 @pytest.mark.parametrize("struct", STRUCTS)
 def test_the_argument_checks_fill_every_field_by_name(struct):
-    checks = "".join((CSRC / name).read_text() for name in ("dispatch.h", "dispatch_cross_entropy.h"))
+    checks = "".join(
+        (CSRC / name).read_text() for name in ("dispatch.h", "dispatch_cross_entropy.h")
+    )
     (filled,) = initialisers(checks, struct)
     assert names(filled) == STRUCTS[struct]
 

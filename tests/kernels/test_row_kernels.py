@@ -1,4 +1,5 @@
-"""The table of row kernels: C++ and Python hold the same one, and every backend serves all of it alike."""
+"""The table of row kernels: C++ and Python hold the same one, and every backend serves all of it
+alike."""
 
 import re
 from importlib import util
@@ -49,7 +50,9 @@ def test_the_row_kernels_of_a_backend_are_found_by_name():
     for backend, package in (("torch", "torch_rows"), ("triton", "triton")):
         for name, function in table.implementations(package).items():
             assert getattr(select.row_kernels(backend), name) is function
-        with pytest.raises(AttributeError, match=f"'nitp_ops.kernels.{package}' has no attribute 'cosine'"):
+        with pytest.raises(
+            AttributeError, match=f"'nitp_ops.kernels.{package}' has no attribute 'cosine'"
+        ):
             _ = select.row_kernels(backend).cosine
     for name in TABLE:
         assert getattr(select.row_kernels("native"), name) is getattr(torch.ops.nitp_ops, name)
@@ -66,7 +69,9 @@ def test_a_sample_writes_what_its_schema_says_and_nothing_else(kernel):
         for argument, old, new in zip(schema.arguments, before, call.arguments, strict=False)
         if isinstance(old, torch.Tensor) and not torch.equal(old, new)
     }
-    written = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
+    written = {
+        a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write
+    }
     assert changed and changed <= written
 
 

@@ -1,4 +1,5 @@
-"""The two row kernels of a sharded vocabulary equal their formulas, on every instruction set of this CPU."""
+"""The two row kernels of a sharded vocabulary equal their formulas, on every instruction set of
+this CPU."""
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ if select.load_error is not None:
 BEST = library.instruction_set()
 ALL = ("portable", "avx2", "avx512", "avx512_bf16")
 SETS = ALL[: ALL.index(BEST) + 1]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+)
 COLUMNS = pytest.mark.parametrize("columns", [1, 15, 512, 1537])
 
 
@@ -45,7 +48,9 @@ def test_the_parts_of_a_row(kernels, dtype, columns):
 def test_the_gradient_of_a_row(kernels, dtype, columns):
     for given in cases.options(columns, dtype):
         for targets in (1, 4):
-            arguments = cases.gradient_arguments((2 * torch.randn(3, columns)).to(dtype), **given, targets=targets)
+            arguments = cases.gradient_arguments(
+                (2 * torch.randn(3, columns)).to(dtype), **given, targets=targets
+            )
             expected = cases.gradient_by_formula(arguments)
             kernels.cross_entropy_gradient_rows_(*arguments)
             assert not arguments[0][1].any()
@@ -56,6 +61,14 @@ def test_a_target_of_weight_zero_leaves_what_the_row_got():
     logits = torch.zeros(1, 4)
     factors = torch.tensor([[0.0], [1.0], [0.0]])
     torch.ops.nitp_ops.cross_entropy_gradient_rows_(
-        logits, torch.tensor([[2]]), torch.zeros(1, 1), torch.full((1, 1), float("nan")), None, None, factors, 0.0, 1.0
+        logits,
+        torch.tensor([[2]]),
+        torch.zeros(1, 1),
+        torch.full((1, 1), float("nan")),
+        None,
+        None,
+        factors,
+        0.0,
+        1.0,
     )
     assert torch.equal(logits, torch.ones(1, 4))

@@ -1,4 +1,5 @@
-"""csrc/torch_abi.h declares what torch declares, and what goes wrong in a kernel or a second copy is an error."""
+"""csrc/torch_abi.h declares what torch declares, and what goes wrong in a kernel or a second copy
+is an error."""
 
 import shutil
 import subprocess
@@ -25,7 +26,14 @@ def compiled_beside_torch(header: str, folder: Path) -> subprocess.CompletedProc
     (folder / "torch_abi.h").write_text(header)
     (folder / "both.cpp").write_text(BESIDE)
     torch_headers = Path(torch.__file__).parent / "include"
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-isystem", str(torch_headers), str(folder / "both.cpp")]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-fsyntax-only",
+        "-isystem",
+        str(torch_headers),
+        str(folder / "both.cpp"),
+    ]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -54,11 +62,16 @@ def test_a_declaration_that_differs_does_not_compile(ours, wrong, tmp_path):
 
 def test_the_library_needs_nothing_of_torch_but_what_the_header_declares():
     listed = subprocess.run(
-        ["nm", "-D", "--undefined-only", str(library.LIBRARY)], capture_output=True, text=True, check=True
+        ["nm", "-D", "--undefined-only", str(library.LIBRARY)],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     wanted = {line.split()[-1] for line in listed.splitlines() if "torch" in line or "c10" in line}
     declared = HEADER.read_text()
-    assert wanted and not [name for name in wanted if f" {name}(" not in declared and f"\n{name}(" not in declared]
+    assert wanted and not [
+        name for name in wanted if f" {name}(" not in declared and f"\n{name}(" not in declared
+    ]
 
 
 def test_an_error_in_a_kernel_arrives_in_python_with_its_message():
@@ -77,7 +90,9 @@ again.nitp_ops_registration_error.restype = ctypes.c_char_p
 print("refused:", again.nitp_ops_registration_error().decode())
 print("first:", nitp_ops.swiglu(torch.ones(1, 4), torch.ones(1, 4)).sum().item() > 2)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "refused: definition of nitp_ops failed" in done.stdout and "first: True" in done.stdout
 

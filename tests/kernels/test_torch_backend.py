@@ -1,4 +1,5 @@
-"""backend="torch": the laws of the compiled kernels hold for row kernels of torch operations, on any device."""
+"""backend="torch": the laws of the compiled kernels hold for row kernels of torch operations, on
+any device."""
 
 from __future__ import annotations
 
@@ -25,10 +26,11 @@ from tests.support.budget import near, outputs, widened, within_budget
 ROOT = Path(__file__).parents[2]
 #: Whole files of laws, run where the compiled library is hidden.
 LAWS = (
-    "ops/cross_entropy/test_linear_cross_entropy ops/test_alignment_and_swiglu ops/test_implicit_token_loss "
-    "ops/cross_entropy/test_shared_pass ops/test_inactive_rows ops/test_large_values ops/test_op_laws "
-    "ops/cross_entropy/test_token_semantics ops/test_bad_input ops/test_compiled_options objectives/test_values "
-    "engine/test_blocks engine/test_plan"
+    "ops/cross_entropy/test_linear_cross_entropy ops/test_alignment_and_swiglu "
+    "ops/test_implicit_token_loss ops/cross_entropy/test_shared_pass ops/test_inactive_rows "
+    "ops/test_large_values ops/test_op_laws ops/cross_entropy/test_token_semantics "
+    "ops/test_bad_input ops/test_compiled_options objectives/test_values engine/test_blocks "
+    "engine/test_plan"
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
@@ -36,7 +38,16 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 @pytest.mark.programs
 @pytest.mark.timeout(900)
 def test_the_laws_hold_without_the_compiled_library():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.support.without_library", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "tests.support.without_library",
+        "-p",
+        "no:cacheprovider",
+    ]
     # gradients are compared with the reference in float64 too, in a tenth of the time of gradcheck
     command += ["-k", "not gradcheck", *(f"tests/{name}.py" for name in LAWS.split())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -46,15 +57,21 @@ def test_the_laws_hold_without_the_compiled_library():
 @given(token.problems())
 def test_cross_entropy_equals_the_reference(problem):
     inputs, labels, options, upstream, chunk = problem
-    ours = token.call(nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk, "backend": "torch"})
-    exact = outputs(token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream)
+    ours = token.call(
+        nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk, "backend": "torch"}
+    )
+    exact = outputs(
+        token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream
+    )
     near(outputs(ours, inputs, upstream), exact, ["loss", "d hidden", "d weight", "d bias"])
 
 
 @given(latent.problems())
 def test_implicit_token_loss_equals_the_reference(problem):
     inputs, options, upstream, chunk = problem
-    ours = latent.call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "backend": "torch"})
+    ours = latent.call(
+        nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "backend": "torch"}
+    )
     latent.near_the_reference(outputs(ours, inputs, upstream), inputs, options, upstream)
 
 
@@ -86,7 +103,9 @@ def test_ops_run_where_there_is_no_float64_and_writes_are_dense(dtype, smoothing
     inputs = h, w, gate, up, down
 
     def loss(book, **fused):
-        token = book.linear_cross_entropy(h, w, labels, label_smoothing=smoothing, z_loss=1e-3, **fused)
+        token = book.linear_cross_entropy(
+            h, w, labels, label_smoothing=smoothing, z_loss=1e-3, **fused
+        )
         rows_of = book.alignment(h, target).sum() + book.swiglu(gate, up).float().square().sum()
         return token + book.implicit_token_loss(h, target, gate, up, down) + rows_of
 
@@ -97,7 +116,13 @@ def test_ops_run_where_there_is_no_float64_and_writes_are_dense(dtype, smoothing
     near([ours.detach(), *gradients], [expected.detach(), *torch.autograd.grad(expected, inputs)])
 
 
-SPECS = "ntp + 0.8*nitp", "ntp + mtp_shared", "ntp + top(window=4)", "ntp + nextlat", "ntp + fsp_bow(tau=4)"
+SPECS = (
+    "ntp + 0.8*nitp",
+    "ntp + mtp_shared",
+    "ntp + top(window=4)",
+    "ntp + nextlat",
+    "ntp + fsp_bow(tau=4)",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -108,7 +133,9 @@ def test_a_whole_step_runs_where_there_is_no_float64(spec):
     ids = torch.randint(0, 31, (2, 12))
 
     def step() -> torch.Tensor:
-        streams = Streams(token_ids=ids, last_hidden=states[4], hidden_states=states, head=head, embed=embedding)
+        streams = Streams(
+            token_ids=ids, last_hidden=states[4], hidden_states=states, head=head, embed=embedding
+        )
         out = objective(streams)
         out.loss.backward()
         return torch.tensor(list(out.metrics.compute().values()))
@@ -151,7 +178,9 @@ def test_devices_without_kernels_are_served_after_one_warning(monkeypatch):
     select._warn_of_torch.cache_clear()
     device = torch.device("mps")
     with pytest.warns(
-        RuntimeWarning, match=r"mps tensors are served by backend='torch'.*native: no compiled.*triton: "
+        RuntimeWarning,
+        match=r"mps tensors are served by backend='torch'.*native: no "
+        r"compiled.*triton: ",
     ) as told:
         assert select.select_backend("swiglu", device, None) == "torch"
     assert len(told) == 1 and told[0].filename == __file__
@@ -163,7 +192,11 @@ def test_devices_without_kernels_are_served_after_one_warning(monkeypatch):
             == select.select_backend("swiglu", torch.device("cpu"), "torch")
         )
         assert select.select_backend("swiglu", torch.device("cpu"), None) == "native"
-    with pytest.raises(nitp_ops.BackendError, match=r"backend='native' does not serve mps tensors.*torch: serves them"):
+    with pytest.raises(
+        nitp_ops.BackendError,
+        match=r"backend='native' does not serve mps "
+        r"tensors.*torch: serves them",
+    ):
         select.select_backend("swiglu", device, "native")
 
 

@@ -14,7 +14,9 @@ BACKENDS = pytest.mark.parametrize("backend", [None, "reference"])
 
 
 def weights(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.rand(INFO.vocab_size, generator=torch.Generator().manual_seed(5), dtype=dtype) + 0.1
+    return (
+        torch.rand(INFO.vocab_size, generator=torch.Generator().manual_seed(5), dtype=dtype) + 0.1
+    )
 
 
 def expected(batch, positions, smoothing: float, z_loss: float) -> Tensor:
@@ -39,10 +41,18 @@ def test_the_loss_is_pytorchs_over_the_number_of_rows(backend, smoothing, z_loss
 def test_only_the_term_that_asks_is_weighted_and_they_share_one_pass(backend):
     batch = make_batch()
     streams, plain = batch.streams(class_weight=weights()), batch.streams()
-    together = build("plain: ntp + ntp(class_weight=true) + mtp_shared", model=INFO, backend=backend)(streams)
-    one, other = (build(spec, model=INFO, backend=backend) for spec in ("plain: ntp + mtp_shared", "ntp"))
-    assert_same(together.loss, one(plain).loss + expected(batch, pairs(batch, 1), 0, 0), batch.leaves)
-    assert together.metrics.compute()["plain/loss"] == pytest.approx(other(plain).metrics.compute()["ntp/loss"])
+    together = build(
+        "plain: ntp + ntp(class_weight=true) + mtp_shared", model=INFO, backend=backend
+    )(streams)
+    one, other = (
+        build(spec, model=INFO, backend=backend) for spec in ("plain: ntp + mtp_shared", "ntp")
+    )
+    assert_same(
+        together.loss, one(plain).loss + expected(batch, pairs(batch, 1), 0, 0), batch.leaves
+    )
+    assert together.metrics.compute()["plain/loss"] == pytest.approx(
+        other(plain).metrics.compute()["ntp/loss"]
+    )
 
 
 def test_without_smoothing_and_z_loss_it_is_a_token_weight():
@@ -55,10 +65,25 @@ def test_without_smoothing_and_z_loss_it_is_a_token_weight():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (None, ValueError, r"^objective: streams lacks class_weight, expected class_weight, head, last_hidden, tok"),
+        (
+            None,
+            ValueError,
+            r"^objective: streams lacks class_weight, expected class_weight, head, "
+            r"last_hidden, tok",
+        ),
         (torch.ones(4), ValueError, r"class_weight has shape \(4,\), expected \(11,\)"),
-        (torch.ones(11, 1), ValueError, r"^Streams: class_weight has shape \(11, 1\), expected \(V,\)$"),
-        (torch.ones(11, dtype=torch.int64), TypeError, r"^Streams: class_weight is torch.int64, expected a floating"),
+        (
+            torch.ones(11, 1),
+            ValueError,
+            r"^Streams: class_weight has shape \(11, 1\), expected "
+            r"\(V,\)$",
+        ),
+        (
+            torch.ones(11, dtype=torch.int64),
+            TypeError,
+            r"^Streams: class_weight is torch.int64, "
+            r"expected a floating",
+        ),
         (torch.ones(11, requires_grad=True), ValueError, r"class_weight"),
     ],
 )

@@ -23,17 +23,28 @@ def test_it_is_the_weighted_sum_over_the_count():
     total = number(6.0)
     out = build("0.3*external", model=INFO)(given(external=(total, 7)))
     assert_same(out.loss, 0.3 * total / 7, [total])
-    expected = {"loss": 1.8 / 7, "loss/external": 1.8 / 7, "external/loss": 6 / 7, "external/count": 7}
+    expected = {
+        "loss": 1.8 / 7,
+        "loss/external": 1.8 / 7,
+        "external/loss": 6 / 7,
+        "external/count": 7,
+    }
     assert out.metrics.compute() == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_label_names_the_stream_unless_the_option_does():
     assert build("balance: external", model=INFO).requires == {Need("external", name="balance")}
-    assert build("balance: external(stream=router)", model=INFO).requires == {Need("external", name="router")}
+    assert build("balance: external(stream=router)", model=INFO).requires == {
+        Need("external", name="router")
+    }
 
 
 def test_a_missing_name_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"streams lacks external\[balance\], expected external\[balance\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"streams lacks external\[balance\], expected "
+        r"external\[balance\]",
+    ):
         build("balance: external", model=INFO)(given(router=number(1.0)))
 
 
@@ -49,7 +60,11 @@ def test_a_sum_alone_is_averaged_over_microbatches():
 
 def test_unequal_counts_of_its_own_give_the_mean_of_the_whole():
     objective = build("ntp + balance: 0.3*external", model=INFO)
-    batch, sums, counted = make_batch(), [number(3.0), number(-8.0)], [torch.tensor(2), torch.tensor(9)]
+    batch, sums, counted = (
+        make_batch(),
+        [number(3.0), number(-8.0)],
+        [torch.tensor(2), torch.tensor(9)],
+    )
     parts = [
         batch.part(rows).streams(external={"balance": (total, count)})
         for rows, total, count in zip((slice(0, 1), slice(1, 3)), sums, counted, strict=True)
@@ -69,7 +84,9 @@ def test_the_main_denominator_divides_it_by_the_ntp_count():
 
 def test_a_schedule_weighs_it():
     objective = build("schedule(to=1, warmup=4)*external", model=INFO)
-    assert [objective(given(external=number(2.0)), step=step).loss.item() for step in (0, 2, 4)] == [0, 1, 2]
+    assert [
+        objective(given(external=number(2.0)), step=step).loss.item() for step in (0, 2, 4)
+    ] == [0, 1, 2]
 
 
 def test_under_a_weight_of_zero_a_nan_stays_out_and_the_sum_gets_zeros():
@@ -77,7 +94,9 @@ def test_under_a_weight_of_zero_a_nan_stays_out_and_the_sum_gets_zeros():
     alone = build("ntp", model=INFO)(batch.streams()).loss
     out = build("ntp + 0*external", model=INFO)(batch.streams(external={"external": total}))
     assert torch.equal(out.loss, alone)
-    for mine, other in zip(gradients(out.loss, batch.leaves), gradients(alone, batch.leaves), strict=True):
+    for mine, other in zip(
+        gradients(out.loss, batch.leaves), gradients(alone, batch.leaves), strict=True
+    ):
         assert torch.equal(mine, other)
     out.loss.backward()
     assert total.grad is not None and total.grad.item() == 0
@@ -98,11 +117,19 @@ def test_a_count_of_zero_leaves_a_finite_loss():
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (torch.ones(2), r"external\[external\] is a tensor \(2,\) of torch.float32, expected a 0-d float sum"),
+        (
+            torch.ones(2),
+            r"external\[external\] is a tensor \(2,\) of torch.float32, expected a "
+            r"0-d float sum",
+        ),
         (3.0, r"external\[external\] is 3.0, expected a 0-d float sum, or \(sum, count\)"),
         ((torch.tensor(1),), r"external\[external\] is \(tensor\(1\),\), expected a 0-d float sum"),
         ((torch.tensor(1.0), 2.5), r"external\[external\] has the count 2.5, expected an integer"),
-        ((torch.tensor(1.0), torch.tensor(True)), r"has the count a tensor \(\) of torch.bool, expected an integer"),
+        (
+            (torch.tensor(1.0), torch.tensor(True)),
+            r"has the count a tensor \(\) of torch.bool, "
+            r"expected an integer",
+        ),
     ],
     ids=str,
 )

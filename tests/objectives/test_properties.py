@@ -1,4 +1,5 @@
-"""Laws that every registered objective obeys with its default options; a new one enters by being registered."""
+"""Laws that every registered objective obeys with its default options; a new one enters by being
+registered."""
 
 from __future__ import annotations
 
@@ -41,19 +42,33 @@ def test_it_needs_nothing_beyond_what_it_requires(name: str):
     batch, objective = make_batch(), build(name, model=INFO)
     full = batch.streams()
     read = {str(need) for need in objective.requires}
-    absent = {field: None for field in ("last_hidden", "last_residual", "head", "embed") if field not in read}
+    absent = {
+        field: None
+        for field in ("last_hidden", "last_residual", "head", "embed")
+        if field not in read
+    }
     states = {k: s for k, s in batch.states.items() if f"hidden_states[{k}]" in read}
-    torch.testing.assert_close(objective(batch.streams(**absent, hidden_states=states)).loss, objective(full).loss)
+    torch.testing.assert_close(
+        objective(batch.streams(**absent, hidden_states=states)).loss, objective(full).loss
+    )
 
 
-@pytest.mark.parametrize("spec", [*(name for name in NAMES if name != "external"), "nitp(stop_gradient=false)"])
+@pytest.mark.parametrize(
+    "spec", [*(name for name in NAMES if name != "external"), "nitp(stop_gradient=false)"]
+)
 def test_gradients_reach_exactly_what_is_required_with_one(spec: str):
     batch, objective = make_batch(), build(spec, model=INFO)
     objective(batch.streams()).loss.backward()
-    leaves = {"last_hidden": batch.hidden, "last_residual": batch.residual, "head": batch.head.weight}
+    leaves = {
+        "last_hidden": batch.hidden,
+        "last_residual": batch.residual,
+        "head": batch.head.weight,
+    }
     leaves["embed"] = batch.embed.weight
     leaves |= {f"hidden_states[{k}]": state for k, state in batch.states.items()}
-    reached = {stream for stream, leaf in leaves.items() if leaf.grad is not None and leaf.grad.any()}
+    reached = {
+        stream for stream, leaf in leaves.items() if leaf.grad is not None and leaf.grad.any()
+    }
     assert reached == {str(need) for need in objective.requires if need.grad} - {"token_ids"}
 
 
@@ -71,7 +86,9 @@ def test_padding_and_masked_rows_change_nothing(name: str):
     mine, other = objective(batch.streams()), objective(padded.streams())
     torch.testing.assert_close(other.loss, mine.loss, rtol=1e-12, atol=1e-12)
     for a, b in zip(
-        gradients(mine.loss, batch.hidden_leaves), gradients(other.loss, padded.hidden_leaves), strict=True
+        gradients(mine.loss, batch.hidden_leaves),
+        gradients(other.loss, padded.hidden_leaves),
+        strict=True,
     ):
         torch.testing.assert_close(b[:, :7], a, rtol=1e-12, atol=1e-12)
         assert not b[:, 7:].any()
@@ -105,12 +122,19 @@ def test_beside_ntp_its_weight_of_zero_is_bit_identical_to_its_absence(name: str
 
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_nan_in_what_it_alone_reads_stays_out_under_a_weight_of_zero(name: str, backend: str | None):
+def test_a_nan_in_what_it_alone_reads_stays_out_under_a_weight_of_zero(
+    name: str, backend: str | None
+):
     batch = make_batch()
     main = build("main: ntp", model=INFO, backend=backend)(batch.streams()).loss
     objective = build(f"main: ntp + extra: 0*{name}", model=INFO, backend=backend)
     with torch.no_grad():
-        for tensor in (*objective.parameters(), *batch.states.values(), batch.residual, batch.embed.weight):
+        for tensor in (
+            *objective.parameters(),
+            *batch.states.values(),
+            batch.residual,
+            batch.embed.weight,
+        ):
             tensor.fill_(torch.nan)
     loss = objective(batch.streams()).loss
     assert torch.equal(loss, main)
@@ -136,7 +160,9 @@ def test_retaining_the_graph_gives_the_same_gradient_twice(name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("batch", "length"), [(2, 0), (0, 3), (2, 1)])
-def test_a_batch_without_a_row_that_counts_has_no_loss_and_zero_gradients(name: str, batch: int, length: int):
+def test_a_batch_without_a_row_that_counts_has_no_loss_and_zero_gradients(
+    name: str, batch: int, length: int
+):
     streams, objective = make_batch(batch=batch, length=length), build(name, model=INFO)
     out = objective(streams.streams(external={"external": (0 * streams.hidden.sum(), 0)}))
     out.metrics.compute()

@@ -25,7 +25,9 @@ def unit(x: Tensor, eps: float) -> Tensor:
     return x / x.norm() if x.norm() >= eps else x.detach() / eps
 
 
-def nitp_sum(objective: CompositeObjective, batch: Batch, term: NITP, positions: list[tuple[int, int]]) -> Tensor:
+def nitp_sum(
+    objective: CompositeObjective, batch: Batch, term: NITP, positions: list[tuple[int, int]]
+) -> Tensor:
     states = batch.states[term.layer(INFO)]
     source = batch.hidden if term.source == "last_hidden" else batch.residual
     terms = []
@@ -81,13 +83,17 @@ def test_ntp_plus_nitp_equals_the_equations_with_every_gradient():
     ],
     ids=str,
 )
-def test_every_option_of_nitp_equals_its_equation(options: dict, backend: str | None, stop_gradient: bool):
+def test_every_option_of_nitp_equals_its_equation(
+    options: dict, backend: str | None, stop_gradient: bool
+):
     batch = make_batch(1)
     term = NITP(**options, stop_gradient=stop_gradient)
     objective = build([term], model=INFO, backend=backend)
     positions = pairs(batch, term.shift)
     expected = nitp_sum(objective, batch, term, positions) / len(positions)
-    assert_same(objective(batch.streams()).loss, expected, [*batch.leaves, *objective.parameters()], 1e-11)
+    assert_same(
+        objective(batch.streams()).loss, expected, [*batch.leaves, *objective.parameters()], 1e-11
+    )
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
@@ -128,7 +134,14 @@ def test_a_nan_in_rows_that_do_not_count_reaches_nothing(stop_gradient: bool):
 
 
 def test_smoothing_z_loss_softcap_and_scale_follow_their_equations():
-    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, softcap=3.0, logit_scale=0.7, dtype=torch.float64)
+    info = ModelInfo(
+        hidden_size=6,
+        vocab_size=11,
+        num_layers=5,
+        softcap=3.0,
+        logit_scale=0.7,
+        dtype=torch.float64,
+    )
     batch = make_batch(4)
     objective = build("ntp(label_smoothing=0.1, z_loss=0.01)", model=info)
     z = 3.0 * torch.tanh(0.7 * batch.head(batch.hidden[:, :-1]) / 3.0)
@@ -141,7 +154,9 @@ def test_smoothing_z_loss_softcap_and_scale_follow_their_equations():
 def test_token_weights_belong_to_the_target_and_leave_the_count_alone():
     batch = make_batch(5)
     weight = torch.rand(3, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    losses = F.cross_entropy(batch.head(batch.hidden[:, :-1]).mT, batch.ids[:, 1:], reduction="none")
+    losses = F.cross_entropy(
+        batch.head(batch.hidden[:, :-1]).mT, batch.ids[:, 1:], reduction="none"
+    )
     out = build("ntp", model=INFO)(batch.streams(token_weight=weight))
     assert_same(out.loss, (losses * weight[:, 1:]).sum() / 18, batch.leaves)
     assert out.metrics.compute()["ntp/count"] == 18
@@ -152,7 +167,9 @@ def test_the_main_denominator_divides_by_the_ntp_count():
     batch = make_batch(6)
     batch.extra["target_mask"] = torch.arange(7).expand(3, 7) < 4
     own = build("ntp + 2*nitp", model=INFO)(batch.streams()).metrics.compute()
-    out = build({"ntp": {}, "nitp": {"weight": 2, "denominator": "main"}}, model=INFO)(batch.streams())
+    out = build({"ntp": {}, "nitp": {"weight": 2, "denominator": "main"}}, model=INFO)(
+        batch.streams()
+    )
     assert (own["ntp/count"], own["nitp/count"]) == (9, 18)
     metrics = out.metrics.compute()
     assert metrics["loss/nitp"] == pytest.approx(own["loss/nitp"] * 18 / 9, rel=1e-12)
@@ -179,9 +196,14 @@ def test_rows_shorter_than_the_shift_have_no_pairs():
 
 def test_bfloat16_streams_give_the_float32_value_within_rounding():
     batch = make_batch(9, batch=4, length=32)
-    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float32, initializer_range=0.5)
+    info = ModelInfo(
+        hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float32, initializer_range=0.5
+    )
     exact = build("ntp + nitp", model=info).double()(batch.streams()).loss
-    batch.hidden, batch.states = batch.hidden.bfloat16(), {k: s.bfloat16() for k, s in batch.states.items()}
+    batch.hidden, batch.states = (
+        batch.hidden.bfloat16(),
+        {k: s.bfloat16() for k, s in batch.states.items()},
+    )
     batch.head.bfloat16()
     low = build("ntp + nitp", model=info).bfloat16()(batch.streams()).loss
     assert low.dtype == torch.float32

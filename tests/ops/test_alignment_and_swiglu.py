@@ -14,14 +14,22 @@ DISTANCES = ["cosine", "mse", "smooth_l1", "kl"]
 
 
 def normal(seed, *shape, scale=1.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 @given(
-    st.sampled_from(DTYPES), st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**20), st.sampled_from([1.0, 40.0])
+    st.sampled_from(DTYPES),
+    st.integers(0, 5),
+    st.integers(1, 70),
+    st.integers(0, 2**20),
+    st.sampled_from([1.0, 40.0]),
 )
 def test_swiglu_equals_the_reference(dtype, rows, width, seed, scale):
-    inputs = [normal(seed + i, 2, rows, width, scale=scale).to(dtype).requires_grad_() for i in range(2)]
+    inputs = [
+        normal(seed + i, 2, rows, width, scale=scale).to(dtype).requires_grad_() for i in range(2)
+    ]
     upstream = normal(seed + 2, 2, rows, width).to(dtype)
     ours = outputs(nitp_ops.swiglu, inputs, upstream)
     exact = outputs(reference.swiglu, widened(inputs), upstream.double())
@@ -32,7 +40,8 @@ def test_swiglu_equals_the_reference(dtype, rows, width, seed, scale):
     st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from(DISTANCES),
     st.integers(0, 5), st.integers(1, 70), st.integers(0, 2**20),
 )  # fmt: skip
-@example(torch.float32, torch.float32, "cosine", 3, 1, 116610)  # a width of 1: 1.2e-5 off where the gradient is zero
+# a width of 1: 1.2e-5 off where the gradient is zero
+@example(torch.float32, torch.float32, "cosine", 3, 1, 116610)
 def test_alignment_equals_the_reference(p_dtype, z_dtype, distance, rows, width, seed):
     inputs = [normal(seed, 2, rows, width).to(p_dtype).requires_grad_()]
     inputs.append(normal(seed + 1, 2, rows, width).to(z_dtype).requires_grad_())
@@ -42,7 +51,10 @@ def test_alignment_equals_the_reference(p_dtype, z_dtype, distance, rows, width,
     def formula(p, z):
         return reference.alignment(p, z, distance=distance)
 
-    exact, room = outputs(formula, widened(inputs), upstream.double()), formula_error(formula, inputs, upstream)
+    exact, room = (
+        outputs(formula, widened(inputs), upstream.double()),
+        formula_error(formula, inputs, upstream),
+    )
     near(ours, exact, room=room)
     assert [x.dtype for x in ours] == [reference.working(*inputs), p_dtype, z_dtype]
 
@@ -50,7 +62,9 @@ def test_alignment_equals_the_reference(p_dtype, z_dtype, distance, rows, width,
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_gradcheck_holds_for_both_sides(distance):
     inputs = [normal(seed, 3, 5).requires_grad_() for seed in (1, 2)]
-    assert torch.autograd.gradcheck(lambda p, z: nitp_ops.alignment(p, z, distance=distance), inputs)
+    assert torch.autograd.gradcheck(
+        lambda p, z: nitp_ops.alignment(p, z, distance=distance), inputs
+    )
     assert torch.autograd.gradcheck(nitp_ops.swiglu, inputs)
 
 
@@ -65,7 +79,8 @@ def test_the_cosine_gradient_is_the_closed_form():
     longer = torch.autograd.grad(nitp_ops.alignment(p, 7 * z).sum(), p)[0]
     close(longer, gradient)  # blind to the target's length
     scaled = (3 * p).detach().requires_grad_()
-    close(3 * torch.autograd.grad(nitp_ops.alignment(scaled, z).sum(), scaled)[0], gradient)  # 1 / |p|
+    # 1 / |p|
+    close(3 * torch.autograd.grad(nitp_ops.alignment(scaled, z).sum(), scaled)[0], gradient)
 
 
 def test_mse_of_unit_vectors_is_twice_the_cosine_loss_over_the_width():
@@ -90,8 +105,12 @@ def test_rows_under_eps_are_clamped():
 def test_strided_rows_are_read_in_place():
     both = normal(3, 6, 20)
     gate, up = both[:, :10], both[:, 10:]
-    assert torch.equal(nitp_ops.swiglu(gate, up), nitp_ops.swiglu(gate.contiguous(), up.contiguous()))
-    assert torch.equal(nitp_ops.alignment(gate.T, up.T), nitp_ops.alignment(gate.T.contiguous(), up.T.contiguous()))
+    assert torch.equal(
+        nitp_ops.swiglu(gate, up), nitp_ops.swiglu(gate.contiguous(), up.contiguous())
+    )
+    assert torch.equal(
+        nitp_ops.alignment(gate.T, up.T), nitp_ops.alignment(gate.T.contiguous(), up.T.contiguous())
+    )
     assert nitp_ops.swiglu(gate.T, up.T).is_contiguous()
 
 

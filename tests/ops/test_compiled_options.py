@@ -1,4 +1,5 @@
-"""Float options under torch.compile: compiled code never keeps an earlier value (pytorch issue 197889)."""
+"""Float options under torch.compile: compiled code never keeps an earlier value (pytorch issue
+197889)."""
 
 from collections.abc import Callable
 
@@ -10,7 +11,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import nitp_ops
 
-HIDDEN, WEIGHT = torch.linspace(-2, 2, 36).cos().view(6, 6), torch.linspace(-3, 3, 66).sin().view(11, 6)
+HIDDEN, WEIGHT = (
+    torch.linspace(-2, 2, 36).cos().view(6, 6),
+    torch.linspace(-3, 3, 66).sin().view(11, 6),
+)
 LABELS, TARGET = torch.tensor([1, 2, -100, 4, 10, 0]), torch.linspace(-1, 1, 36).sin().view(6, 6)
 
 
@@ -22,7 +26,8 @@ def compiles_often():
         yield
 
 
-# A float that a tensor takes up too stays an input of the graph: only then could an earlier value stay in it.
+# A float that a tensor takes up too stays an input of the graph: only then could an earlier value
+# stay in it.
 
 
 def token(scale: float, cap: float, smoothing: float, z_loss: float) -> Tensor:
@@ -51,11 +56,15 @@ def test_compiled_equals_eager_after_a_change_of_any_float_option(
     function: Callable[..., Tensor], first: tuple[float, ...], second: tuple[float, ...]
 ):
     # the second call makes every float a symbol; from then on one changes at a time
-    changes = [(*second[:place], 1.7 * second[place], *second[place + 1 :]) for place in range(len(second))]
+    changes = [
+        (*second[:place], 1.7 * second[place], *second[place + 1 :]) for place in range(len(second))
+    ]
     values = [function(*options).item() for options in (first, second, *changes)]
     assert len(set(values)) == len(values)
     compiled = torch.compile(function, fullgraph=True)
-    assert [compiled(*options).item() for options in (first, second, *changes)] == pytest.approx(values, rel=1e-6)
+    assert [compiled(*options).item() for options in (first, second, *changes)] == pytest.approx(
+        values, rel=1e-6
+    )
 
 
 def test_a_changing_normalizer_compiles_once_for_all_values():
@@ -66,7 +75,9 @@ def test_a_changing_normalizer_compiles_once_for_all_values():
     counted = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(call, fullgraph=True, backend=counted)
     counts = (1.5, 2.5, 1 / 3, 1 / 7, 4.0, 0.9)
-    assert [compiled(c).item() for c in counts] == pytest.approx([call(c).item() for c in counts], rel=1e-6)
+    assert [compiled(c).item() for c in counts] == pytest.approx(
+        [call(c).item() for c in counts], rel=1e-6
+    )
     assert counted.frame_count == 2
 
 

@@ -1,6 +1,8 @@
-"""Every refusal has one form: `name: argument is|has what was got, expected what`, and of names the nearest valid one.
+"""Every refusal has one form: `name: argument is|has what was got, expected what`, and of names the
+nearest valid one.
 
-The first test reads the sources, so that no error is forgotten; the others look at what users see."""
+The first test reads the sources, so that no error is forgotten; the others look at what users
+see."""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ from tests.ops.test_bad_input import WRONG
 from tests.support.objectives_cases import INFO, make_batch
 
 ROOT = Path(__file__).resolve().parents[2]
-#: What an argument did. Other kinds of errors tell of the world (a rank that stopped), and Python's own of attributes.
+#: What an argument did. Other kinds of errors tell of the world (a rank that stopped), and Python's
+#: own of attributes.
 VERB = r"(is|are|were|has|have|holds|lacks?|came|requires|can|returned|disagrees|at column)"
 REFUSALS = ("TypeError", "ValueError", "IndexError", "NotImplementedError", "SpecError")
 FORM = re.compile(rf"\S.* (?:{VERB}\b.*[,;(] ?expected \S|is (?:not|only) supported\b)")
@@ -72,14 +75,17 @@ def test_every_refusal_that_stands_in_the_sources_has_the_form():
     found = list(raised())
     # what was got, or what was expected, may be all in a variable
     known = [
-        (at, text.replace(": {}, expected", ": it is it, expected"), text.endswith(COMPUTED)) for at, text in found
+        (at, text.replace(": {}, expected", ": it is it, expected"), text.endswith(COMPUTED))
+        for at, text in found
     ]
     assert len(found) > 150 and not [
         (at, text) for at, text, rest in known if not (rest or text == "{}" or FORM.search(text))
     ]
 
 
-@pytest.mark.parametrize(("kind", "message", "wrong"), WRONG, ids=[message for _, message, _ in WRONG])
+@pytest.mark.parametrize(
+    ("kind", "message", "wrong"), WRONG, ids=[message for _, message, _ in WRONG]
+)
 def test_what_an_op_refuses_has_the_form(kind: Any, message: str, wrong: Callable[[], object]):
     with pytest.raises(kind) as caught:
         wrong()
@@ -165,10 +171,12 @@ SPECS = (
     ("mtp_parallel(heads=blok)", '"block"'), ("nitp(projector=swigly)", '"swiglu"'),
     ("nitp(target_layer=99)", ""), ("ntp(z_loss=-1)", ""), ("ntp(label_smoothing=2)", ""),
     ("mtp_shared(offsets=[0])", ""),
-    ("mtp_shared(weights=[1])", ""), ("nitp(target_layer=1.5, eps=0)", ""), ("ntp + ntp", ""), ("ntp(weight=-1)", ""),
+    ("mtp_shared(weights=[1])", ""), ("nitp(target_layer=1.5, "
+                                      "eps=0)", ""), ("ntp + ntp", ""), ("ntp(weight=-1)", ""),
     ("ntp(weight=x)", ""), ("ntp(", ""), ("ntp +", ""), ("", ""), ("ntp*", ""), ("top(window=0)", ""),
     ("a: a: ntp", ""),
-    ("nitp(intermediate_size=99999)", ""), ("nitp(projector=none, intermediate_size=4)", ""), ("ntp ntp", ""),
+    ("nitp(intermediate_size=99999)", ""), ("nitp(projector=none, "
+                                            "intermediate_size=4)", ""), ("ntp ntp", ""),
 )  # fmt: skip
 
 

@@ -39,13 +39,23 @@ def problems(draw):
         "reduction": draw(st.sampled_from(["mean", "sum", "none"])),
     }
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    upstream = torch.rand(batch, length, generator=generator, dtype=work) if options["reduction"] == "none" else 0.37
+    upstream = (
+        torch.rand(batch, length, generator=generator, dtype=work)
+        if options["reduction"] == "none"
+        else 0.37
+    )
     return inputs, options, upstream, draw(st.sampled_from([1, 3000, None]))
 
 
 def call(function, options):
     def of_tensors(hidden, target, *weights):
-        gate, up, down = weights if len(weights) == 3 else (None, None, *weights) if weights else (None, None, None)
+        gate, up, down = (
+            weights
+            if len(weights) == 3
+            else (None, None, *weights)
+            if weights
+            else (None, None, None)
+        )
         return function(hidden, target, gate, up, down, **options)
 
     return of_tensors
@@ -53,14 +63,19 @@ def call(function, options):
 
 def near_the_reference(ours, inputs, options, upstream):
     formula = call(reference.implicit_token_loss, options)
-    exact, room = outputs(formula, widened(inputs), upstream), formula_error(formula, inputs, upstream)
+    exact, room = (
+        outputs(formula, widened(inputs), upstream),
+        formula_error(formula, inputs, upstream),
+    )
     near(ours, exact, ["loss", "d hidden", "d gate", "d up", "d down"], room)
 
 
 @given(problems())
 def test_it_equals_the_reference(problem):
     inputs, options, upstream, chunk = problem
-    ours = outputs(call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk}), inputs, upstream)
+    ours = outputs(
+        call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk}), inputs, upstream
+    )
     near_the_reference(ours, inputs, options, upstream)
     assert [x.dtype for x in ours[1:]] == [x.dtype for x in inputs if x.requires_grad]
 
@@ -107,7 +122,9 @@ def test_a_shift_equals_slicing_and_never_wraps_around(shift):
 
     def sliced(hidden, target, *weights):
         options = {"shift": 0, "reduction": "sum"}
-        return nitp_ops.implicit_token_loss(hidden[:, :kept], target[:, 6 - kept :], *weights, **options)
+        return nitp_ops.implicit_token_loss(
+            hidden[:, :kept], target[:, 6 - kept :], *weights, **options
+        )
 
     for a, b in zip(ours, outputs(sliced, inputs), strict=True):
         close(a, b)
@@ -115,9 +132,11 @@ def test_a_shift_equals_slicing_and_never_wraps_around(shift):
 
 def test_packed_documents_equal_separate_rows():
     hidden, target, *weights = make(batch=1, length=7)
-    valid = torch.tensor([[True, True, False, True, True, True, False]])  # documents of 3 and 4 tokens
+    # documents of 3 and 4 tokens
+    valid = torch.tensor([[True, True, False, True, True, True, False]])
     packed = outputs(
-        call(nitp_ops.implicit_token_loss, {"valid": valid, "reduction": "sum"}), [hidden, target, *weights]
+        call(nitp_ops.implicit_token_loss, {"valid": valid, "reduction": "sum"}),
+        [hidden, target, *weights],
     )
 
     def separate(hidden, target, *weights):
@@ -142,7 +161,9 @@ def test_adjacent_and_separate_gate_and_up_give_the_same_numbers():
     fused = torch.cat([gate, up]).detach()
     adjacent = [hidden, target, fused[:8].requires_grad_(), fused[8:].requires_grad_(), down]
     for a, b in zip(
-        outputs(nitp_ops.implicit_token_loss, inputs), outputs(nitp_ops.implicit_token_loss, adjacent), strict=True
+        outputs(nitp_ops.implicit_token_loss, inputs),
+        outputs(nitp_ops.implicit_token_loss, adjacent),
+        strict=True,
     ):
         close(a, b)
 
@@ -152,7 +173,9 @@ def test_chunking_changes_nothing(row_bytes):
     inputs = make(batch=3, length=9)
     whole = outputs(call(nitp_ops.implicit_token_loss, {}), inputs)
     for a, b in zip(
-        outputs(call(nitp_ops.implicit_token_loss, {"chunk_bytes": row_bytes}), inputs), whole, strict=True
+        outputs(call(nitp_ops.implicit_token_loss, {"chunk_bytes": row_bytes}), inputs),
+        whole,
+        strict=True,
     ):
         close(a, b)
 
@@ -185,7 +208,10 @@ def test_an_invalid_nan_row_reaches_nothing_at_all():
     spoiled_target[0, 0] = float("nan")  # no pair ends at t = 0
     options = {"valid": valid}
     clean = outputs(call(nitp_ops.implicit_token_loss, options), [hidden, target, *weights])
-    dirty = outputs(call(nitp_ops.implicit_token_loss, options), [spoiled.requires_grad_(), spoiled_target, *weights])
+    dirty = outputs(
+        call(nitp_ops.implicit_token_loss, options),
+        [spoiled.requires_grad_(), spoiled_target, *weights],
+    )
     for a, b in zip(dirty, clean, strict=True):
         assert torch.equal(a, b)
 
@@ -207,7 +233,13 @@ def test_a_nan_row_spoils_its_own_loss_only_and_stays_out_under_a_zero_upstream(
 def test_a_normalizer_of_any_dtype_divides_the_sum():
     inputs = make(dtype=torch.float32)
     total = nitp_ops.implicit_token_loss(*inputs, reduction="sum")
-    for normalizer in (7, 7.0, torch.tensor(7), torch.tensor(7.0), torch.tensor(7.0, dtype=torch.float64)):
+    for normalizer in (
+        7,
+        7.0,
+        torch.tensor(7),
+        torch.tensor(7.0),
+        torch.tensor(7.0, dtype=torch.float64),
+    ):
         loss = nitp_ops.implicit_token_loss(*inputs, normalizer=normalizer)
         assert loss.dtype == torch.float32
         close(loss, total / 7, 1e-6)
@@ -217,7 +249,9 @@ def test_no_valid_pair_gives_zero_loss_and_zero_gradients():
     inputs = make()
     for reduction in ("mean", "sum", "none"):
         options = {"valid": torch.zeros(2, 6, dtype=torch.bool), "reduction": reduction}
-        assert all(x.abs().sum() == 0 for x in outputs(call(nitp_ops.implicit_token_loss, options), inputs))
+        assert all(
+            x.abs().sum() == 0 for x in outputs(call(nitp_ops.implicit_token_loss, options), inputs)
+        )
 
 
 def test_retained_graphs_agree():
@@ -233,7 +267,9 @@ def test_retained_graphs_agree():
 def test_stats_are_zero_where_invalid_and_right_elsewhere():
     hidden, target, *weights = make()
     valid = torch.rand(2, 6) < 0.6
-    loss, stats = nitp_ops.implicit_token_loss(hidden, target, *weights, valid=valid, return_stats=True)
+    loss, stats = nitp_ops.implicit_token_loss(
+        hidden, target, *weights, valid=valid, return_stats=True
+    )
     expected = nitp_ops.implicit_token_loss(
         hidden, target, *weights, valid=valid, return_stats=True, backend="reference"
     )[1]
@@ -248,7 +284,10 @@ def test_a_bfloat16_hidden_state_meets_a_float32_target():
     hidden, target, *weights = make(dtype=torch.bfloat16)
     target = torch.randn(2, 6, 4)
     inputs = [hidden, target, *weights]
-    near(outputs(nitp_ops.implicit_token_loss, inputs), outputs(reference.implicit_token_loss, widened(inputs)))
+    near(
+        outputs(nitp_ops.implicit_token_loss, inputs),
+        outputs(reference.implicit_token_loss, widened(inputs)),
+    )
 
 
 def test_bfloat16_near_cosine_one_stays_exact_where_the_naive_formula_fails():
@@ -257,7 +296,8 @@ def test_bfloat16_near_cosine_one_stays_exact_where_the_naive_formula_fails():
     prediction = prediction.bfloat16()
     exact = reference.alignment(prediction.double(), target.double())
     ours = nitp_ops.alignment(prediction, target)
-    naive = 1 - torch.nn.functional.cosine_similarity(prediction, target, dim=-1)  # in bfloat16 throughout
+    # in bfloat16 throughout
+    naive = 1 - torch.nn.functional.cosine_similarity(prediction, target, dim=-1)
     assert 0.005 < exact.mean() < 0.02
     assert ((ours - exact) / exact).abs().max() < 1e-4
     assert ((naive.double() - exact) / exact).abs().max() > 0.05
@@ -274,7 +314,9 @@ def test_gate_and_up_as_one_matrix_are_the_same_to_the_bit(problem, backend):
         given = {"gate_up": fused, "down": down, "chunk_bytes": chunk, "backend": backend}
         return nitp_ops.implicit_token_loss(hidden, target, **given, **options)
 
-    apart = call(nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "backend": backend})
+    apart = call(
+        nitp_ops.implicit_token_loss, {**options, "chunk_bytes": chunk, "backend": backend}
+    )
     loss, d_hidden, d_fused, d_down = outputs(as_one, [hidden, fused, weights[2]], upstream)
     expected = outputs(apart, [hidden, target, *weights], upstream)
     for a, b in zip((loss, d_hidden, *d_fused.chunk(2), d_down), expected, strict=True):

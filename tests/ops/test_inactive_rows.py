@@ -19,7 +19,8 @@ BACKENDS = pytest.mark.parametrize("backend", [None, "reference"])
 
 
 def head(value: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Hidden states [5, 6] and an unembedding [11, 6], one row of which holds `value` where that is not finite."""
+    """Hidden states [5, 6] and an unembedding [11, 6], one row of which holds `value` where that is
+    not finite."""
     hidden, weight = torch.randn(5, 6), torch.randn(11, 6)
     if value != 0:
         weight[7, 3] = value
@@ -29,14 +30,18 @@ def head(value: float = 0.0) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("on_gpu", [False, True])
 @CHUNKS
-def test_a_row_of_weight_zero_has_no_gradient_whatever_the_unembedding_holds(chunk_bytes, on_gpu, value):
+def test_a_row_of_weight_zero_has_no_gradient_whatever_the_unembedding_holds(
+    chunk_bytes, on_gpu, value
+):
     hidden, weight = head(value)
     token_weight = torch.tensor([1.0, 0.0, 0.5, 0.0, 2.0])
     labels = LABELS.clone()
     labels[2] = -100
 
     def loss() -> Tensor:
-        return nitp_ops.linear_cross_entropy(hidden, weight, labels, token_weight=token_weight, chunk_bytes=chunk_bytes)
+        return nitp_ops.linear_cross_entropy(
+            hidden, weight, labels, token_weight=token_weight, chunk_bytes=chunk_bytes
+        )
 
     if on_gpu:
         with without_reading():
@@ -57,7 +62,11 @@ def test_so_has_a_row_of_one_job_beside_rows_of_another(chunk_bytes):
     ]
     loss, _ = nitp_ops.grouped_linear_cross_entropy(jobs, weight, chunk_bytes=chunk_bytes)
     ours, theirs = torch.autograd.grad(loss, (hidden, other))
-    assert not ours[[1, 4]].any() and ours[[0, 2, 3]].isnan().any(-1).all() and theirs.isnan().any(-1).all()
+    assert (
+        not ours[[1, 4]].any()
+        and ours[[0, 2, 3]].isnan().any(-1).all()
+        and theirs.isnan().any(-1).all()
+    )
 
 
 @BACKENDS
@@ -75,7 +84,10 @@ def test_a_row_whose_targets_weigh_nothing_is_silent_too(kind, chunk_bytes, back
         labels = LABELS
     else:
         labels = torch.stack([LABELS, LABELS.flip(0)], -1)
-        options = {"target_weight": torch.ones(5, 2).index_fill(0, torch.tensor([1]), 0.0), "label_smoothing": 0.1}
+        options = {
+            "target_weight": torch.ones(5, 2).index_fill(0, torch.tensor([1]), 0.0),
+            "label_smoothing": 0.1,
+        }
 
     def call(states: Tensor, **more: Any) -> list[Tensor]:
         loss = nitp_ops.linear_cross_entropy(
@@ -106,7 +118,9 @@ def losses(hidden: Tensor, weight: Tensor, **buffers: Any) -> dict[str, Tensor]:
     of_hidden = {name: buffer for name, buffer in buffers.items() if name == "hidden_grad_out"}
     return {
         "token": nitp_ops.linear_cross_entropy(hidden, weight, LABELS, **buffers),
-        "rows": nitp_ops.linear_cross_entropy(hidden, weight, LABELS, reduction="none", **buffers).sum(),
+        "rows": nitp_ops.linear_cross_entropy(
+            hidden, weight, LABELS, reduction="none", **buffers
+        ).sum(),
         "latent": nitp_ops.implicit_token_loss(hidden, torch.ones_like(hidden), **of_hidden),
     }
 
@@ -118,7 +132,8 @@ def test_an_upstream_of_zero_leaves_no_nan_of_a_stored_gradient(name):
         hidden[1] = NAN
     wanted = (hidden,) if name == "latent" else (hidden, weight)
     for create_graph in (False, True):
-        loss = 0.0 * torch.where(torch.tensor(True), 1.0, losses(hidden, weight)[name])  # as a guarded loss does
+        # as a guarded loss does
+        loss = 0.0 * torch.where(torch.tensor(True), 1.0, losses(hidden, weight)[name])
         for gradient in torch.autograd.grad(loss, wanted, create_graph=create_graph):
             assert not gradient.any()
     buffers = {"hidden_grad_out": torch.ones(5, 6), "weight_grad_out": torch.ones(11, 6)}

@@ -1,4 +1,5 @@
-"""Rows whose squares overflow or vanish in the arithmetic on them: their directions are as good as any."""
+"""Rows whose squares overflow or vanish in the arithmetic on them: their directions are as good as
+any."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ SIZES += [(torch.float64, *size) for size in [(1000, 0), (0, 1010), (600, -8), (
 def pairs(dtype: torch.dtype, columns: int = 33) -> tuple[Tensor, Tensor]:
     """Four pairs of rows with cosines from near -1 to near 1."""
     p = torch.randn(4, columns, dtype=torch.float64)
-    z = torch.randn(4, columns, dtype=torch.float64) + torch.tensor([[-4.0], [0.0], [1.0], [30.0]]) * p
+    z = (
+        torch.randn(4, columns, dtype=torch.float64)
+        + torch.tensor([[-4.0], [0.0], [1.0], [30.0]]) * p
+    )
     return p.to(dtype), z.to(dtype)
 
 
@@ -36,12 +40,19 @@ def aligned(p: Tensor, z: Tensor, eps: float, backend: str | None) -> list[Tenso
 def test_a_cosine_does_not_change_with_the_size_of_a_row(dtype, of_p, of_z, backend):
     """Nor do the gradients, but for their size: a power of two rounds nothing."""
     p, z = pairs(dtype)
-    eps = 1e-6 if min(of_p, of_z) > -20 else float(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny)
-    loss, dp, dz = aligned(torch.ldexp(p, torch.tensor(of_p)), torch.ldexp(z, torch.tensor(of_z)), eps, backend)
+    eps = (
+        1e-6
+        if min(of_p, of_z) > -20
+        else float(torch.finfo(torch.promote_types(dtype, torch.float32)).tiny)
+    )
+    loss, dp, dz = aligned(
+        torch.ldexp(p, torch.tensor(of_p)), torch.ldexp(z, torch.tensor(of_z)), eps, backend
+    )
     expected, expected_dp, expected_dz = aligned(p, z, eps, backend)
     torch.testing.assert_close(loss, expected, rtol=4 * EPS[loss.dtype], atol=4 * EPS[loss.dtype])
     for gradient, size, like in ((dp, of_p, expected_dp), (dz, of_z, expected_dz)):
-        # back in two steps: a factor of 2^122 times a gradient of 2^-122 has room, its inverse in bfloat16 has not
+        # back in two steps: a factor of 2^122 times a gradient of 2^-122 has room, its inverse in
+        # bfloat16 has not
         half = torch.tensor(size // 2), torch.tensor(size - size // 2)
         scaled = torch.ldexp(torch.ldexp(gradient.double(), half[0]), half[1])
         torch.testing.assert_close(scaled, like.double(), rtol=8 * EPS[dtype], atol=8 * EPS[dtype])
@@ -57,7 +68,9 @@ def test_stats_hold_the_norms_of_large_rows(backend):
         )
         torch.testing.assert_close(stats.prediction_norm[0], 2.0**80 * p.norm(dim=-1))
         torch.testing.assert_close(stats.target_norm[0], z.norm(dim=-1))
-        torch.testing.assert_close(stats.cosine[0], torch.nn.functional.cosine_similarity(p, z, dim=-1))
+        torch.testing.assert_close(
+            stats.cosine[0], torch.nn.functional.cosine_similarity(p, z, dim=-1)
+        )
         assert distance == "mse" or loss.isfinite()
 
 
@@ -87,4 +100,6 @@ def test_the_norm_of_the_reference_has_the_whole_range():
     norm = reference.norm(x)
     torch.testing.assert_close(norm, torch.tensor([0.0, 5 * 2.0**-140, 5.0, 5 * 2.0**120]))
     (gradient,) = torch.autograd.grad(norm.sum(), x)
-    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.6, 0.8]]))
+    torch.testing.assert_close(
+        gradient, torch.tensor([[0.0, 0.0], [0.6, 0.8], [0.6, 0.8], [0.6, 0.8]])
+    )

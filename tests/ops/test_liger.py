@@ -1,4 +1,5 @@
-"""Liger-Kernel around attach: its forward before attach trains the objective, after it is refused by name.
+"""Liger-Kernel around attach: its forward before attach trains the objective, after it is refused
+by name.
 
 Its kernels need a GPU; its forward, which computes a fused loss of its own in training, does not.
 """
@@ -26,19 +27,29 @@ SPEC = "ntp + 0.8*nitp(target_layer=1)"
 
 
 def fused_forward(
-    self: Any, input_ids: Any = None, labels: Any = None, logits_to_keep: Any = 0, skip_logits: Any = None, **rest: Any
+    self: Any,
+    input_ids: Any = None,
+    labels: Any = None,
+    logits_to_keep: Any = 0,
+    skip_logits: Any = None,
+    **rest: Any,
 ) -> Any:
-    """As Liger's: in training with labels it asks its own loss, and neither the head nor model.loss_function."""
+    """As Liger's: in training with labels it asks its own loss, and neither the head nor
+    model.loss_function."""
     shift_labels = rest.pop("shift_labels", None)
     rest.pop("return_dict", None)
     hidden = self.model(input_ids=input_ids, **rest).last_hidden_state
-    kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+    kept = hidden[
+        :, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+    ]
     if self.training and labels is not None if skip_logits is None else skip_logits:
         raise RuntimeError("no GPU")
     logits = self.lm_head(kept)
     loss = None
     if labels is not None:
-        loss = self.loss_function(logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=logits.shape[-1])
+        loss = self.loss_function(
+            logits=logits, labels=labels, shift_labels=shift_labels, vocab_size=logits.shape[-1]
+        )
     return CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
@@ -65,7 +76,9 @@ def real(model: Any = None) -> None:
 def patch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     from transformers.models.llama import modeling_llama
 
-    monkeypatch.setattr(modeling_llama.LlamaForCausalLM, "forward", modeling_llama.LlamaForCausalLM.forward)
+    monkeypatch.setattr(
+        modeling_llama.LlamaForCausalLM, "forward", modeling_llama.LlamaForCausalLM.forward
+    )
     return request.param
 
 
@@ -122,7 +135,12 @@ def test_the_trainer_refuses_use_liger_kernel_with_its_loss(tmp_path: Any, confi
     from nitp_ops.trainers.transformers import NitpTrainer
 
     arguments = trainer_arguments(tmp_path, use_liger_kernel=True, liger_kernel_config=config)
-    with pytest.raises(ValueError, match=r'expected it with liger_kernel_config=\{"fused_linear_cross_entropy": False'):
+    with pytest.raises(
+        ValueError,
+        match=r"expected it with "
+        r'liger_kernel_config=\{"fused_linear_cross_entropy": '
+        r"False",
+    ):
         NitpTrainer(model=tiny_llama(), args=arguments, train_dataset=ragged_rows(), objective=SPEC)
 
 
@@ -130,10 +148,19 @@ def test_the_trainer_takes_the_other_kernels(tmp_path: Any):
     from nitp_ops.trainers.transformers import NitpTrainer
 
     found = []
-    for options in ({}, {"liger_kernel_config": {"fused_linear_cross_entropy": False, **_NOTHING_ELSE}}):
-        arguments = trainer_arguments(tmp_path, max_steps=2, use_liger_kernel=bool(options), **options)
+    for options in (
+        {},
+        {"liger_kernel_config": {"fused_linear_cross_entropy": False, **_NOTHING_ELSE}},
+    ):
+        arguments = trainer_arguments(
+            tmp_path, max_steps=2, use_liger_kernel=bool(options), **options
+        )
         trainer = NitpTrainer(
-            model=tiny_llama(), args=arguments, train_dataset=ragged_rows(), data_collator=padded, objective=SPEC
+            model=tiny_llama(),
+            args=arguments,
+            train_dataset=ragged_rows(),
+            data_collator=padded,
+            objective=SPEC,
         )
         trainer.train()
         found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

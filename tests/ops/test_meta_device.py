@@ -12,7 +12,9 @@ from tests.support.budget import outputs
 def inputs(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
     shapes = (2, 5, 6), (11, 6), (8, 6), (8, 6), (6, 8), (2, 5, 6)
     draw = torch.Generator().manual_seed(0)
-    floats = [torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes]
+    floats = [
+        torch.randn(shape, generator=draw).to(device, dtype).requires_grad_() for shape in shapes
+    ]
     return [*floats, torch.tensor([[1, 2, -100, 4, 10], [0, -100, -100, 3, 5]], device=device)]
 
 
@@ -23,7 +25,9 @@ CALLS = {
         [nitp_ops.CrossEntropyTerm(h, y)] * 2, w
     )[0],
     "projector": lambda h, w, g, u, d, z, y: nitp_ops.implicit_token_loss(h, z.detach(), g, u, d),
-    "no projector": lambda h, w, g, u, d, z, y: nitp_ops.implicit_token_loss(h, z.detach(), None, None, None),
+    "no projector": lambda h, w, g, u, d, z, y: nitp_ops.implicit_token_loss(
+        h, z.detach(), None, None, None
+    ),
     "alignment": lambda h, w, g, u, d, z, y: nitp_ops.alignment(h, z),
     "swiglu": lambda h, w, g, u, d, z, y: nitp_ops.swiglu(h, z),
 }

@@ -19,7 +19,9 @@ def test_a_row_that_is_not_there_adds_zero_whatever_divides_it(op, backend, norm
     given = [hidden, weight] if op == "linear_cross_entropy" else [hidden @ weight.t()]
 
     def loss(labels):
-        return getattr(nitp_ops, op)(*given, labels, normalizer=torch.tensor(normalizer), backend=backend).item()
+        return getattr(nitp_ops, op)(
+            *given, labels, normalizer=torch.tensor(normalizer), backend=backend
+        ).item()
 
     assert loss(torch.full_like(labels, -100)) == 0
     some = loss(labels.clone().index_fill_(0, torch.tensor([2]), -100))
@@ -44,7 +46,10 @@ def test_a_normalizer_is_any_real_number(backend):
     numbers: list[Any] = [10**30, Fraction(7, 2)]
     for exact in numbers:
         loss = linear_cross_entropy(hidden, weight, labels, normalizer=exact, backend=backend)
-        assert torch.equal(loss, linear_cross_entropy(hidden, weight, labels, normalizer=float(exact), backend=backend))
+        assert torch.equal(
+            loss,
+            linear_cross_entropy(hidden, weight, labels, normalizer=float(exact), backend=backend),
+        )
 
 
 class Subclass(torch.Tensor):
@@ -59,7 +64,9 @@ def test_two_backward_passes_of_one_graph_agree_whatever_type_the_upstream_has(o
     def loss():
         if op == "linear_cross_entropy":
             return linear_cross_entropy(hidden, weight, labels)
-        return nitp_ops.implicit_token_loss(hidden[None], hidden[None].detach(), None, None, weight[:6])
+        return nitp_ops.implicit_token_loss(
+            hidden[None], hidden[None].detach(), None, None, weight[:6]
+        )
 
     upstream = torch.tensor(0.37, dtype=hidden.dtype)
     expected, again = torch.autograd.grad(loss(), (hidden, weight), upstream), loss()

@@ -15,7 +15,8 @@ from tests.support.budget import outputs, widened, within_budget
 
 @pytest.fixture(scope="module", autouse=True, params=["own", "libraries"])
 def products(request):
-    """Every test with the CPU's products by nitp_ops, where it has them, and by the libraries that others use."""
+    """Every test with the CPU's products by nitp_ops, where it has them, and by the libraries that
+    others use."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "libraries":
             patch.setattr(gemm, "has_native_gemm", lambda device, dtype: False)
@@ -90,7 +91,8 @@ def test_logits_with_a_large_common_offset_stay_exact():
     bias = torch.full((31,), 1e4)
     shifted = nitp_ops.linear_cross_entropy(hidden, weight, labels, bias=bias)
     plain = nitp_ops.linear_cross_entropy(hidden, weight, labels)
-    assert abs(shifted.item() - plain.item()) < 2e-3  # the offset rounds the logits to 2^-10, the loss no further
+    # the offset rounds the logits to 2^-10, the loss no further
+    assert abs(shifted.item() - plain.item()) < 2e-3
 
 
 def test_a_vocabulary_of_151936_in_bfloat16_stays_within_budget():
@@ -98,7 +100,9 @@ def test_a_vocabulary_of_151936_in_bfloat16_stays_within_budget():
     weight = (torch.randn(151936, 16) / 4).bfloat16().requires_grad_()
     labels = torch.tensor([0, 151935, 7, -100, 65536, 99999])
     inputs = [hidden, weight]
-    ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=2 * 151936 * 2), inputs)
+    ours = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=2 * 151936 * 2), inputs
+    )
     eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), inputs)
     exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened(inputs))
     within_budget(ours, eager, exact)
@@ -112,7 +116,9 @@ def test_the_error_does_not_grow_with_the_number_of_chunks(chunks, dtype):
     labels = torch.randint(0, 512, (256,))
     inputs, logit = [hidden, weight], 2 if dtype == torch.bfloat16 else 4  # float16 runs in float32
     size = 256 // chunks * 512 * logit
-    ours = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=size), inputs)
+    ours = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=size), inputs
+    )
     eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), inputs)
     exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened(inputs))
     within_budget(ours, eager, exact)
@@ -121,7 +127,12 @@ def test_the_error_does_not_grow_with_the_number_of_chunks(chunks, dtype):
 def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
     def plan(width, vocabulary, dtype=torch.float32, **options):
         return nitp_ops.explain(
-            "linear_cross_entropy", rows=4096, width=width, vocabulary=vocabulary, dtype=dtype, **options
+            "linear_cross_entropy",
+            rows=4096,
+            width=width,
+            vocabulary=vocabulary,
+            dtype=dtype,
+            **options,
         )
 
     small = plan(64, 1000)
@@ -141,7 +152,10 @@ def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
 def test_a_gpu_takes_8192_rows_whatever_the_width(width):
     sizes = {"width": width, "vocabulary": 128256, "device": "cuda"}
     for dtype in (torch.bfloat16, torch.float32):
-        few, many = (nitp_ops.explain("linear_cross_entropy", rows=n, dtype=dtype, **sizes) for n in (8192, 2**20))
+        few, many = (
+            nitp_ops.explain("linear_cross_entropy", rows=n, dtype=dtype, **sizes)
+            for n in (8192, 2**20)
+        )
         assert (few.chunks, few.chunk_rows, few.accumulator_bytes) == (1, 8192, 0)
         assert (many.chunks, many.chunk_rows) == (128, 8192)
         assert many.workspace_bytes == 8192 * 128256 * dtype.itemsize
@@ -149,7 +163,9 @@ def test_a_gpu_takes_8192_rows_whatever_the_width(width):
 
 def test_a_projector_on_a_gpu_takes_more_than_a_gibibyte_or_8192_rows():
     def plan(rows, width):
-        return nitp_ops.explain("implicit_token_loss", rows=rows, width=width, dtype=torch.bfloat16, device="cuda")
+        return nitp_ops.explain(
+            "implicit_token_loss", rows=rows, width=width, dtype=torch.bfloat16, device="cuda"
+        )
 
     for rows, width in ((16384, 1280), (16384, 2048), (8192, 4096)):
         assert plan(rows, width).chunks == 1 and plan(rows, width).workspace_bytes <= 1280 * 2**20
@@ -162,7 +178,8 @@ def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_
         sizes = {"width": 4096, "vocabulary": 128256, "device": "cuda"}
         return nitp_ops.explain("linear_cross_entropy", rows=rows, dtype=dtype, **sizes)
 
-    # the gradient's float32 sum takes as much more than itself in bfloat16 as 4096 rows of logits do
+    # the gradient's float32 sum takes as much more than itself in bfloat16 as 4096 rows of logits
+    # do
     whole, narrow = plan(8192 + 4096), plan(8192 + 4096 + 8)
     assert whole.chunks == 1 and whole.accumulator_bytes == 0
     assert narrow.chunks == 2 and narrow.workspace_bytes < whole.workspace_bytes
@@ -175,7 +192,9 @@ def test_a_gpu_takes_all_rows_in_one_chunk_where_that_costs_less_than_a_float32_
 
 
 @pytest.mark.parametrize("narrow", [True, False])
-def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_products(monkeypatch, narrow):
+def test_one_chunk_is_worth_more_only_where_the_gradient_is_as_narrow_as_the_products(
+    monkeypatch, narrow
+):
     seen = []
 
     def spy(rows, *sizes, itemsize, **options):
@@ -208,7 +227,9 @@ def test_terms_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
     assert (plan(4, 801).chunk_rows, plan(4, 801).chunks) == (808, 4)
     few = plan(4, 100)
     assert (few.chunk_rows, few.chunks) == (400, 1)
-    on_a_gpu = nitp_ops.explain("linear_cross_entropy", rows=100, width=64, vocabulary=99, terms=4, device="cuda")
+    on_a_gpu = nitp_ops.explain(
+        "linear_cross_entropy", rows=100, width=64, vocabulary=99, terms=4, device="cuda"
+    )
     assert on_a_gpu.chunks == 4  # it is not known on the host there which terms are inactive
     with pytest.raises(ValueError, match="terms is 2, expected 1"):
         nitp_ops.explain("implicit_token_loss", rows=1, width=8, terms=2)
@@ -216,32 +237,43 @@ def test_terms_that_share_a_pass_have_chunks_smaller_than_the_weight_gradient():
 
 def test_a_silent_job_does_not_change_how_the_others_are_cut(monkeypatch):
     for rows in ("ENOUGH_ROWS", "ENOUGH_SHARED_ROWS"):
-        monkeypatch.setattr(chunking, rows, 1)  # the chunk is as large as the gradient, or 0.6 of it
+        # the chunk is as large as the gradient, or 0.6 of it
+        monkeypatch.setattr(chunking, rows, 1)
     monkeypatch.setattr(token_chunks, "rows_per_chunk", partial(chunking.rows_per_chunk, least=1))
-    monkeypatch.setattr(
-        gemm, "has_native_gemm", lambda device, dtype: False
-    )  # libraries round the product of every chunk
+    # libraries round the result of every chunk
+    monkeypatch.setattr(gemm, "has_native_gemm", lambda device, dtype: False)
     monkeypatch.setattr(gemm, "_WITHOUT_GEMM", set())
-    hidden, weight = torch.randn(512, 32).bfloat16(), torch.randn(64, 32).bfloat16().requires_grad_()
+    hidden, weight = (
+        torch.randn(512, 32).bfloat16(),
+        torch.randn(64, 32).bfloat16().requires_grad_(),
+    )
     labels = torch.randint(0, 64, (512,))
 
     def gradient(*weights):
-        terms = [nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(w)) for w in weights]
-        return torch.autograd.grad(nitp_ops.grouped_linear_cross_entropy(terms, weight)[0], weight)[0]
+        terms = [
+            nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(w)) for w in weights
+        ]
+        return torch.autograd.grad(nitp_ops.grouped_linear_cross_entropy(terms, weight)[0], weight)[
+            0
+        ]
 
     assert torch.equal(gradient(1.0), gradient(1.0, 0.0))
-    assert not torch.equal(gradient(1.0), gradient(0.5, 0.5))  # chunks of half the rows round in other places
+    # chunks of half the rows round in other places
+    assert not torch.equal(gradient(1.0), gradient(0.5, 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_where_the_cpu_has_no_product_of_a_dtype_it_is_formed_in_float32(monkeypatch, dtype):
     monkeypatch.setattr(gemm, "_WITHOUT_GEMM", {torch.float16, torch.bfloat16})
-    hidden, weight = (torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 24), (90, 24)))
+    hidden, weight = (
+        torch.randn(shape).to(dtype).requires_grad_() for shape in ((40, 24), (90, 24))
+    )
     loss = partial(nitp_ops.linear_cross_entropy, labels=torch.arange(40), chunk_bytes=90 * 4 * 16)
     ours, exact = outputs(loss, [hidden, weight]), outputs(loss, widened([hidden, weight]))
     assert (ours[0] - exact[0]).abs() < 1e-6 * exact[0]  # 1e-3 by rounded logits
     for a, b in zip(ours[1:], exact[1:], strict=True):
-        assert a.dtype == dtype and (a - b).norm() < torch.finfo(dtype).eps / 4 * b.norm()  # one rounding
+        # one rounding
+        assert a.dtype == dtype and (a - b).norm() < torch.finfo(dtype).eps / 4 * b.norm()
 
 
 @pytest.mark.parametrize("height", [1, 16, 100])
@@ -263,7 +295,8 @@ def test_a_sum_in_pieces_is_the_sum(monkeypatch, height):
 def test_a_vocabulary_of_one_costs_nothing():
     hidden, weight, _ = make(vocabulary=1)
     out = outputs(
-        lambda h, w: nitp_ops.linear_cross_entropy(h, w, torch.zeros(12, dtype=torch.int64)), [hidden, weight]
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, torch.zeros(12, dtype=torch.int64)),
+        [hidden, weight],
     )
     assert all((x == 0).all() for x in out)
 

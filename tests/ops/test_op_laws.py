@@ -33,7 +33,9 @@ def calls(labels=LABELS):
     for reduction in ("mean", "none"):
         yield (
             f"linear_cross_entropy-{reduction}",
-            lambda h, w, g, u, d, r=reduction: nitp_ops.linear_cross_entropy(h, w, labels, reduction=r),
+            lambda h, w, g, u, d, r=reduction: nitp_ops.linear_cross_entropy(
+                h, w, labels, reduction=r
+            ),
         )
         yield (
             f"implicit_token_loss-{reduction}",
@@ -50,7 +52,11 @@ def calls(labels=LABELS):
     yield (
         "linear_cross_entropy-weighted-targets",
         lambda h, w, g, u, d: nitp_ops.linear_cross_entropy(
-            h, w, torch.stack([labels, labels.flip(0)], -1), target_weight=torch.full((2, 5, 2), 0.5), z_loss=0.1
+            h,
+            w,
+            torch.stack([labels, labels.flip(0)], -1),
+            target_weight=torch.full((2, 5, 2), 0.5),
+            z_loss=0.1,
         ),
     )
     yield (
@@ -87,7 +93,8 @@ def test_opcheck_accepts_the_registration(call):
                 seen.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    torch.use_deterministic_algorithms(False)  # opcheck compares runs; NaN-filled memory is not its subject
+    # opcheck compares runs; NaN-filled memory is not its subject
+    torch.use_deterministic_algorithms(False)
     inputs = tensors()
     with Recorder():
         loss = call(*inputs)
@@ -96,8 +103,8 @@ def test_opcheck_accepts_the_registration(call):
         torch.autograd.grad((loss * 0.37).sum(), wanted, allow_unused=True, create_graph=True)
     assert 0 < forward_ops < len(seen)
     for place, (func, args) in enumerate(seen):
-
-        def fresh(x, forward=place < forward_ops):  # a backward op refuses to be differentiated: checked without
+        # a backward op refuses to be differentiated: checked without
+        def fresh(x, forward=place < forward_ops):
             return x.detach().requires_grad_(forward and x.requires_grad)
 
         torch.library.opcheck(func, tree_map_only(torch.Tensor, fresh, args))
@@ -105,7 +112,8 @@ def test_opcheck_accepts_the_registration(call):
 
 @EVERY
 def test_saved_tensors_may_be_mutated_around_a_call(call):
-    """In the context PyTorch looks up every argument that a schema says is written, also one that is left out."""
+    """In the context PyTorch looks up every argument that a schema says is written, also one that
+    is left out."""
     inputs = tensors()
     wanted = outputs(call, inputs, 0.37)
     with allow_mutation_on_saved_tensors():
@@ -133,13 +141,17 @@ def test_a_compiled_backward_adds_into_the_buffers():
         token = nitp_ops.linear_cross_entropy(
             hidden, weight, LABELS, hidden_grad_out=for_hidden, weight_grad_out=for_weight
         )
-        return token + nitp_ops.implicit_token_loss(hidden, TARGET, gate, up, down, hidden_grad_out=for_hidden)
+        return token + nitp_ops.implicit_token_loss(
+            hidden, TARGET, gate, up, down, hidden_grad_out=for_hidden
+        )
 
     for_hidden, for_weight = torch.ones_like(hidden).detach(), torch.ones_like(weight).detach()
     loss(hidden, weight, for_hidden, for_weight).backward()
     plain = nitp_ops.linear_cross_entropy(hidden, weight, LABELS)
     plain = plain + nitp_ops.implicit_token_loss(hidden, TARGET, gate, up, down)
-    for buffer, gradient in zip((for_hidden, for_weight), torch.autograd.grad(plain, (hidden, weight)), strict=True):
+    for buffer, gradient in zip(
+        (for_hidden, for_weight), torch.autograd.grad(plain, (hidden, weight)), strict=True
+    ):
         close(buffer - 1, gradient, 1e-6)
     assert hidden.grad is None and weight.grad is None and gate.grad is not None
 
@@ -152,7 +164,9 @@ def test_double_backward_is_refused_by_name(call):
     gradients = torch.autograd.grad(loss, wanted, create_graph=True, allow_unused=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.autograd.grad(
-            torch.stack([g.square().sum() for g in gradients if g is not None]).sum(), wanted, allow_unused=True
+            torch.stack([g.square().sum() for g in gradients if g is not None]).sum(),
+            wanted,
+            allow_unused=True,
         )
 
 
@@ -181,9 +195,15 @@ def test_autocast_decides_the_gemm_dtype_and_gradients_keep_their_inputs_dtype()
 
 
 def test_without_the_library_torch_serves_and_native_is_refused_with_every_reason(monkeypatch):
-    monkeypatch.setattr(nitp_ops.kernels.select, "load_error", "the compiled library does not load: no such symbol")
+    monkeypatch.setattr(
+        nitp_ops.kernels.select, "load_error", "the compiled library does not load: no such symbol"
+    )
     assert nitp_ops.swiglu(torch.ones(2), torch.ones(2)).shape == (2,)
-    with pytest.raises(nitp_ops.BackendError, match=r"native: the compiled library does not load.*reference: only on"):
+    with pytest.raises(
+        nitp_ops.BackendError,
+        match=r"native: the compiled library does not "
+        r"load.*reference: only on",
+    ):
         nitp_ops.swiglu(torch.ones(2), torch.ones(2), backend="native")
 
 
@@ -208,9 +228,16 @@ def test_activation_checkpointing_changes_nothing(call):
 def test_forward_mode_is_refused_by_name(call):
     inputs = [x.detach() for x in tensors()]
     tangents = [torch.ones_like(x) for x in inputs]
-    with pytest.raises(NotImplementedError, match=r"torch.func transform .* expected plain reverse mode"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"torch.func transform .* expected plain "
+        r"reverse mode",
+    ):
         torch.func.jvp(call, tuple(inputs), tuple(tangents))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode differentiation came"):
+    with (
+        forward_ad.dual_level(),
+        pytest.raises(NotImplementedError, match="forward-mode differentiation came"),
+    ):
         call(*(forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)))
 
 

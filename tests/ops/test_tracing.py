@@ -1,4 +1,5 @@
-"""torch.export with a changing number of rows, make_fx, torch.func.functionalize: traced, or refused by name."""
+"""torch.export with a changing number of rows, make_fx, torch.func.functionalize: traced, or
+refused by name."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from nitp_ops import CrossEntropyTerm
 
 
 class Model(nn.Module):
-    """Calls one op on hidden states [B, T, 6], labels [B, T] and targets [B, T, 6], with weights of its own."""
+    """Calls one op on hidden states [B, T, 6], labels [B, T] and targets [B, T, 6], with weights of
+    its own."""
 
     def __init__(self, call: Callable[..., Any]):
         super().__init__()
@@ -31,7 +33,9 @@ class Model(nn.Module):
 
 CALLS: dict[str, Callable[..., Any]] = {
     "mean": lambda m, h, y, z: nitp_ops.linear_cross_entropy(h, m.head, y),
-    "none": lambda m, h, y, z: nitp_ops.linear_cross_entropy(h, m.head, y, reduction="none", token_weight=z[..., 0]),
+    "none": lambda m, h, y, z: nitp_ops.linear_cross_entropy(
+        h, m.head, y, reduction="none", token_weight=z[..., 0]
+    ),
     "stats": lambda m, h, y, z: nitp_ops.linear_cross_entropy(
         h, m.head, y, class_weight=torch.ones(11), return_stats="entropy"
     ),
@@ -94,8 +98,13 @@ def test_functionalize_is_refused_by_name(name: str):
     with pytest.raises(NotImplementedError, match=refusal):
         torch.func.functionalize(model)(*given)
     with pytest.raises(NotImplementedError, match=refusal):  # labels are no argument
-        torch.func.functionalize(lambda hidden, third: model(hidden, given[1], third))(given[0], given[2])
+        torch.func.functionalize(lambda hidden, third: model(hidden, given[1], third))(
+            given[0], given[2]
+        )
     if name not in ("alignment", "swiglu"):  # labels, or the pairs that count, alone
-        for transform, labels in ((torch.func.functionalize, given[1]), (torch.vmap, given[1][None])):
+        for transform, labels in (
+            (torch.func.functionalize, given[1]),
+            (torch.vmap, given[1][None]),
+        ):
             with pytest.raises(NotImplementedError, match=refusal):
                 transform(lambda labels: model(given[0], labels, given[2]))(labels)

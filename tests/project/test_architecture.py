@@ -1,4 +1,5 @@
-"""Folders and files stay small, and names say what they hold. The layers of imports: pyproject.toml, csrc's beside."""
+"""Folders and files stay small, and names say what they hold. The layers of imports:
+pyproject.toml, csrc's beside."""
 
 import importlib
 import pkgutil
@@ -14,17 +15,26 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("csrc", "nitp_ops", "objectives", "benchmarks", "examples", "experiments", "tests")
 CODE = {".py", ".cpp", ".cu", ".h", ".hpp", ".sh"}
 SOURCES = [p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*")) if p.suffix in CODE]
-MODULES = [m.name for m in pkgutil.walk_packages(nitp_ops.objectives.__path__, "nitp_ops.objectives.")]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(nitp_ops.objectives.__path__, "nitp_ops.objectives.")
+]
 MODULES += [m.name for m in pkgutil.walk_packages(nitp_ops.__path__, "nitp_ops.")]
 
 
 def test_the_reference_imports_only_torch():
-    modules = re.findall(r"^(?:from|import) (\w+)", (ROOT / "nitp_ops/reference.py").read_text(), re.M)
+    modules = re.findall(
+        r"^(?:from|import) "
+        r"(\w+)",
+        (ROOT / "nitp_ops/reference.py").read_text(),
+        re.M,
+    )
     assert set(modules) == {"__future__", "collections", "typing", "torch"}
 
 
 def test_a_folder_holds_at_most_15_files_and_a_file_300_lines():
-    crowded = {folder: n for folder, n in Counter(path.parent for path in SOURCES).items() if n > 15}
+    crowded = {
+        folder: n for folder, n in Counter(path.parent for path in SOURCES).items() if n > 15
+    }
     assert not crowded
     assert not [path for path in SOURCES if len(path.read_text().splitlines()) > 300]
     assert not [path for path in SOURCES if path.stem in ("utils", "common", "helpers")]

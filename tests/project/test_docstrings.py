@@ -20,7 +20,11 @@ def modules() -> list[str]:
     found = []
     for folder, package in (("nitp_ops", ()), ("objectives", ("nitp_ops",))):
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if path.parent.name not in NEED_PACKAGES and ">>> " in path.read_text() and path.stem not in SKIPPED:
+            if (
+                path.parent.name not in NEED_PACKAGES
+                and ">>> " in path.read_text()
+                and path.stem not in SKIPPED
+            ):
                 parts = path.relative_to(ROOT).with_suffix("").parts
                 found.append(".".join(package + parts).removesuffix(".__init__"))
     return found
@@ -28,7 +32,8 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_its_examples_print_what_they_say(name, monkeypatch):
-    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # an example registers an objective
+    # an example registers an objective
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     module = importlib.import_module(name)
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     result = doctest.testmod(module, optionflags=options)

@@ -33,12 +33,23 @@ def make(environment: Path, clone: Path, *words: str):
 
 
 def test_no_target_names_a_torch_to_install(active, clone):
-    words = ("install", "lint", "test", "test-programs", "test-trainers", "test-ranks", "test-package", "wheels")
+    words = (
+        "install",
+        "lint",
+        "test",
+        "test-programs",
+        "test-trainers",
+        "test-ranks",
+        "test-package",
+        "wheels",
+    )
     told = make(active, clone, "-n", *words)
     installs = [line for line in told.stdout.splitlines() if "pip install" in line]
     assert told.returncode == 0 and not told.stderr and len(installs) == 3
     assert all(re.search(r"--constraint build/installed-\d+\.torch ", line) for line in installs)
-    assert not [line for line in installs if re.search(r"\btorch\b[=<> ]", line.replace(".torch ", ""))]
+    assert not [
+        line for line in installs if re.search(r"\btorch\b[=<> ]", line.replace(".torch ", ""))
+    ]
 
 
 def test_the_constraint_is_the_torch_that_is_there(active, clone):
@@ -58,7 +69,9 @@ def test_an_environment_whose_torch_is_too_old_is_left_alone_with_one_line(tmp_p
     told = make(tmp_path / "old env", clone, "doctor")
     (line,) = (line for line in told.stderr.splitlines() if not line.startswith("make: ***"))
     assert told.returncode != 0 and "pip" not in told.stdout
-    assert line.startswith(f"make: {tmp_path / 'old env'} is active and has torch 2.9.1, nitp_ops needs torch >= 2.11")
+    assert line.startswith(
+        f"make: {tmp_path / 'old env'} is active and has torch 2.9.1, nitp_ops needs torch >= 2.11"
+    )
 
 
 def test_a_target_runs_the_environments_python_in_a_path_with_spaces(active, clone):
@@ -72,7 +85,15 @@ def test_a_target_runs_the_environments_python_in_a_path_with_spaces(active, clo
 
 
 def test_what_the_benchmarks_extra_brings_runs_the_tests_before_the_numbers(active, clone):
-    command = (active / "bin/python", "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
+    command = (
+        active / "bin/python",
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    )
     told = run(*command, "tests/ops/test_alignment_and_swiglu.py", cwd=clone, check=False)
     assert "ModuleNotFoundError" not in told.stdout + told.stderr
     run(active / "bin/python", "-m", "benchmarks", "--list", cwd=clone)

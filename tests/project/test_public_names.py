@@ -32,10 +32,14 @@ def test_a_public_name_resolves_and_is_listed(name):
 
 
 def test_a_name_that_is_none_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'nitp_ops' has no attribute 'linear_cross_entrpy'"):
+    with pytest.raises(
+        AttributeError, match="module 'nitp_ops' has no attribute 'linear_cross_entrpy'"
+    ):
         _ = nitp_ops.linear_cross_entrpy  # type: ignore[attr-defined]
 
 
 def test_the_first_use_may_be_in_a_compiled_function(tmp_path):
-    run = subprocess.run([sys.executable, "-c", FIRST_USE_IS_TRACED], capture_output=True, text=True, cwd=tmp_path)
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_USE_IS_TRACED], capture_output=True, text=True, cwd=tmp_path
+    )
     assert run.stdout == "True\n", run.stderr[-2000:]

@@ -1,4 +1,5 @@
-"""No test is left out in silence: what is skipped fails, unless the list allows it, and the list is kept small."""
+"""No test is left out in silence: what is skipped fails, unless the list allows it, and the list is
+kept small."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ MODULES = {
     "test_whole.py": 'import pytest\npytest.importorskip("no_such_package")\ndef test_a(): pass',
     "test_marked.py": "import pytest\npytestmark = [pytest.mark.trainers]\n"
     'pytest.skip("not today", allow_module_level=True)\ndef test_a(): pass',
-    "experiments/test_stops.py": 'import pytest\ndef test_a(): pytest.skip("this user may not mount a file system")',
+    "experiments/test_stops.py": 'import pytest\ndef test_a(): pytest.skip("this user may not '
+    'mount a file system")',
     "test_one_by_one.py": """
 import pytest
 
@@ -64,11 +66,24 @@ def project(tmp_path: Path) -> Path:
 
 def run(project: Path, *options: str) -> tuple[int, dict[str, str]]:
     """Exit code, and {test or module that failed: the reason shown}."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:randomly",
+        *options,
+    ]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    line = r"^tests/(\S+): skipped, and tests/support/allowed_skips.py does not allow it here: (.+)$"
+    line = (
+        r"^tests/(\S+): skipped, and tests/support/allowed_skips.py does not allow it here: (.+)$"
+    )
     found = re.findall(line, done.stdout, re.MULTILINE)
-    assert "1 skipped: this user may not mount a file system" in done.stdout, done.stdout + done.stderr
+    assert "1 skipped: this user may not mount a file system" in done.stdout, (
+        done.stdout + done.stderr
+    )
     return done.returncode, dict(found)
 
 
@@ -99,7 +114,9 @@ def test_an_entry_holds_for_its_tests_its_reason_and_its_machines():
     assert allowed("tests/gpu/test_rows.py::test_a", "needs a GPU: none", [entry])
     assert not allowed("tests/objectives/tokens/test_top.py::test_a", "needs a GPU: none", [entry])
     assert not allowed("tests/gpu/test_rows.py::test_a", "who needs a GPU?", [entry])
-    assert not allowed("tests/gpu/test_rows.py::test_a", "needs a GPU: none", [entry._replace(here=False)])
+    assert not allowed(
+        "tests/gpu/test_rows.py::test_a", "needs a GPU: none", [entry._replace(here=False)]
+    )
 
 
 @pytest.mark.parametrize("entry", ALLOWED, ids=lambda entry: entry.reason)
@@ -110,7 +127,18 @@ def test_an_entry_names_tests_that_exist_and_a_reason_that_one_of_them_gives(ent
         if fnmatchcase(f"{f.relative_to(ROOT)}::test", entry.tests.removesuffix(".py") + "*")
     ]
     assert files
-    texts = [f.read_text() for f in [*files, ROOT / "tests/gpu/gpu_cases.py", ROOT / "tests/support/processor.py"]]
-    given = [re.sub(r"\{.*?\}", "avx2", r) for text in texts for r in re.findall(r'(?:skip\(|reason=)f?"(.+?)"', text)]
-    given += [f"could not import '{name}': " for text in texts for name in re.findall(r'importorskip\("(.+?)"', text)]
+    texts = [
+        f.read_text()
+        for f in [*files, ROOT / "tests/gpu/gpu_cases.py", ROOT / "tests/support/processor.py"]
+    ]
+    given = [
+        re.sub(r"\{.*?\}", "avx2", r)
+        for text in texts
+        for r in re.findall(r'(?:skip\(|reason=)f?"(.+?)"', text)
+    ]
+    given += [
+        f"could not import '{name}': "
+        for text in texts
+        for name in re.findall(r'importorskip\("(.+?)"', text)
+    ]
     assert any(re.fullmatch(entry.reason, reason) for reason in given)

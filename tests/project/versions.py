@@ -1,7 +1,8 @@
-"""python -m tests.project.versions: one portable wheel under the oldest and the newest torch, in clean environments.
+"""python -m tests.project.versions: one portable wheel under the oldest and the newest torch, in
+clean environments.
 
-Downloads both (gigabytes where pip picks CUDA builds). The tests run against the installed package, from a folder
-without the sources; what they say goes into docs/versions.json.
+Downloads both (gigabytes where pip picks CUDA builds). The tests run against the installed package,
+from a folder without the sources; what they say goes into docs/versions.json.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ print(platform.python_version(), torch.__version__, triton, nitp_ops.__version__
 
 
 def run(*command: str | Path, cwd: Path, check: bool = True) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False
+    )
     if check and done.returncode:
-        raise SystemExit(f"versions: {' '.join(map(str, command))} failed\n{done.stdout}{done.stderr}")
+        raise SystemExit(
+            f"versions: {' '.join(map(str, command))} failed\n{done.stdout}{done.stderr}"
+        )
     return done.stdout
 
 
@@ -48,12 +53,19 @@ def tried(wheel: Path, torch: str, folder: Path) -> dict[str, object]:
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     versions = dict(
-        zip(("python", "torch", "triton", "nitp_ops"), run(python, "-c", FACTS, cwd=folder).split(), strict=True)
+        zip(
+            ("python", "torch", "triton", "nitp_ops"),
+            run(python, "-c", FACTS, cwd=folder).split(),
+            strict=True,
+        )
     )
     doctor = run(python, "-m", "nitp_ops", "doctor", cwd=folder, check=False).splitlines()
     files = [f"tests/{name}.py" for name in FILES]
     told = run(python, "-m", "pytest", "-p", "no:cacheprovider", *files, cwd=folder, check=False)
-    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", told)}
+    counts = {
+        word: int(number)
+        for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", told)
+    }
     if set(counts) - {"passed", "skipped"}:
         print(told[-5000:])
     return {**versions, "doctor": [re.sub(r", [\d.]+ s$", "", line) for line in doctor], **counts}
@@ -67,8 +79,15 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 results.append(tried(wheel, torch, Path(folder)))
             print(json.dumps(results[-1], indent=1), flush=True)
-        RESULT.write_text(json.dumps({"wheel": wheel.name, "tests": FILES, "under": results}, indent=1) + "\n")
-    return int(any("passed" not in result or set(result) & {"failed", "error", "errors"} for result in results))
+        RESULT.write_text(
+            json.dumps({"wheel": wheel.name, "tests": FILES, "under": results}, indent=1) + "\n"
+        )
+    return int(
+        any(
+            "passed" not in result or set(result) & {"failed", "error", "errors"}
+            for result in results
+        )
+    )
 
 
 if __name__ == "__main__":

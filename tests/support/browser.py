@@ -6,14 +6,28 @@ import shutil
 import subprocess
 from pathlib import Path
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = ("--disable-gpu", "--disable-background-networking", "--disable-extensions", "--hide-scrollbars")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+QUIET = (
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-extensions",
+    "--hide-scrollbars",
+)
 
 
 def screenshot(page: Path, into: Path) -> bytes:
     """The PNG of a page as it opens from the disk."""
     assert BROWSER is not None
-    command = [BROWSER, "--headless", "--no-sandbox", *QUIET, "--window-size=1200,2000", f"--screenshot={into}"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        *QUIET,
+        "--window-size=1200,2000",
+        f"--screenshot={into}",
+    ]
     command += [f"--user-data-dir={into.parent / 'profile'}", page.resolve().as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=240)
     return into.read_bytes()

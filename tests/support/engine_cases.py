@@ -1,4 +1,5 @@
-"""A small float64 model for tests with several processes, what one process computes with it, and how ranks start."""
+"""A small float64 model for tests with several processes, what one process computes with it, and
+how ranks start."""
 
 from __future__ import annotations
 
@@ -18,12 +19,17 @@ from tests.support.objectives_cases import INFO, Batch, make_batch
 
 LENGTH = 16
 SPECS = {name: f"main: ntp + extra: 0.7*{name}" for name in available()}
-SPECS["all at once"] = "ntp + 0.8*nitp + mtp_shared + 0.5*top + mtp_parallel(offsets=[4]) + mtp_sequential + fsp_bow"
-SPECS["all at once"] += " + early: 0.5*nitp(target_layer=0, denominator=main, mask=document+label) + nextlat"
+SPECS["all at once"] = (
+    "ntp + 0.8*nitp + mtp_shared + 0.5*top + mtp_parallel(offsets=[4]) + mtp_sequential + fsp_bow"
+)
+SPECS["all at once"] += (
+    " + early: 0.5*nitp(target_layer=0, denominator=main, mask=document+label) + nextlat"
+)
 
 
 def packed_batch() -> Batch:
-    """Four rows of packed documents, of which the last is padding alone: a rank that holds it has no target."""
+    """Four rows of packed documents, of which the last is padding alone: a rank that holds it has
+    no target."""
     batch = make_batch(batch=4, length=LENGTH)
     ends = torch.tensor([[3, 9, 16], [5, 6, 12], [1, 2, 11], [0, 0, 0]])
     place = torch.arange(LENGTH)
@@ -39,21 +45,29 @@ class Model(nn.Module):
         super().__init__()
         draw = torch.Generator().manual_seed(7)
         width = info.hidden_size
-        self.layers = nn.ModuleList(nn.Linear(width, width, dtype=torch.float64) for _ in range(info.num_layers))
+        self.layers = nn.ModuleList(
+            nn.Linear(width, width, dtype=torch.float64) for _ in range(info.num_layers)
+        )
         self.norm = nn.RMSNorm(width, dtype=torch.float64)
         for parameter in self.parameters():
             parameter.data = torch.randn(parameter.shape, generator=draw, dtype=torch.float64)
         self.embed, self.head = copy.deepcopy(batch.embed), copy.deepcopy(batch.head)
         self.objective = build(spec, model=info)
 
-    def forward(self, batch: Batch, shard: SequenceShard | None = None, **options: object) -> Output:
+    def forward(
+        self, batch: Batch, shard: SequenceShard | None = None, **options: object
+    ) -> Output:
         mine = batch.ids if shard is None else shard.take(batch.ids)
         x = self.embed(mine)
         x = x + (batch.hidden if shard is None else shard.take(batch.hidden)).detach().to(x.dtype)
         states = {0: x}
         for k, layer in enumerate(self.layers, start=1):
             states[k] = x = x + layer(x).tanh()
-        documents = batch.documents if shard is None or batch.documents is None else shard.take(batch.documents)
+        documents = (
+            batch.documents
+            if shard is None or batch.documents is None
+            else shard.take(batch.documents)
+        )
         real = torch.ones_like(mine, dtype=torch.bool) if documents is None else documents >= 0
         penalty = x[real].square().sum(), real.sum()
         streams = batch.streams(
@@ -69,7 +83,11 @@ class Model(nn.Module):
 
     def count(self, batch: Batch, shard: SequenceShard | None = None) -> Counts:
         """Before any forward pass: tokens, documents and masks alone."""
-        documents = batch.documents if shard is None or batch.documents is None else shard.take(batch.documents)
+        documents = (
+            batch.documents
+            if shard is None or batch.documents is None
+            else shard.take(batch.documents)
+        )
         real = torch.tensor(batch.ids.numel()) if documents is None else (documents >= 0).sum()
         pair = torch.zeros(()), real
         external = {"external": pair, "extra": pair}
@@ -77,7 +95,9 @@ class Model(nn.Module):
         return self.objective.count(Streams(**tokens, external=external, shard=shard))  # type: ignore[arg-type]
 
 
-def whole(spec: str, batch: Batch, info: ModelInfo = INFO) -> tuple[dict[str, float], dict[str, Tensor]]:
+def whole(
+    spec: str, batch: Batch, info: ModelInfo = INFO
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """(metrics, gradients) of one process that sees everything."""
     model = Model(spec, batch, info)
     out = model(batch)
@@ -88,30 +108,45 @@ def whole(spec: str, batch: Batch, info: ModelInfo = INFO) -> tuple[dict[str, fl
 
 
 def same(mine: Tensor, expected: Tensor, what: str, tolerance: float = 1e-12) -> None:
-    torch.testing.assert_close(mine, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        mine, expected, rtol=tolerance, atol=tolerance, msg=lambda text: f"{what}: {text}"
+    )
 
 
 def same_metrics(out: Output, expected: dict[str, float], what: str) -> None:
     """Their sum over all ranks says what one process says."""
     found = out.metrics.all_reduce().compute()
     assert found.keys() == expected.keys()
-    mine, theirs = (torch.tensor(list(numbers.values()), dtype=torch.float64) for numbers in (found, expected))
+    mine, theirs = (
+        torch.tensor(list(numbers.values()), dtype=torch.float64) for numbers in (found, expected)
+    )
     torch.testing.assert_close(
-        mine, theirs, rtol=1e-12, atol=1e-12, equal_nan=True, msg=lambda text: f"{what}: {found}: {text}"
+        mine,
+        theirs,
+        rtol=1e-12,
+        atol=1e-12,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {found}: {text}",
     )
 
 
 def start(worker: Callable[..., None], ranks: int, folder: Path, *arguments: object) -> None:
-    """Run ``worker(rank, *arguments)`` on gloo processes; a failure of one is raised here, the others are stopped."""
+    """Run ``worker(rank, *arguments)`` on gloo processes; a failure of one is raised here, the
+    others are stopped."""
     spawn(_enter, args=(worker, ranks, str(folder), arguments), nprocs=ranks)
 
 
-def _enter(rank: int, worker: Callable[..., None], ranks: int, folder: str, arguments: tuple[object, ...]) -> None:
+def _enter(
+    rank: int, worker: Callable[..., None], ranks: int, folder: str, arguments: tuple[object, ...]
+) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}  # DeepSpeed reads them
+    # DeepSpeed reads them
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
     store = f"file://{folder}/store-{ranks}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+    )
     worker(rank, *arguments)
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Tiny random Hugging Face models of many families, and the loss of "ntp + w nitp" written out from their outputs."""
+"""Tiny random Hugging Face models of many families, and the loss of "ntp + w nitp" written out from
+their outputs."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def make(family: str, *, dtype: torch.dtype = torch.float64, attention: str = "eager", **changes: Any) -> Any:
+def make(
+    family: str, *, dtype: torch.dtype = torch.float64, attention: str = "eager", **changes: Any
+) -> Any:
     """A model in training mode, always the same weights."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -55,7 +58,9 @@ def make(family: str, *, dtype: torch.dtype = torch.float64, attention: str = "e
     return AutoModelForCausalLM.from_config(config, **kinds).to(dtype).train()
 
 
-def batch(rows: int = 3, length: int = 10, *, padding: str = "right", seed: int = 1) -> dict[str, Tensor]:
+def batch(
+    rows: int = 3, length: int = 10, *, padding: str = "right", seed: int = 1
+) -> dict[str, Tensor]:
     """Ids with ragged padding, labels with a masked prompt."""
     draw = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, SIZES["vocab_size"], (rows, length), generator=draw)
@@ -77,7 +82,8 @@ def written_out(
     projector: dict[str, Tensor] | None = None,
     stop_gradient: bool = True,
 ) -> Tensor:
-    """``mean CE over V_1 with labels + weight * mean (1 - cos(P(h_t), s_k[t+1])) over V_1`` of the model's outputs."""
+    """``mean CE over V_1 with labels + weight * mean (1 - cos(P(h_t), s_k[t+1])) over V_1`` of the
+    model's outputs."""
     call = {name: value for name, value in given.items() if name != "labels"}
     out = model(**call, output_hidden_states=True, use_cache=False)
     labels = given["labels"]
@@ -89,7 +95,10 @@ def written_out(
     h, s = out.hidden_states[-1], out.hidden_states[k]
     s = s.detach() if stop_gradient else s
     p = h if projector is None else project(h, projector)
-    return loss + weight * (1 - F.cosine_similarity(p[:, :-1], s[:, 1:], dim=-1, eps=1e-6))[pair].mean()
+    return (
+        loss
+        + weight * (1 - F.cosine_similarity(p[:, :-1], s[:, 1:], dim=-1, eps=1e-6))[pair].mean()
+    )
 
 
 def project(h: Tensor, projector: dict[str, Tensor]) -> Tensor:
@@ -102,18 +111,30 @@ def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     """``{name: gradient}`` of every parameter that has one."""
     model.zero_grad(set_to_none=True)
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
-def assert_equal_training(model: Any, given: dict[str, Tensor], documents: Tensor, handle: Any, **options: Any) -> None:
+def assert_equal_training(
+    model: Any, given: dict[str, Tensor], documents: Tensor, handle: Any, **options: Any
+) -> None:
     """The attached model's loss and every gradient are those of the formula."""
     out = model(**given)
     assert out.logits is None
     found = gradients(out.loss, model)
-    own = dict(model.nitp_objective.terms["nitp"].named_parameters()) if "nitp" in model.nitp_objective.terms else None
+    own = (
+        dict(model.nitp_objective.terms["nitp"].named_parameters())
+        if "nitp" in model.nitp_objective.terms
+        else None
+    )
     expected = written_out(model, given, documents, projector=own, **options)
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-9, atol=1e-10)
     reference = gradients(expected, model)
     assert found.keys() >= reference.keys()
     for name, value in found.items():
-        torch.testing.assert_close(value, reference.get(name, torch.zeros_like(value)), rtol=1e-7, atol=1e-9, msg=name)
+        torch.testing.assert_close(
+            value, reference.get(name, torch.zeros_like(value)), rtol=1e-7, atol=1e-9, msg=name
+        )

@@ -1,8 +1,9 @@
 """The Triton row kernels on CPU tensors, by Triton's interpreter, in a process of its own.
 
-Triton decides when it is imported whether it interprets: TRITON_INTERPRET must be set before, and afterwards that
-process can compile nothing. So one worker process has the variable and this one has not; tensors travel there and back
-with their strides and the whole storage around them, so that a write beside a row shows.
+Triton decides when it is imported whether it interprets: TRITON_INTERPRET must be set before, and
+afterwards that process can compile nothing. So one worker process has the variable and this one has
+not; tensors travel there and back with their strides and the whole storage around them, so that a
+write beside a row shows.
 """
 
 import copy
@@ -19,8 +20,14 @@ from torch import Tensor
 import nitp_ops  # noqa: F401  # loads the compiled row kernels
 from benchmarks.gpu.sanitize import without_totals
 
-#: One rounding of the storage dtype, and the size below which a difference is rounding of something larger.
-RELATIVE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+#: One rounding of the storage dtype, and the size below which a difference is rounding of something
+#: larger.
+RELATIVE = {
+    torch.float64: 1e-13,
+    torch.float32: 2e-6,
+    torch.bfloat16: 2.0**-7,
+    torch.float16: 2.0**-10,
+}
 ABSOLUTE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 1e-5, torch.float16: 2e-6}
 FLOATS = tuple(RELATIVE)
 COLUMNS = (1, 7, 31, 128, 1000, 9001)
@@ -78,11 +85,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def equal(name: str, *arguments: Any) -> list[Any]:
-    """The arguments as Triton leaves them, once they agree with the CPU kernel's, NaN and infinity included."""
+    """The arguments as Triton leaves them, once they agree with the CPU kernel's, NaN and infinity
+    included."""
     ours, theirs = interpreted(name, *arguments), native(name, *arguments)
     without_totals(name, theirs, ours)
     for place, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if isinstance(a, Tensor):
-            rtol, atol, where = RELATIVE.get(b.dtype, 0.0), ABSOLUTE.get(b.dtype, 0.0), f"argument {place} of {name}: "
-            torch.testing.assert_close(whole(a), whole(b), rtol=rtol, atol=atol, equal_nan=True, msg=where.__add__)
+            rtol, atol, where = (
+                RELATIVE.get(b.dtype, 0.0),
+                ABSOLUTE.get(b.dtype, 0.0),
+                f"argument {place} of {name}: ",
+            )
+            torch.testing.assert_close(
+                whole(a), whole(b), rtol=rtol, atol=atol, equal_nan=True, msg=where.__add__
+            )
     return ours

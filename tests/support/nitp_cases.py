@@ -1,4 +1,5 @@
-"""What the proofs of NITP share: projectors of every kind, and the mathematics written out without autograd."""
+"""What the proofs of NITP share: projectors of every kind, and the mathematics written out without
+autograd."""
 
 from __future__ import annotations
 
@@ -15,14 +16,22 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 def normal(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     """Float64 draws of N(0, scale^2) that depend on the seed alone."""
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return scale * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def matrices(kind: str, seed: int, width: int = 5, out: int = 4, inner: int = 8) -> list[Tensor]:
-    """[gate, up, down], [down] or [], each with a gradient; of a size that keeps predictions near length 1."""
-    shapes = {"swiglu": [(inner, width), (inner, width), (out, inner)], "linear": [(out, width)], "none": []}[kind]
+    """[gate, up, down], [down] or [], each with a gradient; of a size that keeps predictions near
+    length 1."""
+    shapes = {
+        "swiglu": [(inner, width), (inner, width), (out, inner)],
+        "linear": [(out, width)],
+        "none": [],
+    }[kind]
     return [
-        normal(seed + place, *shape, scale=shape[-1] ** -0.5).requires_grad_() for place, shape in enumerate(shapes)
+        normal(seed + place, *shape, scale=shape[-1] ** -0.5).requires_grad_()
+        for place, shape in enumerate(shapes)
     ]
 
 
@@ -35,7 +44,9 @@ def gate_up_down(weights: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | Non
 
 def on(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """function(hidden, target, *matrices) of any kind, with these options."""
-    return lambda hidden, target, *weights: function(hidden, target, *gate_up_down(weights), **options)
+    return lambda hidden, target, *weights: function(
+        hidden, target, *gate_up_down(weights), **options
+    )
 
 
 def units(p: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,10 +63,12 @@ def closed_form(p: Tensor, z: Tensor) -> Tensor:
 
 
 def by_hand(h: Tensor, z: Tensor, weights: Sequence[Tensor], upstream: Tensor) -> list[Tensor]:
-    """[row losses, d h, d weights...] of ``sum upstream (1 - cos(P(h), z))`` by the chain rule; rows [n, d] and [n, D].
+    """[row losses, d h, d weights...] of ``sum upstream (1 - cos(P(h), z))`` by the chain rule;
+    rows [n, d] and [n, D].
 
-    ``a = silu(g) u``, ``p = W_down a``: ``dW_down = dp' a``, ``da = dp W_down``, ``du = da silu(g)``,
-    ``dg = da u s (1 + g (1 - s))`` with ``s = sigmoid(g)``, ``dW = d' h``, ``dh = dg W_gate + du W_up``.
+    ``a = silu(g) u``, ``p = W_down a``: ``dW_down = dp' a``, ``da = dp W_down``, ``du = da
+    silu(g)``, ``dg = da u s (1 + g (1 - s))`` with ``s = sigmoid(g)``, ``dW = d' h``, ``dh = dg
+    W_gate + du W_up``.
     """
     h, weights = h.detach(), [w.detach() for w in weights]
     if len(weights) == 3:

@@ -1,4 +1,5 @@
-"""A small float64 model's streams, and the objectives written out as slow loops over pairs of positions."""
+"""A small float64 model's streams, and the objectives written out as slow loops over pairs of
+positions."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from nitp_ops.objectives import CompositeObjective, ModelInfo, Streams
 
-INFO = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5)
+INFO = ModelInfo(
+    hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5
+)
 
 
 @dataclass
@@ -32,11 +35,17 @@ class Batch:
         given = {"token_ids": self.ids, "last_hidden": self.hidden, "last_residual": self.residual}
         given |= {"document_ids": self.documents, "hidden_states": self.states, "head": self.head}
         external = dict.fromkeys(("external", "extra"), self.penalty())
-        return Streams(**{**given, "embed": self.embed, "external": external, **self.extra, **changes})  # type: ignore[arg-type]
+        return Streams(
+            **{**given, "embed": self.embed, "external": external, **self.extra, **changes}
+        )  # type: ignore[arg-type]
 
     def penalty(self) -> tuple[Tensor, Tensor]:
         """What a model might compute itself: (squared length of its real tokens, their number)."""
-        real = torch.ones_like(self.ids, dtype=torch.bool) if self.documents is None else self.documents >= 0
+        real = (
+            torch.ones_like(self.ids, dtype=torch.bool)
+            if self.documents is None
+            else self.documents >= 0
+        )
         return self.hidden[real].square().sum(), real.sum()
 
     def part(self, rows: slice) -> Batch:
@@ -48,7 +57,10 @@ class Batch:
             {k: state[rows] for k, state in self.states.items()},
             self.head,
             None if self.documents is None else self.documents[rows],
-            {name: value[rows] if isinstance(value, Tensor) else value for name, value in self.extra.items()},
+            {
+                name: value[rows] if isinstance(value, Tensor) else value
+                for name, value in self.extra.items()
+            },
             self.embed,
         )
 
@@ -100,7 +112,9 @@ def pairs(batch: Batch, k: int, target_ok: Tensor | None = None) -> list[tuple[i
 
 def ntp_sum(batch: Batch, positions: list[tuple[int, int]], k: int = 1) -> Tensor:
     """Sum of -log softmax(W h_t)[x_{t+k}]."""
-    terms = [F.cross_entropy(batch.head(batch.hidden[b, t]), batch.ids[b, t + k]) for b, t in positions]
+    terms = [
+        F.cross_entropy(batch.head(batch.hidden[b, t]), batch.ids[b, t + k]) for b, t in positions
+    ]
     return torch.stack(terms).sum()
 
 
@@ -124,7 +138,9 @@ def gradients(loss: Tensor, tensors: list[Tensor], retain_graph: bool = True) ->
     return [torch.zeros_like(x) if g is None else g for x, g in zip(tensors, found, strict=True)]
 
 
-def assert_same(loss: Tensor, expected: Tensor, tensors: list[Tensor], tolerance: float = 1e-12) -> None:
+def assert_same(
+    loss: Tensor, expected: Tensor, tensors: list[Tensor], tolerance: float = 1e-12
+) -> None:
     """Equal losses and equal gradients to every tensor."""
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
     mine, theirs = gradients(loss, tensors), gradients(expected, tensors)

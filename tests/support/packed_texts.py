@@ -1,4 +1,5 @@
-"""Short texts for torchtitan's own text dataset, which packs them: 1 to 20 bytes between a begin and an end."""
+"""Short texts for torchtitan's own text dataset, which packs them: 1 to 20 bytes between a begin
+and an end."""
 
 from __future__ import annotations
 
@@ -34,7 +35,11 @@ class Tokenizer(BaseTokenizer):
 
 
 def _texts(path: str) -> datasets.Dataset:
-    return datasets.Dataset.from_list([{"text": "abcdefghijklmnopqrst"[: 1 + 7 * i % 20]} for i in range(60)])
+    return datasets.Dataset.from_list(
+        [{"text": "abcdefghijklmnopqrst"[: 1 + 7 * i % 20]} for i in range(60)]
+    )
 
 
-CONFIG = DatasetConfig(path="in memory", loader=_texts, sample_processor=lambda sample: sample["text"])
+CONFIG = DatasetConfig(
+    path="in memory", loader=_texts, sample_processor=lambda sample: sample["text"]
+)

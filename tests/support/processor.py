@@ -1,4 +1,5 @@
-"""What the operating system says about this processor: the library's own answer is what the tests check."""
+"""What the operating system says about this processor: the library's own answer is what the tests
+check."""
 
 from __future__ import annotations
 
@@ -33,6 +34,8 @@ HAS_OWN_GEMM = "avx2" in SETS and CPU.get("vendor_id") != "GenuineIntel"
 def parameters(names: tuple[str, ...]) -> list[Any]:
     """Each instruction set as a parameter, skipped where this processor lacks it."""
     return [
-        pytest.param(name, marks=pytest.mark.skipif(name not in SETS, reason=f"the processor has no {name}"))
+        pytest.param(
+            name, marks=pytest.mark.skipif(name not in SETS, reason=f"the processor has no {name}")
+        )
         for name in names
     ]

@@ -1,7 +1,8 @@
-"""Cases that run on several gloo processes: one spawn for all cases of a module, one result a case and rank.
+"""Cases that run on several gloo processes: one spawn for all cases of a module, one result a case
+and rank.
 
-A rank that raises or dies in a case tells the others nothing: their next collective fails, by a mismatch or after
-SECONDS. Then all processes end, and cases that were not reached say so.
+A rank that raises or dies in a case tells the others nothing: their next collective fails, by a
+mismatch or after SECONDS. Then all processes end, and cases that were not reached say so.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ SECONDS = 60
 def _worker(rank: int, ranks: int, folder: str, module: str) -> None:
     torch.set_num_threads(1)
     limit = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit
+    )
     found = {}
     for name, case in importlib.import_module(module).CASES.items():
         torch.manual_seed(0)
@@ -60,6 +63,11 @@ def results(ranks: int, folder: Path, module: str) -> dict[str, str]:
 
 
 def over_ranks(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Any:
-    """`linear_cross_entropy` of this rank's part of the weight, options of VocabularyShards among the others."""
-    of_shards = {name: options.pop(name) for name in VocabularyShards.__dataclass_fields__ if name in options}
-    return nitp_ops.linear_cross_entropy(hidden, weight, labels, group=VocabularyShards(**of_shards), **options)
+    """`linear_cross_entropy` of this rank's part of the weight, options of VocabularyShards among
+    the others."""
+    of_shards = {
+        name: options.pop(name) for name in VocabularyShards.__dataclass_fields__ if name in options
+    }
+    return nitp_ops.linear_cross_entropy(
+        hidden, weight, labels, group=VocabularyShards(**of_shards), **options
+    )

@@ -1,4 +1,5 @@
-"""A skip that `allowed_skips.py` does not list is a failure, and so is every xfail; the others are counted at the end.
+"""A skip that `allowed_skips.py` does not list is a failure, and so is every xfail; the others are
+counted at the end.
 
 A module that skips itself while it is collected may do so where ``-m`` leaves its tests out anyway.
 """
@@ -22,15 +23,23 @@ from tests.support.allowed_skips import ALLOWED, Allowed
 def allowed(test: str, reason: str, entries: Sequence[Allowed] = ALLOWED) -> bool:
     """Whether an entry that holds on this machine names the test and the reason."""
     return any(
-        entry.here and fnmatchcase(test, entry.tests) and re.fullmatch(entry.reason, reason) for entry in entries
+        entry.here and fnmatchcase(test, entry.tests) and re.fullmatch(entry.reason, reason)
+        for entry in entries
     )
 
 
 def module_marks(path: Path) -> set[str]:
-    """Names of the marks in a module's ``pytestmark``, which a module that skips itself does not get to tell."""
+    """Names of the marks in a module's ``pytestmark``, which a module that skips itself does not
+    get to tell."""
     statements = ast.parse(path.read_text()).body
-    values = [s.value for s in statements if isinstance(s, ast.Assign) and "pytestmark" in map(ast.unparse, s.targets)]
-    return {node.attr for value in values for node in ast.walk(value) if isinstance(node, ast.Attribute)}
+    values = [
+        s.value
+        for s in statements
+        if isinstance(s, ast.Assign) and "pytestmark" in map(ast.unparse, s.targets)
+    ]
+    return {
+        node.attr for value in values for node in ast.walk(value) if isinstance(node, ast.Attribute)
+    }
 
 
 def reason_of(report: Any) -> str:
@@ -43,11 +52,14 @@ def reason_of(report: Any) -> str:
 
 def judge(report: Any, entries: Sequence[Allowed] = ALLOWED) -> Any:
     """The report, failed where it is a skip that is not allowed."""
-    if (report.skipped or hasattr(report, "wasxfail")) and not allowed(report.nodeid, reason_of(report), entries):
+    if (report.skipped or hasattr(report, "wasxfail")) and not allowed(
+        report.nodeid, reason_of(report), entries
+    ):
         reason = reason_of(report)
         report.outcome = "failed"
         report.longrepr = (
-            f"{report.nodeid}: skipped, and tests/support/allowed_skips.py does not allow it here: {reason}"
+            f"{report.nodeid}: skipped, and tests/support/allowed_skips.py does not allow it "
+            f"here: {reason}"
         )
         vars(report).pop("wasxfail", None)
     return report

@@ -1,4 +1,5 @@
-"""Counts the small kernels of a call: what a GPU would launch beside GEMMs, for tensors that hold anything."""
+"""Counts the small kernels of a call: what a GPU would launch beside GEMMs, for tensors that hold
+anything."""
 
 from __future__ import annotations
 
@@ -38,9 +39,15 @@ class SmallKernels(TorchDispatchMode):
             return inside(self, func, args, kwargs)
         result, name = func(*args, **kwargs), func._schema.name.partition("::")[2]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        writes = any(each.alias_info is not None and each.alias_info.is_write for each in func._schema.arguments)
+        writes = any(
+            each.alias_info is not None and each.alias_info.is_write
+            for each in func._schema.arguments
+        )
         memory = {x.untyped_storage().data_ptr() for x in given}
-        made = any(isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in memory for x in tree_leaves(result))
+        made = any(
+            isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in memory
+            for x in tree_leaves(result)
+        )
         empty = bool(given) and all(x.numel() == 0 for x in given)
         if name not in GEMMS | WITHOUT_NUMBERS and (writes or made) and not empty:
             self.launched[name] += 2 if name in TWO else 1

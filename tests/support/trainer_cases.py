@@ -33,7 +33,8 @@ def tiny_llama(dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
 
 
 def ragged_rows(count: int = 8, seed: int = 1) -> Any:
-    """Rows of 4 to 11 tokens whose first tokens are a prompt, without labels; the last row has no label at all."""
+    """Rows of 4 to 11 tokens whose first tokens are a prompt, without labels; the last row has no
+    label at all."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for index in range(count):
@@ -59,7 +60,8 @@ def padded(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 class ByHand(nn.Module):
-    """The plain model and the projector of an attached one, both copied, with the loss in plain PyTorch."""
+    """The plain model and the projector of an attached one, both copied, with the loss in plain
+    PyTorch."""
 
     def __init__(self, plain: nn.Module, objective: nn.Module) -> None:
         super().__init__()
@@ -71,7 +73,9 @@ class ByHand(nn.Module):
     def sums(self, batch: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         """``{term: (SUM, COUNT)}`` of one batch."""
         inputs = {
-            name: value for name, value in batch.items() if name in ("input_ids", "attention_mask", "position_ids")
+            name: value
+            for name, value in batch.items()
+            if name in ("input_ids", "attention_mask", "position_ids")
         }
         out = self.plain(**inputs, output_hidden_states=True, use_cache=False)
         document = document_ids(batch)
@@ -85,12 +89,15 @@ class ByHand(nn.Module):
         nitp = (1 - F.cosine_similarity(predicted, z, dim=-1))[joined].sum()
         return {"ntp": (ntp, (targets != -100).sum()), "nitp": (nitp, joined.sum())}
 
-    def loss(self, batches: Iterable[dict[str, Tensor]], weights: dict[str, float] | None = None) -> Any:
+    def loss(
+        self, batches: Iterable[dict[str, Tensor]], weights: dict[str, float] | None = None
+    ) -> Any:
         """``sum of weight * SUM / COUNT`` over all batches."""
         weights = weights or {"ntp": 1.0, "nitp": WEIGHT}
         found = [self.sums(batch) for batch in batches]
         return sum(
-            weight * sum(f[term][0] for f in found) / sum(f[term][1] for f in found) for term, weight in weights.items()
+            weight * sum(f[term][0] for f in found) / sum(f[term][1] for f in found)
+            for term, weight in weights.items()
         )
 
     def step(self, loss: Any, rate: float) -> None:

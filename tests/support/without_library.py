@@ -1,4 +1,5 @@
-"""A pytest plugin (`-p tests.support.without_library`): every op is served as on a machine that has no compiled library."""
+"""A pytest plugin (`-p tests.support.without_library`): every op is served as on a machine that has
+no compiled library."""
 
 from __future__ import annotations
 

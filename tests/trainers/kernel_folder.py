@@ -1,4 +1,5 @@
-"""For the tests with the package `kernels`: the folder that kernel-builder would make of build.toml, without it."""
+"""For the tests with the package `kernels`: the folder that kernel-builder would make of
+build.toml, without it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(repository: Path, *, library: bool = False) -> Path:
-    """build/torch-cpu with the Python files (with `library` the compiled kernels too, which the builder leaves out)."""
+    """build/torch-cpu with the Python files (with `library` the compiled kernels too, which the
+    builder leaves out)."""
     about = dict(re.findall(r'^(\w+) = "?([\w.-]+)"?$', (ROOT / "build.toml").read_text(), re.M))
     name, variant = about["name"].replace("-", "_"), repository / "build/torch-cpu"
     source = ROOT / "torch-ext" / name

@@ -1,4 +1,5 @@
-"""A plain loop with Accelerate: windows, also a short last one, take the steps of the formula and resume to the bit."""
+"""A plain loop with Accelerate: windows, also a short last one, take the steps of the formula and
+resume to the bit."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def fresh_accelerate():
         state._reset_state()
 
 
-def prepared(rows, spec: Any = SPEC, *, optimizer: Any = torch.optim.SGD, rate=RATE, dtype=torch.float64) -> Any:
+def prepared(
+    rows, spec: Any = SPEC, *, optimizer: Any = torch.optim.SGD, rate=RATE, dtype=torch.float64
+) -> Any:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = tiny_llama(dtype)
     accumulation = Accumulation(accelerator, nitp_ops.attach(model, spec))
@@ -78,7 +81,9 @@ def test_a_scheduled_weight_follows_the_optimizer_steps():
     state = prepared(rows, spec)
     by_hand = ByHand(tiny_llama(), state[0].handle.objective)
     entries = epoch(*state) + epoch(*state)
-    for entry, weight, window in zip(entries, (0.0, 0.5, 0.5, 0.25), (rows[:4], rows[4:]) * 2, strict=True):
+    for entry, weight, window in zip(
+        entries, (0.0, 0.5, 0.5, 0.25), (rows[:4], rows[4:]) * 2, strict=True
+    ):
         assert entry["loss/nitp"] == pytest.approx(weight * entry["nitp/loss"], rel=1e-12, abs=0)
         by_hand.step(by_hand.loss([padded(window)], {"ntp": 1.0, "nitp": weight}), RATE)
     by_hand.check(state[1])
@@ -89,7 +94,9 @@ def test_a_saved_state_resumes_to_the_bit_and_is_of_one_spec(tmp_path):
         fresh_states = (AcceleratorState, GradientState)
         for state in fresh_states:
             state._reset_state()
-        return prepared(ragged_rows(), spec, optimizer=torch.optim.AdamW, rate=1e-2, dtype=torch.float32)
+        return prepared(
+            ragged_rows(), spec, optimizer=torch.optim.AdamW, rate=1e-2, dtype=torch.float32
+        )
 
     straight = fresh()
     epoch(*straight)
@@ -216,7 +223,9 @@ def test_a_window_without_any_label_is_no_ntp():
     accumulation, model, optimizer, loader = prepared(rows, "ntp")
     (entry,) = epoch(accumulation, model, optimizer, loader)
     assert entry["loss"] == entry["loss/ntp"] == entry["ntp/count"] == 0
-    assert all(torch.equal(model.get_parameter(name), p) for name, p in tiny_llama().named_parameters())
+    assert all(
+        torch.equal(model.get_parameter(name), p) for name, p in tiny_llama().named_parameters()
+    )
 
 
 @pytest.mark.parametrize(

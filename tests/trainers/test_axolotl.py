@@ -31,7 +31,8 @@ SPEC = {"ntp": {}, "nitp": {"weight": 0.8, "target_layer": 1}}
 
 @dataclass
 class Arguments(AxolotlTrainingMixins, transformers.TrainingArguments):
-    """What axolotl.core.training_args makes of the two, without its imports of experimental parts of TRL."""
+    """What axolotl.core.training_args makes of the two, without its imports of experimental parts
+    of TRL."""
 
 
 @pytest.fixture
@@ -44,12 +45,18 @@ def manager(monkeypatch) -> PluginManager:
 
 def llama() -> Any:
     torch.manual_seed(1)
-    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+    }
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
 
 
 def rows() -> list[dict[str, list[int]]]:
-    """Two documents a row, as sample packing makes them, of other lengths and with other labels in every row."""
+    """Two documents a row, as sample packing makes them, of other lengths and with other labels in
+    every row."""
     found = []
     for row in range(12):
         draw = torch.Generator().manual_seed(row)
@@ -57,11 +64,15 @@ def rows() -> list[dict[str, list[int]]]:
         cut = 3 + row % 5
         labels = ids.masked_fill(torch.rand(10, generator=draw) < 0.1 * row / 2, -100)
         positions = [*range(cut), *range(10 - cut)]
-        found.append({"input_ids": ids.tolist(), "labels": labels.tolist(), "position_ids": positions})
+        found.append(
+            {"input_ids": ids.tolist(), "labels": labels.tolist(), "position_ids": positions}
+        )
     return found
 
 
-def train(trainer_class: Any, arguments_class: Any, model: Any, folder: Path, **options: Any) -> dict[str, Any]:
+def train(
+    trainer_class: Any, arguments_class: Any, model: Any, folder: Path, **options: Any
+) -> dict[str, Any]:
     arguments = arguments_class(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -78,7 +89,11 @@ def train(trainer_class: Any, arguments_class: Any, model: Any, folder: Path, **
     )
     data = datasets.Dataset.from_list(rows())
     trainer = trainer_class(
-        model=model, args=arguments, train_dataset=data, data_collator=transformers.default_data_collator, **options
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=transformers.default_data_collator,
+        **options,
     )
     trainer.train()
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -90,7 +105,12 @@ def test_the_plugin_joins_axolotls_manager_and_config(manager):
     assert isinstance(plugin, NitpPlugin) and isinstance(plugin, BasePlugin)
     for config in merge_input_args():
         assert issubclass(config, NitpArgs)
-        assert {"nitp_objective", "nitp_seed", "base_model", "sample_packing"} <= config.model_fields.keys()
+        assert {
+            "nitp_objective",
+            "nitp_seed",
+            "base_model",
+            "sample_packing",
+        } <= config.model_fields.keys()
 
 
 def test_its_trainer_trains_as_the_one_that_is_proven_against_the_formula(manager, tmp_path):
@@ -98,13 +118,17 @@ def test_its_trainer_trains_as_the_one_that_is_proven_against_the_formula(manage
     manager.post_model_load(cfg, model)
     trainer_class = manager.get_trainer_cls(cfg)
     mine = train(trainer_class, Arguments, model, tmp_path / "axolotl")
-    expected = train(NitpTrainer, transformers.TrainingArguments, plain, tmp_path / "plain", objective=SPEC)
+    expected = train(
+        NitpTrainer, transformers.TrainingArguments, plain, tmp_path / "plain", objective=SPEC
+    )
     assert mine["parameters"].keys() == expected["parameters"].keys()
     for name, value in expected["parameters"].items():
         assert torch.equal(mine["parameters"][name], value), name
     for step in range(3):
         row = mine["log"][step]
-        assert row["loss/ntp"] + row["loss/nitp"] == pytest.approx(expected["log"][step]["loss"], rel=1e-4)
+        assert row["loss/ntp"] + row["loss/nitp"] == pytest.approx(
+            expected["log"][step]["loss"], rel=1e-4
+        )
     assert (tmp_path / "axolotl/checkpoint-3/nitp_objective.safetensors").is_file()
 
 
@@ -112,8 +136,14 @@ def test_its_trainer_trains_as_the_one_that_is_proven_against_the_formula(manage
     ("options", "message"),
     [
         ({"nitp_objective": "ntp + 0.8*nitpp"}, 'Did you mean "nitp"'),
-        ({"nitp_objective": "ntp", "cut_cross_entropy": True}, "cut_cross_entropy is True, expected none"),
-        ({"nitp_objective": "ntp", "liger_fused_linear_cross_entropy": True}, "liger_fused_linear_cross_entropy is"),
+        (
+            {"nitp_objective": "ntp", "cut_cross_entropy": True},
+            "cut_cross_entropy is True, expected none",
+        ),
+        (
+            {"nitp_objective": "ntp", "liger_fused_linear_cross_entropy": True},
+            "liger_fused_linear_cross_entropy is",
+        ),
         ({"nitp_objective": "ntp", "rl": "dpo"}, "rl is 'dpo', expected none"),
         ({}, "nitp_objective"),
     ],

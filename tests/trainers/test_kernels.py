@@ -1,4 +1,5 @@
-"""The loss as a layer of the package `kernels`: transformers' use_kernels, two copies in one process."""
+"""The loss as a layer of the package `kernels`: transformers' use_kernels, two copies in one
+process."""
 
 from __future__ import annotations
 
@@ -23,7 +24,12 @@ HERE = Path(__file__).parent
 def python(*arguments: str) -> Any:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=HERE, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments],
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

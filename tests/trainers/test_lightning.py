@@ -1,4 +1,5 @@
-"""Lightning's Trainer: windows, steps, logs, checks and checkpoints, against the formula and against plain runs."""
+"""Lightning's Trainer: windows, steps, logs, checks and checkpoints, against the formula and
+against plain runs."""
 
 from __future__ import annotations
 
@@ -28,25 +29,38 @@ from nitp_ops.trainers.lightning import SIDECAR, ObjectiveCallback, objective_lo
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 SPEC = "ntp + 0.8*nitp(target_layer=1)"
 LATE = SPEC + " + late: schedule(to=1, warmup=4)*nitp(target_layer=2)"
-QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 QUIET |= {"accelerator": "cpu", "log_every_n_steps": 1}
 
 
 def llama() -> Any:
     torch.manual_seed(1)
-    sizes: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 3,
+    }
     config = transformers.LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3)
     return transformers.LlamaForCausalLM(config).double()
 
 
 def rows(count: int = 8, length: int = 10) -> Any:
-    """Rows of unequal lengths, labels missing here and there: other counts in every batch, and in NTP than in NITP."""
+    """Rows of unequal lengths, labels missing here and there: other counts in every batch, and in
+    NTP than in NITP."""
     draw = torch.Generator().manual_seed(2)
     ids = torch.randint(32, (count, length), generator=draw)
     mask = (torch.arange(length) < torch.randint(2, length + 1, (count, 1), generator=draw)).long()
     labels = ids.masked_fill((mask == 0) | (torch.rand(ids.shape, generator=draw) < 0.3), -100)
     labels[0] = -100
-    return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
+    return [
+        {"input_ids": i, "attention_mask": m, "labels": y}
+        for i, m, y in zip(ids, mask, labels, strict=True)
+    ]
 
 
 class Wrapped(L.LightningModule):
@@ -67,7 +81,8 @@ class Wrapped(L.LightningModule):
 
 
 class OwnStreams(L.LightningModule):
-    """Builds its streams itself, from a model that is no Hugging Face model, and holds its objective."""
+    """Builds its streams itself, from a model that is no Hugging Face model, and holds its
+    objective."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +96,10 @@ class OwnStreams(L.LightningModule):
     def streams(self, batch: Any) -> Streams:
         lower = torch.tanh(self.lower(self.embed(batch["input_ids"])))
         return Streams(
-            **tokens(batch), last_hidden=self.upper(lower), hidden_states={1: lower.detach()}, head=self.head
+            **tokens(batch),
+            last_hidden=self.upper(lower),
+            hidden_states={1: lower.detach()},
+            head=self.head,
         )
 
     def training_step(self, batch: Any, index: int) -> Tensor:
@@ -108,19 +126,27 @@ def formula(model: Any, batch: dict[str, Tensor], objective: Any) -> Tensor:
     ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     out = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
     pairs = [(b, t) for b in range(len(ids)) for t in range(ids.shape[1] - 1) if mask[b, t + 1]]
-    ntp = [F.cross_entropy(out.logits[b, t], labels[b, t + 1]) for b, t in pairs if labels[b, t + 1] != -100]
+    ntp = [
+        F.cross_entropy(out.logits[b, t], labels[b, t + 1])
+        for b, t in pairs
+        if labels[b, t + 1] != -100
+    ]
     own = objective.terms["nitp"]
     gate, up = own.gate_up.chunk(2)
     h, z = out.hidden_states[-1], out.hidden_states[1].detach()
     p = [own.down @ (F.silu(gate @ h[b, t]) * (up @ h[b, t])) for b, t in pairs]
-    nitp = [1 - F.cosine_similarity(x, z[b, t + 1], dim=0) for x, (b, t) in zip(p, pairs, strict=True)]
+    nitp = [
+        1 - F.cosine_similarity(x, z[b, t + 1], dim=0) for x, (b, t) in zip(p, pairs, strict=True)
+    ]
     return torch.stack(ntp).mean() + 0.8 * torch.stack(nitp).mean()
 
 
 def by_hand(windows: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:
     """Parameters after one SGD step on the formula for each window."""
     model = llama()
-    info = ModelInfo(hidden_size=16, vocab_size=32, num_layers=3, dtype=torch.float64, initializer_range=0.3)
+    info = ModelInfo(
+        hidden_size=16, vocab_size=32, num_layers=3, dtype=torch.float64, initializer_range=0.3
+    )
     model.add_module("nitp_objective", build(SPEC, model=info))
     plain = llama()
     for window in windows:
@@ -156,19 +182,25 @@ def test_the_steps_are_those_of_the_formula_however_a_window_is_cut(batch_size, 
     module = Wrapped(llama())
     fit(module, data, ObjectiveCallback(SPEC), batch_size, accumulate_grad_batches=accumulate)
     for name, parameter in module.model.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            parameter, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_loader_without_a_length_is_read_ahead_too():
     expected, module = by_hand([rows()]), Wrapped(llama())
-    fit(module, Unsized(), ObjectiveCallback(SPEC), accumulate_grad_batches=4, limit_train_batches=4)
+    fit(
+        module, Unsized(), ObjectiveCallback(SPEC), accumulate_grad_batches=4, limit_train_batches=4
+    )
     for name, parameter in module.model.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-12)
 
 
 def test_a_module_with_streams_of_its_own_trains_on_the_whole_window():
     whole, parts = OwnStreams(), OwnStreams()
-    callbacks = [ObjectiveCallback(streams=lambda batch: Streams(**tokens(batch))) for _ in range(2)]
+    callbacks = [
+        ObjectiveCallback(streams=lambda batch: Streams(**tokens(batch))) for _ in range(2)
+    ]
     fit(whole, rows(), callbacks[0], 8)
     fit(parts, rows(), callbacks[1], 2, accumulate_grad_batches=4)
     start = dict(OwnStreams().named_parameters())
@@ -187,10 +219,14 @@ def test_a_resumed_run_continues_to_the_bit_with_own_parameters_and_schedule(tmp
     fit(second, rows(), ObjectiveCallback(LATE, seed=9), **options)
     for name, parameter in whole.named_parameters():
         assert torch.equal(second.get_parameter(name), parameter), name
-    half, weights = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("half", "weights"))
+    half, weights = (
+        torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("half", "weights")
+    )
     own = {f"terms.{t}.{p}" for t in ("nitp", "late") for p in ("gate_up", "down")}
     assert set(half[SIDECAR]["parameters"]) == own
-    assert SIDECAR not in weights and not any("nitp" in key for key in [*weights["state_dict"], *half["state_dict"]])
+    assert SIDECAR not in weights and not any(
+        "nitp" in key for key in [*weights["state_dict"], *half["state_dict"]]
+    )
 
 
 def test_a_checkpoint_of_another_objective_or_of_none_is_refused(tmp_path: Path):
@@ -199,10 +235,26 @@ def test_a_checkpoint_of_another_objective_or_of_none_is_refused(tmp_path: Path)
     trainer = L.Trainer(max_epochs=1, enable_checkpointing=False, **QUIET)
     trainer.fit(Wrapped(llama()), DataLoader(rows(), batch_size=2))
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match=r"the checkpoint has the spec \{'ntp'.*, expected \{'ntp'.*'late'"):
-        fit(Wrapped(llama()), rows(), ObjectiveCallback(LATE), ckpt_path=tmp_path / "spec.ckpt", max_epochs=2)
+    with pytest.raises(
+        ValueError,
+        match=r"the checkpoint has the spec \{'ntp'.*, expected "
+        r"\{'ntp'.*'late'",
+    ):
+        fit(
+            Wrapped(llama()),
+            rows(),
+            ObjectiveCallback(LATE),
+            ckpt_path=tmp_path / "spec.ckpt",
+            max_epochs=2,
+        )
     with pytest.raises(ValueError, match="the checkpoint has no nitp_objective, expected one"):
-        fit(Wrapped(llama()), rows(), ObjectiveCallback(SPEC), ckpt_path=tmp_path / "plain.ckpt", max_epochs=2)
+        fit(
+            Wrapped(llama()),
+            rows(),
+            ObjectiveCallback(SPEC),
+            ckpt_path=tmp_path / "plain.ckpt",
+            max_epochs=2,
+        )
 
 
 def test_logged_components_sum_to_the_logged_loss_of_the_window():
@@ -214,14 +266,20 @@ def test_logged_components_sum_to_the_logged_loss_of_the_window():
 
     callback = ObjectiveCallback(LATE)
     trainer = L.Trainer(
-        callbacks=[callback, Watch()], max_epochs=3, enable_checkpointing=False, accumulate_grad_batches=4, **QUIET
+        callbacks=[callback, Watch()],
+        max_epochs=3,
+        enable_checkpointing=False,
+        accumulate_grad_batches=4,
+        **QUIET,
     )
     trainer.fit(module, DataLoader(rows(), batch_size=2))
     logged = trainer.logged_metrics
     parts = sum(logged[f"objective/loss/{part}"].item() for part in ("ntp", "nitp", "late"))
     assert parts == pytest.approx(logged["objective/loss"].item(), rel=1e-6)
     # the third step: global step 2 of a warm-up of 4
-    assert logged["objective/loss/late"].item() == pytest.approx(0.5 * logged["objective/late/loss"].item(), rel=1e-6)
+    assert logged["objective/loss/late"].item() == pytest.approx(
+        0.5 * logged["objective/late/loss"].item(), rel=1e-6
+    )
     assert logged["objective/ntp/count"] == sum((row["labels"][1:] != -100).sum() for row in rows())
 
 
@@ -229,9 +287,15 @@ def test_an_optimizer_without_the_own_parameters_is_an_error_before_step_0():
     module = Wrapped(llama())
     trained = list(module.model.parameters())
     module.configure_optimizers = lambda: torch.optim.SGD(trained, lr=0.1)  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match=r"terms\.nitp\.gate_up, terms\.nitp\.down of the objective in no group"):
+    with pytest.raises(
+        ValueError,
+        match=r"terms\.nitp\.gate_up, terms\.nitp\.down of the "
+        r"objective in no group",
+    ):
         fit(module, rows(), ObjectiveCallback(SPEC))
-    assert all(torch.equal(mine, start) for mine, start in zip(trained, llama().parameters(), strict=True))
+    assert all(
+        torch.equal(mine, start) for mine, start in zip(trained, llama().parameters(), strict=True)
+    )
 
 
 def test_evaluation_is_that_of_the_plain_model():
@@ -247,7 +311,11 @@ def test_evaluation_is_that_of_the_plain_model():
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ValueError, match=r"requires external\[balance\], expected only .*: token_ids, last_hidden"):
+    with pytest.raises(
+        ValueError,
+        match=r"requires external\[balance\], expected only .*: "
+        r"token_ids, last_hidden",
+    ):
         fit(Wrapped(llama()), rows(), ObjectiveCallback("ntp + balance: external"))
     manual = Wrapped(llama())
     manual.automatic_optimization = False
@@ -255,7 +323,9 @@ def test_what_does_not_fit_is_named():
         fit(manual, rows(), ObjectiveCallback(SPEC))
     two = Wrapped(llama())
     two.teacher = copy.deepcopy(two.model)
-    with pytest.raises(ValueError, match="2 Hugging Face models among model, teacher, expected one"):
+    with pytest.raises(
+        ValueError, match="2 Hugging Face models among model, teacher, expected one"
+    ):
         fit(two, rows(), ObjectiveCallback(SPEC))
     fit(two, rows(), ObjectiveCallback(SPEC, model="model"))
     with pytest.raises(ValueError, match="holds 0 objectives, expected a spec or one"):
@@ -266,7 +336,8 @@ def test_what_does_not_fit_is_named():
     nitp_ops.attach(attached.model, SPEC)  # type: ignore[arg-type]
     for streams in (None, lambda batch: Streams(**tokens(batch))):
         with pytest.raises(
-            ValueError, match="spec is None and model is attached already, expected the spec that it was"
+            ValueError,
+            match="spec is None and model is attached already, expected the spec that it was",
         ):
             fit(attached, rows(), ObjectiveCallback(streams=streams))
     fit(attached, rows(), ObjectiveCallback(SPEC))
@@ -274,9 +345,16 @@ def test_what_does_not_fit_is_named():
 
 def test_the_example_runs():
     path = Path(__file__).parents[2] / "examples/trainers/lightning_fit.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
+    # a tiny model: threads would wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    printed = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("loss", "nitp")))
-    assert float(printed["loss"]) == pytest.approx(float(printed["loss/ntp"]) + float(printed["loss/nitp"]), abs=2e-4)
+    printed = dict(
+        line.split() for line in done.stdout.splitlines() if line.startswith(("loss", "nitp"))
+    )
+    assert float(printed["loss"]) == pytest.approx(
+        float(printed["loss/ntp"]) + float(printed["loss/nitp"]), abs=2e-4
+    )
     assert float(printed["loss/ntp"]) < 4

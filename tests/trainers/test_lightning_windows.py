@@ -1,4 +1,5 @@
-"""Windows under Lightning: none is counted past the batches that are trained on, none outlives its fit."""
+"""Windows under Lightning: none is counted past the batches that are trained on, none outlives its
+fit."""
 
 from __future__ import annotations
 
@@ -17,7 +18,17 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from nitp_ops.objectives import Streams
 from nitp_ops.trainers.lightning import ObjectiveCallback
-from tests.trainers.test_lightning import QUIET, SPEC, OwnStreams, Wrapped, by_hand, fit, llama, rows, tokens
+from tests.trainers.test_lightning import (
+    QUIET,
+    SPEC,
+    OwnStreams,
+    Wrapped,
+    by_hand,
+    fit,
+    llama,
+    rows,
+    tokens,
+)
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 
@@ -45,7 +56,11 @@ class Watch(L.Callback):
 def check(module: Any, windows: list[Any]) -> None:
     for name, value in by_hand(windows).items():
         torch.testing.assert_close(
-            module.model.get_parameter(name), value, rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}"
+            module.model.get_parameter(name),
+            value,
+            rtol=1e-9,
+            atol=1e-12,
+            msg=lambda text, n=name: f"{n}: {text}",
         )
 
 
@@ -62,11 +77,18 @@ def check(module: Any, windows: list[Any]) -> None:
 )
 def test_the_last_window_of_an_epoch_is_what_it_trains_on(options):
     data = rows(20)
-    windows = [data[:8], data[8:10]]  # batches of two rows, windows of four batches, five batches an epoch
+    # batches of two rows, windows of four batches, five batches an epoch
+    windows = [data[:8], data[8:10]]
     module = Wrapped(llama())
     loader = DataLoader(options.pop("data", list)(data), batch_size=2)
     validation = DataLoader(data, batch_size=2) if "val_check_interval" in options else None
-    options = {"max_epochs": 2, "accumulate_grad_batches": 4, "enable_checkpointing": False, **QUIET, **options}
+    options = {
+        "max_epochs": 2,
+        "accumulate_grad_batches": 4,
+        "enable_checkpointing": False,
+        **QUIET,
+        **options,
+    }
     watch = Watch()
     trainer = L.Trainer(callbacks=[ObjectiveCallback(SPEC), watch], **options)
     trainer.fit(module, loader, validation)
@@ -94,14 +116,23 @@ def test_several_loaders_end_where_the_trainer_ends_them():
     whole, module = Joined(), Joined()
     options: dict[str, Any] = {"max_epochs": 1, "enable_checkpointing": False, **QUIET}
     limits: dict[str, Any] = {"accumulate_grad_batches": 4, "limit_train_batches": 2}
-    callbacks: Any = [ObjectiveCallback(streams=lambda batch: Streams(**tokens(joined(batch)))) for _ in range(2)]
+    callbacks: Any = [
+        ObjectiveCallback(streams=lambda batch: Streams(**tokens(joined(batch)))) for _ in range(2)
+    ]
     trainer = L.Trainer(callbacks=callbacks[:1], **options, **limits)
-    trainer.fit(module, CombinedLoader([DataLoader(part, batch_size=2) for part in (data[:6], data[6:])], "min_size"))
+    trainer.fit(
+        module,
+        CombinedLoader(
+            [DataLoader(part, batch_size=2) for part in (data[:6], data[6:])], "min_size"
+        ),
+    )
     together = DataLoader(data[:4] + data[6:10], batch_size=8)
     L.Trainer(callbacks=callbacks[1:], **options).fit(whole, together)
     assert trainer.global_step == 1
     for (name, mine), theirs in zip(module.named_parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            mine, theirs, rtol=1e-10, atol=1e-13, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_a_callback_serves_one_fit_after_another():
@@ -120,22 +151,32 @@ def test_a_callback_serves_one_fit_after_another():
 class Stops(L.Callback):
     """An error inside a window."""
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 1:
             raise RuntimeError("stopped")
 
 
 def test_a_pass_after_a_fit_counts_itself_and_an_error_leaves_nothing_behind():
-    batch: dict[str, Tensor] = {name: torch.stack([row[name] for row in rows(4)]) for name in rows(4)[0]}
+    batch: dict[str, Tensor] = {
+        name: torch.stack([row[name] for row in rows(4)]) for name in rows(4)[0]
+    }
     callback, module = ObjectiveCallback(SPEC), Wrapped(llama())
     trainer = L.Trainer(
-        callbacks=[callback, Stops()], max_epochs=1, enable_checkpointing=False, accumulate_grad_batches=4, **QUIET
+        callbacks=[callback, Stops()],
+        max_epochs=1,
+        enable_checkpointing=False,
+        accumulate_grad_batches=4,
+        **QUIET,
     )
     with pytest.raises(RuntimeError, match="stopped"):
         trainer.fit(module, DataLoader(rows(), batch_size=2))
     fresh = Wrapped(llama())
     fit(fresh, rows(), ObjectiveCallback(SPEC), max_steps=0)
-    torch.testing.assert_close(module.model.train()(**batch).loss, fresh.model.train()(**batch).loss)
+    torch.testing.assert_close(
+        module.model.train()(**batch).loss, fresh.model.train()(**batch).loss
+    )
     fit(module, rows(), callback, accumulate_grad_batches=4)
     check(module, [rows()])
     loss = module.model.train()(**batch).loss

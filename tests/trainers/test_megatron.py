@@ -66,17 +66,25 @@ def ragged_batch(rows: int = 4, length: int = 12) -> dict[str, Tensor]:
 
 def step(model: nn.Module, batch: dict[str, Tensor], **options: Any) -> tuple[Tensor, Any]:
     return objective_step(
-        model, batch["tokens"], batch["position_ids"], None, batch["labels"], batch["loss_mask"], **options
+        model,
+        batch["tokens"],
+        batch["position_ids"],
+        None,
+        batch["labels"],
+        batch["loss_mask"],
+        **options,
     )
 
 
 def formula(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """SPEC, pair by pair, from hooks on the plain model: mask[t] masks label t, positions restart with a document."""
+    """SPEC, pair by pair, from hooks on the plain model: mask[t] masks label t, positions restart
+    with a document."""
     seen: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(lambda m, i, out, name=name: seen.__setitem__(name, out))
         for name, module in model.named_modules()
-        if name in ("decoder.layers.0", "decoder.layers.1", "decoder.layers.2", "decoder.final_layernorm")
+        if name
+        in ("decoder.layers.0", "decoder.layers.1", "decoder.layers.2", "decoder.final_layernorm")
     ]
     model.eval()
     logits = model(batch["tokens"], batch["position_ids"], None)
@@ -87,7 +95,11 @@ def formula(model: Any, batch: dict[str, Tensor]) -> Tensor:
     last = seen["decoder.final_layernorm"].transpose(0, 1)
     rows, length = batch["tokens"].shape
     every = [(b, t) for b in range(rows) for t in range(length)]
-    ntp = [F.cross_entropy(logits[b, t], batch["labels"][b, t]) for b, t in every if batch["loss_mask"][b, t]]
+    ntp = [
+        F.cross_entropy(logits[b, t], batch["labels"][b, t])
+        for b, t in every
+        if batch["loss_mask"][b, t]
+    ]
     pairs = [(b, t) for b, t in every if t != 4 and t + 1 < length]
 
     def nitp(label: str, source: Tensor, k: int) -> Tensor:
@@ -95,7 +107,9 @@ def formula(model: Any, batch: dict[str, Tensor]) -> Tensor:
         gate, up = own.gate_up.chunk(2)
         p = [own.down @ (F.silu(gate @ source[b, t]) * (up @ source[b, t])) for b, t in pairs]
         z = [states[k][b, t + 1].detach() for b, t in pairs]
-        return torch.stack([1 - F.cosine_similarity(x, y, dim=0) for x, y in zip(p, z, strict=True)]).mean()
+        return torch.stack(
+            [1 - F.cosine_similarity(x, y, dim=0) for x, y in zip(p, z, strict=True)]
+        ).mean()
 
     return torch.stack(ntp).mean() + 0.8 * nitp("nitp", last, 1) + 0.5 * nitp("late", states[3], 2)
 
@@ -103,13 +117,18 @@ def formula(model: Any, batch: dict[str, Tensor]) -> Tensor:
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for n, p, g in zip(names, parameters, found, strict=True)
+    }
 
 
 def assert_same(mine: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert mine.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(mine[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_loss_and_gradients_are_those_of_the_formula(example):
@@ -123,7 +142,8 @@ def test_loss_and_gradients_are_those_of_the_formula(example):
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_microbatches_through_its_loss_step_add_up_as_it_divides_them(example, counted):
-    """Sums over microbatches over the number of tokens, under a loss scale: what finalize_model_grads makes of them."""
+    """Sums over microbatches over the number of tokens, under a loss scale: what
+    finalize_model_grads makes of them."""
     spec = SPEC if counted else "ntp"
     model, batch = double(example, grad_scale_func=lambda loss: 8 * loss), ragged_batch()
     handle = attach_gpt(model, spec)
@@ -132,10 +152,16 @@ def test_microbatches_through_its_loss_step_add_up_as_it_divides_them(example, c
     parts = [{name: value[b : b + 1] for name, value in batch.items()} for b in range(4)]
     counted_parts = [handle.count(**part) for part in parts]
     counts: Counts | None = sum(counted_parts[1:], start=counted_parts[0]) if counted else None
-    total, reports, found = 0, [], {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    total, reports, found = (
+        0,
+        [],
+        {name: torch.zeros_like(p) for name, p in model.named_parameters()},
+    )
     for part in parts:
         output, loss_func = step(model, part, counts=counts)
-        loss, tokens = forward_step_calc_loss(model, output, loss_func, model.config, None, False, 4, reports)
+        loss, tokens = forward_step_calc_loss(
+            model, output, loss_func, model.config, None, False, 4, reports
+        )
         for name, gradient in gradients(model.config.grad_scale_func(loss), model).items():
             found[name] += gradient
         total += int(tokens)
@@ -167,8 +193,11 @@ def test_megatrons_own_ntp_is_the_objective_ntp(example):
 
 
 @pytest.mark.parametrize("per_token", [True, False])
-def test_the_losses_of_megatrons_routers_are_scaled_as_without_an_objective(example, monkeypatch, per_token):
-    """Its autoscalers divide them by what `loss_func` says: two microbatches, masks with holes, two documents a row."""
+def test_the_losses_of_megatrons_routers_are_scaled_as_without_an_objective(
+    example, monkeypatch, per_token
+):
+    """Its autoscalers divide them by what `loss_func` says: two microbatches, masks with holes, two
+    documents a row."""
     # what its router asks of a machine without a GPU
     monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(moe_utils, "te_general_gemm", None, raising=False)
@@ -191,14 +220,20 @@ def test_the_losses_of_megatrons_routers_are_scaled_as_without_an_objective(exam
                 output = model(part["tokens"], part["position_ids"], None, labels=part["labels"])
                 mask = part["loss_mask"]
                 loss_func = lambda losses, mask=mask: ((losses * mask).sum(), mask.sum().int(), {})  # noqa: E731
-            loss, tokens = forward_step_calc_loss(model, output, loss_func, config, None, False, 2, [])
+            loss, tokens = forward_step_calc_loss(
+                model, output, loss_func, config, None, False, 2, []
+            )
             loss.backward()
             total += int(tokens)
-        found.append({name: p.grad / (total if per_token else 1) for name, p in model.named_parameters()})
+        found.append(
+            {name: p.grad / (total if per_token else 1) for name, p in model.named_parameters()}
+        )
     assert found[0]["decoder.layers.0.mlp.router.weight"].abs().max() > 0.01
     for name, expected in found[0].items():
         # Megatron computes its cross-entropy in float32
-        torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[1][name], expected, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_without_training_or_labels_it_is_the_plain_model(example):
@@ -216,7 +251,9 @@ def test_no_logits_are_built_and_own_parameters_are_in_its_sharded_state(example
     model = double(example)
     attach_gpt(model, SPEC)
     seen = []
-    model.output_layer.register_forward_hook(lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    model.output_layer.register_forward_hook(
+        lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     step(model, ragged_batch())
     assert not any(isinstance(x, Tensor) and x.numel() >= 256 for x in seen)
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -229,7 +266,11 @@ def test_a_model_with_shared_embeddings_trains_its_one_matrix(example):
     model = double(example)
     torch.manual_seed(1)
     shared: Any = type(model)(
-        model.config, model.transformer_layer_spec, 256, 64, share_embeddings_and_output_weights=True
+        model.config,
+        model.transformer_layer_spec,
+        256,
+        64,
+        share_embeddings_and_output_weights=True,
     )
     shared.double()
     attach_gpt(shared, SPEC)
@@ -241,21 +282,33 @@ def test_a_model_with_shared_embeddings_trains_its_one_matrix(example):
 def test_what_can_not_work_is_named(example):
     for option, reason in {
         "mtp_num_layers": "mtp_num_layers is 2, expected None (mtp_sequential",
-        "tensor_model_parallel_size": "tensor_model_parallel_size is 2, expected 1 (a rank holds a slice",
+        "tensor_model_parallel_size": "tensor_model_parallel_size is 2, expected 1 (a rank holds "
+        "a slice",
         "context_parallel_size": "context_parallel_size is 2, expected 1 (the next token",
-        "pipeline_model_parallel_size": "pipeline_model_parallel_size is 2, expected 1 (the hidden states of a lower",
+        "pipeline_model_parallel_size": "pipeline_model_parallel_size is 2, expected 1 (the "
+        "hidden states of a lower",
     }.items():
         model = double(example)
         setattr(model.config, option, 2)
         with pytest.raises(ValueError) as caught:
             attach_gpt(model, SPEC)
         assert reason in str(caught.value)
-    with pytest.raises(ValueError, match=r"requires external\[balance\], expected only .*: token_ids"):
+    with pytest.raises(
+        ValueError,
+        match=r"requires external\[balance\], expected only .*: "
+        r"token_ids",
+    ):
         attach_gpt(double(example), "ntp + balance: external")
-    recomputed = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    recomputed = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
     with pytest.raises(ValueError, match=r'recompute_granularity is "full".* hidden_states\[1\]'):
         attach_gpt(double(example, **recomputed), "ntp + nitp(target_layer=1, stop_gradient=False)")
-    with pytest.raises(ValueError, match="GPTModel without an objective, expected attach_gpt first"):
+    with pytest.raises(
+        ValueError, match="GPTModel without an objective, expected attach_gpt first"
+    ):
         step(double(example), ragged_batch())
     model = double(example, calculate_per_token_loss=False)
     counts = attach_gpt(model, SPEC).count(**ragged_batch())
@@ -265,8 +318,11 @@ def test_what_can_not_work_is_named(example):
 
 def test_the_example_runs():
     path = ROOT / "examples/trainers/megatron_step.py"
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # a tiny model: threads would wait for each other
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment)
+    # a tiny model: threads would wait for each other
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(path)], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("step ")]
     assert len(rows) == 6 and float(rows[-1][3]) < float(rows[0][3])

@@ -24,7 +24,9 @@ ADAPTERS = {
 
 def test_importing_nitp_ops_imports_no_trainer():
     code = "import sys, nitp_ops.objectives, nitp_ops.attaching; print(*sorted(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "nitp_ops.attaching.api" in loaded
     trainers = {
         "lightning",
@@ -54,11 +56,15 @@ def test_an_adapter_refuses_a_package_that_it_was_not_tested_with(adapter, found
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.delitem(sys.modules, f"nitp_ops.attaching.{adapter}", raising=False)
     came = "is not installed" if found is None else f"is {found}"
-    with pytest.raises(ImportError, match=f"^{package} {came}, expected {package}>={lowest},<{below}$"):
+    with pytest.raises(
+        ImportError, match=f"^{package} {came}, expected {package}>={lowest},<{below}$"
+    ):
         importlib.import_module(f"nitp_ops.attaching.{adapter}")
 
 
-@pytest.mark.parametrize(("found", "good"), [("2.4", True), ("2.10.1", True), ("2.3.9", False), ("3.0.0rc1", False)])
+@pytest.mark.parametrize(
+    ("found", "good"), [("2.4", True), ("2.10.1", True), ("2.3.9", False), ("3.0.0rc1", False)]
+)
 def test_versions_compare_as_numbers(found, good, monkeypatch):
     monkeypatch.setattr(metadata, "version", lambda name: found)
     if good:
@@ -74,12 +80,18 @@ def test_a_stream_that_is_not_provided_is_named_with_what_is():
     check_streams("loop", needs, provided)
     expected = r"loop: the objective requires embed, external\[other\], expected only what .*: token_ids, hidden_states"
     with pytest.raises(ValueError, match=expected):
-        check_streams("loop", {Need("token_ids"), Need("external", name="other"), Need("embed")}, provided)
+        check_streams(
+            "loop", {Need("token_ids"), Need("external", name="other"), Need("embed")}, provided
+        )
 
 
 def test_a_parameter_that_no_optimizer_holds_is_named():
     objective = torch.nn.Linear(2, 2)
     held = [torch.optim.SGD([parameter], lr=0.1) for parameter in objective.parameters()]
     check_optimizers("loop", objective, objective, held)
-    with pytest.raises(ValueError, match=r"^loop: bias of the objective in no group of the optimizer, expected all"):
+    with pytest.raises(
+        ValueError,
+        match=r"^loop: bias of the objective in no group of the "
+        r"optimizer, expected all",
+    ):
         check_optimizers("loop", objective, objective, held[:1])

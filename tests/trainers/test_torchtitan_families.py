@@ -26,7 +26,10 @@ FAMILIES = {
     "gpt_oss": ("gptoss_configs", None),
     "deepseek_v3": ("deepseekv3_configs", None),
     "kimi_k2_7": ("kimi_k2_5_configs", "model is a KimiK25Model with a forward of its own"),
-    "muse_glimmer": ("muse_glimmer_configs", "model is a MuseGlimmerModel with a forward of its own"),
+    "muse_glimmer": (
+        "muse_glimmer_configs",
+        "model is a MuseGlimmerModel with a forward of its own",
+    ),
 }
 #: No language model, and one that can not be imported without the package fla.
 OTHERS = {"flux", "qwen3_5"}
@@ -47,15 +50,17 @@ def test_every_flavor_is_served_or_refused_by_name(family):
             objective = attach_decoder(model, "ntp + 0.8*nitp(target_layer=1) + 0.3*mtp_sequential")
             assert model.nitp_objective is objective
         else:
-            with pytest.raises(TypeError, match=f"^torchtitan: {refusal}, expected that of Decoder$"):
+            with pytest.raises(
+                TypeError, match=f"^torchtitan: {refusal}, expected that of Decoder$"
+            ):
                 attach_decoder(model, "ntp")
 
 
 def test_the_page_names_every_family_and_no_other_exists():
     folder = Path(torchtitan.models.__file__).parent
-    assert {f.name for f in folder.iterdir() if (f / "model").exists() or (f / "model.py").exists()} == (
-        FAMILIES.keys() | OTHERS
-    )
+    assert {
+        f.name for f in folder.iterdir() if (f / "model").exists() or (f / "model.py").exists()
+    } == (FAMILIES.keys() | OTHERS)
     section = DOCS.read_text().partition("\n## torchtitan")[2].partition("\n## ")[0]
     assert all(f"`{family}`" in section for family in FAMILIES)
 
@@ -66,7 +71,8 @@ def test_its_own_mtp_layers_are_refused_with_the_objective_that_has_them():
         attach_decoder(model, "ntp")
     advice = "ntp + 0.3*mtp_sequential(depth=2, source=last_residual)"
     assert str(caught.value) == (
-        "torchtitan: model is a DeepSeekV3Model with 2 MTP layers, expected num_mtp_layers=0: the objective has such "
+        "torchtitan: model is a DeepSeekV3Model with 2 MTP layers, expected num_mtp_layers=0: the "
+        "objective has such "
         f'layers of its own, "{advice}"'
     )
     attach_decoder(on_meta(model_registry, "debugmodel"), advice)

@@ -29,11 +29,17 @@ pytestmark = pytest.mark.trainers
 RATE = 0.5
 
 
-def make_trainer(folder: Path, cls: Any = NitpTrainer, *, objective: Any = SPEC, **options: Any) -> Any:
+def make_trainer(
+    folder: Path, cls: Any = NitpTrainer, *, objective: Any = SPEC, **options: Any
+) -> Any:
     """A trainer of a new tiny Llama on eight ragged rows, and the same model by hand."""
     model, given = tiny_llama(), options.pop("given", {})
     collator = options.pop("data_collator", padded)
-    given |= {"train_dataset": ragged_rows(), "data_collator": collator, "args": trainer_arguments(folder, **options)}
+    given |= {
+        "train_dataset": ragged_rows(),
+        "data_collator": collator,
+        "args": trainer_arguments(folder, **options),
+    }
     if objective is not None and issubclass(cls, NitpTrainerMixin):
         trainer = cls(model=model, objective=objective, **given)
         return trainer, ByHand(tiny_llama(), model.nitp_objective)
@@ -47,7 +53,9 @@ def logged(trainer: Trainer) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("size, accumulated", [(8, 1), (4, 2), (3, 3)])
 def test_every_cut_of_the_batch_takes_the_steps_of_the_formula(tmp_path, size, accumulated):
-    trainer, by_hand = make_trainer(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated)
+    trainer, by_hand = make_trainer(
+        tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=accumulated
+    )
     trainer.train()
     for entry in logged(trainer):
         loss = by_hand.loss([padded(ragged_rows())])
@@ -57,7 +65,9 @@ def test_every_cut_of_the_batch_takes_the_steps_of_the_formula(tmp_path, size, a
 
 
 def test_a_model_that_takes_no_loss_arguments_is_scaled_alike(tmp_path):
-    trainer, by_hand = make_trainer(tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    trainer, by_hand = make_trainer(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
     trainer.model_accepts_loss_kwargs = False  # Trainer would then divide by the accumulation steps
     trainer.train()
     for _ in logged(trainer):
@@ -66,7 +76,11 @@ def test_a_model_that_takes_no_loss_arguments_is_scaled_alike(tmp_path):
 
 
 def test_the_contributions_add_up_to_the_logged_loss_also_over_several_steps(tmp_path):
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
+    options = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 4,
+    }
     trainer, by_hand = make_trainer(tmp_path, logging_steps=2, **options)
     trainer.train()
     batch = padded(ragged_rows())
@@ -82,7 +96,10 @@ def test_the_contributions_add_up_to_the_logged_loss_also_over_several_steps(tmp
         assert entry["loss/ntp"] == pytest.approx(parts["ntp"], rel=1e-9)
         assert entry["loss/nitp"] == pytest.approx(parts["nitp"], rel=1e-9)
         assert entry["loss/ntp"] + entry["loss/nitp"] == pytest.approx(entry["loss"], rel=1e-6)
-        assert entry["ntp/count"] == 2 * by_hand.sums(batch)["ntp"][1] and 0 <= entry["ntp/accuracy"] <= 1
+        assert (
+            entry["ntp/count"] == 2 * by_hand.sums(batch)["ntp"][1]
+            and 0 <= entry["ntp/accuracy"] <= 1
+        )
         assert {"nitp/skill", "nitp/floor", "nitp/count"} <= entry.keys()
 
 
@@ -100,7 +117,10 @@ def test_the_stock_trainer_weighs_local_means_by_their_share_of_the_tokens(tmp_p
     for entry in logged(trainer):
         found = [by_hand.sums(half) for half in halves]
         items = sum(f["ntp"][1] for f in found)
-        loss: Any = sum(f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items for f in found)
+        loss: Any = sum(
+            f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items
+            for f in found
+        )
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-6)
         by_hand.step(loss, RATE)
     by_hand.check(trainer.model)
@@ -123,7 +143,9 @@ def test_packed_rows_train_like_rows_apart(tmp_path):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
     trainer, by_hand = make_trainer(
-        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        tmp_path,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
     )
     trainer.train()
     for _ in logged(trainer):
@@ -134,8 +156,14 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, reentrant):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_scheduled_weight_takes_effect_at_its_global_step(tmp_path, resumed):
     spec = {"ntp": {}, "nitp": {"weight": [[0, 0.0], [2, 0.5], [3, 0.25]], "target_layer": 1}}
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
-    trainer, by_hand = make_trainer(tmp_path, objective=spec, save_strategy="steps", save_steps=3, **options)
+    options = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 4,
+    }
+    trainer, by_hand = make_trainer(
+        tmp_path, objective=spec, save_strategy="steps", save_steps=3, **options
+    )
     trainer.train()
     entries = logged(trainer)
     if resumed:
@@ -152,7 +180,9 @@ def test_a_scheduled_weight_takes_effect_at_its_global_step(tmp_path, resumed):
 
 def test_evaluation_shows_the_loss_of_the_plain_model(tmp_path):
     rows = ragged_rows()
-    trainer, by_hand = make_trainer(tmp_path, given={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1)
+    trainer, by_hand = make_trainer(
+        tmp_path, given={"eval_dataset": rows}, eval_strategy="steps", eval_steps=1
+    )
     plain = Trainer(
         model=tiny_llama(),
         args=trainer_arguments(tmp_path),
@@ -182,7 +212,9 @@ def test_a_parameter_that_no_optimizer_holds_stops_before_step_zero(tmp_path):
     )
     with pytest.raises(ValueError, match="optimizer"):
         trainer.train()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert all(
+        torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,4 +231,6 @@ def test_another_loss_is_refused(tmp_path, given, options, named):
 
 def test_a_model_without_an_objective_is_refused(tmp_path):
     with pytest.raises(ValueError, match="objective"):
-        NitpTrainer(model=tiny_llama(), args=trainer_arguments(tmp_path), train_dataset=ragged_rows())
+        NitpTrainer(
+            model=tiny_llama(), args=trainer_arguments(tmp_path), train_dataset=ragged_rows()
+        )

@@ -1,4 +1,5 @@
-"""TRL's SFTTrainer: padded and packed rows take the steps of the formula, and its own head is out of the way."""
+"""TRL's SFTTrainer: padded and packed rows take the steps of the formula, and its own head is out
+of the way."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 import nitp_ops
-from tests.support.trainer_cases import SPEC, ByHand, padded, ragged_rows, tiny_llama, trainer_arguments
+from tests.support.trainer_cases import (
+    SPEC,
+    ByHand,
+    padded,
+    ragged_rows,
+    tiny_llama,
+    trainer_arguments,
+)
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -23,7 +31,12 @@ RATE = 0.5
 
 
 def make_trainer(folder, cls: Any = NitpSFTTrainer, *, given: Any = None, **options) -> Any:
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_length": 64, **options}
+    options = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_length": 64,
+        **options,
+    }
     options = {"gradient_checkpointing": False, "bf16": False, **options}
     arguments = trainer_arguments(folder, SFTConfig, **options)
     rows = Dataset.from_list(ragged_rows())
@@ -40,12 +53,15 @@ def logged(trainer):
 @pytest.mark.parametrize("packing", [False, True])
 def test_padded_and_packed_rows_take_the_steps_of_the_formula(tmp_path, packing):
     # packed into rows of 16 the batch has other rows, but the same tokens in the same documents
-    lengths = {"packing": True, "max_length": 16, "per_device_train_batch_size": 8} if packing else {}
+    lengths = (
+        {"packing": True, "max_length": 16, "per_device_train_batch_size": 8} if packing else {}
+    )
     trainer = make_trainer(tmp_path, **lengths)
     by_hand = ByHand(tiny_llama(), trainer.nitp.objective)
     trainer.train()
     assert len(logged(trainer)) == 2
-    rows = ragged_rows() if packing else ragged_rows()[:-1]  # TRL drops the row without labels where it does not pack
+    # TRL drops the row without labels where it does not pack
+    rows = ragged_rows() if packing else ragged_rows()[:-1]
     for entry in logged(trainer):
         loss = by_hand.loss([padded(rows)])
         assert entry["loss"] == pytest.approx(loss.item(), rel=1e-6)
@@ -55,7 +71,10 @@ def test_padded_and_packed_rows_take_the_steps_of_the_formula(tmp_path, packing)
 
 
 def test_ntp_alone_trains_and_logs_like_trl(tmp_path):
-    theirs, ours = make_trainer(tmp_path, SFTTrainer), make_trainer(tmp_path, given={"objective": "ntp"})
+    theirs, ours = (
+        make_trainer(tmp_path, SFTTrainer),
+        make_trainer(tmp_path, given={"objective": "ntp"}),
+    )
     for trainer in (theirs, ours):
         trainer.train()
     for expected, entry in zip(logged(theirs), logged(ours), strict=True):
@@ -69,7 +88,8 @@ def test_ntp_alone_trains_and_logs_like_trl(tmp_path):
 def test_evaluation_is_that_of_trl(tmp_path):
     rows = Dataset.from_list(ragged_rows(4, seed=5))
     found, expected = (
-        make_trainer(tmp_path, cls, given={"eval_dataset": rows}).evaluate() for cls in (NitpSFTTrainer, SFTTrainer)
+        make_trainer(tmp_path, cls, given={"eval_dataset": rows}).evaluate()
+        for cls in (NitpSFTTrainer, SFTTrainer)
     )
     assert found["eval_loss"] == expected["eval_loss"]
     assert found["eval_entropy"] == expected["eval_entropy"]
@@ -99,10 +119,14 @@ def test_lora_trains_its_adapter_and_the_projector(tmp_path):
     import peft
 
     adapter = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = make_trainer(tmp_path, given={"peft_config": adapter, "model": tiny_llama(torch.float32)})
+    trainer = make_trainer(
+        tmp_path, given={"peft_config": adapter, "model": tiny_llama(torch.float32)}
+    )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
-    changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {
+        name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])
+    }
     own = {name for name in before if "nitp_objective" in name}
     adapters = {name for name in before if "lora_B" in name}
     assert own and adapters and own | adapters <= changed

@@ -1,10 +1,12 @@
-"""torchtitan's Trainer for a few steps on the CPU: ``python torchtitan_run.py '[{"folder": ..., "steps": ...}, ...]'``.
+"""torchtitan's Trainer for a few steps on the CPU: ``python torchtitan_run.py '[{"folder": ...,
+"steps": ...}, ...]'``.
 
-The runs follow one another in this process; one with a "start" goes on in a copy of that run's folder.
+The runs follow one another in this process; one with a "start" goes on in a copy of that run's
+folder.
 
-torchtitan asks for a GPU where it reads memory counters and sets time-outs, and for NCCL where FSDP sums gradients with
-a factor; here nothing is counted, no time-out set, and the sum has no factor. Everything else is its own: config, meta
-device, FSDP, optimizer, checkpoints.
+torchtitan asks for a GPU where it reads memory counters and sets time-outs, and for NCCL where FSDP
+sums gradients with a factor; here nothing is counted, no time-out set, and the sum has no factor.
+Everything else is its own: config, meta device, FSDP, optimizer, checkpoints.
 """
 
 import json
@@ -62,7 +64,8 @@ from tests.support import packed_texts  # noqa: E402
 
 
 class Ragged(example.Bytes):
-    """Labels that are missing here and there, unequally in every microbatch and rank, and two documents a row."""
+    """Labels that are missing here and there, unequally in every microbatch and rank, and two
+    documents a row."""
 
     @dataclass(kw_only=True, slots=True)
     class Config(example.Bytes.Config):
@@ -84,7 +87,9 @@ class Log:
         self.rows: list[dict[str, Any]] = []
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        self.rows.append({"step": step} | {k: v for k, v in values.items() if "loss" in k or "objective" in k})
+        self.rows.append(
+            {"step": step} | {k: v for k, v in values.items() if "loss" in k or "objective" in k}
+        )
 
     def close(self) -> None:
         pass
@@ -96,12 +101,17 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     spec: Any = family.model_registry("debugmodel")
     config.model_spec, model = spec, spec.model
     for layer in model.layers:
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()  # FlexAttention has no backward on a CPU
+        # FlexAttention has no backward on a CPU
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
     del model.layers[options.get("layers", 3) :]
     config.objective = options.get("spec", config.objective)
     config.dump_folder = options["folder"]
     config.training.steps = options["steps"]
-    config.training.seq_len, config.training.local_batch_size, config.training.global_batch_size = 32, 2, 8
+    config.training.seq_len, config.training.local_batch_size, config.training.global_batch_size = (
+        32,
+        2,
+        8,
+    )
     config.training.mixed_precision_param = "float32"
     config.training.max_norm = 1e9
     config.lr_scheduler.warmup_steps, config.lr_scheduler.decay_ratio = 1, None
@@ -130,7 +140,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     (whole,) = trainer.model_parts
     parameters = {
-        name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone() for name, p in whole.named_parameters()
+        name: getattr(p, "full_tensor", lambda p=p: p)().detach().clone()
+        for name, p in whole.named_parameters()
     }
     saved = list(whole.state_dict())
     trainer.close()

@@ -1,7 +1,8 @@
-"""A Llama whose loss the package `kernels` takes from a folder, through transformers; argument: the folder.
+"""A Llama whose loss the package `kernels` takes from a folder, through transformers; argument: the
+folder.
 
-transformers asks for versions of `kernels` that may be newer than any that is there, and lists accelerators only: both
-are lifted here. What runs after that is theirs.
+transformers asks for versions of `kernels` that may be newer than any that is there, and lists
+accelerators only: both are lifted here. What runs after that is theirs.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ def results(model: torch.nn.Module, loss: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def by_formula(plain: torch.nn.Module, batch: dict[str, Tensor], count: Tensor | int | None) -> list[Tensor]:
+def by_formula(
+    plain: torch.nn.Module, batch: dict[str, Tensor], count: Tensor | int | None
+) -> list[Tensor]:
     """In float64, which transformers' loss rounds to float32."""
     logits = plain(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].flatten(0, 1)
-    loss = F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), reduction="mean" if count is None else "sum")
+    loss = F.cross_entropy(
+        logits, batch["labels"][:, 1:].flatten(), reduction="mean" if count is None else "sum"
+    )
     return results(plain, loss if count is None else loss / count)
 
 

@@ -1,7 +1,9 @@
-"""Whether the blocks and the final norm that were found by structure are those that a forward pass runs.
+"""Whether the blocks and the final norm that were found by structure are those that a forward pass
+runs.
 
-The body runs once on a few ids with every block replaced by a function that returns its input: no block computes
-anything, and the calls say which modules a training pass will run, how often and on what shape.
+The body runs once on a few ids with every block replaced by a function that returns its input: no
+block computes anything, and the calls say which modules a training pass will run, how often and on
+what shape.
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ _TOKENS = 4
 #: A pass as long as the model's longest text costs memory; longer ones are not tried.
 _MOST_TOKENS = 4096
 #: What the blocks of transformers return: the stream alone, or with one or two things beside it.
-_FORMS: tuple[Callable[[Tensor | None], Any], ...] = (lambda x: x, lambda x: (x, None), lambda x: (x, None, None))
+_FORMS: tuple[Callable[[Tensor | None], Any], ...] = (
+    lambda x: x,
+    lambda x: (x, None),
+    lambda x: (x, None, None),
+)
 
 
 @dataclass
 class _Pass:
-    """The calls of one pass, in order: (index of the block, its input); (blocks run so far, the norm's input)."""
+    """The calls of one pass, in order: (index of the block, its input); (blocks run so far, the
+    norm's input)."""
 
     blocks: list[tuple[int, Tensor | None]] = field(default_factory=list)
     norm: list[tuple[int, Tensor | None]] = field(default_factory=list)
@@ -38,11 +45,13 @@ class _Pass:
 
 
 def checked_blocks(model: Any, sites: Sites) -> tuple[Sites, dict[str, str]]:
-    """`sites` with the blocks and the norm that a pass runs, and by site the reason why one is missing.
+    """`sites` with the blocks and the norm that a pass runs, and by site the reason why one is
+    missing.
 
-    A body may want other lengths than a few ids, or only evaluation may take them (Reformer's axial positions do both).
-    Where it runs on no ids alone, nothing is known about its blocks and none are offered; but on the meta device, where
-    a body may fail for reading a value, `sites` come back as they are and the first step finds what is wrong.
+    A body may want other lengths than a few ids, or only evaluation may take them (Reformer's axial
+    positions do both). Where it runs on no ids alone, nothing is known about its blocks and none
+    are offered; but on the meta device, where a body may fail for reading a value, `sites` come
+    back as they are and the first step finds what is wrong.
     """
     assert isinstance(sites.head, nn.Linear) and sites.trunk is not None
     if dropped := getattr(text_config(model), "layerdrop", None):
@@ -51,12 +60,16 @@ def checked_blocks(model: Any, sites: Sites) -> tuple[Sites, dict[str, str]]:
     for training in (sites.trunk.training, not sites.trunk.training):
         with _mode(sites.trunk, training):
             for tokens in _lengths(model):
-                found = _seen_in_a_pass(model, sites, (1, tokens, head_shape(sites.head)[1]), errors)
+                found = _seen_in_a_pass(
+                    model, sites, (1, tokens, head_shape(sites.head)[1]), errors
+                )
                 if found is not None:
                     return found
     if sites.head.weight.is_meta:
         return sites, {}
-    return _none(sites, f"its body runs on no ids alone, so that its blocks are not known ({errors[0]})")
+    return _none(
+        sites, f"its body runs on no ids alone, so that its blocks are not known ({errors[0]})"
+    )
 
 
 def _none(sites: Sites, reason: str) -> tuple[Sites, dict[str, str]]:
@@ -67,7 +80,11 @@ def _lengths(model: Any) -> list[int]:
     config = text_config(model)
     axes = getattr(config, "axial_pos_shape", None)
     longest = getattr(config, "max_position_embeddings", None)
-    lengths = [_TOKENS, math.prod(axes) if axes else _TOKENS, longest if isinstance(longest, int) else _TOKENS]
+    lengths = [
+        _TOKENS,
+        math.prod(axes) if axes else _TOKENS,
+        longest if isinstance(longest, int) else _TOKENS,
+    ]
     return [length for length in dict.fromkeys(lengths) if 0 < length <= _MOST_TOKENS]
 
 
@@ -90,11 +107,14 @@ def _seen_in_a_pass(
     return _none(sites, "none of its lists of modules runs in a pass")
 
 
-def check_required(requires: Iterable[Need], blocks: int, reasons: Mapping[str, str], kind: str) -> None:
+def check_required(
+    requires: Iterable[Need], blocks: int, reasons: Mapping[str, str], kind: str
+) -> None:
     """See that no required stream passes a site that is missing for a reason.
 
     Args:
-        requires: the streams. blocks: how many there are. reasons: see `checked_blocks`. kind: of the model.
+        requires: the streams. blocks: how many there are. reasons: see `checked_blocks`. kind: of
+            the model.
 
     Raises:
         ValueError: one does; the reason is named.
@@ -124,7 +144,11 @@ def _norm_reason(sites: Sites, seen: _Pass, shape: tuple[int, ...]) -> str | Non
     if [after for after, _ in seen.norm] != [len(seen.blocks)]:
         return f"its final norm runs {len(seen.norm)} times in a pass, expected once, after the last block"
     last = seen.norm[0][1]
-    return None if _is_stream(last, shape) else f"its final norm receives {_named(last)}, expected {shape}"
+    return (
+        None
+        if _is_stream(last, shape)
+        else f"its final norm receives {_named(last)}, expected {shape}"
+    )
 
 
 def _is_stream(value: Tensor | None, shape: tuple[int, ...]) -> bool:

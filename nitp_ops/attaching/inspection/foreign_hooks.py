@@ -1,7 +1,8 @@
 """Hooks of others on a head: in training there are no logits that they could see or change.
 
-Engines hook every module to gather its weight, move its inputs or watch for overflow; those keep working, for a head is
-called through its hooks. A hook of anybody else is refused by name: a mask or a temperature would be lost in silence.
+Engines hook every module to gather its weight, move its inputs or watch for overflow; those keep
+working, for a head is called through its hooks. A hook of anybody else is refused by name: a mask
+or a temperature would be lost in silence.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def refuse_foreign_hooks(head: nn.Module) -> None:
         return
     for kind, name in _foreign_hooks(head):
         raise ValueError(
-            f"attach: the model's head has a {kind} {name}, expected none: in training there are no logits for it to "
-            "see or change; remove it (softcap and logit scale are read off the model's forward)"
+            f"attach: the model's head has a {kind} {name}, expected none: in training there are "
+            "no logits for it to see or change; remove it (softcap and logit scale are read off "
+            "the model's forward)"
         )
 
 
@@ -48,7 +50,9 @@ def _foreign_hooks(module: nn.Module) -> Iterator[tuple[str, str]]:
         for hooks, scope in ((getattr(module, registered), ""), (of_every_module, "global ")):
             for hook in hooks.values():
                 package, name = _origin(hook)
-                if not any(package == engine or package.startswith(f"{engine}.") for engine in _ENGINES):
+                if not any(
+                    package == engine or package.startswith(f"{engine}.") for engine in _ENGINES
+                ):
                     yield f"{scope}{kind}", name
 
 

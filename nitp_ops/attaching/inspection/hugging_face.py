@@ -20,41 +20,57 @@ def unwrapped(model: nn.Module) -> Any:
     """The Hugging Face model itself: `model`, or what a PeftModel holds.
 
     Raises:
-        TypeError: no Hugging Face model. ValueError: attached already; compiled or wrapped before attach.
+        TypeError: no Hugging Face model. ValueError: attached already; compiled or wrapped before
+            attach.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"attach: model is a {type(model).__name__}, expected a Hugging Face causal language model")
+        raise TypeError(
+            f"attach: model is a {type(model).__name__}, expected a Hugging Face causal language "
+            "model"
+        )
     for module in model.modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise ValueError(f"attach: model is compiled ({type(module).__name__}), expected attach before compile")
+            raise ValueError(
+                f"attach: model is compiled ({type(module).__name__}), expected attach before "
+                "compile"
+            )
         if "FSDPModule" in _classes(module):
             raise ValueError(
-                f"attach: model is sharded ({type(module).__name__}), expected attach before fully_shard "
-                "(transformers: load without fsdp_size)"
+                f"attach: model is sharded ({type(module).__name__}), expected attach before "
+                "fully_shard (transformers: load without fsdp_size)"
             )
-    if isinstance(model, nn.parallel.DistributedDataParallel) or "FullyShardedDataParallel" in _classes(model):
-        raise ValueError(f"attach: model is a {type(model).__name__}, expected attach before it is wrapped")
+    if isinstance(
+        model, nn.parallel.DistributedDataParallel
+    ) or "FullyShardedDataParallel" in _classes(model):
+        raise ValueError(
+            f"attach: model is a {type(model).__name__}, expected attach before it is wrapped"
+        )
     for name, config in (getattr(model, "peft_config", None) or {}).items():  # type: ignore[union-attr]
         if getattr(getattr(config, "peft_type", None), "value", None) == "CPT":
             raise ValueError(
-                f"attach: the adapter {name!r} is of the type CPT, whose loss PEFT makes from the logits, expected one "
-                "that leaves the loss to the model, such as prompt tuning (in training there are no logits)"
+                f"attach: the adapter {name!r} is of the type CPT, whose loss PEFT makes from the "
+                "logits, expected one that leaves the loss to the model, such as prompt tuning "
+                "(in training there are no logits)"
             )
     plain: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if not is_hugging_face(plain):
         raise TypeError(
-            f"attach: model is a {type(plain).__name__}, expected a Hugging Face causal language model (any other: tap)"
+            f"attach: model is a {type(plain).__name__}, expected a Hugging Face causal language "
+            "model (any other: tap)"
         )
     if getattr(plain.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"attach: model is a {type(plain).__name__}, an encoder-decoder whose labels are those of their own "
-            "position, expected a causal language model"
+            f"attach: model is a {type(plain).__name__}, an encoder-decoder whose labels are those "
+            "of their own position, expected a causal language model"
         )
     for module in model.modules():
-        if module is not plain and getattr(module.__dict__.get("forward"), "__self__", None) is plain:
+        if (
+            module is not plain
+            and getattr(module.__dict__.get("forward"), "__self__", None) is plain
+        ):
             raise ValueError(
-                f"attach: the {type(module).__name__} around the model calls a forward of it that it has kept, "
-                "expected one that calls the model"
+                f"attach: the {type(module).__name__} around the model calls a forward of it that "
+                "it has kept, expected one that calls the model"
             )
     if hasattr(plain, "nitp_objective"):
         raise ValueError("attach: model has an objective already, expected handle.detach() first")
@@ -62,7 +78,8 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def head_of(model: Any) -> nn.Module | None:
-    """The head that computes now: where PEFT trains a copy of it (modules_to_save), the copy of the active adapter."""
+    """The head that computes now: where PEFT trains a copy of it (modules_to_save), the copy of the
+    active adapter."""
     return active_copy(model.get_output_embeddings())
 
 
@@ -77,9 +94,14 @@ def active_copy(head: Any) -> nn.Module | None:
 
 
 def virtual_tokens(model: Any) -> int:
-    """How many virtual tokens a PeftModel puts before each row now; those of prefix tuning are keys of a cache."""
+    """How many virtual tokens a PeftModel puts before each row now; those of prefix tuning are keys
+    of a cache."""
     config = getattr(model, "active_peft_config", None)
-    if config is None or not config.is_prompt_learning or config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE"):
+    if (
+        config is None
+        or not config.is_prompt_learning
+        or config.peft_type.value in ("PREFIX_TUNING", "CARTRIDGE")
+    ):
         return 0
     return config.num_virtual_tokens
 
@@ -102,10 +124,13 @@ def checked_head(head: nn.Module | None) -> nn.Linear:
     """The head, if the objective can read its weight.
 
     Raises:
-        ValueError: no head, an adapter, a quantised, sharded, offloaded or replaced one: the reason is named.
+        ValueError: no head, an adapter, a quantised, sharded, offloaded or replaced one: the reason
+            is named.
     """
     if head is None:
-        raise ValueError("attach: model has no output embeddings, expected a causal language model with a head")
+        raise ValueError(
+            "attach: model has no output embeddings, expected a causal language model with a head"
+        )
     kind, weight = type(head).__name__, getattr(head, "weight", None)
     inside = ", ".join(name for name, _ in head.named_children())
     if inside:
@@ -144,10 +169,13 @@ def _is_offloaded(head: nn.Module) -> bool:
 
 
 def _is_aligned(head: nn.Module) -> bool:
-    """Whether the forward was replaced by what moves inputs to the weight's device, and by nothing else."""
+    """Whether the forward was replaced by what moves inputs to the weight's device, and by nothing
+    else."""
     hooks = _device_hooks(head)
     own = getattr(head.__dict__.get("_old_forward"), "__func__", None)
-    return own is nn.Linear.forward and all(type(hook).__name__ == "AlignDevicesHook" for hook in hooks)
+    return own is nn.Linear.forward and all(
+        type(hook).__name__ == "AlignDevicesHook" for hook in hooks
+    )
 
 
 def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
@@ -159,7 +187,9 @@ def model_info(model: Any, sites: Sites, transform: Transform) -> ModelInfo:
         hidden_size=width,
         vocab_size=vocab,
         # where neither the modules nor the config say it, no hidden state is known by its number
-        num_layers=len(sites.blocks) if sites.blocks else getattr(text_config(model), "num_hidden_layers", None) or 1,
+        num_layers=len(sites.blocks)
+        if sites.blocks
+        else getattr(text_config(model), "num_hidden_layers", None) or 1,
         softcap=transform.softcap,
         logit_scale=transform.logit_scale,
         dtype=head.weight.dtype,

@@ -1,4 +1,5 @@
-"""Settings of a model and its config, such as a softcap, that change after attach: refused where the logits change."""
+"""Settings of a model and its config, such as a softcap, that change after attach: refused where
+the logits change."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ class LogitSettings:
         self._remember(plain)
 
     def check(self, plain: Any) -> None:
-        """Measure again if any setting is another one than at the last measurement; most have no part in the logits.
+        """Measure again if any setting is another one than at the last measurement; most have no
+        part in the logits.
 
         Raises:
             ValueError: the logits are another function of what the head returns now.
@@ -43,12 +45,17 @@ class LogitSettings:
             transform = head_transform(plain, plain_forward(plain), self._sites)
         except ValueError as error:
             reason = str(error).removeprefix("attach: ")
-            raise ValueError(f"attach: after attach {names} changed: {reason} (or attach after that change)") from error
-        if not self._is_same(transform):
-            before, after = (f"softcap {cap}, logit_scale {scale:g}" for cap, scale in (self._measured, transform[1:]))
             raise ValueError(
-                f"attach: {names} changed after attach, the logits' {before} became {after}, expected attach after "
-                "that change (handle.detach() first)"
+                f"attach: after attach {names} changed: {reason} (or attach after that change)"
+            ) from error
+        if not self._is_same(transform):
+            before, after = (
+                f"softcap {cap}, logit_scale {scale:g}"
+                for cap, scale in (self._measured, transform[1:])
+            )
+            raise ValueError(
+                f"attach: {names} changed after attach, the logits' {before} became {after}, "
+                "expected attach after that change (handle.detach() first)"
             )
         self._remember(plain)
 
@@ -78,7 +85,8 @@ class LogitSettings:
             same = softcap is now.softcap
         else:
             same = math.isclose(softcap, now.softcap, rel_tol=1e-4)
-        return same and math.isclose(scale, now.logit_scale, rel_tol=1e-2)  # a factor on bfloat16 is rounded
+        # a factor on bfloat16 is rounded
+        return same and math.isclose(scale, now.logit_scale, rel_tol=1e-2)
 
 
 class _Fields:
@@ -106,7 +114,8 @@ def _is_setting(name: str, value: object) -> bool:
 
 
 def _holders(plain: Any) -> list[tuple[str, Any]]:
-    """(path, object) of what may hold a setting that the logits depend on; two paths may lead to one."""
+    """(path, object) of what may hold a setting that the logits depend on; two paths may lead to
+    one."""
     return [
         ("config", plain.config),
         ("config.get_text_config()", text_config(plain)),

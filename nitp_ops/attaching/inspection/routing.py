@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def routed(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """`module` computes `function`, without the hooks around its own forward, which come back with it."""
+    """`module` computes `function`, without the hooks around its own forward, which come back with
+    it."""
     stand_in: dict[str, Any] = {"forward": function}
-    stand_in |= {name: type(getattr(module, name))() for name in ("_forward_pre_hooks", "_forward_hooks")}
+    stand_in |= {
+        name: type(getattr(module, name))() for name in ("_forward_pre_hooks", "_forward_hooks")
+    }
     own = {name: module.__dict__[name] for name in stand_in if name in module.__dict__}
     module.__dict__.update(stand_in)
     try:

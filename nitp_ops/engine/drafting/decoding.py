@@ -1,9 +1,10 @@
-"""Greedy self-speculative decoding: an objective's heads guess tokens ahead, the model checks them all in one call.
+"""Greedy self-speculative decoding: an objective's heads guess tokens ahead, the model checks them
+all in one call.
 
-With x_0 .. x_n known and the model run up to x_{n-1}, the heads propose d_1 .. d_k for x_{n+1} .. x_{n+k}. The model
-reads x_n, d_1, .., d_k at once; p_0, .., p_k are its own greedy choices after each of them. The first a drafts with
-d_j = p_{j-1} came true, and p_a is one token more. So every token is the model's own choice: heads change the
-speed only.
+With x_0 .. x_n known and the model run up to x_{n-1}, the heads propose d_1 .. d_k for x_{n+1} ..
+x_{n+k}. The model reads x_n, d_1, .., d_k at once; p_0, .., p_k are its own greedy choices after
+each of them. The first a drafts with d_j = p_{j-1} came true, and p_a is one token more. So every
+token is the model's own choice: heads change the speed only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nitp_ops.engine.streams.streams import Streams
 
 
 class Trunk(Protocol):
-    """A model that reads one sequence in pieces and can forget its end: a cache of keys and values, usually."""
+    """A model that reads one sequence in pieces and can forget its end: a cache of keys and values,
+    usually."""
 
     def extend(self, token_ids: Tensor) -> Streams:
         """Read the next tokens, int64 ``[1, n]``; the streams of these n positions, with the head."""
@@ -50,7 +52,8 @@ class Drafter(Protocol):
         """Guesses for what follows ``tokens``, int64 [k], k <= count.
 
         Args:
-            hidden: [1, n, d], `source` at the positions that are new since the last call; they are final.
+            hidden: [1, n, d], `source` at the positions that are new since the last call; they are
+                final.
             tokens: [1, N + 1], all that is known: hidden states exist for the first N.
             streams: bring head and embed. count: >= 1.
         """
@@ -64,8 +67,8 @@ class Drafting:
     Attributes:
         token_ids: int64 [1, T + new], the prompt and what follows.
         calls: how often the model ran, the prompt's call included.
-        drafted, accepted: for each place ahead (the first draft of a call, the second, ...) how many were guessed, and
-            how many the model would have chosen itself.
+        drafted, accepted: for each place ahead (the first draft of a call, the second, ...) how
+            many were guessed, and how many the model would have chosen itself.
     """
 
     token_ids: Tensor
@@ -93,11 +96,16 @@ def choose(drafters: Mapping[str, Drafter | None], label: str | None) -> Drafter
     """
     if label is not None and label not in drafters:
         names = ", ".join(drafters)
-        raise ValueError(f"draft: label is {label!r}, expected one of {names}.{suggestion(label, drafters)}")
+        raise ValueError(
+            f"draft: label is {label!r}, expected one of {names}.{suggestion(label, drafters)}"
+        )
     asked = drafters if label is None else {label: drafters[label]}
     able = {name: drafter for name, drafter in asked.items() if drafter is not None}
     if not able:
-        raise ValueError(f"draft: {', '.join(asked)} can not draft, expected an mtp_* term with an offset above 1")
+        raise ValueError(
+            f"draft: {', '.join(asked)} can not draft, expected an mtp_* term with an offset above "
+            "1"
+        )
     if len(able) > 1:
         raise ValueError(f"draft: {', '.join(able)} can draft, expected label to name one of them")
     return next(iter(able.values()))
@@ -126,8 +134,13 @@ def decode(
         count = min(limit, end - known - 1)
         drafts = prompt.new_empty(0)
         if count:
-            drafts = drafter.propose(getattr(streams, drafter.source)[:, : right + 1], tokens, streams, count)
-        streams, calls = _extended(trunk, torch.cat([tokens[:, -1:], drafts[None]], dim=1), drafter), calls + 1
+            drafts = drafter.propose(
+                getattr(streams, drafter.source)[:, : right + 1], tokens, streams, count
+            )
+        streams, calls = (
+            _extended(trunk, torch.cat([tokens[:, -1:], drafts[None]], dim=1), drafter),
+            calls + 1,
+        )
         chosen = _choices(streams, info)
         right = int((chosen[0, :-1] == drafts).cumprod(0).sum())
         trunk.cut(known + right)
@@ -137,20 +150,29 @@ def decode(
             accepted[place] += place < right
         if stop_token is not None and bool((found := tokens[0, known:] == stop_token).any()):
             tokens = tokens[:, : known + int(found.to(torch.uint8).argmax()) + 1]
-    return Drafting(tokens, tokens.shape[1] - prompt.shape[1], calls, tuple(drafted), tuple(accepted))
+    return Drafting(
+        tokens, tokens.shape[1] - prompt.shape[1], calls, tuple(drafted), tuple(accepted)
+    )
 
 
 def _extended(trunk: Trunk, token_ids: Tensor, drafter: Drafter) -> Streams:
     streams = trunk.extend(token_ids)
     if not isinstance(streams, Streams):
-        raise TypeError(f"draft: trunk.extend returned a {type(streams).__name__}, expected Streams")
+        raise TypeError(
+            f"draft: trunk.extend returned a {type(streams).__name__}, expected Streams"
+        )
     wanted = dict.fromkeys(("last_hidden", drafter.source, "head", *drafter.needs))
     missing = [name for name in wanted if not streams.offers(Need(name))]
     if missing:
-        raise ValueError(f"draft: the trunk's streams lack {', '.join(missing)}, expected {', '.join(wanted)}")
+        raise ValueError(
+            f"draft: the trunk's streams lack {', '.join(missing)}, expected {', '.join(wanted)}"
+        )
     if streams.shape != tuple(token_ids.shape):
         came = tuple(streams.shape)
-        raise ValueError(f"draft: trunk.extend returned streams of shape {came}, expected {tuple(token_ids.shape)}")
+        raise ValueError(
+            f"draft: trunk.extend returned streams of shape {came}, expected "
+            f"{tuple(token_ids.shape)}"
+        )
     return streams
 
 
@@ -165,7 +187,11 @@ def _check(prompt: Tensor, new_tokens: int, max_drafts: int | None) -> None:
         came = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
         raise TypeError(f"draft: prompt is {came}, expected an int64 tensor [1, T]")
     if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] < 1:
-        raise ValueError(f"draft: prompt has shape {tuple(prompt.shape)}, expected [1, T] with T >= 1")
+        raise ValueError(
+            f"draft: prompt has shape {tuple(prompt.shape)}, expected [1, T] with T >= 1"
+        )
     for name, value, least in (("new_tokens", new_tokens, 1), ("max_drafts", max_drafts, 0)):
         if value is not None and not (is_int(value) and value >= least):
-            raise ValueError(f"draft: {name} is {value!r}, expected an integer{of_64_bits(value)} >= {least}")
+            raise ValueError(
+                f"draft: {name} is {value!r}, expected an integer{of_64_bits(value)} >= {least}"
+            )

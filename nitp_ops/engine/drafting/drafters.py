@@ -14,7 +14,8 @@ from nitp_ops.engine.streams.streams import Streams
 
 
 class SharedDrafter:
-    """mtp_shared: after the most probable token of the last row of logits, the second, the third, ...
+    """mtp_shared: after the most probable token of the last row of logits, the second, the third,
+    ...
 
     One row of logits stands for several tokens ahead and does not say in which order they come.
     """
@@ -30,17 +31,19 @@ class SharedDrafter:
 
 
 class ParallelDrafter:
-    """mtp_parallel: head i at position s guesses x_{s+i}; each token by the smallest i whose position has been read.
+    """mtp_parallel: head i at position s guesses x_{s+i}; each token by the smallest i whose
+    position has been read.
 
-    With consecutive offsets every guess comes from the last position. With gaps, as in L-MTP's 1, 3, 5, 7, the tokens
-    between come from the position before it.
+    With consecutive offsets every guess comes from the last position. With gaps, as in L-MTP's 1,
+    3, 5, 7, the tokens between come from the position before it.
     """
 
     source, needs = "last_hidden", ()
 
     def __init__(self, heads: Sequence[nn.Module], offsets: Sequence[int], info: ModelInfo) -> None:
         pairs = sorted(zip(offsets, heads, strict=True), key=lambda pair: pair[0])
-        self.heads = {k: Growing(head) for k, head in pairs if k > 1}  # offset 1 is the model's own choice
+        # offset 1 is the model's own choice
+        self.heads = {k: Growing(head) for k, head in pairs if k > 1}
         self.states: dict[int, Tensor] = {}
         self.reach, self.info = max(offsets) - 1, info
 
@@ -48,11 +51,16 @@ class ParallelDrafter:
         assert streams.head is not None
         for k, head in self.heads.items():
             new = head.extend(hidden)
-            self.states[k] = torch.cat([self.states[k], new], dim=1)[:, -self.reach - 1 :] if k in self.states else new
+            self.states[k] = (
+                torch.cat([self.states[k], new], dim=1)[:, -self.reach - 1 :]
+                if k in self.states
+                else new
+            )
         rows = []
         for ahead in range(1, count + 1):
             k = min(k for k in self.heads if k > ahead)
-            back = k - ahead  # x_{n+ahead} by head k at n + ahead - k, the last position that was read is n - 1
+            # x_{n+ahead} by head k at n + ahead - k, the last position that was read is n - 1
+            back = k - ahead
             if back > self.states[k].shape[1]:
                 break
             rows.append(self.states[k][0, -back])
@@ -64,8 +72,8 @@ class ParallelDrafter:
 class SequentialDrafter:
     """mtp_sequential: module k reads the guess of module k - 1 and makes the next.
 
-    What module k computed at position s stands on the tokens up to s + k; where they were drafts that did not come
-    true it is computed again.
+    What module k computed at position s stands on the tokens up to s + k; where they were drafts
+    that did not come true it is computed again.
     """
 
     def __init__(self, modules: Sequence[nn.Module], source: str, info: ModelInfo) -> None:
@@ -83,7 +91,9 @@ class SequentialDrafter:
         first = self.states[0]
         self.states[0] = hidden if first is None else torch.cat([first, hidden], dim=1)
         known = tokens.shape[1]
-        for k, (module, block) in enumerate(zip(self.modules[:count], self.blocks, strict=False), start=1):
+        for k, (module, block) in enumerate(
+            zip(self.modules[:count], self.blocks, strict=False), start=1
+        ):
             before, own = self.states[k - 1], self.states[k]
             assert before is not None
             start = 0 if own is None else own.shape[1]
@@ -113,8 +123,8 @@ class SequentialDrafter:
 class Growing:
     """A block over positions that come in pieces, causal.
 
-    A block with a true attribute ``incremental`` takes a `KeyValues` that it fills, ``block(hidden, None, past)``; any
-    other reads all its inputs again.
+    A block with a true attribute ``incremental`` takes a `KeyValues` that it fills, ``block(hidden,
+    None, past)``; any other reads all its inputs again.
     """
 
     def __init__(self, block: nn.Module) -> None:

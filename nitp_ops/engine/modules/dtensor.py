@@ -10,7 +10,8 @@ from nitp_ops.core.checks import is_dtensor
 
 @torch.no_grad()
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """parameter <- values, whole and the same on every rank; a DTensor keeps its part of them. Nothing is sent.
+    """parameter <- values, whole and the same on every rank; a DTensor keeps its part of them.
+    Nothing is sent.
 
     Values that are a DTensor already have the parameter's placements.
     """

@@ -1,4 +1,5 @@
-"""Own parameters that move to the meta device and come back: engines shard a model there and refill it afterwards."""
+"""Own parameters that move to the meta device and come back: engines shard a model there and refill
+it afterwards."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from .dtensor import fill
 
 
 class KeepsValues(nn.Module):
-    """A module whose parameters and buffers come back from the meta device with the values that they had.
+    """A module whose parameters and buffers come back from the meta device with the values that
+    they had.
 
-    Whoever moves a model to the meta device refills it from its state dict, where an objective's parameters need not
-    be. Values that never were anywhere else are drawn from the seed.
+    Whoever moves a model to the meta device refills it from its state dict, where an objective's
+    parameters need not be. Values that never were anywhere else are drawn from the seed.
     """
 
     def __init__(self) -> None:
@@ -29,7 +31,9 @@ class KeepsValues(nn.Module):
 
     def materialize(self, device: torch.device) -> None:
         """Whatever is on the meta device moves to `device`, with its values."""
-        self._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
+        self._apply(
+            lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor
+        )
 
     def _owners(self) -> Iterator[nn.Module]:
         """The modules that draw values: those with a ``reset_parameters()``."""

@@ -3,10 +3,11 @@
     tensors -> fork -> ticket -> the module's pre-hooks  -> join -> use
     results <- join <- the module's hooks <- ticket <- fork <- use
 
-Engines gather parameters before a forward and reduce their gradients after a backward in hooks that watch the tensors
-that enter and leave, and some cast every float among them (`MixedPrecisionPolicy`), be it a weight or a loss. So the
-hooks see a ticket alone, one zero. Its gradient is formed after those of everything that entered with it, and before
-anything that left with it is differentiated.
+Engines gather parameters before a forward and reduce their gradients after a backward in hooks that
+watch the tensors that enter and leave, and some cast every float among them
+(`MixedPrecisionPolicy`), be it a weight or a loss. So the hooks see a ticket alone, one zero. Its
+gradient is formed after those of everything that entered with it, and before anything that left
+with it is differentiated.
 """
 
 from __future__ import annotations
@@ -25,19 +26,23 @@ _T = TypeVar("_T")
 
 
 def opened(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]) -> _T:
-    """``use(*values)`` where the parameters of a head or a projector may be read: inside its call if that has hooks."""
+    """``use(*values)`` where the parameters of a head or a projector may be read: inside its call
+    if that has hooks."""
     return inside_call(module, values, use) if has_hooks(module) else use(*values)
 
 
 def inside_call(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]) -> _T:
     """``use(*values)``, computed where `module` would run its forward.
 
-    values: tensors, and whatever else. use: returns a tensor, or tuples, lists and dicts of tensors and other things.
-    A gradient to anything that it reads beside the values and the module's parameters is not waited for.
+    values: tensors, and whatever else. use: returns a tensor, or tuples, lists and dicts of tensors
+        and other things.
+    A gradient to anything that it reads beside the values and the module's parameters is not waited
+    for.
     """
     ticket, entered = _fork(values)
     if _is_grouped(module):
-        # where the root's forward has ended, FSDP2 would take the end of this call's backward for that of the group
+        # where the root's forward has ended, FSDP2 would take the end of this call's backward for
+        # that of the group
         ticket = ticket.detach()
     left: list[Any] = []
 
@@ -55,7 +60,8 @@ def inside_call(module: nn.Module, values: Sequence[Any], use: Callable[..., _T]
 
 
 class Sealed(nn.Module):
-    """A module whose arguments and results keep their dtypes under `fully_shard`, whatever the policy says.
+    """A module whose arguments and results keep their dtypes under `fully_shard`, whatever the
+    policy says.
 
     Its hooks see a ticket in place of them; without `fully_shard` they see what they always do.
     """
@@ -75,7 +81,12 @@ class Sealed(nn.Module):
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call of the module runs more than its forward."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
     return bool(
         own
         or nn_module._global_forward_hooks
@@ -86,7 +97,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_fully_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2's hooks are on the module; where torch.distributed.fsdp was never imported they are not."""
+    """Whether FSDP2's hooks are on the module; where torch.distributed.fsdp was never imported they
+    are not."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 

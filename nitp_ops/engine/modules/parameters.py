@@ -1,4 +1,5 @@
-"""Parameters that an objective brings along: raw, with initial values that depend on the seed alone."""
+"""Parameters that an objective brings along: raw, with initial values that depend on the seed
+alone."""
 
 from __future__ import annotations
 
@@ -28,16 +29,19 @@ def width_problems(size: int | None, info: ModelInfo) -> list[str]:
 
 @contextmanager
 def drawing(seed: int) -> Iterator[None]:
-    """What is drawn inside is drawn on the CPU and depends on the seed alone; the global generator stays as it was."""
+    """What is drawn inside is drawn on the CPU and depends on the seed alone; the global generator
+    stays as it was."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
         yield
 
 
 class OwnParameters(Sealed):
-    """Parameters of the given shapes (None: registered as absent), drawn from normal(0, initializer_range).
+    """Parameters of the given shapes (None: registered as absent), drawn from normal(0,
+    initializer_range).
 
-    They are raw, so that quantisers and adapters leave them alone. They are drawn in order, on the CPU, by an own
+    They are raw, so that quantisers and adapters leave them alone. They are drawn in order, on the
+    CPU, by an own
     generator: the values depend on the seed alone, not on the device, not on the global generator.
     """
 
@@ -53,7 +57,8 @@ class OwnParameters(Sealed):
     def reset_parameters(self) -> None:
         """Draw the initial values anew, always the same ones; on the meta device nothing happens.
 
-        Where an engine has cut a parameter into DTensors each rank draws all of it and keeps its part.
+        Where an engine has cut a parameter into DTensors each rank draws all of it and keeps its
+        part.
         """
         generator = torch.Generator().manual_seed(self.seed)
         for parameter in self.parameters(recurse=False):
@@ -72,7 +77,8 @@ class OwnHead(OwnParameters):
 
 
 class Matrix(nn.Module):
-    """``x W^T``, ``weight [rows, columns]``; no nn.Linear: quantisers and LoRA's "all-linear" leave it alone."""
+    """``x W^T``, ``weight [rows, columns]``; no nn.Linear: quantisers and LoRA's "all-linear" leave
+    it alone."""
 
     def __init__(self, rows: int, columns: int, info: ModelInfo) -> None:
         super().__init__()
@@ -84,7 +90,8 @@ class Matrix(nn.Module):
 
 
 def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """``make()`` on the default device, with initial values that depend on the seed alone; the meta device has none."""
+    """``make()`` on the default device, with initial values that depend on the seed alone; the meta
+    device has none."""
     device = torch.get_default_device()
     if device.type == "meta":
         return make()
@@ -95,7 +102,8 @@ def seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
 
 @torch.no_grad()
 def redraw(module: nn.Module, make: Callable[[], nn.Module], seed: int) -> None:
-    """Give a module that ``make`` made its initial parameters and buffers again; on the meta device nothing happens."""
+    """Give a module that ``make`` made its initial parameters and buffers again; on the meta device
+    nothing happens."""
     if any(parameter.is_meta for parameter in module.parameters()):
         return
     with drawing(seed):

@@ -1,4 +1,5 @@
-"""Which streams and modules an objective uses and how often: its forward pass on a model of width 8, counted."""
+"""Which streams and modules an objective uses and how often: its forward pass on a model of width
+8, counted."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class Uses:
     Attributes:
         parts: of the counts. head_parts: those against the model's head.
         numbers, vectors: in the metrics, 0-d sums and sums of width d.
-        calls: of head, embed and each term's module, by the name of the module. sets: of rows that the head reads.
+        calls: of head, embed and each term's module, by the name of the module. sets: of rows that
+            the head reads.
         shifts: of the targets that are hidden states, in the order of their exchange.
     """
 
@@ -97,7 +99,9 @@ def dry_run(spec: SpecLike, info: ModelInfo, *, sharded: bool) -> Uses:
         sums = objective(streams, step=0).metrics.sums
     uses.parts = len(sums)
     shared = [
-        str(t.label) for t in objective.spec.terms if isinstance(t, HeadTerm) and reads(t.requires(small), "head")
+        str(t.label)
+        for t in objective.spec.terms
+        if isinstance(t, HeadTerm) and reads(t.requires(small), "head")
     ]
     uses.head_parts = sum(name.partition("/")[0] in shared for name in sums)
     for own in sums.values():

@@ -25,11 +25,22 @@ and a label. Costs are those of a float32 model with d = {_INFO.hidden_size}, V 
 def page() -> str:
     """docs/objectives.md: the objectives of this package, in the order of their names."""
     classes = [find(name) for name in available() if plugin_of(name) is None]
-    return "\n".join([_HEAD, *(_section(cls) for cls in classes if cls.__module__.startswith("nitp_ops.objectives."))])
+    return "\n".join(
+        [
+            _HEAD,
+            *(
+                _section(cls)
+                for cls in classes
+                if cls.__module__.startswith("nitp_ops.objectives.")
+            ),
+        ]
+    )
 
 
 def _section(cls: type[Objective]) -> str:
-    blocks = re.split(r"^(Args|Raises|Example|Source):", inspect.getdoc(cls) or "", flags=re.MULTILINE)
+    blocks = re.split(
+        r"^(Args|Raises|Example|Source):", inspect.getdoc(cls) or "", flags=re.MULTILINE
+    )
     text = {"": blocks[0], **dict(zip(blocks[1::2], blocks[2::2], strict=True))}
     kind = "head term" if issubclass(cls, HeadTerm) else "latent term"
     lines = [f"## {cls.name}", "", f"`{cls.__name__}`, a {kind}.", "", text[""].strip(), ""]
@@ -40,7 +51,9 @@ def _section(cls: type[Objective]) -> str:
         lines += [f"| {f.name} | {spelled(types[f.name])} | `{_written(f.default)}` |" for f in own]
         lines += ["", *_bullets(text["Args"]), ""]
     resolved = facts(cls(), _INFO)
-    lines += [f"* {name}: {resolved[name]}" for name in resolved if name not in ("weight", "denominator")]
+    lines += [
+        f"* {name}: {resolved[name]}" for name in resolved if name not in ("weight", "denominator")
+    ]
     # single backticks are Markdown's form of code
     prose = "\n".join(lines).replace("``", "`")
     example = inspect.cleandoc(text["Example"])

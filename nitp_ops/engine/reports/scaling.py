@@ -1,4 +1,5 @@
-"""`python -m nitp_ops.engine.reports.scaling > docs/scaling.md`: what objectives send and hold on meshes of many ranks."""
+"""`python -m nitp_ops.engine.reports.scaling > docs/scaling.md`: what objectives send and hold on
+meshes of many ranks."""
 
 from __future__ import annotations
 

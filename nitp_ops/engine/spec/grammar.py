@@ -78,7 +78,9 @@ def _tokens(text: str) -> list[Token]:
         match = _TOKEN.match(text, position)
         if match is None:
             place = _end_of_space(text, position)
-            raise SpecError([f"expression: {text[place]!r} at column {place + 1} is not part of the grammar"])
+            raise SpecError(
+                [f"expression: {text[place]!r} at column {place + 1} is not part of the grammar"]
+            )
         kind = str(match.lastgroup)
         start = match.start(kind)
         # in "ntp +0.8*nitp" and "1+2" the sign joins two terms, it belongs to no number
@@ -99,7 +101,11 @@ def _split(tokens: list[Token]) -> list[list[Token]]:
     groups: list[list[Token]] = [[]]
     depth = 0
     for token in tokens:
-        depth += (token.text in _CLOSING) - (token.text in _CLOSING.values()) if token.kind == "mark" else 0
+        depth += (
+            (token.text in _CLOSING) - (token.text in _CLOSING.values())
+            if token.kind == "mark"
+            else 0
+        )
         if token.kind == "mark" and token.text == "+" and depth <= 0:
             groups[-1].append(Token("end", "+", token.column))
             groups.append([])
@@ -136,7 +142,12 @@ class _Reader:
             for key in ("weight", "label", "type"):
                 if key in inside:
                     where = "label: weight*name(...)"
-                    raise SpecError([f"expression: {key} at column {column} is an option, expected it in {where}"])
+                    raise SpecError(
+                        [
+                            f"expression: {key} at column {column} is an option, expected it in "
+                            f"{where}"
+                        ]
+                    )
             options |= inside
         self.take("end", '"+" or the end')
         return ParsedTerm(label, name, options)
@@ -147,7 +158,9 @@ class _Reader:
         while self.peek().text != ")":
             key = self.take("word", 'an option or ")"')
             if key.text in options:
-                raise SpecError([f"expression: {key.text} at column {key.column} is given twice, expected once"])
+                raise SpecError(
+                    [f"expression: {key.text} at column {key.column} is given twice, expected once"]
+                )
             self.mark("=")
             options[key.text] = self.literal()
             if self.peek().text != ")":
@@ -208,4 +221,6 @@ class _Reader:
         return token
 
     def refuse(self, token: Token, expected: str) -> None:
-        raise SpecError([f'expression: "{token.text}" at column {token.column}, expected {expected}'])
+        raise SpecError(
+            [f'expression: "{token.text}" at column {token.column}, expected {expected}']
+        )

@@ -13,12 +13,21 @@ from torch import Tensor
 
 from nitp_ops.core.devices import for_sums
 
-from .validation import field_types, is_int, number_problem, of_64_bits, shown, suggestion, type_problem
+from .validation import (
+    field_types,
+    is_int,
+    number_problem,
+    of_64_bits,
+    shown,
+    suggestion,
+    type_problem,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ramp:
-    """``w(n) = 0`` before step `begin`, ``to * shape((n - begin) / warmup)`` after it, `to` from ``begin + warmup`` on.
+    """``w(n) = 0`` before step `begin`, ``to * shape((n - begin) / warmup)`` after it, `to` from
+    ``begin + warmup`` on.
 
     Args:
         to: final weight, >= 0.
@@ -53,7 +62,8 @@ class Ramp:
         object.__setattr__(self, "to", float(self.to))
 
     def at(self, step: int | Tensor) -> Tensor:
-        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 (float32 where there is none), on its device."""
+        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 (float32 where there is
+        none), on its device."""
         step = for_sums(torch.as_tensor(step))
         x = ((step - self.begin) / max(self.warmup, 1)).clamp(0.0, 1.0)
         if self.shape == "cosine":
@@ -90,7 +100,9 @@ class Piecewise:
         for pair in self.points:
             known = isinstance(pair, list | tuple) and len(pair) == 2 and is_int(pair[0])
             if not known or type_problem("weight", pair[1], float) or min(pair) < 0:
-                raise ValueError(f"schedule: points holds {shown(pair)}, {expected}{of_64_bits(pair)}")
+                raise ValueError(
+                    f"schedule: points holds {shown(pair)}, {expected}{of_64_bits(pair)}"
+                )
             pairs.append((pair[0], float(pair[1])))
         steps = [step for step, _ in pairs]
         if not steps or any(later <= step for step, later in itertools.pairwise(steps)):
@@ -98,7 +110,8 @@ class Piecewise:
         object.__setattr__(self, "points", tuple(pairs))
 
     def at(self, step: int | Tensor) -> Tensor:
-        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 (float32 where there is none), on its device."""
+        """The weight at ``step`` (an int or a 0-d tensor): 0-d float64 (float32 where there is
+        none), on its device."""
         step = for_sums(torch.as_tensor(step))
         weight = torch.zeros_like(step)
         for begin, value in self.points:
@@ -133,7 +146,10 @@ def schedule(
         Piecewise(points=((0, 0.3), (200000, 0.1)))
     """
     if (points is None) == (to is None):
-        raise ValueError(f"schedule: points is {shown(points)} and to is {shown(to)}, expected exactly one of them")
+        raise ValueError(
+            f"schedule: points is {shown(points)} and to is {shown(to)}, expected exactly one of "
+            "them"
+        )
     if points is not None:
         return Piecewise(tuple(points))
     assert to is not None
@@ -159,12 +175,15 @@ def as_weight(value: object) -> Weight:
     if isinstance(value, list | tuple):
         return Piecewise(tuple(value))
     if type_problem("weight", value, float) or value < 0:  # type: ignore[operator]
-        raise ValueError(f"weight is {shown(value)}, expected a number{of_64_bits(value)} >= 0 or a schedule")
+        raise ValueError(
+            f"weight is {shown(value)}, expected a number{of_64_bits(value)} >= 0 or a schedule"
+        )
     return float(value)  # type: ignore[arg-type]
 
 
 def weight_at(weight: Weight, step: int | Tensor | None, device: torch.device) -> float | Tensor:
-    """The weight at a step: a constant as it is, that of a schedule as `at` gives it, on ``device``."""
+    """The weight at a step: a constant as it is, that of a schedule as `at` gives it, on
+    ``device``."""
     if isinstance(weight, int | float):
         return weight
     assert step is not None

@@ -1,4 +1,5 @@
-"""What is wrong with a value: one error for all problems, type checks of dataclass fields, "Did you mean"."""
+"""What is wrong with a value: one error for all problems, type checks of dataclass fields, "Did you
+mean"."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ class SpecError(ValueError):
 
 
 class _Bounded(reprlib.Repr):
-    """repr that ends: of long, deep and recursive values, and of integers that Python refuses to write out."""
+    """repr that ends: of long, deep and recursive values, and of integers that Python refuses to
+    write out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,9 +56,11 @@ class _Bounded(reprlib.Repr):
 
 
 def one_line(text: str) -> str:
-    """The text as a line of a terminal: what cannot be printed (line breaks, lone surrogates) is escaped, words of more
-    than 120 letters are cut."""
-    printed = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    """The text as a line of a terminal: what cannot be printed (line breaks, lone surrogates) is
+    escaped, words of more than 120 letters are cut."""
+    printed = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
     return re.sub(r"\S{120,}", lambda word: f"{word[0][:100]}...{word[0][-1]}", printed)
 
 
@@ -92,15 +96,19 @@ def is_int(value: object) -> bool:
 
 
 def of_64_bits(value: object) -> str:
-    """`` of 64 bits`` where a value is, or holds, an integer that int64 can not: what a message then adds to what it
-    expected. Else the empty string.
+    """`` of 64 bits`` where a value is, or holds, an integer that int64 can not: what a message
+    then adds to what it expected. Else the empty string.
 
     Example:
         >>> f"expected an integer{of_64_bits(2**63)}", of_64_bits(2**62), of_64_bits([1, 2**63])
         ('expected an integer of 64 bits', '', ' of 64 bits')
     """
     values = value if isinstance(value, list | tuple) else [value]
-    return " of 64 bits" if any(isinstance(item, int) and not -(2**63) <= item < 2**63 for item in values) else ""
+    return (
+        " of 64 bits"
+        if any(isinstance(item, int) and not -(2**63) <= item < 2**63 for item in values)
+        else ""
+    )
 
 
 @functools.cache
@@ -113,15 +121,19 @@ def field_types(cls: type) -> dict[str, Any]:
 def type_problem(name: str, value: object, expected: Any) -> str | None:
     """One line if ``value`` is not of the type ``expected``, else None.
 
-    Understands Literal, int, float (an int will do; never NaN or infinity), bool, str, None, unions and
-    ``tuple[X, ...]``; a bool is no number. Other types are tested with isinstance.
+    Understands Literal, int, float (an int will do; never NaN or infinity), bool, str, None, unions
+    and ``tuple[X, ...]``; a bool is no number. Other types are tested with isinstance.
     """
     if _fits(value, expected):
         return None
     came = f'"{value}"' if isinstance(value, str) else shown(value)
     choices = [choice for choice in _alternatives(expected) if get_origin(choice) is Literal]
     allowed = [word for choice in choices for word in get_args(choice)]
-    hint = suggestion(value, [word for word in allowed if isinstance(word, str)]) if isinstance(value, str) else ""
+    hint = (
+        suggestion(value, [word for word in allowed if isinstance(word, str)])
+        if isinstance(value, str)
+        else ""
+    )
     numbers = of_64_bits(value) if {int, float} & set(_members(expected)) else ""
     return f"{name} is {came}, expected {spelled(expected)}{numbers}" + (f".{hint}" if hint else "")
 
@@ -135,11 +147,16 @@ def number_problem(name: str, value: float, low: float, *, inclusive: bool = Tru
 
 def count_problem(name: str, value: int, low: int, high: int) -> str | None:
     """One line if ``value`` is outside [low, high], else None."""
-    return None if low <= value <= high else f"{name} is {value}, expected an integer in [{low}, {high}]"
+    return (
+        None
+        if low <= value <= high
+        else f"{name} is {value}, expected an integer in [{low}, {high}]"
+    )
 
 
 def tidy(value: Any, expected: Any) -> Any:
-    """A value of the right type in its one form: lists become tuples, an int in a float field a float."""
+    """A value of the right type in its one form: lists become tuples, an int in a float field a
+    float."""
     if isinstance(value, list):
         return tuple(value)
     return float(value) if expected is float and is_int(value) else value
@@ -165,7 +182,9 @@ def _fits(value: object, expected: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(word) and value == word for word in get_args(expected))
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, get_args(expected)[0]) for item in value)
+        return isinstance(value, list | tuple) and all(
+            _fits(item, get_args(expected)[0]) for item in value
+        )
     if expected is float:
         return is_int(value) or (isinstance(value, float) and math.isfinite(value))
     if expected is int:
@@ -181,8 +200,15 @@ def spelled(expected: Any) -> str:
     if origin is Literal:
         return f"one of {listing(get_args(expected))}"
     if origin is tuple:
-        return f"a list of {spelled(get_args(expected)[0]).split(maxsplit=1)[-1]}s"  # "an integer" -> "integers"
+        # "an integer" -> "integers"
+        return f"a list of {spelled(get_args(expected)[0]).split(maxsplit=1)[-1]}s"
     if origin in (Union, types.UnionType):
         return " or ".join(spelled(choice) for choice in get_args(expected))
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", type(None): "null"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "a string",
+        type(None): "null",
+    }
     return names.get(expected, getattr(expected, "__name__", str(expected)))

@@ -15,7 +15,8 @@ def is_distributed() -> bool:
 
 
 def group_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(number of ranks, this rank's place) in a group, None: all ranks; (1, 0) without torch.distributed."""
+    """(number of ranks, this rank's place) in a group, None: all ranks; (1, 0) without
+    torch.distributed."""
     return (dist.get_world_size(group), dist.get_rank(group)) if is_distributed() else (1, 0)
 
 
@@ -38,9 +39,11 @@ def all_gather(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def agree(what: str, error: Exception | None, content: str = "") -> None:
-    """Where a rank has an error raise on every rank; without torch.distributed raise it. All ranks must call.
+    """Where a rank has an error raise on every rank; without torch.distributed raise it. All ranks
+    must call.
 
-    For work that can fail on some ranks only (files): those that succeeded would wait for the others in vain.
+    For work that can fail on some ranks only (files): those that succeeded would wait for the
+    others in vain.
 
     Args:
         what: the function that the user called.
@@ -48,7 +51,8 @@ def agree(what: str, error: Exception | None, content: str = "") -> None:
         content: must be the same on all ranks.
 
     Raises:
-        RuntimeError: another rank has an error, or other content. Where this rank has the error: the error itself.
+        RuntimeError: another rank has an error, or other content. Where this rank has the error:
+            the error itself.
     """
     ranks, _ = group_size(None)
     found: list[tuple[str, str]] = [("", content)] * ranks
@@ -62,14 +66,19 @@ def agree(what: str, error: Exception | None, content: str = "") -> None:
         if problem:
             raise RuntimeError(f"{what}: rank {rank} failed: {problem}")
         if other != content:
-            raise RuntimeError(f"{what}: rank {rank} read other content than this rank, expected one file for all")
+            raise RuntimeError(
+                f"{what}: rank {rank} read other content than this rank, expected one file for all"
+            )
 
 
 @contextmanager
 def _explained(what: str, group: dist.ProcessGroup | None) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # what gloo raises when a peer is gone or late; NCCL's watchdog ends the process
+    # what gloo raises when a peer is gone or late; NCCL's watchdog ends the process
+    except RuntimeError as error:
         ranks, rank = group_size(group)
         stopped = f"a rank of {ranks} stopped or did not call it (this is rank {rank})"
-        raise RuntimeError(f"objective: the collective for {what} failed: {stopped}: {error}") from error
+        raise RuntimeError(
+            f"objective: the collective for {what} failed: {stopped}: {error}"
+        ) from error

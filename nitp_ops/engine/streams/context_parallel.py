@@ -1,7 +1,9 @@
-"""Context parallel: which part of every sequence is here, and the rows that follow it on other ranks.
+"""Context parallel: which part of every sequence is here, and the rows that follow it on other
+ranks.
 
-Token streams are whole on every rank, so targets are shifted before they are cut; hidden streams are the rank's part. A
-target that is a hidden state may lie on another rank: the first k rows of every chunk travel, without a gradient.
+Token streams are whole on every rank, so targets are shifted before they are cut; hidden streams
+are the rank's part. A target that is a hidden state may lie on another rank: the first k rows of
+every chunk travel, without a gradient.
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ class SequenceShard:
     """The positions of ``[B, T]`` that this rank of a context parallel group of p ranks holds.
 
     * "contiguous": rank r holds chunk r of p equal chunks;
-    * "zigzag": chunks r and 2 p - 1 - r of 2 p equal chunks, so that causal attention costs every rank the same.
+    * "zigzag": chunks r and 2 p - 1 - r of 2 p equal chunks, so that causal attention costs every
+      rank the same.
 
     Args:
         length: T, of the whole sequence; a multiple of p (zigzag: of 2 p).
-        layout: as above. group: the context parallel ranks (None: all); without torch.distributed one rank.
+        layout: as above. group: the context parallel ranks (None: all); without torch.distributed
+            one rank.
 
     Attributes:
-        spans: ``(begin, end)`` of each chunk that is here, in the order of the local positions. size: T / p.
+        spans: ``(begin, end)`` of each chunk that is here, in the order of the local positions.
+            size: T / p.
 
     Raises:
         TypeError, ValueError: an unknown layout, a length that the chunks do not divide.
@@ -53,16 +58,25 @@ class SequenceShard:
 
     def __post_init__(self) -> None:
         if self.layout not in ("contiguous", "zigzag"):
-            raise ValueError(f'SequenceShard: layout is {self.layout!r}, expected "contiguous" or "zigzag"')
+            raise ValueError(
+                f'SequenceShard: layout is {self.layout!r}, expected "contiguous" or "zigzag"'
+            )
         if not is_int(self.length):
-            raise TypeError(f"SequenceShard: length is {self.length!r}, expected an integer{of_64_bits(self.length)}")
+            raise TypeError(
+                f"SequenceShard: length is {self.length!r}, expected an "
+                f"integer{of_64_bits(self.length)}"
+            )
         ranks, rank = group_size(self.group)
         total = ranks * self._chunks_a_rank
         if self.length < 1 or self.length % total:
-            raise ValueError(f"SequenceShard: length is {self.length}, expected a multiple of {total} chunks")
+            raise ValueError(
+                f"SequenceShard: length is {self.length}, expected a multiple of {total} chunks"
+            )
         chunk = self.length // total
         here = _chunks(rank, ranks, self._chunks_a_rank)
-        object.__setattr__(self, "spans", tuple((index * chunk, (index + 1) * chunk) for index in here))
+        object.__setattr__(
+            self, "spans", tuple((index * chunk, (index + 1) * chunk) for index in here)
+        )
 
     @property
     def size(self) -> int:
@@ -71,13 +85,18 @@ class SequenceShard:
     def take(self, whole: Tensor, dim: int = 1) -> Tensor:
         """The local part of a whole stream, along its sequence axis."""
         if whole.shape[dim] != self.length:
-            raise ValueError(f"SequenceShard: axis {dim} has {whole.shape[dim]} positions, expected {self.length}")
+            raise ValueError(
+                f"SequenceShard: axis {dim} has {whole.shape[dim]} positions, expected "
+                f"{self.length}"
+            )
         return columns(whole, self.spans, 0, dim)
 
     def following(self, rows: Tensor, k: int) -> Tensor:
-        """``out[:, t]`` is the row k tokens after local row t, zeros past the end: ``[B, T/p, d]``, detached.
+        """``out[:, t]`` is the row k tokens after local row t, zeros past the end: ``[B, T/p, d]``,
+        detached.
 
-        One all-gather of the first k rows of every chunk, ``B d k`` numbers a chunk; every rank of the group must call.
+        One all-gather of the first k rows of every chunk, ``B d k`` numbers a chunk; every rank of
+        the group must call.
 
         Raises:
             ValueError: k is larger than a chunk: the row would be two chunks away.
@@ -88,14 +107,24 @@ class SequenceShard:
         parts, total = self._chunks_a_rank, self.length // (self.spans[0][1] - self.spans[0][0])
         chunks = rows.unflatten(1, (parts, -1))
         if k > chunks.shape[2]:
-            raise ValueError(f"SequenceShard: shift is {k}, expected at most the {chunks.shape[2]} rows of a chunk")
+            raise ValueError(
+                f"SequenceShard: shift is {k}, expected at most the {chunks.shape[2]} rows of a "
+                "chunk"
+            )
         first_rows = all_gather(chunks[:, :, :k].contiguous(), self.group)
-        where = {c: (r, i) for r in range(total // parts) for i, c in enumerate(_chunks(r, total // parts, parts))}
+        where = {
+            c: (r, i)
+            for r in range(total // parts)
+            for i, c in enumerate(_chunks(r, total // parts, parts))
+        }
         pieces = []
         for place, (_, end) in enumerate(self.spans):
             rank, slot = where.get(end * total // self.length, (0, 0))
             after = first_rows[rank][:, slot]
-            pieces += [chunks[:, place, k:], after if end < self.length else torch.zeros_like(after)]
+            pieces += [
+                chunks[:, place, k:],
+                after if end < self.length else torch.zeros_like(after),
+            ]
         return torch.cat(pieces, dim=1)
 
     @property

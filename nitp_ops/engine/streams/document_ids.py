@@ -21,14 +21,15 @@ def derive_documents(
 
     * attention_mask m: document m - 1, so that 0 is padding and numbered documents stay apart;
     * position_ids p: a new document wherever ``p[t] != p[t-1] + 1``;
-    * cu_seqlens c: of the B*T tokens in row-major order, those from c[i] to c[i+1] - 1 are document i, those
-      after the last entry padding.
+    * cu_seqlens c: of the B*T tokens in row-major order, those from c[i] to c[i+1] - 1 are document
+      i, those after the last entry padding.
 
     attention_mask and one of the others combine: padding from the mask, boundaries from the other.
 
     Raises:
-        ValueError: two sources that disagree about a boundary or about padding (comparing them reads values, so it
-            waits for the device; one source, or a mask with position_ids or cu_seqlens, does not).
+        ValueError: two sources that disagree about a boundary or about padding (comparing them
+            reads values, so it waits for the device; one source, or a mask with position_ids or
+            cu_seqlens, does not).
     """
     padding = None if attention_mask is None else attention_mask == 0
     found: dict[str, Tensor] = {}
@@ -47,7 +48,10 @@ def derive_documents(
     if padding is None:
         return documents
     if document_ids is not None and not torch.equal(documents < 0, padding):
-        raise ValueError("Streams: attention_mask disagrees with document_ids, expected 0 exactly where ids are < 0")
+        raise ValueError(
+            "Streams: attention_mask disagrees with document_ids, expected 0 exactly "
+            "where ids are < 0"
+        )
     return documents.masked_fill(padding, -1)
 
 
@@ -63,9 +67,16 @@ def _check_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
     if not checks.host_reads(cu_seqlens.device) or torch.compiler.is_compiling():
         return
     rising = bool((cu_seqlens[1:] >= cu_seqlens[:-1]).all())
-    if cu_seqlens.dim() != 1 or not rising or bool((cu_seqlens < 0).any()) or bool((cu_seqlens > tokens).any()):
+    if (
+        cu_seqlens.dim() != 1
+        or not rising
+        or bool((cu_seqlens < 0).any())
+        or bool((cu_seqlens > tokens).any())
+    ):
         came = cu_seqlens.tolist() if cu_seqlens.numel() <= 8 else f"{cu_seqlens.numel()} values"
-        raise ValueError(f"Streams: cu_seqlens is {came}, expected rising offsets within [0, {tokens}]")
+        raise ValueError(
+            f"Streams: cu_seqlens is {came}, expected rising offsets within [0, {tokens}]"
+        )
 
 
 def _from_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -81,4 +92,6 @@ def _same_boundaries(name: str, documents: Tensor, other_name: str, other: Tenso
     real = (documents >= 0) & (other >= 0)
     compared = real[:, 1:] & real[:, :-1]
     if bool((compared & (joined(documents) != joined(other))).any()):
-        raise ValueError(f"Streams: {other_name} disagrees with {name}, expected the same document boundaries")
+        raise ValueError(
+            f"Streams: {other_name} disagrees with {name}, expected the same document boundaries"
+        )

@@ -10,11 +10,14 @@ from nitp_ops.engine.spec.validation import is_int, shown
 
 @dataclass(frozen=True)
 class Need:
-    """One stream that an objective reads; its text is the name in messages, such as ``hidden_states[4]``.
+    """One stream that an objective reads; its text is the name in messages, such as
+    ``hidden_states[4]``.
 
     Args:
-        stream: a field of `Streams`. layer: with "hidden_states", after how many blocks. name: with "external", which.
-        grad: whether a gradient goes into it. A tapped state that nobody wants a gradient of is handed over detached.
+        stream: a field of `Streams`. layer: with "hidden_states", after how many blocks. name: with
+            "external", which.
+        grad: whether a gradient goes into it. A tapped state that nobody wants a gradient of is
+            handed over detached.
 
     Raises:
         TypeError, ValueError: a layer or a name that the stream does not have, or lacks.

@@ -18,41 +18,57 @@ from .needs import Need
 _TOKEN_FIELDS = (
     "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
 )  # fmt: skip
-_INTEGER_FIELDS = ("token_ids", "labels", "shift_labels", "document_ids", "position_ids", "cu_seqlens")
+_INTEGER_FIELDS = (
+    "token_ids",
+    "labels",
+    "shift_labels",
+    "document_ids",
+    "position_ids",
+    "cu_seqlens",
+)
 _HIDDEN_FIELDS = ("last_hidden", "last_residual")
 #: Fields of hidden states, as a `Need` names them.
 HIDDEN_STREAMS = (*_HIDDEN_FIELDS, "hidden_states")
 #: Whose document a pre-shifted label belongs to, see `Streams`.
 LabelLayout: TypeAlias = Literal["document", "stream"]
-#: What `Streams` sets for itself. No fields: FSDP2 makes its inputs anew from theirs, all of which must be arguments.
+#: What `Streams` sets for itself. No fields: FSDP2 makes its inputs anew from theirs, all of which
+#: must be arguments.
 _DERIVED = ("spans", "shape", "device", "external_pairs", "documents", "formed")
 
 
 @dataclass(kw_only=True)
 class Streams:
-    """Token streams ``[B, T]`` and hidden streams ``[B, T, d]`` of one batch; all optional, nothing is copied.
+    """Token streams ``[B, T]`` and hidden streams ``[B, T, d]`` of one batch; all optional, nothing
+    is copied.
 
     Args:
         token_ids: ids; also the targets where no labels are given.
         labels: targets, unshifted: ``labels[t]`` belongs to token t (Hugging Face).
-        shift_labels: targets, pre-shifted: ``shift_labels[t]`` belongs to token t + 1 (Megatron, torchtitan, nanoGPT).
-            labels or shift_labels, never both.
-        label_layout: how shift_labels were made; labels and token_ids have no other layout than their own.
-            "document": inside each document, so that a label belongs to the document of the position where it stands
-            and a document's last label, its end of text, is a target (torchtitan, NeMo). "stream": over the whole row;
-            the label at a document's last position is the next document's first token, no target.
-        document_ids: >= 0 the document, < 0 padding. Or derive them from attention_mask (0 is padding), position_ids
-            (``[B, T]`` or ``[1, T]``; a break wherever the position is not the previous + 1) or cu_seqlens (1-D).
-        target_mask: bool; token t may be a target. It belongs to the target, not to the token that predicts it.
+        shift_labels: targets, pre-shifted: ``shift_labels[t]`` belongs to token t + 1 (Megatron,
+            torchtitan, nanoGPT). labels or shift_labels, never both.
+        label_layout: how shift_labels were made; labels and token_ids have no other layout than
+            their own. "document": inside each document, so that a label belongs to the document of
+            the position where it stands and a document's last label, its end of text, is a target
+            (torchtitan, NeMo). "stream": over the whole row; the label at a document's last
+            position is the next document's first token, no target.
+        document_ids: >= 0 the document, < 0 padding. Or derive them from attention_mask (0 is
+            padding), position_ids (``[B, T]`` or ``[1, T]``; a break wherever the position is not
+            the previous + 1) or cu_seqlens (1-D).
+        target_mask: bool; token t may be a target. It belongs to the target, not to the token that
+            predicts it.
         token_weight: weight of token t as a target, in every head term; float.
-        class_weight: ``[V]`` float, weight of each token id as a target, for ``ntp(class_weight=true)``.
+        class_weight: ``[V]`` float, weight of each token id as a target, for
+            ``ntp(class_weight=true)``.
         last_hidden: final hidden state after the final norm. last_residual: the same before it.
         hidden_states: ``{k: residual stream after k blocks}``, 0 the embedding output.
-        head, embed: the module (anything with ``weight [V, d]`` and perhaps ``bias [V]``) or a leaf tensor ``[V, d]``.
-        external: ``{name: (sum, count)}`` that the model computed itself, or ``{name: sum}`` with a count of 1.
+        head, embed: the module (anything with ``weight [V, d]`` and perhaps ``bias [V]``) or a leaf
+            tensor ``[V, d]``.
+        external: ``{name: (sum, count)}`` that the model computed itself, or ``{name: sum}`` with a
+            count of 1.
         ignore_index: the label that means "no target".
-        shard: under context parallel, the part of the sequence that is here. Token streams and documents are then
-            of the whole sequence, ``[B, shard.length]``, hidden streams of the part, ``[B, shard.size, d]``.
+        shard: under context parallel, the part of the sequence that is here. Token streams and
+            documents are then of the whole sequence, ``[B, shard.length]``, hidden streams of the
+            part, ``[B, shard.size, d]``.
 
     Attributes:
         shape: (B, T) of the hidden streams. spans: which positions of the token streams they are.
@@ -60,7 +76,8 @@ class Streams:
         external_pairs: `external` with every count there, a 0-d int64 tensor.
 
     Raises:
-        TypeError, ValueError: wrong dtypes or shapes, both kinds of labels, document sources that disagree.
+        TypeError, ValueError: wrong dtypes or shapes, both kinds of labels, document sources that
+            disagree.
 
     Example:
         >>> streams = Streams(token_ids=torch.tensor([[5, 6, 7, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
@@ -90,17 +107,24 @@ class Streams:
 
     def __post_init__(self) -> None:
         if self.labels is not None and self.shift_labels is not None:
-            raise ValueError("Streams: labels and shift_labels are both given, expected at most one of them")
+            raise ValueError(
+                "Streams: labels and shift_labels are both given, expected at most one of them"
+            )
         check_label_layout("Streams", self.label_layout)
         if not is_int(self.ignore_index):
             raise TypeError(
-                f"Streams: ignore_index is {self.ignore_index!r}, expected an integer{of_64_bits(self.ignore_index)}"
+                f"Streams: ignore_index is {self.ignore_index!r}, expected an "
+                f"integer{of_64_bits(self.ignore_index)}"
             )
         if not isinstance(self.hidden_states, Mapping):
             came = type(self.hidden_states).__name__
-            raise TypeError(f"Streams: hidden_states is a {came}, expected a mapping of block count to tensor")
+            raise TypeError(
+                f"Streams: hidden_states is a {came}, expected a mapping of block count to tensor"
+            )
         if not (self.shard is None or isinstance(self.shard, SequenceShard)):
-            raise TypeError(f"Streams: shard is a {type(self.shard).__name__}, expected a SequenceShard")
+            raise TypeError(
+                f"Streams: shard is a {type(self.shard).__name__}, expected a SequenceShard"
+            )
         whole = self._check_shapes()
         self.spans = ((0, whole[1]),) if self.shard is None else self.shard.spans
         self.shape = whole if self.shard is None else (whole[0], self.shard.size)
@@ -128,7 +152,9 @@ class Streams:
         for name in ("shift_labels", "labels", "token_ids"):
             if getattr(self, name) is not None:
                 return name
-        raise ValueError("Streams: token_ids, labels and shift_labels are all missing, expected one of them")
+        raise ValueError(
+            "Streams: token_ids, labels and shift_labels are all missing, expected one of them"
+        )
 
     def offers(self, need: Need) -> bool:
         """Whether a stream is here."""
@@ -145,42 +171,61 @@ class Streams:
 
     def hidden_streams(self) -> dict[str, Tensor]:
         """Every hidden stream that is here, under the name of its `Need`."""
-        named = {name: value for name in _HIDDEN_FIELDS if (value := getattr(self, name)) is not None}
-        named |= {f"hidden_states[{k}]": value for k, value in self.hidden_states.items() if value is not None}
+        named = {
+            name: value for name in _HIDDEN_FIELDS if (value := getattr(self, name)) is not None
+        }
+        named |= {
+            f"hidden_states[{k}]": value
+            for k, value in self.hidden_states.items()
+            if value is not None
+        }
         return named
 
     def for_a_call(self) -> Streams:
-        """The same for one call of an objective: what `shift` derives of the tokens is formed once there."""
+        """The same for one call of an objective: what `shift` derives of the tokens is formed once
+        there."""
         other = self.with_hidden({})
         other.formed = {}
         return other
 
     def with_hidden(self, streams: Mapping[str, Tensor]) -> Streams:
-        """The same with some hidden streams replaced by others of their shapes: nothing is checked or derived again.
+        """The same with some hidden streams replaced by others of their shapes: nothing is checked
+        or derived again.
 
         Args:
             streams: by the names of `hidden_streams`.
         """
         other = object.__new__(type(self))
-        if (
-            torch.compiler.is_compiling()
-        ):  # torch 2.11 traces neither copy nor vars: names of fields, also of a subclass
+        # torch 2.11 traces neither copy nor vars: names of fields, also of a subclass
+        if torch.compiler.is_compiling():
             for name in (*(each.name for each in fields(self)), *_DERIVED):
                 setattr(other, name, getattr(self, name))
         else:
             vars(other).update(vars(self))
         for name in _HIDDEN_FIELDS:
             setattr(other, name, streams.get(name, getattr(self, name)))
-        states = {k: streams[name] for k in self.hidden_states if (name := f"hidden_states[{k}]") in streams}
+        states = {
+            k: streams[name]
+            for k in self.hidden_states
+            if (name := f"hidden_states[{k}]") in streams
+        }
         if states:
             other.hidden_states = {**self.hidden_states, **states}
         return other
 
     def widened(self, names: Iterable[str]) -> Streams:
-        """Narrow streams of these names in float32: several gradients add up there and are rounded once. The ops still
-        run their GEMMs in the weights' dtype, from the same values."""
-        given = {name: value for name in names if (value := getattr(self, name)) is not None and value.requires_grad}
-        wide = {name: x.float() for name, x in given.items() if x.dtype in (torch.bfloat16, torch.float16)}
+        """Narrow streams of these names in float32: several gradients add up there and are rounded
+        once. The ops still run their GEMMs in the weights' dtype, from the same values."""
+        given = {
+            name: value
+            for name in names
+            if (value := getattr(self, name)) is not None and value.requires_grad
+        }
+        wide = {
+            name: x.float()
+            for name, x in given.items()
+            if x.dtype in (torch.bfloat16, torch.float16)
+        }
         return self.with_hidden(wide) if wide else self
 
     def _check_shapes(self) -> tuple[int, int]:
@@ -190,21 +235,35 @@ class Streams:
         for name in _TOKEN_FIELDS:
             value = getattr(self, name)
             if value is not None and value.shape != shape:
-                raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {shape}")
+                raise ValueError(
+                    f"Streams: {name} has shape {tuple(value.shape)}, expected {shape}"
+                )
         positions, lengths = self.position_ids, self.cu_seqlens
         if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
-            raise ValueError(f"Streams: position_ids has shape {tuple(positions.shape)}, expected {shape} or (1, T)")
+            raise ValueError(
+                f"Streams: position_ids has shape {tuple(positions.shape)}, expected "
+                f"{shape} or (1, T)"
+            )
         if lengths is not None and (lengths.dim() != 1 or lengths.numel() < 2):
-            raise ValueError(f"Streams: cu_seqlens has shape {tuple(lengths.shape)}, expected (documents + 1,)")
+            raise ValueError(
+                f"Streams: cu_seqlens has shape {tuple(lengths.shape)}, expected (documents + 1,)"
+            )
         classes = self.class_weight
         if classes is not None and classes.dim() != 1:
-            raise ValueError(f"Streams: class_weight has shape {tuple(classes.shape)}, expected (V,)")
+            raise ValueError(
+                f"Streams: class_weight has shape {tuple(classes.shape)}, expected (V,)"
+            )
         if self.shard is not None and shape[1] != self.shard.length:
-            raise ValueError(f"Streams: the token streams have shape {shape}, expected all {self.shard.length} tokens")
+            raise ValueError(
+                f"Streams: the token streams have shape {shape}, expected all {self.shard.length} "
+                "tokens"
+            )
         part = shape if self.shard is None else (shape[0], self.shard.size)
         for name, value in self.hidden_streams().items():
             if value.dim() != 3 or value.shape[:2] != part:
-                raise ValueError(f"Streams: {name} has shape {tuple(value.shape)}, expected {(*part, 'd')}")
+                raise ValueError(
+                    f"Streams: {name} has shape {tuple(value.shape)}, expected {(*part, 'd')}"
+                )
         return shape  # type: ignore[return-value]
 
     def _check_dtypes(self) -> None:
@@ -214,23 +273,38 @@ class Streams:
                 raise TypeError(f"Streams: {name} is {value.dtype}, expected an integer dtype")
         mask, target_mask, weight = self.attention_mask, self.target_mask, self.token_weight
         if mask is not None and mask.is_floating_point():
-            raise TypeError(f"Streams: attention_mask is {mask.dtype}, expected bool or an integer dtype")
+            raise TypeError(
+                f"Streams: attention_mask is {mask.dtype}, expected bool or an integer dtype"
+            )
         if target_mask is not None and target_mask.dtype != torch.bool:
             raise TypeError(f"Streams: target_mask is {target_mask.dtype}, expected torch.bool")
         for name, given in (("token_weight", weight), ("class_weight", self.class_weight)):
             if given is not None and not given.is_floating_point():
-                raise TypeError(f"Streams: {name} is {given.dtype}, expected a floating point dtype")
+                raise TypeError(
+                    f"Streams: {name} is {given.dtype}, expected a floating point dtype"
+                )
 
     def _pair(self, name: str) -> tuple[Tensor, Tensor]:
         given = self.external[name]
         total, count = given if isinstance(given, tuple) and len(given) == 2 else (given, 1)
         if not isinstance(total, Tensor) or total.dim() > 0 or not total.is_floating_point():
-            raise TypeError(f"Streams: external[{name}] is {_came(given)}, expected a 0-d float sum, or (sum, count)")
-        if isinstance(count, int) and is_int(count):
-            return total.to(self.device), torch.full((), count, dtype=torch.int64, device=self.device)
-        if not isinstance(count, Tensor) or count.dim() > 0 or count.is_floating_point() or count.dtype == torch.bool:
             raise TypeError(
-                f"Streams: external[{name}] has the count {_came(count)}, expected an integer{of_64_bits(count)}"
+                f"Streams: external[{name}] is {_came(given)}, expected a 0-d float "
+                "sum, or (sum, count)"
+            )
+        if isinstance(count, int) and is_int(count):
+            return total.to(self.device), torch.full(
+                (), count, dtype=torch.int64, device=self.device
+            )
+        if (
+            not isinstance(count, Tensor)
+            or count.dim() > 0
+            or count.is_floating_point()
+            or count.dtype == torch.bool
+        ):
+            raise TypeError(
+                f"Streams: external[{name}] has the count {_came(count)}, expected an "
+                f"integer{of_64_bits(count)}"
             )
         return total.to(self.device), count.detach().to(self.device, torch.int64)
 
@@ -246,4 +320,8 @@ def check_label_layout(function: str, layout: object) -> None:
 
 
 def _came(value: object) -> str:
-    return f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+    return (
+        f"a tensor {tuple(value.shape)} of {value.dtype}"
+        if isinstance(value, Tensor)
+        else repr(value)
+    )

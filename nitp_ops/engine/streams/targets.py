@@ -1,17 +1,20 @@
-"""Targets k steps ahead: which exist, which tokens they are, what they weigh. Nothing ever wraps around.
+"""Targets k steps ahead: which exist, which tokens they are, what they weigh. Nothing ever wraps
+around.
 
     P_k[b, t] = (0 <= t+k < T) & (doc[b, t+k] == doc[b, t]) & (doc[b, t] >= 0)
 
-P_k: the hidden state and the input token k steps ahead are there. V_k: the token target k steps ahead counts.
+P_k: the hidden state and the input token k steps ahead are there. V_k: the token target k steps
+    ahead counts.
 
 * labels, or token_ids alone: V_k = P_k, where token t+k may be a target.
-* shift_labels: the label of token t+k stands at p = t+k-1 and belongs to the document of that position. V_k is
-  doc[b, p] == doc[b, t] >= 0, where the label is one. So a document's last label is a target, as is that of token T:
-  they have no hidden state, which pairs would need. What the streams say about token t+k, target_mask and token_weight,
-  is asked where P_k holds. With ``label_layout="stream"`` a label whose token begins another document is none.
+* shift_labels: the label of token t+k stands at p = t+k-1 and belongs to the document of that
+  position. V_k is doc[b, p] == doc[b, t] >= 0, where the label is one. So a document's last label
+  is a target, as is that of token T: they have no hidden state, which pairs would need. What the
+  streams say about token t+k, target_mask and token_weight, is asked where P_k holds. With
+  ``label_layout="stream"`` a label whose token begins another document is none.
 
-Under context parallel (`Streams.shard`) everything is shifted over the whole sequence, then cut to the positions that
-are here: [B, T] is then [B, T/p].
+Under context parallel (`Streams.shard`) everything is shifted over the whole sequence, then cut to
+the positions that are here: [B, T] is then [B, T/p].
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ _T = TypeVar("_T")
 
 
 def _once_a_call(function: Callable[..., _T]) -> Callable[..., _T]:
-    """`function` of streams and constants, formed once while an objective's call lasts (`Streams.for_a_call`): terms
-    ask for the same targets, and count them before they use them. Nobody may write into what it returns."""
+    """`function` of streams and constants, formed once while an objective's call lasts
+    (`Streams.for_a_call`): terms ask for the same targets, and count them before they use them.
+    Nobody may write into what it returns."""
 
     name = function.__name__
 
@@ -52,13 +56,18 @@ def _once_a_call(function: Callable[..., _T]) -> Callable[..., _T]:
 def check_targets(streams: Streams, vocabulary: int) -> None:
     """Refuses a target outside [0, vocabulary), by the name and the place that it came with.
 
-    On CPU, where values may be read, and outside torch.compile; else only the ops meet it, which know neither.
+    On CPU, where values may be read, and outside torch.compile; else only the ops meet it, which
+    know neither.
 
     Raises:
         IndexError: such a token is a target of the position before it.
     """
     tokens = streams.tokens
-    if torch.compiler.is_compiling() or type(tokens) is not Tensor or not checks.host_reads(tokens.device):
+    if (
+        torch.compiler.is_compiling()
+        or type(tokens) is not Tensor
+        or not checks.host_reads(tokens.device)
+    ):
         return
     if _all_inside(tokens, vocabulary, streams.ignore_index):
         return
@@ -71,13 +80,14 @@ def check_targets(streams: Streams, vocabulary: int) -> None:
         row, place = wrong.nonzero()[0].tolist()
         place -= targets.shape[1] - tokens.shape[1]  # shift_labels lack the first
         raise IndexError(
-            f"objective: {streams.tokens_name}[{row}, {place}] is {int(tokens[row, place])}, expected a value in "
-            f"[0, {vocabulary}) or ignore_index={streams.ignore_index}"
+            f"objective: {streams.tokens_name}[{row}, {place}] is {int(tokens[row, place])}, "
+            f"expected a value in [0, {vocabulary}) or ignore_index={streams.ignore_index}"
         )
 
 
 def _all_inside(tokens: Tensor, vocabulary: int, ignore_index: int) -> bool:
-    """Whether every token could be a target, wherever it stands: what most batches answer in a read or two."""
+    """Whether every token could be a target, wherever it stands: what most batches answer in a read
+    or two."""
     if not tokens.numel():
         return True
     low, high = map(int, torch.aminmax(tokens))
@@ -104,12 +114,15 @@ def token_targets(streams: Streams, k: int) -> Tensor:
     targets = _ahead(_targets(streams), k, streams, streams.ignore_index)
     if streams.documents is None:  # one document a row
         return targets
-    return targets.masked_fill(~_equal_ahead(*_documents(streams), k, streams), streams.ignore_index)
+    return targets.masked_fill(
+        ~_equal_ahead(*_documents(streams), k, streams), streams.ignore_index
+    )
 
 
 @_once_a_call
 def inputs_ahead(streams: Streams, k: int) -> Tensor:
-    """``token_ids[t+k]`` where P_k holds, else 0: int64 [B, T]. They are inputs: target_mask does not hide them.
+    """``token_ids[t+k]`` where P_k holds, else 0: int64 [B, T]. They are inputs: target_mask does
+    not hide them.
 
     Raises:
         ValueError: no token_ids (labels are no inputs: some are absent).
@@ -122,7 +135,8 @@ def inputs_ahead(streams: Streams, k: int) -> Tensor:
 def rows_ahead(streams: Streams, rows: Tensor, k: int) -> tuple[Tensor, int]:
     """(x, s): the detached row of a hidden stream k tokens after t is ``x[:, t+s]``, [B, T, d].
 
-    Without a shard that is (rows, k), nothing is copied. With one the rows of other ranks come in, and s is 0.
+    Without a shard that is (rows, k), nothing is copied. With one the rows of other ranks come in,
+    and s is 0.
     """
     return (rows.detach(), k) if streams.shard is None else (streams.shard.following(rows, k), 0)
 
@@ -141,8 +155,8 @@ def _weights_ahead(streams: Streams, k: int) -> Tensor:
 class TargetWindow:
     """The targets x[t+k], first <= k <= last, of each row, each token once, at its smallest k.
 
-    What [B, T, last] would hold is built for the rows and the width that are asked for, from the nearest target on.
-    Rows are numbered b T + t over the positions that are here.
+    What [B, T, last] would hold is built for the rows and the width that are asked for, from the
+    nearest target on. Rows are numbered b T + t over the positions that are here.
     """
 
     def __init__(self, streams: Streams, first: int, last: int) -> None:
@@ -155,7 +169,9 @@ class TargetWindow:
         place = torch.arange(self.whole.shape[1], device=streams.device).expand_as(self.whole)
         nearest = after
         if streams.shift_labels is not None:  # the label of token t + 1 stands at t
-            nearest = torch.where(self.tokens[:, 1:] != streams.ignore_index, place + 1, after[:, 1:])
+            nearest = torch.where(
+                self.tokens[:, 1:] != streams.ignore_index, place + 1, after[:, 1:]
+            )
         after = torch.cat([after, after.new_full((len(after), 1), self.beyond)], dim=1)
         for _ in range(first - 1):
             nearest = torch.where(nearest < place + first, after.gather(1, nearest), nearest)
@@ -165,23 +181,33 @@ class TargetWindow:
 
     def occupied(self) -> Tensor:
         """Which rows have a target: bool [B T]."""
-        return (self.nearest < self.beyond) & (self.nearest <= self.place + self.last) & (self.document >= 0)
+        return (
+            (self.nearest < self.beyond)
+            & (self.nearest <= self.place + self.last)
+            & (self.document >= 0)
+        )
 
     def targets(self, rows: slice, width: int) -> tuple[Tensor, Tensor]:
-        """(x[t+k] or ignore_index, k): int64 [rows, K], for k = that of the nearest target, the next, ...; K = width,
-        or less where the sequence is shorter."""
+        """(x[t+k] or ignore_index, k): int64 [rows, K], for k = that of the nearest target, the
+        next, ...; K = width, or less where the sequence is shorter."""
         row, place, nearest, document = (
             x[rows].unsqueeze(1) for x in (self.row, self.place, self.nearest, self.document)
         )
         column = nearest + torch.arange(max(1, min(width, self.beyond)), device=nearest.device)
         k = column - place
         at = row, column.clamp(max=self.beyond - 1)
-        valid = (column < self.beyond) & (k <= self.last) & (self.documents[at] == document) & (document >= 0)
+        valid = (
+            (column < self.beyond)
+            & (k <= self.last)
+            & (self.documents[at] == document)
+            & (document >= 0)
+        )
         valid &= self.previous[at] < place + self.first
         return self.tokens[at].masked_fill(~valid, self.ignore_index), k
 
     def weights(self, k: Tensor) -> Tensor | None:
-        """``token_weight[t+k]`` of all rows, as in `target_weights`: k and the weights are [B T, width]."""
+        """``token_weight[t+k]`` of all rows, as in `target_weights`: k and the weights are [B T,
+        width]."""
         if self.token_weight is None:
             return None
         column, document = self.place.unsqueeze(1) + k, self.document.unsqueeze(1)
@@ -196,7 +222,11 @@ def _targets(streams: Streams) -> Tensor:
     if streams.shift_labels is not None:
         return _shifted_targets(streams)
     tokens = streams.tokens.to(torch.int64)
-    return tokens if streams.target_mask is None else tokens.masked_fill(~streams.target_mask, streams.ignore_index)
+    return (
+        tokens
+        if streams.target_mask is None
+        else tokens.masked_fill(~streams.target_mask, streams.ignore_index)
+    )
 
 
 @_once_a_call
@@ -204,7 +234,8 @@ def _shifted_targets(streams: Streams) -> Tensor:
     assert streams.shift_labels is not None
     tokens = _after_unknown(streams.shift_labels.to(torch.int64), streams.ignore_index)
     here, _ = _documents(streams)
-    inside = here[:, 1:] == here[:, :-1]  # the token of this label is the next one of the label's document
+    # the token of this label is the next one of the label's document
+    inside = here[:, 1:] == here[:, :-1]
     masked = torch.zeros_like(inside) if streams.label_layout == "document" else ~inside
     if streams.target_mask is not None:
         masked = masked | (inside & ~streams.target_mask[:, 1:])
@@ -214,8 +245,8 @@ def _shifted_targets(streams: Streams) -> Tensor:
 
 @_once_a_call
 def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
-    """Documents of the whole sequence [B, T], and those that the labels in `_targets` belong to: of the position where
-    each stands, the one before its token under shift_labels."""
+    """Documents of the whole sequence [B, T], and those that the labels in `_targets` belong to: of
+    the position where each stands, the one before its token under shift_labels."""
     here = streams.documents
     if here is None:
         here = torch.zeros_like(streams.tokens, dtype=torch.int64)
@@ -229,7 +260,9 @@ def _after_unknown(values: Tensor, fill: int) -> Tensor:
 
 def _inside(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
     """Values k tokens ahead where P_k holds, else `fill`, which they have past the end."""
-    return values if streams.documents is None else values.masked_fill(~valid_pairs(streams, k), fill)
+    return (
+        values if streams.documents is None else values.masked_fill(~valid_pairs(streams, k), fill)
+    )
 
 
 def _equal_ahead(whole: Tensor, known: Tensor, k: int, streams: Streams) -> Tensor:
@@ -238,7 +271,8 @@ def _equal_ahead(whole: Tensor, known: Tensor, k: int, streams: Streams) -> Tens
 
 
 def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
-    """The largest s' < s with the token and the document of s, -1 where there is none: [B, S], by two stable sorts."""
+    """The largest s' < s with the token and the document of s, -1 where there is none: [B, S], by
+    two stable sorts."""
     order = tokens.argsort(dim=1, stable=True)
     order = order.gather(1, documents.gather(1, order).argsort(dim=1, stable=True))
     tokens, documents = tokens.gather(1, order), documents.gather(1, order)
@@ -248,13 +282,15 @@ def _previous(tokens: Tensor, documents: Tensor) -> Tensor:
 
 
 def _next_target(tokens: Tensor, documents: Tensor, ignore_index: int) -> Tensor:
-    """The smallest s' > s with the document of s whose token is a target, S where there is none: [B, S]."""
+    """The smallest s' > s with the document of s whose token is a target, S where there is none:
+    [B, S]."""
     size = tokens.shape[1]
     order = documents.argsort(dim=1, stable=True)
     documents = documents.gather(1, order)
     begins = torch.zeros_like(order)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    # a column as a number that grows from document to document: the smallest of those that come is the next one
+    # a column as a number that grows from document to document: the smallest of those that come is
+    # the next one
     base = begins.cumsum(1) * (size + 1)
     numbers = base + torch.where(tokens.gather(1, order) != ignore_index, order, size)
     last = numbers.new_full((len(numbers), 1), torch.iinfo(torch.int64).max)
@@ -263,7 +299,8 @@ def _next_target(tokens: Tensor, documents: Tensor, ignore_index: int) -> Tensor
 
 
 def _ahead(values: Tensor, k: int, streams: Streams, fill: float) -> Tensor:
-    """out[b, t] = values[b, t+k] at the positions t that are here, `fill` past the end; values: the whole sequence."""
+    """out[b, t] = values[b, t+k] at the positions t that are here, `fill` past the end; values: the
+    whole sequence."""
     pieces = [_span_ahead(values, k, *span, fill) for span in streams.spans]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 

@@ -33,7 +33,8 @@ def alignment_rows_(
     eps: float,
     gradient: bool,
 ) -> None:
-    """stats [4, N]: loss, cosine, |prediction|, |target|; with `gradient` row_scale times the gradients."""
+    """stats [4, N]: loss, cosine, |prediction|, |target|; with `gradient` row_scale times the
+    gradients."""
     work = working(prediction, target)
     d_prediction = prediction if d_prediction is None else d_prediction
     for part in blocks(prediction):
@@ -48,13 +49,18 @@ def alignment_rows_(
         if not gradient:
             continue
         inactive = (scale == 0).unsqueeze(1)
-        d_prediction[part] = (scale.unsqueeze(1) * of_prediction).masked_fill(inactive, 0).to(d_prediction.dtype)
+        d_prediction[part] = (
+            (scale.unsqueeze(1) * of_prediction).masked_fill(inactive, 0).to(d_prediction.dtype)
+        )
         if d_target is not None:
-            d_target[part] = (scale.unsqueeze(1) * of_target).masked_fill(inactive, 0).to(d_target.dtype)
+            d_target[part] = (
+                (scale.unsqueeze(1) * of_target).masked_fill(inactive, 0).to(d_target.dtype)
+            )
 
 
 class _Cosine:
-    """c = p.z / (|p| |z|), norms clamped at eps; rows are scaled by a power of two, so that no square overflows."""
+    """c = p.z / (|p| |z|), norms clamped at eps; rows are scaled by a power of two, so that no
+    square overflows."""
 
     def __init__(self, p: Tensor, z: Tensor, eps: float) -> None:
         self.p_norm, self.p_size, self.p_unit = self._unit(p, eps)
@@ -85,7 +91,10 @@ class _Cosine:
         c = self.cosine.unsqueeze(1)
         of_p = (c * self.p_unit - self.z_unit) / self.p_size.unsqueeze(1)
         of_z = (c * self.z_unit - self.p_unit) / self.z_size.unsqueeze(1)
-        below_p, below_z = (self.p_norm < self.p_size).unsqueeze(1), (self.z_norm < self.z_size).unsqueeze(1)
+        below_p, below_z = (
+            (self.p_norm < self.p_size).unsqueeze(1),
+            (self.z_norm < self.z_size).unsqueeze(1),
+        )
         return of_p.masked_fill(below_p, 0), of_z.masked_fill(below_z, 0)
 
 

@@ -12,7 +12,9 @@ from ..table import Sample, row_kernel
 from .blocks import blocks, normal, wide
 
 
-def _transformed(logits: Tensor, bias: Tensor | None, softcap: float, logit_scale: float, work: torch.dtype) -> Tensor:
+def _transformed(
+    logits: Tensor, bias: Tensor | None, softcap: float, logit_scale: float, work: torch.dtype
+) -> Tensor:
     """z = cap tanh(scale (x + bias) / cap), or scale (x + bias)."""
     x = wide(logits, work)
     x = logit_scale * (x if bias is None else x + bias)
@@ -26,7 +28,9 @@ def _subtract_at(g: Tensor, labels: Tensor, weights: Tensor) -> None:
         g.scatter_(1, at, g.gather(1, at) - weight.unsqueeze(1))
 
 
-def _store(logits: Tensor, g: Tensor, z: Tensor, softcap: float, logit_scale: float, active: Tensor) -> None:
+def _store(
+    logits: Tensor, g: Tensor, z: Tensor, softcap: float, logit_scale: float, active: Tensor
+) -> None:
     """The chain rule through scale and softcap, and the one rounding."""
     g = logit_scale * (g * (1 - (z / softcap).square()) if softcap > 0 else g)
     logits.copy_(g.masked_fill(~active.unsqueeze(1), 0))
@@ -62,10 +66,11 @@ def cross_entropy_rows_(
     gradient: bool,
     parts: Tensor | None = None,
 ) -> None:
-    """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over the logits.
+    """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over
+    the logits.
 
-    logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale, prediction [N];
-    parts [4, N]. Without parts the prediction of a row without a target is -1."""
+    logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale,
+    prediction [N]; parts [4, N]. Without parts the prediction of a row without a target is -1."""
     columns, work, e = logits.shape[1], stats.dtype, label_smoothing
     unknown = float("nan")
     for part in blocks(logits):
@@ -84,7 +89,11 @@ def cross_entropy_rows_(
         valid = (given >= 0) & (given < columns) & ~absent
         inside = given.masked_fill(~valid, 0)
         at_target = z.gather(1, inside).masked_fill(~valid, unknown)
-        weight = torch.ones_like(at_target) if target_weight is None else target_weight.view(labels.shape)[part]
+        weight = (
+            torch.ones_like(at_target)
+            if target_weight is None
+            else target_weight.view(labels.shape)[part]
+        )
         # a label outside [0, V) weighs NaN, which spoils the loss and the gradient of its row
         weight = torch.where(absent, 0, weight.masked_fill(~valid & ~absent, unknown))
         gap = log_sum.unsqueeze(1) + (most - at_target)
@@ -116,7 +125,9 @@ def cross_entropy_rows_(
         if not gradient:
             continue
         scale = torch.ones_like(mass) if row_scale is None else row_scale[part]
-        probability = (1 - e) * weight_sum + e * smooth_sum + (2 * z_loss * lse if z_loss > 0 else 0)
+        probability = (
+            (1 - e) * weight_sum + e * smooth_sum + (2 * z_loss * lse if z_loss > 0 else 0)
+        )
         g = exponential * (scale * probability / mass).unsqueeze(1)
         if e > 0:
             uniform = scale * (e / columns) * (weight_sum if class_weight is None else 1)
@@ -127,7 +138,11 @@ def cross_entropy_rows_(
 
 def _known_rows(n: int, columns: int, dtype: torch.dtype) -> Sample:
     kept = normal(n, columns, dtype)
-    logits, labels, wide_logits = kept.clone(), torch.randint(columns, (n, 1)), kept.to(working(kept))
+    logits, labels, wide_logits = (
+        kept.clone(),
+        torch.randint(columns, (n, 1)),
+        kept.to(working(kept)),
+    )
     picked, scale = wide_logits.gather(1, labels), torch.rand(n, 1, dtype=wide_logits.dtype)
     top = wide_logits.amax(1)
     probability = 1 / (wide_logits - top[:, None]).exp().sum(1)
@@ -148,7 +163,8 @@ def cross_entropy_gradient_rows_(
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The gradient over the logits of rows whose maximum and sum are known: factors [3, N] max, probability, off."""
+    """The gradient over the logits of rows whose maximum and sum are known: factors [3, N] max,
+    probability, off."""
     columns = logits.shape[1]
     for part in blocks(logits):
         z = _transformed(logits[part], bias, softcap, logit_scale, factors.dtype)
@@ -157,4 +173,6 @@ def cross_entropy_gradient_rows_(
         given, scale = labels[part], target_scale.view(labels.shape)[part]
         here = (given >= 0) & (given < columns) & (scale != 0)
         _subtract_at(g, given.masked_fill(~here, 0), torch.where(here, scale, 0))
-        _store(logits[part], g, z, softcap, logit_scale, ((probability != 0) | (off != 0)).squeeze(1))
+        _store(
+            logits[part], g, z, softcap, logit_scale, ((probability != 0) | (off != 0)).squeeze(1)
+        )

@@ -11,7 +11,8 @@ from nitp_ops.core.devices import sum_dtype
 from ...reference import working
 from ..table import Sample, row_kernel
 
-#: rows with a target, rows with a scale, first and last row with a target, first label outside [0, classes)
+#: rows with a target, rows with a scale, first and last row with a target, first label outside [0,
+#: classes)
 TOTALS = 5
 
 
@@ -43,14 +44,16 @@ def prepare_rows_(
     needs_target_weight: bool,
     max_rows: int,
 ) -> None:
-    """scale = row_weight / normalizer, 0 where the row has no target; with needs_target_weight, none with a weight.
-    A weight of zero stays zero, whatever divides it.
+    """scale = row_weight / normalizer, 0 where the row has no target; with needs_target_weight,
+    none with a weight. A weight of zero stays zero, whatever divides it.
 
-    labels, target_weight, target_logit [N, K]; row_weight [N] or one number; normalizer one number; scale, prediction
-    [N]. `mean` without a normalizer divides by the rows with a target, of class weights (one target, no other is
-    absent) by their sum. More rows with a target than max_rows >= 0: their scale is NaN.
+    labels, target_weight, target_logit [N, K]; row_weight [N] or one number; normalizer one number;
+    scale, prediction [N]. `mean` without a normalizer divides by the rows with a target, of class
+    weights (one target, no other is absent) by their sum. More rows with a target than max_rows >=
+    0: their scale is NaN.
 
-    totals: `TOTALS`; where the host reads no values the first alone is written, the others are -1. stats, target_logit
+    totals: `TOTALS`; where the host reads no values the first alone is written, the others are -1.
+        stats, target_logit
     and prediction become those of a row that is not computed: 0, NaN, -1."""
     given = labels != ignore_index
     if negative_is_absent:

@@ -31,7 +31,11 @@ def swiglu_rows(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 @row_kernel(writes=("gate", "up", "d_gate", "d_up"), sample=_backward)
 def swiglu_rows_backward_(
-    gate: Tensor, up: Tensor, upstream: Tensor, d_gate: Tensor | None = None, d_up: Tensor | None = None
+    gate: Tensor,
+    up: Tensor,
+    upstream: Tensor,
+    d_gate: Tensor | None = None,
+    d_up: Tensor | None = None,
 ) -> None:
     """d_gate = upstream u s (1 + g (1 - s)), d_up = upstream g s, s = sigmoid(g); None: in place."""
     work = working(gate)
@@ -40,6 +44,7 @@ def swiglu_rows_backward_(
         g, u = wide(gate[part], work), wide(up[part], work)
         s = g.sigmoid()
         scaled = wide(upstream[part], work) * s
-        of_gate, of_up = scaled * u * (1 + g * (1 - s)), scaled * g  # both before a store: g and u may be views
+        # both before a store: g and u may be views
+        of_gate, of_up = scaled * u * (1 + g * (1 - s)), scaled * g
         d_gate[part] = of_gate.to(d_gate.dtype)
         d_up[part] = of_up.to(d_up.dtype)

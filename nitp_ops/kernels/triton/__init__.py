@@ -1,8 +1,10 @@
-"""The row kernels in Triton: every one of the table for CUDA tensors where no CUDA compiler built them.
+"""The row kernels in Triton: every one of the table for CUDA tensors where no CUDA compiler built
+them.
 
-Importing this package, which needs triton, registers them with PyTorch's dispatcher for whatever row kernel has no
-compiled CUDA version, and defines the schemas first where the compiled library is absent. The functions themselves
-can be called too, whoever serves the dispatcher. `nitp_ops` imports it on the first CUDA tensor (select.py).
+Importing this package, which needs triton, registers them with PyTorch's dispatcher for whatever
+row kernel has no compiled CUDA version, and defines the schemas first where the compiled library is
+absent. The functions themselves can be called too, whoever serves the dispatcher. `nitp_ops`
+imports it on the first CUDA tensor (select.py).
 """
 
 from __future__ import annotations

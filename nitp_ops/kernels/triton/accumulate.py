@@ -1,5 +1,5 @@
-"""sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product leaves to be done, and a
-gradient times its upstream into a buffer."""
+"""sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product
+leaves to be done, and a gradient times its upstream into a buffer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,23 @@ from torch import Tensor
 from .launch import blocks, check_rows, check_values, launch, size_of, working
 
 _MOST = 1024
-_ADDENDS = {torch.float32: (torch.bfloat16, torch.float16, torch.float32), torch.float64: (torch.float64,)}
+_ADDENDS = {
+    torch.float32: (torch.bfloat16, torch.float16, torch.float32),
+    torch.float64: (torch.float64,),
+}
 
 
 @triton.jit
 def _accumulate(
-    sum, addend, factor, columns, sum_stride, addend_stride, BY: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+    sum,
+    addend,
+    factor,
+    columns,
+    sum_stride,
+    addend_stride,
+    BY: tl.constexpr,
+    A: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     by = tl.load(factor) if BY else 1.0
     if by != 0:
@@ -31,13 +42,25 @@ def _accumulate(
 
 
 def accumulate_rows_(sum: Tensor, addend: Tensor, factor: Tensor | None = None) -> None:
-    """sum += factor addend over rows: float32 and a float dtype but float64 [N, D], or float64 and float64.
+    """sum += factor addend over rows: float32 and a float dtype but float64 [N, D], or float64 and
+    float64.
 
-    factor: one number in the dtype of the sum, None for 1; zero adds nothing, whatever the addend is."""
+    factor: one number in the dtype of the sum, None for 1; zero adds nothing, whatever the addend
+        is."""
     rows, columns = size_of("accumulate_rows_", "sum", sum, tuple(_ADDENDS))
     check_rows("accumulate_rows_", "addend", addend, sum, sum.shape, _ADDENDS[sum.dtype])
     check_values("accumulate_rows_", "factor", factor, sum, 1, sum.dtype)
     meta = blocks(columns, _MOST, a_thread=8)
     grid, strides = (rows, triton.cdiv(columns, meta["BLOCK"])), (sum.stride(0), addend.stride(0))
     given = sum, addend, sum if factor is None else factor
-    launch(_accumulate, grid, sum, *given, columns, *strides, BY=factor is not None, A=working(sum)[1], **meta)
+    launch(
+        _accumulate,
+        grid,
+        sum,
+        *given,
+        columns,
+        *strides,
+        BY=factor is not None,
+        A=working(sum)[1],
+        **meta,
+    )

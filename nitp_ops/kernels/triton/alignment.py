@@ -1,11 +1,14 @@
-"""Alignment over pairs of rows: csrc/formulas/alignment.h holds the equations, csrc/schemas.cpp the arguments.
+"""Alignment over pairs of rows: csrc/formulas/alignment.h holds the equations, csrc/schemas.cpp the
+arguments.
 
-One program a pair: one loop over the features for the sums, one that writes the gradients, also in place. A row's
-scalars are float64: few, and their rounding would show in every feature.
+One program a pair: one loop over the features for the sums, one that writes the gradients, also in
+place. A row's scalars are float64: few, and their rounding would show in every feature.
 """
 
-# The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
-# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false, reportArgumentType=false
+# The body of a @triton.jit function is Triton's language, which only looks like Python to a type
+# checker.
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false,
+#     reportArgumentType=false
 from __future__ import annotations
 
 import triton
@@ -24,7 +27,8 @@ _COSINE, _MSE, _SMOOTH_L1, _KL = (tl.constexpr(number) for number in range(4))
 
 @triton.jit
 def _pair(prediction, target, column, columns, known, A: tl.constexpr):
-    """The features of both sides, 0 beyond the last; NaN for those of a target row that does not exist (known = 0)."""
+    """The features of both sides, 0 beyond the last; NaN for those of a target row that does not
+    exist (known = 0)."""
     p = tl.load(prediction + column, mask=column < columns, other=0.0).to(A)
     z = tl.load(target + column, mask=column < known, other=0.0).to(A)
     return p, z + tl.where(known < columns, float("nan"), 0.0).to(A)
@@ -32,7 +36,8 @@ def _pair(prediction, target, column, columns, known, A: tl.constexpr):
 
 @triton.jit
 def _put(row, column, written, x):
-    # as on CPU, float64 becomes a half precision by way of float32 (the interpreter knows no other way)
+    # as on CPU, float64 becomes a half precision by way of float32 (the interpreter knows no other
+    # way)
     if row.dtype.element_ty != tl.float64:
         x = x.to(tl.float32)
     tl.store(row + column, x, mask=column < written)
@@ -61,7 +66,8 @@ def _sums(prediction, target, columns, known, by_p, by_z, A: tl.constexpr, BLOCK
 
 @triton.jit
 def _factor(square, eps, A: tl.constexpr):
-    """SquareRange of csrc/formulas/alignment.h: the factor of a row whose squares would overflow or vanish."""
+    """SquareRange of csrc/formulas/alignment.h: the factor of a row whose squares would overflow or
+    vanish."""
     wide: tl.constexpr = A.primitive_bitwidth == 64
     most = 2.0**800 if wide else 2.0**100
     shrink = 2.0**-640 if wide else 2.0**-80
@@ -74,7 +80,8 @@ def _cosine(
     prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm, z_norm, p_size, z_size,
     cosine, by_p, by_z, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Half the squared chord where the cosine exceeds 1/2, since 1 - c loses digits there (csrc/cpu/alignment.cpp)."""
+    """Half the squared chord where the cosine exceeds 1/2, since 1 - c loses digits there
+    (csrc/cpu/alignment.cpp)."""
     near = (cosine > 0.5) & (p_norm >= eps) & (z_norm >= eps)
     a = tl.where(p_norm < eps, 0.0, scale * cosine / (p_size * p_size)).to(A)
     b = tl.where(p_norm < eps, 0.0, -scale / (p_size * z_size)).to(A)
@@ -89,7 +96,14 @@ def _cosine(
             p, z = by_p * p, by_z * z
             apart = unit_p * p - unit_z * z
             chord += apart * apart
-            _write(d_prediction, d_target, column, written, by_p * (a * p + b * z), by_z * (c * z + d * p))
+            _write(
+                d_prediction,
+                d_target,
+                column,
+                written,
+                by_p * (a * p + b * z),
+                by_z * (c * z + d * p),
+            )
     return tl.where(near, tl.sum(chord).to(tl.float64) / 2, 1 - cosine)
 
 
@@ -147,7 +161,9 @@ def _kl(
             column = first + tl.arange(0, BLOCK)
             p, z = _pair(prediction, target, column, columns, known, A)
             q_p, q_z = tl.exp(p - p_max) * over_p, tl.exp(z - z_max) * over_z
-            of_target = tl.where(q_z == 0, 0.0, scale * q_z * ((z - z_max) - (p - p_max) + offset - kl))
+            of_target = tl.where(
+                q_z == 0, 0.0, scale * q_z * ((z - z_max) - (p - p_max) + offset - kl)
+            )
             _write(d_prediction, d_target, column, written, scale * (q_p - q_z), of_target)
     return kl.to(tl.float64)
 
@@ -159,7 +175,8 @@ def _rows(
     d_target_stride: tl.int64, eps: tl.float64,
     DISTANCE: tl.constexpr, GRADIENT: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # tl.full: under the interpreter a scalar is a Python number, which keeps its float64 digits only this way
+    # tl.full: under the interpreter a scalar is a Python number, which keeps its float64 digits
+    #     only this way
     eps = tl.full((), eps, tl.float64)
     row = tl.program_id(0).to(tl.int64)
     partner = row
@@ -186,8 +203,12 @@ def _rows(
         pp, zz, pz = _sums(prediction, target, columns, known, by_p, by_z, A, BLOCK)
     tl.debug_barrier()  # all is read once: from here on the prediction may be overwritten
     p_norm, z_norm = tl.sqrt(pp) / by_p, tl.sqrt(zz) / by_z
-    # of the rows times their factors; written so that a NaN norm stays NaN instead of turning into eps
-    p_size, z_size = tl.where(p_norm < eps, eps * by_p, tl.sqrt(pp)), tl.where(z_norm < eps, eps * by_z, tl.sqrt(zz))
+    # of the rows times their factors; written so that a NaN norm stays NaN instead of turning into
+    # eps
+    p_size, z_size = (
+        tl.where(p_norm < eps, eps * by_p, tl.sqrt(pp)),
+        tl.where(z_norm < eps, eps * by_z, tl.sqrt(zz)),
+    )
     cosine = pz / (p_size * z_size)
     if DISTANCE == _COSINE:
         loss = _cosine(
@@ -195,7 +216,9 @@ def _rows(
             z_size, cosine, by_p, by_z, A, BLOCK,
         )  # fmt: skip
     elif DISTANCE == _KL:
-        loss = _kl(prediction, target, d_prediction, d_target, columns, known, written, scale, A, BLOCK)
+        loss = _kl(
+            prediction, target, d_prediction, d_target, columns, known, written, scale, A, BLOCK
+        )
     else:
         loss = _difference(
             prediction, target, d_prediction, d_target, columns, known, written, scale, DISTANCE, A, BLOCK
@@ -223,8 +246,8 @@ def alignment_rows_(
     eps: float,
     gradient: bool,
 ) -> None:
-    """Loss, cosine and both norms of each pair of rows; with `gradient`, of the prediction (in place where no other
-    place is given) and of the target (where one is given).
+    """Loss, cosine and both norms of each pair of rows; with `gradient`, of the prediction (in
+    place where no other place is given) and of the target (where one is given).
 
     prediction [N, D]; target [M, D], read by target_rows [N], else row by row; distance as in
     csrc/formulas/alignment.h."""

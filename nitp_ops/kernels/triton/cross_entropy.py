@@ -1,11 +1,13 @@
-"""Cross-entropy over rows of logits: csrc/formulas/cross_entropy.h holds the equations, csrc/schemas.cpp the arguments.
+"""Cross-entropy over rows of logits: csrc/formulas/cross_entropy.h holds the equations,
+csrc/schemas.cpp the arguments.
 
-One program per row. A row that fits into its registers is read once; of a longer one the first pass forms every sum
-online, lane by lane, and the second reads it again. No store is read back. Scalars of a row are float64: few, and
-differences of large numbers.
+One program per row. A row that fits into its registers is read once; of a longer one the first pass
+forms every sum online, lane by lane, and the second reads it again. No store is read back. Scalars
+of a row are float64: few, and differences of large numbers.
 """
 
-# The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
+# The body of a @triton.jit function is Triton's language, which only looks like Python to a type
+# checker.
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
@@ -17,24 +19,31 @@ from .launch import blocks, check_rows, check_values, launch, size_of, working
 from .softmax import LOWEST, absorb
 
 _OP = "cross_entropy_rows_"
-_BYTES = 16384  # of one block in the working precision, of which a thread holds 64: more spills in float64
-# A whole row in registers, 64 bytes of a thread: of 16384 float32 numbers every variant but the plainest spills.
+# of one block in the working precision, of which a thread holds 64: more spills in float64
+_BYTES = 16384
+# A whole row in registers, 64 bytes of a thread: of 16384 float32 numbers every variant but the
+# plainest spills.
 _WHOLE_BYTES = 32 * 1024
 
 
 @triton.jit
 def _tanh(x):
-    # sinh / cosh by their series near zero, where (1 - e) / (1 + e) cancels; seven terms are exact in float64
+    # sinh / cosh by their series near zero, where (1 - e) / (1 + e) cancels; seven terms are exact
+    # in float64
     t = x * x
     sinh = 1 + t * (1 / 110) * (1 + t * (1 / 156) * (1 + t * (1 / 210)))
-    sinh = x * (1 + t * (1 / 6) * (1 + t * (1 / 20) * (1 + t * (1 / 42) * (1 + t * (1 / 72) * sinh))))
+    sinh = x * (
+        1 + t * (1 / 6) * (1 + t * (1 / 20) * (1 + t * (1 / 42) * (1 + t * (1 / 72) * sinh)))
+    )
     e = tl.exp(-2 * tl.abs(x))
     far = (1 - e) / (1 + e)
     return tl.where(t < 0.25, sinh / tl.sqrt(1 + sinh * sinh), tl.where(x < 0, -far, far))
 
 
 @triton.jit
-def read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constexpr, A: tl.constexpr):
+def read_logits(
+    logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constexpr, A: tl.constexpr
+):
     """z = cap tanh(scale (x + bias) / cap), or scale (x + bias)."""
     x = tl.load(logits + column, mask=inside, other=0.0).to(A)
     if bias is not None:
@@ -49,7 +58,8 @@ def read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.c
 def _of_whole_row(
     z, weight, inside, lane, columns, SMOOTHED: tl.constexpr, ENTROPY: tl.constexpr, A: tl.constexpr
 ):  # fmt: skip
-    """The maximum, its first column; sums of exp(z - maximum), weight (z - maximum), weight, and the entropy's."""
+    """The maximum, its first column; sums of exp(z - maximum), weight (z - maximum), weight, and
+    the entropy's."""
     reached = tl.where(z > LOWEST, z, LOWEST)  # a NaN is left out here and shows in the sum
     maximum = tl.max(reached)
     best = tl.min(tl.where(reached == maximum, lane, columns))
@@ -62,7 +72,9 @@ def _of_whole_row(
     if ENTROPY:  # a probability of zero adds nothing, however far below its logit lies
         spread = -tl.sum(tl.where(e > 0, e * step, 0.0))
     # beside the largest, which is 1, the others of a sure row would be lost in float32
-    mass = tl.sum(tl.where(lane == best, e, 0.0)).to(tl.float64) + tl.sum(tl.where(lane == best, 0.0, e)).to(tl.float64)
+    mass = tl.sum(tl.where(lane == best, e, 0.0)).to(tl.float64) + tl.sum(
+        tl.where(lane == best, 0.0, e)
+    ).to(tl.float64)
     return maximum, best, mass, below.to(tl.float64), weights.to(tl.float64), spread.to(tl.float64)
 
 
@@ -103,7 +115,8 @@ def _rows(
     NEGATIVE_IS_ABSENT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
     GRADIENT: tl.constexpr, WHOLE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # tl.full: under the interpreter a scalar, a Python number, keeps its float64 digits only this way
+    # tl.full: under the interpreter a scalar, a Python number, keeps its float64 digits only this
+    #     way
     e, c = tl.full((), label_smoothing, tl.float64), tl.full((), z_loss, tl.float64)
     softcap, logit_scale = tl.full((), softcap, A), tl.full((), logit_scale, A)
     row = tl.program_id(0).to(tl.int64)
@@ -121,8 +134,9 @@ def _rows(
             z, weight, inside, lane, columns, SMOOTHED, ENTROPY, A
         )
     else:
-        # Of each lane: maximum, the block that holds it first, sum exp(z - maximum); with smoothing the weights so far
-        # and sum weight (z - maximum); for the entropy sum exp(z - maximum) (maximum - z).
+        # Of each lane: maximum, the block that holds it first, sum exp(z - maximum); with smoothing
+        # the weights so far and sum weight (z - maximum); for the entropy sum exp(z - maximum)
+        # (maximum - z).
         most = tl.full([BLOCK], LOWEST, A)
         found = tl.zeros([BLOCK], tl.int32)
         total = tl.zeros([BLOCK], A)
@@ -146,7 +160,9 @@ def _rows(
                 shrink = tl.exp(-tl.abs(step))
                 spread = tl.where(step > 0, shrink * spread, spread)
                 # a probability of zero adds nothing, however far below its logit lies
-                spread += tl.where(shrink > 0, shrink * tl.where(step > 0, step * total, -step), 0.0)
+                spread += tl.where(
+                    shrink > 0, shrink * tl.where(step > 0, step * total, -step), 0.0
+                )
             found = tl.where(step > 0, first, found)
             most, total = absorb(z, most, total)
 
@@ -167,8 +183,8 @@ def _rows(
     wide_maximum, log_sum = maximum.to(tl.float64), tl.log(mass)
     lse = wide_maximum + log_sum
 
-    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), formed from differences. A label outside [0, V)
-    # weighs NaN, which poisons the loss and the gradient of its row.
+    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), formed from differences. A label
+    # outside [0, V) weighs NaN, which poisons the loss and the gradient of its row.
     sum_of_weights = tl.zeros([], tl.float64)
     gap = tl.zeros([], tl.float64)
     present = tl.zeros([], tl.int32)
@@ -187,7 +203,9 @@ def _rows(
             w = tl.load(target_weight + at)
         w = tl.where(valid, w, float("nan")).to(tl.float64)
         # a weight of zero adds nothing, even to an infinite gap
-        gap += tl.where(absent | (w == 0), 0.0, w * (log_sum + (wide_maximum - picked.to(tl.float64))))
+        gap += tl.where(
+            absent | (w == 0), 0.0, w * (log_sum + (wide_maximum - picked.to(tl.float64)))
+        )
         sum_of_weights += tl.where(absent, 0.0, w)
         present += tl.where(absent, 0, 1)
 
@@ -220,7 +238,9 @@ def _rows(
         if row_scale is not None:
             scale = tl.load(row_scale + row).to(tl.float64)
         live = (scale != 0) & (present > 0)
-        probability_factor = (1 - e) * sum_of_weights + e * smooth_mass + tl.where(c > 0, 2 * c * lse, 0.0)
+        probability_factor = (
+            (1 - e) * sum_of_weights + e * smooth_mass + tl.where(c > 0, 2 * c * lse, 0.0)
+        )
         factor = (scale * probability_factor / mass).to(A)
         uniform = (scale * e / columns).to(A)
         if class_weight is None:
@@ -268,14 +288,17 @@ def cross_entropy_rows_(
     gradient: bool,
     parts: Tensor | None = None,
 ) -> None:
-    """As torch_rows: loss, log-sum-exp (and entropy) of each row of logits [N, V]; with `gradient` over them."""
+    """As torch_rows: loss, log-sum-exp (and entropy) of each row of logits [N, V]; with `gradient`
+    over them."""
     rows, columns = size_of(_OP, "logits", logits)
     dtype, work = working(logits)
     if labels.dim() != 2:
         raise ValueError(f"{_OP}: labels has shape {tuple(labels.shape)}, expected (rows, targets)")
     targets, fields = labels.shape[1], 3 if stats.shape[0] == 3 else 2
     if columns == 0 and rows > 0:
-        raise ValueError(f"{_OP}: logits has shape {tuple(logits.shape)}, expected a column at least")
+        raise ValueError(
+            f"{_OP}: logits has shape {tuple(logits.shape)}, expected a column at least"
+        )
     check_values(_OP, "labels", labels, logits, rows * targets)
     check_values(_OP, "target_weight", target_weight, logits, rows * targets, dtype)
     check_values(_OP, "bias", bias, logits, columns, dtype)

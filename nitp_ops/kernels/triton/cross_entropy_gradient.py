@@ -1,10 +1,12 @@
 """The gradient of rows whose maximum and sum of exponentials are known (SoftmaxGradient of
 csrc/formulas/cross_entropy.h).
 
-One program a row, one pass; the targets are written with their block, so that no element is stored twice.
+One program a row, one pass; the targets are written with their block, so that no element is stored
+twice.
 """
 
-# The body of a @triton.jit function is Triton's language, which only looks like Python to a type checker.
+# The body of a @triton.jit function is Triton's language, which only looks like Python to a type
+# checker.
 # pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ def cross_entropy_gradient_rows_(
 ) -> None:
     """The gradient of each row over its logits.
 
-    logits [N, V]; labels, target_scale, target_logit [N, K]; bias, class_weight [V]; factors [3, N]."""
+    logits [N, V]; labels, target_scale, target_logit [N, K]; bias, class_weight [V]; factors [3,
+    N]."""
     rows, columns = size_of(_OP, "logits", logits)
     dtype, work = working(logits)
     if labels.dim() != 2:

@@ -99,9 +99,11 @@ def prepare_rows_(
     needs_target_weight: bool,
     max_rows: int,
 ) -> None:
-    """scale [N], the count in totals [5], and values of rows that are not computed, from labels [N, K].
+    """scale [N], the count in totals [5], and values of rows that are not computed, from labels [N,
+    K].
 
-    row_weight: one number, or one per row. normalizer: one number, else with `mean` what the rows with a target count.
+    row_weight: one number, or one per row. normalizer: one number, else with `mean` what the rows
+        with a target count.
     classes is for devices whose host reads values."""
     dtype, work = working(scale)
     if labels.dim() != 2:
@@ -138,7 +140,9 @@ def _add(losses, scale, loss, rows, BLOCK: tl.constexpr):
         row = (first + lane).to(tl.int64)
         inside = row < rows
         by = tl.load(scale + row, mask=inside, other=0.0)
-        total += tl.where(by == 0, 0.0, tl.load(losses + row, mask=inside, other=0.0) * by).to(tl.float64)
+        total += tl.where(by == 0, 0.0, tl.load(losses + row, mask=inside, other=0.0) * by).to(
+            tl.float64
+        )
     tl.store(loss, tl.sum(total))
 
 

@@ -14,7 +14,15 @@ _MOST = 1024
 
 @triton.jit
 def _scale(
-    rows, factor, out, columns, stride, out_stride, IN_PLACE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr
+    rows,
+    factor,
+    out,
+    columns,
+    stride,
+    out_stride,
+    IN_PLACE: tl.constexpr,
+    A: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     by = tl.load(factor)
     if not IN_PLACE or by != 1:
@@ -26,7 +34,8 @@ def _scale(
 
 
 def scale_rows_(rows: Tensor, factor: Tensor, out: Tensor | None = None) -> None:
-    """out = rows [N, D] * factor, one number in the working precision, rounded once; by zero a NaN becomes zero too.
+    """out = rows [N, D] * factor, one number in the working precision, rounded once; by zero a NaN
+    becomes zero too.
 
     out: None for the rows themselves, or of their dtype, or float16 beside float32."""
     count, columns = size_of("scale_rows_", "rows", rows)
@@ -39,4 +48,6 @@ def scale_rows_(rows: Tensor, factor: Tensor, out: Tensor | None = None) -> None
     grid = count, triton.cdiv(columns, meta["BLOCK"])
     strides = rows.stride(0), into.stride(0)
     in_place = into.data_ptr() == rows.data_ptr()
-    launch(_scale, grid, rows, rows, factor, into, columns, *strides, IN_PLACE=in_place, A=work, **meta)
+    launch(
+        _scale, grid, rows, rows, factor, into, columns, *strides, IN_PLACE=in_place, A=work, **meta
+    )

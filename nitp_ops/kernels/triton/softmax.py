@@ -1,7 +1,8 @@
 """Online softmax sums without a reduction across threads inside the loop.
 
-Every lane of a block keeps the maximum of the numbers that it has met and the sum of exp(x - maximum); one reduction at
-the end joins the lanes. That costs one exponential a number, as two passes would, and no barrier a block.
+Every lane of a block keeps the maximum of the numbers that it has met and the sum of exp(x -
+maximum); one reduction at the end joins the lanes. That costs one exponential a number, as two
+passes would, and no barrier a block.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: The maximum of a lane that has met nothing: finite, so that -inf may follow (exp(-inf - -inf) is NaN).
+#: The maximum of a lane that has met nothing: finite, so that -inf may follow (exp(-inf - -inf) is
+#: NaN).
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
@@ -24,6 +26,7 @@ def absorb(x, most, total):
 
 @triton.jit
 def join(most, total):
-    """(maximum, sum of exp(x - maximum)) over all lanes; the sum in float64, whose log is then exact near 1."""
+    """(maximum, sum of exp(x - maximum)) over all lanes; the sum in float64, whose log is then
+    exact near 1."""
     maximum = tl.max(most)
     return maximum, tl.sum((total * tl.exp(most - maximum)).to(tl.float64))

@@ -1,4 +1,5 @@
-"""SwiGLU over rows (csrc/formulas/swiglu.h): y = g s u, dy/dg = u s (1 + g (1 - s)), dy/du = g s, s = sigmoid(g)."""
+"""SwiGLU over rows (csrc/formulas/swiglu.h): y = g s u, dy/dg = u s (1 + g (1 - s)), dy/du = g s, s
+= sigmoid(g)."""
 
 from __future__ import annotations
 
@@ -58,9 +59,14 @@ def swiglu_rows(gate: Tensor, up: Tensor, out: Tensor) -> None:
 
 
 def swiglu_rows_backward_(
-    gate: Tensor, up: Tensor, upstream: Tensor, d_gate: Tensor | None = None, d_up: Tensor | None = None
+    gate: Tensor,
+    up: Tensor,
+    upstream: Tensor,
+    d_gate: Tensor | None = None,
+    d_up: Tensor | None = None,
 ) -> None:
-    """The gradients of `upstream` through swiglu, over gate and up themselves where no place for them is given."""
+    """The gradients of `upstream` through swiglu, over gate and up themselves where no place for
+    them is given."""
     op = "swiglu_rows_backward_"
     rows, columns = size_of(op, "gate", gate)
     d_gate, d_up = gate if d_gate is None else d_gate, up if d_up is None else d_up

@@ -1,1 +1,2 @@
-"""Cross-entropy of token targets: api -> term -> autograd -> chunked -> head_pass -> the row kernel."""
+"""Cross-entropy of token targets: api -> term -> autograd -> chunked -> head_pass -> the row
+kernel."""

@@ -1,7 +1,8 @@
-"""Autograd of the token losses: a plain autograd.Function, and the custom op that tracing needs around the same pass.
+"""Autograd of the token losses: a plain autograd.Function, and the custom op that tracing needs
+around the same pass.
 
-The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass multiplies them by
-the upstream. Per-row losses are computed again under their upstream.
+The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass
+multiplies them by the upstream. Per-row losses are computed again under their upstream.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def token_pass(
     terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, backend: str, logits_dtype: torch.dtype | str, *,
     reduction: str = "sum", normalizer: Any = None, entropy: bool = False, grouped: bool = False,
 ) -> tuple[Tensor, RowValues]:  # fmt: skip
-    """(loss, values); loss = sum over terms and rows of row weight * row loss, or of one term their mean, or each."""
+    """(loss, values); loss = sum over terms and rows of row weight * row loss, or of one term their
+    mean, or each."""
     weight, bias = unembedding.weight, unembedding.bias
     hidden = [term.hidden for term in terms]
     policy = gemm_policy(unembedding.op, weight, hidden, logits_dtype)
@@ -49,13 +51,16 @@ def token_pass(
     if needs_dispatcher((*hidden, weight, bias, *(term.labels for term in terms))):
         loss, *values, _ = _token_pass(*PACKING.pack(terms, unembedding, call))
     else:
-        loss, *values = LinearCrossEntropyFunction.apply(terms, unembedding, call, *hidden, weight, bias)
+        loss, *values = LinearCrossEntropyFunction.apply(
+            terms, unembedding, call, *hidden, weight, bias
+        )
     stats, prediction, target_logit = values
     return loss, RowValues(stats.detach(), prediction, target_logit.detach())
 
 
 def as_tensor(normalizer: Any, weight: Tensor) -> Tensor | None:
-    """0-d in the working precision, where the weight is; filled there, so that no copy waits for the device."""
+    """0-d in the working precision, where the weight is; filled there, so that no copy waits for
+    the device."""
     if normalizer is None:
         return None
     work = reference.working(weight)
@@ -82,10 +87,19 @@ def _(*packed):
     # neither len nor Size.numel: they would make a dynamic number of rows a constant
     count = sum(math.prod(term.leading) for term in terms)
     targets = sum(term.labels.numel() for term in terms)
-    gradients = [x.new_empty(x.shape, dtype=formed_dtype(x, buffer)) for x, buffer in _leaves(terms, unembedding, call)]
+    gradients = [
+        x.new_empty(x.shape, dtype=formed_dtype(x, buffer))
+        for x, buffer in _leaves(terms, unembedding, call)
+    ]
     loss = weight.new_empty(terms[0].leading if call.reduction == "none" else (), dtype=work)
     stats = weight.new_empty((3 if call.entropy else 2, count), dtype=work)
-    return loss, stats, terms[0].labels.new_empty(count), weight.new_empty(targets, dtype=work), gradients
+    return (
+        loss,
+        stats,
+        terms[0].labels.new_empty(count),
+        weight.new_empty(targets, dtype=work),
+        gradients,
+    )
 
 
 class Leaf(NamedTuple):
@@ -109,7 +123,8 @@ def _leaves(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: C
 #: What is saved. Not the buffers: each backward pass writes to them, which a saved tensor forbids.
 _BUFFERS = ("hidden_grad_out", "weight_grad_out")
 _OF_TERM, _OF_UNEMBEDDING = (
-    tuple(name for name in tensor_fields(kind) if name not in _BUFFERS) for kind in (CrossEntropyTerm, Unembedding)
+    tuple(name for name in tensor_fields(kind) if name not in _BUFFERS)
+    for kind in (CrossEntropyTerm, Unembedding)
 )
 _NOT_SAVED = tuple(field.name for field in fields(CrossEntropyTerm) if field.name not in _OF_TERM)
 
@@ -119,7 +134,9 @@ def _save(
     gradients: Sequence[Tensor | WeightGemm],
 ) -> None:  # fmt: skip
     saved = [getattr(term, name) for term in terms for name in _OF_TERM]
-    ctx.save_for_backward(*saved, *(getattr(unembedding, name) for name in _OF_UNEMBEDDING), call.normalizer)
+    ctx.save_for_backward(
+        *saved, *(getattr(unembedding, name) for name in _OF_UNEMBEDDING), call.normalizer
+    )
     ctx.set_materialize_grads(False)
     ctx.terms = [{name: getattr(term, name) for name in _NOT_SAVED} for term in terms]
     ctx.unembedding = unembedding._replace(weight=None, bias=None)
@@ -131,7 +148,10 @@ def _saved(ctx) -> tuple[list[CrossEntropyTerm], Unembedding, Call, list[Tensor]
     """What was saved; read once: checkpointing allows no second time."""
     tensors = ctx.saved_tensors
     rest = iter(tensors)
-    terms = [CrossEntropyTerm(**{name: next(rest) for name in _OF_TERM}, **others) for others in ctx.terms]
+    terms = [
+        CrossEntropyTerm(**{name: next(rest) for name in _OF_TERM}, **others)
+        for others in ctx.terms
+    ]
     unembedding = ctx.unembedding._replace(**{name: next(rest) for name in _OF_UNEMBEDDING})
     call = ctx.call._replace(normalizer=next(rest))
     return terms, unembedding, call, [x for x in tensors if x is not None]
@@ -157,9 +177,16 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
         given = term.token_weight
         weight = upstream
         if given is not None:  # a NaN beside a zero reaches no row
-            weight = torch.where((given == 0) | (upstream == 0), 0, given.to(upstream.dtype) * upstream)
+            weight = torch.where(
+                (given == 0) | (upstream == 0), 0, given.to(upstream.dtype) * upstream
+            )
         terms, rest = [replace(term, token_weight=weight)], None
-        call = call._replace(reduction="sum", want_hidden=(want_hidden,), want_weight=want_weight, want_bias=want_bias)
+        call = call._replace(
+            reduction="sum",
+            want_hidden=(want_hidden,),
+            want_weight=want_weight,
+            want_bias=want_bias,
+        )
         gradients = _recompute(terms, unembedding, call, tensors)
     else:
         gradients = ctx.formed.take(upstream, lambda: _recompute(terms, unembedding, call, tensors))
@@ -172,8 +199,13 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
         else:
             formed.append((gradient, *leaf))
     double_backward_inputs = [x for x in (*tensors, upstream) if x.requires_grad]
-    scaled = iter(scaled_gradients(double_backward_inputs, unembedding.op, call.backend, formed, rest))
-    return [next(scaled) if flag else None for flag in (*call.want_hidden, call.want_weight, call.want_bias)]
+    scaled = iter(
+        scaled_gradients(double_backward_inputs, unembedding.op, call.backend, formed, rest)
+    )
+    return [
+        next(scaled) if flag else None
+        for flag in (*call.want_hidden, call.want_weight, call.want_bias)
+    ]
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -181,7 +213,11 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Call, *_leaves: Tensor | None
+        ctx,
+        terms: Sequence[CrossEntropyTerm],
+        unembedding: Unembedding,
+        call: Call,
+        *_leaves: Tensor | None,
     ) -> tuple[Tensor, ...]:
         loss, values, gradients = forward_and_gradients(terms, unembedding, call, plain=True)
         _save(ctx, terms, unembedding, call, gradients)
@@ -200,7 +236,9 @@ def _save_traced(ctx, inputs, output) -> None:
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     # autograd expects a list of None for a list of tensors, and one None for anything else
     tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs]
-    ctx.without = [[None] * len(x) if flag else None for x, flag in zip(inputs, tensors, strict=True)]
+    ctx.without = [
+        [None] * len(x) if flag else None for x, flag in zip(inputs, tensors, strict=True)
+    ]
 
 
 #: Where the op takes hidden..., unembedding and bias.

@@ -1,4 +1,5 @@
-"""The chunked algorithm behind every token loss: rows of logits exist one chunk at a time, on every device.
+"""The chunked algorithm behind every token loss: rows of logits exist one chunk at a time, on every
+device.
 
 for each chunk of labelled rows, of one term or of several:
     logits = h W^T                      GEMM 1
@@ -6,10 +7,12 @@ for each chunk of labelled rows, of one term or of several:
     dh = logits W                       GEMM 2
     dW += logits^T h                    GEMM 3, float32 sum
 
-Before the loop one row kernel reads the labels (`labelled_rows.py`), after it another adds up the loss.
+Before the loop one row kernel reads the labels (`labelled_rows.py`), after it another adds up the
+loss.
 
-Where the host must not read values (GPUs), every row takes part, or the first max_rows with the labelled ones first; a
-row without a label has the weight zero then, and terms have chunks of their own (docs/decisions/0031).
+Where the host must not read values (GPUs), every row takes part, or the first max_rows with the
+labelled ones first; a row without a label has the weight zero then, and terms have chunks of their
+own (docs/decisions/0031).
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from .term_rows import TermRows, term_rows
 class Call(NamedTuple):
     """How the terms of one call are computed, and which gradients are wanted.
 
-    dtype: of the operands of the GEMMs. logits: of the logits, narrower than it never. reduction: "sum", or of one term
+    dtype: of the operands of the GEMMs. logits: of the logits, narrower than it never. reduction:
+        "sum", or of one term
     "mean" (over normalizer, or what its rows count) or "none". grouped: errors name the term."""
 
     backend: str
@@ -51,7 +55,8 @@ class Call(NamedTuple):
 
 
 class Formed(NamedTuple):
-    """loss: 0-d, or [...] of one term; gradients of hidden..., unembedding, bias, as far as they are wanted."""
+    """loss: 0-d, or [...] of one term; gradients of hidden..., unembedding, bias, as far as they
+    are wanted."""
 
     loss: Tensor
     values: RowValues
@@ -61,7 +66,8 @@ class Formed(NamedTuple):
 def forward_and_gradients(
     terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Call, plain: bool
 ) -> Formed:
-    """plain: nobody but autograd watches, so that the third GEMM may wait for the backward pass (`WeightGemm`)."""
+    """plain: nobody but autograd watches, so that the third GEMM may wait for the backward pass
+    (`WeightGemm`)."""
     weight, kernels = unembedding.weight, select.row_kernels(call.backend)
     policy = GemmPolicy.of(weight.device, call.dtype, call.logits)
     given = term_rows(terms, unembedding, call, kernels)
@@ -104,7 +110,8 @@ def _sums(
             assert unembedding.weight_grad_out is not None
             of_weight = WeightGemm(unembedding.weight_grad_out)
         else:
-            # on CPU inactive terms count for nothing, so that they do not change how the others' gradient is rounded
+            # on CPU inactive terms count for nothing, so that they do not change how the others'
+            # gradient is rounded
             parts = sum(of_terms[chunk[0].term].may_be_active for chunk in chunks)
             formed = formed_dtype(weight, unembedding.weight_grad_out)
             of_weight = WeightGradient(weight.shape, policy, formed, parts)
@@ -115,9 +122,10 @@ def _sums(
 
 
 def _waits(unembedding: Unembedding, policy: GemmPolicy, chunks: list[list[RowRange]]) -> bool:
-    """Whether the third GEMM is left to the backward pass: where there is one chunk and a buffer that it can add into,
-    and where the logits' gradient, which is held until then, takes no more memory than the weight's would. Not in
-    float16, whose gradients wait for their upstream in float32."""
+    """Whether the third GEMM is left to the backward pass: where there is one chunk and a buffer
+    that it can add into, and where the logits' gradient, which is held until then, takes no more
+    memory than the weight's would. Not in float16, whose gradients wait for their upstream in
+    float32."""
     weight, buffer = unembedding.weight, unembedding.weight_grad_out
     if buffer is None or len(chunks) != 1 or policy.dtype == torch.float16:
         return False
@@ -126,31 +134,49 @@ def _waits(unembedding: Unembedding, policy: GemmPolicy, chunks: list[list[RowRa
     return held <= buffer.nbytes and policy.out_dtype == buffer.dtype
 
 
-def _rows_per_chunk(unembedding: Unembedding, call: Call, policy: GemmPolicy, count: int, longest: int | None) -> int:
-    weight, columns = unembedding.weight, max(unembedding.sizes)  # of the widest shard: all ranks must cut alike
+def _rows_per_chunk(
+    unembedding: Unembedding, call: Call, policy: GemmPolicy, count: int, longest: int | None
+) -> int:
+    # of the widest shard: all ranks must cut alike
+    weight, columns = unembedding.weight, max(unembedding.sizes)
     device = weight.device.type
     row_bytes = row_stride(columns, device) * policy.logit_bytes
     numbers = columns * weight.shape[1] if call.want_weight else 0
-    itemsize = max(policy.dtype.itemsize, formed_dtype(weight, unembedding.weight_grad_out).itemsize)
+    itemsize = max(
+        policy.dtype.itemsize, formed_dtype(weight, unembedding.weight_grad_out).itemsize
+    )
     return rows_per_chunk(
-        count, row_bytes, unembedding.chunk_bytes, numbers, longest=longest, device=device, itemsize=itemsize
+        count,
+        row_bytes,
+        unembedding.chunk_bytes,
+        numbers,
+        longest=longest,
+        device=device,
+        itemsize=itemsize,
     )
 
 
-def _chunks(of_terms: list[TermRows], unembedding: Unembedding, call: Call, policy: GemmPolicy) -> list[list[RowRange]]:
-    """Of all terms that want the same gradients; of one term where it is inactive, or where that is not known on the
-    host."""
+def _chunks(
+    of_terms: list[TermRows], unembedding: Unembedding, call: Call, policy: GemmPolicy
+) -> list[list[RowRange]]:
+    """Of all terms that want the same gradients; of one term where it is inactive, or where that is
+    not known on the host."""
     groups = [[place] for place in range(len(of_terms))]
     if len(of_terms) > 1 and checks.host_reads(unembedding.weight.device):
         active = [place for place, each in enumerate(of_terms) if each.may_be_active]
-        alike = [[place for place in active if call.want_hidden[place] == wanted] for wanted in (True, False)]
+        alike = [
+            [place for place in active if call.want_hidden[place] == wanted]
+            for wanted in (True, False)
+        ]
         groups = alike + [[place] for place, each in enumerate(of_terms) if not each.may_be_active]
     shared = sum(each.may_be_active for each in of_terms) > 1
     selected, cut = [each.selected for each in of_terms], list[list[RowRange]]()
     for group in groups:
         lengths = [length_of(selected[place]) for place in group]
         longest = max(lengths, default=0) if shared else None
-        cut += packed(selected, _rows_per_chunk(unembedding, call, policy, sum(lengths), longest), group)
+        cut += packed(
+            selected, _rows_per_chunk(unembedding, call, policy, sum(lengths), longest), group
+        )
     return cut
 
 
@@ -158,7 +184,8 @@ def _add_all(
     chunks: list[list[RowRange]], of_terms: list[TermRows], unembedding: Unembedding, call: Call, policy: GemmPolicy,
     sums: _Sums, unit: Tensor | None,
 ) -> None:  # fmt: skip
-    """Every chunk; the workspace is gone when this returns, so that a cast of dW can take its place."""
+    """Every chunk; the workspace is gone when this returns, so that a cast of dW can take its
+    place."""
     of_head = sums.weight is not None or sums.bias is not None
     longest = max(sum(length_of(part) for _, part in chunk) for chunk in chunks)
     head: HeadPass = MaterializedLogits(of_terms, unembedding, call, policy, longest, unit, of_head)
@@ -185,6 +212,8 @@ def _place(chunk: Chunk, d_hidden: Tensor | None) -> None:
     """None: it is there already."""
     if d_hidden is None:
         return
-    for term, part, rows_ in zip(chunk.terms, chunk.parts, d_hidden.split(chunk.lengths), strict=True):
+    for term, part, rows_ in zip(
+        chunk.terms, chunk.parts, d_hidden.split(chunk.lengths), strict=True
+    ):
         if term.d_rows is not None:
             place(term.d_rows, 0, part, rows_)

@@ -37,19 +37,23 @@ def grouped_linear_cross_entropy(
 
     ``loss = sum over terms, over rows with a label, of token_weight * row_loss``
 
-    with the row loss of `linear_cross_entropy`. The matrix's gradient is summed over all terms in float32 and rounded
-    once. A row whose weight is zero adds exactly nothing to loss and gradients (even if it holds NaN): a term of weight
-    zero leaves the others bit-identical. Its stats are computed all the same.
+    with the row loss of `linear_cross_entropy`. The matrix's gradient is summed over all terms in
+    float32 and rounded once. A row whose weight is zero adds exactly nothing to loss and gradients
+    (even if it holds NaN): a term of weight zero leaves the others bit-identical. Its stats are
+    computed all the same.
 
     Under torch.compile each new value of a number among the options compiles anew, and past
-    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see `linear_cross_entropy`.
+    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see
+    `linear_cross_entropy`.
 
     Args:
         terms: `CrossEntropyTerm` s; token_weight may be a 0-d tensor, e.g. weight / count.
-        unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes, weight_grad_out, group,
-            backend: as in `linear_cross_entropy`. On CPU a chunk holds rows of several terms; the default of
-            chunk_bytes is then 0.6 of the float32 gradient up to 120 MiB, or 448 rows up to 240, no more than the
-            longest term's, at least 32.
+        unembedding, bias, ignore_index, softcap, logit_scale, logits_dtype, chunk_bytes,
+        weight_grad_out, group,
+            backend: as in `linear_cross_entropy`. On CPU a chunk holds rows of several terms; the
+                default of
+            chunk_bytes is then 0.6 of the float32 gradient up to 120 MiB, or 448 rows up to 240, no
+            more than the longest term's, at least 32.
 
     Returns:
         ``(loss, stats)``: a 0-d loss and one `TokenStats` per term.
@@ -67,13 +71,23 @@ def grouped_linear_cross_entropy(
     """
     head = local_head(_OP, unembedding, bias, group)
     given = checked_unembedding(
-        _OP, head.weight, head.bias, ignore_index, softcap, logit_scale, chunk_bytes, weight_grad_out, head.shard
+        _OP,
+        head.weight,
+        head.bias,
+        ignore_index,
+        softcap,
+        logit_scale,
+        chunk_bytes,
+        weight_grad_out,
+        head.shard,
     )
     terms = checked_terms(terms, given)
     chosen = chosen_backend(given, backend)
     if chosen == "reference":
         return term_reference.grouped_token_loss(terms, given, logits_dtype)
-    checks.plain_autograd(_OP, given.weight, given.bias, *(x for term in terms for x in tensors_of(term)))
+    checks.plain_autograd(
+        _OP, given.weight, given.bias, *(x for term in terms for x in tensors_of(term))
+    )
     ranks = head.sequence_group
     whole = terms if ranks is None else [gathered_term(term, ranks) for term in terms]
     loss, values = token_pass(whole, given, chosen, logits_dtype, grouped=True)

@@ -1,4 +1,5 @@
-"""One chunk of rows against the unembedding: the logits GEMM and the row kernel, and the two GEMMs of the gradients."""
+"""One chunk of rows against the unembedding: the logits GEMM and the row kernel, and the two GEMMs
+of the gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .vocab_shard import ReducedRows, ShardRows
 class Chunk(NamedTuple):
     """Rows of one term or of several that want the same gradients.
 
-    hidden: [n or more, d] in the dtype of the GEMMs, zeros after the n rows. inactive: bool [n, 1], rows whose scale is
+    hidden: [n or more, d] in the dtype of the GEMMs, zeros after the n rows. inactive: bool [n, 1],
+        rows whose scale is
     zero; None: there are none. active: whether a row has another scale, or may have one."""
 
     terms: list[TermRows]
@@ -35,7 +37,9 @@ class Chunk(NamedTuple):
         terms, parts = [term for term, _ in pieces], [part for _, part in pieces]
         lengths = [length_of(part) for part in parts]
         padded = policy.pad(sum(lengths))
-        hidden = with_zeros(joined([term.hidden.take(part).to(policy.dtype) for term, part in pieces]), padded)
+        hidden = with_zeros(
+            joined([term.hidden.take(part).to(policy.dtype) for term, part in pieces]), padded
+        )
         if all(term.all_active for term in terms):
             return cls(terms, parts, lengths, hidden, None, True)
         scale = joined([rows_of(term.scale, part) for term, part in pieces])
@@ -61,7 +65,8 @@ class HeadPass(Protocol):
         """Values of the rows; what the gradients need, where they are asked for."""
 
     def grad_hidden(self, chunk: Chunk) -> Callable[[], Tensor | None]:
-        """Begins the gradient of the hidden states; the result: [n, d], or None where it is in its place."""
+        """Begins the gradient of the hidden states; the result: [n, d], or None where it is in its
+        place."""
         ...
 
     def add_grad_weight(self, chunk: Chunk, accumulator: WeightGradient | WeightGemm) -> None: ...
@@ -72,7 +77,8 @@ class HeadPass(Protocol):
 class MaterializedLogits:
     """The logits of a chunk are written, and their gradient over them.
 
-    unit: scales are divided by it (float16). with_head: a gradient of the unembedding or the bias is wanted."""
+    unit: scales are divided by it (float16). with_head: a gradient of the unembedding or the bias
+        is wanted."""
 
     def __init__(
         self, terms: Sequence[TermRows], unembedding: Unembedding, call: Any, policy: GemmPolicy, longest: int,
@@ -94,9 +100,12 @@ class MaterializedLogits:
         self.of_shard, self.reduced = dict[TermRows, ShardRows](), None
         if shard is not None:
             self.of_shard = {
-                each: ShardRows(self.kernels, each.term, each.rows, unembedding, self.bias, work) for each in terms
+                each: ShardRows(self.kernels, each.term, each.rows, unembedding, self.bias, work)
+                for each in terms
             }
-            self.reduced = ReducedRows(shard, self.weight, self.d_hidden, work) if shard.reduce else None
+            self.reduced = (
+                ReducedRows(shard, self.weight, self.d_hidden, work) if shard.reduce else None
+            )
         self.logits = self.d_logits = self.buffer
 
     def forward(self, chunk: Chunk, differentiate: bool) -> None:
@@ -112,7 +121,9 @@ class MaterializedLogits:
         if differentiate and self.rounded is not None:
             self.d_logits = self.rounded[:padded].copy_(logits)
 
-    def _rows(self, each: TermRows, part: Tensor | slice, logits: Tensor, differentiate: bool) -> None:
+    def _rows(
+        self, each: TermRows, part: Tensor | slice, logits: Tensor, differentiate: bool
+    ) -> None:
         """The row kernel over the logits of `part`: the gradient in their place."""
         term, unembedding, values = each.term, self.unembedding, each.values_of(part)
         labels, weight = each.labels_of(part)
@@ -144,7 +155,8 @@ class MaterializedLogits:
 
     def add_grad_weight(self, chunk: Chunk, accumulator: WeightGradient | WeightGemm) -> None:
         hidden = chunk.hidden
-        if chunk.inactive is not None:  # a NaN in an inactive row must not meet the zeros of its gradient
+        # a NaN in an inactive row must not meet the zeros of its gradient
+        if chunk.inactive is not None:
             count, padded = chunk.rows, hidden.shape[0]
             hidden = with_zeros(hidden[:count].masked_fill(chunk.inactive, 0), padded)
         accumulator.add(self.d_logits, hidden)  # GEMM 3

@@ -1,4 +1,5 @@
-"""The rows of one term as the row kernels take them, with the weight of each and what their labels say of all."""
+"""The rows of one term as the row kernels take them, with the weight of each and what their labels
+say of all."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from .term import CrossEntropyTerm, labels_inside
 
 
 class FlatRows(NamedTuple):
-    """labels and target_weight [N, K]; smoothing_weight [V]: the class weights of the smoothing term, target_weight
-    holds them for the rest."""
+    """labels and target_weight [N, K]; smoothing_weight [V]: the class weights of the smoothing
+    term, target_weight holds them for the rest."""
 
     labels: Tensor
     target_weight: Tensor | None
@@ -27,8 +28,8 @@ class FlatRows(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What the host may read of a term: rows with a target, rows whose scale is not zero, first and last with a target;
-    -1 each where it may not."""
+    """What the host may read of a term: rows with a target, rows whose scale is not zero, first and
+    last with a target; -1 each where it may not."""
 
     present: int = -1
     active: int = -1
@@ -45,9 +46,12 @@ def flat_rows(term: CrossEntropyTerm, ignore_index: int) -> FlatRows:
         target_weight = term.target_weight.to(work).reshape(labels.shape).contiguous()
     elif term.class_weight is not None:
         of_class = term.class_weight.to(work).contiguous()
-        target_weight = of_class[labels.where(labels != ignore_index, 0).clamp(0, of_class.shape[0] - 1)]
+        target_weight = of_class[
+            labels.where(labels != ignore_index, 0).clamp(0, of_class.shape[0] - 1)
+        ]
         smoothing_weight = of_class if smooth else None
-    # a row whose targets all weigh nothing must be inactive, not multiplied by zero, unless something else weighs
+    # a row whose targets all weigh nothing must be inactive, not multiplied by zero, unless
+    # something else weighs
     needed = target_weight is not None and term.z_loss == 0 and not smooth
     return FlatRows(labels, target_weight, smoothing_weight, needed)
 
@@ -65,7 +69,8 @@ def prepare(
     kernels: Any, op: str, term: CrossEntropyTerm, rows: FlatRows, ignore_index: int, vocabulary: int, *, mean: bool,
     normalizer: Tensor | None, scale: Tensor, values: RowValues, prefix: str = "",
 ) -> Totals:  # fmt: skip
-    """Writes the scale of each row [N] and the values of a row that is not computed; refuses labels outside [0, V)."""
+    """Writes the scale of each row [N] and the values of a row that is not computed; refuses labels
+    outside [0, V)."""
     reads = checks.host_reads(rows.labels.device)
     totals = rows.labels.new_empty(TOTALS)
     kernels.prepare_rows_(
@@ -79,7 +84,10 @@ def prepare(
     if outside >= 0:
         labels_inside(op, term, ignore_index, vocabulary, prefix)
     if term.max_rows is not None and present > term.max_rows:
-        raise ValueError(f"{op}: {prefix}max_rows is {term.max_rows}, expected at least {present}, the rows that count")
+        raise ValueError(
+            f"{op}: {prefix}max_rows is {term.max_rows}, expected at least {present}, the rows "
+            "that count"
+        )
     return Totals(present, active, first, last)
 
 
@@ -90,7 +98,9 @@ def summed(kernels: Any, stats: Tensor, scale: Tensor) -> Tensor:
     return loss
 
 
-def selection(rows: FlatRows, totals: Totals, ignore_index: int, max_rows: int | None, several: bool) -> Selection:
+def selection(
+    rows: FlatRows, totals: Totals, ignore_index: int, max_rows: int | None, several: bool
+) -> Selection:
     """The rows that are computed."""
     count = rows.labels.shape[0]
     if totals.present in (0, count):

@@ -1,4 +1,5 @@
-"""What a token loss is given: labelled rows and the unembedding, checked once, and never in another form after that."""
+"""What a token loss is given: labelled rows and the unembedding, checked once, and never in another
+form after that."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from .vocab_shard import VocabShard
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CrossEntropyTerm:
-    """One labelled set of hidden states for `grouped_linear_cross_entropy`; the arguments mean what they mean in
-    `linear_cross_entropy`.
+    """One labelled set of hidden states for `grouped_linear_cross_entropy`; the arguments mean what
+    they mean in `linear_cross_entropy`.
 
     Example:
         >>> import torch, nitp_ops
@@ -87,13 +88,19 @@ def checked_unembedding(
     checks.is_plain(op, "unembedding", weight)
     checks.is_float(op, "unembedding", weight)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shard is None):
-        raise ValueError(f"{op}: unembedding has shape {tuple(weight.shape)}, expected [V, d] with V >= 1")
-    cap, scale = checked_transform(op, "unembedding", weight, weight.shape[0], bias, ignore_index, softcap, logit_scale)
+        raise ValueError(
+            f"{op}: unembedding has shape {tuple(weight.shape)}, expected [V, d] with V >= 1"
+        )
+    cap, scale = checked_transform(
+        op, "unembedding", weight, weight.shape[0], bias, ignore_index, softcap, logit_scale
+    )
     if chunk_bytes is not None:
         checks.integer(op, "chunk_bytes", chunk_bytes, least=1)
     if weight_grad_out is not None:
         checks.is_buffer(op, "weight_grad_out", weight_grad_out, "unembedding", weight)
-    return Unembedding(op, weight, bias, ignore_index, cap, scale, chunk_bytes, weight_grad_out, shard)
+    return Unembedding(
+        op, weight, bias, ignore_index, cap, scale, chunk_bytes, weight_grad_out, shard
+    )
 
 
 def checked_transform(
@@ -110,12 +117,19 @@ def checked_transform(
         checks.same_device(op, "bias", bias, like, logits)
     checks.integer(op, "ignore_index", ignore_index)
     work = reference.working(logits)
-    cap = 0.0 if softcap is None else checks.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
+    cap = (
+        0.0
+        if softcap is None
+        else checks.number(op, "softcap", softcap, least=0.0, open_end=True, dtype=work)
+    )
     return cap, checks.number(op, "logit_scale", logit_scale, least=0.0, open_end=True, dtype=work)
 
 
-def checked_term(op: str, term: CrossEntropyTerm, unembedding: Unembedding, prefix: str) -> CrossEntropyTerm:
-    """The term, its numbers constants of the graph; values of labels are checked where they are read."""
+def checked_term(
+    op: str, term: CrossEntropyTerm, unembedding: Unembedding, prefix: str
+) -> CrossEntropyTerm:
+    """The term, its numbers constants of the graph; values of labels are checked where they are
+    read."""
     hidden, weight = term.hidden, unembedding.weight
     name = f"{prefix}hidden"
     checks.is_plain(op, name, hidden)
@@ -123,11 +137,16 @@ def checked_term(op: str, term: CrossEntropyTerm, unembedding: Unembedding, pref
     checks.has_dim(op, name, hidden, 1, "[..., d]")
     if hidden.shape[-1] != weight.shape[1]:
         expected = (*term.leading, weight.shape[1])
-        raise ValueError(f"{op}: {name} has shape {tuple(hidden.shape)}, expected {expected} (unembedding's width)")
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(hidden.shape)}, expected {expected} (unembedding's "
+            "width)"
+        )
     checks.same_device(op, name, hidden, "unembedding", weight)
     if (hidden.dtype == torch.float64) != (weight.dtype == torch.float64):
         got, expected = checks.name_of(hidden.dtype), checks.name_of(weight.dtype)
-        raise TypeError(f"{op}: {name} is {got}, expected {expected} (float64 does not mix with other dtypes)")
+        raise TypeError(
+            f"{op}: {name} is {got}, expected {expected} (float64 does not mix with other dtypes)"
+        )
     if term.max_rows is not None:
         checks.integer(op, f"{prefix}max_rows", term.max_rows, least=0)
     if term.hidden_grad_out is not None:
@@ -135,14 +154,20 @@ def checked_term(op: str, term: CrossEntropyTerm, unembedding: Unembedding, pref
     return checked_targets(op, term, "hidden", unembedding.vocabulary, prefix)
 
 
-def checked_targets(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, prefix: str = "") -> CrossEntropyTerm:
+def checked_targets(
+    op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, prefix: str = ""
+) -> CrossEntropyTerm:
     """Everything of a term but its rows, which are the argument `rows`."""
     _check_labels(op, term, rows, prefix)
     _check_weights(op, term, rows, vocabulary, prefix)
     smoothing = checks.number(op, f"{prefix}label_smoothing", term.label_smoothing, least=0.0)
     if smoothing > 1:
-        raise ValueError(f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]")
-    z_loss = checks.number(op, f"{prefix}z_loss", term.z_loss, least=0.0, dtype=reference.working(term.hidden))
+        raise ValueError(
+            f"{op}: {prefix}label_smoothing is {smoothing}, expected a number in [0, 1]"
+        )
+    z_loss = checks.number(
+        op, f"{prefix}z_loss", term.z_loss, least=0.0, dtype=reference.working(term.hidden)
+    )
     if type(term.label_smoothing) is float and type(term.z_loss) is float:
         return term
     return replace(term, label_smoothing=smoothing, z_loss=z_loss)
@@ -156,17 +181,21 @@ def _check_labels(op: str, term: CrossEntropyTerm, rows: str, prefix: str) -> No
     if term.target_weight is None:
         if labels.dim() == term.hidden.dim() and labels.shape[:-1] == leading:
             raise ValueError(
-                f"{op}: {prefix}target_weight is None, expected {tuple(labels.shape)} beside labels with "
-                f"{labels.shape[-1]} targets per row"
+                f"{op}: {prefix}target_weight is None, expected {tuple(labels.shape)} beside "
+                f"labels with {labels.shape[-1]} targets per row"
             )
         checks.has_shape(op, name, labels, leading, f"{rows} without its last axis")
     elif labels.dim() != term.hidden.dim() or labels.shape[:-1] != leading:
         expected = f"({', '.join([*map(str, leading), 'K'])})"
-        raise ValueError(f"{op}: {name} has shape {tuple(labels.shape)}, expected {expected} (got target_weight)")
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(labels.shape)}, expected {expected} (got target_weight)"
+        )
     checks.same_device(op, name, labels, prefix + rows, term.hidden)
 
 
-def _check_weights(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, prefix: str) -> None:
+def _check_weights(
+    op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, prefix: str
+) -> None:
     for name in ("token_weight", "target_weight", "class_weight"):
         weight = getattr(term, name)
         if weight is None:
@@ -176,41 +205,64 @@ def _check_weights(op: str, term: CrossEntropyTerm, rows: str, vocabulary: int, 
         checks.no_gradient(op, prefix + name, weight)
         checks.same_device(op, prefix + name, weight, prefix + rows, term.hidden)
     if term.target_weight is not None:
-        checks.has_shape(op, f"{prefix}target_weight", term.target_weight, term.labels.shape, "the labels'")
+        checks.has_shape(
+            op, f"{prefix}target_weight", term.target_weight, term.labels.shape, "the labels'"
+        )
     if term.token_weight is not None and term.token_weight.dim() > 0:
         try:
             term.token_weight.expand(term.leading)
         except RuntimeError:
-            checks.has_shape(op, f"{prefix}token_weight", term.token_weight, term.leading, "one per row")
+            checks.has_shape(
+                op, f"{prefix}token_weight", term.token_weight, term.leading, "one per row"
+            )
     if term.class_weight is not None:
         checks.has_shape(op, f"{prefix}class_weight", term.class_weight, (vocabulary,), "[V]")
         if term.target_weight is not None:
-            raise ValueError(f"{op}: {prefix}class_weight is not supported with target_weight, expected one of them")
+            raise ValueError(
+                f"{op}: {prefix}class_weight is not supported with target_weight, expected one of "
+                "them"
+            )
 
 
-def checked_terms(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding) -> list[CrossEntropyTerm]:
+def checked_terms(
+    terms: Sequence[CrossEntropyTerm], unembedding: Unembedding
+) -> list[CrossEntropyTerm]:
     op = unembedding.op
     if not isinstance(terms, Sequence):
-        raise TypeError(f"{op}: terms is a {type(terms).__name__}, expected a sequence of CrossEntropyTerm")
+        raise TypeError(
+            f"{op}: terms is a {type(terms).__name__}, expected a sequence of CrossEntropyTerm"
+        )
     if not terms:
         raise ValueError(f"{op}: terms is empty, expected at least one CrossEntropyTerm")
     for place, term in enumerate(terms):
         if not isinstance(term, CrossEntropyTerm):
-            raise TypeError(f"{op}: terms[{place}] is a {type(term).__name__}, expected a CrossEntropyTerm")
-    return [checked_term(op, term, unembedding, f"terms[{place}].") for place, term in enumerate(terms)]
+            raise TypeError(
+                f"{op}: terms[{place}] is a {type(term).__name__}, expected a CrossEntropyTerm"
+            )
+    return [
+        checked_term(op, term, unembedding, f"terms[{place}].") for place, term in enumerate(terms)
+    ]
 
 
-def labels_inside(op: str, term: CrossEntropyTerm, ignore_index: int, vocabulary: int, prefix: str = "") -> None:
+def labels_inside(
+    op: str, term: CrossEntropyTerm, ignore_index: int, vocabulary: int, prefix: str = ""
+) -> None:
     checks.labels_inside(op, f"{prefix}labels", term.labels, ignore_index, vocabulary, term.several)
 
 
-def checked_normalizer(op: str, reduction: Any, normalizer: Any, return_stats: Any, work: torch.dtype) -> Any:
+def checked_normalizer(
+    op: str, reduction: Any, normalizer: Any, return_stats: Any, work: torch.dtype
+) -> Any:
     """The normalizer; refuses outputs that do not exist, too."""
     checks.one_of(op, "reduction", reduction, checks.REDUCTIONS)
     if normalizer is not None:
         if reduction != "mean":
-            raise ValueError(f'{op}: normalizer is only supported with reduction="mean", got {reduction!r}')
+            raise ValueError(
+                f'{op}: normalizer is only supported with reduction="mean", got {reduction!r}'
+            )
         normalizer = checks.scalar(op, "normalizer", normalizer, work)
     if not isinstance(return_stats, bool) and return_stats != "entropy":
-        raise ValueError(f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'")
+        raise ValueError(
+            f"{op}: return_stats is {return_stats!r}, expected False, True or 'entropy'"
+        )
     return normalizer

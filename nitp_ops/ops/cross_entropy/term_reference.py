@@ -37,7 +37,9 @@ def grouped_token_loss(
     widened = [_widened(term, unembedding, logits_dtype) for term in terms]
     options, ignore_index = _options(unembedding), unembedding.ignore_index
 
-    def formula(active: Tensor | None, weight: Tensor, bias: Tensor | None, *hidden: Tensor) -> Tensor:
+    def formula(
+        active: Tensor | None, weight: Tensor, bias: Tensor | None, *hidden: Tensor
+    ) -> Tensor:
         given = [replace(term, hidden=x) for term, x in zip(terms, hidden, strict=True)]
         if active is not None:
             given = [replace(term, labels=_labels_of(active, term, ignore_index)) for term in given]
@@ -53,15 +55,26 @@ def loss_of_rows(
     **options: Any,
 ) -> Any:  # fmt: skip
     """The loss of one term; no weight: its rows are logits."""
-    of_rows = {name: getattr(term, name) for name in _OF_ROWS} | {"reduction": reduction, "normalizer": normalizer}
+    of_rows = {name: getattr(term, name) for name in _OF_ROWS} | {
+        "reduction": reduction,
+        "normalizer": normalizer,
+    }
     others = {name: value for name, value in options.items() if name != "bias"}
 
-    def formula(active: Tensor | None, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        labels = term.labels if active is None else _labels_of(active, term, options["ignore_index"])
-        return reference.linear_cross_entropy(hidden, weight, labels, bias=bias, **of_rows, **others)
+    def formula(
+        active: Tensor | None, hidden: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        labels = (
+            term.labels if active is None else _labels_of(active, term, options["ignore_index"])
+        )
+        return reference.linear_cross_entropy(
+            hidden, weight, labels, bias=bias, **of_rows, **others
+        )
 
     loss = of_live_rows(formula, term.hidden, weight, options["bias"])
-    return (loss, _stats(term, weight, return_stats == "entropy", options)) if return_stats else loss
+    return (
+        (loss, _stats(term, weight, return_stats == "entropy", options)) if return_stats else loss
+    )
 
 
 def _labels_of(active: Tensor, term: CrossEntropyTerm, ignore_index: int) -> Tensor:
@@ -76,24 +89,33 @@ def _options(unembedding: Unembedding) -> dict[str, Any]:
     return options | {"softcap": softcap, "logit_scale": unembedding.logit_scale}
 
 
-def _check_values(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, prefixes: Sequence[str]) -> None:
+def _check_values(
+    terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, prefixes: Sequence[str]
+) -> None:
     """Of labels, where the host may read them."""
     for term, prefix in zip(terms, prefixes, strict=True):
         if checks.plain(term.labels):
-            labels_inside(unembedding.op, term, unembedding.ignore_index, unembedding.vocabulary, prefix)
+            labels_inside(
+                unembedding.op, term, unembedding.ignore_index, unembedding.vocabulary, prefix
+            )
 
 
 def _widened(
     term: CrossEntropyTerm, unembedding: Unembedding, logits_dtype: torch.dtype | str
 ) -> tuple[CrossEntropyTerm, Tensor]:
     """The term and the weight as the reference takes them: widened where logits_dtype asks for it."""
-    buffers = {"hidden_grad_out": term.hidden_grad_out, "weight_grad_out": unembedding.weight_grad_out}
+    buffers = {
+        "hidden_grad_out": term.hidden_grad_out,
+        "weight_grad_out": unembedding.weight_grad_out,
+    }
     for name, buffer in buffers.items():
         if buffer is not None:
             raise ValueError(
-                f'{unembedding.op}: {name} is not supported with backend="reference" (it leaves gradients to autograd)'
+                f'{unembedding.op}: {name} is not supported with backend="reference" (it leaves '
+                "gradients to autograd)"
             )
-    gemm_dtype(unembedding.op, unembedding.weight, logits_dtype)  # refuses a logits_dtype that does not fit
+    # refuses a logits_dtype that does not fit
+    gemm_dtype(unembedding.op, unembedding.weight, logits_dtype)
     if logits_dtype == "auto":
         return term, unembedding.weight
     assert isinstance(logits_dtype, torch.dtype)
@@ -101,6 +123,8 @@ def _widened(
 
 
 @torch.no_grad()
-def _stats(term: CrossEntropyTerm, weight: Tensor | None, entropy: bool, options: dict[str, Any]) -> Any:
+def _stats(
+    term: CrossEntropyTerm, weight: Tensor | None, entropy: bool, options: dict[str, Any]
+) -> Any:
     stats = TokenEntropyStats(*reference.token_stats(term, weight, **options))
     return stats if entropy else TokenStats(*stats[:4])

@@ -17,10 +17,16 @@ from .term import CrossEntropyTerm, Unembedding
 
 
 class TermRows:
-    """The rows of one term: hidden states, labels, scale [N], values, and the gradient of the hidden states."""
+    """The rows of one term: hidden states, labels, scale [N], values, and the gradient of the
+    hidden states."""
 
     def __init__(
-        self, term: CrossEntropyTerm, unembedding: Unembedding, scale: Tensor, values: RowValues, wanted: bool
+        self,
+        term: CrossEntropyTerm,
+        unembedding: Unembedding,
+        scale: Tensor,
+        values: RowValues,
+        wanted: bool,
     ) -> None:
         self.term, self.scale, self.values = term, scale, values
         self.rows = flat_rows(term, unembedding.ignore_index)
@@ -29,14 +35,21 @@ class TermRows:
         if wanted:
             dtype = formed_dtype(term.hidden, term.hidden_grad_out)
             self.d_hidden = torch.empty(term.hidden.shape, dtype=dtype, device=term.hidden.device)
-        self.d_rows = None if self.d_hidden is None else self.d_hidden.view(self.hidden.count, self.hidden.width)
+        self.d_rows = (
+            None
+            if self.d_hidden is None
+            else self.d_hidden.view(self.hidden.count, self.hidden.width)
+        )
         self.totals = Totals()
         self.selected: Tensor | slice = slice(0, 0)
 
     def select(self, unembedding: Unembedding) -> None:
-        """The rows that are computed; each chunk writes the gradient of its own, the others have none."""
+        """The rows that are computed; each chunk writes the gradient of its own, the others have
+        none."""
         term = self.term
-        self.selected, rest = selection(self.rows, self.totals, unembedding.ignore_index, term.max_rows, term.several)
+        self.selected, rest = selection(
+            self.rows, self.totals, unembedding.ignore_index, term.max_rows, term.several
+        )
         if self.d_rows is not None:
             for part in rest:
                 clear(self.d_rows, part)
@@ -60,7 +73,9 @@ class TermRows:
             return RowValues(stats[:, part], prediction[part], target_logit[part])
         count, targets = len(part), target_logit.shape[1]
         return RowValues(
-            stats.new_empty(len(stats), count), prediction.new_empty(count), stats.new_empty(count, targets)
+            stats.new_empty(len(stats), count),
+            prediction.new_empty(count),
+            stats.new_empty(count, targets),
         )
 
     def place(self, part: Tensor | slice, values: RowValues) -> None:
@@ -84,7 +99,9 @@ class AllRows(NamedTuple):
     values: RowValues
 
 
-def term_rows(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Any, kernels: Any) -> AllRows:
+def term_rows(
+    terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Any, kernels: Any
+) -> AllRows:
     """Reads the labels of all terms."""
     weight, op = unembedding.weight, unembedding.op
     work, device = reference.working(weight), weight.device
@@ -93,18 +110,27 @@ def term_rows(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call:
     scale = torch.empty(rows, dtype=work, device=device)
     stats = scale.new_empty((3 if call.entropy else 2, rows))
     values = RowValues(stats, terms[0].labels.new_empty(rows), scale.new_empty(targets))
-    mean, found, row, target = call.reduction == "mean" and call.normalizer is None, list[TermRows](), 0, 0
+    mean, found, row, target = (
+        call.reduction == "mean" and call.normalizer is None,
+        list[TermRows](),
+        0,
+        0,
+    )
     for index, (term, count) in enumerate(zip(terms, counts, strict=True)):
         last, last_target = row + count, target + term.labels.numel()
         own = values, scale
         if len(terms) > 1:
             part = slice(row, last)
             own = (
-                RowValues(stats[:, part], values.prediction[part], values.target_logit[target:last_target]),
+                RowValues(
+                    stats[:, part], values.prediction[part], values.target_logit[target:last_target]
+                ),
                 scale[part],
             )
         of_term, of_scale = own
-        of_term = of_term._replace(target_logit=of_term.target_logit.view(count, -1 if count else 1))
+        of_term = of_term._replace(
+            target_logit=of_term.target_logit.view(count, -1 if count else 1)
+        )
         each = TermRows(term, unembedding, of_scale, of_term, call.want_hidden[index])
         each.totals = prepare(
             kernels, op, term, each.rows, unembedding.ignore_index, unembedding.vocabulary, mean=mean,

@@ -1,13 +1,16 @@
-"""Rows of logits whose columns lie on several ranks: what each has, gathered once, and what follows from it.
+"""Rows of logits whose columns lie on several ranks: what each has, gathered once, and what follows
+from it.
 
-Over the columns of rank r: m_r = max z, s_r = sum exp(z - m_r), b_r = sum u (z - m_r), h_r = sum exp(z - m_r) (m_r - z)
+Over the columns of rank r: m_r = max z, s_r = sum exp(z - m_r), b_r = sum u (z - m_r), h_r = sum
+exp(z - m_r) (m_r - z)
 
     m = max_r m_r,  f_r = exp(m_r - m),  s = sum_r f_r s_r,  lse = m + log s
     sum_v u_v (z_v - m) = sum_r b_r + (m_r - m) sum_{v on r} u_v
     entropy = log s + (1 / s) sum_r f_r (h_r + (m - m_r) s_r)
 
-Every rank adds the same numbers in the order of ranks, in float64: the results are equal to the last bit. Then the
-gradient of the columns that are here follows from `SoftmaxGradient` (csrc/formulas/cross_entropy.h).
+Every rank adds the same numbers in the order of ranks, in float64: the results are equal to the
+last bit. Then the gradient of the columns that are here follows from `SoftmaxGradient`
+(csrc/formulas/cross_entropy.h).
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 
 class VocabShard(NamedTuple):
-    """Which columns are here: `sizes` of all ranks of the process group named `group`, in their order.
+    """Which columns are here: `sizes` of all ranks of the process group named `group`, in their
+    order.
 
-    reduce: gradients of hidden states are summed over the ranks (else each keeps its part of the sum).
+    reduce: gradients of hidden states are summed over the ranks (else each keeps its part of the
+        sum).
     overlap: that sum is under way while the chunk's weight gradient is formed."""
 
     group: str
@@ -48,27 +53,51 @@ class VocabShard(NamedTuple):
 
 
 class ShardRows:
-    """The row kernel of one term where the vocabulary is sharded: over each chunk of logits, gradient and values."""
+    """The row kernel of one term where the vocabulary is sharded: over each chunk of logits,
+    gradient and values."""
 
-    def __init__(self, kernels: Any, term: Any, rows: Any, unembedding: Any, bias: Tensor | None, work: torch.dtype):
+    def __init__(
+        self,
+        kernels: Any,
+        term: Any,
+        rows: Any,
+        unembedding: Any,
+        bias: Tensor | None,
+        work: torch.dtype,
+    ):
         """term, rows: as the caller gave it, and its flat rows."""
         shard: VocabShard = unembedding.shard
-        self.kernels, self.term, self.head, self.bias, self.work = kernels, term, unembedding, bias, work
+        self.kernels, self.term, self.head, self.bias, self.work = (
+            kernels,
+            term,
+            unembedding,
+            bias,
+            work,
+        )
         self.group, self.sizes, rank = shard.process_group, shard.sizes, shard.rank
         self.first, self.here = sum(shard.sizes[:rank]), shard.sizes[rank]
         self.vocabulary = sum(shard.sizes)
         weights, dtype = rows.smoothing_weight, sum_dtype(rows.labels.device)
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = [torch.full((), size, dtype=dtype, device=rows.labels.device) for size in self.sizes]
+            masses = [
+                torch.full((), size, dtype=dtype, device=rows.labels.device) for size in self.sizes
+            ]
         else:
             masses = [own.sum(dtype=dtype) for own in weights.split(self.sizes)]
         self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
 
     def __call__(
-        self, logits: Tensor, labels: Tensor, weight: Tensor | None, scale: Tensor, values: Any, gradient: bool
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        weight: Tensor | None,
+        scale: Tensor,
+        values: Any,
+        gradient: bool,
     ) -> None:
-        """As cross_entropy_rows_: the values of each row and, with `gradient`, the gradient over the logits."""
+        """As cross_entropy_rows_: the values of each row and, with `gradient`, the gradient over
+        the logits."""
         head, many = self.head, self.term.several
         present = (labels != head.ignore_index) & ((labels >= 0) if many else True)
         local = labels - self.first
@@ -91,7 +120,9 @@ class ShardRows:
             smooth_mass = self.masses.sum() / self.vocabulary if by_class else mass
             off = e * (torch.ones_like(mass) if by_class else mass) / self.vocabulary
             below = self._below(fields, top)
-            loss = loss + e * (smooth_mass * log_sum - (below if by_class else mass * below) / self.vocabulary)
+            loss = loss + e * (
+                smooth_mass * log_sum - (below if by_class else mass * below) / self.vocabulary
+            )
             factor = factor + e * smooth_mass
         if c > 0:
             loss, factor = loss + c * lse * lse, factor + 2 * c * lse
@@ -110,8 +141,11 @@ class ShardRows:
             torch.stack(factors).to(self.work), head.softcap, head.logit_scale,
         )  # fmt: skip
 
-    def _gathered(self, logits: Tensor, local: Tensor, owned: Tensor, values: Any) -> dict[str, Tensor]:
-        """One collective. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of m_r."""
+    def _gathered(
+        self, logits: Tensor, local: Tensor, owned: Tensor, values: Any
+    ) -> dict[str, Tensor]:
+        """One collective. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of
+        m_r."""
         rows, targets = local.shape
         parts, best = values.stats.new_zeros(4, rows), values.prediction.new_zeros(rows)
         at = values.target_logit.new_zeros(rows, targets)
@@ -123,8 +157,14 @@ class ShardRows:
         else:
             parts[0].fill_(-torch.inf)
         bits = torch.int64 if self.work == torch.float64 else torch.int32
-        best = (best + self.first).to(bits).view(self.work)  # carried as bits: float32 has no room for every column
-        wanted = {"max": True, "sum": True, "below": self.term.label_smoothing > 0, "spread": len(values.stats) == 3}
+        # carried as bits: float32 has no room for every column
+        best = (best + self.first).to(bits).view(self.work)
+        wanted = {
+            "max": True,
+            "sum": True,
+            "below": self.term.label_smoothing > 0,
+            "spread": len(values.stats) == 3,
+        }
         kept = [part for part, flag in zip(parts, wanted.values(), strict=True) if flag]
         packed = torch.cat([torch.stack([best, *kept]), at.where(owned, 0).t()])
         ranks = len(self.sizes)
@@ -133,9 +173,14 @@ class ShardRows:
         gathered = gathered.view(ranks, len(packed), rows)
         names = [name for name, flag in wanted.items() if flag]
         found = {name: for_sums(gathered[:, 1 + place]) for place, name in enumerate(names)}
-        return found | {"best": gathered[:, 0].contiguous().view(bits), "targets": gathered[:, 1 + len(names) :]}
+        return found | {
+            "best": gathered[:, 0].contiguous().view(bits),
+            "targets": gathered[:, 1 + len(names) :],
+        }
 
-    def _softmax(self, fields: dict[str, Tensor], values: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _softmax(
+        self, fields: dict[str, Tensor], values: Any, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(m, s, log s), float64; prediction, target logits and entropy go to `values`."""
         peak = fields["max"]
         top = peak.amax(0)
@@ -162,15 +207,20 @@ class ShardRows:
 
 
 class ReducedRows:
-    """dh = sum over ranks of dlogits_r W_r, in float32 (float64 for float64) and rounded once after the sum."""
+    """dh = sum over ranks of dlogits_r W_r, in float32 (float64 for float64) and rounded once after
+    the sum."""
 
     def __init__(self, shard: VocabShard, weight: Weight, part: Tensor, work: torch.dtype):
         """part: room for dlogits_r W_r, in the dtype that the GEMM writes."""
         self.group, self.weight, self.overlap = shard.process_group, weight, shard.overlap
-        self.part, self.sum = part, part if part.dtype == work else torch.empty_like(part, dtype=work)
+        self.part, self.sum = (
+            part,
+            part if part.dtype == work else torch.empty_like(part, dtype=work),
+        )
 
     def start(self, d_logits: Tensor) -> Callable[[], Tensor]:
-        """What waits for the sum of this chunk and returns it: the GEMM of the weight gradient can run meanwhile."""
+        """What waits for the sum of this chunk and returns it: the GEMM of the weight gradient can
+        run meanwhile."""
         count = len(d_logits)
         part, total = self.part[:count], self.sum[:count]
         self.weight.grad_input(d_logits, part)

@@ -1,6 +1,8 @@
-"""implicit_token_loss: distance(P(h_t), stopgrad(s_{t+shift})),  P(h) = W_down (silu(W_gate h) * W_up h).
+"""implicit_token_loss: distance(P(h_t), stopgrad(s_{t+shift})),  P(h) = W_down (silu(W_gate h) *
+W_up h).
 
-The public function: signature, checks, normalisation. `chunked.py` is the chunked algorithm behind it.
+The public function: signature, checks, normalisation. `chunked.py` is the chunked algorithm behind
+it.
 """
 
 from __future__ import annotations
@@ -43,43 +45,50 @@ def implicit_token_loss(
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Any:
-    """Next Implicit Token Prediction: the projected hidden state predicts the latent of the next token.
+    """Next Implicit Token Prediction: the projected hidden state predicts the latent of the next
+    token.
 
-    ``p_t = W_down (silu(W_gate h_t) * W_up h_t)``, ``loss_t = distance(p_t, stopgrad(target_{t+shift}))``;
-    for cosine ``loss_t = 1 - p.z / (|p| |z|)`` and ``dloss/dp = -(z^ - cos p^) / |p|``.
+    ``p_t = W_down (silu(W_gate h_t) * W_up h_t)``, ``loss_t = distance(p_t,
+    stopgrad(target_{t+shift}))``; for cosine ``loss_t = 1 - p.z / (|p| |z|)`` and ``dloss/dp = -(z^
+    - cos p^) / |p|``.
 
-    Rows go through in chunks; for scalar reductions gradients are formed in the forward pass (nine GEMMs, nothing
-    recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients are summed in float32.
+    Rows go through in chunks; for scalar reductions gradients are formed in the forward pass (nine
+    GEMMs, nothing recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients
+    are summed in float32.
 
     Under torch.compile each new value of eps compiles anew, and past
-    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see `linear_cross_entropy`.
+    ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see
+    `linear_cross_entropy`.
 
     Args:
         hidden: ``[..., T, d]`` float64, float32, bfloat16 or float16; the predictor.
-        target: ``[..., T, D]``, the same leading shape, its own dtype. Row t meets row t + shift, by index: nothing is
-            rolled or copied. It gets no gradient.
+        target: ``[..., T, D]``, the same leading shape, its own dtype. Row t meets row t + shift,
+            by index: nothing is rolled or copied. It gets no gradient.
         gate, up: ``[m, d]``. Both None, and gate_up too: a linear projector.
         down: ``[D, m]`` (``[D, d]`` for a linear projector). None: no projector, then D = d.
-        gate_up: ``[2m, d]``, gate above up, instead of them: nothing is copied, where two matrices that do not lie
-            side by side in memory are joined on every call, and its gradient is one.
+        gate_up: ``[2m, d]``, gate above up, instead of them: nothing is copied, where two matrices
+            that do not lie side by side in memory are joined on every call, and its gradient is
+            one.
         valid: bool ``[..., T]``: the pair that starts at t counts. The last `shift` rows never do.
         shift: >= 0; 1 is the paper's, 0 the same position.
         distance: "cosine", "mse", "smooth_l1" or "kl", as in `alignment`.
         eps: lower bound of each norm (cosine).
-        reduction: "mean" divides by the number of valid pairs or by `normalizer`; "sum"; "none" returns ``[..., T]``
-            with zeros where invalid. No valid pair: loss 0 and gradients 0.
+        reduction: "mean" divides by the number of valid pairs or by `normalizer`; "sum"; "none"
+            returns ``[..., T]`` with zeros where invalid. No valid pair: loss 0 and gradients 0.
         normalizer: number or 0-d tensor for "mean", e.g. the count of a whole accumulation window.
-        chunk_bytes: size of one chunk's workspace; None: 120 MiB (32 MiB without gate and up), or 512 rows up to
-            240 MiB; on a GPU 1.25 GiB (32 MiB without), or 8192 rows.
-        max_rows: a bound on the valid pairs, for devices where the host does not know their number; on CPU, where
-            invalid rows are always skipped, it is only checked.
-        hidden_grad_out: a contiguous float32 buffer (float64 for float64) of hidden's shape that the backward pass adds
-            the gradient into, upstream included; autograd then gives None for hidden.
+        chunk_bytes: size of one chunk's workspace; None: 120 MiB (32 MiB without gate and up), or
+            512 rows up to 240 MiB; on a GPU 1.25 GiB (32 MiB without), or 8192 rows.
+        max_rows: a bound on the valid pairs, for devices where the host does not know their number;
+            on CPU, where invalid rows are always skipped, it is only checked.
+        hidden_grad_out: a contiguous float32 buffer (float64 for float64) of hidden's shape that
+            the backward pass adds the gradient into, upstream included; autograd then gives None
+            for hidden.
         return_stats: also return `AlignmentStats`, ``[..., T]`` each.
         backend: None (the device decides), "native", "triton", "torch" or "reference".
 
     Returns:
-        The loss in float32 (float64 for float64), 0-d or ``[..., T]``; with return_stats ``(loss, AlignmentStats)``.
+        The loss in float32 (float64 for float64), 0-d or ``[..., T]``; with return_stats ``(loss,
+        AlignmentStats)``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -104,7 +113,9 @@ def implicit_token_loss(
         checks.integer(_OP, "chunk_bytes", chunk_bytes, least=1)
     if normalizer is not None:
         if reduction != "mean":
-            raise ValueError(f'{_OP}: normalizer is only supported with reduction="mean", got {reduction!r}')
+            raise ValueError(
+                f'{_OP}: normalizer is only supported with reduction="mean", got {reduction!r}'
+            )
         normalizer = checks.scalar(_OP, "normalizer", normalizer, reference.working(hidden))
     if valid is not None:
         checks.is_plain(_OP, "valid", valid)
@@ -120,7 +131,8 @@ def implicit_token_loss(
     if chosen == "reference":
         if hidden_grad_out is not None:
             raise ValueError(
-                f"{_OP}: hidden_grad_out is not supported with backend='reference' (it leaves gradients to autograd)"
+                f"{_OP}: hidden_grad_out is not supported with backend='reference' (it leaves "
+                "gradients to autograd)"
             )
         terms = {"valid": valid, "shift": shift, "distance": distance, "eps": eps}
         gate, up = (gate, up) if gate_up is None else gate_up.chunk(2)
@@ -138,9 +150,13 @@ def implicit_token_loss(
     checks.plain_autograd(_OP, hidden, target, *projector, valid)
     keep = reference.pairs(hidden, valid, shift)
     if max_rows is not None and checks.plain(hidden) and int(keep.sum()) > max_rows:
-        raise ValueError(f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs")
+        raise ValueError(
+            f"{_OP}: max_rows is {max_rows}, expected at least {int(keep.sum())}, the valid pairs"
+        )
     gaps = valid is not None or (shift > 0 and keep.numel() > keep.shape[-1])
-    scale = _scale(hidden, target, keep if valid is not None else None, shift, reduction, normalizer)
+    scale = _scale(
+        hidden, target, keep if valid is not None else None, shift, reduction, normalizer
+    )
     loss, stats = latent_pass(
         Pairs(hidden, target, keep.reshape(-1), scale, hidden_grad_out, shift, max_rows, gaps),
         projector,
@@ -151,10 +167,14 @@ def implicit_token_loss(
         per_row=reduction == "none",
     )
     loss = loss.view(keep.shape) if reduction == "none" else loss
-    return (loss, AlignmentStats(*(row.view(keep.shape) for row in stats))) if return_stats else loss
+    return (
+        (loss, AlignmentStats(*(row.view(keep.shape) for row in stats))) if return_stats else loss
+    )
 
 
-def _scale(hidden: Tensor, target: Tensor, keep: Tensor | None, shift: int, reduction: str, normalizer: Any) -> Tensor:
+def _scale(
+    hidden: Tensor, target: Tensor, keep: Tensor | None, shift: int, reduction: str, normalizer: Any
+) -> Tensor:
     """0-d: what every loss is multiplied by; keep None: every pair counts that exists."""
     device, work, wide = hidden.device, reference.working(hidden, target), sum_dtype(hidden.device)
     if reduction == "mean" and normalizer is None and keep is not None:
@@ -162,11 +182,18 @@ def _scale(hidden: Tensor, target: Tensor, keep: Tensor | None, shift: int, redu
     if normalizer is not None:
         return (torch.ones((), dtype=wide, device=device) / normalizer).to(work)
     pairs = math.prod(hidden.shape[:-2]) * (hidden.shape[-2] - shift)
-    return torch.full((), 1 / max(1, pairs) if reduction == "mean" else 1.0, dtype=work, device=device)
+    return torch.full(
+        (), 1 / max(1, pairs) if reduction == "mean" else 1.0, dtype=work, device=device
+    )
 
 
 def _projector(
-    hidden: Tensor, target: Tensor, gate_up: Tensor | None, gate: Tensor | None, up: Tensor | None, down: Tensor | None
+    hidden: Tensor,
+    target: Tensor,
+    gate_up: Tensor | None,
+    gate: Tensor | None,
+    up: Tensor | None,
+    down: Tensor | None,
 ) -> Projector:
     """Checks the tensors against each other; shapes first, so that the message names what is wrong."""
     for name, tensor in (("hidden", hidden), ("target", target)):
@@ -177,12 +204,16 @@ def _projector(
         checks.has_shape(_OP, "target", target, expected, "hidden's leading shape")
     checks.same_device(_OP, "target", target, "hidden", hidden)
     if (gate is None) != (up is None):
-        raise ValueError(f"{_OP}: {'gate' if gate is None else 'up'} is None, expected gate and up together or neither")
+        raise ValueError(
+            f"{_OP}: {'gate' if gate is None else 'up'} is None, expected gate and up together or "
+            "neither"
+        )
     if gate_up is not None and gate is not None:
         raise ValueError(f"{_OP}: gate_up came with gate and up, expected one of them")
     if (gate is not None or gate_up is not None) and down is None:
         raise ValueError(
-            f"{_OP}: down is None, expected [D, m] beside {'gate and up' if gate_up is None else 'gate_up'}"
+            f"{_OP}: down is None, expected [D, m] beside "
+            f"{'gate and up' if gate_up is None else 'gate_up'}"
         )
     width, out = hidden.shape[-1], target.shape[-1]
     weights = {"gate_up": gate_up, "gate": gate, "up": up, "down": down}
@@ -193,17 +224,29 @@ def _projector(
         checks.same_device(_OP, name, weight, "hidden", hidden)
         if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
             came, expected = checks.name_of(weight.dtype), checks.name_of(hidden.dtype)
-            raise TypeError(f"{_OP}: {name} is {came}, expected {expected} (float64 does not mix with other dtypes)")
+            raise TypeError(
+                f"{_OP}: {name} is {came}, expected {expected} (float64 does not mix "
+                "with other dtypes)"
+            )
     if gate is not None and up is not None:
         if gate.dim() != 2 or gate.shape[1] != width:
-            raise ValueError(f"{_OP}: gate has shape {tuple(gate.shape)}, expected (m, {width}), hidden's width")
+            raise ValueError(
+                f"{_OP}: gate has shape {tuple(gate.shape)}, expected (m, {width}), hidden's width"
+            )
         checks.has_shape(_OP, "up", up, gate.shape, "gate's")
-    if gate_up is not None and (gate_up.dim() != 2 or gate_up.shape[1] != width or len(gate_up) % 2):
-        raise ValueError(f"{_OP}: gate_up has shape {tuple(gate_up.shape)}, expected (2 m, {width}), hidden's width")
+    if gate_up is not None and (
+        gate_up.dim() != 2 or gate_up.shape[1] != width or len(gate_up) % 2
+    ):
+        raise ValueError(
+            f"{_OP}: gate_up has shape {tuple(gate_up.shape)}, expected (2 m, {width}), hidden's "
+            "width"
+        )
     projector = Projector(gate if gate_up is None else gate_up, up, down)
     inner = projector.inner if projector.gate is not None else width
     if down is not None:
         checks.has_shape(_OP, "down", down, (out, inner), "target's width by the inner width")
     elif out != width:
-        raise ValueError(f"{_OP}: target has width {out}, expected {width} (hidden's, as there is no projector)")
+        raise ValueError(
+            f"{_OP}: target has width {out}, expected {width} (hidden's, as there is no projector)"
+        )
     return projector

@@ -1,7 +1,8 @@
-"""Autograd of implicit_token_loss: a plain autograd.Function, and the custom op that tracing needs around its pass.
+"""Autograd of implicit_token_loss: a plain autograd.Function, and the custom op that tracing needs
+around its pass.
 
-The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass multiplies them
-by the upstream. Per-row losses are computed again under their upstream.
+The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass
+multiplies them by the upstream. Per-row losses are computed again under their upstream.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def latent_pass(
     pairs: Pairs, projector: Projector, *, distance: int, eps: float, chunk_bytes: int | None, backend: str,
     per_row: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(loss, stats [4, rows]) with loss = scale * sum of the kept pairs' losses; per_row: each of them, [rows]."""
+    """(loss, stats [4, rows]) with loss = scale * sum of the kept pairs' losses; per_row: each of
+    them, [rows]."""
     hidden, (gate, up, down) = pairs.hidden, projector
     forms = torch.is_grad_enabled() and not per_row
     dtype = gemm_dtype(_OP, hidden if down is None else down)
@@ -44,7 +46,9 @@ def latent_pass(
         want_down=forms and down is not None and down.requires_grad,
     )
     pairs = pairs._replace(target=pairs.target.detach())
-    if needs_dispatcher((hidden, *projector, pairs.target, pairs.keep, pairs.scale, pairs.hidden_grad_out)):
+    if needs_dispatcher(
+        (hidden, *projector, pairs.target, pairs.keep, pairs.scale, pairs.hidden_grad_out)
+    ):
         loss, stats, _ = _latent_pass(*PACKING.pack(pairs, projector, call))
     else:
         loss, stats = ImplicitTokenLossFunction.apply(pairs, projector, call, hidden, *projector)
@@ -69,20 +73,25 @@ def _(*packed):
     hidden, rows = pairs.hidden, pairs.keep.numel()
     work = reference.working(hidden, pairs.target)
     gradients = [
-        x.new_empty(shape, dtype=formed_dtype(x, buffer)) for x, shape, buffer in _leaves(pairs, projector, call)
+        x.new_empty(shape, dtype=formed_dtype(x, buffer))
+        for x, shape, buffer in _leaves(pairs, projector, call)
     ]
     loss = hidden.new_empty((rows,) if call.per_row else (), dtype=work)
     return loss, hidden.new_empty((4, rows), dtype=work), gradients
 
 
-def _leaves(pairs: Pairs, projector: Projector, call: Call) -> list[tuple[Tensor, Any, Tensor | None]]:
+def _leaves(
+    pairs: Pairs, projector: Projector, call: Call
+) -> list[tuple[Tensor, Any, Tensor | None]]:
     """(input, shape of the gradient, buffer) of what is wanted, in the order of the gradients."""
     hidden, (gate, up, down) = pairs.hidden, projector
     leaves: list[tuple[Tensor, Any, Tensor | None]] = []
     if call.want_hidden:
         leaves.append((hidden, hidden.shape, pairs.hidden_grad_out))
     if call.want_inner and gate is not None:
-        leaves.append((gate, gate.shape if up is None else (2 * gate.shape[0], gate.shape[1]), None))
+        leaves.append(
+            (gate, gate.shape if up is None else (2 * gate.shape[0], gate.shape[1]), None)
+        )
     if call.want_down and down is not None:
         leaves.append((down, down.shape, None))
     return leaves
@@ -96,7 +105,9 @@ def _save(ctx, pairs: Pairs, projector: Projector, call: Call, gradients: Sequen
     ctx.call, ctx.formed = call, FormedGradients(gradients)
 
 
-def _recompute(pairs: Pairs, projector: Projector, call: Call, tensors: Sequence[Tensor | None]) -> list[Tensor]:
+def _recompute(
+    pairs: Pairs, projector: Projector, call: Call, tensors: Sequence[Tensor | None]
+) -> list[Tensor]:
     with torch.no_grad():
         if needs_dispatcher(tensors):
             return _latent_pass(*PACKING.pack(pairs, projector, call))[-1]
@@ -113,14 +124,18 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> tuple[Te
     projector, call, rest = Projector(*weights), ctx.call, upstream
     if call.per_row:
         want_hidden, *want_inner, want_down = needed
-        call = call._replace(per_row=False, want_hidden=want_hidden, want_inner=any(want_inner), want_down=want_down)
+        call = call._replace(
+            per_row=False, want_hidden=want_hidden, want_inner=any(want_inner), want_down=want_down
+        )
         # rows under a zero upstream are left out, so that a NaN in them stays out too
         active = pairs._replace(keep=keep & (upstream != 0), scale=upstream.contiguous(), gaps=True)
         gradients, rest = _recompute(active, projector, call, saved), None
     else:
         gradients = ctx.formed.take(upstream, lambda: _recompute(pairs, projector, call, saved))
     leaves = _leaves(pairs, projector, call)
-    formed = [(gradient, x, buffer) for gradient, (x, _, buffer) in zip(gradients, leaves, strict=True)]
+    formed = [
+        (gradient, x, buffer) for gradient, (x, _, buffer) in zip(gradients, leaves, strict=True)
+    ]
     double_backward_inputs = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
     scaled = iter(scaled_gradients(double_backward_inputs, _OP, call.backend, formed, rest))
     d_hidden = next(scaled) if call.want_hidden else None
@@ -134,7 +149,9 @@ class ImplicitTokenLossFunction(torch.autograd.Function):
     """The pass where nothing but autograd watches."""
 
     @staticmethod
-    def forward(ctx, pairs: Pairs, projector: Projector, call: Call, *_leaves: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, pairs: Pairs, projector: Projector, call: Call, *_leaves: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         loss, stats, gradients = forward_and_gradients(pairs, projector, call)
         _save(ctx, pairs, projector, call, gradients)
         ctx.mark_non_differentiable(stats)

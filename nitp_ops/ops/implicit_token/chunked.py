@@ -1,4 +1,5 @@
-"""The chunked algorithm behind implicit_token_loss: inner activations exist one chunk of rows at a time.
+"""The chunked algorithm behind implicit_token_loss: inner activations exist one chunk of rows at a
+time.
 
 for each chunk of valid pairs (t, t + shift):
     g, u = h W_gate^T, h W_up^T         GEMM 1, 2 (one call)
@@ -11,8 +12,8 @@ for each chunk of valid pairs (t, t + shift):
     dW_gate, dW_up += [g u]^T h         GEMM 6, 7
     dh = [g u] [W_gate; W_up]           GEMM 8, 9
 
-Where the host must not read values (GPUs), every pair takes part, or the first max_rows with the valid ones first; an
-invalid one is a pair of weight zero with a hidden state of zeros then.
+Where the host must not read values (GPUs), every pair takes part, or the first max_rows with the
+valid ones first; an invalid one is a pair of weight zero with a hidden state of zeros then.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from ..gradients import formed_dtype, power_of_two, scale_in_place
 class Pairs(NamedTuple):
     """hidden [..., T, d] and target [..., T, D]; keep bool [N]: the pair that starts there counts.
 
-    scale: of every loss (0-d) or of each ([N]). hidden_grad_out says in which dtype the gradient of hidden waits. gaps:
+    scale: of every loss (0-d) or of each ([N]). hidden_grad_out says in which dtype the gradient of
+        hidden waits. gaps:
     pairs that do not count may lie before one that does; else they are the last `shift`."""
 
     hidden: Tensor
@@ -62,7 +64,8 @@ class Pairs(NamedTuple):
 
 
 class Projector(NamedTuple):
-    """gate and up [m, d], down [D, m]; only down [D, d]: linear; all None: identity. Gate [2m, d] alone holds both."""
+    """gate and up [m, d], down [D, m]; only down [D, d]: linear; all None: identity. Gate [2m, d]
+    alone holds both."""
 
     gate: Tensor | None
     up: Tensor | None
@@ -74,7 +77,8 @@ class Projector(NamedTuple):
         return 0 if self.gate is None else len(self.gate) // (2 if self.up is None else 1)
 
     def gate_up(self, dtype: torch.dtype) -> Tensor | None:
-        """[W_gate; W_up] as one [2m, d] matrix: no copy but a cast where it came as one, or lies so in memory."""
+        """[W_gate; W_up] as one [2m, d] matrix: no copy but a cast where it came as one, or lies so
+        in memory."""
         gate, up = self.gate, self.up
         if gate is None or up is None:
             return None if gate is None else gate.to(dtype)
@@ -86,7 +90,8 @@ class Projector(NamedTuple):
 
 
 class Call(NamedTuple):
-    """How the pairs of one call are computed, and which gradients are wanted; gate and up have one in common.
+    """How the pairs of one call are computed, and which gradients are wanted; gate and up have one
+    in common.
 
     dtype: of the operands of the GEMMs. per_row: each loss, not their sum."""
 
@@ -106,7 +111,8 @@ class Call(NamedTuple):
 
 
 class Formed(NamedTuple):
-    """loss: 0-d or [N]; stats [4, N]; the wanted gradients of hidden, [gate; up] as one [2m, d] and down, in turn."""
+    """loss: 0-d or [N]; stats [4, N]; the wanted gradients of hidden, [gate; up] as one [2m, d] and
+    down, in turn."""
 
     loss: Tensor
     stats: Tensor
@@ -140,7 +146,9 @@ def forward_and_gradients(pairs: Pairs, projector: Projector, call: Call) -> For
         for part in rest if differentiate else (slice(0, count),):
             clear(sums.d_hidden, part)
     kernel_scale = scale if unit is None else scale / unit
-    _add_all(pairs, projector, call, policy, sums, kernels, selected, step, kernel_scale, differentiate)
+    _add_all(
+        pairs, projector, call, policy, sums, kernels, selected, step, kernel_scale, differentiate
+    )
     if not reads:
         stats.masked_fill_(~pairs.keep, 0)
     if call.per_row:
@@ -157,7 +165,8 @@ def forward_and_gradients(pairs: Pairs, projector: Projector, call: Call) -> For
 
 
 def _selected(pairs: Pairs, reads: bool) -> Selection:
-    """The pairs that are computed; the last `shift` rows have no partner, so their targets need no bound."""
+    """The pairs that are computed; the last `shift` rows have no partner, so their targets need no
+    bound."""
     count, most = pairs.keep.numel(), pairs.max_rows
     if not pairs.gaps:
         possible = max(0, count - pairs.shift)
@@ -168,22 +177,33 @@ def _selected(pairs: Pairs, reads: bool) -> Selection:
 
 
 def _some_active(pairs: Pairs) -> bool:
-    """Whether a scale is other than zero; of pairs that do not count none is asked, as none is computed."""
+    """Whether a scale is other than zero; of pairs that do not count none is asked, as none is
+    computed."""
     return pairs.scale.item() != 0 if pairs.scale.dim() == 0 else bool(_bounded(pairs).any())
 
 
-def _rows_per_chunk(pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, count: int) -> int:
+def _rows_per_chunk(
+    pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, count: int
+) -> int:
     (gate, up, down), inner = projector, projector.inner
-    wanted = [w for w, flag in ((gate, call.want_inner), (up, call.want_inner), (down, call.want_down)) if flag]
+    wanted = [
+        w
+        for w, flag in ((gate, call.want_inner), (up, call.want_inner), (down, call.want_down))
+        if flag
+    ]
     weights = [w for w in wanted if w is not None]
-    itemsize = max(each.itemsize for each in (policy.dtype, *(formed_dtype(w, None) for w in weights)))
+    itemsize = max(
+        each.itemsize for each in (policy.dtype, *(formed_dtype(w, None) for w in weights))
+    )
     return latent_rows(
         count, pairs.hidden.shape[-1], inner, pairs.target.shape[-1], policy.dtype, call.chunk_bytes,
         sum(w.numel() for w in weights), itemsize, device=pairs.hidden.device.type,
     )  # fmt: skip
 
 
-def _sums(pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, stats: Tensor, parts: int) -> _Sums:
+def _sums(
+    pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, stats: Tensor, parts: int
+) -> _Sums:
     hidden, (gate, _, down), width = pairs.hidden, projector, pairs.hidden.shape[-1]
     d_hidden = d_gate_up = d_down = None
     if call.want_hidden:
@@ -209,7 +229,8 @@ def _add_all(
     pairs: Pairs, projector: Projector, call: Call, policy: GemmPolicy, sums: _Sums, kernels: Any,
     selected: Tensor | slice, step: int, scale: Tensor, differentiate: bool,
 ) -> None:  # fmt: skip
-    """Every chunk; the workspace is gone when this returns, so that a cast of a weight gradient can take its place."""
+    """Every chunk; the workspace is gone when this returns, so that a cast of a weight gradient can
+    take its place."""
     down, dtype, reads = projector.down, policy.dtype, checks.host_reads(scale.device)
     source, latent = Rows(pairs.hidden), Rows(pairs.target)
     by_index = latent.flat and (latent.width < 2 or latent.tensor.stride(-1) == 1)
@@ -242,14 +263,20 @@ def _add_all(
         stats = sums.stats[:, part] if isinstance(part, slice) else sums.stats.new_empty(4, n)
         z, index = _partners(latent, part, pairs.shift, by_index)
         part_scale = rows_of(scale, part)
-        kernels.alignment_rows_(p[:n], z, index, part_scale, stats, None, None, call.distance, call.eps, differentiate)
+        kernels.alignment_rows_(
+            p[:n], z, index, part_scale, stats, None, None, call.distance, call.eps, differentiate
+        )
         if not isinstance(part, slice):
             place(sums.stats, 1, part, stats)
         if not differentiate:
             continue
         if sums.d_down is not None:
             sums.d_down.add(p, feature)
-        if gate_up is not None and w_down is not None and (sums.d_hidden is not None or sums.d_gate_up is not None):
+        if (
+            gate_up is not None
+            and w_down is not None
+            and (sums.d_hidden is not None or sums.d_gate_up is not None)
+        ):
             matmul(p, w_down, a)
             kernels.swiglu_rows_backward_(g, u, a)
         if sums.d_gate_up is not None:
@@ -260,23 +287,32 @@ def _add_all(
             if weight is None:
                 place(sums.d_hidden, 0, part, upstream)
                 continue
-            d_h = matmul(upstream, weight, upstream.new_empty(even, weight.shape[1]) if d_rows is None else d_rows)[:n]
+            d_h = matmul(
+                upstream,
+                weight,
+                upstream.new_empty(even, weight.shape[1]) if d_rows is None else d_rows,
+            )[:n]
             if masked:  # zeros times a weight that is not finite
                 d_h.masked_fill_(~pairs.keep[part].unsqueeze(1), 0)
             if d_rows is None:
                 place(sums.d_hidden, 0, part, d_h)
 
 
-def _partners(latent: Rows, part: Tensor | slice, shift: int, by_index: bool) -> tuple[Tensor, Tensor | None]:
-    """The target rows of a chunk: (rows, None), or (all rows, which of them) where that saves the copy."""
+def _partners(
+    latent: Rows, part: Tensor | slice, shift: int, by_index: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The target rows of a chunk: (rows, None), or (all rows, which of them) where that saves the
+    copy."""
     if isinstance(part, slice):
         return latent.dense(slice(part.start + shift, part.stop + shift)), None
-    partner = (part + shift).clamp_(max=latent.count - 1)  # of pairs that take part without being valid
+    # of pairs that take part without being valid
+    partner = (part + shift).clamp_(max=latent.count - 1)
     return (latent.tensor, partner) if by_index else (latent.dense(partner), None)
 
 
 def row_bytes(width: int, inner: int, out_width: int, dtype: torch.dtype) -> int:
-    """Workspace of one row: gate, up and what is made of them; prediction; the hidden state and its gradient."""
+    """Workspace of one row: gate, up and what is made of them; prediction; the hidden state and its
+    gradient."""
     return (3 * inner + out_width + 2 * width) * dtype.itemsize
 
 
@@ -284,9 +320,11 @@ def latent_rows(
     rows: int, width: int, inner: int, out_width: int, dtype: torch.dtype, chunk_bytes: int | None, weights: int,
     itemsize: int, *, device: str = "cpu",
 ) -> int:  # fmt: skip
-    """Rows per chunk. A projector's row is small beside its GEMMs: its chunks are few and large (decision 0007).
+    """Rows per chunk. A projector's row is small beside its GEMMs: its chunks are few and large
+    (decision 0007).
 
-    weights, itemsize: numbers of the weight gradients, and the bytes of one as `rows_per_chunk` wants them."""
+    weights, itemsize: numbers of the weight gradients, and the bytes of one as `rows_per_chunk`
+        wants them."""
     size = row_bytes(width, inner, out_width, dtype)
     large = MOST_BYTES if device == "cpu" else PROJECTOR_BYTES_ON_GPU
     least = large if inner else LEAST_BYTES

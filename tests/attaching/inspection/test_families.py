@@ -58,7 +58,9 @@ def test_the_head_alone_gives_the_logits_of_the_model(family: str):
     info = handle.objective.info
     body = handle._tap.sites.trunk
     seen: list[Any] = []
-    hook = body.register_forward_hook(lambda module, args, output: seen.append(output.last_hidden_state))
+    hook = body.register_forward_hook(
+        lambda module, args, output: seen.append(output.last_hidden_state)
+    )
     with torch.no_grad():
         logits = model(**given).logits
         hook.remove()
@@ -72,7 +74,9 @@ def test_the_head_alone_gives_the_logits_of_the_model(family: str):
     [("llama", None, 1.0), ("gemma2", 5.0, 1.0), ("gemma3_text", 4.0, 1.0), ("cohere", None, 0.25),
      ("granite", None, 0.25), ("minicpm3", None, 0.5), ("nanochat", 3.0, 1.0)],
 )  # fmt: skip
-def test_softcap_and_scale_are_those_of_the_config(family: str, softcap: float | None, scale: float):
+def test_softcap_and_scale_are_those_of_the_config(
+    family: str, softcap: float | None, scale: float
+):
     info = nitp_ops.attach(make(family), "ntp").objective.info
     assert info.softcap == softcap and info.logit_scale == pytest.approx(scale, rel=1e-6)
     assert (info.vocab_size, info.num_layers) == (64, 3)

@@ -51,9 +51,19 @@ HOOKS: dict[str, tuple[str, Any, str]] = {
     "only watches": ("register_forward_hook", watch, r"forward hook \S*watch"),
     "a partial": ("register_forward_hook", functools.partial(watch), r"forward hook \S*watch"),
     "an object": ("register_forward_hook", Watcher(), r"forward hook \S*Watcher"),
-    "halves the input": ("register_forward_pre_hook", halve_input, r"forward pre-hook \S*halve_input"),
+    "halves the input": (
+        "register_forward_pre_hook",
+        halve_input,
+        r"forward pre-hook "
+        r"\S*halve_input",
+    ),
     "backward": ("register_full_backward_hook", watch_gradient, r"backward hook \S*watch_gradient"),
-    "backward pre": ("register_full_backward_pre_hook", watch_gradient, r"backward pre-hook \S*watch_gradient"),
+    "backward pre": (
+        "register_full_backward_pre_hook",
+        watch_gradient,
+        r"backward pre-hook "
+        r"\S*watch_gradient",
+    ),
 }
 
 
@@ -85,7 +95,11 @@ def test_a_head_whose_weight_is_computed_is_refused(spoil: str):
         torch.nn.utils.parametrizations.weight_norm(model.lm_head)
     else:
         getattr(torch.nn.utils, spoil)(model.lm_head)
-    with pytest.raises(ValueError, match=r"head has a forward pre-hook torch\.nn\.utils|submodules parametrizations"):
+    with pytest.raises(
+        ValueError,
+        match=r"head has a forward pre-hook "
+        r"torch\.nn\.utils|submodules parametrizations",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
@@ -97,7 +111,8 @@ def test_a_hook_on_the_gradient_of_the_heads_weight_runs():
     torch.testing.assert_close(gradients(model(**given).loss, model)["lm_head.weight"], 2 * plain)
 
 
-FACTORS = torch.linspace(0.5, 2.0, 32, dtype=torch.float64)  # no common factor, which a cosine would not notice
+# no common factor, which a cosine would not notice
+FACTORS = torch.linspace(0.5, 2.0, 32, dtype=torch.float64)
 
 
 def scale(module: nn.Module, args: Any, output: Any) -> Any:
@@ -136,7 +151,9 @@ def test_a_hook_that_changes_hidden_states_is_honoured_whenever_it_came(place: s
     second: list[Tensor] = []
     model.model.layers[1].register_forward_pre_hook(lambda module, args: second.append(args[0]))
     body = model.model(given["input_ids"], attention_mask=given["attention_mask"])
-    torch.testing.assert_close(handle.metrics.compute()["loss/ntp"], expected.loss.item(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        handle.metrics.compute()["loss/ntp"], expected.loss.item(), rtol=1e-6, atol=1e-6
+    )
     model.nitp_objective.eval()
     own = model.nitp_objective(
         nitp_ops.objectives.Streams(
@@ -154,7 +171,9 @@ def test_the_hooks_of_accelerate_on_every_module_change_nothing():
     for module in list(model.modules()):
         hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
     nitp_ops.attach(model, "ntp + 0*nitp")
-    torch.testing.assert_close(model(**given).loss, expected, check_dtype=False, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        model(**given).loss, expected, check_dtype=False, rtol=1e-6, atol=1e-6
+    )
 
 
 def test_a_head_that_accelerate_keeps_elsewhere_is_refused_by_name():
@@ -163,7 +182,11 @@ def test_a_head_that_accelerate_keeps_elsewhere_is_refused_by_name():
     weights = {"weight": model.lm_head.weight.data.clone()}
     hook = hooks.AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights)
     hooks.add_hook_to_module(model.lm_head, hook)
-    with pytest.raises(ValueError, match=r"head is offloaded by accelerate \(device_map\), expected its weight on"):
+    with pytest.raises(
+        ValueError,
+        match=r"head is offloaded by accelerate \(device_map\), "
+        r"expected its weight on",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
@@ -186,7 +209,11 @@ def test_the_hooks_of_transformers_that_watch_for_overflow_change_nothing(first:
 
 
 def masks_columns(logits: Tensor) -> Tensor:
-    return logits.index_fill(-1, torch.arange(50, logits.shape[-1]), float("-inf")) if logits.shape[-1] > 50 else logits
+    return (
+        logits.index_fill(-1, torch.arange(50, logits.shape[-1]), float("-inf"))
+        if logits.shape[-1] > 50
+        else logits
+    )
 
 
 def drops_columns(logits: Tensor) -> Tensor:
@@ -200,12 +227,18 @@ def adds_a_row_of_columns(logits: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (masks_columns, r"forward masks or shifts 14 columns of its logits, the first 50, expected the same"),
+        (
+            masks_columns,
+            r"forward masks or shifts 14 columns of its logits, the first 50, "
+            r"expected the same",
+        ),
         (drops_columns, r"logits have shape \(1, 2, 60\), expected \(1, 2, 64\)"),
         (adds_a_row_of_columns, r"logits have shape \(1, 20, 64\) of a head of one column"),
     ],
 )
-def test_a_forward_that_treats_columns_of_the_logits_differently_is_refused(change: Any, message: str):
+def test_a_forward_that_treats_columns_of_the_logits_differently_is_refused(
+    change: Any, message: str
+):
     """As for a padded vocabulary, or for ids of images that must not be generated."""
     model = make("llama")
     plain = model.forward

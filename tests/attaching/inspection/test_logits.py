@@ -1,4 +1,5 @@
-"""What stands between the hidden states and the logits and changes after attach: in training no logits show it."""
+"""What stands between the hidden states and the logits and changes after attach: in training no
+logits show it."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def another_divisor(model: Any) -> None:
 
 
 def integer_weight(model: Any) -> None:
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.data.to(torch.int8), requires_grad=False)
+    model.lm_head.weight = nn.Parameter(
+        model.lm_head.weight.data.to(torch.int8), requires_grad=False
+    )
 
 
 def compiled_head(model: Any) -> None:
@@ -78,21 +81,44 @@ CHANGES: dict[Callable[[Any], None], tuple[str, str]] = {
     replaced_class: ("gemma2", rf"head is a \S*HalfLinear, {UNDO}"),
     replaced_call: ("gemma2", rf"head is a \S*HalfCall, {UNDO}"),
     replaced_head: ("gemma2", rf"head is a \S*HalfLinear, {UNDO}"),
-    integer_weight: ("llama", r"head has a weight of torch\.int8, expected a plain floating point tensor as at attach"),
-    compiled_head: ("llama", r"head is a OptimizedModule with submodules _orig_mod, .*compile the model, not its head"),
+    integer_weight: (
+        "llama",
+        r"head has a weight of torch\.int8, expected a plain floating point "
+        r"tensor as at attach",
+    ),
+    compiled_head: (
+        "llama",
+        r"head is a OptimizedModule with submodules _orig_mod, .*compile the "
+        r"model, not its head",
+    ),
     another_softcap: (
         "gemma2",
-        r"config\.final_logit_softcapping changed after attach, the logits' softcap 5\.0, logit_scale 1 became "
+        r"config\.final_logit_softcapping changed after attach, the logits' softcap 5\.0, "
+        r"logit_scale 1 became "
         rf"softcap 30\.0, logit_scale 1, {AGAIN}",
     ),
-    no_softcap: ("gemma2", rf"config\.final_logit_softcapping changed .* became softcap None, logit_scale 1, {AGAIN}"),
-    another_scale: ("cohere", rf"model\.logit_scale changed .* logit_scale 0\.25 became .* logit_scale 1, {AGAIN}"),
-    another_divisor: ("granite", r"config\.logits_scaling changed .* logit_scale 0\.25 became .* logit_scale 0\.5"),
+    no_softcap: (
+        "gemma2",
+        r"config\.final_logit_softcapping changed .* became softcap None, "
+        rf"logit_scale 1, {AGAIN}",
+    ),
+    another_scale: (
+        "cohere",
+        r"model\.logit_scale changed .* logit_scale 0\.25 became .* "
+        rf"logit_scale 1, {AGAIN}",
+    ),
+    another_divisor: (
+        "granite",
+        r"config\.logits_scaling changed .* logit_scale 0\.25 became .* "
+        r"logit_scale 0\.5",
+    ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_a_change_of_the_logits_is_refused_before_anything_is_computed(change: Callable[[Any], None]):
+def test_a_change_of_the_logits_is_refused_before_anything_is_computed(
+    change: Callable[[Any], None],
+):
     family, message = CHANGES[change]
     model, given, ran = make(family), batch(), []
     nitp_ops.attach(model, "ntp")
@@ -105,7 +131,9 @@ def test_a_change_of_the_logits_is_refused_before_anything_is_computed(change: C
     assert not ran
 
 
-@pytest.mark.parametrize("change", [replaced_forward, no_softcap], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [replaced_forward, no_softcap], ids=lambda change: change.__name__
+)
 def test_a_change_before_the_first_compiled_step_is_refused(change: Callable[[Any], None]):
     model = make("gemma2", num_hidden_layers=1)
     nitp_ops.attach(model, "ntp")

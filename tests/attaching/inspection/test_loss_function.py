@@ -1,4 +1,5 @@
-"""A ``model.loss_function`` that was replaced before attach: served where it is the cross-entropy of next tokens."""
+"""A ``model.loss_function`` that was replaced before attach: served where it is the cross-entropy
+of next tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ pytestmark = pytest.mark.trainers
 def test_a_loss_of_unshifted_labels_is_refused():
     model = make("llama")
     model.loss_function = ForMaskedLMLoss
-    with pytest.raises(ValueError, match="loss_function counts the label of the first token, expected a loss of next"):
+    with pytest.raises(
+        ValueError,
+        match="loss_function counts the label of the first token, expected a loss of next",
+    ):
         nitp_ops.attach(model, "ntp")
     assert model.loss_function is ForMaskedLMLoss
 
@@ -57,14 +61,20 @@ def test_a_loss_that_wants_more_than_logits_and_labels_is_refused_by_its_error()
         return F.mse_loss(logits, teacher)
 
     model.loss_function = against_a_teacher
-    with pytest.raises(ValueError, match=r"replaced by \S+against_a_teacher, which fails on .*TypeError: .*teacher"):
+    with pytest.raises(
+        ValueError,
+        match=r"replaced by \S+against_a_teacher, which fails on "
+        r".*TypeError: .*teacher",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
 @pytest.mark.parametrize("kind", ["transformers", "nitp_ops"])
 def test_another_implementation_of_the_same_loss_is_served(kind: str):
     model, given = make("llama", dtype=torch.float32), batch()
-    model.loss_function = ForCausalLMLoss if kind == "transformers" else nitp_ops.layers.ForCausalLMLoss().forward
+    model.loss_function = (
+        ForCausalLMLoss if kind == "transformers" else nitp_ops.layers.ForCausalLMLoss().forward
+    )
     plain = model(**given).loss
     nitp_ops.attach(model, "ntp")
     torch.testing.assert_close(model(**given).loss, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
@@ -77,7 +87,9 @@ def test_the_metrics_of_a_batch_without_labels_add_up_to_its_share_of_the_window
     none = given | {"labels": torch.full_like(given["labels"], -100)}
     losses, metrics = [], []
     for each in (none, given):
-        losses.append(model(**each, num_items_in_batch=(given["labels"][:, 1:] != -100).sum()).loss.item())
+        losses.append(
+            model(**each, num_items_in_batch=(given["labels"][:, 1:] != -100).sum()).loss.item()
+        )
         assert handle.metrics is not None
         metrics.append(handle.metrics)
     assert losses[0] == metrics[0].compute()["loss"] == metrics[0].compute()["loss/nitp"] == 0

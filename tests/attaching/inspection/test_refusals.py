@@ -30,7 +30,11 @@ def test_importing_the_package_imports_no_trainer_and_attach_resolves_lazily():
 
 @pytest.mark.parametrize("model", [3, nn.Linear(2, 2)], ids=["a number", "a linear"])
 def test_what_is_no_hugging_face_model_is_refused(model: Any):
-    with pytest.raises(TypeError, match=r"model is a \w+, expected a Hugging Face causal language model"):
+    with pytest.raises(
+        TypeError,
+        match=r"model is a \w+, expected a Hugging Face causal language "
+        r"model",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
@@ -40,7 +44,11 @@ def test_a_second_attach_is_refused_and_a_handle_is_found_only_where_one_is():
         handle_of(model)
     handle = nitp_ops.attach(model, "ntp")
     assert handle_of(model) is handle
-    with pytest.raises(ValueError, match=r"has an objective already, expected handle\.detach\(\) first"):
+    with pytest.raises(
+        ValueError,
+        match=r"has an objective already, expected handle\.detach\(\) "
+        r"first",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
@@ -83,7 +91,9 @@ def adds_a_constant(model: Any) -> None:
 
 
 def builds_every_logit(model: Any) -> None:
-    def forward(self: Any, input_ids: Tensor, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+    def forward(
+        self: Any, input_ids: Tensor, labels: Any = None, logits_to_keep: Any = 0, **kwargs: Any
+    ) -> Any:
         return type(self).forward(self, input_ids, labels=labels, **kwargs)
 
     model.forward = MethodType(forward, model)
@@ -92,7 +102,9 @@ def builds_every_logit(model: Any) -> None:
 def normalises_twice(model: Any) -> None:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         head = model.lm_head
-        hook = head.register_forward_pre_hook(lambda module, args: (nn.functional.rms_norm(args[0], (32,)),))
+        hook = head.register_forward_pre_hook(
+            lambda module, args: (nn.functional.rms_norm(args[0], (32,)),)
+        )
         out = type(self).forward(self, *args, **kwargs)
         hook.remove()
         return out
@@ -111,7 +123,10 @@ def normalises_twice(model: Any) -> None:
         (replaced, "head is a Linear with a forward of its own"),
         (headless, "model has no output embeddings, expected a causal language model with a head"),
         (adds_a_constant, "logits are no scale and softcap of what its head returns"),
-        (builds_every_logit, "forward builds logits without logits_to_keep, expected none for no rows"),
+        (
+            builds_every_logit,
+            "forward builds logits without logits_to_keep, expected none for no rows",
+        ),
         (normalises_twice, "head reads something else than its body returns, expected the same"),
     ],
 )
@@ -133,7 +148,12 @@ def test_a_head_behind_a_transform_and_an_encoder_decoder_are_refused():
         T5ForConditionalGeneration,
     )
 
-    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "vocab_size": 64,
+    }
     sizes |= {"num_attention_heads": 2, "is_decoder": True}
     transforms = {
         "cls.predictions.transform.dense": BertLMHeadModel(BertConfig(**sizes)),
@@ -141,13 +161,16 @@ def test_a_head_behind_a_transform_and_an_encoder_decoder_are_refused():
     }
     for name, model in transforms.items():
         expected = (
-            rf"^attach: the {type(model).__name__}'s head reads what {name} makes of the body's last hidden state"
+            rf"^attach: the {type(model).__name__}'s head reads what {name} makes of the body's "
+            r"last hidden state"
         )
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
             with pytest.raises(ValueError, match=expected):
                 nitp_ops.attach(model.to(dtype), "ntp")
         assert not any(module._forward_pre_hooks for module in model.modules())
-    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=16, vocab_size=64))
+    t5 = T5ForConditionalGeneration(
+        T5Config(d_model=32, d_ff=48, num_layers=2, num_heads=2, d_kv=16, vocab_size=64)
+    )
     with pytest.raises(ValueError, match="T5ForConditionalGeneration"):
         nitp_ops.attach(t5, "ntp")
 
@@ -174,11 +197,17 @@ def test_a_wrapped_model_is_refused():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     try:
         wrapped = nn.parallel.DistributedDataParallel(make("llama"))
-        with pytest.raises(ValueError, match="is a DistributedDataParallel, expected attach before it is wrapped"):
+        with pytest.raises(
+            ValueError, match="is a DistributedDataParallel, expected attach before it is wrapped"
+        ):
             nitp_ops.attach(wrapped, "ntp")
         sharded = make("llama")
         fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match=r"sharded \(FSDPLlamaForCausalLM\), expected attach before fully_sh"):
+        with pytest.raises(
+            ValueError,
+            match=r"sharded \(FSDPLlamaForCausalLM\), expected attach "
+            r"before fully_sh",
+        ):
             nitp_ops.attach(sharded, "ntp")
     finally:
         dist.destroy_process_group()
@@ -192,14 +221,19 @@ def test_a_later_overwrite_of_forward_raises_at_the_first_step_and_wrapping_does
     model(**given)
     model.forward = MethodType(type(model).forward, model)
     model.eval()(**given)
-    with pytest.raises(RuntimeError, match=r"forward was replaced by LlamaForCausalLM\.forward, expected attach"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"forward was replaced by LlamaForCausalLM\.forward, "
+        r"expected attach",
+    ):
         model.train()(**given)
 
 
 def test_accelerate_may_wrap_the_forward_and_unwrap_it_again():
     import accelerate
 
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a trainer in this process leaves it
+    # a trainer in this process leaves it
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     model, given = make("llama", dtype=torch.float32), batch()
     nitp_ops.attach(model, "ntp + nitp")
     expected = model(**given).loss
@@ -213,10 +247,18 @@ def test_accelerate_may_wrap_the_forward_and_unwrap_it_again():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_mask": torch.ones(3, 1, 10, 10)}, r"attention_mask has shape \(3, 1, 10, 10\), expected \[B, T\]"),
+        (
+            {"attention_mask": torch.ones(3, 1, 10, 10)},
+            r"attention_mask has shape \(3, 1, 10, "
+            r"10\), expected \[B, T\]",
+        ),
         ({"position_ids": torch.zeros(3, 9).long()}, r"position_ids has shape \(3, 9\), expected"),
         ({"labels": torch.zeros(3, 9).long()}, r"labels has shape \(3, 9\), expected \(3, 10\)"),
-        ({"fused_lm_head": True}, r"fused_lm_head is True, expected a trainer of nitp_ops\.trainers\.trl"),
+        (
+            {"fused_lm_head": True},
+            r"fused_lm_head is True, expected a trainer of "
+            r"nitp_ops\.trainers\.trl",
+        ),
     ],
     ids=["4-D mask", "positions", "labels", "fused head of TRL"],
 )
@@ -235,5 +277,9 @@ def test_a_step_is_an_integer():
     for step in (-1, 2.0, True, "3"):
         with pytest.raises(ValueError, match=r"set_step: step is .*, expected an integer >= 0"):
             handle.set_step(step)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"set_step: step is 9223372036854775808, expected an integer of 64 bits >= 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"set_step: step is 9223372036854775808, expected an "
+        r"integer of 64 bits >= 0",
+    ):
         handle.set_step(2**63)

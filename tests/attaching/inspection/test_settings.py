@@ -1,5 +1,5 @@
-"""Which changes of a model and its config make `LogitSettings` measure the logits again: any that a setting had a part
-in, and no other."""
+"""Which changes of a model and its config make `LogitSettings` measure the logits again: any that a
+setting had a part in, and no other."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ CHANGES: dict[str, Callable[[Any], object]] = {
     "a number that becomes None": lambda model: setattr(model.config.text_config, "softcap", None),
     "a new field": lambda model: setattr(model, "logit_scale", 2.0),
     "a field that is gone": lambda model: delattr(model.config, "scale"),
-    "a field of another name": lambda model: setattr(model.config, "factor", vars(model.config).pop("scale")),
+    "a field of another name": lambda model: setattr(
+        model.config, "factor", vars(model.config).pop("scale")
+    ),
     "a field of the body": lambda model: setattr(model.base_model, "scale", 2.0),
     "another config of the same text": lambda model: setattr(
         model, "config", Config(scale=2.0, text_config=model.config.text_config)
@@ -89,7 +91,9 @@ def measured_again(model: Any) -> bool:
 def watched(model: Any) -> Any:
     WATCHED.clear()
     sites: Any = None
-    WATCHED[id(model)] = LogitSettings(model, sites, ModelInfo(hidden_size=2, vocab_size=2, num_layers=1))
+    WATCHED[id(model)] = LogitSettings(
+        model, sites, ModelInfo(hidden_size=2, vocab_size=2, num_layers=1)
+    )
     return model
 
 

@@ -1,4 +1,5 @@
-"""Which modules a training pass really runs: taken, or refused at attach with the reason, never at the first step."""
+"""Which modules a training pass really runs: taken, or refused at attach with the reason, never at
+the first step."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from tests.support.hugging_face_cases import FAMILIES, SIZES, assert_equal_train
 pytestmark = pytest.mark.trainers
 STATES = "ntp + 0.8*nitp(target_layer=1)"
 RESIDUAL = "ntp + 0.8*nitp(target_layer=1, source=last_residual)"
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+}
 MORE: dict[str, dict[str, Any]] = {
     "gemma3n_text": {
         "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0,
@@ -61,7 +68,8 @@ MORE: dict[str, dict[str, Any]] = {
 
 
 def tiny(family: str, **changes: Any) -> Any:
-    """A decoder whose weights are all drawn, or the model that its family builds for causal language models."""
+    """A decoder whose weights are all drawn, or the model that its family builds for causal
+    language models."""
     torch.manual_seed(0)
     kind = transformers.CONFIG_MAPPING[family.removesuffix("_axial")]
     config = kind(**{**SIZES, **MORE.get(family, {}), **changes})
@@ -73,13 +81,21 @@ def with_images(family: str) -> Any:
     """Towers for text and for images of equal depth."""
     torch.manual_seed(0)
     config: Any = transformers.CONFIG_MAPPING[family]
-    text = {**SIZES, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    text = {
+        **SIZES,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }
     vision = {"depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "out_hidden_size": 32,
               "deepstack_visual_indexes": [0, 1, 2], "patch_size": 8, "num_hidden_layers": 3, "image_size": 16,
               "num_attention_heads": 4}  # fmt: skip
     if family == "llava":
-        text, vision = {**SIZES, "model_type": "llama"}, {**vision, "model_type": "clip_vision_model"}
-    made = transformers.AutoModelForImageTextToText.from_config(config(text_config=text, vision_config=vision))
+        text, vision = (
+            {**SIZES, "model_type": "llama"},
+            {**vision, "model_type": "clip_vision_model"},
+        )
+    made = transformers.AutoModelForImageTextToText.from_config(
+        config(text_config=text, vision_config=vision)
+    )
     return made.double().train()
 
 
@@ -89,7 +105,9 @@ def test_beside_a_tower_for_images_the_blocks_are_those_of_the_text(family: str)
     nitp_ops.attach(model, RESIDUAL).detach()
     handle = nitp_ops.attach(model, STATES)
     sites = handle._tap.sites
-    assert sites.blocks == tuple(model.model.language_model.layers) == hugging_face_sites(model).blocks
+    assert (
+        sites.blocks == tuple(model.model.language_model.layers) == hugging_face_sites(model).blocks
+    )
     assert sites.norm is model.model.language_model.norm is hugging_face_sites(model).norm
     assert_equal_training(model, given, given["attention_mask"].long() - 1, handle)
 
@@ -97,20 +115,66 @@ def test_beside_a_tower_for_images_the_blocks_are_those_of_the_text(family: str)
 @pytest.mark.parametrize(
     ("family", "spec", "reason"),
     [
-        ("gemma3n_text", STATES, r"its blocks receive a tensor of shape \(4, 1, 4, 32\), expected \(1, 4, 32\)"),
-        ("deepseek_v4", STATES, r"its blocks receive a tensor of shape \(1, 4, 4, 32\), expected \(1, 4, 32\)"),
-        ("reformer", STATES, r"its blocks receive a tensor of shape \(1, 4, 32\), expected \(1, 4, 64\)"),
-        ("reformer_axial", STATES, r"its blocks receive a tensor of shape \(1, 16, 32\), expected \(1, 16, 64\)"),
-        ("reformer_axial", "ntp + next_embedding", r"its blocks receive a tensor of shape \(1, 16, 32\), expected"),
-        ("hrm_text", STATES, r"its 3 blocks run \d+ times in a pass, expected each once and in order"),
-        ("nanochat", RESIDUAL, r"its final norm runs 2 times in a pass, expected once, after the last block"),
-        ("nanochat", "ntp + mtp_sequential(source=last_residual)", r"its final norm runs 2 times in a pass"),
+        (
+            "gemma3n_text",
+            STATES,
+            r"its blocks receive a tensor of shape \(4, 1, 4, 32\), expected "
+            r"\(1, 4, 32\)",
+        ),
+        (
+            "deepseek_v4",
+            STATES,
+            r"its blocks receive a tensor of shape \(1, 4, 4, 32\), expected "
+            r"\(1, 4, 32\)",
+        ),
+        (
+            "reformer",
+            STATES,
+            r"its blocks receive a tensor of shape \(1, 4, 32\), expected \(1, "
+            r"4, 64\)",
+        ),
+        (
+            "reformer_axial",
+            STATES,
+            r"its blocks receive a tensor of shape \(1, 16, 32\), expected "
+            r"\(1, 16, 64\)",
+        ),
+        (
+            "reformer_axial",
+            "ntp + next_embedding",
+            r"its blocks receive a tensor of shape \(1, "
+            r"16, 32\), expected",
+        ),
+        (
+            "hrm_text",
+            STATES,
+            r"its 3 blocks run \d+ times in a pass, expected each once and in "
+            r"order",
+        ),
+        (
+            "nanochat",
+            RESIDUAL,
+            r"its final norm runs 2 times in a pass, expected once, after the "
+            r"last block",
+        ),
+        (
+            "nanochat",
+            "ntp + mtp_sequential(source=last_residual)",
+            r"its final norm runs 2 times "
+            r"in a pass",
+        ),
     ],
 )
-def test_streams_that_no_module_passes_once_are_refused_at_attach(family: str, spec: str, reason: str):
+def test_streams_that_no_module_passes_once_are_refused_at_attach(
+    family: str, spec: str, reason: str
+):
     model = tiny(family)
     modes = [module.training for module in model.modules()]
-    with pytest.raises(ValueError, match=rf"is required, but the \w+ does not offer it: {reason}.*collect it with tap"):
+    with pytest.raises(
+        ValueError,
+        match=r"is required, but the \w+ does not offer it: "
+        rf"{reason}.*collect it with tap",
+    ):
         nitp_ops.attach(model, spec)
     assert not hasattr(model, "nitp_objective") and "forward" not in model.__dict__
     assert [module.training for module in model.modules()] == modes
@@ -118,7 +182,9 @@ def test_streams_that_no_module_passes_once_are_refused_at_attach(family: str, s
 
 @pytest.mark.parametrize("spec", ["ntp + nextlat", "ntp + mtp_sequential"])
 @pytest.mark.parametrize("family", ["reformer", "reformer_axial"])
-def test_what_reads_an_embedding_of_another_width_than_the_heads_is_refused_at_attach(family: str, spec: str):
+def test_what_reads_an_embedding_of_another_width_than_the_heads_is_refused_at_attach(
+    family: str, spec: str
+):
     expected = r"^attach: \w+ reads the embedding, which is 32 wide in the ReformerModelWithLMHead, expected 64"
     with pytest.raises(ValueError, match=expected):
         nitp_ops.attach(tiny(family), spec)
@@ -135,7 +201,9 @@ def test_a_body_that_runs_on_no_ids_alone_offers_no_states_and_trains_on_next_to
         return run(*args, **kwargs)
 
     model.model.forward = forward
-    expected = r"its body runs on no ids alone, .* not known \(ValueError: attention_mask is needed\)"
+    expected = (
+        r"its body runs on no ids alone, .* not known \(ValueError: attention_mask is needed\)"
+    )
     with pytest.raises(ValueError, match=expected):
         nitp_ops.attach(model, STATES)
     plain = model(**given).loss
@@ -143,7 +211,9 @@ def test_a_body_that_runs_on_no_ids_alone_offers_no_states_and_trains_on_next_to
     torch.testing.assert_close(model(**given).loss, plain, check_dtype=False, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma3n_text", "deepseek_v4", "reformer", "hrm_text", "nanochat", "longcat_flash"])
+@pytest.mark.parametrize(
+    "family", ["gemma3n_text", "deepseek_v4", "reformer", "hrm_text", "nanochat", "longcat_flash"]
+)
 def test_the_loss_of_next_tokens_alone_is_that_of_the_plain_model(family: str):
     model, given = tiny(family), batch()
     del given["attention_mask"]
@@ -171,14 +241,20 @@ def test_blocks_that_the_config_counts_otherwise_are_found_by_running_them():
 def test_a_block_that_runs_twice_is_refused_at_attach():
     model = make("llama")
     model.model.layers[2] = model.model.layers[1]
-    with pytest.raises(ValueError, match="its 3 blocks run 3 times in a pass, expected each once and in order"):
+    with pytest.raises(
+        ValueError, match="its 3 blocks run 3 times in a pass, expected each once and in order"
+    ):
         nitp_ops.attach(model, STATES)
     nitp_ops.attach(model, "ntp")
 
 
 def test_blocks_that_training_leaves_out_are_refused_at_attach():
     model = tiny("opt", layerdrop=0.5)
-    with pytest.raises(ValueError, match=r"its layerdrop is 0\.5, so that training passes leave blocks out"):
+    with pytest.raises(
+        ValueError,
+        match=r"its layerdrop is 0\.5, so that training passes leave "
+        r"blocks out",
+    ):
         nitp_ops.attach(model, STATES)
 
 
@@ -194,21 +270,45 @@ def test_attach_draws_no_random_numbers_of_training():
 
 @pytest.mark.parametrize("family", ["bart", "xlm"])
 def test_a_loss_that_is_computed_in_the_forward_is_refused_by_that_name(family: str):
-    with pytest.raises(ValueError, match=r"attach: the \w+'s loss does not go through model\.loss_function"):
+    with pytest.raises(
+        ValueError,
+        match=r"attach: the \w+'s loss does not go through "
+        r"model\.loss_function",
+    ):
         nitp_ops.attach(tiny(family), "ntp")
 
 
 def test_a_loss_that_gets_other_logits_than_those_of_the_call_is_refused_by_name():
-    vision = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     model = transformers.GitForCausalLM(transformers.GitConfig(**SIZES, vision_config=vision))
-    with pytest.raises(ValueError, match=r"the GitForCausalLM's loss gets logits .* expected those of the call"):
+    with pytest.raises(
+        ValueError,
+        match=r"the GitForCausalLM's loss gets logits .* expected "
+        r"those of the call",
+    ):
         nitp_ops.attach(model, "ntp")
 
 
 def test_an_encoder_decoder_is_refused_whose_labels_are_those_of_its_own_position():
-    sizes: dict[str, Any] = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 2, "d_kv": 16, "vocab_size": 64}
-    with pytest.raises(ValueError, match="T5ForConditionalGeneration, an encoder-decoder whose labels are those of"):
-        nitp_ops.attach(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "ntp")
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_kv": 16,
+        "vocab_size": 64,
+    }
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration, an encoder-decoder whose labels are those of"
+    ):
+        nitp_ops.attach(
+            transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "ntp"
+        )
 
 
 def test_offsets_past_the_longest_sequence_of_the_config_are_refused():
@@ -234,6 +334,10 @@ def test_a_model_whose_config_counts_no_layers_attaches_on_the_meta_device_too()
     """Blt: an encoder, a global transformer and a decoder, each with a config of its own."""
     with torch.device("meta"):
         model = transformers.BltForCausalLM(transformers.BltConfig())
-    with pytest.raises(ValueError, match=r"^attach: blocks is None, .*hidden_states\[0\] is required"):
+    with pytest.raises(
+        ValueError,
+        match=r"^attach: blocks is None, .*hidden_states\[0\] is "
+        r"required",
+    ):
         nitp_ops.attach(model, "ntp + nitp")
     nitp_ops.attach(model, "ntp")

@@ -1,4 +1,5 @@
-"""`benchmarks/gpu.sh bundle`: peers and the library in parts of a limited size, and what `short` makes of them."""
+"""`benchmarks/gpu.sh bundle`: peers and the library in parts of a limited size, and what `short`
+makes of them."""
 
 import lzma
 import os
@@ -23,11 +24,15 @@ def fast(monkeypatch):
 
 @pytest.fixture
 def made(tmp_path, fast):
-    """A library and two archives of wheels: `small`, and `large`, of which one part has no room for the whole."""
+    """A library and two archives of wheels: `small`, and `large`, of which one part has no room for
+    the whole."""
     library = tmp_path / "libnitp_ops.so"
     library.write_bytes(b"library" * 100)
     wheels = []
-    for name, content in (("small", b"one = 1\n"), ("large", b"data = " + repr(os.urandom(5000)).encode() + b"\n")):
+    for name, content in (
+        ("small", b"one = 1\n"),
+        ("large", b"data = " + repr(os.urandom(5000)).encode() + b"\n"),
+    ):
         wheel = tmp_path / f"{name}-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(f"{name}/packages/{name}_inside.py", content)
@@ -53,14 +58,18 @@ def test_the_parts_hold_everything_within_their_limit(tmp_path, made, most):
     folders = unpack.search_path(root / unpack.SITE)
     code = "import small_inside, large_inside; print(small_inside.one, len(large_inside.data))"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.stdout == "1 5000\n", done.stderr
     assert not list((root / unpack.SITE).glob("*.xz*"))
     unpack.wheels(parts[0], root)  # of a later call on the same machine
     assert unpack.search_path(root / unpack.SITE) == folders
 
 
-@pytest.mark.parametrize("damage", [lambda packed: packed[: len(packed) // 2], lambda packed: b"x" + packed[1:]])
+@pytest.mark.parametrize(
+    "damage", [lambda packed: packed[: len(packed) // 2], lambda packed: b"x" + packed[1:]]
+)
 def test_of_a_damaged_library_nothing_is_left(tmp_path, made, damage):
     library, archives = made
     part, *_ = bundle.write(tmp_path / "out", library, archives, 100_000)
@@ -86,7 +95,8 @@ def test_a_part_above_its_limit_or_damaged_is_refused(tmp_path, made):
 
 def test_a_damaged_wheel_loses_itself_alone_until_a_good_piece_comes(tmp_path, made):
     library, archives = made
-    (part,) = bundle.write(tmp_path / "out", library, archives[::-1], 100_000)  # the large one first
+    # the large one first
+    (part,) = bundle.write(tmp_path / "out", library, archives[::-1], 100_000)
     target = tmp_path / unpack.SITE
     target.mkdir(parents=True)
     (target / f"{archives[1].name}.1-of-2").write_bytes(b"of an earlier bundle")
@@ -95,7 +105,10 @@ def test_a_damaged_wheel_loses_itself_alone_until_a_good_piece_comes(tmp_path, m
     good = piece.read_bytes()
     piece.write_bytes(b"x" * len(good))
     said = unpack.wheels(part, tmp_path)
-    assert said == f"{archives[1].name} (not used: its pieces are damaged or of different bundles), small"
+    assert (
+        said
+        == f"{archives[1].name} (not used: its pieces are damaged or of different bundles), small"
+    )
     assert (target / "small").is_dir() and not (target / "large").exists()
     piece.write_bytes(good)
     assert unpack.wheels(part, tmp_path) == "large, small"
@@ -104,11 +117,18 @@ def test_a_damaged_wheel_loses_itself_alone_until_a_good_piece_comes(tmp_path, m
 
 @pytest.mark.parametrize("given", ["0", "-1", "nan", "inf", "many"])
 def test_what_is_no_amount_is_refused_before_anything_is_unpacked(tmp_path, capsys, given):
-    for main, option in ((short.main, "--budget-s"), (short.main, "--bundle-mib"), (bundle.main, "--bundle-mib")):
+    for main, option in (
+        (short.main, "--budget-s"),
+        (short.main, "--bundle-mib"),
+        (bundle.main, "--bundle-mib"),
+    ):
         with pytest.raises(SystemExit) as ended:
             main(["--out", str(tmp_path / "x"), f"{option}={given}"])
         assert ended.value.code == 2
-        assert f"argument {option}: expected a finite number above 0, got '{given}'" in capsys.readouterr().err
+        assert (
+            f"argument {option}: expected a finite number above 0, got '{given}'"
+            in capsys.readouterr().err
+        )
 
 
 def test_wheels_of_an_earlier_call_are_found_without_a_bundle(tmp_path, monkeypatch):
@@ -118,17 +138,26 @@ def test_wheels_of_an_earlier_call_are_found_without_a_bundle(tmp_path, monkeypa
     (tmp_path / "nitp_ops/objectives").mkdir(parents=True)
     seen = []
     monkeypatch.setattr(short, "ROOT", tmp_path)
-    monkeypatch.setattr(short, "_run", lambda *_: seen.append((sys.path[1], os.environ["PYTHONPATH"])) or 0)
+    monkeypatch.setattr(
+        short, "_run", lambda *_: seen.append((sys.path[1], os.environ["PYTHONPATH"])) or 0
+    )
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = os.environ.get("PYTHONPATH")
     assert short.main(["--budget-s", "9", "--bundle-mib", "9", "--dry-run"]) == 0
     assert os.environ.get("PYTHONPATH") == before
     ((second, environment),) = seen
-    assert second == str(inside) and environment.split(os.pathsep)[:2] == [str(tmp_path / unpack.SITE), str(inside)]
+    assert second == str(inside) and environment.split(os.pathsep)[:2] == [
+        str(tmp_path / unpack.SITE),
+        str(inside),
+    ]
 
 
-@pytest.mark.parametrize(("most", "said"), [(9.0, "holds no bundle.json"), (1e-6, "above its limit")])
-def test_a_bundle_that_cannot_be_used_is_one_line_and_the_run_goes_on(tmp_path, capsys, most, said, monkeypatch):
+@pytest.mark.parametrize(
+    ("most", "said"), [(9.0, "holds no bundle.json"), (1e-6, "above its limit")]
+)
+def test_a_bundle_that_cannot_be_used_is_one_line_and_the_run_goes_on(
+    tmp_path, capsys, most, said, monkeypatch
+):
     if most < 1:
         (tmp_path / unpack.MANIFEST).write_text('{"packed": {}}')
     ran = []
@@ -139,17 +168,24 @@ def test_a_bundle_that_cannot_be_used_is_one_line_and_the_run_goes_on(tmp_path, 
     assert line.startswith("bundle: ") and said in line
 
 
-def test_a_package_without_a_wheel_and_a_folder_that_exists_are_one_line(tmp_path, capsys, monkeypatch):
+def test_a_package_without_a_wheel_and_a_folder_that_exists_are_one_line(
+    tmp_path, capsys, monkeypatch
+):
     assert bundle.main(["--bundle-mib", "9", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"benchmarks/gpu.sh: {tmp_path} exists\n"
 
     def fails(command, **_):
-        return subprocess.CompletedProcess(command, 1, "", "WARNING: x\nERROR: No matching distribution found for it\n")
+        return subprocess.CompletedProcess(
+            command, 1, "", "WARNING: x\nERROR: No matching distribution found for it\n"
+        )
 
     monkeypatch.setattr(bundle.subprocess, "run", fails)
     monkeypatch.setattr(bundle, "LIBRARY", "setup.py")
     assert bundle.main(["--bundle-mib", "9", "--out", str(tmp_path / "new")]) == 1
-    assert capsys.readouterr().err == "benchmarks/gpu.sh: liger-kernel: No matching distribution found for it\n"
+    assert (
+        capsys.readouterr().err
+        == "benchmarks/gpu.sh: liger-kernel: No matching distribution found for it\n"
+    )
 
 
 def test_a_source_tree_finds_its_objectives_without_an_installation(tmp_path, monkeypatch):
@@ -157,13 +193,19 @@ def test_a_source_tree_finds_its_objectives_without_an_installation(tmp_path, mo
     (tmp_path / "objectives").mkdir()
     (tmp_path / "nitp_ops/__init__.py").touch()
     (tmp_path / "objectives/__init__.py").write_text("found = 7\n")
-    monkeypatch.setattr(sys, "modules", {k: v for k, v in sys.modules.items() if not k.startswith("__editable___nitp")})
+    monkeypatch.setattr(
+        sys,
+        "modules",
+        {k: v for k, v in sys.modules.items() if not k.startswith("__editable___nitp")},
+    )
     link = tmp_path / "nitp_ops/objectives"
     link.symlink_to("of a call that was killed")
     before = os.environ.get("PYTHONPATH")
     with carried.importable(tmp_path):
         code = "import nitp_ops.objectives as o; print(o.found)"
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert done.stdout == "7\n", done.stderr
     assert not link.exists() and os.environ.get("PYTHONPATH") == before
 
@@ -172,7 +214,9 @@ def test_a_source_tree_finds_its_objectives_without_an_installation(tmp_path, mo
 def tree(tmp_path, monkeypatch):
     """What a build needs of a source tree, on a machine with an nvcc."""
     (tmp_path / "csrc/tools").mkdir(parents=True)
-    (tmp_path / "csrc/tools/build_cuda.py").write_text((ROOT / "csrc/tools/build_cuda.py").read_text())
+    (tmp_path / "csrc/tools/build_cuda.py").write_text(
+        (ROOT / "csrc/tools/build_cuda.py").read_text()
+    )
     monkeypatch.setattr(carried.shutil, "which", lambda name: name)
     return tmp_path
 
@@ -190,8 +234,13 @@ def test_a_library_that_cannot_be_built_says_why(tree, capability, code, said):
 
 
 def test_the_library_is_built_for_one_architecture(tree):
-    (tree / "setup.py").write_text("import os; open('asked', 'w').write(os.environ['NITP_CUDA_ARCHITECTURES'])")
+    (tree / "setup.py").write_text(
+        "import os; open('asked', 'w').write(os.environ['NITP_CUDA_ARCHITECTURES'])"
+    )
     for capability, architecture in (("9.0", "sm_90"), ("12.1", "sm_120")):
-        assert carried.built(tree, capability, 60) is None and (tree / "asked").read_text() == architecture
+        assert (
+            carried.built(tree, capability, 60) is None
+            and (tree / "asked").read_text() == architecture
+        )
     (tree / "setup.py").write_text("import time; time.sleep(60)")
     assert carried.built(tree, "9.0", 0.5) == "the build took more than 0 s"

@@ -1,4 +1,5 @@
-"""`benchmarks --device cuda` without a GPU: refusals, processes that die alone, floors, errors, cases."""
+"""`benchmarks --device cuda` without a GPU: refusals, processes that die alone, floors, errors,
+cases."""
 
 import os
 import time
@@ -66,7 +67,10 @@ def test_a_name_that_dies_hangs_or_breaks_the_device_costs_only_itself():
     done, reasons = without_the_dead(named, names, patience=5.0, deadline=time.monotonic() + 200)
     assert done == ["good", "last"]
     assert reasons["breaks"] == "breaks broke the device"
-    assert "ended with code 7" in reasons["exits"] and "stopped: no answer within 5 s" in reasons["hangs"]
+    assert (
+        "ended with code 7" in reasons["exits"]
+        and "stopped: no answer within 5 s" in reasons["hangs"]
+    )
 
 
 def test_a_failure_of_nobody_and_a_passed_deadline_are_errors():
@@ -90,7 +94,9 @@ def test_an_implementation_that_hung_once_is_not_waited_for_again():
     class Fake(Isolated):
         def run(self, task, names, *, patience, deadline):
             asked.append(list(names))
-            return {name: {} for name in names if name != "quack"}, {"quack": "stopped: no answer within 150 s"}
+            return {name: {} for name in names if name != "quack"}, {
+                "quack": "stopped: no answer within 150 s"
+            }
 
     case, hung = cuda_run.Case("swiglu", {"N": 2, "m": 3}, "float32", ["ours", "quack"], named), {}
     for _ in range(2):
@@ -102,7 +108,9 @@ def test_an_implementation_that_hung_once_is_not_waited_for_again():
 @pytest.mark.parametrize("op", OPS)
 def test_a_case_has_time_floor_error_and_peak_of_everybody(cpu_in_its_place, op):
     names = ["ours", "ours-triton", "eager"]
-    rows = cuda.measure_case(at, names, op=op, sizes=OPS[op].toy, dtype="float32", rounds=3, seconds=9)
+    rows = cuda.measure_case(
+        at, names, op=op, sizes=OPS[op].toy, dtype="float32", rounds=3, seconds=9
+    )
     assert list(rows) == ["floor", *names]
     assert "skipped" in rows["ours-triton"]
     for name in ("ours", "eager"):
@@ -130,7 +138,8 @@ def test_the_writes_before_a_run_last_as_long_as_the_host_needs(host, each, coun
 
 
 def test_no_case_is_behind_the_limit_of_compilations():
-    """dynamo compiles a function for eight sizes and then runs it as it is: its time would stand under "compile"."""
+    """dynamo compiles a function for eight sizes and then runs it as it is: its time would stand
+    under "compile"."""
     counter, sizes = CompileCounter(), range(2, 14)
     compiled = torch.compile(EAGER["swiglu"], backend=counter, dynamic=False)
     for size in sizes:
@@ -152,7 +161,9 @@ def test_a_process_serves_many_tasks_and_starts_again_after_a_loss():
 
 def test_an_implementation_with_wrong_results_has_no_time(cpu_in_its_place, monkeypatch):
     monkeypatch.setattr(cuda, "function_of", lambda *_: lambda gate, up: (gate + 9) * up)
-    rows = cuda.measure_case(at, ["ours"], op="swiglu", sizes=OPS["swiglu"].toy, dtype="float32", rounds=2, seconds=9)
+    rows = cuda.measure_case(
+        at, ["ours"], op="swiglu", sizes=OPS["swiglu"].toy, dtype="float32", rounds=2, seconds=9
+    )
     assert rows["ours"]["skipped"].startswith("ArithmeticError: value is wrong: relative error")
     assert "milliseconds" not in rows["ours"]
 
@@ -169,21 +180,32 @@ def test_a_broken_device_ends_the_process(monkeypatch):
 def test_the_floor_runs_every_product_and_is_its_faster_form(cpu_in_its_place, monkeypatch):
     called, product = [], torch.mm
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "mm", lambda a, b, out: called.append((len(a), b.shape[1])) or product(a, b, out=out))
+        patch.setattr(
+            torch,
+            "mm",
+            lambda a, b, out: called.append((len(a), b.shape[1])) or product(a, b, out=out),
+        )
         (form,) = runs = cuda.product_runs([(4, 3, 5), (4, 5, 2)], torch.float32)
         runs[form]()
     assert called == [(4, 5), (4, 3), (5, 3), (4, 2), (4, 5), (2, 5)] and form == "float32"
     forms = {"bfloat16": lambda: time.sleep(0.02), "float32": lambda: time.sleep(0.001)}
     monkeypatch.setattr(cuda, "floor_of", lambda *_: forms)
-    rows = cuda.measure_case(at, [], op="swiglu", sizes=OPS["swiglu"].toy, dtype="float32", rounds=3, seconds=9)
+    rows = cuda.measure_case(
+        at, [], op="swiglu", sizes=OPS["swiglu"].toy, dtype="float32", rounds=3, seconds=9
+    )
     found = rows["floor"]["forms_ms"]
     assert found["bfloat16"] > found["float32"] == rows["floor"]["milliseconds"]["median"]
 
 
 @pytest.mark.parametrize("kernel", row_kernels.KERNELS)
 def test_a_row_kernel_moves_its_arguments_once_each(cpu_in_its_place, kernel):
-    numbers = {"swiglu_rows": 3, "swiglu_rows_backward_": 5, "alignment_rows_": 3}  # others: what they overwrite
-    own = {"accumulate_rows_": 4 * 16 * (2 * 4 + 2), "prepare_rows_": 4 * (2 * 8 + 4 * 4), "finish_rows_": 4 * 2 * 4}
+    # others: what they overwrite
+    numbers = {"swiglu_rows": 3, "swiglu_rows_backward_": 5, "alignment_rows_": 3}
+    own = {
+        "accumulate_rows_": 4 * 16 * (2 * 4 + 2),
+        "prepare_rows_": 4 * (2 * 8 + 4 * 4),
+        "finish_rows_": 4 * 2 * 4,
+    }
     expected = own.get(kernel, 4 * 16 * 2 * numbers.get(kernel, 2))
     assert table.all_kernels()[kernel].sample(4, 16, torch.bfloat16).moved == expected
     rows = row_kernels.measure_kernel(
@@ -196,7 +218,9 @@ def test_nitp_over_ntp_stands_beside_the_ratio_of_flops(cpu_in_its_place):
     (sizes,) = overhead.CASES
     assert overhead.prediction(sizes) == pytest.approx(1 + 12 * 1280 / 152064, rel=1e-12)
     toy = {"N": 8, "d": 16, "V": 64}
-    rows = overhead.measure_overhead(at, ["ours", "ours-triton"], sizes=toy, dtype="float32", rounds=3, seconds=9)
+    rows = overhead.measure_overhead(
+        at, ["ours", "ours-triton"], sizes=toy, dtype="float32", rounds=3, seconds=9
+    )
     assert rows["ours"]["over_ntp"]["median"] > 0 and rows["ours"]["rounds"] == 3
     assert "skipped" in rows["ours-triton"]
     case = {"op": overhead.NAME, "sizes": toy, "dtype": "float32", "rows": rows, "prediction": 1.25}
@@ -212,18 +236,25 @@ def test_nitp_over_ntp_stands_beside_the_ratio_of_flops(cpu_in_its_place):
         ("abc-dirty", {"test": {"code": 0}}, False),  # who knows what the tree was then
     ],
 )
-def test_tests_that_were_green_on_this_commit_are_not_run_again(tmp_path, monkeypatch, commit, stages, green):
+def test_tests_that_were_green_on_this_commit_are_not_run_again(
+    tmp_path, monkeypatch, commit, stages, green
+):
     info = {"gpu": "Some GPU", "commit": commit, "torch": "2"}
     monkeypatch.setattr(run_report, "machine", lambda known: dict(info))
     assert not run_report.tests_are_green(None, tmp_path)
-    run_report.keep(run_report.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []})
+    run_report.keep(
+        run_report.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []}
+    )
     assert run_report.tests_are_green(None, tmp_path) is green
     monkeypatch.setattr(run_report, "machine", lambda known: info | {"torch": "3"})
     assert not run_report.tests_are_green(None, tmp_path)
 
 
 def test_the_cases_are_those_of_the_plan():
-    found = [(case.op, *case.sizes.values(), case.dtype) for case in cuda_run.cases(list(cuda_run.SUBJECTS), None)]
+    found = [
+        (case.op, *case.sizes.values(), case.dtype)
+        for case in cuda_run.cases(list(cuda_run.SUBJECTS), None)
+    ]
     assert ("linear_cross_entropy", 4096, 4096, 128256, "bfloat16") in found
     assert ("implicit_token_loss", 8192, 4096, "bfloat16") in found
     assert ("nitp_over_ntp", 16384, 1280, 152064, "bfloat16") in found

@@ -1,4 +1,5 @@
-"""The measured part of docs/gpu.md: current, from the JSON of GPUs alone, the model beside it, no dry run."""
+"""The measured part of docs/gpu.md: current, from the JSON of GPUs alone, the model beside it, no
+dry run."""
 
 from pathlib import Path
 
@@ -22,18 +23,42 @@ def ratio(value):
 
 def document() -> dict:
     token = {"ours": {"times_floor": ratio(1.054)}, "quack-rows": {"times_floor": ratio(1.031)}}
-    token |= {"eager": {"times_floor": ratio(1.987)}, "liger": {"skipped": "ImportError: liger needs liger_kernel"}}
+    token |= {
+        "eager": {"times_floor": ratio(1.987)},
+        "liger": {"skipped": "ImportError: liger needs liger_kernel"},
+    }
     kernel = {"ours": {"times_floor": ratio(1.093)}, "ours-triton": {"times_floor": ratio(1.61)}}
-    step = {"op": "training_step", "case": "Qwen2-0.5B", "tokens_per_s": 54321.4, "peak_gib": 33.34, "ntp_loss": 12.1}
+    step = {
+        "op": "training_step",
+        "case": "Qwen2-0.5B",
+        "tokens_per_s": 54321.4,
+        "peak_gib": 33.34,
+        "ntp_loss": 12.1,
+    }
     chunks = {"op": "chunk_rows", "case": "16384x2048x151936"}
     return {
         "machine": MACHINE,
         "stages": {"test": {"code": 0, "seconds": 51.0, "said": "409 passed"}},
         "cases": [
             {"op": "linear_cross_entropy", "sizes": HEAD, "dtype": "bfloat16", "rows": token},
-            {"op": "linear_cross_entropy", "sizes": {**HEAD, "N": 64}, "dtype": "bfloat16", "rows": token},
-            {"op": "cross_entropy_rows_", "sizes": {"N": 4096, "D": 128256}, "dtype": "bfloat16", "rows": kernel},
-            {"op": "cross_entropy_rows_", "sizes": {"N": 4096, "D": 151936}, "dtype": "float32", "rows": kernel},
+            {
+                "op": "linear_cross_entropy",
+                "sizes": {**HEAD, "N": 64},
+                "dtype": "bfloat16",
+                "rows": token,
+            },
+            {
+                "op": "cross_entropy_rows_",
+                "sizes": {"N": 4096, "D": 128256},
+                "dtype": "bfloat16",
+                "rows": kernel,
+            },
+            {
+                "op": "cross_entropy_rows_",
+                "sizes": {"N": 4096, "D": 151936},
+                "dtype": "float32",
+                "rows": kernel,
+            },
         ],
         "records": [
             {"op": "ceiling", "case": "copy, GEMM", "implementation": "copy", "per_second": 4.0e12},
@@ -77,13 +102,18 @@ def test_a_measurement_stands_beside_the_model_at_the_measured_rates(kept):
     assert "Model of this GPU, measured: 700 TFLOP/s, 4.0 TB/s of copy" in text
     model = roofline.cost("linear_cross_entropy", HEAD).ratio(roofline.Rates(7e14, 4e12))
     (row,) = lines(text, "| `linear_cross_entropy` | N = 4096, d = 4096, V = 128256 |")
-    assert row[2:] == ["1", f"{model:.2f}", "1.05", "1.99", "1.03"]  # ours, eager, quack-rows: who ran somewhere
+    # ours, eager, quack-rows: who ran somewhere
+    assert row[2:] == ["1", f"{model:.2f}", "1.05", "1.99", "1.03"]
     (other,) = lines(text, "| `linear_cross_entropy` | N = 8192, d = 4096, V = 128256 |")
     assert other[4:] == ["not measured"] * 3
-    assert lines(text, "| `linear_cross_entropy` | N = 64, d = 4096")  # a case that is no longer in the list
+    # a case that is no longer in the list
+    assert lines(text, "| `linear_cross_entropy` | N = 64, d = 4096")
     assert "* liger: ImportError: liger needs liger_kernel" in text
     assert lines(text, "| `cross_entropy_rows_` | N = 4096, D = 128256")[0][3:] == ["1.09", "1.61"]
-    assert lines(text, "| `cross_entropy_rows_` | N = 4096, D = 151936")[0][3:] == ["not measured"] * 2  # float32
+    # float32
+    assert (
+        lines(text, "| `cross_entropy_rows_` | N = 4096, D = 151936")[0][3:] == ["not measured"] * 2
+    )
     model = roofline.cost("linear_cross_entropy", {"N": 16384, "d": 2048, "V": 151936}, 8)
     by_rows = [row[1:] for row in lines(text, "| N = 16384, d = 2048, V = 151936 |")]
     assert by_rows[0] == ["2048", f"{model.ratio(roofline.Rates(7e14, 4e12)):.2f}", "1.23"]

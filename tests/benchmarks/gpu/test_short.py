@@ -1,4 +1,5 @@
-"""`benchmarks/gpu.sh short` without a GPU: its order, budget, resumption, and what is kept whatever happens."""
+"""`benchmarks/gpu.sh short` without a GPU: its order, budget, resumption, and what is kept whatever
+happens."""
 
 import json
 import os
@@ -63,7 +64,9 @@ def case(size, names=("ours", "eager")):
 
 def runner(tmp_path, budget, clock, seconds, hang=(), info=INFO):
     processes = {name: Fake(clock, seconds, hang) for name in ("ours", "peers")}
-    made = timed_run.Runner(info, tmp_path, dict(processes), budget + timed_run.RESERVE, fake=True, clock=clock)
+    made = timed_run.Runner(
+        info, tmp_path, dict(processes), budget + timed_run.RESERVE, fake=True, clock=clock
+    )
     return made, processes
 
 
@@ -79,7 +82,9 @@ def test_what_does_not_fit_is_told_and_first_in_the_next_call(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     (line,) = [line for line in said if "skipped" in line]
     assert line == "swiglu 2x3 bfloat16 (ours and torch's): skipped, takes 20 s, 9 s are left"
-    assert any(line.startswith("1 pieces are left for the next call, first swiglu 2x3") for line in said)
+    assert any(
+        line.startswith("1 pieces are left for the next call, first swiglu 2x3") for line in said
+    )
     clock.now = 0
     made, processes = runner(tmp_path, 30, clock, 5)
     assert made.run(pieces) == 0 and processes["ours"].asked == [["ours", "eager"]]
@@ -89,7 +94,10 @@ def test_what_does_not_fit_is_told_and_first_in_the_next_call(tmp_path, capsys):
 def test_a_budget_too_short_for_one_case_is_one_line(tmp_path, capsys):
     made, processes = runner(tmp_path, 2, Clock(), 5)
     assert made.run([Rows(case(1), 5), Rows(case(2), 20)]) == 2
-    assert capsys.readouterr().err == "benchmarks/gpu.sh: the budget is too short: no piece takes less than 5 s\n"
+    assert (
+        capsys.readouterr().err
+        == "benchmarks/gpu.sh: the budget is too short: no piece takes less than 5 s\n"
+    )
     assert not processes["ours"].asked and not any(tmp_path.iterdir())
 
 
@@ -118,7 +126,9 @@ def test_a_peer_has_its_own_process_and_floor_and_hangs_once(tmp_path, capsys):
     assert made.run(pieces) == 0
     assert processes["peers"].asked == [["quack"], ["cce"], ["cce"]]
     first, second = (each["rows"] for each in kept(tmp_path)["cases"])
-    assert list(first) == ["floor", "ours", "quack", "cce"] and "stopped" in first["quack"]["skipped"]
+    assert (
+        list(first) == ["floor", "ours", "quack", "cce"] and "stopped" in first["quack"]["skipped"]
+    )
     assert first["floor"]["milliseconds"]["median"] == 1.0 and "floor_ms" not in first["ours"]
     assert first["cce"]["floor_ms"]["median"] == 3.0
     assert list(second) == ["floor", "ours", "cce"]
@@ -133,17 +143,29 @@ def test_a_missing_peer_is_one_line_and_no_process(tmp_path, capsys):
 
 
 def test_who_was_absent_is_tried_again_and_a_green_stage_is_not(tmp_path):
-    rows = {"rows": {"ours": {"skipped": "BackendError: no image"}, "eager": {"skipped": "OutOfMemoryError: "}}}
-    document = {"cases": [{"op": "swiglu", "sizes": {"N": 1, "m": 3}, "dtype": "bfloat16", **rows}], "stages": {}}
+    rows = {
+        "rows": {
+            "ours": {"skipped": "BackendError: no image"},
+            "eager": {"skipped": "OutOfMemoryError: "},
+        }
+    }
+    document = {
+        "cases": [{"op": "swiglu", "sizes": {"N": 1, "m": 3}, "dtype": "bfloat16", **rows}],
+        "stages": {},
+    }
     assert Rows(case(1), 1).left(document) == ["ours"]
     stage = Stage("test", 1, ())
     assert stage.left(document) == ["test"] == stage.left({"stages": {"test": {"code": 1}}})
     assert stage.left({"stages": {"test": {"code": 0}}}) == []
     records = Records("ceiling", "x", ("copy", "gemm"), 1, nothing)
-    assert records.left({"records": [{"op": "ceiling", "case": "x", "implementation": "gemm"}]}) == ["copy"]
+    assert records.left(
+        {"records": [{"op": "ceiling", "case": "x", "implementation": "gemm"}]}
+    ) == ["copy"]
 
 
-def test_results_that_came_back_to_the_tree_count_and_those_of_a_dirty_one_do_not(tmp_path, monkeypatch):
+def test_results_that_came_back_to_the_tree_count_and_those_of_a_dirty_one_do_not(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(printed, "RESULTS", tmp_path / "tree")
     monkeypatch.setattr(printed.results_path, "__defaults__", (tmp_path / "tree", ""))
     for commit, asked in (("abc", []), ("abc-dirty", [["ours", "eager"]])):
@@ -157,11 +179,19 @@ def test_results_that_came_back_to_the_tree_count_and_those_of_a_dirty_one_do_no
 def test_what_the_end_of_the_budget_stopped_has_not_failed():
     row, gone = {"rounds": 1}, {"skipped": "ours: stopped: no answer within 0 s"}
     one, other = (
-        {"op": "swiglu", "rows": rows} for rows in ({"floor": row, "ours": row, "x": gone}, {"floor": row, "x": gone})
+        {"op": "swiglu", "rows": rows}
+        for rows in ({"floor": row, "ours": row, "x": gone}, {"floor": row, "x": gone})
     )
-    found = {"stages": {"test": {"code": 124}, "doctor": {"code": 0}}, "cases": [one, other], "records": [gone]}
+    found = {
+        "stages": {"test": {"code": 124}, "doctor": {"code": 0}},
+        "cases": [one, other],
+        "records": [gone],
+    }
     left = timed_run.without_the_stopped(found)
-    assert left == {"stages": {"doctor": {"code": 0}}, "cases": [{"op": "swiglu", "rows": {"floor": row, "ours": row}}]}
+    assert left == {
+        "stages": {"doctor": {"code": 0}},
+        "cases": [{"op": "swiglu", "rows": {"floor": row, "ours": row}}],
+    }
 
 
 def test_the_order_is_by_worth():
@@ -177,13 +207,29 @@ def test_the_order_is_by_worth():
     assert all(name.startswith(begin) for name, begin in zip(names, first, strict=False))
     places = [
         next(n for n, name in enumerate(names) if begin in name)
-        for begin in ("(quack-scaled", "swiglu_rows", "counters", "chunk_rows", "(liger)", "racecheck")
+        for begin in (
+            "(quack-scaled",
+            "swiglu_rows",
+            "counters",
+            "chunk_rows",
+            "(liger)",
+            "racecheck",
+        )
     ]
     assert places == sorted(places) and places[-1] == len(names) - 1
 
 
 def dry(tmp_path, budget, **options):
-    command = [sys.executable, "-m", "benchmarks.gpu.short", "--dry-run", "--bundle-mib", "9", "--commit", "abc"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu.short",
+        "--dry-run",
+        "--bundle-mib",
+        "9",
+        "--commit",
+        "abc",
+    ]
     return subprocess.Popen(
         [*command, "--budget-s", str(budget), "--out", str(tmp_path)],
         cwd=ROOT,
@@ -213,7 +259,10 @@ def test_two_calls_hold_their_budgets_and_a_killed_one_keeps_what_it_measured(tm
     killed = kept(tmp_path)
     assert killed["stages"] == before["stages"] and len(killed["cases"]) > len(before["cases"])
     for old, new in zip(before["cases"], killed["cases"], strict=False):
-        assert run_report.identity(old) == run_report.identity(new) and old["rows"].items() <= new["rows"].items()
+        assert (
+            run_report.identity(old) == run_report.identity(new)
+            and old["rows"].items() <= new["rows"].items()
+        )
     third = dry(tmp_path, 1500)
     said, _ = third.communicate(timeout=120)
     assert "\ntest: " not in said  # green already
@@ -236,17 +285,24 @@ def test_without_a_gpu_it_is_one_line_and_exit_code_two(tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and not done.stdout and not any(tmp_path.iterdir())
-    assert done.stderr == "benchmarks/gpu.sh: torch sees no GPU (torch.cuda.is_available() is False)\n"
+    assert (
+        done.stderr == "benchmarks/gpu.sh: torch sees no GPU (torch.cuda.is_available() is False)\n"
+    )
 
 
 def test_a_library_without_code_for_the_gpu_is_one_line_and_the_rest_goes_on(monkeypatch, capsys):
-    told = {"machine": {"capability": "7.5", "commit": "abc"}, "native": "no kernel image", "built_of": None}
+    told = {
+        "machine": {"capability": "7.5", "commit": "abc"},
+        "native": "no kernel image",
+        "built_of": None,
+    }
     monkeypatch.setattr(environment, "_ask", lambda *_: told)
     with Isolated() as process:
         info = environment.about(process, None, ROOT, time.monotonic() + 60)
     assert info["capability"] == "7.5"
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "library: ours without CUDA C++ kernels: there are no CUDA kernels for compute capability 7.5"
+        "library: ours without CUDA C++ kernels: there are no CUDA kernels for compute capability "
+        "7.5"
     )
 
 
@@ -256,7 +312,17 @@ def test_results_of_another_machine_are_one_line(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match="do not mix"):
         runner(tmp_path, 9, Clock(), 1)
     monkeypatch.setattr(dry_run, "ready", lambda *_: None)
-    options = ["--budget-s", "9", "--bundle-mib", "9", "--dry-run", "--commit", "abc", "--out", str(tmp_path)]
+    options = [
+        "--budget-s",
+        "9",
+        "--bundle-mib",
+        "9",
+        "--dry-run",
+        "--commit",
+        "abc",
+        "--out",
+        str(tmp_path),
+    ]
     assert short.main(options) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "do not mix" in said
@@ -281,6 +347,10 @@ def test_a_piece_that_breaks_loses_itself_alone(tmp_path, capsys):
             return {"copy": {"per_second": float("nan")}}, {}
 
     made.bench.processes["ours"], made.bench.processes["peers"] = Odd(clock, 1), Fake(clock, 1)
-    assert made.run([Records("ceiling", "x", ("copy",), 1, nothing), Rows(case(1), 1, "peers")]) == 1
+    assert (
+        made.run([Records("ceiling", "x", ("copy",), 1, nothing), Rows(case(1), 1, "peers")]) == 1
+    )
     assert "ceiling x (copy): ValueError: Out of range float values" in capsys.readouterr().out
-    assert [each["sizes"]["N"] for each in kept(tmp_path)["cases"]] == [1] and "records" not in kept(tmp_path)
+    assert [each["sizes"]["N"] for each in kept(tmp_path)["cases"]] == [
+        1
+    ] and "records" not in kept(tmp_path)

@@ -1,4 +1,5 @@
-"""`benchmarks/gpu.sh short` where somebody ends it, the disk is full, files are damaged, or two calls run at once."""
+"""`benchmarks/gpu.sh short` where somebody ends it, the disk is full, files are damaged, or two
+calls run at once."""
 
 import functools
 import json
@@ -32,7 +33,10 @@ def test_who_is_ended_in_a_stage_says_so_in_one_line_and_takes_its_processes_alo
     os.killpg(run.pid, sent)
     start = time.monotonic()
     _, said = run.communicate(timeout=30)
-    assert (run.returncode, said) == (130, "benchmarks/gpu.sh: stopped; what was measured until now is kept\n")
+    assert (run.returncode, said) == (
+        130,
+        "benchmarks/gpu.sh: stopped; what was measured until now is kept\n",
+    )
     assert time.monotonic() - start < 15
     assert list(kept(tmp_path)["stages"]) == ["doctor"]
 
@@ -48,7 +52,8 @@ def alive(pid):
 def test_a_step_is_killed_where_its_lines_cannot_be_passed_on(tmp_path, monkeypatch):
     path = tmp_path / "pid"
     code = (
-        f"import os, sys, time; open({str(path)!r}, 'w').write(str(os.getpid())); print(1, flush=True); time.sleep(60)"
+        f"import os, sys, time; open({str(path)!r}, 'w').write(str(os.getpid())); print(1, "
+        "flush=True); time.sleep(60)"
     )
 
     def closed(*_, **__):
@@ -100,9 +105,13 @@ def test_a_full_disk_loses_the_file_alone(tmp_path, capsys, monkeypatch):
     assert made.run([Rows(case(size), 1) for size in (1, 2, 3)]) == 1
     assert len(processes["ours"].asked) == 3
     said = capsys.readouterr()
-    assert said.out.count("not kept: [Errno 28] No space left on device") == 1 and "not all is kept" in said.out
+    assert (
+        said.out.count("not kept: [Errno 28] No space left on device") == 1
+        and "not all is kept" in said.out
+    )
     assert said.err == "benchmarks/gpu.sh: keeping the results failed, see above\n"
-    assert [each["sizes"]["N"] for each in kept(tmp_path)["cases"]] == [1, 2, 3]  # the next write had room
+    # the next write had room
+    assert [each["sizes"]["N"] for each in kept(tmp_path)["cases"]] == [1, 2, 3]
 
 
 def test_two_calls_at_once_keep_what_either_measured(tmp_path):
@@ -111,7 +120,8 @@ def test_two_calls_at_once_keep_what_either_measured(tmp_path):
     one.run([Rows(case(1), 1)])
     other.run([Rows(case(2), 1), Rows(case(1), 1)])
     assert [each["sizes"]["N"] for each in kept(tmp_path)["cases"]] == [1, 2]
-    assert processes["ours"].asked == [["ours", "eager"]]  # the second has seen what the first has kept
+    # the second has seen what the first has kept
+    assert processes["ours"].asked == [["ours", "eager"]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Every piece of `benchmarks/gpu.sh short` runs on the CPU at toy sizes: no typing error waits for a GPU."""
+"""Every piece of `benchmarks/gpu.sh short` runs on the CPU at toy sizes: no typing error waits for
+a GPU."""
 
 import sys
 import time
@@ -18,7 +19,15 @@ from tests.benchmarks.gpu.cpu_in_its_place import stand_in
 
 pytestmark = pytest.mark.programs
 
-TINY = {"tokens": 32, "hidden": 16, "layers": 2, "heads": 2, "kv_heads": 1, "intermediate": 32, "vocabulary": 96}
+TINY = {
+    "tokens": 32,
+    "hidden": 16,
+    "layers": 2,
+    "heads": 2,
+    "kv_heads": 1,
+    "intermediate": 32,
+    "vocabulary": 96,
+}
 ON_A_CPU = ("ours", "eager", "eager-float32")
 
 
@@ -50,7 +59,10 @@ def bench():
 
 def toy(sizes):
     """Of a row kernel, of NTP beside NITP, of an op."""
-    return {name: {"N": 8, "D": 16, "m": 16, "d": 16, "V": 64}.get(name, size) for name, size in sizes.items()}
+    return {
+        name: {"N": 8, "D": 16, "m": 16, "d": 16, "V": 64}.get(name, size)
+        for name, size in sizes.items()
+    }
 
 
 ROWS = [piece for piece in order.pieces("9.0") if isinstance(piece, Rows)]
@@ -82,19 +94,24 @@ def test_every_record_has_what_it_promises(cpu_in_its_place, bench, monkeypatch)
     monkeypatch.setattr(tasks, "COPIED", 64)
     monkeypatch.setattr(tasks, "SQUARE", 8)
     for piece in order.pieces("9.0"):
-        if not isinstance(piece, Records) or piece.op in ("counters", "geometry"):  # a profiler's, and nvcc's
+        # a profiler's, and nvcc's
+        if not isinstance(piece, Records) or piece.op in ("counters", "geometry"):
             continue
         if piece.op == "training_step":
             if "liger" in piece.names[0]:
                 continue  # runs on a GPU alone
             pytest.importorskip("transformers")
-            piece = replace(piece, task=partial(piece.task, steps=1, warmup=1, dtype="float32", **TINY))
+            piece = replace(
+                piece, task=partial(piece.task, steps=1, warmup=1, dtype="float32", **TINY)
+            )
         if piece.op == "chunk_rows":
             task = partial(tasks.chunks, sizes={"N": 16, "d": 8, "V": 32}, rounds=2, seconds=9)
             piece = replace(piece, task=task, names=("4", "8"))
         found = piece.run(list(piece.names), bench)["records"]
         assert [record["implementation"] for record in found] == list(piece.names)
-        assert not [record for record in found if "skipped" in record] and all("milliseconds" in r for r in found)
+        assert not [record for record in found if "skipped" in record] and all(
+            "milliseconds" in r for r in found
+        )
         assert piece.left({"records": found}) == []
 
 
@@ -111,7 +128,9 @@ def test_stages_are_green_red_or_stopped_and_caches_are_warmed_beside_them(bench
     assert (kept["code"], kept["said"], warmed) == (0, "9 passed", ["a"])
     bench.deadline = time.monotonic() + 0.5
     assert (
-        replace(stage, steps=(sleeper("import time; time.sleep(60)"),)).run(["test"], bench)["stages"]["test"]["code"]
+        replace(stage, steps=(sleeper("import time; time.sleep(60)"),)).run(["test"], bench)[
+            "stages"
+        ]["test"]["code"]
         == 124
     )
 
@@ -154,16 +173,20 @@ def test_counters_are_read_in_bytes_and_nanoseconds(monkeypatch):
     assert found == {"kernel": "k(int)", "nanoseconds": 1250500.0, "bytes_read": 1.05e9}
     assert profiled.parsed("==ERROR== no counters") == {}
     monkeypatch.setattr(profiled.shutil, "which", lambda _: None)
-    assert profiled.counters(at, ["ours"], kernel="swiglu_rows strided")["ours"]["skipped"].startswith(
-        "ImportError: ncu"
-    )
+    assert profiled.counters(at, ["ours"], kernel="swiglu_rows strided")["ours"][
+        "skipped"
+    ].startswith("ImportError: ncu")
 
 
 def test_the_machine_is_told_with_what_its_library_lacks(monkeypatch):
-    assert torch.cuda.is_available() or "sees no GPU" in tasks.about(at, [], commit="abc")["refusal"]
+    assert (
+        torch.cuda.is_available() or "sees no GPU" in tasks.about(at, [], commit="abc")["refusal"]
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(run_report, "machine", lambda commit: {"commit": commit})
-    monkeypatch.setattr(tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}")
+    monkeypatch.setattr(
+        tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}"
+    )
     told = tasks.about(at, [], commit="abc")
     assert told["machine"] == {"commit": "abc"} and told["native"] == "no code for cuda"
 

@@ -1,4 +1,5 @@
-"""`benchmarks/gpu.sh` without a GPU: its stages, one JSON of them all, the short table, what the sanitizers run."""
+"""`benchmarks/gpu.sh` without a GPU: its stages, one JSON of them all, the short table, what the
+sanitizers run."""
 
 import json
 import subprocess
@@ -21,9 +22,13 @@ GPU |= {"torch": "2.11.0", "cuda": "13.0", "triton": "3.6.0", "commit": "0123456
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("program", [["-m", "benchmarks", "--device", "cuda"], ["-m", "benchmarks.gpu.stages", "test"]])
+@pytest.mark.parametrize(
+    "program", [["-m", "benchmarks", "--device", "cuda"], ["-m", "benchmarks.gpu.stages", "test"]]
+)
 def test_without_a_gpu_it_is_one_line_and_exit_code_two(program):
-    done = subprocess.run([sys.executable, *program], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "torch sees no GPU" in done.stderr
 
@@ -32,12 +37,23 @@ def document(op, milliseconds, stage="test"):
     value = {"median": milliseconds, "q25": milliseconds, "q75": milliseconds}
     row = {"milliseconds": value, "times_floor": value, "rounds": 3}
     case = {"op": op, "sizes": {"N": 2, "m": 3}, "dtype": "float32"}
-    case["rows"] = {"floor": row, "ours": row, "quack": {"skipped": "ModuleNotFoundError: No module named 'cutlass'"}}
-    return {"machine": GPU, "stages": {stage: {"code": 0, "seconds": 5.0, "said": "9 passed"}}, "cases": [case]}
+    case["rows"] = {
+        "floor": row,
+        "ours": row,
+        "quack": {"skipped": "ModuleNotFoundError: No module named 'cutlass'"},
+    }
+    return {
+        "machine": GPU,
+        "stages": {stage: {"code": 0, "seconds": 5.0, "said": "9 passed"}},
+        "cases": [case],
+    }
 
 
 def test_stages_of_one_gpu_and_commit_meet_in_one_file(tmp_path, capsys):
-    for folder, result in (("a", document("swiglu", 1.0)), ("b", document("alignment", 2.0, "large"))):
+    for folder, result in (
+        ("a", document("swiglu", 1.0)),
+        ("b", document("alignment", 2.0, "large")),
+    ):
         printed.write_json(printed.results_path(GPU, tmp_path / folder), result)
     again = printed.results_path(GPU, tmp_path / "c")
     printed.write_json(again, document("swiglu", 4.0))
@@ -68,7 +84,9 @@ def test_rows_and_records_of_one_case_meet_and_the_last_one_stays():
     one["records"], other["records"] = [record | {"seconds": 1}], [record | {"seconds": 2}]
     whole = run_report.merged(one, {**other, "machine": {**GPU, "memory_gib": 139.9}})
     (case,) = whole["cases"]
-    assert list(case["rows"]) == ["floor", "ours", "quack", "ours-triton"] and case["rows"]["quack"] == {"rounds": 2}
+    assert list(case["rows"]) == ["floor", "ours", "quack", "ours-triton"] and case["rows"][
+        "quack"
+    ] == {"rounds": 2}
     assert whole["records"] == [record | {"seconds": 2}]
 
 
@@ -77,7 +95,9 @@ def test_a_dry_run_is_refused_in_one_line_by_what_collects(tmp_path, capsys):
     printed.write_json(printed.results_path(GPU, tmp_path / "a"), fake)
     assert run_report.main([str(tmp_path / "a"), "--out", str(tmp_path / "all")]) == 1
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "a dry run, nothing was measured" in said.err and not said.out
+    assert (
+        said.err.count("\n") == 1 and "a dry run, nothing was measured" in said.err and not said.out
+    )
     with pytest.raises(ValueError, match="do not mix"):
         run_report.merged(document("swiglu", 1.0), fake)
     with pytest.raises(ValueError, match="a dry run has no table"):
@@ -86,7 +106,9 @@ def test_a_dry_run_is_refused_in_one_line_by_what_collects(tmp_path, capsys):
 
 def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage_did():
     whole = document("swiglu", 1.5)
-    whole["records"] = [{"op": "training_step", "implementation": "ntp", "tokens_per_s": 51234.5, "peak_gib": 9.5}]
+    whole["records"] = [
+        {"op": "training_step", "implementation": "ntp", "tokens_per_s": 51234.5, "peak_gib": 9.5}
+    ]
     whole["stages"]["sanitize"] = {"code": 9, "seconds": 61.0, "said": "ERROR SUMMARY: 2 errors"}
     lines = run_report.summary(whole).splitlines()
     assert lines[0].split() == ["time", "/", "floor", "floor", "ms", "ours", "quack"]
@@ -98,7 +120,8 @@ def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage
 
 def test_a_stage_is_its_processes_and_what_the_last_one_said():
     ways = [
-        f"print('{said}'); raise SystemExit({code})" for said, code in (("5 passed", 0), ("1 failed", 3), ("never", 0))
+        f"print('{said}'); raise SystemExit({code})"
+        for said, code in (("5 passed", 0), ("1 failed", 3), ("never", 0))
     ]
     steps = [stages.Step([sys.executable, "-c", way]) for way in ways]
     code, seconds, said = stages.run(steps)

@@ -1,4 +1,5 @@
-"""Attached models under FSDP2 on two ranks: sharded on the meta device by Accelerate, and with a pass too early."""
+"""Attached models under FSDP2 on two ranks: sharded on the meta device by Accelerate, and with a
+pass too early."""
 
 from __future__ import annotations
 
@@ -71,7 +72,9 @@ def ram_efficient_loading(tied: bool, trained: bool) -> None:
         with torch.no_grad():
             for parameter in handle.objective.parameters():
                 parameter.mul_(1.5)
-    before = {name: parameter.detach().clone() for name, parameter in handle.objective.named_parameters()}
+    before = {
+        name: parameter.detach().clone() for name, parameter in handle.objective.named_parameters()
+    }
     expected = expected_losses(model)
     if dist.get_rank():  # there only rank 0 reads the checkpoint
         with torch.no_grad():
@@ -101,7 +104,8 @@ def a_pass_before_the_optimizer() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)  # check has resharded
     handle.check(optimizer)
     assert losses(model, optimizer) == pytest.approx(expected, rel=1e-9)
-    with pytest.raises(ValueError, match="gathered copies"):  # also once they are no parameters of the model
+    # also once they are no parameters of the model
+    with pytest.raises(ValueError, match="gathered copies"):
         handle.check(early)
 
 
@@ -111,7 +115,11 @@ def only_parameters_of_the_model_are_copies() -> None:
     sharded(model)
     model.eval()(**batch())
     early = torch.optim.SGD([model.lm_head.weight], lr=RATE)
-    with pytest.raises(ValueError, match=r"gathered copies of sharded parameters \(lm_head\.weight\), expected"):
+    with pytest.raises(
+        ValueError,
+        match=r"gathered copies of sharded parameters "
+        r"\(lm_head\.weight\), expected",
+    ):
         handle.check(early)
 
 
@@ -119,7 +127,11 @@ def attach_to_a_sharded_model(passes: int) -> None:
     model = sharded(make("llama"))
     for _ in range(passes):
         model.eval()(**batch())
-    with pytest.raises(ValueError, match=r"model is sharded \(FSDP\w+\), expected attach before fully_shard"):
+    with pytest.raises(
+        ValueError,
+        match=r"model is sharded \(FSDP\w+\), expected attach before "
+        r"fully_shard",
+    ):
         nitp_ops.attach(model, SPEC)
 
 
@@ -135,7 +147,9 @@ def to_empty(before: Callable[[Any], Any], after: Callable[[Any], Any], untied: 
         for name, value in plain.state_dict().items():
             mine = model.get_parameter(name)
             if isinstance(mine, DTensor):
-                value = DTensor.from_local(value, mine.device_mesh).redistribute(placements=mine.placements)
+                value = DTensor.from_local(value, mine.device_mesh).redistribute(
+                    placements=mine.placements
+                )
             mine.copy_(value)
     after(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)

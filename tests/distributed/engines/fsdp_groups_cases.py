@@ -1,4 +1,5 @@
-"""Every way that trainers cut a causal language model into FSDP2 groups, and one training step of it."""
+"""Every way that trainers cut a causal language model into FSDP2 groups, and one training step of
+it."""
 
 from __future__ import annotations
 
@@ -18,7 +19,9 @@ from nitp_ops.attaching.batch_streams import token_streams
 from nitp_ops.objectives import Counts, ModelInfo, Streams, build
 
 RANKS, VOCABULARY, ROWS, LENGTH = 2, 61, 4, 10
-EVERY_READER = "ntp + 0.5*mtp_shared + 0.3*mtp_sequential(depth=2) + 0.7*nextlat + 0.8*nitp(target_layer=1)"
+EVERY_READER = (
+    "ntp + 0.5*mtp_shared + 0.3*mtp_sequential(depth=2) + 0.7*nextlat + 0.8*nitp(target_layer=1)"
+)
 
 Values = dict[str, Tensor]
 
@@ -45,7 +48,8 @@ def rows(ranks: slice = slice(None)) -> Values:
     labels = ids.clone()
     labels[-1, : LENGTH - 3] = labels[-2, : LENGTH - 7] = -100
     return {
-        name: x.view(RANKS, -1, LENGTH)[ranks].flatten(0, 1) for name, x in (("input_ids", ids), ("labels", labels))
+        name: x.view(RANKS, -1, LENGTH)[ranks].flatten(0, 1)
+        for name, x in (("input_ids", ids), ("labels", labels))
     }
 
 
@@ -61,14 +65,25 @@ class Grouping(NamedTuple):
 GROUPINGS = [
     Grouping("root", lambda m: [], True),
     Grouping("tied: root", lambda m: [], False, tied=True),
-    Grouping("norm, embedding, head", lambda m: [m.model.norm, m.model.embed_tokens, m.lm_head], True),
+    Grouping(
+        "norm, embedding, head", lambda m: [m.model.norm, m.model.embed_tokens, m.lm_head], True
+    ),
     *(
         grouping
         for reshard in (True, False)
         for grouping in (
             Grouping("head", lambda m: [m.lm_head], reshard),
-            Grouping("embedding, [norm, head]", lambda m: [m.model.embed_tokens, [m.model.norm, m.lm_head]], reshard),
-            Grouping("tied: [embedding, head]", lambda m: [[m.model.embed_tokens, m.lm_head]], reshard, tied=True),
+            Grouping(
+                "embedding, [norm, head]",
+                lambda m: [m.model.embed_tokens, [m.model.norm, m.lm_head]],
+                reshard,
+            ),
+            Grouping(
+                "tied: [embedding, head]",
+                lambda m: [[m.model.embed_tokens, m.lm_head]],
+                reshard,
+                tied=True,
+            ),
             Grouping("tied: [norm, embedding, head]", lambda m: [_tail(m)], reshard, tied=True),
         )
     ),
@@ -95,7 +110,9 @@ def wrap_layers(model: Any) -> None:
 CHECKPOINTING: dict[str, Callable[[Any], None]] = {
     "none": lambda model: None,
     "transformers": lambda model: model.gradient_checkpointing_enable(),
-    "transformers, reentrant": lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+    "transformers, reentrant": lambda model: model.gradient_checkpointing_enable(
+        {"use_reentrant": True}
+    ),
     "wrapper": wrap_layers,
 }
 
@@ -111,12 +128,15 @@ class Tapped(nn.Module):
 
     def forward(self, counts: Counts, **batch: Tensor) -> Any:
         with self.tap:
-            self.model(batch["input_ids"], logits_to_keep=torch.empty(0, dtype=torch.long), use_cache=False)
+            self.model(
+                batch["input_ids"], logits_to_keep=torch.empty(0, dtype=torch.long), use_cache=False
+            )
         return self.objective(self.tap.streams(**token_streams(batch)), counts=counts)
 
 
 def steps(model: nn.Module, loss_of: Callable[[], Tensor], count: int = 2) -> list[Values]:
-    """Loss and gradients of steps of plain gradient descent, over all ranks, by the plain model's names."""
+    """Loss and gradients of steps of plain gradient descent, over all ranks, by the plain model's
+    names."""
     found = []
     for _ in range(count):
         loss = loss_of()
@@ -129,7 +149,9 @@ def steps(model: nn.Module, loss_of: Callable[[], Tensor], count: int = 2) -> li
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 gradient = parameter.grad
-                values[_plain(name)] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+                values[_plain(name)] = (
+                    gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+                )
                 with torch.no_grad():
                     parameter -= 0.5 * gradient
                 parameter.grad = None
@@ -149,7 +171,9 @@ def attached(model: Any, batch: Values) -> Callable[[], Tensor]:
 
 def tapped(model: Tapped, batch: Values) -> Callable[[], Tensor]:
     def loss() -> Tensor:
-        return model(model.objective.count(Streams(**token_streams(batch))).all_reduce(), **batch).loss
+        return model(
+            model.objective.count(Streams(**token_streams(batch))).all_reduce(), **batch
+        ).loss
 
     return loss
 
@@ -168,16 +192,22 @@ def tapped_outside(model: Any, spec: str, batch: Values) -> Callable[[], Tensor]
 
     def loss() -> Tensor:
         with taps:
-            model(batch["input_ids"], logits_to_keep=torch.empty(0, dtype=torch.long), use_cache=False)
+            model(
+                batch["input_ids"], logits_to_keep=torch.empty(0, dtype=torch.long), use_cache=False
+            )
         streams = taps.streams(**token_streams(batch))
         return objective(streams, counts=objective.count(streams).all_reduce()).loss
 
     return loss
 
 
-def same_steps(mine: list[Values], expected: list[Values], what: str, tolerance: float = 1e-10) -> None:
+def same_steps(
+    mine: list[Values], expected: list[Values], what: str, tolerance: float = 1e-10
+) -> None:
     for index, (found, values) in enumerate(zip(mine, expected, strict=True)):
-        assert found.keys() == values.keys(), f"{what}: gradients of {sorted(found.keys() ^ values.keys())}"
+        assert found.keys() == values.keys(), (
+            f"{what}: gradients of {sorted(found.keys() ^ values.keys())}"
+        )
         for name, value in values.items():
             error = (found[name] - value).abs().max().item()
             assert error <= tolerance, f"{what}: step {index}, {name}: off by {error:.1e}"
@@ -189,7 +219,11 @@ def _sharded(model: nn.Module) -> bool:
 
 def _plain(name: str) -> str:
     name = name.replace("_checkpoint_wrapped_module.", "")
-    return name.removeprefix("model.") if name.startswith(("model.model.", "model.lm_head")) else _own(name)
+    return (
+        name.removeprefix("model.")
+        if name.startswith(("model.model.", "model.lm_head"))
+        else _own(name)
+    )
 
 
 def _own(name: str) -> str:

@@ -1,4 +1,5 @@
-"""The sidecar on two ranks of which one fails: both raise at once, with the reason, and can go on afterwards."""
+"""The sidecar on two ranks of which one fails: both raise at once, with the reason, and can go on
+afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +27,11 @@ def objective(value: float = 0.0, sharded: bool = False) -> CompositeObjective:
 
 
 def values(made: CompositeObjective) -> set[float]:
-    return {value for whole in made.state_dict().values() for value in sidecar._whole(whole).flatten().tolist()}
+    return {
+        value
+        for whole in made.state_dict().values()
+        for value in sidecar._whole(whole).flatten().tolist()
+    }
 
 
 def folder_for_both() -> Path:
@@ -54,7 +59,9 @@ def rank_zero_can_not_write() -> None:
         if dist.get_rank() == 0:
             assert isinstance(error, OSError), error
         else:
-            assert isinstance(error, RuntimeError) and str(error).startswith("save: rank 0 failed: NotADirectoryError")
+            assert isinstance(error, RuntimeError) and str(error).startswith(
+                "save: rank 0 failed: NotADirectoryError"
+            )
 
 
 def one_rank_has_no_values_to_save() -> None:
@@ -71,7 +78,9 @@ def one_rank_has_no_values_to_save() -> None:
                 assert isinstance(error, NotImplementedError if partitioned else ValueError), error
             else:
                 kind = "NotImplementedError" if partitioned else "ValueError"
-                assert str(error).startswith(f"save: rank 1 failed: {kind}: save: terms.nitp."), error
+                assert str(error).startswith(f"save: rank 1 failed: {kind}: save: terms.nitp."), (
+                    error
+                )
             assert not list(folder.iterdir())
 
 

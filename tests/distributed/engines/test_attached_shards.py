@@ -1,4 +1,5 @@
-"""Two gloo processes: attached models that are sharded on the meta device, refilled, or passed too early."""
+"""Two gloo processes: attached models that are sharded on the meta device, refilled, or passed too
+early."""
 
 from __future__ import annotations
 

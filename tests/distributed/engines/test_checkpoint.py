@@ -1,4 +1,5 @@
-"""A distributed checkpoint of four processes is read by two: weights and optimizer state, the objective's included."""
+"""A distributed checkpoint of four processes is read by two: weights and optimizer state, the
+objective's included."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def everything(model: Model, optimizer: torch.optim.Optimizer) -> dict[str, torc
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in {"weight": parameter, **optimizer.state[parameter]}.items():
-            found[f"{name}: {key}"] = (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+            found[f"{name}: {key}"] = (
+                (value.full_tensor() if isinstance(value, DTensor) else value).detach().clone()
+            )
     return found
 
 
@@ -67,7 +70,9 @@ def load(rank: int, folder: str) -> None:
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
     saved, following = torch.load(f"{folder}/expected.pt", weights_only=True)
     mine = everything(model, optimizer)
-    assert mine.keys() == saved.keys() and any("objective.terms.nitp.down: exp_avg" in name for name in mine)
+    assert mine.keys() == saved.keys() and any(
+        "objective.terms.nitp.down: exp_avg" in name for name in mine
+    )
     for name, value in mine.items():
         assert torch.equal(value, saved[name]), name
     train(model, optimizer, rank, 2)

@@ -1,4 +1,5 @@
-"""Two gloo ranks under FSDP2, whatever its groups are: an attached model takes the steps of one process."""
+"""Two gloo ranks under FSDP2, whatever its groups are: an attached model takes the steps of one
+process."""
 
 from __future__ import annotations
 
@@ -48,7 +49,9 @@ def alone(tied: bool, spec: str) -> list[Values]:
     return steps(model, attached(model, rows()))
 
 
-def compare(grouping: Grouping, spec: str, checkpointing: str, rank: int, through_tap: bool) -> None:
+def compare(
+    grouping: Grouping, spec: str, checkpointing: str, rank: int, through_tap: bool
+) -> None:
     model, batch = tiny_llama(grouping.tied), rows(slice(rank, rank + 1))
     CHECKPOINTING[checkpointing](model)
     if through_tap:
@@ -64,8 +67,13 @@ def compare(grouping: Grouping, spec: str, checkpointing: str, rank: int, throug
 
 
 def beside(grouping: Grouping, rank: int) -> None:
-    """`build` and `tap` around a model that was sharded by itself: the head is called after the root's forward."""
-    model, batch, spec = tiny_llama(grouping.tied), rows(slice(rank, rank + 1)), "ntp + 0.5*mtp_shared"
+    """`build` and `tap` around a model that was sharded by itself: the head is called after the
+    root's forward."""
+    model, batch, spec = (
+        tiny_llama(grouping.tied),
+        rows(slice(rank, rank + 1)),
+        "ntp + 0.5*mtp_shared",
+    )
     cut(model, model, grouping)
     what = f"{grouping.name}, reshard {grouping.reshard}, beside"
     same_steps(steps(model, tapped_outside(model, spec, batch)), alone(grouping.tied, spec), what)
@@ -98,7 +106,8 @@ def prepared_by_accelerate(tied: bool, reshard: bool, checkpointing: bool, rank:
 
 
 def planned_by_transformers(rank: int) -> None:
-    """Its own plan. Tied weights it ties again after `fully_shard`, where the plain model comes apart too."""
+    """Its own plan. Tied weights it ties again after `fully_shard`, where the plain model comes
+    apart too."""
     from transformers.distributed.configuration_utils import DistributedConfig
     from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 
@@ -118,10 +127,13 @@ def worker(rank: int) -> None:
         if "head]" in grouping.name:  # several modules make a group
             beside(grouping, rank)
             compare(grouping, "ntp", "none", rank, through_tap=False)
-            compare(grouping, "nitp(target_layer=1)", "none", rank, through_tap=False)  # the head is not read
+            # the head is not read
+            compare(grouping, "nitp(target_layer=1)", "none", rank, through_tap=False)
         if "norm" in grouping.name and "head]" in grouping.name and not grouping.reshard:
             for checkpointing in CHECKPOINTING:
-                compare(grouping, "ntp + 0.3*mtp_sequential", checkpointing, rank, through_tap=False)
+                compare(
+                    grouping, "ntp + 0.3*mtp_sequential", checkpointing, rank, through_tap=False
+                )
     for tied in (False, True):
         prepared_by_accelerate(tied, reshard=True, checkpointing=False, rank=rank)
         prepared_by_accelerate(tied, reshard=False, checkpointing=True, rank=rank)

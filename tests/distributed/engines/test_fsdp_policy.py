@@ -1,4 +1,5 @@
-"""A mixed precision policy of FSDP2 casts parameters and hidden states, never a weight, a count or a loss of ours."""
+"""A mixed precision policy of FSDP2 casts parameters and hidden states, never a weight, a count or
+a loss of ours."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ pytestmark = [
 ]
 #: What Accelerate makes of mixed_precision="bf16"
 POLICY = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
-EVERY_FLOAT = "ntp(class_weight=true) + balance: 0.01*external + 0.3*fsp_bow + 0.2*mtp_parallel(offsets=[4])"
+EVERY_FLOAT = (
+    "ntp(class_weight=true) + balance: 0.01*external + 0.3*fsp_bow + 0.2*mtp_parallel(offsets=[4])"
+)
 EVERY_FLOAT += EVERY_READER.removeprefix("ntp")
 
 
@@ -91,7 +94,12 @@ def offered(batch: Batch) -> tuple[Streams, Tensor]:
     hidden = batch.hidden.detach().float().requires_grad_()
     head, embed = batch.head.float(), batch.embed.float()
     return batch.streams(
-        last_hidden=hidden, hidden_states=states, head=head, embed=embed, external={"balance": external}, **weights
+        last_hidden=hidden,
+        hidden_states=states,
+        head=head,
+        embed=embed,
+        external={"balance": external},
+        **weights,
     ), external
 
 
@@ -113,9 +121,15 @@ def test_what_an_objective_reads_and_returns_keeps_its_dtype(terms: bool):
         assert out.loss.dtype == torch.float32
         out.loss.backward()
         assert streams.last_hidden is not None
-        gradients = {"external": external.grad, "hidden": streams.last_hidden.grad, "loss": out.loss.detach()}
+        gradients = {
+            "external": external.grad,
+            "hidden": streams.last_hidden.grad,
+            "loss": out.loss.detach(),
+        }
         owners = {"head": batch.head, "embed": batch.embed, "objective": each}
-        gradients |= {f"{o}.{n}": p.grad for o, owner in owners.items() for n, p in owner.named_parameters()}
+        gradients |= {
+            f"{o}.{n}": p.grad for o, owner in owners.items() for n, p in owner.named_parameters()
+        }
         found.append((gradients, out.metrics.compute()))
     (expected, measured), (mine, metrics) = found
     for name, value in expected.items():

@@ -1,4 +1,5 @@
-"""Four gloo processes under DDP, FSDP2 and HSDP: every objective trains as in one process, accumulation included."""
+"""Four gloo processes under DDP, FSDP2 and HSDP: every objective trains as in one process,
+accumulation included."""
 
 from __future__ import annotations
 
@@ -54,7 +55,12 @@ def norm_and_head(model: Model, mesh: DeviceMesh) -> nn.Module:
 
 def everything_apart(model: Model, mesh: DeviceMesh) -> nn.Module:
     """As trainers do: embedding, each layer, [norm, head], each term's own parameters, the rest."""
-    for owner in (model.embed, *model.layers, [model.norm, model.head], *model.objective.terms.values()):
+    for owner in (
+        model.embed,
+        *model.layers,
+        [model.norm, model.head],
+        *model.objective.terms.values(),
+    ):
         fully_shard(owner, mesh=mesh)  # type: ignore[arg-type]
     return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
 
@@ -78,7 +84,9 @@ ENGINES: list[tuple[Callable[[Model, DeviceMesh], nn.Module], tuple[int, ...]]] 
 ]
 
 
-def step(engine: Callable[..., nn.Module], shape: tuple[int, ...], spec: str, batch: Batch, rank: int) -> None:
+def step(
+    engine: Callable[..., nn.Module], shape: tuple[int, ...], spec: str, batch: Batch, rank: int
+) -> None:
     what = f"{engine.__name__} {shape}: {spec}"
     expected, gradients = whole(spec, twice(batch))
     model = Model(spec, batch)
@@ -96,7 +104,11 @@ def step(engine: Callable[..., nn.Module], shape: tuple[int, ...], spec: str, ba
     for name, own in gradients.items():
         gradient = model.get_parameter(name).grad
         assert gradient is not None, f"{what}: {name} has no gradient"
-        same(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient, own, f"{what}: {name}")
+        same(
+            gradient.full_tensor() if isinstance(gradient, DTensor) else gradient,
+            own,
+            f"{what}: {name}",
+        )
 
 
 def twice(batch: Batch) -> Batch:
@@ -105,13 +117,19 @@ def twice(batch: Batch) -> Batch:
 
 
 def the_trap_beside_it(batch: Batch, rank: int) -> None:
-    """A head in its own group that is read by `full_tensor()`: the loss is right, the gradient is not; ours is."""
+    """A head in its own group that is read by `full_tensor()`: the loss is right, the gradient is
+    not; ours is."""
 
     class Bare(nn.Module):
         def __init__(self, trapped: bool) -> None:
             super().__init__()
             inner = Model("ntp", batch)
-            self.norm, self.head, self.objective, self.trapped = inner.norm, inner.head, inner.objective, trapped
+            self.norm, self.head, self.objective, self.trapped = (
+                inner.norm,
+                inner.head,
+                inner.objective,
+                trapped,
+            )
 
         def forward(self, part: Batch, counts: Counts) -> Tensor:
             h, ids = self.norm(part.hidden.detach()), part.ids
@@ -119,7 +137,9 @@ def the_trap_beside_it(batch: Batch, rank: int) -> None:
                 streams = Streams(token_ids=ids, last_hidden=h, head=self.head)
                 return self.objective(streams, counts=counts).loss
             logits = F.linear(h, self.head.weight.full_tensor(), self.head.bias.full_tensor())  # type: ignore[operator]
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"
+            )
             return RANKS * loss / counts["ntp"]
 
     alone = Bare(trapped=False)
@@ -143,7 +163,9 @@ def the_trap_beside_it(batch: Batch, rank: int) -> None:
         same(found[trapped][0], expected.detach(), "loss")
     same(found[False][1], right, "our gradient")
     error = (found[True][1] - right).norm() / right.norm()
-    assert error > 0.5, f"full_tensor() gives the right gradient here too (error {error:.1e}): the trap is gone"
+    assert error > 0.5, (
+        f"full_tensor() gives the right gradient here too (error {error:.1e}): the trap is gone"
+    )
 
 
 def drawn_after_sharding(spec: str) -> None:
@@ -161,7 +183,9 @@ def drawn_after_sharding(spec: str) -> None:
         late.reset_parameters()
         for name, parameter in plain.named_parameters():
             mine = late.get_parameter(name)
-            assert isinstance(mine, DTensor) and torch.equal(mine.full_tensor(), parameter), f"{spec}: {name}"
+            assert isinstance(mine, DTensor) and torch.equal(mine.full_tensor(), parameter), (
+                f"{spec}: {name}"
+            )
 
 
 def worker(rank: int) -> None:

@@ -1,4 +1,5 @@
-"""A rank that dies or hangs in the middle of a window: the others stop soon, and say what they waited for."""
+"""A rank that dies or hangs in the middle of a window: the others stop soon, and say what they
+waited for."""
 
 from __future__ import annotations
 
@@ -31,7 +32,12 @@ def test_the_other_rank_says_which_collective_failed(how: str):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, str(SCRIPT), how]
     ranks = [
-        subprocess.Popen(command, env={**os.environ, **address, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            command,
+            env={**os.environ, **address, "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     try:
@@ -43,11 +49,22 @@ def test_the_other_rank_says_which_collective_failed(how: str):
     assert ranks[0].returncode == 1
     last = [line for line in error.splitlines() if "RuntimeError: objective" in line]
     assert len(last) == 1, error
-    assert "the collective for counts failed: a rank of 2 stopped or did not call it (this is rank 0)" in last[0]
+    assert (
+        "the collective for counts failed: a rank of 2 stopped or did not call it (this is rank 0)"
+        in last[0]
+    )
 
 
 def test_torchrun_stops_the_others_and_names_the_rank():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(SCRIPT),
+    ]
     begin = time.monotonic()
     done = subprocess.run([*command, "exits"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode != 0 and time.monotonic() - begin < LIMIT
@@ -55,6 +72,14 @@ def test_torchrun_stops_the_others_and_names_the_rank():
 
 
 def test_ranks_that_do_not_stop_end_well():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(SCRIPT),
+    ]
     done = subprocess.run([*command, "goes on"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
-"""Two gloo ranks take the steps of one process: Hugging Face Trainer and Accelerate, ragged and with unequal counts."""
+"""Two gloo ranks take the steps of one process: Hugging Face Trainer and Accelerate, ragged and
+with unequal counts."""
 
 from __future__ import annotations
 
@@ -60,10 +61,17 @@ def trainer_of_objectives(rank: int, folder: str) -> None:
 
     with launched(rank, folder):
         arguments = trainer_arguments(
-            folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="epoch"
+            folder,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            save_strategy="epoch",
         )
         trainer = NitpTrainer(
-            model=tiny_llama(), args=arguments, train_dataset=ragged_rows(), data_collator=padded, objective=SPEC
+            model=tiny_llama(),
+            args=arguments,
+            train_dataset=ragged_rows(),
+            data_collator=padded,
+            objective=SPEC,
         )
         assert trainer.args.world_size == RANKS
         by_hand = ByHand(tiny_llama(), trainer.nitp.objective)
@@ -90,14 +98,19 @@ def stock_trainer(rank: int, folder: str) -> None:
         model, rows = tiny_llama(), ragged_rows()
         handle = nitp_ops.attach(model, SPEC)
         by_hand = ByHand(tiny_llama(), handle.objective)
-        arguments = trainer_arguments(folder, per_device_train_batch_size=4, train_sampling_strategy="sequential")
+        arguments = trainer_arguments(
+            folder, per_device_train_batch_size=4, train_sampling_strategy="sequential"
+        )
         Trainer(model=model, args=arguments, train_dataset=rows, data_collator=padded).train()
         shares = [padded(rows[:4]), padded(rows[4:])]
         for _ in range(2):
             found = [by_hand.sums(share) for share in shares]
             items = sum(f["ntp"][1] for f in found)
             by_hand.step(
-                sum(f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items for f in found),
+                sum(
+                    f["ntp"][0] / items + WEIGHT * f["nitp"][0] / f["nitp"][1] * f["ntp"][1] / items
+                    for f in found
+                ),
                 RATE,
             )
         by_hand.check(model)
@@ -155,7 +168,9 @@ def experts_whose_gradients_are_added(rank: int) -> None:
     model = experts()
     handle = nitp_ops.attach(model, "ntp")
     mine = microbatches(1)[rank::RANKS]
-    handle.set_counts((handle.count(mine[0]) + handle.count(mine[1])).all_reduce(), gradient_reduction="sum")
+    handle.set_counts(
+        (handle.count(mine[0]) + handle.count(mine[1])).all_reduce(), gradient_reduction="sum"
+    )
     for batch in mine:
         model(**batch).loss.backward()
     with torch.no_grad():
@@ -165,6 +180,8 @@ def experts_whose_gradients_are_added(rank: int) -> None:
     check_step(model, 1)
 
 
-@pytest.mark.parametrize("worker", [trainer_of_objectives, stock_trainer, accelerate_loop], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "worker", [trainer_of_objectives, stock_trainer, accelerate_loop], ids=lambda f: f.__name__
+)
 def test_two_ranks_train_like_one_process(tmp_path, worker):
     on_two_ranks(worker, tmp_path)

@@ -1,4 +1,5 @@
-"""Two gloo processes under DeepSpeed ZeRO 1, 2 and 3: gradients and updated weights are those of one process."""
+"""Two gloo processes under DeepSpeed ZeRO 1, 2 and 3: gradients and updated weights are those of
+one process."""
 
 from __future__ import annotations
 
@@ -23,8 +24,12 @@ pytestmark = [
 RANKS, RATE = 2, 0.5
 ZERO_3 = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
 FLOAT32 = replace(INFO, dtype=torch.float32)
-# every objective under ZeRO-3, which hides parameters; all together where only optimizer state or gradients are cut
-CASES = [(3, spec) for spec in SPECS.values()] + [(1, SPECS["all at once"]), (2, SPECS["all at once"])]
+# every objective under ZeRO-3, which hides parameters; all together where only optimizer state or
+# gradients are cut
+CASES = [(3, spec) for spec in SPECS.values()] + [
+    (1, SPECS["all at once"]),
+    (2, SPECS["all at once"]),
+]
 
 
 def model_of(spec: str, batch: Batch) -> Model:
@@ -35,7 +40,9 @@ def alone(spec: str, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]
     """(gradients, weights after one step of plain gradient descent) of one process, in float64."""
     model = model_of(spec, batch).double()
     model(batch).loss.backward()
-    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+    gradients = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()
+    }
     return gradients, {n: p.detach() - RATE * gradients[n] for n, p in model.named_parameters()}
 
 
@@ -74,7 +81,9 @@ def step(stage: int, spec: str, batch: Batch, rank: int) -> None:
         if part is window[-1]:
             for parameter, name in names.items():
                 mine = deepspeed.utils.safe_get_full_grad(parameter)
-                assert mine is not None or not gradients[name].any(), f"{what}: {name} has no gradient"
+                assert mine is not None or not gradients[name].any(), (
+                    f"{what}: {name} has no gradient"
+                )
                 if mine is not None:
                     close(mine, gradients[name], f"{what}: gradient of {name}")
         engine.step()

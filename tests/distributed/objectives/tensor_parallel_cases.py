@@ -1,7 +1,10 @@
-"""What runs on every rank for tests/distributed/objectives/test_tensor_parallel.py: objectives on models whose head is sharded."""
+"""What runs on every rank for tests/distributed/objectives/test_tensor_parallel.py: objectives on
+models whose head is sharded."""
 
-# Gradients that a backward pass just left, and options in dictionaries, are more than a type checker follows.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Gradients that a backward pass just left, and options in dictionaries, are more than a type
+# checker follows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false,
+#     reportReturnType=false
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ class Model(nn.Module):
         super().__init__()
         self.trunk = nn.Linear(6, 6, dtype=torch.float64)
         for parameter in self.trunk.parameters():
-            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view(parameter.shape)
+            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view(
+                parameter.shape
+            )
         self.embed, self.head = copy.deepcopy(part.embed), copy.deepcopy(part.head)
         if tied:
             self.head.weight = self.embed.weight
@@ -50,7 +55,9 @@ class Model(nn.Module):
     def forward(self, part: Batch, **options: object):
         lower = self.embed(part.ids) + part.hidden.detach()
         states = dict.fromkeys(range(INFO.num_layers), lower)
-        streams = part.streams(last_hidden=self.trunk(lower), hidden_states=states, head=self.head, embed=self.embed)
+        streams = part.streams(
+            last_hidden=self.trunk(lower), hidden_states=states, head=self.head, embed=self.embed
+        )
         return self.objective(streams, **options)
 
 
@@ -62,7 +69,9 @@ def whole(batch: Batch, **options: object) -> tuple[dict[str, Tensor], Tensor, d
     return found, out.loss.detach(), out.metrics.compute()
 
 
-def gradients_are(model: nn.Module, expected: dict[str, Tensor], *, replicated: bool = True) -> None:
+def gradients_are(
+    model: nn.Module, expected: dict[str, Tensor], *, replicated: bool = True
+) -> None:
     for name, gradient in expected.items():
         own = model.get_parameter(name).grad
         assert own is not None, f"{name} has no gradient"
@@ -135,11 +144,14 @@ def data_parallel_times_tensor_parallel():
 
 @case
 def transformers_models_loaded_with_a_tp_plan():
-    """What ``from_pretrained`` makes of a model under its tp_plan, tied and not, against the loss of one process."""
+    """What ``from_pretrained`` makes of a model under its tp_plan, tied and not, against the loss
+    of one process."""
     import transformers
     from transformers.distributed import DistributedConfig
 
-    info = nitp_ops.objectives.ModelInfo(hidden_size=16, vocab_size=31, num_layers=2, dtype=torch.float32)
+    info = nitp_ops.objectives.ModelInfo(
+        hidden_size=16, vocab_size=31, num_layers=2, dtype=torch.float32
+    )
     for tied in (False, True):
         config = transformers.LlamaConfig(
             vocab_size=31, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
@@ -153,15 +165,21 @@ def transformers_models_loaded_with_a_tp_plan():
             plain.save_pretrained(folder[0])
         dist.barrier()
         sharding = DistributedConfig(tp_plan="auto", tp_size=dist.get_world_size())
-        model = transformers.LlamaForCausalLM.from_pretrained(folder[0], distributed_config=sharding)
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            folder[0], distributed_config=sharding
+        )
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder[0])
-        assert isinstance(model.lm_head.weight, DTensor) and model.lm_head.weight.placements == (Shard(0),)
+        assert isinstance(model.lm_head.weight, DTensor) and model.lm_head.weight.placements == (
+            Shard(0),
+        )
         expected = plain(ids, labels=ids).loss
         expected.backward()
         out = build("ntp", model=info)(
-            Streams(token_ids=ids, last_hidden=model.model(ids).last_hidden_state, head=model.lm_head)
+            Streams(
+                token_ids=ids, last_hidden=model.model(ids).last_hidden_state, head=model.lm_head
+            )
         )
         on_all_ranks(out.loss.detach(), "loss")
         same(out.loss.detach(), expected.detach(), "loss", 1e-5)
@@ -183,7 +201,11 @@ def dtensors_that_are_no_vocabulary_shards_are_refused():
         with pytest.raises(TypeError, match=r"expected Shard[(]0[)] once"):
             nitp_ops.linear_cross_entropy(hidden, wrong, labels, group=VocabularyShards())
     shard = distribute_tensor(weight, mesh, [Shard(0)])
-    with pytest.raises(TypeError, match=r"unembedding is a DTensor.*group=nitp_ops.distributed.VocabularyShards"):
+    with pytest.raises(
+        TypeError,
+        match=r"unembedding is a "
+        r"DTensor.*group=nitp_ops.distributed.VocabularyShards",
+    ):
         nitp_ops.linear_cross_entropy(hidden, shard, labels)
     for name, given in {"hidden": (hidden, labels), "labels": (hidden, labels)}.items():
         given = [

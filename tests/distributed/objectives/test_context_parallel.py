@@ -1,4 +1,5 @@
-"""Four gloo processes share sequences: loss and gradients are those of one process, or the term says why not."""
+"""Four gloo processes share sequences: loss and gradients are those of one process, or the term
+says why not."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from nitp_ops.objectives import SequenceShard, build
-from tests.support.engine_cases import LENGTH, SPECS, Model, packed_batch, same, same_metrics, start, whole
+from tests.support.engine_cases import (
+    LENGTH,
+    SPECS,
+    Model,
+    packed_batch,
+    same,
+    same_metrics,
+    start,
+    whole,
+)
 from tests.support.objectives_cases import INFO, Batch
 
 pytestmark = [
@@ -26,7 +36,8 @@ LAYOUTS = ("contiguous", "zigzag")
 
 
 class _Gather(torch.autograd.Function):
-    """[B, T/p, d] of every rank in the order of the sequence, [B, T, d]; gradients are summed where they came from."""
+    """[B, T/p, d] of every rank in the order of the sequence, [B, T, d]; gradients are summed where
+    they came from."""
 
     @staticmethod
     def forward(ctx, part: Tensor, shard: SequenceShard) -> Tensor:
@@ -46,14 +57,18 @@ class _Gather(torch.autograd.Function):
 
 
 class Attention(nn.Module):
-    """One head of causal attention that finds the keys of the other ranks by itself, in the way that ModelInfo says."""
+    """One head of causal attention that finds the keys of the other ranks by itself, in the way
+    that ModelInfo says."""
 
     context_parallel = True
-    shard: SequenceShard | None = None  # of the running step; an engine keeps it in a context of its own
+    # of the running step; an engine keeps it in a context of its own
+    shard: SequenceShard | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.matrix = nn.Linear(INFO.hidden_size, 3 * INFO.hidden_size, bias=False, dtype=torch.float64)
+        self.matrix = nn.Linear(
+            INFO.hidden_size, 3 * INFO.hidden_size, bias=False, dtype=torch.float64
+        )
 
     def forward(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = self.matrix(hidden).chunk(3, dim=-1)
@@ -61,7 +76,9 @@ class Attention(nn.Module):
         if shard is not None:
             key, value = _Gather.apply(key, shard), _Gather.apply(value, shard)  # type: ignore[assignment]
         causal = torch.ones(1, LENGTH, LENGTH).tril().bool()
-        seen = mask.squeeze(1) if mask is not None else causal if shard is None else shard.take(causal)
+        seen = (
+            mask.squeeze(1) if mask is not None else causal if shard is None else shard.take(causal)
+        )
         scores = (query @ key.mT / math.sqrt(INFO.hidden_size)).masked_fill(~seen, -torch.inf)
         return hidden + F.softmax(scores, dim=-1) @ value
 
@@ -83,7 +100,9 @@ def shared_by(cp: int, layout: str) -> tuple[slice, SequenceShard, dist.ProcessG
     return slice(rows * dp, rows * dp + rows), shard, mesh["dp", "cp"]._flatten("dp_cp").get_group()
 
 
-def summed(spec: str, batch: Batch, info, rows: slice, shard: SequenceShard, group: dist.ProcessGroup) -> None:
+def summed(
+    spec: str, batch: Batch, info, rows: slice, shard: SequenceShard, group: dist.ProcessGroup
+) -> None:
     """The plain way: every rank's gradients, added."""
     expected, gradients = whole(spec, batch, info)
     model, part = Model(spec, batch, info), batch.part(rows)
@@ -123,10 +142,13 @@ def sharded_too(batch: Batch, rows: slice, shard: SequenceShard) -> None:
 
 
 def refused(spec: str, batch: Batch, shard: SequenceShard) -> list[str]:
-    """The reasons that keep a spec from running on a shard, by what `count` raises before anything runs."""
+    """The reasons that keep a spec from running on a shard, by what `count` raises before anything
+    runs."""
     objective = build(spec, model=INFO)
     own = dict(objective.terms.items())
-    reasons = [r for t in objective.spec.terms for r in t.shard_problems(INFO, own.get(str(t.label)))]
+    reasons = [
+        r for t in objective.spec.terms for r in t.shard_problems(INFO, own.get(str(t.label)))
+    ]
     if reasons:
         with pytest.raises(ValueError, match="a shard of the sequence") as caught:
             Model(spec, batch).count(batch, shard)
@@ -141,7 +163,11 @@ def worker(rank: int) -> None:
             rows, shard, group = shared_by(cp, layout)
             plain = {name: refused(spec, batch.part(rows), shard) for name, spec in SPECS.items()}
             exact = [SPECS[name] for name, reasons in plain.items() if not reasons]
-            assert len(exact) > len(SPECS) // 2 and SPECS["nitp"] in exact and SPECS["nextlat"] in exact
+            assert (
+                len(exact) > len(SPECS) // 2
+                and SPECS["nitp"] in exact
+                and SPECS["nextlat"] in exact
+            )
             for spec in [*exact, *VARIANTS.values()]:
                 summed(spec, batch, INFO, rows, shard, group)
             blocks = [SPECS[name] for name, why in plain.items() if why and "its blocks" in why[0]]
@@ -154,7 +180,8 @@ def worker(rank: int) -> None:
 
 
 def labels_that_are_shifted(batch: Batch) -> None:
-    """Over the whole row, and inside each document, which may end on another rank; then one document a row."""
+    """Over the whole row, and inside each document, which may end on another rank; then one
+    document a row."""
     rows, shard, group = shared_by(4, "zigzag")
     shifted = torch.cat([batch.ids[:, 1:], batch.ids[:, :1]], dim=1)
     labels = {"shift_labels": shifted, "token_weight": batch.hidden[..., 0].detach().abs()}

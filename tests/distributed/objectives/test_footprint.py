@@ -1,4 +1,5 @@
-"""What `footprint` says is, to the byte, what four gloo processes hand to their collectives, for every objective."""
+"""What `footprint` says is, to the byte, what four gloo processes hand to their collectives, for
+every objective."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "c10d":
-            # (what comes out, what goes in, ...): of an all-gather the first, of a reduce-scatter the second is whole
+            # (what comes out, what goes in, ...): of an all-gather the first, of a reduce-scatter
+            # the second is whole
             kind = KINDS[func.__name__.partition(".")[0]]
             whole = args[1] if kind == "reduce-scatter" else args[0]
             tensors = [x for x in tree_leaves(whole) if isinstance(x, Tensor)]
@@ -52,7 +54,10 @@ class Bare(nn.Module):
 
     def __init__(self, spec: str, batch: Batch) -> None:
         super().__init__()
-        self.embed, self.head = copy.deepcopy(batch.embed), nn.Linear(6, 11, bias=False, dtype=torch.float64)
+        self.embed, self.head = (
+            copy.deepcopy(batch.embed),
+            nn.Linear(6, 11, bias=False, dtype=torch.float64),
+        )
         self.objective = build(spec, model=INFO)
 
     def streams(self, batch: Batch, shard: SequenceShard | None) -> Streams:
@@ -60,7 +65,11 @@ class Bare(nn.Module):
             return (x if shard is None else shard.take(x)).detach().requires_grad_()
 
         states = {k: here(x) for k, x in batch.states.items()}
-        hidden = {"last_hidden": here(batch.hidden), "last_residual": here(batch.residual), "hidden_states": states}
+        hidden = {
+            "last_hidden": here(batch.hidden),
+            "last_residual": here(batch.residual),
+            "hidden_states": states,
+        }
         return batch.streams(head=self.head, embed=self.embed, shard=shard, **hidden)
 
     def forward(self, batch: Batch, shard: SequenceShard | None, counts):
@@ -70,7 +79,11 @@ class Bare(nn.Module):
 def measured(spec: str, batch: Batch, mesh: Mesh) -> dict[str, Counter[str]]:
     """What really goes through torch.distributed, by occasion."""
     shape = init_device_mesh("cpu", (mesh.dp, mesh.cp), mesh_dim_names=("dp", "cp"))
-    shard = SequenceShard(length=LENGTH, layout="zigzag", group=shape.get_group("cp")) if mesh.cp > 1 else None
+    shard = (
+        SequenceShard(length=LENGTH, layout="zigzag", group=shape.get_group("cp"))
+        if mesh.cp > 1
+        else None
+    )
     model, flat = Bare(spec, batch), init_device_mesh("cpu", (4,))
     for owner in (model.head, model.embed, *model.objective.terms.values(), model):
         fully_shard(owner, mesh=flat)
@@ -87,7 +100,10 @@ def measured(spec: str, batch: Batch, mesh: Mesh) -> dict[str, Counter[str]]:
 
 def worker(rank: int) -> None:
     batch = packed_batch().part(slice(0, 2))
-    specs = [*SPECS.values(), "ntp + nitp(projector=linear, shift=2) + same: 0.5*nitp(shift=0) + top"]
+    specs = [
+        *SPECS.values(),
+        "ntp + nitp(projector=linear, shift=2) + same: 0.5*nitp(shift=0) + top",
+    ]
     compared = 0
     for mesh in (Mesh(dp=4), Mesh(dp=2, cp=2)):
         for spec in specs:
@@ -101,11 +117,15 @@ def worker(rank: int) -> None:
             for each in cost.traffic:
                 said[each.every][each.collective] += each.bytes
             real = measured(spec, batch, mesh)
-            again = sum(count - 1 for count in dry_run(spec, INFO, sharded=mesh.cp > 1).calls.values())
+            again = sum(
+                count - 1 for count in dry_run(spec, INFO, sharded=mesh.cp > 1).calls.values()
+            )
             if again and real != said:  # the backward of a module's second call may find it whole
                 gathered = [found["microbatch"].pop("all-gather") for found in (real, said)]
                 saved = gathered[1] - gathered[0]
-                assert 0 < saved <= again * TABLE and saved % TABLE == 0, f"{mesh}: {spec}: {gathered}"
+                assert 0 < saved <= again * TABLE and saved % TABLE == 0, (
+                    f"{mesh}: {spec}: {gathered}"
+                )
             assert real == said, f"{mesh}: {spec}: sent {real}, foretold {said}"
             compared += 1
     assert compared > len(specs) * 3 // 2

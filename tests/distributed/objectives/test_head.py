@@ -1,4 +1,5 @@
-"""Two gloo processes: head terms with parameters of their own train as in one process, sharded or replicated."""
+"""Two gloo processes: head terms with parameters of their own train as in one process, sharded or
+replicated."""
 
 from __future__ import annotations
 
@@ -30,13 +31,17 @@ class Model(nn.Module):
         super().__init__()
         self.trunk = nn.Linear(6, 6, dtype=torch.float64)
         for parameter in self.trunk.parameters():
-            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view(parameter.shape)
+            parameter.data = torch.linspace(-1, 1, parameter.numel(), dtype=torch.float64).view(
+                parameter.shape
+            )
         self.embed, self.head = copy.deepcopy(part.embed), copy.deepcopy(part.head)
         self.objective = build(SPEC, model=INFO)
 
     def forward(self, part: Batch, **options: object):
         hidden = self.trunk(self.embed(part.ids) + part.hidden.detach())
-        return self.objective(part.streams(last_hidden=hidden, head=self.head, embed=self.embed), **options)
+        return self.objective(
+            part.streams(last_hidden=hidden, head=self.head, embed=self.embed), **options
+        )
 
 
 def whole_gradients() -> dict[str, Tensor]:
@@ -71,7 +76,9 @@ def sharded(part: Batch) -> None:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
     part = uneven_batch().part(slice(2 * rank, 2 * rank + 2))
     replicated(part)
     sharded(part)

@@ -56,11 +56,15 @@ def whole_gradients(spec: str, **options: object) -> tuple[dict[str, Tensor], di
     model = Model(spec, batch.head)
     out = model(batch, **options)
     out.loss.backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, out.metrics.compute()
+    return {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }, out.metrics.compute()
 
 
 def same(mine: Tensor, expected: Tensor, what: str) -> None:
-    torch.testing.assert_close(mine, expected, rtol=1e-10, atol=1e-12, msg=lambda text: f"{what}: {text}")
+    torch.testing.assert_close(
+        mine, expected, rtol=1e-10, atol=1e-12, msg=lambda text: f"{what}: {text}"
+    )
 
 
 def reduced_counts_and_metrics(part: Batch) -> None:
@@ -120,7 +124,9 @@ def a_sharded_weight_is_refused(part: Batch) -> None:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS
+    )
     part = uneven_batch().part(slice(2 * rank, 2 * rank + 2))
     reduced_counts_and_metrics(part)
     data_parallel(part, SPEC)

@@ -1,4 +1,5 @@
-"""Two gloo processes as pipeline stages: the tapped state travels detached, gradients are those of one process."""
+"""Two gloo processes as pipeline stages: the tapped state travels detached, gradients are those of
+one process."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ def worker(rank: int) -> None:
         schedule.step(*((ids,) if rank == 0 else ()), target=ids, losses=losses)
         if rank == 1:
             same(torch.stack(losses).sum(), whole, "loss")
-        for (name, mine), theirs in zip(stages[rank].named_parameters(), (first, last)[rank].parameters(), strict=True):
+        for (name, mine), theirs in zip(
+            stages[rank].named_parameters(), (first, last)[rank].parameters(), strict=True
+        ):
             assert mine.grad is not None and theirs.grad is not None
             same(mine.grad, theirs.grad, f"{schedule_of.__name__}: stage {rank}: {name}")
 

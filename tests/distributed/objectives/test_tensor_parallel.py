@@ -1,4 +1,5 @@
-"""Two and four gloo processes: objectives on a model whose head a tensor-parallel style sharded, tied, with FSDP2."""
+"""Two and four gloo processes: objectives on a model whose head a tensor-parallel style sharded,
+tied, with FSDP2."""
 
 from __future__ import annotations
 

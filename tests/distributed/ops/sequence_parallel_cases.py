@@ -1,7 +1,10 @@
-"""What runs on every rank for tests/distributed/ops/test_sequence_parallel.py: rows and vocabulary sharded; collectives, counted."""
+"""What runs on every rank for tests/distributed/ops/test_sequence_parallel.py: rows and vocabulary
+sharded; collectives, counted."""
 
-# Gradients that a backward pass just left, and options in dictionaries, are more than a type checker follows.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Gradients that a backward pass just left, and options in dictionaries, are more than a type
+# checker follows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false,
+#     reportReturnType=false
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ def mine(whole: Tensor) -> Tensor:
 
 
 def compare(several: int = 0, upstream: Tensor | float = 0.37, **options: Any) -> None:
-    """Own rows of the loss, stats and hidden gradient, own columns of the rest, against one process with all rows."""
+    """Own rows of the loss, stats and hidden gradient, own columns of the rest, against one process
+    with all rows."""
     inputs, labels = problem(rows=ROWS * dist.get_world_size(), several=several)
     rows_of = {"token_weight", "target_weight"}
     loss, stats = nitp_ops.linear_cross_entropy(
@@ -70,7 +74,11 @@ def compare(several: int = 0, upstream: Tensor | float = 0.37, **options: Any) -
 def rows_of_all_ranks_count():
     count = ROWS * dist.get_world_size()
     weight = torch.rand(count, dtype=torch.float64)
-    for options in ({}, {"reduction": "sum", "chunk_bytes": 500}, {"normalizer": 7.0, "token_weight": weight}):
+    for options in (
+        {},
+        {"reduction": "sum", "chunk_bytes": 500},
+        {"normalizer": 7.0, "token_weight": weight},
+    ):
         compare(label_smoothing=0.1, z_loss=0.01, **options)
     compare(class_weight=torch.rand(23, dtype=torch.float64), label_smoothing=0.2)
     compare(several=3, target_weight=torch.rand(count, 3, dtype=torch.float64), token_weight=weight)
@@ -80,7 +88,9 @@ def rows_of_all_ranks_count():
 def each_rank_differentiates_its_own_rows():
     count = ROWS * dist.get_world_size()
     upstream = torch.randn(count, dtype=torch.float64)
-    compare(upstream=upstream, reduction="none", token_weight=torch.rand(count, dtype=torch.float64))
+    compare(
+        upstream=upstream, reduction="none", token_weight=torch.rand(count, dtype=torch.float64)
+    )
 
 
 @case
@@ -88,7 +98,10 @@ def a_buffer_takes_the_gradient_of_the_own_rows():
     inputs, labels = problem(rows=ROWS * dist.get_world_size())
     nitp_ops.linear_cross_entropy(*inputs[:2], labels).backward()
     cut = cuts(23)[1]
-    hidden, weight = mine(inputs[0].detach()).clone().requires_grad_(), own(inputs[1].detach(), cut).requires_grad_()
+    hidden, weight = (
+        mine(inputs[0].detach()).clone().requires_grad_(),
+        own(inputs[1].detach(), cut).requires_grad_(),
+    )
     buffer = torch.ones_like(hidden)
     options = {"sizes": cut, "sequence_parallel": True, "hidden_grad_out": buffer}
     over_ranks(hidden, weight, mine(labels), **options).backward()
@@ -116,7 +129,9 @@ def terms_share_a_pass():
             shard = own(inputs[1].detach(), cut).clone().requires_grad_()
             own_terms = [
                 CrossEntropyTerm(hidden[0], take(labels), token_weight=factor),
-                CrossEntropyTerm(hidden[1], take(several), label_smoothing=0.1, target_weight=take(weight)),
+                CrossEntropyTerm(
+                    hidden[1], take(several), label_smoothing=0.1, target_weight=take(weight)
+                ),
             ]
             # chunks of three rows: some hold rows of both terms
             shards = VocabularyShards(sizes=cut, sequence_parallel=sequence_parallel)
@@ -170,29 +185,51 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             work = torch.float64 if dtype == torch.float64 else torch.float32
             products = torch.float32 if dtype in gemm._WITHOUT_GEMM else dtype
             weight = torch.ones(rows, several, dtype=work) if several else None
-            options: dict[str, Any] = {"label_smoothing": smoothing, "return_stats": "entropy" if entropy else True}
-            wanted = {"targets": several or 1, "label_smoothing": smoothing > 0, "entropy": entropy, "dtype": dtype}
+            options: dict[str, Any] = {
+                "label_smoothing": smoothing,
+                "return_stats": "entropy" if entropy else True,
+            }
+            wanted = {
+                "targets": several or 1,
+                "label_smoothing": smoothing > 0,
+                "entropy": entropy,
+                "dtype": dtype,
+            }
             cut = cuts(23)[0]
             for chunk_rows, chunks in ((1, rows), (4, ranks), (rows, 1)):
                 with counted() as calls:
                     shard = own(inputs[1].detach(), cut).clone().requires_grad_()
                     size = chunk_rows * max(cut) * products.itemsize
                     loss, _ = over_ranks(
-                        inputs[0], shard, labels, sizes=cut, target_weight=weight, chunk_bytes=size, **options
+                        inputs[0],
+                        shard,
+                        labels,
+                        sizes=cut,
+                        target_weight=weight,
+                        chunk_bytes=size,
+                        **options,
                     )
                     loss.backward()
                 promised = bytes_per_pass(rows, 6, ranks, **wanted)  # type: ignore[arg-type]
                 assert [len(x) for x in calls.values()] == [chunks, chunks, 0]
-                assert sum(calls["gather"]) == promised.statistics and sum(calls["reduce"]) == promised.gradient
+                assert (
+                    sum(calls["gather"]) == promised.statistics
+                    and sum(calls["reduce"]) == promised.gradient
+                )
             with counted() as calls:
                 take = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4)
-                hidden, shard = inputs[0].detach()[take].requires_grad_(), own(inputs[1].detach(), cut).requires_grad_()
+                hidden, shard = (
+                    inputs[0].detach()[take].requires_grad_(),
+                    own(inputs[1].detach(), cut).requires_grad_(),
+                )
                 loss, _ = over_ranks(
                     hidden, shard, labels[take], sizes=cut, target_weight=None if weight is None else weight[take],
                     sequence_parallel=True, **options,
                 )  # fmt: skip
                 loss.backward()
-            promised = bytes_per_pass(rows, 6, ranks, sequence_parallel=True, weights=several, **wanted)  # type: ignore
+            promised = bytes_per_pass(
+                rows, 6, ranks, sequence_parallel=True, weights=several, **wanted
+            )  # type: ignore
             assert [len(x) for x in calls.values()] == [3, 0, 1]
             assert calls["gather"] == [promised.labels, promised.hidden, promised.statistics]
             assert calls["scatter"] == [promised.gradient]
@@ -216,12 +253,19 @@ def torch_compile_gives_the_same():
     cut = cuts(23)[1]
     for rows_are_sharded in (False, True):
 
-        def step(hidden: Tensor, shard: Tensor, sequence_parallel: bool = rows_are_sharded) -> Tensor:
-            return over_ranks(2 * hidden, shard, labels, sizes=cut, sequence_parallel=sequence_parallel)
+        def step(
+            hidden: Tensor, shard: Tensor, sequence_parallel: bool = rows_are_sharded
+        ) -> Tensor:
+            return over_ranks(
+                2 * hidden, shard, labels, sizes=cut, sequence_parallel=sequence_parallel
+            )
 
         found = []
         for function in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
-            hidden, shard = inputs[0].detach().requires_grad_(), own(inputs[1].detach(), cut).clone().requires_grad_()
+            hidden, shard = (
+                inputs[0].detach().requires_grad_(),
+                own(inputs[1].detach(), cut).clone().requires_grad_(),
+            )
             loss = function(hidden, shard)
             loss.backward()
             found.append((loss.detach(), hidden.grad, shard.grad))

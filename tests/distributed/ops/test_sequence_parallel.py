@@ -1,4 +1,5 @@
-"""Two and four gloo processes: rows sharded beside the vocabulary, and the collectives of a pass, counted."""
+"""Two and four gloo processes: rows sharded beside the vocabulary, and the collectives of a pass,
+counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two and four gloo processes: a head whose vocabulary is sharded gives what one process gives, option by option."""
+"""Two and four gloo processes: a head whose vocabulary is sharded gives what one process gives,
+option by option."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""What runs on every rank for tests/distributed/ops/test_vocab_parallel.py: a sharded pass beside the pass of one process."""
+"""What runs on every rank for tests/distributed/ops/test_vocab_parallel.py: a sharded pass beside
+the pass of one process."""
 
-# Gradients that a backward pass just left, and options in dictionaries, are more than a type checker follows.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportReturnType=false
+# Gradients that a backward pass just left, and options in dictionaries, are more than a type
+# checker follows.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false,
+#     reportReturnType=false
 from __future__ import annotations
 
 import functools
@@ -45,11 +48,16 @@ def own(whole: Tensor, cut: tuple[int, ...]) -> Tensor:
     return whole.split(cut)[dist.get_rank()]
 
 
-def problem(vocabulary: int = 23, rows: int = 17, dtype: torch.dtype = torch.float64, several: int = 0):
+def problem(
+    vocabulary: int = 23, rows: int = 17, dtype: torch.dtype = torch.float64, several: int = 0
+):
     """[hidden, weight, bias] with gradients, and labels in which each border of an even cut occurs."""
     draw = torch.Generator().manual_seed(vocabulary + rows)
     shapes = (rows, D), (vocabulary, D), (vocabulary,)
-    inputs = [torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    inputs = [
+        torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+        for s in shapes
+    ]
     labels = torch.randint(0, vocabulary, (rows, several) if several else (rows,), generator=draw)
     borders = torch.tensor(shard_rows(vocabulary, dist.get_world_size())).cumsum(0)
     edges = torch.cat([borders[borders < vocabulary], borders - 1, torch.tensor([0])])
@@ -60,10 +68,13 @@ def problem(vocabulary: int = 23, rows: int = 17, dtype: torch.dtype = torch.flo
 
 def run(inputs, labels, cut, upstream: Any = 0.37, **options: Any) -> tuple[list[Tensor], Any]:
     """[loss, gradients], stats; of one process where there is no cut."""
-    hidden, weight, bias = (None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+    hidden, weight, bias = (
+        None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs
+    )
     if cut is not None:
         weight, bias = (
-            None if x is None else own(x.detach(), cut).clone().requires_grad_(x.requires_grad) for x in (weight, bias)
+            None if x is None else own(x.detach(), cut).clone().requires_grad_(x.requires_grad)
+            for x in (weight, bias)
         )
         loss = over_ranks(hidden, weight, labels, bias=bias, sizes=cut, **options)
     else:
@@ -77,26 +88,39 @@ def run(inputs, labels, cut, upstream: Any = 0.37, **options: Any) -> tuple[list
 
 def same(ours: Tensor, expected: Tensor, what: str, tolerance: float = 1e-12) -> None:
     torch.testing.assert_close(
-        ours, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text: f"{what}: {text}"
+        ours,
+        expected,
+        rtol=tolerance,
+        atol=tolerance,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
     )
 
 
 def on_all_ranks(tensor: Tensor, what: str) -> None:
     """Equal to the last bit."""
-    bits = tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+    bits = (
+        tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.view(1).view(torch.uint8)
+    )
     all_bits = [torch.empty_like(bits) for _ in range(dist.get_world_size())]
     dist.all_gather(all_bits, bits)
     assert all(torch.equal(bits, other) for other in all_bits), f"{what} differs between ranks"
 
 
-def compare(inputs, labels, *, upstream: Any = 0.37, tolerance: float = 1e-12, **options: Any) -> None:
+def compare(
+    inputs, labels, *, upstream: Any = 0.37, tolerance: float = 1e-12, **options: Any
+) -> None:
     """The sharded pass at every cut against the pass of one process: loss, gradients, stats."""
     expected, stats = run(inputs, labels, None, upstream, **options)
     for cut in cuts(len(inputs[1])):
         ours, own_stats = run(inputs, labels, cut, upstream, **options)
         names = [
             "loss",
-            *(n for n, x in zip(("dh", "dW", "db"), inputs, strict=True) if x is not None and x.requires_grad),
+            *(
+                n
+                for n, x in zip(("dh", "dW", "db"), inputs, strict=True)
+                if x is not None and x.requires_grad
+            ),
         ]
         for name, a, b in zip(names, ours, expected, strict=True):
             same(a, own(b, cut) if name in ("dW", "db") else b, f"{name} at {cut}", tolerance)
@@ -126,7 +150,10 @@ def options_case(options: dict[str, Any]) -> None:
     inputs, labels = problem()
     if "ignore_index" in options:
         labels[labels == -100] = 3
-    weights = {"token_weight": torch.rand(17, dtype=torch.float64), "class_weight": torch.rand(23, dtype=torch.float64)}
+    weights = {
+        "token_weight": torch.rand(17, dtype=torch.float64),
+        "class_weight": torch.rand(23, dtype=torch.float64),
+    }
     for added in ({}, {"token_weight": weights["token_weight"]}, weights):
         compare(inputs, labels, return_stats="entropy", **options, **added)
     compare([*inputs[:2], None], labels, return_stats=True, **options)
@@ -180,7 +207,9 @@ def a_nan_row_spoils_its_own_loss_and_an_ignored_one_nothing():
         inputs[0][2], inputs[0][-2], inputs[0][4] = NAN, NAN, NAN
     weight = torch.ones(17, dtype=torch.float64)
     weight[4] = 0
-    compare(inputs, labels, reduction="none", token_weight=weight, upstream=1.0, return_stats="entropy")
+    compare(
+        inputs, labels, reduction="none", token_weight=weight, upstream=1.0, return_stats="entropy"
+    )
     labels[2] = -100
     compare(inputs, labels, token_weight=weight, return_stats="entropy")
     for cut in cuts(23):
@@ -189,21 +218,35 @@ def a_nan_row_spoils_its_own_loss_and_an_ignored_one_nothing():
 
 @case
 def logits_at_the_end_of_the_range():
-    """Infinities that a mask puts into a bias, a large common offset, and a saturated softcap full of ties."""
+    """Infinities that a mask puts into a bias, a large common offset, and a saturated softcap full
+    of ties."""
     inputs, labels = problem()
     masked = inputs[2].detach().clone()
     masked[[1, 5, 22]] = -torch.inf
     labels[(labels == 1) | (labels == 5) | (labels == 22)] = 2
     compare([*inputs[:2], masked.requires_grad_()], labels, return_stats="entropy")
-    compare([*inputs[:2], (inputs[2].detach() + 1e4).requires_grad_()], labels, return_stats="entropy", tolerance=1e-10)
-    compare([x.detach().mul(30).requires_grad_() for x in inputs], labels, softcap=0.5, return_stats="entropy")
+    compare(
+        [*inputs[:2], (inputs[2].detach() + 1e4).requires_grad_()],
+        labels,
+        return_stats="entropy",
+        tolerance=1e-10,
+    )
+    compare(
+        [x.detach().mul(30).requires_grad_() for x in inputs],
+        labels,
+        softcap=0.5,
+        return_stats="entropy",
+    )
 
 
 @case
 def a_second_backward_pass_and_gradient_buffers():
     inputs, labels = problem()
     for cut in cuts(23):
-        hidden, weight = inputs[0].detach().requires_grad_(), own(inputs[1].detach(), cut).clone().requires_grad_()
+        hidden, weight = (
+            inputs[0].detach().requires_grad_(),
+            own(inputs[1].detach(), cut).clone().requires_grad_(),
+        )
         expected, _ = run([*inputs[:2], None], labels, None, 1.0)
         loss = over_ranks(hidden, weight, labels, sizes=cut)
         first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
@@ -224,12 +267,17 @@ def a_second_backward_pass_and_gradient_buffers():
 def a_tied_embedding_adds_both_gradients():
     for cut in cuts(23):
         inputs, labels = problem()
-        whole, shard = inputs[1].detach().requires_grad_(), own(inputs[1].detach(), cut).clone().requires_grad_()
+        whole, shard = (
+            inputs[1].detach().requires_grad_(),
+            own(inputs[1].detach(), cut).clone().requires_grad_(),
+        )
         ids = torch.arange(17)
         nitp_ops.linear_cross_entropy(whole[ids] + inputs[0].detach(), whole, labels).backward()
         first = sum(cut[: dist.get_rank()])
         here = (ids >= first) & (ids < first + len(shard))
-        rows = torch.zeros(17, D, dtype=torch.float64).index_put((here.nonzero()[:, 0],), shard[ids[here] - first])
+        rows = torch.zeros(17, D, dtype=torch.float64).index_put(
+            (here.nonzero()[:, 0],), shard[ids[here] - first]
+        )
         embedded = rows.detach().clone()
         dist.all_reduce(embedded)
         hidden = (embedded + inputs[0].detach()).requires_grad_()
@@ -242,10 +290,17 @@ def a_tied_embedding_adds_both_gradients():
 def narrow_dtypes_within_the_error_budget():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         draw = torch.Generator().manual_seed(3)
-        hidden, weight = (torch.randn(n, 64, generator=draw).div(4).to(dtype).requires_grad_() for n in (160, 1000))
+        hidden, weight = (
+            torch.randn(n, 64, generator=draw).div(4).to(dtype).requires_grad_()
+            for n in (160, 1000)
+        )
         inputs, labels = [hidden, weight, None], torch.randint(0, 1000, (160,), generator=draw)
         wide = [x if x is None else x.detach().double().requires_grad_() for x in inputs]
-        for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}, {"chunk_bytes": 40_000}):
+        for options in (
+            {},
+            {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0},
+            {"chunk_bytes": 40_000},
+        ):
             exact, _ = run(wide, labels, None, 1.0, **options)
             rest = {name: value for name, value in options.items() if name != "chunk_bytes"}
             leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
@@ -262,7 +317,13 @@ def narrow_dtypes_within_the_error_budget():
 @case
 def wider_logits_under_narrow_weights():
     inputs, labels = problem(dtype=torch.bfloat16)
-    compare([*inputs[:2], None], labels, logits_dtype=torch.float32, return_stats="entropy", tolerance=2e-2)
+    compare(
+        [*inputs[:2], None],
+        labels,
+        logits_dtype=torch.float32,
+        return_stats="entropy",
+        tolerance=2e-2,
+    )
     with torch.autocast("cpu", torch.bfloat16):
         inputs, labels = problem(dtype=torch.float32)
         compare(inputs, labels, logits_dtype=torch.float32, tolerance=1e-5)
@@ -280,7 +341,8 @@ def what_does_not_fit_is_refused_by_name():
         "not supported with a sharded unembedding": {"sizes": cut, "backend": "reference"},
         "overlap is 1, expected True or False": {"sizes": cut, "overlap": 1},
         "group is a int, expected a ProcessGroup or a VocabularyShards": {"group": 3},
-        r"class_weight has shape \(5,\), expected \(23,\)": {"sizes": cut, "class_weight": torch.ones(5)},
+        r"class_weight has shape \(5,\), expected "
+        r"\(23,\)": {"sizes": cut, "class_weight": torch.ones(5)},
     }
     for message, options in wrong.items():
         with pytest.raises((TypeError, ValueError), match=message):
@@ -295,6 +357,10 @@ def without_overlap_the_all_reduce_ends_first_and_no_bit_changes():
     (inputs, labels), found, asked = problem(), [], []
     for overlap in (True, False):
         with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
-            found.append(run(inputs, labels, cuts(23)[1], chunk_bytes=8 * 23 * 8, overlap=overlap)[0])
+            found.append(
+                run(inputs, labels, cuts(23)[1], chunk_bytes=8 * 23 * 8, overlap=overlap)[0]
+            )
         asked.append([each.kwargs["async_op"] for each in reduced.call_args_list])
-    assert len(asked[0]) > 1 and all(asked[0]) and not any(asked[1]) and all(map(torch.equal, *found))
+    assert (
+        len(asked[0]) > 1 and all(asked[0]) and not any(asked[1]) and all(map(torch.equal, *found))
+    )

@@ -36,7 +36,16 @@ def info(**changes: object) -> ModelInfo:
 
 @pytest.mark.parametrize(
     ("fraction", "layers", "layer"),
-    [(0.2, 17, 4), (0.2, 24, 5), (0.2, 28, 6), (0.2, 16, 3), (0.01, 17, 1), (0.999, 17, 16), (0.2, 1, 0), (0.9, 2, 1)],
+    [
+        (0.2, 17, 4),
+        (0.2, 24, 5),
+        (0.2, 28, 6),
+        (0.2, 16, 3),
+        (0.01, 17, 1),
+        (0.999, 17, 16),
+        (0.2, 1, 0),
+        (0.9, 2, 1),
+    ],
 )
 def test_a_fraction_of_the_depth_resolves_to_a_layer(fraction: float, layers: int, layer: int):
     objective = build([NITP(target_layer=fraction)], model=info(num_layers=layers))
@@ -67,11 +76,20 @@ def test_what_does_not_fit_the_model_stands_beside_what_is_no_spec():
 
 
 def test_the_state_dict_holds_own_parameters_only():
-    objective = build("ntp + nitp + flat: nitp(projector=linear) + bare: nitp(projector=none)", model=info())
+    objective = build(
+        "ntp + nitp + flat: nitp(projector=linear) + bare: nitp(projector=none)", model=info()
+    )
     batch_head = nn.Linear(8, 32)
     hidden = torch.randn(1, 4, 8)
     states = {4: hidden}
-    objective(Streams(token_ids=torch.zeros(1, 4).long(), last_hidden=hidden, hidden_states=states, head=batch_head))
+    objective(
+        Streams(
+            token_ids=torch.zeros(1, 4).long(),
+            last_hidden=hidden,
+            hidden_states=states,
+            head=batch_head,
+        )
+    )
     assert {name: tuple(p.shape) for name, p in objective.state_dict().items()} == {
         "terms.nitp.gate_up": (64, 8),
         "terms.nitp.down": (8, 32),
@@ -99,7 +117,9 @@ def test_the_seed_alone_decides_the_initial_values():
 
 
 def test_initial_values_are_normal_with_the_range_of_the_model():
-    values = torch.cat([p.flatten() for p in build("nitp", model=info(hidden_size=64)).parameters()])
+    values = torch.cat(
+        [p.flatten() for p in build("nitp", model=info(hidden_size=64)).parameters()]
+    )
     assert values.numel() == 12 * 64**2
     assert values.std().item() == pytest.approx(0.02, rel=0.02) and abs(values.mean().item()) < 1e-3
 
@@ -109,7 +129,9 @@ def test_an_objective_builds_on_the_meta_device_and_is_filled_later():
         objective = build("ntp + nitp", model=info(), seed=5)
     assert all(parameter.is_meta for parameter in objective.parameters())
     objective.to_empty(device="cpu").reset_parameters()
-    for mine, expected in zip(objective.parameters(), build("nitp", model=info(), seed=5).parameters(), strict=True):
+    for mine, expected in zip(
+        objective.parameters(), build("nitp", model=info(), seed=5).parameters(), strict=True
+    ):
         assert torch.equal(mine, expected)
 
 
@@ -135,7 +157,10 @@ def test_param_groups_hold_every_own_parameter_once_with_matrices_apart():
     assert {id(p) for p in groups[0]["params"]} == {id(p) for p in objective.parameters()}
     torch.optim.AdamW(groups)
     objective.terms["nitp"].register_parameter("norm", nn.Parameter(torch.ones(8)))
-    assert [(group["matrices"], len(group["params"])) for group in objective.param_groups()] == [(True, 3), (False, 1)]
+    assert [(group["matrices"], len(group["params"])) for group in objective.param_groups()] == [
+        (True, 3),
+        (False, 1),
+    ]
     assert build("ntp", model=info()).param_groups() == []
 
 
@@ -202,7 +227,9 @@ def test_a_third_party_objective_trains_beside_ours():
     assert "norm_penalty" in available()
     batch = make_batch()
     out = build("ntp + 0.5*norm_penalty(power=1)", model=INFO)(batch.streams())
-    expected = build("ntp", model=INFO)(batch.streams()).loss + 0.5 * batch.hidden.norm(dim=-1).mean()
+    expected = (
+        build("ntp", model=INFO)(batch.streams()).loss + 0.5 * batch.hidden.norm(dim=-1).mean()
+    )
     torch.testing.assert_close(out.loss, expected)
 
 
@@ -268,7 +295,9 @@ def install(folder: Path, source: str) -> None:
 
 
 @pytest.mark.usefixtures("own_registry")
-def test_a_plugin_is_listed_at_once_and_imported_when_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_plugin_is_listed_at_once_and_imported_when_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     install(
         tmp_path,
         "from dataclasses import dataclass\nfrom nitp_ops.objectives import NTP\n"
@@ -290,6 +319,8 @@ def test_a_broken_plugin_is_shown_when_it_is_named_and_harms_nothing_else(
     assert "other" in available()
     parse("ntp")
     with pytest.raises(
-        SpecError, match=r'"other" is a plugin \(extra_objective:Other\) that does not load: .*no license'
+        SpecError,
+        match=r'"other" is a plugin \(extra_objective:Other\) that does not load: .*no '
+        r"license",
     ):
         parse("other")

@@ -1,4 +1,5 @@
-"""The objectives of this package are found by name, like those of any other: nothing imports one before it is named."""
+"""The objectives of this package are found by name, like those of any other: nothing imports one
+before it is named."""
 
 from __future__ import annotations
 
@@ -43,15 +44,25 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_objective_is_imported_when_it_is_named_and_by_nothing_else():
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "lazy", done.stdout + done.stderr
 
 
 def test_every_class_is_a_public_name_and_every_other_name_is_none():
     for name, home in objectives._BUILT_IN.items():
         cls = home.partition(":")[2]
-        assert cls in objectives.__all__ and cls in dir(objectives) and getattr(objectives, cls).name == name
-    with pytest.raises(AttributeError, match=r"module 'nitp_ops.objectives' has no attribute 'NTPP'"):
+        assert (
+            cls in objectives.__all__
+            and cls in dir(objectives)
+            and getattr(objectives, cls).name == name
+        )
+    with pytest.raises(
+        AttributeError,
+        match=r"module 'nitp_ops.objectives' has no attribute "
+        r"'NTPP'",
+    ):
         _ = objectives.NTPP
 
 
@@ -77,5 +88,9 @@ def test_a_plugin_does_not_take_a_built_in_name(monkeypatch: pytest.MonkeyPatch)
 def test_a_built_in_objective_that_does_not_load_is_shown_when_it_is_named():
     registry.offer("nitp_ops.objectives", {"broken": "no_such_module:Broken"})
     assert "broken" in available() and parse("ntp").terms[0].label == "ntp"
-    with pytest.raises(SpecError, match=r'"broken" is a plugin \(.*no_such_module:Broken\) that does not load: Module'):
+    with pytest.raises(
+        SpecError,
+        match=r'"broken" is a plugin \(.*no_such_module:Broken\) that '
+        r"does not load: Module",
+    ):
         parse("ntp + broken")

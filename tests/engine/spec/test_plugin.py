@@ -1,4 +1,5 @@
-"""A package from outside, installed by pip, brings an objective: distillation from a teacher's most likely tokens."""
+"""A package from outside, installed by pip, brings an objective: distillation from a teacher's most
+likely tokens."""
 
 from __future__ import annotations
 
@@ -46,7 +47,12 @@ print("distilled")
 def python(*command: str, plugins: Path) -> str:
     environment = {**os.environ, "PYTHONPATH": str(plugins)}
     done = subprocess.run(
-        [sys.executable, *command], env=environment, cwd=plugins, capture_output=True, text=True, check=False
+        [sys.executable, *command],
+        env=environment,
+        cwd=plugins,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -70,5 +76,7 @@ def test_an_installed_package_distils_beside_ntp(plugins: Path):
 def test_the_command_lists_and_explains_it(plugins: Path):
     assert "topk_distillation" in python("-m", "nitp_ops", "list", plugins=plugins)
     sizes = ("--hidden", "64", "--vocab", "256", "--layers", "4")
-    text = python("-m", "nitp_ops", "explain", "ntp + 0.5*topk_distillation", *sizes, plugins=plugins)
+    text = python(
+        "-m", "nitp_ops", "explain", "ntp + 0.5*topk_distillation", *sizes, plugins=plugins
+    )
     assert "topk_distillation (head term)" in text and "teacher_tokens" in text

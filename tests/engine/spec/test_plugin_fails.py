@@ -1,4 +1,5 @@
-"""A plugin that cannot be loaded, for whatever reason, is a line of a SpecError and never the end of the program."""
+"""A plugin that cannot be loaded, for whatever reason, is a line of a SpecError and never the end
+of the program."""
 
 from __future__ import annotations
 
@@ -22,15 +23,18 @@ CASES = {
     "exits_silently": ("raise SystemExit", "SystemExit"),
     "generator_exit": ("raise GeneratorExit('done')", "GeneratorExit: done"),
     "own_base": ("class Stop(BaseException): pass\nraise Stop('stopped')", "Stop: stopped"),
-    "lacks_a_package": ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+    "lacks_a_package": ("import no_such_package", "ModuleNotFoundError: No module named "
+                                                  "'no_such_package'"),
     "no_python": ("def", "SyntaxError: invalid syntax"),
     "many_lines": ("raise ValueError('one\\ntwo')", r"ValueError: one\ntwo"),
     "no_term": ("", "AttributeError: module 'plugin_no_term' has no attribute 'Term'"),
     "a_number": ("Term = 3", "AttributeError"),
     "a_function": ("def Term(): pass", "TypeError"),
     "an_instance": (GOOD + "\nTerm = Term()", "TypeError"),
-    "no_dataclass": ("class Term: pass", "TypeError: register: Term is no frozen dataclass under HeadTerm"),
-    "endless": ("def again(): again()\nagain()", "RecursionError: maximum recursion depth exceeded"),
+    "no_dataclass": ("class Term: pass", "TypeError: register: Term is no frozen dataclass under "
+                                         "HeadTerm"),
+    "endless": ("def again(): again()\nagain()", "RecursionError: maximum recursion depth "
+                                                 "exceeded"),
     "names_itself": ("from nitp_ops.objectives import parse\nparse('names_itself')", "SpecError"),
 }  # fmt: skip
 
@@ -56,7 +60,9 @@ def test_the_plugin_and_its_reason_are_named(plugins, name):
     with pytest.raises(SpecError) as caught:
         parse(f"ntp + 0.5*{name} + nitp(eps=0)")
     loading, other = caught.value.problems
-    assert loading.startswith(f'"{name}" is a plugin (plugin_{name}:Term) that does not load: {CASES[name][1]}')
+    assert loading.startswith(
+        f'"{name}" is a plugin (plugin_{name}:Term) that does not load: {CASES[name][1]}'
+    )
     assert loading.isprintable() and other.startswith("nitp: eps is 0")
 
 

@@ -41,7 +41,12 @@ def test_without_warmup_the_weight_jumps_at_the_first_step():
 
 
 def test_a_piecewise_weight_changes_exactly_at_its_steps():
-    assert values(schedule([[0, 0.3], [200000, 0.1]]), 0, 199999, 200000, 10**9) == [0.3, 0.3, 0.1, 0.1]
+    assert values(schedule([[0, 0.3], [200000, 0.1]]), 0, 199999, 200000, 10**9) == [
+        0.3,
+        0.3,
+        0.1,
+        0.1,
+    ]
     assert values(schedule([[100, 0.5]]), 99, 100) == [0, 0.5]
 
 
@@ -68,7 +73,9 @@ def test_a_wrong_schedule_is_refused_with_its_reason(weight: object, message: st
 
 def test_all_that_is_wrong_with_a_schedule_comes_in_one_message():
     with pytest.raises(
-        ValueError, match=r"^schedule: to is -1, .*; begin is 0.5, .*; shape is \"foo\", expected one of"
+        ValueError,
+        match=r"^schedule: to is -1, .*; begin is 0.5, .*; shape is \"foo\", expected "
+        r"one of",
     ):
         schedule(to=-1, begin=0.5, shape="foo")  # type: ignore[arg-type]
 
@@ -80,7 +87,11 @@ def test_a_schedule_comes_from_keywords_or_points_but_not_from_both():
 
 def test_a_scheduled_weight_without_a_step_is_refused():
     objective = build("ntp + schedule(to=1, warmup=10)*nitp", model=INFO)
-    with pytest.raises(ValueError, match=r"step is None, expected an integer \(scheduled weights: nitp\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"step is None, expected an integer \(scheduled weights: "
+        r"nitp\)",
+    ):
         objective(make_batch().streams())
     with pytest.raises(ValueError, match="step is -1, expected an integer >= 0"):
         objective(make_batch().streams(), step=-1)
@@ -97,10 +108,17 @@ def test_a_scheduled_objective_equals_the_constant_weight_of_that_step(step: int
     constant = build([NTP(), NITP(weight=ramp.at(step).item())], model=INFO)
     expected = constant(batch.streams()).loss
     for now in (step, torch.tensor(step)):
-        torch.testing.assert_close(scheduled(batch.streams(), step=now).loss, expected, rtol=1e-14, atol=0)
+        torch.testing.assert_close(
+            scheduled(batch.streams(), step=now).loss, expected, rtol=1e-14, atol=0
+        )
 
 
 def test_a_schedule_keeps_its_form_in_the_spec():
     spec = parse("schedule(to=0.8, warmup=1000)*ntp")
-    assert spec.to_dict()["ntp"]["weight"] == {"to": 0.8, "begin": 0, "warmup": 1000, "shape": "linear"}
+    assert spec.to_dict()["ntp"]["weight"] == {
+        "to": 0.8,
+        "begin": 0,
+        "warmup": 1000,
+        "shape": "linear",
+    }
     assert parse("[[0, 0.3], [200, 0.1]]*ntp").to_dict()["ntp"]["weight"] == [[0, 0.3], [200, 0.1]]

@@ -8,7 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nitp_ops.objectives import NITP, NTP, ModelInfo, Piecewise, Ramp, Spec, SpecError, build, parse, schedule
+from nitp_ops.objectives import (
+    NITP,
+    NTP,
+    ModelInfo,
+    Piecewise,
+    Ramp,
+    Spec,
+    SpecError,
+    build,
+    parse,
+    schedule,
+)
 
 EXPRESSION = "ntp(z_loss=1e-4) + 0.8*nitp(target_layer=0.2) + late: schedule(to=0.1, warmup=1000)*nitp(target_layer=8)"
 MAPPING = {
@@ -66,7 +77,10 @@ def test_specs_and_objectives_are_frozen():
         (" .5 * ntp ", 0.5),
         ("1e-2*ntp()", 0.01),
         ("schedule(to=2)*ntp", Ramp(to=2.0)),
-        ("schedule(to=.5, begin=10, warmup=5, shape=cosine)*ntp", Ramp(to=0.5, begin=10, warmup=5, shape="cosine")),
+        (
+            "schedule(to=.5, begin=10, warmup=5, shape=cosine)*ntp",
+            Ramp(to=0.5, begin=10, warmup=5, shape="cosine"),
+        ),
         ("[[0, 1], [5, 0.5]]*ntp", Piecewise(((0, 1.0), (5, 0.5)))),
         ("((0, 1), (5, 0.5))*ntp", Piecewise(((0, 1.0), (5, 0.5)))),
     ],
@@ -76,12 +90,21 @@ def test_weights_are_numbers_or_schedules(text: str, weight: object):
 
 
 def test_options_are_words_strings_numbers_and_truth_values():
-    (term,) = parse("nitp(distance=mse, mask='document+label', target_layer=3, stop_gradient=false, eps=1e-3)").terms
+    (term,) = parse(
+        "nitp(distance=mse, mask='document+label', target_layer=3, stop_gradient=false, eps=1e-3)"
+    ).terms
     assert term == NITP(
-        label="nitp", distance="mse", mask="document+label", target_layer=3, stop_gradient=False, eps=1e-3
+        label="nitp",
+        distance="mse",
+        mask="document+label",
+        target_layer=3,
+        stop_gradient=False,
+        eps=1e-3,
     )
     assert parse("nitp(mask=document+label)") == parse('nitp(mask="document+label")')
-    assert parse("nitp(projector=none, target_norm=none)") == parse(NITP(projector="none", target_norm="none"))
+    assert parse("nitp(projector=none, target_norm=none)") == parse(
+        NITP(projector="none", target_norm="none")
+    )
     assert parse("nitp(intermediate_size=null,)") == parse("nitp")
 
 
@@ -99,7 +122,10 @@ def test_options_are_words_strings_numbers_and_truth_values():
         ("nitp(shift=1", "at column 13"),
         ("nitp(shift=1, shift=2)", "shift at column 15 is given twice"),
         ("ntp & nitp", "'&' at column 5 is not part of the grammar"),
-        ("nitp(weight=2)", "weight at column 5 is an option, expected it in label: weight*name(...)"),
+        (
+            "nitp(weight=2)",
+            "weight at column 5 is an option, expected it in label: weight*name(...)",
+        ),
         ("ntp(z_loss=__import__('os'))", '"(" at column 22'),
     ],
 )
@@ -109,19 +135,26 @@ def test_an_expression_that_cannot_be_read_is_refused_with_its_column(text: str,
 
 def test_unknown_names_and_options_are_answered_with_the_nearest_known():
     (name,) = problems("ntq")
-    assert name.startswith('"ntq" is no objective, expected one of') and name.endswith('Did you mean "ntp"?')
+    assert name.startswith('"ntq" is no objective, expected one of') and name.endswith(
+        'Did you mean "ntp"?'
+    )
     (option,) = problems("nitp(target_leyer=2)")
-    assert '"target_leyer" is no option' in option and option.endswith('Did you mean "target_layer"?')
+    assert '"target_leyer" is no option' in option and option.endswith(
+        'Did you mean "target_layer"?'
+    )
     (value,) = problems("nitp(distance=cosin)")
     assert value == (
-        'nitp: distance is "cosin", expected one of "cosine", "mse", "smooth_l1", "kl". Did you mean "cosine"?'
+        'nitp: distance is "cosin", expected one of "cosine", "mse", "smooth_l1", "kl". Did you '
+        'mean "cosine"?'
     )
     (key,) = problems({"ntp": {"weight": {"to": 1, "warmap": 5}}})
     assert "warmap" in key and 'Did you mean "warmup"?' in key
 
 
 def test_all_problems_come_in_one_error():
-    found = problems("ntp(z_loss=-1, smoothing=1) + 0.5*nitb + late: nitp(shift=-1, eps=0) + 3 nitp")
+    found = problems(
+        "ntp(z_loss=-1, smoothing=1) + 0.5*nitb + late: nitp(shift=-1, eps=0) + 3 nitp"
+    )
     assert len(found) == 6
     for part in ("late: shift", "late: eps", "ntp: z_loss", 'ntp: "smoothing"', '"nitb"', "column"):
         assert sum(part in line for line in found) == 1, part
@@ -169,13 +202,16 @@ def test_a_dataclass_with_a_wrong_option_is_refused_at_once():
 
 
 def test_something_that_is_no_spec_is_a_type_error():
-    with pytest.raises(TypeError, match="spec is a int, expected an expression, a mapping or a list"):
+    with pytest.raises(
+        TypeError, match="spec is a int, expected an expression, a mapping or a list"
+    ):
         parse(3)  # type: ignore[arg-type]
 
 
 NITPS = st.builds(
     NITP,
-    weight=st.floats(0, 10) | st.builds(Ramp, to=st.floats(0, 5), begin=st.integers(0, 9), warmup=st.integers(0, 9)),
+    weight=st.floats(0, 10)
+    | st.builds(Ramp, to=st.floats(0, 5), begin=st.integers(0, 9), warmup=st.integers(0, 9)),
     target_layer=st.integers(0, 40) | st.floats(0, 1, exclude_min=True, exclude_max=True),
     shift=st.integers(0, 4),
     distance=st.sampled_from(["cosine", "mse", "smooth_l1", "kl"]),
@@ -191,7 +227,9 @@ def expression(term: NITP) -> str:
     weight = options.pop("weight")
     if isinstance(weight, dict):
         weight = f"schedule({', '.join(f'{key}={value}' for key, value in weight.items())})"
-    spelled = {key: f'"{value}"' if isinstance(value, str) else value for key, value in options.items()}
+    spelled = {
+        key: f'"{value}"' if isinstance(value, str) else value for key, value in options.items()
+    }
     return f"{weight}*nitp({', '.join(f'{key}={value}' for key, value in spelled.items())})"
 
 
@@ -212,7 +250,10 @@ def test_any_text_is_a_spec_or_a_spec_error(text: str):
 
 
 def test_an_option_of_the_wrong_type_hides_none_of_the_others():
-    assert [line.split(", expected")[0] for line in problems("ntp + nitp(distance=foo, eps=0, shift=-1)")] == [
+    assert [
+        line.split(", expected")[0]
+        for line in problems("ntp + nitp(distance=foo, eps=0, shift=-1)")
+    ] == [
         'nitp: distance is "foo"',
         "nitp: shift is -1",
         "nitp: eps is 0.0",
@@ -222,7 +263,11 @@ def test_an_option_of_the_wrong_type_hides_none_of_the_others():
 def test_a_target_past_every_sequence_is_refused_with_all_other_problems():
     info = ModelInfo(hidden_size=4, vocab_size=8, num_layers=2, sequence_length=4)
     with pytest.raises(SpecError) as caught:
-        build("ntp + mtp_shared(offsets=[2, 4]) + mtp_sequential(depth=3) + nitp(shift=9, target_layer=7)", model=info)
+        build(
+            "ntp + mtp_shared(offsets=[2, 4]) + mtp_sequential(depth=3) + nitp(shift=9, "
+            "target_layer=7)",
+            model=info,
+        )
     assert list(caught.value.problems) == [
         "mtp_shared: the target x_(t+4) lies past every sequence, expected at most t+3 (T = 4)",
         "mtp_sequential: the target x_(t+4) lies past every sequence, expected at most t+3 (T = 4)",

@@ -1,4 +1,5 @@
-"""Whatever a spec holds, `parse` and `build` answer with an objective or with a SpecError of printable lines."""
+"""Whatever a spec holds, `parse` and `build` answer with an objective or with a SpecError of
+printable lines."""
 
 from __future__ import annotations
 
@@ -41,25 +42,36 @@ def problems(spec: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("spec", "problem"),
     [
-        ("[" * 400 + "]" * 400 + "*ntp", 'expression: "[" at column 21, expected at most 20 lists inside one another'),
-        ("]" * 400 + "+" + "[" * 400 + "]" * 400 + "*ntp", "expected at most 20 lists inside one another"),
+        ("[" * 400 + "]" * 400 + "*ntp", 'expression: "[" at column 21, expected at most 20 lists '
+                                         'inside one another'),
+        ("]" * 400 + "+" + "[" * 400 + "]" * 400 + "*ntp", "expected at most 20 lists inside one "
+                                                           "another"),
         ("ntp(z_loss=" + "(" * 3000, "expected at most 20 lists inside one another"),
-        ("9" * 3900 + "*ntp", "expression: a number of 3900 digits at column 1, expected at most 100"),
+        ("9" * 3900 + "*ntp", "expression: a number of 3900 digits at column 1, expected at most "
+                              "100"),
         ("ntp(z_loss=-" + "9" * 200 + ")", "a number of 201 digits"),
         ("1e999*ntp", "weight is inf, expected a number"),
         ({"ntp": {"weight": 10**400}}, "ntp: weight is an integer of 1329 bits, expected a number"),
-        ({"ntp": {"weight": -(10**5000)}}, "ntp: weight is an integer of 16610 bits, expected a number"),
-        ({"ntp": {"weight": {"to": 10**400}}}, "ntp: schedule: to is an integer of 1329 bits, expected a number"),
-        ({"ntp": {"weight": {"to": 1, "begin": 2**63}}}, "begin is 9223372036854775808, expected an integer of 64"),
+        ({"ntp": {"weight": -(10**5000)}}, "ntp: weight is an integer of 16610 bits, expected a "
+                                           "number"),
+        ({"ntp": {"weight": {"to": 10**400}}}, "ntp: schedule: to is an integer of 1329 bits, "
+                                               "expected a number"),
+        ({"ntp": {"weight": {"to": 1, "begin": 2**63}}}, "begin is 9223372036854775808, expected "
+                                                         "an integer of 64"),
         ({"ntp": {"weight": {3: 1}}}, "ntp: schedule: 3 is no option, expected to, begin"),
-        ({"ntp": {"weight": [[2**63, 1.0]]}}, "ntp: schedule: points holds [9223372036854775808, 1.0]"),
+        ({"ntp": {"weight": [[2**63, 1.0]]}}, "ntp: schedule: points holds [9223372036854775808, "
+                                              "1.0]"),
         ({"ntp": {"weight": DEEP}}, "ntp: schedule: points holds [[[[[...]]]]]"),
         ({"ntp": {"z_loss": 10**400}}, "ntp: z_loss is an integer of 1329 bits, expected a number"),
         ({"ntp": {"z_loss": float("nan")}}, "ntp: z_loss is nan, expected a number"),
-        ({"mtp_shared": {"offsets": [2, 10**30]}}, "mtp_shared: offsets is [2, 1000000000000000000000000000000], exp"),
-        ({"mtp_shared": {"offsets": DEEP}}, "mtp_shared: offsets is [[[[[...]]]]], expected a list of integers"),
-        ({"ntp": {"z_loss": torch.ones(3)}}, "ntp: z_loss is tensor([1., 1., 1.]), expected a number"),
-        ({"nitp": {"distance": torch.ones(3)}}, "nitp: distance is tensor([1., 1., 1.]), expected one of"),
+        ({"mtp_shared": {"offsets": [2, 10**30]}}, "mtp_shared: offsets is [2, "
+                                                   "1000000000000000000000000000000], exp"),
+        ({"mtp_shared": {"offsets": DEEP}}, "mtp_shared: offsets is [[[[[...]]]]], expected a "
+                                            "list of integers"),
+        ({"ntp": {"z_loss": torch.ones(3)}}, "ntp: z_loss is tensor([1., 1., 1.]), expected a "
+                                             "number"),
+        ({"nitp": {"distance": torch.ones(3)}}, "nitp: distance is tensor([1., 1., 1.]), expected "
+                                                "one of"),
         ({"ntp": {3: 1}}, "ntp: 3 is no option, expected one of weight"),
         ({"ntp": {b"z_loss": 1}}, "ntp: b'z_loss' is no option"),
         ({"ntp": {None: 1, ("a", "b"): 2}}, "ntp: None is no option"),
@@ -75,7 +87,8 @@ def problems(spec: Any) -> list[str]:
         ({"a\nb": {"type": "ntp"}}, r'"a\nb" is no label'),
         ({"\ud800": {}}, r'"\ud800" is no objective'),
         ({"ntp": {"\x00": 1}}, r'ntp: "\x00" is no option'),
-        ({"nitp": {"distance": "\ud800\u2028"}}, r'nitp: distance is "\ud800\u2028", expected one of'),
+        ({"nitp": {"distance": "\ud800\u2028"}}, r'nitp: distance is "\ud800\u2028", expected one '
+                                                 r'of'),
         ("ntp & \ud800", "expression: '&' at column 5"),
         ("ntp \ud800", r"expression: '\ud800' at column 5"),
         ({"": {"type": "ntp"}}, "is no label"),
@@ -94,27 +107,70 @@ ATTRIBUTES = sorted({*dir(nn.ModuleDict()), *dir(nn.Module()), "loss"})
 def test_a_label_that_is_an_attribute_of_a_module_is_refused(name: str):
     for label in ATTRIBUTES:
         assert problems({label: {"type": name}})[0].startswith(f'"{label}" is no label')
-    for label in ("terms", "spec", "info", "requires", "draft", "explain", "count", "counts", "metrics"):
-        assert not problems({label: {"type": name}, "ntp": {}} if name != "ntp" else {label: {"type": name}})
+    for label in (
+        "terms",
+        "spec",
+        "info",
+        "requires",
+        "draft",
+        "explain",
+        "count",
+        "counts",
+        "metrics",
+    ):
+        assert not problems(
+            {label: {"type": name}, "ntp": {}} if name != "ntp" else {label: {"type": name}}
+        )
 
 
-HUGE = st.integers(63, 20000).map(lambda bits: 2**bits) | st.integers(64, 20000).map(lambda bits: -(2**bits))
-ODD = {"deep": DEEP, "recursive": RECURSIVE, "tensor": torch.ones(2), "class": object, "set": {1, 2}, "term": NTP()}
-WORDS = st.sampled_from(["", "\ud800", "a.b", "a/b", "\n", "\x00\x1b[31m", "training", "_parameters", "loss", "main"])
+HUGE = st.integers(63, 20000).map(lambda bits: 2**bits) | st.integers(64, 20000).map(
+    lambda bits: -(2**bits)
+)
+ODD = {
+    "deep": DEEP,
+    "recursive": RECURSIVE,
+    "tensor": torch.ones(2),
+    "class": object,
+    "set": {1, 2},
+    "term": NTP(),
+}
+WORDS = st.sampled_from(
+    ["", "\ud800", "a.b", "a/b", "\n", "\x00\x1b[31m", "training", "_parameters", "loss", "main"]
+)
 NAMES = st.sampled_from([*available(), "late"])
 OPTIONS = st.sampled_from(
-    ["weight", "type", "label", "denominator", "offsets", "depth", "target_layer", "distance", "window", "z_loss", "to"]
+    [
+        "weight",
+        "type",
+        "label",
+        "denominator",
+        "offsets",
+        "depth",
+        "target_layer",
+        "distance",
+        "window",
+        "z_loss",
+        "to",
+    ]
 )
 LEAVES = st.one_of(
     st.none(), st.booleans(), st.integers(-2, 5), HUGE, st.floats(), st.binary(max_size=3), st.complex_numbers(),
     WORDS, NAMES, st.text(max_size=5), st.sampled_from(list(ODD)).map(lambda name: ODD[name]),
 )  # fmt: skip
-KEYS = st.one_of(OPTIONS, NAMES, WORDS, st.integers(0, 3), st.binary(max_size=2), st.none(), st.text(max_size=3))
-VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6
+KEYS = st.one_of(
+    OPTIONS, NAMES, WORDS, st.integers(0, 3), st.binary(max_size=2), st.none(), st.text(max_size=3)
 )
-MAPPINGS = st.dictionaries(NAMES | KEYS, st.dictionaries(OPTIONS | KEYS, VALUES, max_size=3) | VALUES, max_size=3)
-TERMS = st.lists(st.sampled_from([NTP(), NTP(label="b"), MTPShared(offsets=(2,))]) | VALUES, max_size=3)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=6,
+)
+MAPPINGS = st.dictionaries(
+    NAMES | KEYS, st.dictionaries(OPTIONS | KEYS, VALUES, max_size=3) | VALUES, max_size=3
+)
+TERMS = st.lists(
+    st.sampled_from([NTP(), NTP(label="b"), MTPShared(offsets=(2,))]) | VALUES, max_size=3
+)
 PIECES = st.sampled_from(
     [*available(), "weight", "offsets", "depth", "z_loss", "schedule", "to", "late:", "training:", *"+*=,()[]:", "2",
      "0.5", "-1", "1e999", "9" * 5000, "[" * 300, "(" * 300, "]" * 300, '"', "'", "\n", "\ud800", "\u00a0", "true"]
@@ -157,7 +213,9 @@ def calls(text: str) -> int:
     return counted
 
 
-@pytest.mark.parametrize("unit", ["ntp+", "ntq+", "a{}:ntp+", "nitp(shift=1)+", "ntp ", "[", "1", "  "])
+@pytest.mark.parametrize(
+    "unit", ["ntp+", "ntq+", "a{}:ntp+", "nitp(shift=1)+", "ntp ", "[", "1", "  "]
+)
 def test_the_work_is_in_proportion_to_the_length_of_the_text(unit: str):
     def text(units: int) -> str:
         return "".join(unit.format(i) for i in range(units)) + "ntp"
@@ -171,14 +229,22 @@ def test_the_work_is_in_proportion_to_the_length_of_the_text(unit: str):
 
 
 UNITS = ["ntp+", "ntq+", "a:ntp+", "1+", "ntp ", "[", "nitp(shift=1)+", "ntp(a=1)+"]
-LISTS = {"options": "ntp({})", "offsets": "mtp_shared(offsets=[{}])", "points": "[{}]*ntp", "word": "ntp(z_loss={})"}
+LISTS = {
+    "options": "ntp({})",
+    "offsets": "mtp_shared(offsets=[{}])",
+    "points": "[{}]*ntp",
+    "word": "ntp(z_loss={})",
+}
 
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_32_kilobytes_are_refused_at_once(unit: str):
     whole = (unit * 32768)[:32768]
     (line,) = problems(whole)
-    assert line == "expression: 32768 characters, expected at most 4000 (or a mapping, which may be longer)"
+    assert (
+        line
+        == "expression: 32768 characters, expected at most 4000 (or a mapping, which may be longer)"
+    )
     assert calls(whole) < 500
 
 
@@ -210,7 +276,9 @@ def test_more_than_a_hundred_terms_are_refused_in_every_spelling():
 
 
 def test_more_options_than_any_objective_has_are_refused():
-    assert problems({"ntp": {f"k{i}": 1 for i in range(101)}}) == ["ntp: 101 options, expected at most 100"]
+    assert problems({"ntp": {f"k{i}": 1 for i in range(101)}}) == [
+        "ntp: 101 options, expected at most 100"
+    ]
 
 
 def test_the_message_of_thousands_of_problems_ends():

@@ -1,4 +1,5 @@
-"""Whose document a label belongs to: the definition written out position by position, against the library."""
+"""Whose document a label belongs to: the definition written out position by position, against the
+library."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ BOUNDARIES = {
 }
 #: Terms of every kind; `external` brings its own sum.
 TERMS = [name for name in available() if name != "external"] + [
-    "mtp_parallel(offsets=[2, 3], heads=residual)", "mtp_sequential(depth=2)", "nitp(shift=2, mask=document+label)",
+    "mtp_parallel(offsets=[2, 3], heads=residual)", "mtp_sequential(depth=2)", "nitp(shift=2, "
+                                                                               "mask=document+label)",
 ]  # fmt: skip
 
 
@@ -67,7 +69,9 @@ class Case:
 
 
 @st.composite
-def cases(draw, contiguous: bool = False, kinds: tuple[str, ...] = ("token_ids", "labels", "shift_labels")) -> Case:
+def cases(
+    draw, contiguous: bool = False, kinds: tuple[str, ...] = ("token_ids", "labels", "shift_labels")
+) -> Case:
     shape = (1, draw(st.sampled_from([4, 8])))
     seed = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     doc = torch.randint(-1, 3, shape, generator=seed)
@@ -93,7 +97,9 @@ def test_targets_pairs_and_weights_follow_the_definition(case: Case, k: int):
     weights = torch.tensor([[case.weight(t, k) for t in whole]], dtype=torch.float64)
     window = max(1, min(k, case.length))
     nearest = torch.tensor([[case.nearest(t, window) for t in whole]])
-    of_window = torch.tensor([[[case.weight(t, j) for j in range(1, window + 1)] for t in whole]], dtype=torch.float64)
+    of_window = torch.tensor(
+        [[[case.weight(t, j) for j in range(1, window + 1)] for t in whole]], dtype=torch.float64
+    )
     for streams in parts(case):
         assert torch.equal(token_targets(streams, k), streams.here(expected))
         assert torch.equal(valid_pairs(streams, k), streams.here(pairs))
@@ -102,7 +108,9 @@ def test_targets_pairs_and_weights_follow_the_definition(case: Case, k: int):
         weight = target_weights(streams, k)
         assert weight is not None and torch.equal(weight, streams.here(weights))
         window_is(
-            TargetWindow(streams, 1, window), streams.here(nearest).flatten(0, 1), streams.here(of_window).flatten(0, 1)
+            TargetWindow(streams, 1, window),
+            streams.here(nearest).flatten(0, 1),
+            streams.here(of_window).flatten(0, 1),
         )
 
 
@@ -125,8 +133,12 @@ def parts(case: Case) -> list[Streams]:
     found = [Streams(**fields)]
     for layout in ("contiguous", "zigzag"):
         for rank in range(2):
-            with mock.patch.object(context_parallel, "group_size", lambda group, rank=rank: (2, rank)):
-                found.append(Streams(**fields, shard=SequenceShard(length=case.length, layout=layout)))
+            with mock.patch.object(
+                context_parallel, "group_size", lambda group, rank=rank: (2, rank)
+            ):
+                found.append(
+                    Streams(**fields, shard=SequenceShard(length=case.length, layout=layout))
+                )
     return found
 
 
@@ -169,7 +181,9 @@ def cut_into_documents(batch: Batch, fields: dict[str, Tensor]) -> list[Streams]
         own = {name: value[:, at] for name, value in fields.items() if name != "document_ids"}
         residual = batch.residual[:, at]
         found.append(
-            batch.streams(**own, last_hidden=batch.hidden[:, at], last_residual=residual, hidden_states=hidden)
+            batch.streams(
+                **own, last_hidden=batch.hidden[:, at], last_residual=residual, hidden_states=hidden
+            )
         )
     return found
 
@@ -201,9 +215,14 @@ def test_labels_that_were_shifted_as_a_stream_train_like_the_labels(term: str, c
 
 
 @pytest.mark.parametrize("kind", ["labels", "shift_labels"])
-@pytest.mark.parametrize("document_ids", [[0, 0, 0, 1, 1, 1, -1], [0, 1, 0, 1, 0, 0, -1]], ids=["runs", "mixed"])
-def test_a_token_outside_the_document_reaches_no_sequential_module(document_ids: list[int], kind: str):
-    """Row t of depth k reads x_{t+k}: where that token is another document's, its id changes nothing, valid or not."""
+@pytest.mark.parametrize(
+    "document_ids", [[0, 0, 0, 1, 1, 1, -1], [0, 1, 0, 1, 0, 0, -1]], ids=["runs", "mixed"]
+)
+def test_a_token_outside_the_document_reaches_no_sequential_module(
+    document_ids: list[int], kind: str
+):
+    """Row t of depth k reads x_{t+k}: where that token is another document's, its id changes
+    nothing, valid or not."""
     objective = build("mtp_sequential(depth=2)", model=INFO)
     labels, documents = make_batch(batch=1).ids, torch.tensor([document_ids])
     outcomes = []
@@ -223,9 +242,14 @@ def test_a_token_outside_the_document_reaches_no_sequential_module(document_ids:
 
 def test_another_layout_is_refused_and_labels_that_are_not_shifted_have_none():
     for wrong, spelled in (("documents", '"documents"'), (None, "None"), (True, "True")):
-        with pytest.raises(ValueError, match=f'^Streams: label_layout is {spelled}, expected "document" or "stream"$'):
+        with pytest.raises(
+            ValueError,
+            match=f'^Streams: label_layout is {spelled}, expected "document" or "stream"$',
+        ):
             Streams(**PACKED, label_layout=wrong)  # type: ignore[arg-type]
     labels = {"labels": PACKED["token_ids"], "document_ids": BOUNDARIES["document_ids"]}
     for k in range(3):
-        plain, stream = (token_targets(Streams(**labels, label_layout=x), k) for x in ("document", "stream"))  # type: ignore[arg-type]
+        plain, stream = (
+            token_targets(Streams(**labels, label_layout=x), k) for x in ("document", "stream")
+        )  # type: ignore[arg-type]
         assert torch.equal(plain, stream)

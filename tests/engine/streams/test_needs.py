@@ -1,4 +1,5 @@
-"""`Need`: what an objective reads, as values; each stream once, with a gradient where one term wants it."""
+"""`Need`: what an objective reads, as values; each stream once, with a gradient where one term
+wants it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ def state(k: int, *, grad: bool) -> Need:
 
 
 def test_a_need_is_written_as_the_stream_that_it_names():
-    assert [str(x) for x in (Need("head"), state(4, grad=False), Need("external", name="router"))] == [
+    assert [
+        str(x) for x in (Need("head"), state(4, grad=False), Need("external", name="router"))
+    ] == [
         "head",
         "hidden_states[4]",
         "external[router]",
@@ -27,22 +30,44 @@ def test_a_need_is_written_as_the_stream_that_it_names():
     ("arguments", "error", "message"),
     [
         ({"stream": 3}, TypeError, "Need: stream is 3, expected a field of Streams"),
-        ({"stream": "hidden_states"}, ValueError, "Need: layer is None, expected a number of blocks"),
-        ({"stream": "hidden_states", "layer": -1}, ValueError, "Need: layer is -1, expected a number of blocks"),
-        ({"stream": "hidden_states", "layer": True}, ValueError, "Need: layer is True, expected a number of blocks"),
+        (
+            {"stream": "hidden_states"},
+            ValueError,
+            "Need: layer is None, expected a number of blocks",
+        ),
+        (
+            {"stream": "hidden_states", "layer": -1},
+            ValueError,
+            "Need: layer is -1, expected a number of blocks",
+        ),
+        (
+            {"stream": "hidden_states", "layer": True},
+            ValueError,
+            "Need: layer is True, expected a number of blocks",
+        ),
         ({"stream": "head", "layer": 2}, ValueError, 'Need: layer is 2, expected None with "head"'),
         ({"stream": "external"}, ValueError, "Need: name is None, expected a name"),
-        ({"stream": "head", "name": "x"}, ValueError, "Need: name is 'x', expected None with \"head\""),
+        (
+            {"stream": "head", "name": "x"},
+            ValueError,
+            "Need: name is 'x', expected None with \"head\"",
+        ),
     ],
     ids=str,
 )
-def test_what_is_no_need_is_refused(arguments: dict[str, Any], error: type[Exception], message: str):
+def test_what_is_no_need_is_refused(
+    arguments: dict[str, Any], error: type[Exception], message: str
+):
     with pytest.raises(error, match=f"^{message}$"):
         Need(**arguments)
 
 
 def test_requires_names_exactly_the_streams_that_are_read():
-    assert build("ntp", model=INFO).requires == {Need("token_ids"), Need("last_hidden"), Need("head")}
+    assert build("ntp", model=INFO).requires == {
+        Need("token_ids"),
+        Need("last_hidden"),
+        Need("head"),
+    }
     objective = build("nitp(source=last_residual, target_layer=3)", model=INFO)
     assert objective.requires == {Need("token_ids"), Need("last_residual"), state(3, grad=False)}
     assert isinstance(objective.requires, frozenset)
@@ -61,7 +86,9 @@ def test_a_state_that_several_terms_read_is_required_once_with_the_gradient_that
     assert own == state(2, grad=False)
 
 
-def test_a_string_among_the_needs_is_refused_in_the_name_of_its_term(monkeypatch: pytest.MonkeyPatch):
+def test_a_string_among_the_needs_is_refused_in_the_name_of_its_term(
+    monkeypatch: pytest.MonkeyPatch,
+):
     monkeypatch.setattr(NTP, "requires", lambda self, info: frozenset({"token_ids"}))
     with pytest.raises(TypeError, match=r"^mine: requires has 'token_ids', expected a Need$"):
         build("mine: ntp", model=INFO)

@@ -1,4 +1,5 @@
-"""What stands in rows that do not count reaches nothing, whatever function is applied to rows before the mask."""
+"""What stands in rows that do not count reaches nothing, whatever function is applied to rows
+before the mask."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ ROW_BY_ROW = (
     "top",
     "ntp",
 )
-SPECS = (*ROW_BY_ROW, "nextlat", "cosine_regularizer", "mtp_parallel(offsets=[2])", "mtp_sequential(depth=2)")
+SPECS = (
+    *ROW_BY_ROW,
+    "nextlat",
+    "cosine_regularizer",
+    "mtp_parallel(offsets=[2])",
+    "mtp_sequential(depth=2)",
+)
 
 
 @pytest.mark.parametrize(
@@ -36,12 +43,17 @@ def test_a_nan_in_a_row_that_does_not_count_stays_there(spec: str, padded: bool)
             batch.ids[:, 5:] = 9
             batch.ids[:, :5] %= 9
         spoiled = {"hidden": slice(5, 7), "states": slice(5, 7)}
-    else:  # the last hidden state has no target, and what comes before any hidden state's target is none
+    # the last hidden state has no target, and what comes before any hidden state's target is none
+    else:
         spoiled = {"hidden": slice(6, 7), "states": slice(0, 1)}
     own = [*objective.parameters()]
     with torch.no_grad():
         for parameter in own:  # residual heads start at zero
-            parameter.add_(torch.linspace(-0.3, 0.4, parameter.numel(), dtype=parameter.dtype).view(parameter.shape))
+            parameter.add_(
+                torch.linspace(-0.3, 0.4, parameter.numel(), dtype=parameter.dtype).view(
+                    parameter.shape
+                )
+            )
 
     def outcome(value: float) -> tuple[torch.Tensor, dict[str, float], list[torch.Tensor]]:
         with torch.no_grad():
@@ -70,7 +82,9 @@ def test_rows_of_a_formula_that_are_not_kept_have_no_gradient_whatever_the_head_
     hidden, weight = torch.randn(5, 6, requires_grad=True), torch.randn(11, 6)
     weight[3, 2] = torch.nan
     keep = torch.tensor([True, False, True, False, True])
-    total, _ = sum_of_rows(hidden, weight, None, keep, INFO, lambda z, rows: (z.sum(1), torch.ones_like(z)))
+    total, _ = sum_of_rows(
+        hidden, weight, None, keep, INFO, lambda z, rows: (z.sum(1), torch.ones_like(z))
+    )
     (gradient,) = torch.autograd.grad(total, hidden, retain_graph=True)
     assert not gradient[~keep].any() and gradient[keep].isnan().any()
     (gradient,) = torch.autograd.grad(total, hidden, torch.zeros_like(total))

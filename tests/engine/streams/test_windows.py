@@ -22,8 +22,15 @@ def batch(dtype: torch.dtype, **changes: Any) -> Streams:
     documents = torch.tensor([0, 1, 0, -1, 2]).repeat_interleave(LENGTH // 5).repeat(ROWS, 1)
     mask = torch.rand(ROWS, LENGTH, generator=draw) < 0.8
     mask[0, 10:170] = False
-    hidden = torch.randn(ROWS, LENGTH, 6, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
-    given = {"token_ids": ids, "document_ids": documents, "target_mask": mask, "last_hidden": hidden}
+    hidden = (
+        torch.randn(ROWS, LENGTH, 6, generator=draw, dtype=torch.float64).to(dtype).requires_grad_()
+    )
+    given = {
+        "token_ids": ids,
+        "document_ids": documents,
+        "target_mask": mask,
+        "last_hidden": hidden,
+    }
     return Streams(**(given | changes))
 
 
@@ -42,9 +49,13 @@ def distances(streams: Streams, first: int, last: int) -> Tensor:
 @pytest.mark.parametrize("compat", ["none", "fp16_scores"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("window", [100, 5000])
-def test_top_over_a_long_window_is_the_dense_list_net_loss(window: int, dtype: torch.dtype, compat: str):
+def test_top_over_a_long_window_is_the_dense_list_net_loss(
+    window: int, dtype: torch.dtype, compat: str
+):
     streams = batch(dtype)
-    info = ModelInfo(hidden_size=6, vocab_size=VOCABULARY, num_layers=1, dtype=dtype, initializer_range=1.0)
+    info = ModelInfo(
+        hidden_size=6, vocab_size=VOCABULARY, num_layers=1, dtype=dtype, initializer_range=1.0
+    )
     objective = build([TOP(window=window, compat=compat)], model=info)  # type: ignore[arg-type]
     out, (head,) = objective(streams), objective.parameters()
     k = distances(streams, 1, window)
@@ -55,8 +66,12 @@ def test_top_over_a_long_window_is_the_dense_list_net_loss(window: int, dtype: t
     assert hidden is not None
     log_p = (hidden.double() @ head.double().T).log_softmax(-1)
     expected = -(y[rows].softmax(-1) * log_p[rows]).sum(-1).mean()
-    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0)
-    mine, exact = (torch.autograd.grad(x, [hidden, head], retain_graph=True) for x in (out.loss, expected))
+    torch.testing.assert_close(
+        out.loss.double(), expected, rtol=1e-12 if dtype == torch.float64 else 2e-6, atol=0
+    )
+    mine, exact = (
+        torch.autograd.grad(x, [hidden, head], retain_graph=True) for x in (out.loss, expected)
+    )
     for a, b in zip(mine, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9 if dtype == torch.float64 else 1e-4, atol=1e-7)
     assert out.metrics.compute()["top/count"] == rows.sum()
@@ -68,7 +83,13 @@ def test_a_bag_of_a_long_window_is_the_set_of_its_tokens(tau: int, monkeypatch: 
 
     monkeypatch.setattr(fsp_bow, "_BAG_TOKENS", 7 * tau)  # seven rows at a time
     streams = batch(torch.float64)
-    info = ModelInfo(hidden_size=6, vocab_size=VOCABULARY, num_layers=1, dtype=torch.float64, initializer_range=1.0)
+    info = ModelInfo(
+        hidden_size=6,
+        vocab_size=VOCABULARY,
+        num_layers=1,
+        dtype=torch.float64,
+        initializer_range=1.0,
+    )
     objective = build(f"fsp_bow(tau={tau})", model=info)
     out, (head,) = objective(streams), objective.parameters()
     inside = distances(streams, 2, tau).isfinite()
@@ -78,7 +99,10 @@ def test_a_bag_of_a_long_window_is_the_set_of_its_tokens(tau: int, monkeypatch: 
     expected = F.binary_cross_entropy_with_logits(z[rows], inside[rows].double())
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=0)
     for mine, exact in zip(
-        *(torch.autograd.grad(x, [streams.last_hidden, head], retain_graph=True) for x in (out.loss, expected)),
+        *(
+            torch.autograd.grad(x, [streams.last_hidden, head], retain_graph=True)
+            for x in (out.loss, expected)
+        ),
         strict=True,
     ):
         torch.testing.assert_close(mine, exact, rtol=1e-9, atol=1e-12)
@@ -98,7 +122,9 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for value in result if isinstance(result, tuple | list) else [result]:
             if isinstance(value, Tensor):
-                self.numbers = max(self.numbers, value.untyped_storage().nbytes() // value.element_size())
+                self.numbers = max(
+                    self.numbers, value.untyped_storage().nbytes() // value.element_size()
+                )
         return result
 
 
@@ -107,7 +133,9 @@ def test_no_tensor_has_a_column_for_every_token_of_the_window(spec: str):
     length = 2048
     ids = torch.randint(50, (1, length))
     streams = Streams(token_ids=ids, last_hidden=torch.randn(1, length, 4, requires_grad=True))
-    objective = build(spec.format(length), model=ModelInfo(hidden_size=4, vocab_size=50, num_layers=1))
+    objective = build(
+        spec.format(length), model=ModelInfo(hidden_size=4, vocab_size=50, num_layers=1)
+    )
     with Largest() as largest:
         counts = objective.count(streams)
         objective(streams, counts=counts).loss.backward()

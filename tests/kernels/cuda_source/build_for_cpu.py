@@ -1,4 +1,5 @@
-"""Builds the CUDA row kernels for the CPU (tests/kernels/cuda_source/simt): torch.ops.nitp_simt, the same schemas, on CPU tensors."""
+"""Builds the CUDA row kernels for the CPU (tests/kernels/cuda_source/simt): torch.ops.nitp_simt,
+the same schemas, on CPU tensors."""
 
 from __future__ import annotations
 
@@ -27,9 +28,11 @@ H200_SHARED = 227 * 1024
 
 
 def build(folder: Path, sanitize: bool = False) -> Path:
-    """One library of all kernels, compiled by g++; `sanitize` so that a bad access or a misaligned one ends the run."""
+    """One library of all kernels, compiled by g++; `sanitize` so that a bad access or a misaligned
+    one ends the run."""
     torch_folder = Path(torch.__file__).parent
-    # of UndefinedBehaviorSanitizer what a kernel can do wrong: the whole of it takes three times as long to compile
+    # of UndefinedBehaviorSanitizer what a kernel can do wrong: the whole of it takes three times as
+    # long to compile
     kinds = "-fsanitize=address,alignment,bounds,shift,signed-integer-overflow"
     checks = [kinds, "-fno-sanitize-recover=all"] if sanitize else []
     # the schemas register as nitp_simt, so that nitp_ops itself can stand beside them
@@ -42,12 +45,26 @@ def build(folder: Path, sanitize: bool = False) -> Path:
         '-DNITP_LIBRARY="nitp_simt"',
         *checks,
     ]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{ROOT / 'tests/kernels/cuda_source/simt'}"]
+    flags += [
+        "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        f"-I{ROOT / 'tests/kernels/cuda_source/simt'}",
+    ]
 
     def compiled(source: Path) -> str:
         out = folder / f"{source.name}.o"
-        command = ["g++", *flags, "-isystem", str(torch_folder / "include"), "-x", "c++", "-c", str(source)]
-        done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+        command = [
+            "g++",
+            *flags,
+            "-isystem",
+            str(torch_folder / "include"),
+            "-x",
+            "c++",
+            "-c",
+            str(source),
+        ]
+        done = subprocess.run(
+            [*command, "-o", str(out)], capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, done.stderr
         return str(out)
 
@@ -70,7 +87,9 @@ def simt() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-def choose(order: str = "forward", shared_bytes: int = H200_SHARED, cluster: int = 1, threads: int = 1024) -> None:
+def choose(
+    order: str = "forward", shared_bytes: int = H200_SHARED, cluster: int = 1, threads: int = 1024
+) -> None:
     """In which order threads and blocks run, and what a block and a cluster may have."""
     simt().simt_set(*map(ctypes.c_int64, (ORDERS[order], shared_bytes, cluster, threads)))
 
@@ -81,7 +100,8 @@ def last_cluster() -> int:
 
 
 def placed(values: torch.Tensor, offset: int, stride: int) -> torch.Tensor:
-    """The same rows, `offset` elements after an aligned address and `stride` >= columns apart; NaN between them."""
+    """The same rows, `offset` elements after an aligned address and `stride` >= columns apart; NaN
+    between them."""
     rows, columns = values.shape
     memory = torch.full((offset + rows * stride + 16,), float("nan"), dtype=values.dtype)
     view = memory[offset:].as_strided((rows, columns), (stride, 1), offset)

@@ -1,4 +1,5 @@
-"""The CUDA kernels of the cross-entropy on rows that cost digits: far offsets, infinities, softcaps of Gemma's kind."""
+"""The CUDA kernels of the cross-entropy on rows that cost digits: far offsets, infinities, softcaps
+of Gemma's kind."""
 
 import pytest
 import torch
@@ -6,7 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.cuda_source.build_for_cpu import H200_SHARED, choose, placed, untouched
-from tests.kernels.cuda_source.test_operators import NAN, NARROW, cross_entropy, kernels, ours_and_exact, same  # noqa: F401
+from tests.kernels.cuda_source.test_operators import (
+    NAN,
+    NARROW,
+    cross_entropy,
+    kernels,
+    ours_and_exact,
+    same,
+)  # noqa: F401
 from tests.support.budget import EPS
 
 pytestmark = pytest.mark.gpu_source
@@ -31,7 +39,14 @@ def wide_or_not(columns, dtype):
     st.sampled_from(HALVES),
     st.sampled_from(list(DEVICES)),
     st.sampled_from([4.0, 30.0, 1000.0, 5000.0]),
-    st.sampled_from([{}, {"smoothing": 0.1}, {"smoothing": 0.1, "z_loss": 0.01, "gradient": False}, {"parts": True}]),
+    st.sampled_from(
+        [
+            {},
+            {"smoothing": 0.1},
+            {"smoothing": 0.1, "z_loss": 0.01, "gradient": False},
+            {"parts": True},
+        ]
+    ),
     st.sampled_from([1.0, 0.6]),
     st.integers(0, 2**31),
 )
@@ -67,14 +82,20 @@ def test_what_a_capped_row_tells_of_its_logits_is_exact(where, dtype, cap):
 def test_a_capped_row_of_infinities_or_with_a_nan(where, dtype):
     device(where)
     logits = torch.randn(5, 4100).to(dtype)
-    logits[0, 900], logits[1, 3], logits[2, 4099], logits[3] = NAN, float("inf"), -float("inf"), -float("inf")
+    logits[0, 900], logits[1, 3], logits[2, 4099], logits[3] = (
+        NAN,
+        float("inf"),
+        -float("inf"),
+        -float("inf"),
+    )
     same(*ours_and_exact(logits, torch.tensor([[7]] * 5), softcap=30.0))
 
 
 @pytest.mark.parametrize("where", DEVICES)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_prediction_of_a_capped_row_is_its_largest_logit(where, dtype):
-    """Also beyond nine caps, where float64 alone tells the capped logits apart; of equal ones the first."""
+    """Also beyond nine caps, where float64 alone tells the capped logits apart; of equal ones the
+    first."""
     device(where)
     logits = torch.randn(3, 5000).to(dtype)
     logits[0, [40, 2048, 4990]] = torch.tensor([48.0, 50.0, 49.0]).to(dtype)
@@ -88,7 +109,8 @@ def test_the_prediction_of_a_capped_row_is_its_largest_logit(where, dtype):
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 @pytest.mark.parametrize("offset", [1e4, -1e4, 3e5, -3e5])
 def test_a_far_offset_costs_no_digit(offset, scale, where):
-    """Of the exponent, whose rounded offset a correction makes up for; entropy takes the general kernel."""
+    """Of the exponent, whose rounded offset a correction makes up for; entropy takes the general
+    kernel."""
     device(where)
     logits = (torch.randn(3, 3000) * 8).round() / 8  # exact beside the offset in float32
     labels = torch.tensor([[1], [2000], [2999]])

@@ -50,7 +50,9 @@ def test_tiles_of_common_widths_in_half_precision(columns, geometry):
 def launch(columns=300, softcap=0.0):
     stats, picked, best = torch.empty(2, 1), torch.empty(1, 1), torch.empty(1, dtype=torch.int64)
     arguments = torch.randn(1, columns).bfloat16(), torch.zeros(1, 1).long(), None, None, None, None
-    torch.ops.nitp_simt.cross_entropy_rows_(*arguments, stats, picked, best, -100, False, 0.0, 0.0, softcap, 1.0, True)
+    torch.ops.nitp_simt.cross_entropy_rows_(
+        *arguments, stats, picked, best, -100, False, 0.0, 0.0, softcap, 1.0, True
+    )
 
 
 def test_a_launch_asks_what_a_device_has_once_per_device_kernel_and_width():

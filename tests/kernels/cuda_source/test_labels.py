@@ -1,4 +1,5 @@
-"""The CUDA kernels before and after the chunks of a token loss, compiled by g++ and run thread by thread."""
+"""The CUDA kernels before and after the chunks of a token loss, compiled by g++ and run thread by
+thread."""
 
 import pytest
 import torch
@@ -57,14 +58,28 @@ def test_a_long_sum_keeps_its_digits(run):
 
 def test_the_order_of_threads_changes_no_bit(run):
     torch.manual_seed(0)
-    stats, scale, labels = torch.randn(2, 9001), torch.rand(9001), torch.zeros(9001, 1, dtype=torch.int64)
+    stats, scale, labels = (
+        torch.randn(2, 9001),
+        torch.rand(9001),
+        torch.zeros(9001, 1, dtype=torch.int64),
+    )
     found = []
     for order in ORDERS:
         choose(order)
         loss = run("finish_rows_", stats, scale, torch.zeros(()).double())[2]
-        given = labels, scale.view(-1, 1), None, None, torch.zeros(9001), torch.zeros(5).long(), stats.clone()
+        given = (
+            labels,
+            scale.view(-1, 1),
+            None,
+            None,
+            torch.zeros(9001),
+            torch.zeros(5).long(),
+            stats.clone(),
+        )
         left = torch.zeros(9001, 1), torch.zeros(9001).long()
-        found.append((loss, run("prepare_rows_", *given, *left, -100, False, 1, True, False, -1)[4]))
+        found.append(
+            (loss, run("prepare_rows_", *given, *left, -100, False, 1, True, False, -1)[4])
+        )
     for loss, scale in found[1:]:
         assert torch.equal(loss, found[0][0]) and torch.equal(scale, found[0][1])
 

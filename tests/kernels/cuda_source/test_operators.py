@@ -12,7 +12,9 @@ from tests.support.budget import near
 pytestmark = pytest.mark.gpu_source
 
 if select.load_error is not None:
-    pytest.skip(f"no compiled kernels to compare with: {select.load_error}", allow_module_level=True)
+    pytest.skip(
+        f"no compiled kernels to compare with: {select.load_error}", allow_module_level=True
+    )
 
 NAN = float("nan")
 NARROW = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,13 +50,16 @@ def cross_entropy(
     gradient=True,
     parts=False,
 ):
-    """[gradient, stats, target logits, predictions], with parts=True also the sums, in the dtype of the kernel."""
+    """[gradient, stats, target logits, predictions], with parts=True also the sums, in the dtype of
+    the kernel."""
     work, count = working(logits.dtype), len(logits)
     stats = torch.full((3 if entropy else 2, count), NAN, dtype=work)
     target_logit = torch.full(labels.shape, 7.0, dtype=work)
     prediction = torch.full((count,), -7)
     sums = torch.full((4, count), NAN, dtype=work)
-    listed = [None if x is None else x.to(work) for x in (target_weight, bias, class_weight, row_scale)]
+    listed = [
+        None if x is None else x.to(work) for x in (target_weight, bias, class_weight, row_scale)
+    ]
     kernels.cross_entropy_rows_(
         logits,
         labels,
@@ -144,7 +149,12 @@ def test_a_long_row_is_the_same_from_registers_shared_memory_or_read_again(dtype
 def test_a_nan_or_an_infinity_spoils_its_own_row_only(dtype, options):
     choose()
     logits = torch.randn(5, 1000).to(dtype)
-    logits[0, 500], logits[1, 3], logits[2, 999], logits[3] = NAN, float("inf"), -float("inf"), -float("inf")
+    logits[0, 500], logits[1, 3], logits[2, 999], logits[3] = (
+        NAN,
+        float("inf"),
+        -float("inf"),
+        -float("inf"),
+    )
     same(*ours_and_exact(logits, torch.tensor([[7]] * 5), **options))
 
 
@@ -152,7 +162,10 @@ def test_a_nan_under_a_weight_of_zero_or_in_an_ignored_row_stays_out():
     choose()
     logits = torch.full((2, 300), NAN)
     gradient, stats, _, _ = cross_entropy(
-        logits, torch.tensor([[4], [-100]]), kernels=torch.ops.nitp_simt, row_scale=torch.tensor([0.0, 1.0])
+        logits,
+        torch.tensor([[4], [-100]]),
+        kernels=torch.ops.nitp_simt,
+        row_scale=torch.tensor([0.0, 1.0]),
     )
     assert not gradient.any() and stats[0, 1] == 0 and stats[1, 1].isnan()
 
@@ -185,8 +198,12 @@ def test_the_prediction_is_the_first_of_equal_maxima():
     choose("shuffled")
     logits = torch.zeros(4, 5000).to(torch.bfloat16)
     for row, first in enumerate((0, 9, 1027, 4999)):
-        logits[row, first:] = torch.where(torch.arange(first, 5000) % 7 == first % 7, 1.0, 0.5).to(logits.dtype)
-    *_, prediction = cross_entropy(placed(logits, 5, 5003), torch.zeros(4, 1).long(), kernels=torch.ops.nitp_simt)
+        logits[row, first:] = torch.where(torch.arange(first, 5000) % 7 == first % 7, 1.0, 0.5).to(
+            logits.dtype
+        )
+    *_, prediction = cross_entropy(
+        placed(logits, 5, 5003), torch.zeros(4, 1).long(), kernels=torch.ops.nitp_simt
+    )
     assert prediction.tolist() == [0, 9, 1027, 4999]
 
 
@@ -199,11 +216,17 @@ def test_no_rows_and_no_targets():
 def test_arguments_are_checked_at_the_door():
     with pytest.raises(RuntimeError, match="labels must hold 2 dense CPU values"):
         cross_entropy(torch.randn(2, 9), torch.zeros(2, 1).int(), kernels=torch.ops.nitp_simt)
-    with pytest.raises(RuntimeError, match="logits must be a CPU tensor of 2 rows with 9 dense columns"):
+    with pytest.raises(
+        RuntimeError, match="logits must be a CPU tensor of 2 rows with 9 dense columns"
+    ):
         cross_entropy(torch.randn(9, 2).t(), torch.zeros(2, 1).long(), kernels=torch.ops.nitp_simt)
 
 
 def test_a_row_that_a_kernel_cannot_take_is_an_error_in_python():
     logits = torch.empty(1, 2**31 - 1, dtype=torch.bfloat16)  # never touched: no memory
-    with pytest.raises(RuntimeError, match=r"^nitp_ops row kernel: logits has more than 2\^31 - 2 columns$"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^nitp_ops row kernel: logits has more than 2\^31 - 2 "
+        r"columns$",
+    ):
         cross_entropy(logits, torch.zeros(1, 1).long(), kernels=torch.ops.nitp_simt)

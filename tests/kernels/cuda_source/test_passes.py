@@ -1,4 +1,5 @@
-"""Whole ops over the CUDA kernels, compiled by g++ and run thread by thread, as a GPU runs them: no value is read."""
+"""Whole ops over the CUDA kernels, compiled by g++ and run thread by thread, as a GPU runs them: no
+value is read."""
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from tests.support.budget import near, outputs, widened
 pytestmark = pytest.mark.gpu_source
 
 if select.load_error is not None:
-    pytest.skip(f"no compiled kernels beside the CUDA ones: {select.load_error}", allow_module_level=True)
+    pytest.skip(
+        f"no compiled kernels beside the CUDA ones: {select.load_error}", allow_module_level=True
+    )
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])
 
@@ -35,7 +38,9 @@ def test_linear_cross_entropy_equals_the_reference(problem):
     ours = token.call(nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk})
     with without_reading(torch.ops.nitp_simt):
         ours = outputs(ours, inputs, upstream)
-    exact = outputs(token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream)
+    exact = outputs(
+        token.call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream
+    )
     near(ours, exact, ["loss", "d hidden", "d weight", "d bias"])
 
 
@@ -56,11 +61,18 @@ def test_alignment_and_swiglu_equal_the_reference(dtype, distance, strided):
     choose()
     p, z = (torch.randn(3, 4, 34).to(dtype) for _ in range(2))
     inputs = [x[:, ::2, :17].requires_grad_() if strided else x.requires_grad_() for x in (p, z)]
-    upstream = torch.rand(inputs[0].shape[:-1], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    upstream = torch.rand(
+        inputs[0].shape[:-1], dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
     with without_reading(torch.ops.nitp_simt):
         ours = outputs(lambda a, b: nitp_ops.alignment(a, b, distance=distance), inputs, upstream)
         products = outputs(nitp_ops.swiglu, inputs, 0.5)
-    near(ours, outputs(lambda a, b: reference.alignment(a, b, distance=distance), widened(inputs), upstream))
+    near(
+        ours,
+        outputs(
+            lambda a, b: reference.alignment(a, b, distance=distance), widened(inputs), upstream
+        ),
+    )
     near(products, outputs(reference.swiglu, widened(inputs), 0.5))
 
 

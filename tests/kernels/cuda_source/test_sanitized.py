@@ -13,7 +13,10 @@ from tests.kernels.cuda_source.build_for_cpu import build
 pytestmark = pytest.mark.gpu_source
 
 if shutil.which("g++") is None:
-    pytest.skip("no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU", allow_module_level=True)
+    pytest.skip(
+        "no g++ on the PATH: the CUDA kernels cannot be compiled for the CPU",
+        allow_module_level=True,
+    )
 
 EVERY_KERNEL = """
 import ctypes, itertools, sys, torch
@@ -63,12 +66,19 @@ print("done", *sorted(blocks))
 def sanitized(library: Path) -> subprocess.CompletedProcess:
     """A process of its own runs every kernel: the sanitizers must be loaded before Python."""
     found = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
-    options = {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    options = {
+        "LD_PRELOAD": " ".join(found),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
     command = [sys.executable, "-c", EVERY_KERNEL, str(library)]
-    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, env=os.environ | options, capture_output=True, text=True, check=False
+    )
 
 
 def test_no_kernel_touches_what_is_not_its_own(tmp_path):

@@ -49,7 +49,8 @@ def test_triton_parts_and_gradient(dtype, columns):
         for smoothing, entropy in ((0.0, False), (0.3, True)):
             asked = {**given, "smoothing": smoothing, "entropy": entropy}
             equal(
-                "cross_entropy_rows_", *cases.parts_arguments(apart((3 * torch.randn(3, columns)).to(dtype)), **asked)
+                "cross_entropy_rows_",
+                *cases.parts_arguments(apart((3 * torch.randn(3, columns)).to(dtype)), **asked),
             )
         logits = apart((2 * torch.randn(3, columns)).to(dtype))
         equal("cross_entropy_gradient_rows_", *cases.gradient_arguments(logits, **given, targets=4))

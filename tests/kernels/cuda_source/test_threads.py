@@ -1,4 +1,5 @@
-"""What was asked of the driver is asked once per device and key, also by several host threads at once."""
+"""What was asked of the driver is asked once per device and key, also by several host threads at
+once."""
 
 import shutil
 import subprocess
@@ -42,10 +43,21 @@ def test_the_driver_is_asked_once_by_eight_threads(tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("no g++ on the PATH")
     program = tmp_path / "threads"
-    command = ["g++", "-std=c++20", "-g", "-O1", "-fsanitize=thread", "-Wno-unknown-pragmas", "-pthread"]
+    command = [
+        "g++",
+        "-std=c++20",
+        "-g",
+        "-O1",
+        "-fsanitize=thread",
+        "-Wno-unknown-pragmas",
+        "-pthread",
+    ]
     folders = [f"-I{ROOT / 'tests/kernels/cuda_source/simt'}", f"-I{ROOT / 'csrc/cuda'}"]
     subprocess.run(
-        [*command, *folders, "-x", "c++", "-", "-o", str(program)], input=EIGHT_THREADS, text=True, check=True
+        [*command, *folders, "-x", "c++", "-", "-o", str(program)],
+        input=EIGHT_THREADS,
+        text=True,
+        check=True,
     )
     done = subprocess.run([str(program)], capture_output=True, text=True, check=False)
     if "FATAL: ThreadSanitizer" in done.stderr:

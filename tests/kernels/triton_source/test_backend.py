@@ -1,4 +1,5 @@
-"""Who serves CUDA tensors: compiled kernels, else Triton's through the dispatcher, else a refusal with every reason."""
+"""Who serves CUDA tensors: compiled kernels, else Triton's through the dispatcher, else a refusal
+with every reason."""
 
 import os
 import subprocess
@@ -14,13 +15,17 @@ from nitp_ops.core import library
 from nitp_ops.kernels import select
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
-NEEDS_TRITON = pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
+NEEDS_TRITON = pytest.mark.skipif(
+    util.find_spec("triton") is None, reason="triton is not installed"
+)
 
 
 def python(code: str, **environment: str) -> str:
     """What `code` prints in a fresh process."""
     full = os.environ | environment
-    done = subprocess.run([sys.executable, "-c", code], env=full, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=full, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -51,13 +56,18 @@ print(operator._schema)
 """
 
 
-NO_CUDA_BUILT = pytest.mark.skipif("cuda" in select._COMPILED_FOR, reason="the library serves CUDA tensors itself")
+NO_CUDA_BUILT = pytest.mark.skipif(
+    "cuda" in select._COMPILED_FOR, reason="the library serves CUDA tensors itself"
+)
 
 
 @NEEDS_TRITON
 @pytest.mark.parametrize(
     "with_library",
-    [pytest.param(True, marks=NO_CUDA_BUILT, id="beside the library"), pytest.param(False, id="without the library")],
+    [
+        pytest.param(True, marks=NO_CUDA_BUILT, id="beside the library"),
+        pytest.param(False, id="without the library"),
+    ],
 )
 def test_the_dispatcher_reaches_triton_for_cuda_tensors(with_library):
     hide = "" if with_library else "torch.ops.load_library = no_library"
@@ -84,9 +94,13 @@ def test_compiled_cuda_kernels_keep_their_place():
 
 
 def test_importing_nitp_ops_imports_no_triton_and_needs_none():
-    python("import nitp_ops, sys; assert 'triton' not in sys.modules and 'torch._dynamo' not in sys.modules")
+    python(
+        "import nitp_ops, sys; assert 'triton' not in sys.modules and 'torch._dynamo' not in "
+        "sys.modules"
+    )
     reason = python(
-        "import sys; sys.modules['triton'] = None; import nitp_ops, torch;print(nitp_ops.kernels.select.triton_unavailable_reason())"
+        "import sys; sys.modules['triton'] = None; import nitp_ops, "
+        "torch;print(nitp_ops.kernels.select.triton_unavailable_reason())"
     )
     assert reason.strip() == "triton is not installed"
 
@@ -94,9 +108,17 @@ def test_importing_nitp_ops_imports_no_triton_and_needs_none():
 @NEEDS_TRITON
 def test_the_device_decides_and_compiled_kernels_come_first(a_gpu, monkeypatch):
     assert select.select_backend("swiglu", CPU, None) == "native"
-    assert select.select_backend("swiglu", CUDA, None) == select.select_backend("swiglu", CUDA, "triton") == "triton"
+    assert (
+        select.select_backend("swiglu", CUDA, None)
+        == select.select_backend("swiglu", CUDA, "triton")
+        == "triton"
+    )
     monkeypatch.setattr(select, "_COMPILED_FOR", {"cpu", "meta", "cuda"})
-    assert select.select_backend("swiglu", CUDA, None) == select.select_backend("swiglu", CUDA, "native") == "native"
+    assert (
+        select.select_backend("swiglu", CUDA, None)
+        == select.select_backend("swiglu", CUDA, "native")
+        == "native"
+    )
     assert select.select_backend("swiglu", CUDA, "triton") == "triton"
     monkeypatch.setattr(select, "load_error", "there is no library")
     assert select.select_backend("swiglu", CUDA, None) == "triton"
@@ -105,21 +127,31 @@ def test_the_device_decides_and_compiled_kernels_come_first(a_gpu, monkeypatch):
 @NEEDS_TRITON
 def test_a_refusal_lists_every_reason(a_gpu, monkeypatch):
     x = torch.ones(2)
-    with pytest.raises(nitp_ops.BackendError, match=r"backend='triton' does not serve cpu tensors. native: serves"):
+    with pytest.raises(
+        nitp_ops.BackendError,
+        match=r"backend='triton' does not serve cpu "
+        r"tensors. native: serves",
+    ):
         nitp_ops.swiglu(x, x, backend="triton")
-    with pytest.raises(nitp_ops.BackendError, match=r"'native' .* cuda tensors. native: no compiled .* triton: serves"):
+    with pytest.raises(
+        nitp_ops.BackendError,
+        match=r"'native' .* cuda tensors. native: no "
+        r"compiled .* triton: serves",
+    ):
         select.select_backend("swiglu", CUDA, "native")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     select._load_triton.cache_clear()
     everything = (
-        r"backend='triton' does not serve cuda tensors. native: no compiled .* triton: torch sees no GPU. torch: "
+        r"backend='triton' does not serve cuda tensors. native: no compiled .* triton: torch sees "
+        r"no GPU. torch: "
     )
     with pytest.raises(nitp_ops.BackendError, match=everything):
         select.select_backend("swiglu", CUDA, "triton")
 
 
 def test_the_choice_is_a_constant_of_a_compiled_graph(monkeypatch):
-    monkeypatch.setattr(select, "_load_triton", torch._dynamo.graph_break)  # None when run, an error when traced
+    # None when run, an error when traced
+    monkeypatch.setattr(select, "_load_triton", torch._dynamo.graph_break)
     monkeypatch.setattr(select, "_COMPILED_FOR", {"cpu", "meta"})
 
     @torch.compile(fullgraph=True, backend="eager")

@@ -91,8 +91,14 @@ def test_any_mixture_of_targets_that_repeat_are_absent_or_lie_outside(
     labels = torch.randint(-2, columns + 2, (4, targets))
     weight = torch.randint(0, 3, (4, targets)).double()  # zeros too
     logits = torch.randn(4, columns, dtype=torch.float64)
-    given = {"target_weight": weight, "ignore_index": ignore_index, "negative_is_absent": negative_is_absent}
-    checked(logits, labels, row_scale=torch.tensor([1.0, 0.0, 0.5, -2.0]).double(), **given, **options)
+    given = {
+        "target_weight": weight,
+        "ignore_index": ignore_index,
+        "negative_is_absent": negative_is_absent,
+    }
+    checked(
+        logits, labels, row_scale=torch.tensor([1.0, 0.0, 0.5, -2.0]).double(), **given, **options
+    )
 
 
 def test_repeated_targets_add():
@@ -110,7 +116,11 @@ def test_a_label_outside_poisons_its_row_and_reads_nothing(label):
     labels = torch.tensor([[3], [label], [0]])
     gradient, stats, target_logit, _ = checked(torch.randn(3, 9), labels)
     assert gradient[1].isnan().all() and stats[0, 1].isnan() and target_logit[1].isnan()
-    assert stats[1].isfinite().all() and gradient[[0, 2]].isfinite().all() and stats[0, [0, 2]].isfinite().all()
+    assert (
+        stats[1].isfinite().all()
+        and gradient[[0, 2]].isfinite().all()
+        and stats[0, [0, 2]].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("columns", [5, 5003, 9001])
@@ -150,7 +160,9 @@ def test_logits_masked_with_the_least_number_have_no_probability(entropy, column
 def test_a_nan_under_a_zero_weight_or_in_an_ignored_row_stays_out():
     logits = torch.randn(3, 300)
     logits[0, 5], logits[1, 6] = NAN, math.inf
-    gradient, stats, _, _ = checked(logits, torch.tensor([1, -100, 2]), row_scale=torch.tensor([0.0, 1.0, 1.0]))
+    gradient, stats, _, _ = checked(
+        logits, torch.tensor([1, -100, 2]), row_scale=torch.tensor([0.0, 1.0, 1.0])
+    )
     assert (gradient[:2] == 0).all() and stats[0, 0].isnan() and stats[0, 1] == 0
 
 
@@ -171,7 +183,8 @@ def test_a_common_offset_costs_the_loss_nothing(columns):
     logits = torch.randint(-2048, 2048, (4, columns)) / 1024.0
     labels = torch.randint(0, columns, (4,))
     plain = interpreted(OP, *arguments(logits, labels, label_smoothing=0.1))[6]
-    far = interpreted(OP, *arguments(logits + 10000.0, labels, label_smoothing=0.1))[6]  # exact float32 sums
+    # exact float32 sums
+    far = interpreted(OP, *arguments(logits + 10000.0, labels, label_smoothing=0.1))[6]
     torch.testing.assert_close(far[0], plain[0], rtol=3e-7, atol=0.0)
 
 
@@ -188,7 +201,9 @@ def test_a_small_logit_keeps_its_digits_under_a_cap():
         for column in range(8):
             target = checked(x.to(dtype), torch.tensor([column]), softcap=30.0)[2]
             exact = 30 * math.tanh(x[0, column].item() / 30)
-            assert target.item() == pytest.approx(exact, rel=1e-14 if dtype == torch.float64 else 4e-7)
+            assert target.item() == pytest.approx(
+                exact, rel=1e-14 if dtype == torch.float64 else 4e-7
+            )
 
 
 def test_without_gradient_the_logits_stay():
@@ -202,6 +217,9 @@ def test_no_row_is_no_work_and_no_column_is_refused():
     with pytest.raises(ValueError, match=r"logits has shape \(2, 0\), expected a column at least"):
         interpreted(OP, *arguments(torch.empty(2, 0), torch.zeros(2, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"bias has shape .* expected 5 dense values"):
-        interpreted(OP, *arguments(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), bias=torch.zeros(4)))
+        interpreted(
+            OP,
+            *arguments(torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), bias=torch.zeros(4)),
+        )
     with pytest.raises(ValueError, match=r"logits has strides .* expected a dense last axis"):
         interpreted(OP, *arguments(torch.zeros(5, 2).t(), torch.zeros(2, dtype=torch.int64)))

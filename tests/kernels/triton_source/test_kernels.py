@@ -40,7 +40,13 @@ def test_swiglu_and_its_gradient_at_every_width_and_dtype(dtype, columns):
     gate, up, upstream = (normal(2, columns, dtype) for _ in range(3))
     equal("swiglu_rows", gate, up, torch.zeros(2, columns, dtype=dtype))
     equal("swiglu_rows_backward_", gate, up, upstream)
-    equal("swiglu_rows_backward_", gate, up, upstream, *(apart(torch.zeros(2, columns, dtype=dtype)) for _ in range(2)))
+    equal(
+        "swiglu_rows_backward_",
+        gate,
+        up,
+        upstream,
+        *(apart(torch.zeros(2, columns, dtype=dtype)) for _ in range(2)),
+    )
 
 
 def test_swiglu_far_out_neither_overflows_nor_loses_nan():
@@ -56,7 +62,10 @@ def test_swiglu_far_out_neither_overflows_nor_loses_nan():
 @pytest.mark.parametrize("factor", [None, 0.37, 0.0])
 def test_a_sum_takes_addends_of_its_dtype_and_narrower_ones(columns, dtype, factor):
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    addend, by = normal(3, columns, dtype), None if factor is None else torch.tensor(factor, dtype=work)
+    addend, by = (
+        normal(3, columns, dtype),
+        None if factor is None else torch.tensor(factor, dtype=work),
+    )
     if factor == 0:
         addend[0, -1] = NAN
     equal("accumulate_rows_", normal(3, columns, work), addend, by)
@@ -65,10 +74,14 @@ def test_a_sum_takes_addends_of_its_dtype_and_narrower_ones(columns, dtype, fact
 def test_the_sum_of_a_dtype_takes_no_other_addend():
     half = interpreted("accumulate_rows_", torch.ones(1, 2), torch.full((1, 2), 0.5).half())
     assert half[0].tolist() == [[1.5, 1.5]]
-    with pytest.raises(TypeError, match="addend is float64, expected bfloat16 or float16 or float32"):
+    with pytest.raises(
+        TypeError, match="addend is float64, expected bfloat16 or float16 or float32"
+    ):
         interpreted("accumulate_rows_", torch.zeros(1, 2), torch.zeros(1, 2).double())
     with pytest.raises(TypeError, match="out is bfloat16, expected float32 or float16"):
-        interpreted("scale_rows_", torch.zeros(1, 2), torch.tensor(1.0), torch.zeros(1, 2).bfloat16())
+        interpreted(
+            "scale_rows_", torch.zeros(1, 2), torch.tensor(1.0), torch.zeros(1, 2).bfloat16()
+        )
 
 
 @WIDTHS
@@ -80,7 +93,12 @@ def test_rows_are_scaled_by_a_number_of_the_device(columns, dtype, factor):
     work = torch.float64 if dtype == torch.float64 else torch.float32
     equal("scale_rows_", apart(values), torch.tensor(factor, dtype=work))
     for narrow in {dtype, torch.float16} if dtype == torch.float32 else {dtype}:
-        equal("scale_rows_", values, torch.tensor(factor, dtype=work), apart(torch.ones_like(values, dtype=narrow)))
+        equal(
+            "scale_rows_",
+            values,
+            torch.tensor(factor, dtype=work),
+            apart(torch.ones_like(values, dtype=narrow)),
+        )
 
 
 @DISTANCES
@@ -88,10 +106,21 @@ def test_rows_are_scaled_by_a_number_of_the_device(columns, dtype, factor):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_every_distance_at_every_width(dtype, columns, distance):
     target = normal(3, columns, dtype)
-    prediction = apart((2 * target + normal(3, columns, dtype)).to(dtype))  # row 0 far from its partner, 1 and 2 near
+    # row 0 far from its partner, 1 and 2 near
+    prediction = apart((2 * target + normal(3, columns, dtype)).to(dtype))
     prediction[0] *= -1
-    scale = torch.tensor([0.3, -2.0, 0.0], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    alignment(prediction, target, None, scale, None, apart(torch.zeros(3, columns).to(dtype)), distance=distance)
+    scale = torch.tensor(
+        [0.3, -2.0, 0.0], dtype=torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    alignment(
+        prediction,
+        target,
+        None,
+        scale,
+        None,
+        apart(torch.zeros(3, columns).to(dtype)),
+        distance=distance,
+    )
 
 
 @DISTANCES
@@ -106,10 +135,27 @@ def test_every_pair_of_dtypes(dtype, of_target, distance):
 @DISTANCES
 def test_the_target_is_read_by_row_index_and_a_row_that_does_not_exist_poisons_its_pair(distance):
     prediction, target = normal(5, 40, torch.float32), normal(3, 40, torch.float32)
-    alignment(prediction, target, torch.tensor([2, 0, 2, 1, 1]), d_target=torch.zeros(5, 40), distance=distance)
+    alignment(
+        prediction,
+        target,
+        torch.tensor([2, 0, 2, 1, 1]),
+        d_target=torch.zeros(5, 40),
+        distance=distance,
+    )
     stats = torch.zeros(4, 5)
     for row in (3, 2**40, -1):
-        given = prediction, target, torch.tensor([0, row, 1, 2, 0]), None, stats, None, None, distance, 1e-6, True
+        given = (
+            prediction,
+            target,
+            torch.tensor([0, row, 1, 2, 0]),
+            None,
+            stats,
+            None,
+            None,
+            distance,
+            1e-6,
+            True,
+        )
         gradient, _, _, _, values, *_ = interpreted("alignment_rows_", *given)
         assert values[0, 1].isnan() and gradient[1].isnan().all()
         assert values[:, [0, 2, 3, 4]].isfinite().all() and gradient[[0, 2, 3, 4]].isfinite().all()
@@ -120,7 +166,8 @@ def test_a_cosine_near_one_keeps_its_digits():
     prediction = 3 * target + 1e-3 * torch.randn(2, 4096)
     loss = alignment(prediction, target)[0][0].double()
     p, z = prediction.double(), target.double()
-    torch.testing.assert_close(loss, 1 - torch.cosine_similarity(p, z), rtol=1e-4, atol=0.0)  # of 5e-8
+    # of 5e-8
+    torch.testing.assert_close(loss, 1 - torch.cosine_similarity(p, z), rtol=1e-4, atol=0.0)
 
 
 @pytest.mark.parametrize(("size", "eps"), [(100, 1e-6), (-80, 1e-37)])
@@ -143,7 +190,9 @@ def test_a_row_whose_squares_overflow_or_vanish_has_the_cosine_of_any_other(side
 def test_kl_of_logits_as_far_apart_as_float32_goes():
     prediction = torch.tensor([[3e38, -3e38, 1.0], [1.0, 2.0, 3.0]])
     target = torch.tensor([[2.0, -3e38, -3e38], [3e38, 0.0, -3e38]])
-    stats, *gradients = alignment(prediction, target, None, None, torch.ones(2, 3), torch.ones(2, 3), distance=3)
+    stats, *gradients = alignment(
+        prediction, target, None, None, torch.ones(2, 3), torch.ones(2, 3), distance=3
+    )
     assert stats[0].isfinite().all() and all(gradient.isfinite().all() for gradient in gradients)
 
 
@@ -154,7 +203,9 @@ def test_a_side_below_eps_gets_no_gradient(small):
         prediction[0] *= 1e-6
     if small != "prediction":
         target[0] *= 1e-6
-    _, of_prediction, of_target = alignment(prediction, target, d_target=torch.ones(2, 50), eps=1e-2)
+    _, of_prediction, of_target = alignment(
+        prediction, target, d_target=torch.ones(2, 50), eps=1e-2
+    )
     assert (of_prediction[0] == 0).all() == (small != "target")
     assert (of_target[0] == 0).all() == (small != "prediction")
 
@@ -164,14 +215,18 @@ def test_nan_and_infinity_spoil_their_own_row_and_nothing_under_a_zero_scale(dis
     prediction, target = torch.randn(5, 60), torch.randn(5, 60)
     prediction[0, 3], prediction[1, 4], target[2, 5], prediction[3, 6] = NAN, INFINITY, NAN, NAN
     scale = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])
-    stats, gradient, _ = alignment(prediction, target, None, scale, d_target=torch.ones(5, 60), distance=distance)
+    stats, gradient, _ = alignment(
+        prediction, target, None, scale, d_target=torch.ones(5, 60), distance=distance
+    )
     assert (gradient[3] == 0).all() and stats[0, 3].isnan() and gradient[4].isfinite().all()
 
 
 @DISTANCES
 def test_without_gradient_the_inputs_stay(distance):
     prediction, target = torch.randn(2, 50), torch.randn(2, 50)
-    assert torch.equal(alignment(prediction, target, distance=distance, gradient=False)[1], prediction)
+    assert torch.equal(
+        alignment(prediction, target, distance=distance, gradient=False)[1], prediction
+    )
 
 
 def test_empty_rows_and_wrong_arguments():
@@ -181,9 +236,17 @@ def test_empty_rows_and_wrong_arguments():
     wrong = torch.zeros(2, 3), torch.zeros(2, 3).double(), torch.zeros(2, 3)
     with pytest.raises(TypeError, match="swiglu_rows: up is float64, expected float32"):
         interpreted("swiglu_rows", *wrong)
-    with pytest.raises(ValueError, match=r"swiglu_rows: gate has strides .* expected a dense last axis"):
+    with pytest.raises(
+        ValueError,
+        match=r"swiglu_rows: gate has strides .* expected a dense last "
+        r"axis",
+    ):
         interpreted("swiglu_rows", *(torch.zeros(3, 2).t() for _ in range(3)))
-    with pytest.raises(ValueError, match=r"swiglu_rows: gate has shape \(3,\), expected \(rows, columns\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"swiglu_rows: gate has shape \(3,\), expected \(rows, "
+        r"columns\)",
+    ):
         interpreted("swiglu_rows", *(torch.zeros(3) for _ in range(3)))
     given = torch.zeros(2, 3), torch.zeros(2, 3), None, None, torch.zeros(4, 2), None, None
     with pytest.raises(ValueError, match="distance is 4, expected 0, 1, 2 or 3"):

@@ -53,8 +53,29 @@ def test_a_row_without_a_target_predicts_nothing(dtype):
 
 def test_what_does_not_fit_together_is_refused():
     stats, one = torch.zeros(2, 3), torch.zeros((), dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"^finish_rows_: scale has shape \(2,\).*, expected 3 dense values"):
+    with pytest.raises(
+        ValueError,
+        match=r"^finish_rows_: scale has shape \(2,\).*, expected 3 "
+        r"dense values",
+    ):
         interpreted("finish_rows_", stats, torch.zeros(2), one)
     left = torch.zeros(3), torch.zeros(5).long(), stats, torch.zeros(3, 1), torch.zeros(3).long()
-    with pytest.raises(ValueError, match=r"^prepare_rows_: labels has shape \(3,\), expected \(rows, targets\)"):
-        interpreted("prepare_rows_", torch.zeros(3).long(), None, None, None, *left, 0, False, 3, True, False, -1)
+    with pytest.raises(
+        ValueError,
+        match=r"^prepare_rows_: labels has shape \(3,\), expected "
+        r"\(rows, targets\)",
+    ):
+        interpreted(
+            "prepare_rows_",
+            torch.zeros(3).long(),
+            None,
+            None,
+            None,
+            *left,
+            0,
+            False,
+            3,
+            True,
+            False,
+            -1,
+        )

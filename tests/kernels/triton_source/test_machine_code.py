@@ -1,7 +1,9 @@
-"""The Triton rows compile to machine code, as their launchers call them, on a machine without a GPU.
+"""The Triton rows compile to machine code, as their launchers call them, on a machine without a
+GPU.
 
-A driver that only names a GPU stands in for the real one, and a launch ends with the compiled kernel: so the types,
-divisibilities, block sizes and warps are those of a real launch of these tensors.
+A driver that only names a GPU stands in for the real one, and a launch ends with the compiled
+kernel: so the types, divisibilities, block sizes and warps are those of a real launch of these
+tensors.
 """
 
 import re
@@ -68,12 +70,38 @@ def launch(name: str, dtype: torch.dtype) -> None:
         case "cross-entropy":
             outputs = values(2, ROWS), values(ROWS, 1), best
             rows.cross_entropy_rows_(
-                logits, labels, None, None, None, scale, *outputs, -100, False, 0.0, 0.0, 0.0, 1.0, True
+                logits,
+                labels,
+                None,
+                None,
+                None,
+                scale,
+                *outputs,
+                -100,
+                False,
+                0.0,
+                0.0,
+                0.0,
+                1.0,
+                True,
             )
         case "cross-entropy of rows that fit":
             outputs = values(2, ROWS), values(ROWS, 1), best
             rows.cross_entropy_rows_(
-                matrix(8000), labels, None, None, None, scale, *outputs, -100, False, 0.0, 0.0, 0.0, 1.0, True
+                matrix(8000),
+                labels,
+                None,
+                None,
+                None,
+                scale,
+                *outputs,
+                -100,
+                False,
+                0.0,
+                0.0,
+                0.0,
+                1.0,
+                True,
             )
         case "cross-entropy with every option" | "every option of rows that fit":
             columns = 8000 if name.endswith("fit") else VOCABULARY
@@ -85,16 +113,26 @@ def launch(name: str, dtype: torch.dtype) -> None:
             )  # fmt: skip
         case "labels" | "labels of classes":
             of_row, of_target, one = (values(shape, of=dtype) for shape in ((ROWS,), (ROWS, 4), ()))
-            left = of_row.clone(), values(5, of=torch.int64), values(3, ROWS, of=dtype), of_target.clone(), best
-            given = (of_target, None, None) if name == "labels of classes" else (of_target, of_row, one)
+            left = (
+                of_row.clone(),
+                values(5, of=torch.int64),
+                values(3, ROWS, of=dtype),
+                of_target.clone(),
+                best,
+            )
+            given = (
+                (of_target, None, None) if name == "labels of classes" else (of_target, of_row, one)
+            )
             options = -100, name == "labels", 9, True, True, ROWS
             rows.prepare_rows_(labels.expand(ROWS, 4).contiguous(), *given, *left, *options)
         case "loss":
-            rows.finish_rows_(values(2, ROWS, of=dtype), values(ROWS, of=dtype), values((), of=torch.float64))
+            rows.finish_rows_(
+                values(2, ROWS, of=dtype), values(ROWS, of=dtype), values((), of=torch.float64)
+            )
 
 
-#: Registers a thread: the most that leaves room for a second block of 256 threads on a multiprocessor is 128. Rows
-#: that fit take 512 threads, which have 128 each.
+#: Registers a thread: the most that leaves room for a second block of 256 threads on a
+#: multiprocessor is 128. Rows that fit take 512 threads, which have 128 each.
 MOST = {
     "swiglu": 64,
     "swiglu backward": 64,
@@ -115,8 +153,12 @@ def registers(kernel, folder) -> int:
     """Those of a thread, of a kernel that needs no other memory for them."""
     binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
-    found, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    usage = subprocess.run(
+        [CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
+    found, stack, local = (
+        int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL")
+    )
     assert (stack, local) == (0, 0), usage
     return found
 
@@ -139,7 +181,9 @@ def test_so_do_those_before_and_after_the_chunks(name, count, dtype, compiled, t
     assert len(compiled) == count
     assert all(registers(kernel, tmp_path) <= 128 for kernel in compiled)  # 512 threads
     pattern = r"tt\.addptr %\w+, %\w+ : tensor<\d{3,}x!tt\.ptr<\w+>>?, tensor<\d+x(i\d+)>"
-    assert {width for kernel in compiled for width in re.findall(pattern, kernel.asm["ttir"])} == {"i64"}
+    assert {width for kernel in compiled for width in re.findall(pattern, kernel.asm["ttir"])} == {
+        "i64"
+    }
 
 
 def test_a_row_of_logits_that_fits_is_read_once(compiled):
@@ -149,7 +193,9 @@ def test_a_row_of_logits_that_fits_is_read_once(compiled):
     assert (loads, kernel.metadata.num_warps) == (2, 16)  # 2 x 8 numbers of each thread are 8192
 
 
-@pytest.mark.parametrize("name", ["swiglu", "swiglu backward", "accumulate", "scale", "cosine", "cross-entropy"])
+@pytest.mark.parametrize(
+    "name", ["swiglu", "swiglu backward", "accumulate", "scale", "cosine", "cross-entropy"]
+)
 def test_the_offset_of_a_row_has_64_bits(name, compiled):
     launch(name, torch.bfloat16)
     offsets = re.findall(r"tt\.addptr %\w+, %\w+ : !tt\.ptr<\w+>, (i\d+)", compiled[0].asm["ttir"])
@@ -159,5 +205,7 @@ def test_the_offset_of_a_row_has_64_bits(name, compiled):
 def test_float64_compiles_too(compiled):
     gate, up, out = (torch.empty(ROWS, WIDTH, dtype=torch.float64) for _ in range(3))
     rows.swiglu_rows(gate, up, out)
-    rows.alignment_rows_(gate, up, None, None, torch.empty(4, ROWS).double(), None, out, 0, 1e-6, True)
+    rows.alignment_rows_(
+        gate, up, None, None, torch.empty(4, ROWS).double(), None, out, 0, 1e-6, True
+    )
     assert len(compiled) == 2 and all(kernel.asm["cubin"] for kernel in compiled)

@@ -13,8 +13,11 @@ from nitp_ops.objectives import FSPBagOfWords, ModelInfo, SpecError, Streams, bu
 from tests.support.objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 
 
-def bags(batch: Batch, tau: int, target_ok: Tensor | None = None) -> dict[tuple[int, int], set[int]]:
-    """Position (b, t) -> the set of its tokens t+2 to t+tau, for the positions whose set is not empty."""
+def bags(
+    batch: Batch, tau: int, target_ok: Tensor | None = None
+) -> dict[tuple[int, int], set[int]]:
+    """Position (b, t) -> the set of its tokens t+2 to t+tau, for the positions whose set is not
+    empty."""
     found: dict[tuple[int, int], set[int]] = {}
     for k in range(2, tau + 1):
         for b, t in pairs(batch, k, target_ok):
@@ -23,7 +26,11 @@ def bags(batch: Batch, tau: int, target_ok: Tensor | None = None) -> dict[tuple[
 
 
 def equation(
-    objective: CompositeObjective, batch: Batch, tau: int, info: ModelInfo = INFO, target_ok: Tensor | None = None
+    objective: CompositeObjective,
+    batch: Batch,
+    tau: int,
+    info: ModelInfo = INFO,
+    target_ok: Tensor | None = None,
 ) -> Tensor:
     (weight,) = objective.parameters()
     rows = []
@@ -37,15 +44,28 @@ def equation(
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100], ids="chunks of {} rows".format)
-@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "softcap and scale"])
+@pytest.mark.parametrize(
+    "head", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "softcap and scale"]
+)
 @pytest.mark.parametrize("tau", [2, 4, 12])
-def test_it_equals_its_equation_with_every_gradient(tau: int, head: dict, rows: int, monkeypatch: pytest.MonkeyPatch):
+def test_it_equals_its_equation_with_every_gradient(
+    tau: int, head: dict, rows: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", rows * INFO.vocab_size)
-    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5, **head)
+    info = ModelInfo(
+        hidden_size=6,
+        vocab_size=11,
+        num_layers=5,
+        dtype=torch.float64,
+        initializer_range=0.5,
+        **head,
+    )
     batch, objective = make_batch(), build([FSPBagOfWords(tau=tau)], model=info)
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [0] * 7, [0, 1, 2, 3, 4, 4, 4]])
     out = objective(batch.streams())
-    assert_same(out.loss, equation(objective, batch, tau, info), [*batch.leaves, *objective.parameters()])
+    assert_same(
+        out.loss, equation(objective, batch, tau, info), [*batch.leaves, *objective.parameters()]
+    )
     sets, found = bags(batch, tau), out.metrics.compute()
     assert found["fsp_bow/count"] == len(sets)
     assert found["fsp_bow/tokens"] == pytest.approx(sum(map(len, sets.values())) / len(sets))
@@ -66,13 +86,19 @@ def test_masked_targets_are_in_no_bag_and_a_row_without_a_target_does_not_count(
     labels = batch.ids.masked_fill(~ok, -100)
     for streams in (batch.streams(target_mask=ok), batch.streams(labels=labels)):
         assert_same(objective(streams).loss, expected, [batch.hidden])
-        assert objective.count(streams)["fsp_bow"].item() == len(bags(batch, 3, ok)) < len(bags(batch, 3))
+        assert (
+            objective.count(streams)["fsp_bow"].item()
+            == len(bags(batch, 3, ok))
+            < len(bags(batch, 3))
+        )
 
 
 def test_labels_that_are_shifted_reach_one_token_further():
     batch, objective = make_batch(), build("fsp_bow", model=INFO)
     longer = make_batch(length=8)
-    shifted = Streams(token_ids=longer.ids[:, :-1], shift_labels=longer.ids[:, 1:], last_hidden=batch.hidden)
+    shifted = Streams(
+        token_ids=longer.ids[:, :-1], shift_labels=longer.ids[:, 1:], last_hidden=batch.hidden
+    )
     with torch.no_grad():
         longer.hidden[:, :7] = batch.hidden
     torch.testing.assert_close(objective(shifted).loss, equation(objective, longer, 12))
@@ -82,7 +108,9 @@ def test_logits_of_any_size_stay_exact():
     batch, objective = make_batch(), build("fsp_bow", model=INFO)
     with torch.no_grad():
         batch.hidden.mul_(60)
-    assert_same(objective(batch.streams()).loss, equation(objective, batch, 12), [batch.hidden], 1e-13)
+    assert_same(
+        objective(batch.streams()).loss, equation(objective, batch, 12), [batch.hidden], 1e-13
+    )
 
 
 def test_a_nan_under_a_weight_of_zero_stays_out():
@@ -92,7 +120,9 @@ def test_a_nan_under_a_weight_of_zero_stays_out():
         next(objective.parameters()).fill_(torch.nan)
     out = objective(batch.streams())
     assert torch.equal(out.loss, main)
-    for mine, other in zip(gradients(out.loss, batch.leaves), gradients(main, batch.leaves), strict=True):
+    for mine, other in zip(
+        gradients(out.loss, batch.leaves), gradients(main, batch.leaves), strict=True
+    ):
         assert torch.equal(mine, other)
     out.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())

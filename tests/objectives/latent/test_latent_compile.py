@@ -15,7 +15,10 @@ def test_a_composition_of_latent_terms_compiles_into_one_graph(monkeypatch: pyte
     monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", 5 * INFO.vocab_size)
     batch = make_batch()
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1]] * 3)
-    objective = build("ntp + next_embedding + 0.3*nextlat + fsp_bow + schedule(to=2, warmup=2)*external", model=INFO)
+    objective = build(
+        "ntp + next_embedding + 0.3*nextlat + fsp_bow + schedule(to=2, warmup=2)*external",
+        model=INFO,
+    )
 
     def loss(hidden: Tensor, state: Tensor, step: Tensor) -> Tensor:
         external = {"external": (hidden.square().sum(), 3)}
@@ -23,7 +26,10 @@ def test_a_composition_of_latent_terms_compiles_into_one_graph(monkeypatch: pyte
         return objective(streams, step=step).loss
 
     inputs = (batch.hidden, batch.states[0], torch.tensor(1))
-    mine, expected = torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs), loss(*inputs)
+    mine, expected = (
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(*inputs),
+        loss(*inputs),
+    )
     torch.testing.assert_close(mine, expected, rtol=1e-12, atol=0)
     tensors = [batch.hidden, *batch.head.parameters(), *objective.parameters()]
     for a, b in zip(gradients(mine, tensors), gradients(expected, tensors), strict=True):

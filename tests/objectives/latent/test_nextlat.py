@@ -8,7 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nitp_ops.engine.modules import logit_losses
-from nitp_ops.objectives import CompositeObjective, ModelInfo, Need, NextLat, SpecError, Streams, build
+from nitp_ops.objectives import (
+    CompositeObjective,
+    ModelInfo,
+    Need,
+    NextLat,
+    SpecError,
+    Streams,
+    build,
+)
 from tests.support.objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 
 
@@ -40,10 +48,21 @@ def leaves(objective: CompositeObjective, batch: Batch) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100], ids="chunks of {} rows".format)
-@pytest.mark.parametrize("head", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "softcap and scale"])
-def test_it_equals_its_equation_with_every_gradient(head: dict, rows: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "head", [{}, {"softcap": 3.0, "logit_scale": 0.7}], ids=["plain", "softcap and scale"]
+)
+def test_it_equals_its_equation_with_every_gradient(
+    head: dict, rows: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(logit_losses, "CHUNK_LOGITS", rows * INFO.vocab_size)
-    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=torch.float64, initializer_range=0.5, **head)
+    info = ModelInfo(
+        hidden_size=6,
+        vocab_size=11,
+        num_layers=5,
+        dtype=torch.float64,
+        initializer_range=0.5,
+        **head,
+    )
     batch, objective = make_batch(), build("nextlat", model=info)
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, -1], [0] * 7, [0, 1, 2, 3, 4, 4, 4]])
     smooth, kl = equation(objective, batch, info)
@@ -63,7 +82,9 @@ def test_its_losses_have_weights_of_their_own(smooth_weight: float, kl_weight: f
     out = objective(batch.streams())
     assert_same(out.loss, smooth_weight * smooth + kl_weight * kl, leaves(objective, batch))
     reported = {name.partition("/")[2] for name in out.metrics.compute()} & {"smooth_l1", "kl"}
-    assert reported == {name for name, weight in (("smooth_l1", smooth_weight), ("kl", kl_weight)) if weight}
+    assert reported == {
+        name for name, weight in (("smooth_l1", smooth_weight), ("kl", kl_weight)) if weight
+    }
 
 
 def test_without_the_kl_it_needs_no_head():
@@ -99,7 +120,9 @@ def test_an_embedding_module_is_called_and_a_leaf_is_a_table():
     smooth, kl = equation(objective, batch, table=3 * table)
     expected = gradients(smooth + kl, [table, batch.hidden])
     for mine, other in zip(
-        gradients(objective(batch.streams(embed=scaled)).loss, [scaled.weight, batch.hidden]), expected, strict=True
+        gradients(objective(batch.streams(embed=scaled)).loss, [scaled.weight, batch.hidden]),
+        expected,
+        strict=True,
     ):
         torch.testing.assert_close(mine, other)
     smooth, kl = equation(objective, batch, table=table)
@@ -132,8 +155,13 @@ def test_a_nan_under_a_weight_of_zero_stays_out():
         for parameter in objective.parameters():
             parameter.fill_(torch.nan)
     out = objective(batch.streams())
-    assert torch.equal(out.loss, main) and out.metrics.compute()["nextlat/kl"] != out.metrics.compute()["nextlat/kl"]
-    for mine, other in zip(gradients(out.loss, batch.leaves), gradients(main, batch.leaves), strict=True):
+    assert (
+        torch.equal(out.loss, main)
+        and out.metrics.compute()["nextlat/kl"] != out.metrics.compute()["nextlat/kl"]
+    )
+    for mine, other in zip(
+        gradients(out.loss, batch.leaves), gradients(main, batch.leaves), strict=True
+    ):
         assert torch.equal(mine, other)
     out.loss.backward()
     assert all(p.grad is not None and not p.grad.any() for p in objective.parameters())
@@ -161,7 +189,9 @@ def test_bfloat16_states_give_the_float64_value_within_rounding(own: torch.dtype
     info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, dtype=own, initializer_range=0.5)
     exact = build("ntp + nextlat", model=info).double()(batch.streams()).metrics.compute()
     narrow = batch.hidden.detach().bfloat16().requires_grad_()
-    out = build("ntp + nextlat", model=info)(batch.streams(last_hidden=narrow, head=batch.head.bfloat16()))
+    out = build("ntp + nextlat", model=info)(
+        batch.streams(last_hidden=narrow, head=batch.head.bfloat16())
+    )
     assert out.loss.dtype == torch.float32
     for name in ("nextlat/smooth_l1", "nextlat/kl"):
         assert out.metrics.compute()[name] == pytest.approx(exact[name], rel=0.05)
@@ -172,7 +202,10 @@ def test_bfloat16_states_give_the_float64_value_within_rounding(own: torch.dtype
     ("options", "message"),
     [
         ("kl_weight=-1", "kl_weight is -1.0, expected a number >= 0"),
-        ("smooth_l1_weight=0, kl_weight=0", "smooth_l1_weight and kl_weight are 0, expected one of them > 0"),
+        (
+            "smooth_l1_weight=0, kl_weight=0",
+            "smooth_l1_weight and kl_weight are 0, expected one of them > 0",
+        ),
         ("intermediate_size=0", "intermediate_size is 0, expected a number >= 1"),
     ],
 )

@@ -1,4 +1,5 @@
-"""What NITP costs: the paper's FLOPs, counted on the equations, planned by the op and stated by the objective."""
+"""What NITP costs: the paper's FLOPs, counted on the equations, planned by the op and stated by the
+objective."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ class RowWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not func.is_view and func.overloadpacket not in PRODUCTS:
+        if (
+            isinstance(result, torch.Tensor)
+            and not func.is_view
+            and func.overloadpacket not in PRODUCTS
+        ):
             self.written += result.numel()
         return result
 
@@ -49,14 +54,18 @@ def counted(*arguments: object) -> int:
 @pytest.mark.parametrize("width", [8, 24, 40])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_swiglu_projector_takes_72_d_squared_flops_a_token(rows, width):
-    """Three products of ``4 d^2`` multiply-adds forward, twice as many backward: ``2 * 12 d^2 * 3 = 72 d^2``, exactly;
-    the plan of the op says the same number."""
+    """Three products of ``4 d^2`` multiply-adds forward, twice as many backward: ``2 * 12 d^2 * 3 =
+    72 d^2``, exactly; the plan of the op says the same number."""
     assert counted(rows, width) == rows * 72 * width**2
-    assert nitp_ops.explain("implicit_token_loss", rows=rows, width=width).flops == rows * 72 * width**2
+    assert (
+        nitp_ops.explain("implicit_token_loss", rows=rows, width=width).flops
+        == rows * 72 * width**2
+    )
 
 
 def test_the_rest_is_linear_in_the_width():
-    """``72 d^2 + O(d)``: what the rows between the products write grows by equal steps with d, with no square in it."""
+    """``72 d^2 + O(d)``: what the rows between the products write grows by equal steps with d, with
+    no square in it."""
     written = []
     for width in (8, 16, 24, 32):
         one, many = RowWork(), RowWork()
@@ -83,12 +92,17 @@ def test_other_projectors_take_six_flops_a_parameter_and_token(kind, inner):
 
 
 def test_the_paper_s_overhead_of_2_3_per_cent_follows_from_its_shape():
-    """``72 d^2 / (L (18 d^2 + 18 k d d_e) + 6 V d)``: 1.18e8 over 5.06e9 FLOPs a token = 2.3 % at the 9B model."""
+    """``72 d^2 / (L (18 d^2 + 18 k d d_e) + 6 V d)``: 1.18e8 over 5.06e9 FLOPs a token = 2.3 % at
+    the 9B model."""
     d, d_e, k, layers, vocabulary = 1280, 640, 9, 24, 152064
     added = nitp_ops.explain("implicit_token_loss", rows=1, width=d).flops
     model = layers * (18 * d**2 + 18 * k * d * d_e) + 6 * vocabulary * d
     assert (added, model) == (117_964_800, 5_060_689_920)
-    assert (f"{added:.2e}", f"{model:.2e}", f"{added / model:.1%}") == ("1.18e+08", "5.06e+09", "2.3%")
+    assert (f"{added:.2e}", f"{model:.2e}", f"{added / model:.1%}") == (
+        "1.18e+08",
+        "5.06e+09",
+        "2.3%",
+    )
     info = ModelInfo(hidden_size=d, vocab_size=vocabulary, num_layers=layers)
     with torch.device("meta"):
         stated = build("ntp + 0.8*nitp(target_layer=5)", model=info).explain()

@@ -1,4 +1,5 @@
-"""The layout of tokens changes nothing: documents packed or apart, batches whole or split, pairs by index or slice."""
+"""The layout of tokens changes nothing: documents packed or apart, batches whole or split, pairs by
+index or slice."""
 
 from __future__ import annotations
 
@@ -37,12 +38,15 @@ def edges() -> list[tuple[int, int]]:
 
 
 def separate_streams(batch: Batch) -> Streams:
-    """The same documents as rows of their own, connected to the same leaves; NaN where a row has ended."""
+    """The same documents as rows of their own, connected to the same leaves; NaN where a row has
+    ended."""
     longest = max(LENGTHS)
 
     def rows(x: Tensor) -> Tensor:
         parts = [x[0, a:b] for a, b in edges()]
-        return torch.stack([F.pad(part, (0, 0, 0, longest - part.shape[0]), value=torch.nan) for part in parts])
+        return torch.stack(
+            [F.pad(part, (0, 0, 0, longest - part.shape[0]), value=torch.nan) for part in parts]
+        )
 
     alive = torch.arange(longest) < torch.tensor(LENGTHS)[:, None]
     return Streams(
@@ -54,7 +58,11 @@ def separate_streams(batch: Batch) -> Streams:
 
 
 def assert_same_training(
-    objective: CompositeObjective, batch: Batch, ours: Tensor, theirs: Tensor, tolerance: float = 1e-12
+    objective: CompositeObjective,
+    batch: Batch,
+    ours: Tensor,
+    theirs: Tensor,
+    tolerance: float = 1e-12,
 ) -> None:
     close(ours, theirs, tolerance)
     tensors = [*batch.leaves, *objective.parameters()]
@@ -65,9 +73,12 @@ def assert_same_training(
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_packed_documents_equal_separate_rows(shift, stop_gradient):
-    """``V_k[t] = doc[t+k] == doc[t] >= 0``: loss, every gradient, count, floor, skill and norms are those of the rows,
-    ``count = sum over documents of max(0, n - k)``."""
-    batch, objective = packed_batch(), build([NITP(shift=shift, stop_gradient=stop_gradient)], model=INFO)
+    """``V_k[t] = doc[t+k] == doc[t] >= 0``: loss, every gradient, count, floor, skill and norms are
+    those of the rows, ``count = sum over documents of max(0, n - k)``."""
+    batch, objective = (
+        packed_batch(),
+        build([NITP(shift=shift, stop_gradient=stop_gradient)], model=INFO),
+    )
     packed, apart = objective(batch.streams()), objective(separate_streams(batch))
     assert_same_training(objective, batch, packed.loss, apart.loss)
     metrics = packed.metrics.compute()
@@ -78,8 +89,8 @@ def test_packed_documents_equal_separate_rows(shift, stop_gradient):
 
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_documents_one_at_a_time_add_up_to_the_packed_row(shift):
-    """``SUM / COUNT`` with counts added over the calls; a document without a pair takes part with count 0. A mean of
-    the documents' own means is another number."""
+    """``SUM / COUNT`` with counts added over the calls; a document without a pair takes part with
+    count 0. A mean of the documents' own means is another number."""
     batch, objective = packed_batch(), build([NITP(shift=shift)], model=INFO)
     whole = objective(batch.streams())
     parts = [
@@ -95,7 +106,9 @@ def test_documents_one_at_a_time_add_up_to_the_packed_row(shift):
         counts = counts + objective.count(part)
     assert counts["nitp"].item() == objective.count(batch.streams())["nitp"].item()
     outs = [objective(part, counts=counts) for part in parts]
-    assert_same_training(objective, batch, torch.stack([out.loss for out in outs]).sum(), whole.loss)
+    assert_same_training(
+        objective, batch, torch.stack([out.loss for out in outs]).sum(), whole.loss
+    )
     metrics = outs[0].metrics + outs[1].metrics + outs[2].metrics + outs[3].metrics
     assert metrics.compute() == pytest.approx(whole.metrics.compute(), rel=1e-9)
     local = [objective(part).loss.item() for part in parts if objective.count(part)["nitp"]]
@@ -111,17 +124,25 @@ def test_documents_one_at_a_time_add_up_to_the_packed_row(shift):
     st.integers(0, 2**20),
 )
 def test_microbatches_of_unequal_counts_equal_the_whole(kind, shift, cuts, counted, form, seed):
-    """``sum_i SUM_i / N = SUM / N`` with N the window's number of pairs as `normalizer`, a number or a 0-d tensor."""
+    """``sum_i SUM_i / N = SUM / N`` with N the window's number of pairs as `normalizer`, a number
+    or a 0-d tensor."""
     hidden, target = normal(seed, 5, 8, 5).requires_grad_(), normal(seed + 1, 5, 8, 5)
     weights = matrices(kind, seed + 2, out=5)
     valid = torch.arange(8) < torch.tensor(counted)[:, None]
     total = int(reference.pairs(hidden, valid, shift).sum())
-    whole = outputs(on(nitp_ops.implicit_token_loss, valid=valid, shift=shift), [hidden, target, *weights])
+    whole = outputs(
+        on(nitp_ops.implicit_token_loss, valid=valid, shift=shift), [hidden, target, *weights]
+    )
 
     def split(hidden: Tensor, target: Tensor, *weights: Tensor) -> Tensor:
         losses = []
         for a, b in itertools.pairwise([0, *sorted(cuts), 5]):
-            call = on(nitp_ops.implicit_token_loss, valid=valid[a:b], shift=shift, normalizer=form(max(total, 1)))
+            call = on(
+                nitp_ops.implicit_token_loss,
+                valid=valid[a:b],
+                shift=shift,
+                normalizer=form(max(total, 1)),
+            )
             losses.append(call(hidden[a:b], target[a:b], *weights))
         return torch.stack(losses).sum()
 
@@ -130,11 +151,15 @@ def test_microbatches_of_unequal_counts_equal_the_whole(kind, shift, cuts, count
 
 
 def test_the_mean_of_local_means_is_not_the_mean():
-    """``(1/2)(SUM_1/N_1 + SUM_2/N_2)`` weighs pairs of the shorter microbatch more; ``N_i/N`` restores the mean."""
+    """``(1/2)(SUM_1/N_1 + SUM_2/N_2)`` weighs pairs of the shorter microbatch more; ``N_i/N``
+    restores the mean."""
     hidden, target = normal(1, 2, 8, 5), normal(2, 2, 8, 5)
     valid = torch.arange(8) < torch.tensor([[7], [1]])
     whole = nitp_ops.implicit_token_loss(hidden, target, valid=valid)
-    local = [nitp_ops.implicit_token_loss(hidden[i : i + 1], target[i : i + 1], valid=valid[i : i + 1]) for i in (0, 1)]
+    local = [
+        nitp_ops.implicit_token_loss(hidden[i : i + 1], target[i : i + 1], valid=valid[i : i + 1])
+        for i in (0, 1)
+    ]
     assert abs(sum(local) / 2 - whole) > 0.05
     close((7 * local[0] + local[1]) / 8, whole)
 
@@ -148,15 +173,20 @@ def test_the_mean_of_local_means_is_not_the_mean():
     st.sampled_from([1, 200, None]),
     st.integers(0, 2**20),
 )
-def test_a_shift_by_index_gives_the_bits_of_a_slice(dtype, distance, shift, batch, length, chunk, seed):
-    """``loss[t] = distance(p_t, z_{t+k})``: the row kernel reads row t + k where it lies, and a slice puts the same row
-    first; without a projector no matrix product stands between them, so every bit agrees."""
+def test_a_shift_by_index_gives_the_bits_of_a_slice(
+    dtype, distance, shift, batch, length, chunk, seed
+):
+    """``loss[t] = distance(p_t, z_{t+k})``: the row kernel reads row t + k where it lies, and a
+    slice puts the same row first; without a projector no matrix product stands between them, so
+    every bit agrees."""
     hidden = normal(seed, batch, length, 5).to(dtype).requires_grad_()
     target = normal(seed + 1, batch, length, 5).to(dtype)
     kept = max(0, length - shift)
     upstream = normal(seed + 2, batch, length).to(reference.working(hidden))
     options = {"distance": distance, "reduction": "none", "chunk_bytes": chunk}
-    loss, d_hidden = outputs(on(nitp_ops.implicit_token_loss, shift=shift, **options), [hidden, target], upstream)
+    loss, d_hidden = outputs(
+        on(nitp_ops.implicit_token_loss, shift=shift, **options), [hidden, target], upstream
+    )
 
     def sliced(hidden: Tensor, target: Tensor) -> Tensor:
         call = on(nitp_ops.implicit_token_loss, shift=0, **options)
@@ -168,12 +198,16 @@ def test_a_shift_by_index_gives_the_bits_of_a_slice(dtype, distance, shift, batc
 
 
 @given(DTYPES, st.sampled_from(SHIFTS), st.integers(1, 3), st.integers(0, 2**20))
-def test_a_shift_through_the_projector_equals_a_slice_within_one_rounding(dtype, shift, batch, seed):
-    """``L = (1/n) sum_t distance(P(h_t), z_{t+k})``: the same rows through the same products; the sum of row losses may
-    meet its zeros in another order."""
+def test_a_shift_through_the_projector_equals_a_slice_within_one_rounding(
+    dtype, shift, batch, seed
+):
+    """``L = (1/n) sum_t distance(P(h_t), z_{t+k})``: the same rows through the same products; the
+    sum of row losses may meet its zeros in another order."""
     hidden = normal(seed, batch, 9, 16).to(dtype).requires_grad_()
     target = normal(seed + 1, batch, 9, 16).to(dtype)
-    weights = [w.detach().to(dtype).requires_grad_() for w in matrices("swiglu", seed + 2, 16, 16, 32)]
+    weights = [
+        w.detach().to(dtype).requires_grad_() for w in matrices("swiglu", seed + 2, 16, 16, 32)
+    ]
     kept = 9 - shift
 
     def sliced(hidden: Tensor, target: Tensor, *weights: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Errors near cosine one, where the loss is 0.01 and 1 - cos cancels: every dtype mix against the error budget."""
+"""Errors near cosine one, where the loss is 0.01 and 1 - cos cancels: every dtype mix against the
+error budget."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def mixes(*sides: list[torch.dtype]) -> list[object]:
 
 
 def near_pair(p_dtype: torch.dtype, z_dtype: torch.dtype, width: int) -> list[Tensor]:
-    """Predictions and targets [64, width] at cosine about 0.99, each rounded to its dtype; both want a gradient."""
+    """Predictions and targets [64, width] at cosine about 0.99, each rounded to its dtype; both
+    want a gradient."""
     p = normal(1, 64, width)
     z = p + NOISE * normal(2, 64, width)
     return [p.to(p_dtype).requires_grad_(), z.to(z_dtype).requires_grad_()]
@@ -48,8 +50,8 @@ def in_budget(ours: Sequence[Tensor], eager: Sequence[Tensor], exact: Sequence[T
 @pytest.mark.parametrize("width", [64, 1000, 4096])
 @pytest.mark.parametrize(("p_dtype", "z_dtype"), mixes(DTYPES, DTYPES))
 def test_alignment_at_cosine_0_99_stays_within_the_budget(p_dtype, z_dtype, width):
-    """``|err| <= 1.5 |err of 1 - p^.z^, rows in float32| + 2 ulp |ref|`` for the row losses and both gradients; rows in
-    float64 where either side is."""
+    """``|err| <= 1.5 |err of 1 - p^.z^, rows in float32| + 2 ulp |ref|`` for the row losses and
+    both gradients; rows in float64 where either side is."""
     inputs = near_pair(p_dtype, z_dtype, width)
     upstream = normal(3, 64).to(reference.working(*inputs))
     exact = outputs(reference.alignment, widened(inputs), upstream.double())
@@ -61,8 +63,8 @@ def test_alignment_at_cosine_0_99_stays_within_the_budget(p_dtype, z_dtype, widt
 
 @pytest.mark.parametrize("width", [64, 1000, 4096])
 def test_the_naive_bfloat16_formula_fails_the_same_budget(width):
-    """``1 - cosine_similarity(p, z)`` in bfloat16 knows multiples of 2^-8 = 0.004 near a loss of 0.01: every output
-    leaves the budget, the loss by more than tenfold."""
+    """``1 - cosine_similarity(p, z)`` in bfloat16 knows multiples of 2^-8 = 0.004 near a loss of
+    0.01: every output leaves the budget, the loss by more than tenfold."""
     inputs, upstream = near_pair(torch.bfloat16, torch.bfloat16, width), normal(3, 64).float()
 
     def naive(p: Tensor, z: Tensor) -> Tensor:
@@ -78,8 +80,11 @@ def test_the_naive_bfloat16_formula_fails_the_same_budget(width):
     assert error > 10 * (1.5 * (eager[0].double() - exact[0]).norm() + 2**-7 * exact[0].norm())
 
 
-def near_problem(kind: str, hidden: torch.dtype, target: torch.dtype, weight: torch.dtype) -> list[Tensor]:
-    """[hidden [2, 40, 64], target, matrices...]: the target at cosine about 0.99 from what it is predicted by."""
+def near_problem(
+    kind: str, hidden: torch.dtype, target: torch.dtype, weight: torch.dtype
+) -> list[Tensor]:
+    """[hidden [2, 40, 64], target, matrices...]: the target at cosine about 0.99 from what it is
+    predicted by."""
     h = normal(1, 2, 40, 64).to(hidden)
     weights = [w.detach().to(weight) for w in matrices(kind, 2, 64, 64, 256)]
     p = reference.projection(h.double(), *gate_up_down([w.double() for w in weights]))
@@ -89,9 +94,12 @@ def near_problem(kind: str, hidden: torch.dtype, target: torch.dtype, weight: to
 
 
 @EVERY_KIND
-@pytest.mark.parametrize(("hidden", "target", "weight"), mixes(LOW, DTYPES, LOW) + mixes(WIDE, DTYPES, WIDE))
+@pytest.mark.parametrize(
+    ("hidden", "target", "weight"), mixes(LOW, DTYPES, LOW) + mixes(WIDE, DTYPES, WIDE)
+)
 def test_implicit_token_loss_at_cosine_0_99_stays_within_the_budget(hidden, target, weight, kind):
-    """Products in the weight's dtype, rows in float32 (float64 beside a float64 target), gradients in their inputs'."""
+    """Products in the weight's dtype, rows in float32 (float64 beside a float64 target), gradients
+    in their inputs'."""
     inputs = near_problem(kind, hidden, target, weight)
     work = reference.working(*inputs)
     upstream = normal(3, 2, 40).to(work)
@@ -103,7 +111,9 @@ def test_implicit_token_loss_at_cosine_0_99_stays_within_the_budget(hidden, targ
     assert [x.dtype for x in ours] == [work, *(x.dtype for x in inputs if x.requires_grad)]
     in_budget(ours, eager, exact)
     # gradients formed in the forward pass; the scalar itself is the row losses' mean, rounded once
-    exact, eager = (outputs(on(reference.implicit_token_loss), x) for x in (widened(inputs), inputs))
+    exact, eager = (
+        outputs(on(reference.implicit_token_loss), x) for x in (widened(inputs), inputs)
+    )
     mean = outputs(on(nitp_ops.implicit_token_loss, chunk_bytes=2**16), inputs)
     in_budget(mean[1:], eager[1:], exact[1:])
     close(mean[0], ours[0].sum(dtype=torch.float64) / (2 * 39), 4 * torch.finfo(work).eps)
@@ -112,5 +122,9 @@ def test_implicit_token_loss_at_cosine_0_99_stays_within_the_budget(hidden, targ
 @pytest.mark.parametrize(("hidden", "weight"), mixes(WIDE, LOW) + mixes(LOW, WIDE))
 def test_float64_does_not_mix_between_hidden_state_and_matrices(hidden, weight):
     """A float64 product of a rounded operand would only look exact."""
-    with pytest.raises(TypeError, match=rf"gate is {name(weight)}, expected {name(hidden)} \(float64 does not mix"):
+    with pytest.raises(
+        TypeError,
+        match=rf"gate is {name(weight)}, expected {name(hidden)} "
+        r"\(float64 does not mix",
+    ):
         on(nitp_ops.implicit_token_loss)(*near_problem("swiglu", hidden, torch.float32, weight))

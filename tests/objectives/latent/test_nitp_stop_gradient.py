@@ -1,4 +1,5 @@
-"""Which blocks of a decoder NITP trains: all of them through h, and none through its target unless it is asked to."""
+"""Which blocks of a decoder NITP trains: all of them through h, and none through its target unless
+it is asked to."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from nitp_ops.objectives import NITP, CompositeObjective, ModelInfo, Streams, bu
 from tests.support.budget import close
 
 BLOCKS = 4
-INFO = ModelInfo(hidden_size=16, vocab_size=31, num_layers=BLOCKS, dtype=torch.float64, initializer_range=0.3)
+INFO = ModelInfo(
+    hidden_size=16, vocab_size=31, num_layers=BLOCKS, dtype=torch.float64, initializer_range=0.3
+)
 EVERY_LAYER = pytest.mark.parametrize("layer", range(BLOCKS))
 
 
@@ -32,9 +35,14 @@ def nitp_alone(layer: int, **options: object) -> CompositeObjective:
 
 
 def trained(
-    net: nn.Module, objective: CompositeObjective, *, frozen: Tensor | None = None, cut: bool = False
+    net: nn.Module,
+    objective: CompositeObjective,
+    *,
+    frozen: Tensor | None = None,
+    cut: bool = False,
 ) -> dict[str, Tensor | None]:
-    """Gradients of the decoder under NITP alone. frozen: a constant target; cut: the hidden state is detached."""
+    """Gradients of the decoder under NITP alone. frozen: a constant target; cut: the hidden state
+    is detached."""
     (layer,) = (term.layer(INFO) for term in objective.spec.terms if isinstance(term, NITP))
     streams = net(IDS, keep={layer})
     target = streams.hidden_states[layer] if frozen is None else frozen
@@ -46,19 +54,24 @@ def trained(
 
 
 def depth(name: str) -> int:
-    """Number of blocks before the parameter's output: 0 the embedding, k block k, one more for the final norm."""
+    """Number of blocks before the parameter's output: 0 the embedding, k block k, one more for the
+    final norm."""
     head, _, rest = name.partition(".")
-    return {"embed": 0, "blocks": int(rest.partition(".")[0]) + 1 if head == "blocks" else 0}.get(head, BLOCKS + 1)
+    return {"embed": 0, "blocks": int(rest.partition(".")[0]) + 1 if head == "blocks" else 0}.get(
+        head, BLOCKS + 1
+    )
 
 
 def of_decoder(gradients: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    return {name: g for name, g in gradients.items() if name.startswith(("embed", "blocks", "norm"))}
+    return {
+        name: g for name, g in gradients.items() if name.startswith(("embed", "blocks", "norm"))
+    }
 
 
 @EVERY_LAYER
 def test_the_live_target_trains_exactly_as_a_precomputed_constant_does(layer):
-    """``z = stopgrad(s_k)``: the same bits in every gradient, so that nothing flows into blocks 1..k through z; every
-    block, below k and above it, learns through h."""
+    """``z = stopgrad(s_k)``: the same bits in every gradient, so that nothing flows into blocks
+    1..k through z; every block, below k and above it, learns through h."""
     net, objective = decoder(), nitp_alone(layer)
     with torch.no_grad():
         constant = net(IDS, keep={layer}).hidden_states[layer].clone()
@@ -90,7 +103,8 @@ def test_without_stop_gradient_the_target_trains_blocks_up_to_k_and_no_other(lay
 
 @EVERY_LAYER
 def test_without_stop_gradient_the_two_paths_add_up(layer):
-    """``dL/dw = (dL/dh)(dh/dw) + (dL/dz)(dz/dw)``: above block k the ablation changes nothing, up to it it does."""
+    """``dL/dw = (dL/dh)(dh/dw) + (dL/dz)(dz/dw)``: above block k the ablation changes nothing, up
+    to it it does."""
     net = decoder()
     through_h = trained(net, nitp_alone(layer))
     both = trained(net, nitp_alone(layer, stop_gradient=False))
@@ -109,7 +123,8 @@ def test_without_stop_gradient_the_two_paths_add_up(layer):
 @EVERY_LAYER
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_both_forms_equal_autograd_of_the_equation(layer, stop_gradient):
-    """``mean over t of 1 - cos(P(h_t), z_{t+1})`` with z held or live, every operation of the model by autograd."""
+    """``mean over t of 1 - cos(P(h_t), z_{t+1})`` with z held or live, every operation of the model
+    by autograd."""
     net, objective = decoder(), nitp_alone(layer, stop_gradient=stop_gradient)
     ours = trained(net, objective)
     own = dict(objective.named_parameters())
@@ -118,7 +133,9 @@ def test_both_forms_equal_autograd_of_the_equation(layer, stop_gradient):
     streams = net(IDS, keep={layer})
     z = streams.hidden_states[layer][:, 1:]
     p = reference.projection(streams.last_hidden[:, :-1], gate_up[:inner], gate_up[inner:], down)
-    loss = (1 - torch.nn.functional.cosine_similarity(p, z.detach() if stop_gradient else z, dim=-1)).mean()
+    loss = (
+        1 - torch.nn.functional.cosine_similarity(p, z.detach() if stop_gradient else z, dim=-1)
+    ).mean()
     named = [*net.named_parameters(), *objective.named_parameters()]
     exact = torch.autograd.grad(loss, [x for _, x in named], allow_unused=True)
     for (name, _), expected in zip(named, exact, strict=True):

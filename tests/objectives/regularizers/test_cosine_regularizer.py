@@ -66,7 +66,9 @@ def test_a_state_of_zero_stays_finite():
 
 def test_bfloat16_states_are_compared_in_float32():
     batch = make_batch()
-    exact = build(NAME, model=INFO)(batch.streams(last_hidden=batch.hidden.bfloat16().double())).loss
+    exact = build(NAME, model=INFO)(
+        batch.streams(last_hidden=batch.hidden.bfloat16().double())
+    ).loss
     narrow = build(NAME, model=INFO)(batch.streams(last_hidden=batch.hidden.bfloat16())).loss
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow.double(), exact, rtol=1e-5, atol=1e-6)

@@ -36,7 +36,9 @@ def mean_loss(batch: Batch, hidden: Tensor, k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("options", ["", "(offsets=[1, 2, 3, 4])", "(offsets=[1, 3, 5], heads=residual)"])
+@pytest.mark.parametrize(
+    "options", ["", "(offsets=[1, 2, 3, 4])", "(offsets=[1, 3, 5], heads=residual)"]
+)
 def test_it_equals_the_head_by_head_backward_pass_through_a_detached_trunk(options: str):
     batch, objective = packed_batch(), build(f"mtp_parallel{options}", model=INFO)
     own, trunk = heads(objective), nn.Linear(6, 6, dtype=torch.float64)
@@ -52,7 +54,9 @@ def test_it_equals_the_head_by_head_backward_pass_through_a_detached_trunk(optio
         loss = mean_loss(batch, head(detached, attention_mask(batch.streams())), k)
         loss.backward()
         total += loss.item()
-        assert out.metrics.compute()[f"mtp_parallel/{k}/loss"] == pytest.approx(loss.item(), rel=1e-11)
+        assert out.metrics.compute()[f"mtp_parallel/{k}/loss"] == pytest.approx(
+            loss.item(), rel=1e-11
+        )
     whole.backward(detached.grad)
     assert out.loss.item() == pytest.approx(total, rel=1e-12)
     for tensor, mine in zip(tensors, together, strict=True):
@@ -64,7 +68,9 @@ def test_a_residual_head_is_the_trunk_plus_silu_and_starts_as_the_trunk():
     batch = packed_batch()
     objective = build("mtp_parallel(offsets=[2, 4], heads=residual)", model=INFO)
     at_first = objective(batch.streams()).loss
-    torch.testing.assert_close(at_first, build("mtp_shared(offsets=[2, 4])", model=INFO)(batch.streams()).loss)
+    torch.testing.assert_close(
+        at_first, build("mtp_shared(offsets=[2, 4])", model=INFO)(batch.streams()).loss
+    )
     assert all(g.any() for g in gradients(at_first, list(objective.parameters())))
     own = heads(objective)
     expected = torch.zeros((), dtype=torch.float64)
@@ -72,7 +78,9 @@ def test_a_residual_head_is_the_trunk_plus_silu_and_starts_as_the_trunk():
         expected = expected + mean_loss(
             batch, batch.hidden + F.silu(F.linear(batch.hidden, head.get_parameter("weight"))), k
         )
-    assert_same(objective(batch.streams()).loss, expected, [*batch.leaves, *objective.parameters()], 1e-11)
+    assert_same(
+        objective(batch.streams()).loss, expected, [*batch.leaves, *objective.parameters()], 1e-11
+    )
 
 
 def test_all_heads_and_ntp_share_one_pass_over_the_unembedding(monkeypatch: pytest.MonkeyPatch):
@@ -96,34 +104,59 @@ def test_a_position_sees_neither_its_future_nor_another_document():
     heads(objective)
     hidden = batch.hidden.detach().clone()
     counted = objective(batch.streams()).metrics.compute()
-    hidden[0, 3], hidden[0, 6], hidden[2, 5:] = 9.0, 9.0, 9.0  # the last in their documents, seen by no valid row
+    # the last in their documents, seen by no valid row
+    hidden[0, 3], hidden[0, 6], hidden[2, 5:] = 9.0, 9.0, 9.0
     hidden[1, 5:] = torch.nan
-    assert objective(batch.streams(last_hidden=hidden)).metrics.compute() == pytest.approx(counted, rel=1e-12)
+    assert objective(batch.streams(last_hidden=hidden)).metrics.compute() == pytest.approx(
+        counted, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize(
     ("spec", "problems"),
     [
-        ("ntp + mtp_parallel(offsets=[1, 2])", ["mtp_parallel: offset 1 is predicted from last_hidden by ntp too"]),
-        ("mtp_shared + mtp_parallel(offsets=[3])", ["mtp_parallel: offset 3 is predicted from last_hidden by mtp_sh"]),
+        (
+            "ntp + mtp_parallel(offsets=[1, 2])",
+            ["mtp_parallel: offset 1 is predicted from last_hidden by ntp too"],
+        ),
+        (
+            "mtp_shared + mtp_parallel(offsets=[3])",
+            ["mtp_parallel: offset 3 is predicted from last_hidden by mtp_sh"],
+        ),
         (
             "a: mtp_parallel(offsets=[2]) + b: mtp_parallel(offsets=[5, 2])",
-            ["a: offset 2 is predicted from last_hidden by b", "b: offset 2 is predicted from last_hidden by a"],
+            [
+                "a: offset 2 is predicted from last_hidden by b",
+                "b: offset 2 is predicted from last_hidden by a",
+            ],
         ),
-        ("mtp_parallel(offsets=[0])", ["mtp_parallel: offsets is [0], expected distinct integers in [1, 1048576]"]),
-        ("mtp_parallel(heads=blocks)", ['mtp_parallel: heads is "blocks", expected one of "block", "residual"']),
+        (
+            "mtp_parallel(offsets=[0])",
+            ["mtp_parallel: offsets is [0], expected distinct integers in [1, 1048576]"],
+        ),
+        (
+            "mtp_parallel(heads=blocks)",
+            ['mtp_parallel: heads is "blocks", expected one of "block", "residual"'],
+        ),
         ("mtp_parallel(z_loss=-1)", ["mtp_parallel: z_loss is -1.0, expected a number >= 0"]),
     ],
 )
-def test_offsets_that_another_term_predicts_and_wrong_options_are_refused(spec: str, problems: list[str]):
+def test_offsets_that_another_term_predicts_and_wrong_options_are_refused(
+    spec: str, problems: list[str]
+):
     with pytest.raises(SpecError) as caught:
         parse(spec)
     assert len(caught.value.problems) == len(problems)
-    assert all(line.startswith(start) for line, start in zip(caught.value.problems, problems, strict=True))
+    assert all(
+        line.startswith(start) for line, start in zip(caught.value.problems, problems, strict=True)
+    )
 
 
 def test_offsets_of_its_own_are_accepted():
-    parse("ntp + again: ntp + mtp_shared(offsets=[5]) + mtp_parallel + b: mtp_parallel(offsets=[6]) + top")
+    parse(
+        "ntp + again: ntp + mtp_shared(offsets=[5]) + mtp_parallel + b: mtp_parallel(offsets=[6]) "
+        "+ top"
+    )
 
 
 def test_explain_counts_its_parameters():

@@ -1,4 +1,5 @@
-"""mtp_sequential against its equations: one module a depth, each told the token before the one it predicts."""
+"""mtp_sequential against its equations: one module a depth, each told the token before the one it
+predicts."""
 
 from __future__ import annotations
 
@@ -28,9 +29,13 @@ def depth_losses(batch: Batch, layers: nn.ModuleList, term: MTPSequential) -> di
         for b, t in [(b, t) for b in range(len(batch.ids)) for t in range(batch.ids.shape[1])]:
             token = batch.ids[b, t + k] if t + k < batch.ids.shape[1] else 0
             told = rms(batch.embed.weight[token], own["enorm.weight"])
-            rows.append(own["eh_proj.weight"] @ torch.cat([told, rms(hidden[b, t], own["hnorm.weight"])]))
+            rows.append(
+                own["eh_proj.weight"] @ torch.cat([told, rms(hidden[b, t], own["hnorm.weight"])])
+            )
         state = layer.block(torch.stack(rows).view(hidden.shape), mask)  # type: ignore[operator]
-        normed = torch.stack([rms(x, own["norm.weight"]) for x in state.flatten(0, 1)]).view(state.shape)
+        normed = torch.stack([rms(x, own["norm.weight"]) for x in state.flatten(0, 1)]).view(
+            state.shape
+        )
         hidden = normed if term.source == "last_hidden" else state
         losses = [
             F.cross_entropy(batch.head(normed[b, t]), batch.ids[b, t + k + 1])
@@ -42,14 +47,18 @@ def depth_losses(batch: Batch, layers: nn.ModuleList, term: MTPSequential) -> di
 
 def packed_batch() -> Batch:
     batch = make_batch()
-    batch.documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, -1, -1], [2, 2, 2, 2, 2, 2, 2]])
+    batch.documents = torch.tensor(
+        [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, -1, -1], [2, 2, 2, 2, 2, 2, 2]]
+    )
     batch.extra["target_mask"] = torch.rand(3, 7, generator=torch.Generator().manual_seed(1)) < 0.8
     return batch
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    "options", ["", "depth=3", "depth=2, source=last_residual", "depth=2, detach_trunk=true"], ids=str
+    "options",
+    ["", "depth=3", "depth=2, source=last_residual", "depth=2, detach_trunk=true"],
+    ids=str,
 )
 def test_it_equals_its_equations_with_every_gradient(options: str, packed: bool):
     batch = packed_batch() if packed else make_batch()
@@ -66,12 +75,16 @@ def test_it_equals_its_equations_with_every_gradient(options: str, packed: bool)
     metrics = out.metrics.compute()
     for offset, loss in losses.items():
         assert metrics[f"mtp_sequential/{offset}/loss"] == pytest.approx(loss.item(), rel=1e-10)
-        assert metrics[f"loss/mtp_sequential/{offset}"] == pytest.approx(0.3 / term.depth * loss.item(), rel=1e-10)
+        assert metrics[f"loss/mtp_sequential/{offset}"] == pytest.approx(
+            0.3 / term.depth * loss.item(), rel=1e-10
+        )
 
 
 def test_a_detached_trunk_gets_no_gradient_while_embedding_and_head_do():
     batch, objective = make_batch(), build("mtp_sequential(detach_trunk=true)", model=INFO)
-    trunk, embed, *head = gradients(objective(batch.streams()).loss, [batch.hidden, *batch.leaves[-3:]])
+    trunk, embed, *head = gradients(
+        objective(batch.streams()).loss, [batch.hidden, *batch.leaves[-3:]]
+    )
     assert not trunk.any() and embed.any() and all(g.any() for g in head)
 
 
@@ -110,7 +123,11 @@ def test_masked_targets_are_inputs_all_the_same():
     batch, objective = make_batch(), build("mtp_sequential", model=INFO)
     masked = torch.tensor([False, False, True, False, True, False, False]).expand(3, 7)
     by_mask = objective(batch.streams(target_mask=~masked)).loss
-    assert_same(objective(batch.streams(labels=batch.ids.masked_fill(masked, -100))).loss, by_mask, batch.leaves)
+    assert_same(
+        objective(batch.streams(labels=batch.ids.masked_fill(masked, -100))).loss,
+        by_mask,
+        batch.leaves,
+    )
 
 
 def test_the_embedding_is_called_once_a_depth_and_may_be_a_leaf():
@@ -127,7 +144,10 @@ def test_the_embedding_is_called_once_a_depth_and_may_be_a_leaf():
     ("changes", "message"),
     [
         ({"embed": None}, "streams lacks embed"),
-        ({"token_ids": None, "labels": make_batch().ids}, "streams lacks token_ids, expected the ids that embed reads"),
+        (
+            {"token_ids": None, "labels": make_batch().ids},
+            "streams lacks token_ids, expected the ids that embed reads",
+        ),
         ({"embed": make_batch().embed.weight * 1}, "embed is a non-leaf tensor"),
         ({"embed": "wte"}, "embed is a str, expected a module, or a tensor"),
     ],

@@ -11,13 +11,27 @@ from torch import Tensor
 
 from nitp_ops.engine import plan as plan_module
 from nitp_ops.objectives import NTP, ModelInfo, MTPShared, SpecError, Streams, build, parse
-from tests.support.objectives_cases import INFO, Batch, assert_same, gradients, make_batch, ntp_sum, pairs
+from tests.support.objectives_cases import (
+    INFO,
+    Batch,
+    assert_same,
+    gradients,
+    make_batch,
+    ntp_sum,
+    pairs,
+)
 
 
-def token_loss(batch: Batch, b: int, t: int, k: int, smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+def token_loss(
+    batch: Batch, b: int, t: int, k: int, smoothing: float = 0.0, z_loss: float = 0.0
+) -> Tensor:
     z = batch.head(batch.hidden[b, t])
     lse = z.logsumexp(-1)
-    return (1 - smoothing) * (lse - z[batch.ids[b, t + k]]) + smoothing * (lse - z.mean()) + z_loss * lse.square()
+    return (
+        (1 - smoothing) * (lse - z[batch.ids[b, t + k]])
+        + smoothing * (lse - z.mean())
+        + z_loss * lse.square()
+    )
 
 
 @pytest.fixture
@@ -42,7 +56,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     beside=st.sampled_from(["", "ntp + ", "ntp(label_smoothing=0.2) + "]),
     backend=st.sampled_from([None, "reference"]),
 )
-def test_it_equals_the_sum_of_separate_cross_entropies(offsets, seed, smoothing, z_loss, beside, backend):
+def test_it_equals_the_sum_of_separate_cross_entropies(
+    offsets, seed, smoothing, z_loss, beside, backend
+):
     batch = make_batch(seed)
     draw = torch.Generator().manual_seed(seed)
     batch.documents = torch.randint(-1, 2, (3, 7), generator=draw).sort(dim=1).values
@@ -52,7 +68,9 @@ def test_it_equals_the_sum_of_separate_cross_entropies(offsets, seed, smoothing,
     out = build(f"{beside}0.7*mtp_shared({options})", model=INFO, backend=backend)(batch.streams())
     expected = batch.hidden.sum() * 0
     if beside:
-        expected = expected + build(beside.rstrip("+ "), model=INFO, backend=backend)(batch.streams()).loss
+        expected = (
+            expected + build(beside.rstrip("+ "), model=INFO, backend=backend)(batch.streams()).loss
+        )
     metrics = out.metrics.compute()
     for k, w in zip(offsets, weights, strict=True):
         losses = [token_loss(batch, b, t, k, smoothing, z_loss) for b, t in pairs(batch, k, ok)]
@@ -66,7 +84,8 @@ def test_it_equals_the_sum_of_separate_cross_entropies(offsets, seed, smoothing,
 
 
 def test_the_gradient_on_a_row_of_logits_is_the_mass_of_its_targets_times_softmax_minus_the_targets():
-    """Hidden states are the logits: the head is the identity. Token 3 stands twice ahead of t = 0 and adds."""
+    """Hidden states are the logits: the head is the identity. Token 3 stands twice ahead of t = 0
+    and adds."""
     ids = torch.tensor([[0, 1, 3, 3, 2, 2], [5, 5, 5, 4, 1, 0]])
     z = torch.randn(2, 6, 7, dtype=torch.float64, requires_grad=True)
     info = ModelInfo(hidden_size=7, vocab_size=7, num_layers=1, dtype=torch.float64)
@@ -76,7 +95,12 @@ def test_the_gradient_on_a_row_of_logits_is_the_mass_of_its_targets_times_softma
     build("mtp_shared(offsets=[1, 2, 3], weights=[1, 2, 0.5])", model=info)(streams).loss.backward()
     expected = torch.zeros_like(z)
     for k, w in ((1, 1.0), (2, 2.0), (3, 0.5)):
-        rows = [(b, t) for b in range(2) for t in range(6 - k) if documents[b, t] == documents[b, t + k] >= 0]
+        rows = [
+            (b, t)
+            for b in range(2)
+            for t in range(6 - k)
+            if documents[b, t] == documents[b, t + k] >= 0
+        ]
         for b, t in rows:
             target = F.one_hot(ids[b, t + k], 7)
             expected[b, t] += w / len(rows) * (z[b, t].detach().softmax(-1) - target)
@@ -85,7 +109,11 @@ def test_the_gradient_on_a_row_of_logits_is_the_mass_of_its_targets_times_softma
 
 def test_all_its_offsets_and_an_equal_ntp_are_one_set_of_rows(jobs: list[int]):
     streams = make_batch().streams()
-    for spec in ("mtp_shared(offsets=[2, 3, 4])", "ntp + mtp_shared", "ntp + nitp + mtp_shared + b: 2*mtp_shared"):
+    for spec in (
+        "mtp_shared(offsets=[2, 3, 4])",
+        "ntp + mtp_shared",
+        "ntp + nitp + mtp_shared + b: 2*mtp_shared",
+    ):
         build(spec, model=INFO)(streams)
     assert jobs == [1, 1, 1]
 
@@ -105,14 +133,20 @@ def test_rows_that_differ_or_may_be_silent_stay_apart_from_ntp(spec: str, jobs: 
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("options", ["", "(label_smoothing=0.1)", "(z_loss=0.1)", "(label_smoothing=0.3, z_loss=0.1)"])
-def test_under_a_weight_of_zero_every_offset_is_measured_all_the_same(options: str, backend: str | None):
+@pytest.mark.parametrize(
+    "options", ["", "(label_smoothing=0.1)", "(z_loss=0.1)", "(label_smoothing=0.3, z_loss=0.1)"]
+)
+def test_under_a_weight_of_zero_every_offset_is_measured_all_the_same(
+    options: str, backend: str | None
+):
     streams = make_batch().streams()
     silent = build(f"0*mtp_shared{options}", model=INFO, backend=backend)(streams).metrics.compute()
     loud = build(f"mtp_shared{options}", model=INFO, backend=backend)(streams).metrics.compute()
     for k in (2, 3):
         for name in ("loss", "count", "accuracy"):
-            assert silent[f"mtp_shared/{k}/{name}"] == pytest.approx(loud[f"mtp_shared/{k}/{name}"], rel=1e-12)
+            assert silent[f"mtp_shared/{k}/{name}"] == pytest.approx(
+                loud[f"mtp_shared/{k}/{name}"], rel=1e-12
+            )
     assert silent["loss"] == 0
 
 
@@ -124,18 +158,25 @@ def test_accuracy_is_that_of_each_offset():
         assert metrics[f"{name}/accuracy"] == pytest.approx(right.double().mean().item())
 
 
-@pytest.mark.parametrize("spec", ["mtp_shared", "ntp + mtp_shared(z_loss=0.1, label_smoothing=0.1)"])
+@pytest.mark.parametrize(
+    "spec", ["mtp_shared", "ntp + mtp_shared(z_loss=0.1, label_smoothing=0.1)"]
+)
 def test_token_weights_of_either_sign_multiply_each_target(spec: str):
     """Two targets of one row weighted 1 and -1 must not cancel to a silent row."""
     batch = make_batch(length=9)
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 3)
-    weight = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 0.0, 1.0, -1.0], dtype=torch.float64).expand(3, 9)
+    weight = torch.tensor(
+        [1.0, 1.0, -1.0, 1.0, -1.0, 1.0, 0.0, 1.0, -1.0], dtype=torch.float64
+    ).expand(3, 9)
     term = parse(spec).terms[-1]
     assert isinstance(term, MTPShared)
     expected = batch.hidden.sum() * 0
     for k in (1, 2, 3) if "ntp" in spec else (2, 3):
         smoothing, z_loss = (0.0, 0.0) if k == 1 else (term.label_smoothing, term.z_loss)
-        losses = [weight[b, t + k] * token_loss(batch, b, t, k, smoothing, z_loss) for b, t in pairs(batch, k)]
+        losses = [
+            weight[b, t + k] * token_loss(batch, b, t, k, smoothing, z_loss)
+            for b, t in pairs(batch, k)
+        ]
         expected = expected + (torch.stack(losses).mean() if losses else 0)
     loss = build(spec, model=INFO)(batch.streams(token_weight=weight)).loss
     assert_same(loss, expected, batch.leaves)
@@ -157,14 +198,19 @@ def test_the_offset_one_is_ntp():
     assert_same(loss, 1.5 * ntp_sum(batch, pairs(batch, 1)) / 18, batch.leaves)
     alone = build("mtp_shared(offsets=[1])", model=INFO)(batch.streams())
     ntp = build([NTP()], model=INFO)(batch.streams())
-    for mine, other in zip(gradients(alone.loss, batch.leaves), gradients(ntp.loss, batch.leaves), strict=True):
+    for mine, other in zip(
+        gradients(alone.loss, batch.leaves), gradients(ntp.loss, batch.leaves), strict=True
+    ):
         assert torch.equal(mine, other)
 
 
 def test_pre_shifted_labels_offer_every_offset_one_target_more():
     batch = make_batch()
     counts = build("mtp_shared", model=INFO).count(batch.streams(shift_labels=batch.ids))
-    assert {name: n.item() for name, n in counts.items()} == {"mtp_shared/2": 18, "mtp_shared/3": 15}
+    assert {name: n.item() for name, n in counts.items()} == {
+        "mtp_shared/2": 18,
+        "mtp_shared/3": 15,
+    }
 
 
 @pytest.mark.parametrize(
@@ -182,7 +228,10 @@ def test_pre_shifted_labels_offer_every_offset_one_target_more():
 def test_wrong_options_are_refused(options: str, problem: str):
     with pytest.raises(SpecError) as caught:
         parse(f"mtp_shared({options})")
-    assert len(caught.value.problems) == 1 and problem.replace("(2, 0.5)", "[2, 0.5]") in caught.value.problems[0]
+    assert (
+        len(caught.value.problems) == 1
+        and problem.replace("(2, 0.5)", "[2, 0.5]") in caught.value.problems[0]
+    )
 
 
 def test_explain_names_its_offsets_and_adds_no_parameter():

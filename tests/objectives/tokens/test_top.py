@@ -32,16 +32,21 @@ def list_net(objective: CompositeObjective, batch: Batch, window: int) -> Tensor
 
 
 @settings(max_examples=30)
-@given(window=st.integers(1, 9), seed=st.integers(0, 99), backend=st.sampled_from([None, "reference"]))
+@given(
+    window=st.integers(1, 9), seed=st.integers(0, 99), backend=st.sampled_from([None, "reference"])
+)
 def test_it_equals_the_dense_list_net_loss(window: int, seed: int, backend: str | None):
     batch = make_batch(seed)
     draw = torch.Generator().manual_seed(seed)
     batch.ids = batch.ids % 4  # tokens repeat
-    batch.documents = torch.randint(-1, 3, (3, 7), generator=draw)  # documents need not be contiguous
+    # documents need not be contiguous
+    batch.documents = torch.randint(-1, 3, (3, 7), generator=draw)
     batch.extra["target_mask"] = torch.rand(3, 7, generator=draw) < 0.7
     objective = build([TOP(window=window)], model=INFO, backend=backend)
     out = objective(batch.streams())
-    assert_same(out.loss, list_net(objective, batch, window), [*batch.leaves, *objective.parameters()])
+    assert_same(
+        out.loss, list_net(objective, batch, window), [*batch.leaves, *objective.parameters()]
+    )
     rows = sum(scores(batch, window, b, t).isfinite().any().item() for b, t in pairs(batch, 0))
     assert out.metrics.compute()["top/count"] == rows
 
@@ -69,7 +74,11 @@ def test_pre_shifted_labels_give_the_loss_of_the_longer_row():
     longer.extra["target_mask"] = torch.rand(3, 8) < 0.7
     objective = build([TOP(window=5)], model=INFO)
     expected = objective(longer.streams()).loss
-    changes = {"token_ids": longer.ids[:, :-1], "last_hidden": longer.hidden[:, :-1], "last_residual": None}
+    changes = {
+        "token_ids": longer.ids[:, :-1],
+        "last_hidden": longer.hidden[:, :-1],
+        "last_residual": None,
+    }
     labels = longer.ids.masked_fill(~longer.extra.pop("target_mask"), -100)[:, 1:]
     streams = longer.streams(**changes, hidden_states={}, shift_labels=labels)
     assert_same(objective(streams).loss, expected, [longer.hidden, *objective.parameters()])
@@ -79,17 +88,25 @@ def test_pre_shifted_labels_give_the_loss_of_the_longer_row():
     ("compat", "expected"),
     [("none", [0.632, 0.233, 0.086, 0.031]), ("fp16_scores", [0.456, 0.456, 0.062, 0.008])],
 )
-def test_half_precision_scores_give_the_weights_of_the_published_builders(compat: str, expected: list[float]):
+def test_half_precision_scores_give_the_weights_of_the_published_builders(
+    compat: str, expected: list[float]
+):
     term = parse(f"top(window=4096, compat={compat})").terms[0]
     assert isinstance(term, TOP)
-    weights = term.target_weights(torch.ones(1, 1, 4096, dtype=torch.bool), torch.arange(1, 4097), torch.float64)[0, 0]
-    torch.testing.assert_close(weights[:4], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=5e-4)
+    weights = term.target_weights(
+        torch.ones(1, 1, 4096, dtype=torch.bool), torch.arange(1, 4097), torch.float64
+    )[0, 0]
+    torch.testing.assert_close(
+        weights[:4], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=5e-4
+    )
     assert weights.sum().item() == pytest.approx(1)
 
 
 def test_half_precision_changes_nothing_at_the_default_window():
     streams = make_batch().streams()
-    exact, compat = (build(f"top(compat={c})", model=INFO)(streams).loss for c in ("none", "fp16_scores"))
+    exact, compat = (
+        build(f"top(compat={c})", model=INFO)(streams).loss for c in ("none", "fp16_scores")
+    )
     assert torch.equal(exact, compat)
 
 
@@ -102,7 +119,11 @@ def test_the_weights_of_far_targets_do_not_vanish_for_want_of_near_ones():
 
 
 def test_a_row_without_a_target_has_no_weights_and_does_not_count():
-    assert not TOP().target_weights(torch.zeros(1, 2, 3, dtype=torch.bool), torch.arange(1, 4), torch.float32).any()
+    assert (
+        not TOP()
+        .target_weights(torch.zeros(1, 2, 3, dtype=torch.bool), torch.arange(1, 4), torch.float32)
+        .any()
+    )
     batch, objective = make_batch(length=1), build("top", model=INFO)
     out = objective(batch.streams())
     assert out.loss.item() == 0 and out.metrics.compute()["top/count"] == 0
@@ -132,7 +153,14 @@ def test_token_weights_multiply_the_weight_of_each_target(backend: str | None):
 
 
 def test_the_head_is_its_own_and_inherits_softcap_and_scale():
-    info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5, softcap=2.0, logit_scale=0.7, dtype=torch.float64)
+    info = ModelInfo(
+        hidden_size=6,
+        vocab_size=11,
+        num_layers=5,
+        softcap=2.0,
+        logit_scale=0.7,
+        dtype=torch.float64,
+    )
     batch, objective = make_batch(), build("top(window=1)", model=info)
     (head,) = objective.parameters()
     z = 2.0 * torch.tanh(0.7 * (batch.hidden[:, :-1] @ head.T) / 2.0)
@@ -167,14 +195,19 @@ def test_the_seed_alone_decides_the_head_and_it_builds_on_the_meta_device():
     assert torch.equal(weight, again) and not torch.equal(weight, other)
     large = ModelInfo(hidden_size=64, vocab_size=512, num_layers=2, dtype=torch.bfloat16)
     (values,) = build("top", model=large).parameters()
-    assert values.dtype == torch.bfloat16 and values.float().std().item() == pytest.approx(0.02, rel=0.02)
+    assert values.dtype == torch.bfloat16 and values.float().std().item() == pytest.approx(
+        0.02, rel=0.02
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
         ("window=0", "window is 0, expected an integer in [1, 1048576]"),
-        ("window=70000, compat=fp16_scores", 'window is 70000, expected at most 65504 with "fp16_scores"'),
+        (
+            "window=70000, compat=fp16_scores",
+            'window is 70000, expected at most 65504 with "fp16_scores"',
+        ),
         ("compat=fp16", 'compat is "fp16", expected one of "none", "fp16_scores"'),
     ],
 )

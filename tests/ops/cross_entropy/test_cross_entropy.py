@@ -19,11 +19,18 @@ from tests.ops.cross_entropy.test_linear_cross_entropy import problems
 from tests.support.budget import close, near, outputs, widened, within_budget
 
 BACKENDS = pytest.mark.parametrize("backend", ["native", "torch"])
-EVERYTHING: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 2.0, "logit_scale": 0.7}
+EVERYTHING: dict[str, Any] = {
+    "label_smoothing": 0.1,
+    "z_loss": 0.02,
+    "softcap": 2.0,
+    "logit_scale": 0.7,
+}
 
 
 def make(rows=12, vocabulary=31, dtype=torch.float64):
-    return torch.randn(rows, vocabulary, dtype=dtype, requires_grad=True), torch.randint(0, vocabulary, (rows,))
+    return torch.randn(rows, vocabulary, dtype=dtype, requires_grad=True), torch.randint(
+        0, vocabulary, (rows,)
+    )
 
 
 def loss_of(book, labels, **options):
@@ -42,7 +49,10 @@ def test_it_equals_the_reference(problem, backend):
     (hidden, weight, *bias), labels, options, upstream, _ = problem
     inputs = [(hidden @ weight.T).detach().requires_grad_(), *bias]
     exact = outputs(loss_of(reference, labels, **options), widened(inputs), upstream)
-    for ours in (loss_of(nitp_ops, labels, backend=backend, **options), in_place(labels, backend=backend, **options)):
+    for ours in (
+        loss_of(nitp_ops, labels, backend=backend, **options),
+        in_place(labels, backend=backend, **options),
+    ):
         results = outputs(ours, inputs, upstream)
         near(results, exact, ["loss", "d logits", "d bias"])
         assert [x.dtype for x in results[1:]] == [x.dtype for x in inputs]
@@ -54,7 +64,12 @@ def test_the_reference_is_pytorchs_cross_entropy():
     for reduction in ("mean", "sum", "none"):
         for smoothing in (0.0, 0.2):
             theirs = F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=smoothing)
-            close(reference.cross_entropy(logits, labels, reduction=reduction, label_smoothing=smoothing), theirs)
+            close(
+                reference.cross_entropy(
+                    logits, labels, reduction=reduction, label_smoothing=smoothing
+                ),
+                theirs,
+            )
 
 
 @given(problems())
@@ -93,7 +108,10 @@ def test_it_keeps_the_budget(dtype, backend):
     for options in ({}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0}):
         eager = outputs(loss_of(reference, labels, **options), [logits])
         exact = outputs(loss_of(reference, labels, **options), widened([logits]))
-        for ours in (loss_of(nitp_ops, labels, backend=backend, **options), in_place(labels, **options)):
+        for ours in (
+            loss_of(nitp_ops, labels, backend=backend, **options),
+            in_place(labels, **options),
+        ):
             within_budget(outputs(ours, [logits]), eager, exact)
 
 
@@ -110,7 +128,9 @@ def test_gradcheck_holds_in_float64(reduction, backend):
 def test_any_leading_shape_and_any_strides_give_the_same_numbers():
     logits, labels = make(24)
     expected = outputs(loss_of(nitp_ops, labels), [logits])
-    shaped = outputs(lambda x: nitp_ops.cross_entropy(x.view(2, 3, 4, 31), labels.view(2, 3, 4)), [logits])
+    shaped = outputs(
+        lambda x: nitp_ops.cross_entropy(x.view(2, 3, 4, 31), labels.view(2, 3, 4)), [logits]
+    )
     wide = torch.randn(24, 62, dtype=torch.float64)
     every_second, rows = wide[:, ::2], torch.randn(24, 40, dtype=torch.float64)[:, :31]
     for strided in (every_second, rows, logits.detach().t().contiguous().t()):
@@ -169,7 +189,9 @@ def test_ignored_and_weightless_rows_that_are_nan_reach_nothing(backend):
     spoiled = logits.detach().clone()
     spoiled[4] = spoiled[7] = float("nan")
     ours = loss_of(nitp_ops, labels, token_weight=weight, backend=backend)
-    for a, b in zip(outputs(ours, [spoiled.requires_grad_()]), outputs(ours, [logits]), strict=True):
+    for a, b in zip(
+        outputs(ours, [spoiled.requires_grad_()]), outputs(ours, [logits]), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -181,8 +203,12 @@ def test_a_weight_of_zero_hides_a_loss_that_is_no_number(backend, reduction):
         logits[3], logits[5, labels[5]] = torch.nan, -torch.inf
     weight = torch.ones(12, dtype=torch.float64)
     weight[[3, 5]] = 0
-    loss = nitp_ops.cross_entropy(logits, labels, token_weight=weight, reduction=reduction, backend=backend)
-    assert loss.isfinite().all() and (reduction == "sum" or (loss == 0).tolist() == (weight == 0).tolist())
+    loss = nitp_ops.cross_entropy(
+        logits, labels, token_weight=weight, reduction=reduction, backend=backend
+    )
+    assert loss.isfinite().all() and (
+        reduction == "sum" or (loss == 0).tolist() == (weight == 0).tolist()
+    )
 
 
 def test_an_upstream_of_zero_gives_zeros_whatever_it_meets():
@@ -191,7 +217,9 @@ def test_an_upstream_of_zero_gives_zeros_whatever_it_meets():
     weight, upstream = torch.ones(2, 12, dtype=torch.float64)
     spoiled[4] = weight[5] = float("inf")
     upstream[4:6] = 0
-    rows = nitp_ops.cross_entropy(spoiled.requires_grad_(), labels, token_weight=weight, reduction="none")
+    rows = nitp_ops.cross_entropy(
+        spoiled.requires_grad_(), labels, token_weight=weight, reduction="none"
+    )
     (gradient,) = torch.autograd.grad(rows, spoiled, upstream)
     assert (gradient[4:6] == 0).all() and gradient.isfinite().all()
 
@@ -200,7 +228,9 @@ def test_no_labelled_row_gives_zero_loss_and_zero_gradients():
     for rows in (0, 12):
         logits, _ = make(rows)
         for reduction in ("mean", "sum", "none"):
-            found = outputs(loss_of(nitp_ops, torch.full((rows,), -100), reduction=reduction), [logits])
+            found = outputs(
+                loss_of(nitp_ops, torch.full((rows,), -100), reduction=reduction), [logits]
+            )
             assert all(x.abs().sum() == 0 for x in found)
 
 
@@ -293,7 +323,9 @@ def test_compiled_code_overwrites_nothing_and_agrees():
     leaf, labels = make(dtype=torch.float32)
     loss = partial(nitp_ops.cross_entropy, labels=labels, inplace_gradient=True)
     compiled = torch.compile(lambda x: loss(x.sin()), fullgraph=True)
-    for a, b in zip(outputs(compiled, [leaf], 0.37), outputs(lambda x: loss(x.sin()), [leaf], 0.37), strict=True):
+    for a, b in zip(
+        outputs(compiled, [leaf], 0.37), outputs(lambda x: loss(x.sin()), [leaf], 0.37), strict=True
+    ):
         close(a, b, 1e-6)
     logits = leaf.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(logits), logits)

@@ -24,7 +24,11 @@ def problems(draw):
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
     spread = draw(st.sampled_from([0.3, 3.0]))
     hidden = torch.randn(rows, width, generator=generator, dtype=torch.float64)
-    weight = spread * torch.randn(vocabulary, width, generator=generator, dtype=torch.float64) / width**0.5
+    weight = (
+        spread
+        * torch.randn(vocabulary, width, generator=generator, dtype=torch.float64)
+        / width**0.5
+    )
     labels = torch.randint(0, vocabulary, (rows,), generator=generator)
     ignored = torch.rand(rows, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))
     options = {
@@ -36,19 +40,35 @@ def problems(draw):
     }
     inputs = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
     if draw(st.booleans()):
-        inputs.append(torch.randn(vocabulary, generator=generator, dtype=torch.float64).to(dtype).requires_grad_())
+        inputs.append(
+            torch.randn(vocabulary, generator=generator, dtype=torch.float64)
+            .to(dtype)
+            .requires_grad_()
+        )
     work = torch.float64 if dtype == torch.float64 else torch.float32
     labels = labels.masked_fill(ignored, -100)
     if draw(st.booleans()):
-        options["token_weight"] = torch.rand(rows, generator=generator, dtype=torch.float64).to(work)
+        options["token_weight"] = torch.rand(rows, generator=generator, dtype=torch.float64).to(
+            work
+        )
     targets = draw(st.sampled_from(["one", "class weights", "several"]))
     if targets == "class weights":
-        options["class_weight"] = torch.rand(vocabulary, generator=generator, dtype=torch.float64).to(work)
+        options["class_weight"] = torch.rand(
+            vocabulary, generator=generator, dtype=torch.float64
+        ).to(work)
     elif targets == "several":
         several = draw(st.integers(0, 4))
-        labels = torch.randint(-2, vocabulary, (rows, several), generator=generator).masked_fill(ignored[:, None], -100)
-        options["target_weight"] = torch.rand(rows, several, generator=generator, dtype=torch.float64).to(work)
-    upstream = torch.rand(rows, generator=generator, dtype=work) if options["reduction"] == "none" else 0.37
+        labels = torch.randint(-2, vocabulary, (rows, several), generator=generator).masked_fill(
+            ignored[:, None], -100
+        )
+        options["target_weight"] = torch.rand(
+            rows, several, generator=generator, dtype=torch.float64
+        ).to(work)
+    upstream = (
+        torch.rand(rows, generator=generator, dtype=work)
+        if options["reduction"] == "none"
+        else 0.37
+    )
     chunk = draw(st.sampled_from([1, vocabulary * ROW * 3, None]))
     return inputs, labels, options, upstream, chunk
 
@@ -63,8 +83,14 @@ def call(function, labels, options):
 @given(problems())
 def test_it_equals_the_reference(problem):
     inputs, labels, options, upstream, chunk = problem
-    ours = outputs(call(nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk}), inputs, upstream)
-    exact = outputs(call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream)
+    ours = outputs(
+        call(nitp_ops.linear_cross_entropy, labels, {**options, "chunk_bytes": chunk}),
+        inputs,
+        upstream,
+    )
+    exact = outputs(
+        call(reference.linear_cross_entropy, labels, options), widened(inputs), upstream
+    )
     near(ours, exact, ["loss", "d hidden", "d unembedding", "d bias"])
     assert [x.dtype for x in ours[1:]] == [x.dtype for x in inputs]
 
@@ -75,7 +101,9 @@ def test_the_reference_is_pytorchs_cross_entropy():
     labels[3] = -100
     for smoothing in (0.0, 0.2):
         for reduction in ("mean", "sum", "none"):
-            expected = F.cross_entropy(hidden @ weight.T, labels, reduction=reduction, label_smoothing=smoothing)
+            expected = F.cross_entropy(
+                hidden @ weight.T, labels, reduction=reduction, label_smoothing=smoothing
+            )
             options = {"reduction": reduction, "label_smoothing": smoothing}
             close(reference.linear_cross_entropy(hidden, weight, labels, **options), expected)
 
@@ -88,8 +116,16 @@ def test_gradcheck_holds_in_float64(reduction):
     labels = torch.tensor([0, 6, -100, 3, 3])
 
     def loss(hidden, weight, bias):
-        options = {"label_smoothing": 0.1, "z_loss": 0.02, "softcap": 2.0, "logit_scale": 0.7, "chunk_bytes": 120}
-        return nitp_ops.linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction, **options)
+        options = {
+            "label_smoothing": 0.1,
+            "z_loss": 0.02,
+            "softcap": 2.0,
+            "logit_scale": 0.7,
+            "chunk_bytes": 120,
+        }
+        return nitp_ops.linear_cross_entropy(
+            hidden, weight, labels, bias=bias, reduction=reduction, **options
+        )
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
 
@@ -104,18 +140,23 @@ def test_any_leading_shape_and_any_strides_give_the_same_numbers():
     hidden, weight, labels = make(24)
     expected = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [hidden, weight])
     shaped = outputs(
-        lambda h, w: nitp_ops.linear_cross_entropy(h.view(2, 3, 4, 6), w, labels.view(2, 3, 4)), [hidden, weight]
+        lambda h, w: nitp_ops.linear_cross_entropy(h.view(2, 3, 4, 6), w, labels.view(2, 3, 4)),
+        [hidden, weight],
     )
     crossed = hidden.detach().view(4, 6, 6).transpose(0, 1)  # leading axes that no view can flatten
     crossed = crossed.clone(memory_format=torch.preserve_format).requires_grad_()
     assert not crossed.is_contiguous()
     order = torch.arange(24).view(4, 6).T.reshape(-1)
     strided = outputs(
-        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels[order].view(6, 4), chunk_bytes=31 * 8 * 5),
+        lambda h, w: nitp_ops.linear_cross_entropy(
+            h, w, labels[order].view(6, 4), chunk_bytes=31 * 8 * 5
+        ),
         [crossed, weight],
     )
     column_major = hidden.detach().t().contiguous().t().requires_grad_()
-    transposed = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [column_major, weight])
+    transposed = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [column_major, weight]
+    )
     for other in (shaped, transposed):
         for a, b in zip(other, expected, strict=True):
             close(a, b.view(a.shape))
@@ -127,18 +168,23 @@ def test_any_leading_shape_and_any_strides_give_the_same_numbers():
 def test_chunking_row_order_and_batch_splits_change_nothing():
     hidden, weight, labels = make(40)
     labels[5] = -100
-    whole = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, reduction="sum"), [hidden, weight])
+    whole = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels, reduction="sum"), [hidden, weight]
+    )
     for rows in (1, 3, 7, 39):
         size = rows * 31 * 8
         chunked = outputs(
-            lambda h, w, size=size: nitp_ops.linear_cross_entropy(h, w, labels, reduction="sum", chunk_bytes=size),
+            lambda h, w, size=size: nitp_ops.linear_cross_entropy(
+                h, w, labels, reduction="sum", chunk_bytes=size
+            ),
             [hidden, weight],
         )
         for a, b in zip(chunked, whole, strict=True):
             close(a, b)
     shuffle = torch.randperm(40)
     shuffled = outputs(
-        lambda h, w: nitp_ops.linear_cross_entropy(h[shuffle], w, labels[shuffle], reduction="sum"), [hidden, weight]
+        lambda h, w: nitp_ops.linear_cross_entropy(h[shuffle], w, labels[shuffle], reduction="sum"),
+        [hidden, weight],
     )
     halves = outputs(
         lambda h, w: sum(
@@ -159,7 +205,8 @@ def test_a_normalizer_makes_microbatches_equal_the_whole_batch():
     whole = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [hidden, weight])
     parts = outputs(
         lambda h, w: sum(
-            nitp_ops.linear_cross_entropy(h[p], w, labels[p], normalizer=count) for p in (slice(0, 9), slice(9, 20))
+            nitp_ops.linear_cross_entropy(h[p], w, labels[p], normalizer=count)
+            for p in (slice(0, 9), slice(9, 20))
         ),
         [hidden, weight],
     )
@@ -208,7 +255,9 @@ def test_an_ignored_nan_row_reaches_nothing_at_all():
     clean = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [hidden, weight])
     spoiled = hidden.detach().clone()
     spoiled[4] = float("nan")
-    dirty = outputs(lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [spoiled.requires_grad_(), weight])
+    dirty = outputs(
+        lambda h, w: nitp_ops.linear_cross_entropy(h, w, labels), [spoiled.requires_grad_(), weight]
+    )
     for a, b in zip(dirty, clean, strict=True):
         assert torch.equal(a, b)
 
@@ -217,7 +266,9 @@ def test_a_nan_row_spoils_its_own_loss_only():
     hidden, weight, labels = make()
     spoiled = hidden.detach().clone()
     spoiled[4] = float("nan")
-    loss, stats = nitp_ops.linear_cross_entropy(spoiled, weight, labels, reduction="none", return_stats=True)
+    loss, stats = nitp_ops.linear_cross_entropy(
+        spoiled, weight, labels, reduction="none", return_stats=True
+    )
     clean = nitp_ops.linear_cross_entropy(hidden, weight, labels, reduction="none")
     keep = torch.arange(12) != 4
     assert loss[4].isnan() and stats.log_sum_exp[4].isnan()
@@ -231,7 +282,9 @@ def test_a_row_of_weight_zero_counts_but_adds_nothing_even_if_it_is_nan(backend)
     token_weight[4] = 0
     spoiled = hidden.detach().clone()
     spoiled[4] = float("nan")
-    loss = partial(nitp_ops.linear_cross_entropy, labels=labels, token_weight=token_weight, backend=backend)
+    loss = partial(
+        nitp_ops.linear_cross_entropy, labels=labels, token_weight=token_weight, backend=backend
+    )
     clean = outputs(loss, [hidden, weight])
     dirty = outputs(loss, [spoiled.requires_grad_(), weight])
     for a, b in zip(dirty, clean, strict=True):
@@ -258,7 +311,9 @@ def test_a_masked_vocabulary_entry_leaves_the_loss_finite(backend):
     hidden, weight, _ = make()
     bias = torch.zeros(31, dtype=torch.float64)
     bias[30] = -float("inf")
-    loss = nitp_ops.linear_cross_entropy(hidden, weight, torch.arange(12), bias=bias, backend=backend)
+    loss = nitp_ops.linear_cross_entropy(
+        hidden, weight, torch.arange(12), bias=bias, backend=backend
+    )
     without = nitp_ops.linear_cross_entropy(hidden, weight[:30], torch.arange(12))
     close(loss, without)
 

@@ -21,7 +21,9 @@ def test_a_call_is_the_op_with_the_modules_options():
     assert not list(module.parameters()) and not module.state_dict()
     ours, theirs = module(*inputs), nitp_ops.linear_cross_entropy(*inputs, **options)
     assert torch.equal(ours, theirs)
-    for a, b in zip(torch.autograd.grad(ours, inputs[:2]), torch.autograd.grad(theirs, inputs[:2]), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(ours, inputs[:2]), torch.autograd.grad(theirs, inputs[:2]), strict=True
+    ):
         assert torch.equal(a, b)
 
 
@@ -38,7 +40,9 @@ def test_an_unknown_option_is_refused_when_it_is_made(name, hint):
     with pytest.raises(TypeError) as error:
         nitp_ops.LinearCrossEntropy(**{name: 1})
     told = str(error.value)
-    assert told.startswith(f"LinearCrossEntropy: {name} is no option, expected one of bias, ignore_index, ")
+    assert told.startswith(
+        f"LinearCrossEntropy: {name} is no option, expected one of bias, ignore_index, "
+    )
     assert told.endswith(hint) and ("Did you mean" in told) == bool(hint)
 
 

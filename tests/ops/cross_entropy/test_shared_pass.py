@@ -23,8 +23,12 @@ def test_a_term_of_weight_zero_leaves_the_other_gradients_bit_identical(dtype):
     other = torch.full((7, 48), float("nan"), dtype=dtype)
     main = nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(1 / 130))
     silent = nitp_ops.CrossEntropyTerm(other, labels[:7], token_weight=torch.tensor(0.0))
-    alone = outputs(lambda h, w: nitp_ops.grouped_linear_cross_entropy([main], w)[0], [hidden, weight])
-    beside = outputs(lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, silent], w)[0], [hidden, weight])
+    alone = outputs(
+        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main], w)[0], [hidden, weight]
+    )
+    beside = outputs(
+        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, silent], w)[0], [hidden, weight]
+    )
     for a, b in zip(alone, beside, strict=True):
         assert torch.equal(a, b)
 
@@ -36,10 +40,12 @@ def test_a_longer_term_of_weight_zero_does_not_move_the_chunks_of_the_others(dty
     silent = nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(0.0))
     size = 30 * 1000 * dtype.itemsize
     alone = outputs(
-        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main], w, chunk_bytes=size)[0], [hidden, weight]
+        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main], w, chunk_bytes=size)[0],
+        [hidden, weight],
     )
     beside = outputs(
-        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, silent], w, chunk_bytes=size)[0], [hidden, weight]
+        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, silent], w, chunk_bytes=size)[0],
+        [hidden, weight],
     )
     for a, b in zip(alone, beside, strict=True):
         assert torch.equal(a, b)
@@ -59,7 +65,9 @@ def rows_of_gemms(monkeypatch, name):
 
 def term_of(rows, weight=1.0, grad=True):
     return nitp_ops.CrossEntropyTerm(
-        torch.randn(rows, 6, requires_grad=grad), torch.randint(0, 31, (rows,)), token_weight=torch.tensor(weight)
+        torch.randn(rows, 6, requires_grad=grad),
+        torch.randint(0, 31, (rows,)),
+        token_weight=torch.tensor(weight),
     )
 
 
@@ -70,7 +78,9 @@ def test_a_chunk_holds_rows_of_several_terms_and_silent_ones_stay_apart(monkeypa
     nitp_ops.grouped_linear_cross_entropy(terms, weight, chunk_bytes=8 * 31 * 4)
     assert seen == [8, 8, 6, 4]
     size = 8 * 31 * 4
-    plan = nitp_ops.explain("linear_cross_entropy", rows=11, width=6, vocabulary=31, chunk_bytes=size, terms=2)
+    plan = nitp_ops.explain(
+        "linear_cross_entropy", rows=11, width=6, vocabulary=31, chunk_bytes=size, terms=2
+    )
     seen.clear()
     nitp_ops.grouped_linear_cross_entropy([term_of(11), term_of(11)], weight, chunk_bytes=size)
     assert (plan.chunks, plan.chunk_rows) == (len(seen), seen[0]) == (3, 8)
@@ -86,7 +96,8 @@ def test_no_product_is_made_for_hidden_states_that_want_no_gradient(monkeypatch)
 
 
 @pytest.mark.skipif(
-    not gemm.has_native_gemm("cpu", torch.bfloat16), reason="no bfloat16 product is written in float32 here"
+    not gemm.has_native_gemm("cpu", torch.bfloat16),
+    reason="no bfloat16 product is written in float32 here",
 )
 def test_a_float32_buffer_takes_hidden_gradients_of_a_shared_chunk_without_a_rounding():
     hidden = [torch.randn(8, 64).bfloat16().requires_grad_() for _ in range(2)]
@@ -99,7 +110,9 @@ def test_a_float32_buffer_takes_hidden_gradients_of_a_shared_chunk_without_a_rou
     nitp_ops.grouped_linear_cross_entropy(terms, weight)[0].backward()
     for h, buffer in zip(hidden, buffers, strict=True):
         apart = torch.zeros(8, 64)
-        term = nitp_ops.CrossEntropyTerm(h, labels, token_weight=torch.tensor(0.1), hidden_grad_out=apart)
+        term = nitp_ops.CrossEntropyTerm(
+            h, labels, token_weight=torch.tensor(0.1), hidden_grad_out=apart
+        )
         nitp_ops.grouped_linear_cross_entropy([term], weight)[0].backward()
         assert torch.equal(buffer, apart) and not torch.equal(buffer, buffer.bfloat16().float())
 
@@ -110,7 +123,9 @@ def test_the_shared_pass_equals_the_sum_of_its_jobs(count, seed):
     weight = torch.randn(19, 5, generator=generator, dtype=torch.float64).requires_grad_()
     terms = []
     for place in range(count):
-        hidden = torch.randn(2, 3 + place, 5, generator=generator, dtype=torch.float64).requires_grad_()
+        hidden = torch.randn(
+            2, 3 + place, 5, generator=generator, dtype=torch.float64
+        ).requires_grad_()
         labels = torch.randint(0, 19, (2, 3 + place), generator=generator)
         labels[0, 0] = -100
         terms.append(
@@ -123,7 +138,10 @@ def test_the_shared_pass_equals_the_sum_of_its_jobs(count, seed):
             )
         )
     inputs = [weight, *(term.hidden for term in terms)]
-    together = outputs(lambda w, *_: nitp_ops.grouped_linear_cross_entropy(terms, w, chunk_bytes=19 * 8 * 2)[0], inputs)
+    together = outputs(
+        lambda w, *_: nitp_ops.grouped_linear_cross_entropy(terms, w, chunk_bytes=19 * 8 * 2)[0],
+        inputs,
+    )
     apart = outputs(lambda w, *_: reference.grouped_linear_cross_entropy(terms, w), inputs)
     for a, b in zip(together, apart, strict=True):
         close(a, b)

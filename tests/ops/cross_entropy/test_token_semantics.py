@@ -1,4 +1,5 @@
-"""linear_cross_entropy: weighted targets, class weights, entropy, precision of the logits, buffers, float16."""
+"""linear_cross_entropy: weighted targets, class weights, entropy, precision of the logits, buffers,
+float16."""
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def test_one_target_of_weight_one_is_a_plain_label(backend):
     plain = outputs(lambda h, w: linear_cross_entropy(h, w, labels, **options), [hidden, weight])
     ones = torch.ones(12, 1, dtype=torch.float64)
     several = outputs(
-        lambda h, w: linear_cross_entropy(h, w, labels[:, None], target_weight=ones, **options), [hidden, weight]
+        lambda h, w: linear_cross_entropy(h, w, labels[:, None], target_weight=ones, **options),
+        [hidden, weight],
     )
     for a, b in zip(several, plain, strict=True):
         close(a, b)
@@ -35,7 +37,8 @@ def test_one_target_of_weight_one_is_a_plain_label(backend):
 
 @given(st.integers(0, 2**20), st.integers(1, 40))
 def test_weighted_targets_are_the_dense_soft_label_cross_entropy(seed, several):
-    """-sum_v y_v log p_v with y_v the sum of the weights of the targets v: duplicates add, negative ones are absent."""
+    """-sum_v y_v log p_v with y_v the sum of the weights of the targets v: duplicates add, negative
+    ones are absent."""
     generator = torch.Generator().manual_seed(seed)
     hidden, weight, _ = make(rows=5, vocabulary=9)
     labels = torch.randint(-1, 9, (5, several), generator=generator)
@@ -44,9 +47,12 @@ def test_weighted_targets_are_the_dense_soft_label_cross_entropy(seed, several):
     dense.scatter_add_(1, labels.clamp(min=0), weights.where(labels >= 0, 0))
     rows = (labels >= 0).any(1).sum().clamp(min=1)
     ours = outputs(
-        lambda h, w: linear_cross_entropy(h, w, labels, target_weight=weights, chunk_bytes=150), [hidden, weight]
+        lambda h, w: linear_cross_entropy(h, w, labels, target_weight=weights, chunk_bytes=150),
+        [hidden, weight],
     )
-    exact = outputs(lambda h, w: -(dense * (h @ w.T).log_softmax(-1)).sum() / rows, [hidden, weight])
+    exact = outputs(
+        lambda h, w: -(dense * (h @ w.T).log_softmax(-1)).sum() / rows, [hidden, weight]
+    )
     for a, b in zip(ours, exact, strict=True):
         close(a, b)
 
@@ -55,7 +61,9 @@ def test_duplicate_targets_in_bfloat16_are_rounded_once():
     hidden, weight, labels = make(dtype=torch.bfloat16)
     pair = labels[:, None].expand(12, 2)
     halves = torch.full((12, 2), 0.5)
-    together = outputs(lambda h, w: linear_cross_entropy(h, w, pair, target_weight=halves), [hidden, weight])
+    together = outputs(
+        lambda h, w: linear_cross_entropy(h, w, pair, target_weight=halves), [hidden, weight]
+    )
     plain = outputs(lambda h, w: linear_cross_entropy(h, w, labels), [hidden, weight])
     for a, b in zip(together, plain, strict=True):
         assert torch.equal(a, b)
@@ -67,7 +75,8 @@ def test_the_order_of_targets_changes_nothing_beyond_rounding():
     order = torch.randperm(7)
     results = [
         outputs(
-            lambda h, w, o=o: linear_cross_entropy(h, w, labels[:, o], target_weight=weights[:, o]), [hidden, weight]
+            lambda h, w, o=o: linear_cross_entropy(h, w, labels[:, o], target_weight=weights[:, o]),
+            [hidden, weight],
         )
         for o in (torch.arange(7), order)
     ]
@@ -84,7 +93,9 @@ def test_a_row_counts_once_if_any_target_is_present(backend):
     mean = linear_cross_entropy(hidden, weight, labels, **options)
     total = linear_cross_entropy(hidden, weight, labels, reduction="sum", **options)
     close(mean * 2, total)
-    rows, stats = linear_cross_entropy(hidden, weight, labels, reduction="none", return_stats=True, **options)
+    rows, stats = linear_cross_entropy(
+        hidden, weight, labels, reduction="none", return_stats=True, **options
+    )
     assert rows[2] == 0 and stats.prediction[2] == -1 and stats.log_sum_exp[2].isnan()
     assert stats.target_logit.shape == (3, 2)
     assert stats.target_logit.isnan().tolist() == [[False, False], [True, False], [True, True]]
@@ -100,10 +111,15 @@ def test_class_weights_are_pytorchs(backend, smoothing, reduction):
     class_weight[labels[0]] = 0
     options = {"reduction": reduction, "label_smoothing": smoothing}
     ours = outputs(
-        lambda h, w: linear_cross_entropy(h, w, labels, class_weight=class_weight, backend=backend, **options),
+        lambda h, w: linear_cross_entropy(
+            h, w, labels, class_weight=class_weight, backend=backend, **options
+        ),
         [hidden, weight],
     )
-    exact = outputs(lambda h, w: F.cross_entropy(h @ w.T, labels, weight=class_weight, **options), [hidden, weight])
+    exact = outputs(
+        lambda h, w: F.cross_entropy(h @ w.T, labels, weight=class_weight, **options),
+        [hidden, weight],
+    )
     for a, b in zip(ours, exact, strict=True):
         close(a, b)
 
@@ -115,7 +131,12 @@ def test_the_z_loss_is_not_weighted_by_class(backend):
     options = {"class_weight": class_weight, "z_loss": 0.1, "reduction": "sum", "backend": backend}
     loss = linear_cross_entropy(hidden, weight, labels, **options)
     close(loss, 0.1 * (hidden @ weight.T).logsumexp(-1).square().sum())
-    assert linear_cross_entropy(hidden, weight, labels, **{**options, "reduction": "mean", "z_loss": 0.0}) == 0
+    assert (
+        linear_cross_entropy(
+            hidden, weight, labels, **{**options, "reduction": "mean", "z_loss": 0.0}
+        )
+        == 0
+    )
 
 
 @BOTH
@@ -124,12 +145,19 @@ def test_the_entropy_of_each_row_comes_with_the_stats(backend):
     labels[1] = -100
     bias = torch.zeros(31, dtype=torch.float64)
     bias[7], labels[labels == 7] = -float("inf"), 8
-    stats = linear_cross_entropy(hidden, weight, labels, bias=bias, return_stats="entropy", backend=backend)[1]
-    entropy = torch.distributions.Categorical(logits=(hidden @ weight.T + bias)[:, torch.arange(31) != 7]).entropy()
+    stats = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, return_stats="entropy", backend=backend
+    )[1]
+    entropy = torch.distributions.Categorical(
+        logits=(hidden @ weight.T + bias)[:, torch.arange(31) != 7]
+    ).entropy()
     keep = labels != -100
     close(stats.entropy[keep], entropy[keep])
     assert stats.entropy[1].isnan() and len(stats) == 5
-    assert len(linear_cross_entropy(hidden, weight, labels, return_stats=True, backend=backend)[1]) == 4
+    assert (
+        len(linear_cross_entropy(hidden, weight, labels, return_stats=True, backend=backend)[1])
+        == 4
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -138,10 +166,15 @@ def test_float32_logits_under_narrow_weights_are_as_exact_as_float32_weights(dty
     hidden, weight, labels = make(rows=100, width=48, vocabulary=700, dtype=dtype)
     wide = [x.detach().float().requires_grad_() for x in (hidden, weight)]
     ours = outputs(
-        lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32, chunk_bytes=chunk), [hidden, weight]
+        lambda h, w: linear_cross_entropy(
+            h, w, labels, logits_dtype=torch.float32, chunk_bytes=chunk
+        ),
+        [hidden, weight],
     )
     eager = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), wide)
-    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels), widened([hidden, weight]))
+    exact = outputs(
+        lambda h, w: reference.linear_cross_entropy(h, w, labels), widened([hidden, weight])
+    )
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
     within_budget(ours, eager, exact)
 
@@ -150,11 +183,17 @@ def test_weights_are_widened_a_block_at_a_time(monkeypatch):
     from nitp_ops.core import gemm
 
     hidden, weight, labels = make(rows=20, width=16, vocabulary=500, dtype=torch.bfloat16)
-    whole = outputs(lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32), [hidden, weight])
+    whole = outputs(
+        lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32),
+        [hidden, weight],
+    )
     monkeypatch.setattr(gemm, "BLOCK_BYTES", 16 * 4 * 64)
     policy = gemm.GemmPolicy.of(weight.device, torch.float32)
     assert len(gemm.Weight(weight.detach(), policy).blocks) == 8
-    blocks = outputs(lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32), [hidden, weight])
+    blocks = outputs(
+        lambda h, w: linear_cross_entropy(h, w, labels, logits_dtype=torch.float32),
+        [hidden, weight],
+    )
     close(blocks[0], whole[0], 1e-6)
     for a, b in zip(blocks[1:], whole[1:], strict=True):
         close(a, b, 2**-8)
@@ -168,13 +207,21 @@ def test_a_buffer_takes_the_gradient_with_its_upstream_and_autograd_gets_none(re
     work = torch.float64 if dtype == torch.float64 else torch.float32
     upstream = 0.37 if reduction == "mean" else torch.rand(40, dtype=work)
     options = {"reduction": reduction, "chunk_bytes": 31 * 8 * 7}
-    expected = outputs(lambda h, w: linear_cross_entropy(h, w, labels, **options), [hidden, weight], upstream)
+    expected = outputs(
+        lambda h, w: linear_cross_entropy(h, w, labels, **options), [hidden, weight], upstream
+    )
     into = [torch.full(x.shape, 2.0, dtype=work) for x in (hidden, weight)]
-    loss = linear_cross_entropy(hidden, weight, labels, hidden_grad_out=into[0], weight_grad_out=into[1], **options)
+    loss = linear_cross_entropy(
+        hidden, weight, labels, hidden_grad_out=into[0], weight_grad_out=into[1], **options
+    )
     (loss * upstream).sum().backward(retain_graph=True)
     assert hidden.grad is None and weight.grad is None
     for buffer, gradient in zip(into, expected[1:], strict=True):
-        close(buffer - 2, gradient, {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}.get(dtype, 1e-12))
+        close(
+            buffer - 2,
+            gradient,
+            {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5}.get(dtype, 1e-12),
+        )
     once = [buffer.clone() for buffer in into]
     (loss * upstream).sum().backward()
     for buffer, first in zip(into, once, strict=True):
@@ -200,12 +247,17 @@ def test_a_bound_on_the_rows_changes_nothing_on_cpu():
 
 
 def test_float16_gradients_do_not_underflow_under_a_loss_scale():
-    """1 / count is 2^-17 here: row gradients below 6e-8 would vanish in float16 before the scale of 2^16 comes."""
+    """1 / count is 2^-17 here: row gradients below 6e-8 would vanish in float16 before the scale of
+    2^16 comes."""
     rows, scale = 2**17, 2.0**16
     hidden, weight, labels = make(rows=64, width=8, vocabulary=50, dtype=torch.float16)
-    ours = outputs(lambda h, w: linear_cross_entropy(h, w, labels, normalizer=rows), [hidden, weight], scale)
+    ours = outputs(
+        lambda h, w: linear_cross_entropy(h, w, labels, normalizer=rows), [hidden, weight], scale
+    )
     exact = outputs(
-        lambda h, w: reference.linear_cross_entropy(h, w, labels, normalizer=rows), widened([hidden, weight]), scale
+        lambda h, w: reference.linear_cross_entropy(h, w, labels, normalizer=rows),
+        widened([hidden, weight]),
+        scale,
     )
     for a, b in zip(ours[1:], exact[1:], strict=True):
         close(a, b, 2**-10)
@@ -216,9 +268,13 @@ def test_a_constant_offset_of_10000_cancels_before_anything_is_rounded_to_it(e):
     hidden, weight, labels = make(dtype=torch.float32)
     hidden = torch.cat([hidden.detach(), torch.full((12, 1), 100.0)], 1).requires_grad_()
     weight = torch.cat([weight.detach(), torch.full((31, 1), 100.0)], 1).requires_grad_()
-    ours = outputs(lambda h, w: linear_cross_entropy(h, w, labels, label_smoothing=e), [hidden, weight])
+    ours = outputs(
+        lambda h, w: linear_cross_entropy(h, w, labels, label_smoothing=e), [hidden, weight]
+    )
     inputs = widened([hidden, weight])
-    exact = outputs(lambda h, w: reference.linear_cross_entropy(h, w, labels, label_smoothing=e), inputs)
+    exact = outputs(
+        lambda h, w: reference.linear_cross_entropy(h, w, labels, label_smoothing=e), inputs
+    )
     # the logits themselves round to 2^-10 at 10^4; nothing rounds further
     assert abs(ours[0].item() - exact[0].item()) < 2**-10
     for a, b in zip(ours[1:], exact[1:], strict=True):
@@ -253,7 +309,9 @@ def test_a_label_on_a_masked_logit_costs_infinity_and_weight_zero_hides_it(backe
     bias = torch.zeros(31, dtype=torch.float64)
     bias[int(labels[2])] = -float("inf")
     others = labels != labels[2]
-    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", backend=backend)
+    loss = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, reduction="none", backend=backend
+    )
     assert loss[2] == float("inf") and loss[others].isfinite().all()
     weights = torch.ones(12, 1, dtype=torch.float64).where(others[:, None], 0)
     options = {"target_weight": weights, "bias": bias, "reduction": "none", "backend": backend}
@@ -262,21 +320,26 @@ def test_a_label_on_a_masked_logit_costs_infinity_and_weight_zero_hides_it(backe
 
 
 def test_half_precision_round_trips_through_the_row_kernels():
-    """Every float16 number is read and written exactly; between them numbers round to the nearest even one."""
+    """Every float16 number is read and written exactly; between them numbers round to the nearest
+    even one."""
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
     finite = every[every.isfinite()]
     ones = torch.full_like(finite, 30.0)  # silu(30) is 30 (1 - 1e-13)
     out = nitp_ops.swiglu(ones[None], (finite / 64)[None])[0]
     expected = (finite / 64).float() * F.silu(ones.double()).float()
     assert torch.equal(out, expected.half())
-    beyond = nitp_ops.swiglu(torch.full((1, 2), 30.0).half(), torch.tensor([[6e4, float("nan")]]).half())[0]
+    beyond = nitp_ops.swiglu(
+        torch.full((1, 2), 30.0).half(), torch.tensor([[6e4, float("nan")]]).half()
+    )[0]
     assert beyond[0] == float("inf") and beyond[1].isnan()
 
 
 def test_stats_are_those_of_the_plain_logits():
     hidden, weight, labels = make()
     labels[2] = -100
-    loss, stats = nitp_ops.linear_cross_entropy(hidden, weight, labels, softcap=4.0, return_stats=True, z_loss=0.1)
+    loss, stats = nitp_ops.linear_cross_entropy(
+        hidden, weight, labels, softcap=4.0, return_stats=True, z_loss=0.1
+    )
     logits = 4 * torch.tanh(hidden @ weight.T / 4)
     keep = labels != -100
     close(stats.log_sum_exp[keep], logits.logsumexp(-1)[keep])

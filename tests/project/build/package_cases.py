@@ -1,6 +1,7 @@
 """Real virtual environments, the sources as a repository of their own, and wheels built from them.
 
-An environment gets torch by links to torch's own files and those of what it requires: nothing else of this one."""
+An environment gets torch by links to torch's own files and those of what it requires: nothing else
+of this one."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[3]
 SITE = Path(str(metadata.distribution("torch").locate_file("")))
-#: Every build compiles the same sources under the same names: the second takes its objects from the cache.
+#: Every build compiles the same sources under the same names: the second takes its objects from the
+#: cache.
 COMPILER = {"CXX": "ccache g++"} if shutil.which("ccache") else {}
 
 GRADIENT = """
@@ -32,7 +34,9 @@ print("compiled", library.load_error is None, nitp_ops.__file__)
 """
 
 
-def run(*command: str | Path, cwd: Path, check: bool = True, **extra: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path, check: bool = True, **extra: str
+) -> subprocess.CompletedProcess[str]:
     """The command in an environment without this one's folders; its output is shown where it fails."""
     hidden = (
         "PYTHONPATH",
@@ -45,7 +49,9 @@ def run(*command: str | Path, cwd: Path, check: bool = True, **extra: str) -> su
     )
     environment = {k: v for k, v in os.environ.items() if k not in hidden} | COMPILER | extra
     words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        words, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 or not check, done.stdout + done.stderr
     return done
 
@@ -71,7 +77,8 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 
 def required(names: list[str]) -> set[str]:
-    """The distributions that these ones require, and so on, as their metadata says; "name[extra]" is one too."""
+    """The distributions that these ones require, and so on, as their metadata says; "name[extra]"
+    is one too."""
     found: set[str] = set()
     waiting = [Requirement(name) for name in names]
     while waiting:
@@ -90,7 +97,8 @@ def required(names: list[str]) -> set[str]:
 
 
 def environment(folder: Path, *names: str) -> Path:
-    """The Python of a clean virtual environment that holds these distributions and what they require."""
+    """The Python of a clean virtual environment that holds these distributions and what they
+    require."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     site = next(folder.glob("lib/python*/site-packages"))
     for name in required(list(names)) - {"nitp-ops"}:
@@ -108,7 +116,8 @@ def install(python: Path, *what: str | Path, cwd: Path, check: bool = True, **ex
 
 
 def compiled(python: Path, cwd: Path) -> bool:
-    """Whether the package of that environment has its compiled kernels, and computes a gradient with them."""
+    """Whether the package of that environment has its compiled kernels, and computes a gradient
+    with them."""
     told = run(python, "-c", COMPILED, cwd=cwd).stdout
     answer = run(python, "-c", GRADIENT.format(extra=""), cwd=cwd).stdout
     assert answer == "objectives nitp_ops.objectives gradient True\n" or "compiled False" in told
@@ -116,9 +125,12 @@ def compiled(python: Path, cwd: Path) -> bool:
 
 
 def sources(folder: Path) -> Path:
-    """The files of the repository, without anything built in place, as a repository with one commit."""
+    """The files of the repository, without anything built in place, as a repository with one
+    commit."""
     clone = folder / "a clone"  # nothing may break at the space
-    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout
+    listed = run(
+        "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT
+    ).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)

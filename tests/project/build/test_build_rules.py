@@ -1,4 +1,5 @@
-"""What ninja is told to build: in which order, so that two cores are busy until the end, and from the same names."""
+"""What ninja is told to build: in which order, so that two cores are busy until the end, and from
+the same names."""
 
 from __future__ import annotations
 
@@ -29,18 +30,31 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def compiled(rules: str, by: str) -> list[Path]:
-    return [ROOT / source for source in re.findall(rf"^build \S+\.o(?: \| \S+)?: {by} (csrc/\S+)", rules, re.M)]
+    return [
+        ROOT / source
+        for source in re.findall(
+            rf"^build \S+\.o(?: \| \S+)?: {by} "
+            r"(csrc/\S+)",
+            rules,
+            re.M,
+        )
+    ]
 
 
 @pytest.mark.parametrize("by", ["compile", "nvcc"])
 def test_long_sources_are_compiled_first(rules, by):
     """A long compile that came last would keep one core while the other is idle."""
-    lengths = [source.stat().st_size for source in compiled(rules, by) if source.name != "python_module.cpp"]
+    lengths = [
+        source.stat().st_size
+        for source in compiled(rules, by)
+        if source.name != "python_module.cpp"
+    ]
     assert len(lengths) >= 7 and lengths == sorted(lengths, reverse=True)
 
 
 def test_the_module_is_compiled_before_the_library_is_linked(rules):
-    """ninja takes first what stands before most links: of module.o alone it would make the last step."""
+    """ninja takes first what stands before most links: of module.o alone it would make the last
+    step."""
     assert re.search(r"^build \S+/libnitp_ops\.so: link .* \|\| module\.o$", rules, re.M)
     assert compiled(rules, "compile")[0].name == "python_module.cpp"
 

@@ -1,4 +1,5 @@
-"""What `make cuda-check` reads from machine code: the shortest turn of each innermost loop over packs."""
+"""What `make cuda-check` reads from machine code: the shortest turn of each innermost loop over
+packs."""
 
 import importlib
 import sys
@@ -53,7 +54,13 @@ def test_a_kernel_is_measured_by_the_loops_that_take_most_packs(monkeypatch):
     sass, check = module("sass", monkeypatch), None
     module("build_cuda", monkeypatch)
     check = module("cuda_check", monkeypatch)
-    loops = [sass.Loop(99, 1, 0), sass.Loop(64, 2, 0), sass.Loop(80, 2, 0), sass.Loop(24, 1, 1), sass.Loop(3, 0, 1)]
+    loops = [
+        sass.Loop(99, 1, 0),
+        sass.Loop(64, 2, 0),
+        sass.Loop(80, 2, 0),
+        sass.Loop(24, 1, 1),
+        sass.Loop(3, 0, 1),
+    ]
     name = "cross_entropy_rows<Cluster, float, float, 0>"
     assert check.rate(name, loops) == (name, 10, 6)
     assert check.rate(name.replace("float, float", "bfloat16, float"), loops) == (

@@ -1,4 +1,5 @@
-"""Installing from a clone, git and an archive, in whatever order and with whatever tools: compiled, or an error."""
+"""Installing from a clone, git and an archive, in whatever order and with whatever tools: compiled,
+or an error."""
 
 from __future__ import annotations
 
@@ -11,10 +12,18 @@ from pathlib import Path
 
 import tests.project.build.package_cases as cases
 import pytest
-from tests.project.build.package_cases import compiled, environment, install, path_without, program, run
+from tests.project.build.package_cases import (
+    compiled,
+    environment,
+    install,
+    path_without,
+    program,
+    run,
+)
 
 ROOT = Path(__file__).parents[3]
-pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]  # without a compiler cache every build takes minutes
+# without a compiler cache every build takes minutes
+pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 WAYS_OUT = ("install a C++20 compiler", "NITP_OPS_PURE=1")
 
 
@@ -40,7 +49,18 @@ def archive(clone, tmp_path_factory) -> Path:
 def wheel(archive, path, tmp_path_factory) -> Path:
     """Built from the archive alone."""
     folder = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", folder, archive, cwd=folder, PATH=path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "-w",
+        folder,
+        archive,
+        cwd=folder,
+        PATH=path,
+    )
     return next(folder.glob("*.whl"))
 
 
@@ -53,15 +73,23 @@ def installed(wheel, tmp_path_factory) -> Path:
     return python
 
 
-def test_a_wheel_from_the_archive_holds_the_library_and_computes_a_gradient(wheel, installed, clone, tmp_path):
+def test_a_wheel_from_the_archive_holds_the_library_and_computes_a_gradient(
+    wheel, installed, clone, tmp_path
+):
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
     assert f"-{tag}-{tag}-linux_" in wheel.name
     with zipfile.ZipFile(wheel) as files:
         names = files.namelist()
-        (facts,) = (files.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL"))
+        (facts,) = (
+            files.read(name).decode() for name in names if name.endswith(".dist-info/WHEEL")
+        )
         (bill,) = (files.read(name).decode() for name in names if ".dist-info/sboms/" in name)
     assert "Root-Is-Purelib: false" in facts and '"components": []' in bill
-    assert {"nitp_ops/libnitp_ops.so", "nitp_ops/objectives/__init__.py", "nitp_ops/py.typed"} <= set(names)
+    assert {
+        "nitp_ops/libnitp_ops.so",
+        "nitp_ops/objectives/__init__.py",
+        "nitp_ops/py.typed",
+    } <= set(names)
     assert all(name.startswith(("nitp_ops/", "nitp_ops-")) for name in names)
     assert compiled(installed, tmp_path)
     assert "native     ok" in run(installed, "-m", "nitp_ops", "doctor", cwd=tmp_path).stdout
@@ -84,7 +112,14 @@ def test_a_pure_wheel_is_for_any_machine_and_says_what_it_lacks(clone, path, tmp
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     python = environment(tmp_path / "a venv", "torch")
     install(python, wheel, cwd=tmp_path)
-    told = run(python, "-W", "always", "-c", cases.GRADIENT.format(extra=", backend='reference'"), cwd=tmp_path)
+    told = run(
+        python,
+        "-W",
+        "always",
+        "-c",
+        cases.GRADIENT.format(extra=", backend='reference'"),
+        cwd=tmp_path,
+    )
     assert told.stdout.endswith("gradient True\n")
     assert "it was installed without its compiled library" in told.stderr
     assert "--force-reinstall --no-cache-dir" in told.stderr
@@ -102,7 +137,9 @@ def test_pip_before_torch_and_without_git_gives_compiled_kernels(clone, tmp_path
     assert "commit: unknown" in run(python, "-m", "nitp_ops", "env", cwd=tmp_path).stdout
 
 
-def test_uv_from_another_folder_gives_compiled_kernels_whether_or_not_torch_is_there(clone, path, tmp_path):
+def test_uv_from_another_folder_gives_compiled_kernels_whether_or_not_torch_is_there(
+    clone, path, tmp_path
+):
     uv = Path(sys.executable).with_name("uv")
     python = environment(tmp_path / "a venv", "torch")
     command = (uv, "pip", "install", "--no-deps", "--no-cache", "--python", python, clone)
@@ -110,10 +147,15 @@ def test_uv_from_another_folder_gives_compiled_kernels_whether_or_not_torch_is_t
     assert compiled(python, tmp_path)
 
 
-def test_a_pure_build_that_pip_has_cached_is_replaced_by_the_command_in_the_message(clone, path, tmp_path):
+def test_a_pure_build_that_pip_has_cached_is_replaced_by_the_command_in_the_message(
+    clone, path, tmp_path
+):
     """pip keeps the wheel of a commit: what was built pure once comes back from its cache."""
     commit = run("git", "rev-parse", "HEAD", cwd=clone).stdout.strip()
-    python, what = environment(tmp_path / "a venv", "torch"), f"nitp_ops @ git+{clone.as_uri()}@{commit}"
+    python, what = (
+        environment(tmp_path / "a venv", "torch"),
+        f"nitp_ops @ git+{clone.as_uri()}@{commit}",
+    )
     cache = {"PATH": path, "PIP_CACHE_DIR": str(tmp_path / "cache")}
     install(python, what, cwd=tmp_path, NITP_OPS_PURE="1", **cache)
     install(python, "--force-reinstall", what, cwd=tmp_path, **cache)
@@ -136,7 +178,11 @@ def test_a_cxx_that_is_blank_is_none_and_one_that_is_no_command_is_an_error(monk
     monkeypatch.setenv("CXX", " ")
     assert native["find_compiler"]() == ["g++"]
     monkeypatch.setenv("CXX", "g++ '-m64")
-    with pytest.raises(native["BuildError"], match=r"CXX=g\+\+ '-m64 is no command \(No closing quotation\)"):
+    with pytest.raises(
+        native["BuildError"],
+        match=r"CXX=g\+\+ '-m64 is no command \(No closing "
+        r"quotation\)",
+    ):
         native["find_compiler"]()
 
 
@@ -144,35 +190,50 @@ def test_a_cxx_that_is_blank_is_none_and_one_that_is_no_command_is_an_error(monk
     ("name", "script", "reason"),
     [
         ("absent", None, "is not on the PATH"),
-        ("old", "echo 'error: unrecognized option -std=c++20' >&2; exit 1", "does not compile C++20 (error: unrec"),
+        (
+            "old",
+            "echo 'error: unrecognized option -std=c++20' >&2; exit 1",
+            "does not compile C++20 (error: unrec",
+        ),
         (
             "apple",
-            'case "$*" in *--no-as-needed*) echo "ld: unknown option" >&2; exit 1;; esac; exec g++ "$@"',
+            'case "$*" in *--no-as-needed*) echo "ld: unknown option" >&2; exit 1;; esac; exec '
+            'g++ "$@"',
             "links no shared library (ld: unknown option)",
         ),
     ],
 )
-def test_a_compiler_that_cannot_do_it_is_an_error_with_both_ways_out(clone, path, tmp_path, name, script, reason):
+def test_a_compiler_that_cannot_do_it_is_an_error_with_both_ways_out(
+    clone, path, tmp_path, name, script, reason
+):
     compiler = program(tmp_path / "tools", name, script) if script else tmp_path / "tools/absent"
     python = environment(tmp_path / "venv")
     done = install(python, clone, cwd=tmp_path, check=False, PATH=path, CXX=str(compiler))
     assert done.returncode == 1
-    (line,) = {line.strip() for line in done.stderr.splitlines() if "kernels cannot be built" in line}
+    (line,) = {
+        line.strip() for line in done.stderr.splitlines() if "kernels cannot be built" in line
+    }
     assert reason in line and str(compiler) in line and all(way in line for way in WAYS_OUT)
 
 
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
-        ('case "$1" in --list-gpu-arch) echo compute_50; echo compute_75;; esac', "knows none of sm_80"),
+        (
+            'case "$1" in --list-gpu-arch) echo compute_50; echo compute_75;; esac',
+            "knows none of sm_80",
+        ),
         ("echo 'nvcc fatal: no license' >&2; exit 1", "knows none of sm_80"),
         (
-            'case "$1" in --list-gpu-arch) echo compute_80;; *) echo "fatal error: no cc1plus" >&2; exit 1;; esac',
+            'case "$1" in --list-gpu-arch) echo compute_80;; *) echo "fatal error: no cc1plus" '
+            ">&2; exit 1;; esac",
             "does not compile a kernel (fatal error: no cc1plus)",
         ),
     ],
 )
-def test_an_nvcc_that_cannot_do_it_leaves_a_wheel_for_cpus_which_says_so(clone, path, tmp_path, script, reason):
+def test_an_nvcc_that_cannot_do_it_leaves_a_wheel_for_cpus_which_says_so(
+    clone, path, tmp_path, script, reason
+):
     nvcc = program(tmp_path / "tools", "nvcc", script)
     python = environment(tmp_path / "a venv", "torch")
     done = install(python, "-v", clone, cwd=tmp_path, PATH=f"{nvcc.parent}:{path}")
@@ -183,12 +244,15 @@ def test_an_nvcc_that_cannot_do_it_leaves_a_wheel_for_cpus_which_says_so(clone, 
 
 def test_without_pythons_headers_the_library_comes_without_the_module(clone, path, tmp_path):
     script = (
-        "import runpy, sys, sysconfig; found = sysconfig.get_path; "
-        "sysconfig.get_path = lambda name, *a, **k: '/absent' if name == 'include' else found(name, *a, **k); "
-        f"sys.argv = ['setup.py', 'build_ext', '--build-lib', {str(tmp_path / 'lib')!r}]; runpy.run_path('setup.py')"
+        "import runpy, sys, sysconfig; found = sysconfig.get_path; sysconfig.get_path = lambda "
+        "name, *a, **k: '/absent' if name == 'include' else found(name, *a, **k); sys.argv = "
+        f"['setup.py', 'build_ext', '--build-lib', {str(tmp_path / 'lib')!r}]; "
+        "runpy.run_path('setup.py')"
     )
     done = run(sys.executable, "-c", script, cwd=clone, PATH=path)
-    assert "built without nitp_ops._C, which nothing needs: /absent/Python.h is absent" in done.stderr
+    assert (
+        "built without nitp_ops._C, which nothing needs: /absent/Python.h is absent" in done.stderr
+    )
     assert [file.name for file in (tmp_path / "lib/nitp_ops").iterdir()] == ["libnitp_ops.so"]
 
 
@@ -209,7 +273,9 @@ def test_nothing_needs_the_python_module(installed, tmp_path, damage):
 def test_in_a_clone_whose_package_is_installed_elsewhere_the_message_names_both(installed, clone):
     done = run(installed, "-W", "always", "-m", "nitp_ops", "doctor", cwd=clone, check=False)
     package = next(installed.parents[1].glob("lib/python*/site-packages/nitp_ops"))
-    assert f"this is the source tree at {clone}; the installed package is at {package}" in done.stdout
+    assert (
+        f"this is the source tree at {clone}; the installed package is at {package}" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,7 +283,9 @@ def test_in_a_clone_whose_package_is_installed_elsewhere_the_message_names_both(
 )
 def test_a_program_without_its_extra_says_what_to_install(installed, tmp_path, path):
     for folder in ("examples", "experiments"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs", "__pycache__")
+        )
     told = run(installed, f"{path}.py", cwd=tmp_path, check=False)
     line = told.stderr.splitlines()[-1]  # torch warns before it, where there is no numpy
     assert (

@@ -1,4 +1,5 @@
-"""Which nvcc builds the kernels: one that runs, compiles and links; of any other the reason is told."""
+"""Which nvcc builds the kernels: one that runs, compiles and links; of any other the reason is
+told."""
 
 from __future__ import annotations
 
@@ -38,7 +39,10 @@ def test_what_an_nvcc_cannot_do_is_the_reason(cuda, tmp_path, script, reason):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"\x7fELF\x02\x01\x01" + bytes(80), "Exec format error"), (b"#!/absent/sh\n", "No such file or directory")],
+    [
+        (b"\x7fELF\x02\x01\x01" + bytes(80), "Exec format error"),
+        (b"#!/absent/sh\n", "No such file or directory"),
+    ],
 )
 def test_an_nvcc_that_does_not_run_is_the_reason(cuda, tmp_path, content, reason):
     nvcc = tmp_path / "nvcc"
@@ -51,7 +55,9 @@ def test_architectures_that_are_asked_for_without_an_nvcc_are_an_error(cuda, mon
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cuda["find_nvcc"].__wrapped__() is None
     monkeypatch.setenv("NITP_CUDA_ARCHITECTURES", "sm_90")
-    with pytest.raises(SystemExit, match="NITP_CUDA_ARCHITECTURES names sm_90, but no nvcc is on the PATH"):
+    with pytest.raises(
+        SystemExit, match="NITP_CUDA_ARCHITECTURES names sm_90, but no nvcc is on the PATH"
+    ):
         cuda["find_nvcc"].__wrapped__()
 
 
@@ -81,7 +87,9 @@ def codes(flags: str) -> dict[str, str]:
 def test_kernels_over_logits_alone_are_compiled_for_each_generation(
     cuda, monkeypatch, tmp_path, kernel, asked, expected
 ):
-    nvcc = program(tmp_path, "nvcc", "echo compute_75 compute_80 compute_90 compute_100 compute_120")
+    nvcc = program(
+        tmp_path, "nvcc", "echo compute_75 compute_80 compute_90 compute_100 compute_120"
+    )
     monkeypatch.setenv("NITP_CUDA_ARCHITECTURES", asked)
     assert codes(cuda["flags"](str(nvcc), kernel)) == expected
 

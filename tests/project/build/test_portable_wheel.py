@@ -13,7 +13,8 @@ from tests.project.build.package_cases import compiled, environment, install, pa
 from tests.support.processor import HAS_OWN_GEMM, SETS
 
 ROOT = Path(__file__).parents[3]
-pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]  # zig builds its own C library the first time
+# zig builds its own C library the first time
+pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 
 CHOSEN = "from nitp_ops.core import library; print(library.instruction_set(), library.has_gemm())"
 THROWN = """
@@ -30,7 +31,17 @@ except RuntimeError as error:
 def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("portable")
     clone, path = cases.sources(folder), path_without(folder, "nvcc")
-    command = (sys.executable, "-m", "build", "--wheel", "--config-setting", "portable=true", "--outdir", folder, clone)
+    command = (
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--config-setting",
+        "portable=true",
+        "--outdir",
+        folder,
+        clone,
+    )
     run(*command, cwd=folder, PATH=path)
     return next(folder.glob("*.whl"))
 
@@ -52,7 +63,10 @@ def test_the_wheel_is_for_any_linux_and_any_python(wheel):
             {"exported": frozenset({"nitp_ops_has_gemm", "_ZNSt6vector"})},
             "exports ['_ZNSt6vector', 'nitp_ops_has_gemm']",
         ),
-        ({"undefined": frozenset({"cudaGetDevice"})}, "takes names of CUDA or OpenMP when it loads"),
+        (
+            {"undefined": frozenset({"cudaGetDevice"})},
+            "takes names of CUDA or OpenMP when it loads",
+        ),
         ({"undefined": frozenset({"aoti_torch_new"})}, "calls ['aoti_torch_new'] of torch"),
         ({"needed": wheel_facts.RUNTIMES | {"libc10_cuda.so"}}, "needs ['libc10_cuda.so']"),
         (
@@ -70,7 +84,9 @@ def test_the_best_kernels_are_chosen_and_an_exception_of_one_arrives(wheel, tmp_
     install(python, wheel, cwd=tmp_path)
     assert run(python, "-c", CHOSEN, cwd=tmp_path).stdout.split() == [SETS[-1], str(HAS_OWN_GEMM)]
     told = run(python, "-c", THROWN, cwd=tmp_path).stdout
-    assert told.startswith("caught nitp_ops row kernel: up must be a CPU tensor of 2 rows with 8 dense columns")
+    assert told.startswith(
+        "caught nitp_ops row kernel: up must be a CPU tensor of 2 rows with 8 dense columns"
+    )
     assert compiled(python, tmp_path)
     assert "native     ok" in run(python, "-m", "nitp_ops", "doctor", cwd=tmp_path).stdout
 
@@ -79,6 +95,11 @@ def test_a_setting_that_is_none_is_refused_before_anything_is_built(monkeypatch)
     monkeypatch.syspath_prepend(ROOT / "csrc/tools")
     backend = runpy.run_path(str(ROOT / "csrc/tools/backend.py"))
     for asked in ("yes", "riscv64"):
-        with pytest.raises(SystemExit, match=f"portable={asked}, expected one of false, true, x86_64, aarch64"):
+        with pytest.raises(
+            SystemExit, match=f"portable={asked}, expected one of false, true, x86_64, aarch64"
+        ):
             backend["get_requires_for_build_wheel"]({"portable": asked})
-    assert backend["portable"](None) is None and backend["portable"]({"portable": "aarch64"}) == "aarch64"
+    assert (
+        backend["portable"](None) is None
+        and backend["portable"]({"portable": "aarch64"}) == "aarch64"
+    )

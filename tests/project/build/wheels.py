@@ -1,7 +1,10 @@
-"""python tests/project/build/wheels.py FOLDER: the archive and the wheels of a release, each checked before anybody installs it.
+"""python tests/project/build/wheels.py FOLDER: the archive and the wheels of a release, each
+checked before anybody installs it.
 
-* nitp_ops-*.tar.gz, and from it py3-none-manylinux_2_28_x86_64, with CUDA kernels where nvcc >= 12.8 is on the PATH;
-* the same for aarch64, cross-compiled; its row kernels run under qemu against the formulas in float64;
+* nitp_ops-*.tar.gz, and from it py3-none-manylinux_2_28_x86_64, with CUDA kernels where nvcc >=
+  12.8 is on the PATH;
+* the same for aarch64, cross-compiled; its row kernels run under qemu against the formulas in
+  float64;
 * both built a second time from the archive: the bytes must be the same.
 """
 
@@ -24,10 +27,24 @@ def build(source: Path, folder: Path, kind: str, machine: str | None = None) -> 
     """One archive or portable wheel, with the tools of this environment."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", scratch, str(source)]
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            f"--{kind}",
+            "--no-isolation",
+            "--outdir",
+            scratch,
+            str(source),
+        ]
         command += ["--config-setting", f"portable={machine}"] if machine else []
         done = subprocess.run(
-            command, cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+            command,
+            cwd=scratch,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
         )
         if done.returncode:
             raise SystemExit(f"{done.stdout}\nwheels: no {kind} from {source}")
@@ -63,11 +80,14 @@ def portable(archive: Path, out: Path, machine: str) -> list[str]:
 def main(folder: str) -> int:
     out = Path(folder).resolve()
     archive = build(ROOT, out, "sdist")
-    print(f"{archive}: {archive.stat().st_size / wheel_facts.MB:.2f} MB\n  sha256 {digest(archive)}")
+    print(
+        f"{archive}: {archive.stat().st_size / wheel_facts.MB:.2f} MB\n  sha256 {digest(archive)}"
+    )
     faults = portable(archive, out, "x86_64")
     if emulated_wheel.MISSING:
         print(
-            f"aarch64: skipped, no {' and no '.join(emulated_wheel.MISSING)} (g++-aarch64-linux-gnu, qemu-user-static)"
+            f"aarch64: skipped, no {' and no '.join(emulated_wheel.MISSING)} "
+            "(g++-aarch64-linux-gnu, qemu-user-static)"
         )
     else:
         faults += portable(archive, out, "aarch64")

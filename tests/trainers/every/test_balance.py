@@ -1,7 +1,8 @@
-"""A loss that the model adds to its own (the balance of its experts) is a mean over the microbatches of a window.
+"""A loss that the model adds to its own (the balance of its experts) is a mean over the
+microbatches of a window.
 
-However a window is cut, the step is that of ``sum CE / count + mean of what the model adds``, and the log shows its
-part of the loss.
+However a window is cut, the step is that of ``sum CE / count + mean of what the model adds``, and
+the log shows its part of the loss.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from nitp_ops.trainers.accelerate import Accumulation
 from nitp_ops.trainers.transformers import NitpTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
-CUTS = [(4, 1), (1, 4), (2, 2), (3, 2)]  # rows of a microbatch, microbatches; the last one ends with a single row
+# rows of a microbatch, microbatches; the last one ends with a single row
+CUTS = [(4, 1), (1, 4), (2, 2), (3, 2)]
 COEFFICIENT = 0.5
 
 
@@ -43,7 +45,9 @@ def fresh_accelerate():
 
 
 def experts(family: str = "mixtral") -> Any:
-    return make(family, output_router_logits=True, router_aux_loss_coef=COEFFICIENT, num_hidden_layers=2)
+    return make(
+        family, output_router_logits=True, router_aux_loss_coef=COEFFICIENT, num_hidden_layers=2
+    )
 
 
 def rows() -> Any:
@@ -63,7 +67,9 @@ def microbatches(size: int) -> list[dict[str, Tensor]]:
     return [collate(rows()[start : start + size]) for start in range(0, 4, size)]
 
 
-def expected(model: Any, size: int, shares: list[float] | None = None) -> tuple[dict[str, float], dict[str, Tensor]]:
+def expected(
+    model: Any, size: int, shares: list[float] | None = None
+) -> tuple[dict[str, float], dict[str, Tensor]]:
     """The two parts of the loss, and the gradients of their sum, of the plain model."""
     batches = microbatches(size)
     outs = [model(input_ids=batch["input_ids"]) for batch in batches]
@@ -74,7 +80,9 @@ def expected(model: Any, size: int, shares: list[float] | None = None) -> tuple[
     )
     ntp = total / sum((own != -100).sum() for own in labels)
     shares = shares or [1 / len(outs)] * len(outs)
-    balance: Any = COEFFICIENT * sum(share * out.aux_loss for share, out in zip(shares, outs, strict=True))
+    balance: Any = COEFFICIENT * sum(
+        share * out.aux_loss for share, out in zip(shares, outs, strict=True)
+    )
     names, parameters = zip(*model.named_parameters(), strict=True)
     gradients = torch.autograd.grad(ntp + balance, parameters)
     return {"ntp": ntp.item(), "aux_loss": balance.item()}, dict(zip(names, gradients, strict=True))
@@ -105,7 +113,15 @@ def check_step(
 
 
 def one_step(
-    folder: Any, cls: Any, model: Any, size: int, steps: int, *, config: Any = None, given: Any = None, **options: Any
+    folder: Any,
+    cls: Any,
+    model: Any,
+    size: int,
+    steps: int,
+    *,
+    config: Any = None,
+    given: Any = None,
+    **options: Any,
 ) -> dict[str, float]:
     """One step of a Hugging Face trainer, and its log."""
     objective = {"objective": options.pop("objective")} if "objective" in options else {}
@@ -125,7 +141,9 @@ def one_step(
     return trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize(("family", "size", "steps"), [*(("mixtral", *cut) for cut in CUTS), ("qwen3_moe", 2, 2)])
+@pytest.mark.parametrize(
+    ("family", "size", "steps"), [*(("mixtral", *cut) for cut in CUTS), ("qwen3_moe", 2, 2)]
+)
 def test_a_loop_with_accelerate_averages_it_over_the_microbatches(family, size, steps):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     model = experts(family)
@@ -159,7 +177,10 @@ class WithAPenalty(NitpTrainer):
     """A loss of one's own beside the objective."""
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, *args, **kwargs) + 0.01 * model.lm_head.weight.square().sum()
+        return (
+            super().compute_loss(model, *args, **kwargs)
+            + 0.01 * model.lm_head.weight.square().sum()
+        )
 
 
 def test_a_loss_of_a_subclass_is_averaged_too(tmp_path):
@@ -179,7 +200,9 @@ def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path):
     from nitp_ops.trainers.trl import NitpSFTTrainer
 
     models, logs = (experts(), experts()), []
-    data = Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in rows()])
+    data = Dataset.from_list(
+        [{name: value.tolist() for name, value in row.items()} for row in rows()]
+    )
     for model, cls in zip(models, (SFTTrainer, NitpSFTTrainer), strict=True):
         options: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False, "max_length": 64}
         options |= {"objective": "ntp"} if cls is NitpSFTTrainer else {}
@@ -208,7 +231,10 @@ def test_lightning_averages_it_over_the_microbatches(size, steps):
         **QUIET,
     )
     trainer.fit(module, DataLoader(rows(), batch_size=size, collate_fn=collate))
-    logged = {name.removeprefix("objective/"): value.item() for name, value in trainer.logged_metrics.items()}
+    logged = {
+        name.removeprefix("objective/"): value.item()
+        for name, value in trainer.logged_metrics.items()
+    }
     check_step(module.model, size, logged, rtol=1e-6)  # Lightning logs in float32
 
 

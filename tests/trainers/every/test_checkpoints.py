@@ -1,4 +1,5 @@
-"""Checkpoints of the Hugging Face Trainer: exact to the bit, and nothing of the objective in the exported model."""
+"""Checkpoints of the Hugging Face Trainer: exact to the bit, and nothing of the objective in the
+exported model."""
 
 from __future__ import annotations
 
@@ -22,10 +23,24 @@ pytestmark = pytest.mark.trainers
 
 
 def make_trainer(folder, spec=SPEC, **options) -> Any:
-    options = {"optim": "adamw_torch", "learning_rate": 1e-2, "per_device_train_batch_size": 2, **options}
-    options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, **options}
+    options = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        **options,
+    }
+    options = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "gradient_accumulation_steps": 2,
+        **options,
+    }
     arguments = trainer_arguments(folder, **options)
-    given = {"train_dataset": ragged_rows(), "data_collator": padded, "eval_dataset": ragged_rows(4, seed=5)}
+    given = {
+        "train_dataset": ragged_rows(),
+        "data_collator": padded,
+        "eval_dataset": ragged_rows(4, seed=5),
+    }
     return NitpTrainer(model=tiny_llama(torch.float32), args=arguments, objective=spec, **given)
 
 
@@ -36,7 +51,11 @@ def parameters(trainer):
 def history(trainer):
     """The log without times."""
     return [
-        {name: value for name, value in entry.items() if not name.startswith(("train_", "total_", "eval_"))}
+        {
+            name: value
+            for name, value in entry.items()
+            if not name.startswith(("train_", "total_", "eval_"))
+        }
         for entry in trainer.state.log_history
     ]
 
@@ -58,7 +77,9 @@ def test_a_checkpoint_without_the_sidecar_or_of_another_spec_is_refused(tmp_path
     make_trainer(tmp_path).train()
     folder = tmp_path / "checkpoint-2"
     with pytest.raises(ValueError, match="has the spec"):
-        make_trainer(tmp_path, "ntp + 0.5*nitp(target_layer=1)").train(resume_from_checkpoint=str(folder))
+        make_trainer(tmp_path, "ntp + 0.5*nitp(target_layer=1)").train(
+            resume_from_checkpoint=str(folder)
+        )
     (folder / sidecar.FILE).unlink()
     with pytest.raises(FileNotFoundError, match=sidecar.FILE):
         make_trainer(tmp_path).train(resume_from_checkpoint=str(folder))
@@ -102,5 +123,8 @@ def test_evaluation_and_generation_are_those_of_the_plain_model_to_the_bit(tmp_p
         assert torch.equal(found.logits, expected.logits)
         assert labels is None or torch.equal(found.loss, expected.loss)
     prompt = batch["input_ids"][:1, :3]
-    texts = [each.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0) for each in (model, plain)]
+    texts = [
+        each.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+        for each in (model, plain)
+    ]
     assert torch.equal(*texts)

@@ -1,4 +1,5 @@
-"""What docs/trainers.md and docs/distributed.md say beside what the other tests of the trainers prove."""
+"""What docs/trainers.md and docs/distributed.md say beside what the other tests of the trainers
+prove."""
 
 from __future__ import annotations
 
@@ -34,12 +35,18 @@ class FromIterator(Wrapped):
 
 
 def test_lightnings_other_ways_to_accumulate_are_refused(monkeypatch):
-    with pytest.raises(TypeError, match=r"training_step takes dataloader_iter, expected batch \(a window"):
+    with pytest.raises(
+        TypeError,
+        match=r"training_step takes dataloader_iter, expected batch \(a "
+        r"window",
+    ):
         fit(FromIterator(llama()), rows(), ObjectiveCallback(SPEC), accumulate_grad_batches=2)
     from lightning.pytorch.strategies import SingleDeviceStrategy
 
     monkeypatch.setattr(SingleDeviceStrategy, "handles_gradient_accumulation", True)
-    with pytest.raises(ValueError, match="accumulates by itself, expected accumulate_grad_batches=1"):
+    with pytest.raises(
+        ValueError, match="accumulates by itself, expected accumulate_grad_batches=1"
+    ):
         fit(Wrapped(llama()), rows(), ObjectiveCallback(SPEC), accumulate_grad_batches=2)
 
 
@@ -49,7 +56,11 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     from tests.trainers.test_transformers import make_trainer
 
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ValueError, match=r"NitpTrainer: 2 GPUs in one process, expected one a process \(torchrun\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"NitpTrainer: 2 GPUs in one process, expected one a "
+        r"process \(torchrun\)",
+    ):
         make_trainer(tmp_path)
 
 
@@ -63,7 +74,9 @@ def test_prompts_that_trl_masks_are_pairs_of_nitp_and_no_targets_of_ntp(tmp_path
     data = Dataset.from_list([{"input_ids": ids, "completion_mask": [0] * 5 + [1] * 3}] * 8)
     for mask, pairs in (("document", 8 * 7), ("document+label", 8 * 3)):
         spec = f'ntp + 0.8*nitp(target_layer=1, mask="{mask}")'
-        trainer = make_trainer(tmp_path, given={"train_dataset": data, "objective": spec}, completion_only_loss=True)
+        trainer = make_trainer(
+            tmp_path, given={"train_dataset": data, "objective": spec}, completion_only_loss=True
+        )
         trainer.train()
         (entry, *_) = [entry for entry in trainer.state.log_history if "loss" in entry]
         assert (entry["ntp/count"], entry["nitp/count"]) == (8 * 3, pairs)
@@ -71,7 +84,9 @@ def test_prompts_that_trl_masks_are_pairs_of_nitp_and_no_targets_of_ntp(tmp_path
 
 def test_a_handle_is_found_through_peft():
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(make("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = peft.get_peft_model(
+        make("llama"), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     handle = nitp_ops.attach(model, "ntp")
     assert handle_of(model) is handle
 
@@ -103,4 +118,6 @@ def test_ddp_accumulates_without_sync_and_finds_the_parameters_of_a_term_of_weig
         expected = gradients(sum(plain(**part).loss for part in parts), plain)  # type: ignore[arg-type]
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-12, atol=1e-14, msg=name)
+            torch.testing.assert_close(
+                parameter.grad, expected[name], rtol=1e-12, atol=1e-14, msg=name
+            )

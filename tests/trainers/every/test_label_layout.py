@@ -27,7 +27,8 @@ SPEC = "ntp + 0.3*mtp_shared(offsets=[2]) + 0.8*nitp(target_layer=1)"
 
 
 def packed(rows: Any) -> dict[str, Tensor]:
-    """All rows in one, every token a label: the first of a document too, which no mask but the boundary keeps out."""
+    """All rows in one, every token a label: the first of a document too, which no mask but the
+    boundary keeps out."""
     ids = torch.tensor([[x for row in rows for x in row["input_ids"]]])
     positions = torch.tensor([[x for row in rows for x in range(len(row["input_ids"]))]])
     return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
@@ -56,7 +57,9 @@ def shifting(cls: Any) -> Any:
     return Shifting
 
 
-def trained(cls: Any, folder: Path, collate: Any = packed, **options: Any) -> tuple[Any, dict[str, Tensor]]:
+def trained(
+    cls: Any, folder: Path, collate: Any = packed, **options: Any
+) -> tuple[Any, dict[str, Tensor]]:
     """(log, parameters) after two windows of two microbatches of two documents."""
     arguments = trainer_arguments(
         folder, options.pop("arguments", None), per_device_train_batch_size=2, gradient_accumulation_steps=2,
@@ -70,12 +73,18 @@ def trained(cls: Any, folder: Path, collate: Any = packed, **options: Any) -> tu
     return log, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
-def same(found: tuple[Any, dict[str, Tensor]], expected: tuple[Any, dict[str, Tensor]], atol: float = 1e-12) -> None:
+def same(
+    found: tuple[Any, dict[str, Tensor]],
+    expected: tuple[Any, dict[str, Tensor]],
+    atol: float = 1e-12,
+) -> None:
     for mine, other in zip(found[0], expected[0], strict=True):
         for name in (name for name in other if "loss" in name or "count" in name):
             assert mine[name] == pytest.approx(other[name], rel=1e-6), name
     for name, value in expected[1].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            found[1][name], value, rtol=1e-9, atol=atol, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_shift_labels_that_the_trainer_makes_train_like_the_labels(tmp_path):
@@ -83,7 +92,13 @@ def test_shift_labels_that_the_trainer_makes_train_like_the_labels(tmp_path):
     assert len(expected[0]) == 2
     same(trained(shifting(NitpTrainer), tmp_path, objective=SPEC), expected)
     # of the collator, whose word it is
-    collated = trained(NitpTrainer, tmp_path, lambda rows: shifted(packed(rows)), objective=SPEC, label_layout="stream")
+    collated = trained(
+        NitpTrainer,
+        tmp_path,
+        lambda rows: shifted(packed(rows)),
+        objective=SPEC,
+        label_layout="stream",
+    )
     same(collated, expected)
     model = tiny_llama()
     nitp_ops.attach(model, SPEC, label_layout="stream")
@@ -92,7 +107,9 @@ def test_shift_labels_that_the_trainer_makes_train_like_the_labels(tmp_path):
 
 def test_shift_labels_of_documents_train_as_the_stock_trainer_does(tmp_path):
     expected = trained(Trainer, tmp_path, of_documents)
-    found = trained(NitpTrainer, tmp_path, of_documents, objective="ntp + 0*mtp_shared(offsets=[2])")
+    found = trained(
+        NitpTrainer, tmp_path, of_documents, objective="ntp + 0*mtp_shared(offsets=[2])"
+    )
     lengths = [len(row["input_ids"]) - 1 for row in ragged_rows()]
     assert sum(entry["ntp/count"] for entry in found[0]) == sum(lengths)
     assert sum(entry["mtp_shared/2/count"] for entry in found[0]) == sum(n - 1 for n in lengths)
@@ -122,7 +139,9 @@ def test_trl_counts_its_shift_labels_like_its_labels(tmp_path):
     same(found, expected)
 
 
-def test_axolotl_counts_its_shift_labels_like_its_labels_and_its_config_names_the_layout_of_the_data(tmp_path):
+def test_axolotl_counts_its_shift_labels_like_its_labels_and_its_config_names_the_layout_of_the_data(
+    tmp_path,
+):
     pytest.importorskip("axolotl.integrations.base")
     from axolotl.utils.dict import DictDefault
     from datasets import Dataset
@@ -137,7 +156,9 @@ def test_axolotl_counts_its_shift_labels_like_its_labels_and_its_config_names_th
         cls = plugin.get_trainer_cls(cfg)
         collate = packed if layout is None else lambda rows: shifted(packed(rows))
         cls = shifting(cls) if shifts else cls
-        found.append(trained(cls, tmp_path, collate, model=model, arguments=Arguments, train_dataset=data))
+        found.append(
+            trained(cls, tmp_path, collate, model=model, arguments=Arguments, train_dataset=data)
+        )
     same(found[1], found[0])
     same(found[2], found[0])
     with pytest.raises(ValueError, match="nitp_label_layout"):

@@ -1,4 +1,5 @@
-"""In which order a model is adapted, attached and compiled: the right one trains, the wrong one says what to do."""
+"""In which order a model is adapted, attached and compiled: the right one trains, the wrong one
+says what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 import nitp_ops
-from tests.support.trainer_cases import SPEC, ByHand, padded, ragged_rows, tiny_llama, trainer_arguments
+from tests.support.trainer_cases import (
+    SPEC,
+    ByHand,
+    padded,
+    ragged_rows,
+    tiny_llama,
+    trainer_arguments,
+)
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -20,10 +28,14 @@ pytestmark = pytest.mark.trainers
 RATE = 0.5
 
 
-def make_trainer(folder, model, cls: Any = NitpTrainer, objective: str | None = SPEC, **options) -> Any:
+def make_trainer(
+    folder, model, cls: Any = NitpTrainer, objective: str | None = SPEC, **options
+) -> Any:
     given = {} if objective is None else {"objective": objective}
     arguments = trainer_arguments(folder, **options)
-    return cls(model=model, args=arguments, train_dataset=ragged_rows(), data_collator=padded, **given)
+    return cls(
+        model=model, args=arguments, train_dataset=ragged_rows(), data_collator=padded, **given
+    )
 
 
 def lora(model, **options) -> Any:
@@ -69,12 +81,16 @@ def test_a_resumed_adapter_brings_its_projector(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     expected = dict(straight.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
-        torch.testing.assert_close(parameter, expected[name], rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            parameter, expected[name], rtol=0, atol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
 
 
 def test_attach_then_the_trainers_compile_takes_the_steps_of_the_formula(tmp_path):
     # the backend without a code generator: what is proven is that tracing keeps the objective
-    trainer = make_trainer(tmp_path, tiny_llama(), torch_compile=True, torch_compile_backend="eager")
+    trainer = make_trainer(
+        tmp_path, tiny_llama(), torch_compile=True, torch_compile_backend="eager"
+    )
     by_hand = ByHand(tiny_llama(), trainer.nitp.objective)
     trainer.train()
     for _ in range(2):

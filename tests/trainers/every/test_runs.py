@@ -1,4 +1,5 @@
-"""What a run or a window of the Hugging Face Trainer leaves behind: nothing that the next one would count."""
+"""What a run or a window of the Hugging Face Trainer leaves behind: nothing that the next one would
+count."""
 
 from __future__ import annotations
 
@@ -8,7 +9,14 @@ import pytest
 import torch
 
 import nitp_ops
-from tests.support.trainer_cases import SPEC, ByHand, padded, ragged_rows, tiny_llama, trainer_arguments
+from tests.support.trainer_cases import (
+    SPEC,
+    ByHand,
+    padded,
+    ragged_rows,
+    tiny_llama,
+    trainer_arguments,
+)
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -73,7 +81,11 @@ class OutOfMemory(TrainerCallback):
 
 
 def test_a_restart_with_a_smaller_batch_logs_and_trains_as_a_run_of_its_own(tmp_path):
-    options: dict[str, Any] = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "logging_steps": 2}
+    options: dict[str, Any] = {
+        "auto_find_batch_size": True,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 2,
+    }
     trainer = make_trainer(tmp_path, callbacks=[OutOfMemory()], num_train_epochs=2, **options)
     start: dict[str, Any] = {}
 
@@ -95,7 +107,9 @@ def test_a_restart_with_a_smaller_batch_logs_and_trains_as_a_run_of_its_own(tmp_
         losses.append(loss.item())
     assert len(entries) == len(windows) // 2
     for index, entry in enumerate(entries):
-        assert entry["loss/ntp"] + entry["loss/nitp"] == pytest.approx(sum(losses[2 * index :][:2]) / 2, rel=1e-9)
+        assert entry["loss/ntp"] + entry["loss/nitp"] == pytest.approx(
+            sum(losses[2 * index :][:2]) / 2, rel=1e-9
+        )
         assert entry["loss"] == pytest.approx(entry["loss/ntp"] + entry["loss/nitp"], rel=1e-6)
     start["by_hand"].check(trainer.model)
 
@@ -141,13 +155,19 @@ def test_a_window_that_the_trainer_takes_no_step_for_does_not_join_the_next_one(
 
 
 def test_skipped_batches_of_a_resumed_epoch_are_not_counted(tmp_path):
-    options: dict[str, Any] = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "save_strategy": "steps"}
+    options: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "save_strategy": "steps",
+    }
     rows = ragged_rows(10)  # windows of 4, 4 and 2 rows
     whole = make_trainer(tmp_path / "whole", rows, save_steps=2, **options)
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", rows, save_steps=9, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-2"))
-    assert logged(resumed)[-1]["loss/ntp"] == pytest.approx(logged(whole)[-1]["loss/ntp"], rel=1e-12)
+    assert logged(resumed)[-1]["loss/ntp"] == pytest.approx(
+        logged(whole)[-1]["loss/ntp"], rel=1e-12
+    )
     for name, parameter in whole.model.named_parameters():
         assert torch.equal(resumed.model.get_parameter(name), parameter), name
 
@@ -156,13 +176,19 @@ def unlabelled(count: int) -> Any:
     return [{**row, "labels": [-100] * len(row["labels"])} for row in ragged_rows(count)]
 
 
-@pytest.mark.parametrize(("spec", "steps"), [(SPEC, 1), (SPEC, 2), (f"{SPEC[:-1]}, denominator=main)", 2)])
+@pytest.mark.parametrize(
+    ("spec", "steps"), [(SPEC, 1), (SPEC, 2), (f"{SPEC[:-1]}, denominator=main)", 2)]
+)
 def test_a_window_without_any_label_is_zero_under_the_stock_trainer(tmp_path, spec, steps):
     model = tiny_llama()
     nitp_ops.attach(model, spec)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    arguments = trainer_arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=steps)
-    trainer = Trainer(model=model, args=arguments, train_dataset=unlabelled(4), data_collator=padded)
+    arguments = trainer_arguments(
+        tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=steps
+    )
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=unlabelled(4), data_collator=padded
+    )
     trainer.train()
     assert all(entry["loss"] == 0 and entry["grad_norm"] == 0 for entry in logged(trainer))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

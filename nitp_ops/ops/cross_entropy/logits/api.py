@@ -1,4 +1,5 @@
-"""cross_entropy: the loss of logits that exist already, by the row kernel of `linear_cross_entropy`.
+"""cross_entropy: the loss of logits that exist already, by the row kernel of
+`linear_cross_entropy`.
 
 The public function. `term.py` checks, `autograd.py` is autograd.
 """
@@ -48,24 +49,27 @@ def cross_entropy(
     return_stats: bool | str = False,
     backend: str | None = None,
 ) -> Any:
-    """Cross-entropy of logits that exist already; `linear_cross_entropy` never makes them whole and takes less memory.
+    """Cross-entropy of logits that exist already; `linear_cross_entropy` never makes them whole and
+    takes less memory.
 
-    ``z = cap * tanh(scale * (logits + b) / cap)``; the loss of a row and every option that is not named below mean
-    what they mean in `linear_cross_entropy`.
+    ``z = cap * tanh(scale * (logits + b) / cap)``; the loss of a row and every option that is not
+    named below mean what they mean in `linear_cross_entropy`.
 
-    No copy of the logits is made in float32. The backward pass makes one gradient of the logits' shape and dtype, or,
-    with inplace_gradient, none: it overwrites the logits.
+    No copy of the logits is made in float32. The backward pass makes one gradient of the logits'
+    shape and dtype, or, with inplace_gradient, none: it overwrites the logits.
 
     Args:
         logits: ``[..., V]`` float64, float32, bfloat16 or float16, any strides.
         labels: ``[...]`` int64 in ``[0, V)``, or `ignore_index`; with target_weight ``[..., K]``.
-        inplace_gradient: the backward pass writes the gradient where the logits are, so that these hold it afterwards.
-            Who reads the logits after that reads the gradient; autograd refuses a second backward pass, and any other
-            that needs the logits ("modified by an inplace operation"). Rows must be dense and must not overlap. Under
-            torch.compile and create_graph=True the gradient has memory of its own.
+        inplace_gradient: the backward pass writes the gradient where the logits are, so that these
+            hold it afterwards. Who reads the logits after that reads the gradient; autograd refuses
+            a second backward pass, and any other that needs the logits ("modified by an inplace
+            operation"). Rows must be dense and must not overlap. Under torch.compile and
+            create_graph=True the gradient has memory of its own.
 
     Returns:
-        The loss in float32 (float64 for float64), 0-d or ``[...]``; with return_stats ``(loss, stats)``.
+        The loss in float32 (float64 for float64), 0-d or ``[...]``; with return_stats ``(loss,
+        stats)``.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
@@ -84,9 +88,13 @@ def cross_entropy(
     checks.is_plain(_OP, "logits", logits)
     checks.is_float(_OP, "logits", logits)
     if logits.dim() < 1 or logits.shape[-1] == 0:
-        raise ValueError(f"{_OP}: logits has shape {tuple(logits.shape)}, expected [..., V] with V >= 1")
+        raise ValueError(
+            f"{_OP}: logits has shape {tuple(logits.shape)}, expected [..., V] with V >= 1"
+        )
     columns, work = logits.shape[-1], reference.working(logits)
-    cap, scale = checked_transform(_OP, "logits", logits, columns, bias, ignore_index, softcap, logit_scale)
+    cap, scale = checked_transform(
+        _OP, "logits", logits, columns, bias, ignore_index, softcap, logit_scale
+    )
     normalizer = checked_normalizer(_OP, reduction, normalizer, return_stats, work)
     term = CrossEntropyTerm(
         logits,
@@ -103,8 +111,15 @@ def cross_entropy(
     if chosen == "reference":
         if checks.plain(labels):
             labels_inside(_OP, term, ignore_index, columns)
-        transform = {"bias": bias, "ignore_index": ignore_index, "softcap": softcap, "logit_scale": scale}
-        return term_reference.loss_of_rows(term, None, reduction, normalizer, return_stats, **transform)
+        transform = {
+            "bias": bias,
+            "ignore_index": ignore_index,
+            "softcap": softcap,
+            "logit_scale": scale,
+        }
+        return term_reference.loss_of_rows(
+            term, None, reduction, normalizer, return_stats, **transform
+        )
     checks.plain_autograd(_OP, bias, *tensors_of(term))
     given = (
         logits, bias, labels, token_weight, target_weight, class_weight, term.label_smoothing, term.z_loss,
@@ -122,13 +137,16 @@ def _check_in_place(inplace_gradient: object, logits: Tensor, backend: str) -> N
         return
     if backend == "reference":
         raise ValueError(
-            f"{_OP}: inplace_gradient is not supported with backend='reference' (it leaves gradients to autograd)"
+            f"{_OP}: inplace_gradient is not supported with backend='reference' (it leaves "
+            "gradients to autograd)"
         )
     held = Rows(logits)
     row, column = held.tensor.stride() if held.flat else (0, 0)
-    if logits.numel() == 0 or ((held.width == 1 or column == 1) and (held.count == 1 or row >= held.width)):
+    if logits.numel() == 0 or (
+        (held.width == 1 or column == 1) and (held.count == 1 or row >= held.width)
+    ):
         return
     raise ValueError(
-        f"{_OP}: logits has strides {logits.stride()}, expected dense rows that do not overlap with inplace_gradient "
-        "(as those of logits.contiguous())"
+        f"{_OP}: logits has strides {logits.stride()}, expected dense rows that do not overlap "
+        "with inplace_gradient (as those of logits.contiguous())"
     )

@@ -1,7 +1,9 @@
-"""Autograd of cross_entropy: the row kernel over logits that exist, as a plain autograd.Function and as a custom op.
+"""Autograd of cross_entropy: the row kernel over logits that exist, as a plain autograd.Function
+and as a custom op.
 
-The forward pass reads the logits. The backward pass runs the row kernel over a copy of them, or over the logits
-themselves, with the upstream gradient among the row weights: one gradient of the logits' dtype (or none), one rounding.
+The forward pass reads the logits. The backward pass runs the row kernel over a copy of them, or
+over the logits themselves, with the upstream gradient among the row weights: one gradient of the
+logits' dtype (or none), one rounding.
 """
 
 from __future__ import annotations
@@ -42,7 +44,11 @@ class _Rows:
     def values(self, fields: int) -> RowValues:
         """Room for all rows."""
         count, targets = self.rows.labels.shape
-        stats = torch.empty((fields, count), dtype=reference.working(self.term.hidden), device=self.rows.labels.device)
+        stats = torch.empty(
+            (fields, count),
+            dtype=reference.working(self.term.hidden),
+            device=self.rows.labels.device,
+        )
         return RowValues(stats, self.rows.labels.new_empty(count), stats.new_empty(count, targets))
 
     def scale(self, values: RowValues, mean: bool, normalizer: Tensor | None) -> Tensor:
@@ -55,7 +61,8 @@ class _Rows:
         return scale
 
     def run(self, logits: Tensor, part: slice, scale: Tensor | None, values: RowValues) -> None:
-        """Values of the rows `part`, whose logits these are; with a scale [N] the gradient in their place."""
+        """Values of the rows `part`, whose logits these are; with a scale [N] the gradient in their
+        place."""
         weight, term = self.rows.target_weight, self.term
         self.kernels.cross_entropy_rows_(
             logits, rows_of(self.rows.labels, part), None if weight is None else rows_of(weight, part), self.bias,
@@ -74,13 +81,24 @@ class _Rows:
             yield part
 
 
-def _gradients(given: _Rows, logits: Tensor, scale: Tensor, want_bias: bool, in_place: bool) -> list[Tensor]:
-    """[d_logits] or, with want_bias, [d_logits, d_bias], each row times its scale; in_place: over the logits."""
+def _gradients(
+    given: _Rows, logits: Tensor, scale: Tensor, want_bias: bool, in_place: bool
+) -> list[Tensor]:
+    """[d_logits] or, with want_bias, [d_logits, d_bias], each row times its scale; in_place: over
+    the logits."""
     source, columns = given.source, logits.shape[-1]
-    d_logits = logits.detach() if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    d_logits = (
+        logits.detach()
+        if in_place
+        else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    )
     d_bias, values = scale.new_zeros(columns) if want_bias else None, given.values(2)
     for part in given.parts():
-        chunk = source.take(part) if in_place else d_logits.view(-1, columns)[part].copy_(source.take(part))
+        chunk = (
+            source.take(part)
+            if in_place
+            else d_logits.view(-1, columns)[part].copy_(source.take(part))
+        )
         given.run(chunk, part, scale, values)
         if d_bias is not None:
             d_bias += chunk.sum(0, dtype=d_bias.dtype)
@@ -107,7 +125,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats, prediction, target logits, scale); in_place steers the backward pass."""
     of_rows = token_weight, target_weight, class_weight, label_smoothing, z_loss
-    given = _Rows(logits, bias, _term(logits, labels, *of_rows), ignore_index, softcap, logit_scale, backend)
+    given = _Rows(
+        logits, bias, _term(logits, labels, *of_rows), ignore_index, softcap, logit_scale, backend
+    )
     values = given.values(3 if entropy else 2)
     scale = given.scale(values, reduction == "mean" and normalizer is None, normalizer)
     for part in given.parts():
@@ -178,11 +198,17 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
     d_logits = d_bias = None
     want_logits, want_bias = ctx.needs_input_grad[:2]
     if upstream is not None:
-        saved = logits, bias, labels, target_weight, class_weight, scale = ctx.saved_tensors  # once: checkpointing
+        # once: checkpointing
+        saved = logits, bias, labels, target_weight, class_weight, scale = ctx.saved_tensors
         inactive = (scale == 0) | (upstream.reshape(-1) == 0)
         row_scale = torch.where(inactive, 0, scale * upstream.reshape(-1))
-        # eager only: tracing runs this once for many backward passes, and a graph must not write to what it is given
-        eager = type(upstream) is Tensor and upstream.device.type != "meta" and not torch.is_grad_enabled()
+        # eager only: tracing runs this once for many backward passes, and a graph must not write to
+        # what it is given
+        eager = (
+            type(upstream) is Tensor
+            and upstream.device.type != "meta"
+            and not torch.is_grad_enabled()
+        )
         in_place = ctx.in_place and want_logits and eager
         if not in_place and (torch.is_grad_enabled() or needs_dispatcher((upstream, *saved))):
             tensors = logits, bias, labels, target_weight, class_weight

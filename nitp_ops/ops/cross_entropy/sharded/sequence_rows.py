@@ -1,6 +1,8 @@
-"""Sequence parallel rows: each rank of a group has its own rows of the hidden states and of their labels.
+"""Sequence parallel rows: each rank of a group has its own rows of the hidden states and of their
+labels.
 
-Gathered in the order of ranks before a pass; backward, the ranks' parts of the gradient are summed and scattered back.
+Gathered in the order of ranks before a pass; backward, the ranks' parts of the gradient are summed
+and scattered back.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from ..vocab_shard import all_gather, reduce_scatter
 
 
 def gathered_term(term: CrossEntropyTerm, group: dist.ProcessGroup) -> CrossEntropyTerm:
-    """The term with the rows of all ranks, [rows, ...]; gradients of its hidden states come back to those given."""
+    """The term with the rows of all ranks, [rows, ...]; gradients of its hidden states come back to
+    those given."""
     leading = term.hidden.shape[:-1]
     count, work = leading.numel(), reference.working(term.hidden)
     several = term.several
@@ -32,9 +35,13 @@ def gathered_term(term: CrossEntropyTerm, group: dist.ProcessGroup) -> CrossEntr
     packed = torch.cat(columns, 1)
     whole = packed.new_empty(group.size() * count, packed.shape[1])
     all_gather(whole, packed, group=group)
-    labels, *weights = (part.contiguous() for part in whole.split([column.shape[1] for column in columns], 1))
+    labels, *weights = (
+        part.contiguous() for part in whole.split([column.shape[1] for column in columns], 1)
+    )
     weights = [weight.to(_bits(work)).view(work) for weight in weights]
-    hidden = GatheredRows.apply(term.hidden.reshape(count, term.hidden.shape[-1]), group, term.hidden_grad_out, work)
+    hidden = GatheredRows.apply(
+        term.hidden.reshape(count, term.hidden.shape[-1]), group, term.hidden_grad_out, work
+    )
     of_term = {"hidden": hidden, "labels": labels if several else labels.view(-1)}
     if several:
         of_term["target_weight"] = weights[0]
@@ -46,8 +53,12 @@ def gathered_term(term: CrossEntropyTerm, group: dist.ProcessGroup) -> CrossEntr
 def own_stats(stats: Any, term: CrossEntropyTerm, group: dist.ProcessGroup) -> Any:
     """`TokenStats` of the rows of this rank, shaped like them."""
     fields = stats._asdict()
-    shapes = {name: term.labels.shape if name == "target_logit" else term.leading for name in fields}
-    return type(stats)(**{name: own_rows(value, group).reshape(shapes[name]) for name, value in fields.items()})
+    shapes = {
+        name: term.labels.shape if name == "target_logit" else term.leading for name in fields
+    }
+    return type(stats)(
+        **{name: own_rows(value, group).reshape(shapes[name]) for name, value in fields.items()}
+    )
 
 
 def _as_integers(weight: Tensor) -> Tensor:
@@ -60,15 +71,18 @@ def _bits(work: torch.dtype) -> torch.dtype:
 
 
 class GatheredRows(torch.autograd.Function):
-    """[n, d] of each rank -> [ranks n, d] in the working precision, so that the gradient is rounded after its sum."""
+    """[n, d] of each rank -> [ranks n, d] in the working precision, so that the gradient is rounded
+    after its sum."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup, buffer: Tensor | None, work: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, group: dist.ProcessGroup, buffer: Tensor | None, work: torch.dtype
+    ) -> Tensor:
         ctx.group, ctx.buffer, ctx.dtype = group, buffer, rows.dtype
         whole = rows.new_empty(group.size() * len(rows), rows.shape[1])
         all_gather(whole, rows.contiguous(), group=group)
-        # torch.compile of torch 2.11 gives no gradient to an output that is also an intermediate result (pytorch issue
-        # 180642)
+        # torch.compile of torch 2.11 gives no gradient to an output that is also an intermediate
+        # result (pytorch issue 180642)
         return whole.to(work, copy=torch.compiler.is_compiling())
 
     @staticmethod

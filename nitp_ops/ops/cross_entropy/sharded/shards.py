@@ -16,7 +16,8 @@ from ..vocab_shard import VocabShard
 
 
 def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:
-    """Rows of a ``[vocab_size, d]`` matrix on each of `world` ranks, as DTensor's Shard(0) and torch.chunk cut it.
+    """Rows of a ``[vocab_size, d]`` matrix on each of `world` ranks, as DTensor's Shard(0) and
+    torch.chunk cut it.
 
     Example:
         >>> from nitp_ops.distributed import shard_rows
@@ -31,27 +32,32 @@ def shard_rows(vocab_size: int, world: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class VocabularyShards:
-    """`group=` of a token loss whose unembedding ``[V, d]`` and bias ``[V]`` lie over the ranks of a process group.
+    """`group=` of a token loss whose unembedding ``[V, d]`` and bias ``[V]`` lie over the ranks of
+    a process group.
 
-    ``lse = log sum_r sum_{v on rank r} exp(z_v)``. Every rank calls with the same rows, labels, weights and options,
-    asks for the same gradients, and differentiates with the same upstream; loss, stats and the gradient of hidden are
-    then equal on all of them, and each gets the gradient of its own part of unembedding and bias. No logit leaves its
-    rank but those of the targets.
+    ``lse = log sum_r sum_{v on rank r} exp(z_v)``. Every rank calls with the same rows, labels,
+    weights and options, asks for the same gradients, and differentiates with the same upstream;
+    loss, stats and the gradient of hidden are then equal on all of them, and each gets the gradient
+    of its own part of unembedding and bias. No logit leaves its rank but those of the targets.
 
     Args:
-        group: the process group, in whose order of ranks the vocabulary lies. None: that of an unembedding that is a
-            DTensor with Shard(0) on one mesh dimension, which brings its sizes too; else the default group.
-        vocab_size: V, spread as `shard_rows` says. sizes: V_r of every rank instead, where it is spread otherwise.
-            Neither: every rank has equally many rows.
-        sequence_parallel: hidden, labels and weights are this rank's own rows instead, equally many on each rank: they
-            are gathered before and the gradient is reduce-scattered. "mean" is that of all ranks' rows; stats and
-            ``reduction="none"`` return the own rows. max_rows is only checked then.
-        overlap: the all-reduce of a chunk's hidden gradients runs while its weight gradient is formed. False:
-            before it, which may be faster where the collective takes multiprocessors from the GEMM. The bits
-            are the same; sequence_parallel reduces once, after all chunks, and has nothing to overlap.
+        group: the process group, in whose order of ranks the vocabulary lies. None: that of an
+            unembedding that is a DTensor with Shard(0) on one mesh dimension, which brings its
+            sizes too; else the default group.
+        vocab_size: V, spread as `shard_rows` says. sizes: V_r of every rank instead, where it is
+            spread otherwise. Neither: every rank has equally many rows.
+        sequence_parallel: hidden, labels and weights are this rank's own rows instead, equally many
+            on each rank: they are gathered before and the gradient is reduce-scattered. "mean" is
+            that of all ranks' rows; stats and ``reduction="none"`` return the own rows. max_rows is
+            only checked then.
+        overlap: the all-reduce of a chunk's hidden gradients runs while its weight gradient is
+            formed. False: before it, which may be faster where the collective takes multiprocessors
+            from the GEMM. The bits are the same; sequence_parallel reduces once, after all chunks,
+            and has nothing to overlap.
 
     Raises (the call that gets it):
-        TypeError, ValueError: both sizes and vocab_size; a shard that has not the rows of its size; no process group.
+        TypeError, ValueError: both sizes and vocab_size; a shard that has not the rows of its size;
+            no process group.
 
     Example:
         >>> import torch, torch.distributed as dist, nitp_ops
@@ -95,30 +101,47 @@ def local_head(op: str, unembedding: Any, bias: Any, group: Any) -> LocalHead:
     if of_dtensor:
         if vocab_size is not None or sizes is not None:
             got = f"vocab_size={vocab_size}" if sizes is None else f"sizes={sizes}"
-            raise ValueError(f"{op}: group has {got} beside a DTensor, expected neither (it brings them)")
+            raise ValueError(
+                f"{op}: group has {got} beside a DTensor, expected neither (it brings them)"
+            )
         own = _group_of(op, "unembedding", unembedding)
         if ranks is not None and ranks.group_name != own.group_name:
             raise ValueError(
-                f"{op}: group is not the process group of unembedding, expected that or VocabularyShards()"
+                f"{op}: group is not the process group of unembedding, expected that or "
+                "VocabularyShards()"
             )
         ranks, vocab_size = own, unembedding.shape[0]
         if bias is not None:
-            if not checks.is_dtensor(bias) or _group_of(op, "bias", bias).group_name != ranks.group_name:
-                raise TypeError(f"{op}: bias is not sharded like unembedding, expected a DTensor with Shard(0)")
+            if (
+                not checks.is_dtensor(bias)
+                or _group_of(op, "bias", bias).group_name != ranks.group_name
+            ):
+                raise TypeError(
+                    f"{op}: bias is not sharded like unembedding, expected a DTensor with Shard(0)"
+                )
             bias = bias.to_local()
         unembedding = unembedding.to_local()
     ranks = dist.group.WORLD if ranks is None else ranks
     if ranks is None:
-        raise ValueError(f"{op}: group is None and there is no default group, expected a process group")
+        raise ValueError(
+            f"{op}: group is None and there is no default group, expected a process group"
+        )
     if unembedding.dim() != 2:
-        raise ValueError(f"{op}: unembedding has shape {tuple(unembedding.shape)}, expected [V_r, d]")
+        raise ValueError(
+            f"{op}: unembedding has shape {tuple(unembedding.shape)}, expected [V_r, d]"
+        )
     cut = _sizes(op, unembedding.shape[0], ranks, vocab_size, sizes)
     rank = dist.get_rank(ranks)
     if unembedding.shape[0] != cut[rank]:
         got = tuple(unembedding.shape)
-        raise ValueError(f"{op}: unembedding has shape {got}, expected [{cut[rank]}, d] on rank {rank} of sizes {cut}")
+        raise ValueError(
+            f"{op}: unembedding has shape {got}, expected [{cut[rank]}, d] on rank {rank} of sizes "
+            f"{cut}"
+        )
     # the group itself, as torch.compile of torch 2.11 cannot look it up by its name
-    shard = VocabShard(ranks.group_name, cut, reduce=not given.sequence_parallel, overlap=given.overlap)
+    shard = VocabShard(
+        ranks.group_name, cut, reduce=not given.sequence_parallel, overlap=given.overlap
+    )
     return LocalHead(unembedding, bias, shard, ranks if given.sequence_parallel else None)
 
 
@@ -137,16 +160,25 @@ def _shards(op: str, group: Any) -> VocabularyShards:
         raise TypeError(f"{op}: group is a {got}, expected a ProcessGroup or a VocabularyShards")
     for name in ("sequence_parallel", "overlap"):
         if not isinstance(getattr(given, name), bool):
-            raise TypeError(f"{op}: group.{name} is {getattr(given, name)!r}, expected True or False")
+            raise TypeError(
+                f"{op}: group.{name} is {getattr(given, name)!r}, expected True or False"
+            )
     return given
 
 
 def _sizes(
-    op: str, here: int, ranks: dist.ProcessGroup, vocab_size: int | None, sizes: Sequence[int] | None
+    op: str,
+    here: int,
+    ranks: dist.ProcessGroup,
+    vocab_size: int | None,
+    sizes: Sequence[int] | None,
 ) -> tuple[int, ...]:
     world = ranks.size()
     if vocab_size is not None and sizes is not None:
-        raise ValueError(f"{op}: group has vocab_size={vocab_size} and sizes={sizes}, expected at most one of them")
+        raise ValueError(
+            f"{op}: group has vocab_size={vocab_size} and sizes={sizes}, expected at "
+            "most one of them"
+        )
     if vocab_size is not None:
         checks.integer(op, "group.vocab_size", vocab_size, least=1)
     if sizes is not None and not isinstance(sizes, Sequence):
@@ -157,13 +189,19 @@ def _sizes(
     for rank, size in enumerate(cut):
         checks.integer(op, f"group.sizes[{rank}]", size, least=0)
     if len(cut) != world or sum(cut) == 0:
-        raise ValueError(f"{op}: group.sizes is {cut}, expected {world} numbers, one per rank, not all 0")
+        raise ValueError(
+            f"{op}: group.sizes is {cut}, expected {world} numbers, one per rank, not all 0"
+        )
     return cut
 
 
 def _group_of(op: str, argument: str, tensor: Any) -> dist.ProcessGroup:
-    sharded = [place for place, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    sharded = [
+        place for place, placement in enumerate(tensor.placements) if not placement.is_replicate()
+    ]
     if len(sharded) != 1 or not tensor.placements[sharded[0]].is_shard(0):
         got = ", ".join(map(str, tensor.placements))
-        raise TypeError(f"{op}: {argument} is a DTensor ({got}), expected Shard(0) once and Replicate otherwise")
+        raise TypeError(
+            f"{op}: {argument} is a DTensor ({got}), expected Shard(0) once and Replicate otherwise"
+        )
     return tensor.device_mesh.get_group(sharded[0])

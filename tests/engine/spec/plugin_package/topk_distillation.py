@@ -1,4 +1,5 @@
-"""Distillation from a teacher's most likely tokens, an objective for nitp_ops that lives in a package of its own."""
+"""Distillation from a teacher's most likely tokens, an objective for nitp_ops that lives in a
+package of its own."""
 
 from __future__ import annotations
 
@@ -25,9 +26,11 @@ class TeacherStreams(Streams):
 
 @dataclass(frozen=True, kw_only=True)
 class TopKDistillation(HeadTerm):
-    """``-sum_k q_k log softmax(W h_t)[v_k]`` over a teacher's K most likely tokens v_k for position t + 1.
+    """``-sum_k q_k log softmax(W h_t)[v_k]`` over a teacher's K most likely tokens v_k for position
+    t + 1.
 
-    Against the model's unembedding: its rows join the pass of the other head terms. A row with a teacher token counts.
+    Against the model's unembedding: its rows join the pass of the other head terms. A row with a
+    teacher token counts.
 
     Args:
         renormalize: q sums to one over the K tokens; else it is the teacher's probability.
@@ -43,14 +46,20 @@ class TopKDistillation(HeadTerm):
     renormalize: bool = True
 
     def requires(self, info: ModelInfo) -> frozenset[Need]:
-        return frozenset(map(Need, ("last_hidden", "head", "teacher_tokens", "teacher_probabilities")))
+        return frozenset(
+            map(Need, ("last_hidden", "head", "teacher_tokens", "teacher_probabilities"))
+        )
 
     def valid(self, streams: Streams) -> dict[str, Tensor]:
         return {"": self._present(streams).any(-1)}
 
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         assert isinstance(streams, TeacherStreams) and streams.teacher_probabilities is not None
-        assert streams.last_hidden is not None and streams.head is not None and streams.teacher_tokens is not None
+        assert (
+            streams.last_hidden is not None
+            and streams.head is not None
+            and streams.teacher_tokens is not None
+        )
         present = self._present(streams)
         q = torch.where(present, streams.teacher_probabilities.detach(), 0)
         if self.renormalize:
@@ -61,4 +70,8 @@ class TopKDistillation(HeadTerm):
     def _present(self, streams: Streams) -> Tensor:
         assert isinstance(streams, TeacherStreams) and streams.teacher_tokens is not None
         present = streams.teacher_tokens != streams.ignore_index
-        return present if streams.documents is None else present & (streams.documents >= 0).unsqueeze(-1)
+        return (
+            present
+            if streams.documents is None
+            else present & (streams.documents >= 0).unsqueeze(-1)
+        )
