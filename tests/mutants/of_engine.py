@@ -2,67 +2,157 @@
 
 from __future__ import annotations
 
-from tests.mutants.of_objectives import Mutant
+from tests.mutants.table import mutants
 
-MUTANTS: tuple[Mutant, ...] = (
-    Mutant("nitp_ops/engine/weighting.py", " * part.term.part_weight(part.piece)", "", "objectives/tokens/mtp_sequential"),
-    Mutant("nitp_ops/engine/weighting.py", "weight * loss if weight else torch.zeros_like(loss)", "weight * loss",
-           "engine/metrics"),
-    Mutant("nitp_ops/engine/composite.py", "if always_on(term) or not names:", "if True:", "objectives/properties"),
-    Mutant("nitp_ops/engine/composite.py", "window.counts is None and ", "", "engine/shortcuts"),
-    Mutant("nitp_ops/engine/composite.py", "readers.count(name) > 1", "readers.count(name) > 2", "engine/plan"),
-    Mutant("nitp_ops/engine/composite.py", "(p.dim() == 2) == matrices]", "True]", "engine/spec/build"),
-    Mutant("nitp_ops/engine/metrics.py", '["denominator"].clamp(min=1)', '["denominator"]', "engine/metrics"),
-    Mutant("nitp_ops/engine/metrics.py", 'rows = own["count"].clamp(min=1)', 'rows = own["count"]', "engine/metrics"),
-    Mutant("nitp_ops/engine/counts.py", "if self.group_size != other.group_size:", "if False:", "engine/metrics"),
-    Mutant("nitp_ops/engine/window.py", 'or self.gradient_reduction == "sum"', "", "engine/accumulation"),
-    Mutant("nitp_ops/engine/streams/needs.py", "need.grad or before.grad", "need.grad", "engine/streams/needs"),
-    Mutant("objectives/latent/nitp.py", "grad=not self.stop_gradient", "grad=True", "objectives/properties engine/streams/needs"),
-    Mutant("nitp_ops/engine/window.py", "counts.group_size % ranks", "counts.group_size > ranks", "engine/accumulation"),
-    Mutant("nitp_ops/engine/plan.py", "softcap=info.softcap", "softcap=None", "objectives/tokens/top"),
-    Mutant("nitp_ops/engine/plan.py", "logit_scale=info.logit_scale", "logit_scale=1.0", "objectives/tokens/top"),
-    Mutant("nitp_ops/engine/plan.py", "id(part.rows.head), (part", "0, (part", "engine/sets"),
-    Mutant("nitp_ops/engine/head_terms.py", "torch.where((weight == 0) | absent, 0, weighted)", "weighted",
-           "engine/metrics"),
-    Mutant("nitp_ops/engine/head_terms.py", "if self.ignore_index == -1:", "if False:", "engine/shortcuts"),
-    Mutant("nitp_ops/engine/streams/streams.py", "other.formed = {}", "self.formed = other.formed = {}", "engine/shortcuts"),
-    Mutant("nitp_ops/engine/head_terms.py", "(labels < 0) & (labels != ignore_index)", "labels > labels", "engine/plan"),
-    Mutant("nitp_ops/engine/modules/logit_losses.py", "(dz if slope is None else dz.mul_(slope))", "dz", "objectives/latent/fsp_bow"),
-    Mutant("nitp_ops/engine/modules/logit_losses.py", ".mul_(info.logit_scale)", "", "objectives/latent/fsp_bow"),
-    Mutant("nitp_ops/engine/modules/logit_losses.py", "d_weight += torch.mm", "d_weight = torch.mm", "objectives/latent/fsp_bow"),
-    Mutant("objectives/latent/fsp_bow.py", "threshold=40", "threshold=20", "objectives/latent/fsp_bow"),
-    Mutant("nitp_ops/engine/modules/parameters.py", "torch.default_generator.manual_seed(seed)",
-           "torch.default_generator.manual_seed(0)", "engine/blocks engine/spec/build"),
-    Mutant("nitp_ops/engine/modules/parameters.py", "manual_seed(self.seed)", "manual_seed(0)", "engine/spec/build"),
-    Mutant("nitp_ops/engine/modules/module_call.py", "        if own is not None:\n            module.forward = own", "",
-           "engine/plan"),
-    Mutant("nitp_ops/engine/modules/module_call.py", "or nn_module._global_forward_hooks", "or module._forward_hooks",
-           "engine/plan engine/spec/build"),
-    Mutant("nitp_ops/engine/modules/head_access.py", "if not weight.is_leaf:", "if False:", "engine/spec/build engine/plan"),
-    Mutant("nitp_ops/engine/parsing.py", "or k < length:", "or k <= length:", "engine/spec/spec"),
-    Mutant("nitp_ops/engine/parsing.py", "named[:place] + named[place + 1 :]", "named[:place]", "objectives/tokens/mtp_parallel"),
-    Mutant("nitp_ops/engine/spec/validation.py", "-(2**63) <= value < 2**63", "-(2**63) <= value", "engine/spec/spec_fuzz"),
-    Mutant("nitp_ops/engine/spec/grammar.py", "self.depth == _DEEPEST", "False", "engine/spec/spec_fuzz"),
-    Mutant("nitp_ops/engine/registry.py", "    except KeyboardInterrupt:\n        raise\n", "", "engine/spec/plugin_fails"),
-    Mutant("nitp_ops/engine/registry.py", "_built_in.get(name) or _plugins().get(name)",
-           "_plugins().get(name) or _built_in.get(name)", "engine/spec/lazy"),
-    Mutant("nitp_ops/engine/registry.py", "except BaseException", "except Exception", "engine/spec/plugin_fails"),
-    Mutant("nitp_ops/engine/spec/schedule.py", "step >= self.begin + self.warmup", "step > self.begin + self.warmup",
-           "engine/spec/schedule"),
-    Mutant("nitp_ops/engine/spec/schedule.py", "(step - self.begin) / max", "step / max", "engine/spec/schedule"),
-    Mutant("objectives/external.py", "torch.ones((), dtype", "torch.zeros((), dtype", "objectives/external"),
-    Mutant("nitp_ops/engine/drafting/decoding.py", "min(limit, end - known - 1)", "limit", "engine/draft"),
-    Mutant("nitp_ops/engine/drafting/decoding.py", "trunk.cut(known + right)", "trunk.cut(known + len(drafts))", "engine/draft"),
-    Mutant("nitp_ops/engine/drafting/drafters.py", "block.cut(kept)", "block.cut(state.shape[1])", "engine/draft"),
-    Mutant("nitp_ops/ops/cross_entropy/logits/autograd.py", "torch.autograd.graph.increment_version(logits)", "pass", "ops/cross_entropy/cross_entropy"),
-    Mutant("nitp_ops/core/gemm.py", "(upstream != 0).to(", "(upstream == upstream).to(", "core/weight_gemm"),
-    Mutant("nitp_ops/core/gemm.py", "torch.where(upstream == 0, 0, b * upstream)", "(b * upstream)", "core/weight_gemm"),
-    Mutant("nitp_ops/ops/cross_entropy/chunked.py", "len(chunks) != 1 or", "len(chunks) < 1 or", "core/weight_gemm"),
-    Mutant("nitp_ops/ops/cross_entropy/chunked.py", "held <= buffer.nbytes and", "", "core/weight_gemm"),
-    Mutant("nitp_ops/ops/cross_entropy/autograd.py", "call._replace(want_weight=False)", "call", "core/weight_gemm"),
-    Mutant("nitp_ops/core/dispatch.py", " or tensor.is_meta)", ")", "core/dispatch ops/meta_device"),
-    Mutant("nitp_ops/ops/cross_entropy/logits/autograd.py", "0, scale * upstream.reshape(-1))", "0, scale)", "ops/cross_entropy/cross_entropy"),
-    Mutant("nitp_ops/ops/cross_entropy/logits/autograd.py", "(scale == 0) | (upstream.reshape(-1) == 0)", "scale == 0", "ops/cross_entropy/cross_entropy"),
-    Mutant("nitp_ops/ops/cross_entropy/logits/autograd.py", "torch.where(scale == 0, 0, scale * values.stats[0])",
-           "(scale * values.stats[0])", "ops/cross_entropy/cross_entropy"),
-)  # fmt: skip
+MUTANTS = mutants(
+    {
+        "nitp_ops/engine/weighting.py": (
+            (" * part.term.part_weight(part.piece)", "", "objectives/tokens/mtp_sequential"),
+            (
+                "weight * loss if weight else torch.zeros_like(loss)",
+                "weight * loss",
+                "engine/metrics",
+            ),
+        ),
+        "nitp_ops/engine/composite.py": (
+            ("if always_on(term) or not names:", "if True:", "objectives/properties"),
+            ("window.counts is None and ", "", "engine/shortcuts"),
+            ("readers.count(name) > 1", "readers.count(name) > 2", "engine/plan"),
+            ("(p.dim() == 2) == matrices]", "True]", "engine/spec/build"),
+        ),
+        "nitp_ops/engine/metrics.py": (
+            ('["denominator"].clamp(min=1)', '["denominator"]', "engine/metrics"),
+            ('rows = own["count"].clamp(min=1)', 'rows = own["count"]', "engine/metrics"),
+        ),
+        "nitp_ops/engine/counts.py": (
+            ("if self.group_size != other.group_size:", "if False:", "engine/metrics"),
+        ),
+        "nitp_ops/engine/window.py": (
+            ('or self.gradient_reduction == "sum"', "", "engine/accumulation"),
+            ("counts.group_size % ranks", "counts.group_size > ranks", "engine/accumulation"),
+        ),
+        "nitp_ops/engine/streams/needs.py": (
+            ("need.grad or before.grad", "need.grad", "engine/streams/needs"),
+        ),
+        "objectives/latent/nitp.py": (
+            (
+                "grad=not self.stop_gradient",
+                "grad=True",
+                "objectives/properties engine/streams/needs",
+            ),
+        ),
+        "nitp_ops/engine/plan.py": (
+            ("softcap=info.softcap", "softcap=None", "objectives/tokens/top"),
+            ("logit_scale=info.logit_scale", "logit_scale=1.0", "objectives/tokens/top"),
+            ("id(part.rows.head), (part", "0, (part", "engine/sets"),
+        ),
+        "nitp_ops/engine/head_terms.py": (
+            ("torch.where((weight == 0) | absent, 0, weighted)", "weighted", "engine/metrics"),
+            ("if self.ignore_index == -1:", "if False:", "engine/shortcuts"),
+            ("(labels < 0) & (labels != ignore_index)", "labels > labels", "engine/plan"),
+        ),
+        "nitp_ops/engine/streams/streams.py": (
+            ("other.formed = {}", "self.formed = other.formed = {}", "engine/shortcuts"),
+        ),
+        "nitp_ops/engine/modules/logit_losses.py": (
+            ("(dz if slope is None else dz.mul_(slope))", "dz", "objectives/latent/fsp_bow"),
+            (".mul_(info.logit_scale)", "", "objectives/latent/fsp_bow"),
+            ("d_weight += torch.mm", "d_weight = torch.mm", "objectives/latent/fsp_bow"),
+        ),
+        "objectives/latent/fsp_bow.py": (
+            ("threshold=40", "threshold=20", "objectives/latent/fsp_bow"),
+        ),
+        "nitp_ops/engine/modules/parameters.py": (
+            (
+                "torch.default_generator.manual_seed(seed)",
+                "torch.default_generator.manual_seed(0)",
+                "engine/blocks engine/spec/build",
+            ),
+            ("manual_seed(self.seed)", "manual_seed(0)", "engine/spec/build"),
+        ),
+        "nitp_ops/engine/modules/module_call.py": (
+            ("        if own is not None:\n            module.forward = own", "", "engine/plan"),
+            (
+                "or nn_module._global_forward_hooks",
+                "or module._forward_hooks",
+                "engine/plan engine/spec/build",
+            ),
+        ),
+        "nitp_ops/engine/modules/head_access.py": (
+            ("if not weight.is_leaf:", "if False:", "engine/spec/build engine/plan"),
+        ),
+        "nitp_ops/engine/parsing.py": (
+            ("or k < length:", "or k <= length:", "engine/spec/spec"),
+            (
+                "named[:place] + named[place + 1 :]",
+                "named[:place]",
+                "objectives/tokens/mtp_parallel",
+            ),
+        ),
+        "nitp_ops/engine/spec/validation.py": (
+            ("-(2**63) <= value < 2**63", "-(2**63) <= value", "engine/spec/spec_fuzz"),
+        ),
+        "nitp_ops/engine/spec/grammar.py": (
+            ("self.depth == _DEEPEST", "False", "engine/spec/spec_fuzz"),
+        ),
+        "nitp_ops/engine/registry.py": (
+            ("    except KeyboardInterrupt:\n        raise\n", "", "engine/spec/plugin_fails"),
+            (
+                "_built_in.get(name) or _plugins().get(name)",
+                "_plugins().get(name) or _built_in.get(name)",
+                "engine/spec/lazy",
+            ),
+            ("except BaseException", "except Exception", "engine/spec/plugin_fails"),
+        ),
+        "nitp_ops/engine/spec/schedule.py": (
+            (
+                "step >= self.begin + self.warmup",
+                "step > self.begin + self.warmup",
+                "engine/spec/schedule",
+            ),
+            ("(step - self.begin) / max", "step / max", "engine/spec/schedule"),
+        ),
+        "objectives/external.py": (
+            ("torch.ones((), dtype", "torch.zeros((), dtype", "objectives/external"),
+        ),
+        "nitp_ops/engine/drafting/decoding.py": (
+            ("min(limit, end - known - 1)", "limit", "engine/draft"),
+            ("trunk.cut(known + right)", "trunk.cut(known + len(drafts))", "engine/draft"),
+        ),
+        "nitp_ops/engine/drafting/drafters.py": (
+            ("block.cut(kept)", "block.cut(state.shape[1])", "engine/draft"),
+        ),
+        "nitp_ops/ops/cross_entropy/logits/autograd.py": (
+            (
+                "torch.autograd.graph.increment_version(logits)",
+                "pass",
+                "ops/cross_entropy/cross_entropy",
+            ),
+            ("0, scale * upstream.reshape(-1))", "0, scale)", "ops/cross_entropy/cross_entropy"),
+            (
+                "(scale == 0) | (upstream.reshape(-1) == 0)",
+                "scale == 0",
+                "ops/cross_entropy/cross_entropy",
+            ),
+            (
+                "torch.where(scale == 0, 0, scale * values.stats[0])",
+                "(scale * values.stats[0])",
+                "ops/cross_entropy/cross_entropy",
+            ),
+        ),
+        "nitp_ops/core/gemm.py": (
+            ("(upstream != 0).to(", "(upstream == upstream).to(", "core/weight_gemm"),
+            ("torch.where(upstream == 0, 0, b * upstream)", "(b * upstream)", "core/weight_gemm"),
+        ),
+        "nitp_ops/ops/cross_entropy/chunked.py": (
+            ("len(chunks) != 1 or", "len(chunks) < 1 or", "core/weight_gemm"),
+            ("held <= buffer.nbytes and", "", "core/weight_gemm"),
+        ),
+        "nitp_ops/ops/cross_entropy/autograd.py": (
+            ("call._replace(want_weight=False)", "call", "core/weight_gemm"),
+        ),
+        "nitp_ops/core/dispatch.py": (
+            (" or tensor.is_meta)", ")", "core/dispatch ops/meta_device"),
+        ),
+    }
+)

@@ -2,7 +2,7 @@
 
     python -m tests.mutants.run [PART | WORD ...]
 
-A part is adapters, cpu, engine or objectives; any other word chooses the mutants whose file, edit or tests hold it.
+A part is adapters, cpu, engine, kernels or objectives; any other word chooses the mutants whose file, edit or tests hold it.
 Every edit is made in a copy of the tree, so nothing here is ever wrong. A formula header is compiled by the tests that
 run the CUDA sources on the CPU; for csrc/cpu the copy's library is built anew, without nvcc. A mutant is killed by a
 test that fails with the edit and passes without it. Exit code 1: one survived, or its tests could not tell.
@@ -27,12 +27,29 @@ from pathlib import Path
 from tests.mutants.of_adapters import MUTANTS as OF_ADAPTERS
 from tests.mutants.of_cpu import MUTANTS as OF_CPU
 from tests.mutants.of_engine import MUTANTS as OF_ENGINE
+from tests.mutants.of_kernels import MUTANTS as OF_KERNELS
 from tests.mutants.of_objectives import MUTANTS as OF_OBJECTIVES
-from tests.mutants.of_objectives import Mutant
+from tests.mutants.table import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("csrc", "nitp_ops", "objectives", "examples", "experiments", "benchmarks", "tests", "docs", "pyproject.toml")
-PARTS = {"objectives": OF_OBJECTIVES, "engine": OF_ENGINE, "adapters": OF_ADAPTERS, "cpu": OF_CPU}
+COPIED = (
+    "csrc",
+    "nitp_ops",
+    "objectives",
+    "examples",
+    "experiments",
+    "benchmarks",
+    "tests",
+    "docs",
+    "pyproject.toml",
+)
+PARTS = {
+    "kernels": OF_KERNELS,
+    "objectives": OF_OBJECTIVES,
+    "engine": OF_ENGINE,
+    "adapters": OF_ADAPTERS,
+    "cpu": OF_CPU,
+}
 MUTANTS: tuple[Mutant, ...] = tuple(mutant for part in PARTS.values() for mutant in part)
 #: Seconds for the tests of one mutant: pytest's own limit does not end a kernel that loops for ever.
 PATIENCE = 900
@@ -69,7 +86,9 @@ def choose(words: list[str]) -> list[Mutant]:
     """The mutants of the parts among the words, and those that hold one of the other words; all without words."""
 
     def wanted(part: str, mutant: Mutant) -> bool:
-        return not words or any(word == part if word in PARTS else word in " ".join(mutant) for word in words)
+        return not words or any(
+            word == part if word in PARTS else word in " ".join(mutant) for word in words
+        )
 
     return [mutant for part, mutants in PARTS.items() for mutant in mutants if wanted(part, mutant)]
 
@@ -82,7 +101,9 @@ class Copy:
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+                shutil.copytree(
+                    source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results")
+                )
             else:
                 shutil.copy(source, folder / name)
         (folder / "nitp_ops/objectives").symlink_to("../objectives")  # as the installed mapping
@@ -124,7 +145,10 @@ class Copy:
         with suppress(FileNotFoundError):
             shutil.rmtree(self.folder / ".pytest_cache")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:xdist", *tests]
-        environment = os.environ | {"TMPDIR": str(self.folder / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {
+            "TMPDIR": str(self.folder / "tmp"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         with subprocess.Popen(
             command,
             cwd=self.folder,
@@ -141,7 +165,9 @@ class Copy:
                 raise RuntimeError(f"the tests take more than {PATIENCE} s") from error
             finally:
                 with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # ranks and workers that a test left running
+                    os.killpg(
+                        process.pid, signal.SIGKILL
+                    )  # ranks and workers that a test left running
         if process.returncode == 0:
             return None
         failed = self.folder / ".pytest_cache/v/cache/lastfailed"
@@ -157,12 +183,18 @@ class Copy:
 
     def _build(self) -> None:
         """The library from the copy's sources; CUDA kernels take minutes and are not asked for."""
-        folders = [f for f in os.environ["PATH"].split(os.pathsep) if not (Path(f) / "nvcc").exists()]
+        folders = [
+            f for f in os.environ["PATH"].split(os.pathsep) if not (Path(f) / "nvcc").exists()
+        ]
         environment = os.environ | {"PATH": os.pathsep.join(folders)}
         command = [sys.executable, "-c", BUILD]
-        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=self.folder, env=environment, capture_output=True, text=True
+        )
         if done.returncode:
-            raise RuntimeError(f"the library cannot be built:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"the library cannot be built:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
 
 
 def verdict(copy: Copy, mutant: Mutant) -> tuple[str, str]:
@@ -172,7 +204,11 @@ def verdict(copy: Copy, mutant: Mutant) -> tuple[str, str]:
             test = copy.red(tests_of(mutant))
         if test is None:
             return "SURVIVED", mutant.tests
-        return ("killed", test) if copy.green(test) else ("BROKEN", f"{test} fails without the edit as well")
+        return (
+            ("killed", test)
+            if copy.green(test)
+            else ("BROKEN", f"{test} fails without the edit as well")
+        )
     except RuntimeError as error:
         return "BROKEN", str(error)
 
@@ -194,12 +230,18 @@ def main(words: list[str]) -> int:
             counted[word] += 1
             left += [line] if word != "killed" else []
     print(*left, sep="\n", end="\n" if left else "")
-    print(f"{counted['killed']} of {len(chosen)} mutants killed in {time.monotonic() - begin:.0f} s")
+    print(
+        f"{counted['killed']} of {len(chosen)} mutants killed in {time.monotonic() - begin:.0f} s"
+    )
     return 1 if left else 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the copy goes then too
-    parser = argparse.ArgumentParser(description="One-line edits, each of which must turn named tests red.")
-    parser.add_argument("words", nargs="*", metavar="PART | WORD", help=f"{', '.join(PARTS)}, or a text of a mutant")
+    parser = argparse.ArgumentParser(
+        description="One-line edits, each of which must turn named tests red."
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="PART | WORD", help=f"{', '.join(PARTS)}, or a text of a mutant"
+    )
     sys.exit(main(parser.parse_args().words))

@@ -21,7 +21,9 @@ def test_each_edit_stands_once_in_its_file_and_leaves_it_readable(mutant):
 
 
 def test_an_edit_without_its_place_is_told():
-    with pytest.raises(ValueError, match=r"^objectives/tokens/ntp.py: 'gone' stands there 0 times, expected once$"):
+    with pytest.raises(
+        ValueError, match=r"^objectives/tokens/ntp.py: 'gone' stands there 0 times, expected once$"
+    ):
         run.mutated(run.Mutant("objectives/tokens/ntp.py", "gone", "", "objectives_build"), "x = 1")
 
 
@@ -33,7 +35,9 @@ def test_a_word_that_no_mutant_holds_is_told(capsys):
 def test_a_part_chooses_its_table_and_a_word_what_holds_it():
     assert run.choose(["cpu"]) == list(run.OF_CPU)
     assert run.choose(["cpu", "adapters"]) == [*run.OF_ADAPTERS, *run.OF_CPU]
-    assert {m.file for m in run.choose(["objectives/tokens/top.py"])} == {"objectives/tokens/top.py"}
+    assert {m.file for m in run.choose(["objectives/tokens/top.py"])} == {
+        "objectives/tokens/top.py"
+    }
     assert run.choose([]) == list(run.MUTANTS)
 
 
@@ -47,7 +51,9 @@ def test_what_kills_fails_with_the_edit_and_passes_without_it(tmp_path, monkeypa
     for name, claim in (("exact", "ONE == 1"), ("loose", "ONE > 0"), ("wrong", "ONE == 3")):
         text = f"from objectives.one import ONE\ndef test_it():\n    assert {claim}\n"
         (root / f"tests/test_{name}.py").write_text(text)
-    table = [run.Mutant("objectives/one.py", "1", "2", name) for name in ("loose", "wrong", "exact")]
+    table = [
+        run.Mutant("objectives/one.py", "1", "2", name) for name in ("loose", "wrong", "exact")
+    ]
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the five runs start faster
     monkeypatch.setattr(run, "ROOT", root)
     monkeypatch.setattr(run, "COPIED", ("nitp_ops", "objectives", "tests", "pytest.ini"))
