@@ -46,7 +46,7 @@ def _compare(options: Options, console: Console, arms: list[Arm], corpus: Corpus
         console.print(f"no row kernels serve {options.device} here: the objectives run as plain PyTorch equations")
     few = len(arms) <= table.WIDE
     if not few:
-        console.print(table.plan(arms).for_terminal())
+        console.print(table.for_terminal(table.plan(arms)))
         console.print(sentences.NOT_MEASURED)
     outcomes = []
     for seed in options.seeds:
@@ -57,9 +57,9 @@ def _compare(options: Options, console: Console, arms: list[Arm], corpus: Corpus
                 console.print(run.objective.explain())
             outcomes.append(Outcome.of(arm, run, train_shown(run, console)))
     groups = table.by_arm(outcomes)
-    console.print(table.results(groups, (*QUALITY, *COST) if few else BRIEF).for_terminal())
+    console.print(table.for_terminal(table.results(groups, (*QUALITY, *COST) if few else BRIEF)))
     if few:
-        console.print(table.probes(groups).for_terminal())
+        console.print(table.for_terminal(table.probes(groups)))
         for group in groups:
             console.print(f"sampled from {group[0].arm.name}:\n{group[0].sample}\n")
         for sentence in sentences.about(groups):
@@ -130,6 +130,6 @@ def _head_costs(options: Options, console: Console) -> tuple[list[HeadCost], Fai
         costs = compare_heads(**HEAD_SHAPE, device=device, threads=torch.get_num_threads())
     except RuntimeError as error:
         return [], Failure(str(error))
-    console.print(table.head_grid(costs).for_terminal())
+    console.print(table.for_terminal(table.head_table(costs)))
     console.print(sentences.about_head(costs))
     return costs, None

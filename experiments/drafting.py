@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.report.tables import Table
 from nitp_ops.objectives import CompositeObjective
 
 from .analysis.arms import Arm, arms_of
 from .comparison import terminal, train_shown
 from .console.failure import BadInput
 from .console.lock import alone_in
-from .report.table import Grid
+from .report.table import for_terminal
 from .train.data import Corpus, load_corpus
 from .train.decoding import Comparison, compare
 from .train.heads import load_exported
@@ -73,7 +74,7 @@ def demonstrate(plan: Plan) -> None:
         with alone_in(options.out):
             trained = [_trained(arm, options, corpus, console) for arm in arms_of(options)]
     found = [_decoded(name, folder, plan, corpus) for name, folder in trained]
-    console.print(table(found).for_terminal())
+    console.print(for_terminal(table(found)))
     for comparison in found:
         console.print(sentence(comparison))
 
@@ -113,7 +114,7 @@ def _check_room(plan: Plan, context: int) -> None:
         )
 
 
-def table(found: Sequence[Comparison]) -> Grid:
+def table(found: Sequence[Comparison]) -> Table:
     """A column a model."""
     header = ["", "drafts accepted", "at each place ahead", "tokens a call", "plain, tokens/s", "drafted, tokens/s"]
     rows = [
@@ -130,7 +131,7 @@ def table(found: Sequence[Comparison]) -> Grid:
     ]
     drafts = found[0].drafts
     title = f"greedy decoding of {len(drafts)} held-out prompts, {drafts[0].new_tokens} new tokens each"
-    return Grid(title, [*header, "speed-up, median"], rows).transposed()
+    return Table(title, [*header, "speed-up, median"], rows).transposed()
 
 
 def sentence(x: Comparison) -> str:

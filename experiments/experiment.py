@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.report.environment import here, machine_line
+
 from .analysis import overhead
 from .analysis.arms import Arm, control_arms
 from .analysis.records import Records, outcome_of, outcome_record
@@ -18,7 +20,6 @@ from .console.command import command_line
 from .console.failure import Diverged
 from .console.lock import alone_in
 from .report import document, figures, page, table
-from .report.environment import commit, machine_line
 from .train.checkpoint import remove_checkpoints
 from .train.data import Corpus, load_corpus
 from .train.loop import prepare
@@ -94,7 +95,7 @@ def _arm(arm: Arm, options: Options, corpus: Corpus, records: Records, console: 
     start = time.perf_counter()
     run = arm.run(options, corpus)
     console.print(f"\n{prepare(run, resume=True)}")
-    common = {"machine": machine_line(options.device), "commit": commit()}
+    common = {"machine": machine_line(here(options.device))}
     try:
         outcome = Outcome.of(arm, run, train_shown(run, console))
     except Diverged as error:
@@ -115,7 +116,7 @@ def _overheads(plan: Plan, corpus: Corpus, records: Records, console: Console) -
         start = time.perf_counter()
         for result in overhead.measure(dim, plan.options, corpus, plan.rounds, backends, console.print):
             seconds = (time.perf_counter() - start) / len(backends)
-            common = {"machine": machine_line(plan.options.device), "commit": commit()}
+            common = {"machine": machine_line(here(plan.options.device))}
             records.add(**overhead.record(result), seconds=seconds, **common)
 
 
@@ -131,11 +132,10 @@ def _write(plan: Plan, arms: list[Arm], corpus: Corpus, records: Records, consol
     overheads = [overhead.from_record(x) for x in costs.values()]
     measured = [*(x for _, x in found if x is not None), *costs.values()]
     minutes = sum(x.get("seconds", 0.0) for x in measured) / 60
-    machines, commits = (dict.fromkeys(x[name] for x in measured) for name in ("machine", "commit"))
+    machines = dict.fromkeys(x["machine"] for x in measured)
     facts = [
         f"command: `{command_line()}`",
         *(f"machine: {machine}" for machine in machines),
-        f"measured at: {'; '.join(commits)}",
         f"time: {minutes:.1f} minutes of measuring (of an arm that was stopped, the part after its restart)",
     ]
     document.write(plan.document, options, corpus, arms, outcomes, failures, overheads, facts)

@@ -15,6 +15,7 @@ from benchmarks.gpu.short import order, tasks
 from benchmarks.gpu.short.kinds import Bench, Records, Rows, Stage
 from benchmarks.measure import cuda, profiled
 from benchmarks.measure.isolated import Isolated, Lost
+from benchmarks.report import environment
 
 pytestmark = pytest.mark.programs
 
@@ -162,7 +163,7 @@ def test_counters_are_read_in_bytes_and_nanoseconds(monkeypatch):
 def test_the_machine_is_told_with_what_its_library_lacks(monkeypatch):
     assert torch.cuda.is_available() or "sees no GPU" in tasks.about(at, [], commit="abc")["refusal"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run_report, "machine", lambda commit: {"commit": commit})
+    monkeypatch.setattr(environment, "gpu_machine", lambda commit: {"commit": commit})
     monkeypatch.setattr(tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}")
     told = tasks.about(at, [], commit="abc")
     assert told["machine"] == {"commit": "abc"} and told["native"] == "no code for cuda"

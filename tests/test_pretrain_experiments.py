@@ -177,7 +177,7 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_the_rest_kept(tmp_path):
 def test_claims_stand_beside_their_differences_and_nothing_is_concluded():
     ntp = [fake("ntp", seed) for seed in range(3)]
     nitp = [fake("nitp", seed, effective_rank=9 + x) for seed, x in enumerate((0.5, 0.6, 0.55))]
-    table = claims.claims_grid(claims.found([ntp, nitp]))
+    table = claims.table_of(claims.found([ntp, nitp]))
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["nitp raises the effective rank"] == ["paper", "effective rank, nitp - ntp", "+0.55 ± 0.06"]
     assert table.header[-1] == "difference ± two standard errors"
@@ -194,6 +194,6 @@ def test_the_overhead_is_the_median_ratio_of_rounds_beside_the_formula():
     result = overhead.Overhead(512, "native", 5, 256, 1024, plain=[1.0, 2.0, 4.0], added=[1.1, 2.6, 4.8])
     assert result.measured == pytest.approx(0.2)
     assert result.predicted == 1 / (5 + 256 / (12 * 512))
-    (row,) = overhead.overhead_grid([result]).rows
+    (row,) = overhead.overhead_table([result]).rows
     assert row == ["d = 512, ours", "2,000.0", "2,600.0", "+20.0%", "+15.0% to +25.0%", "+19.8%"]
     assert "ours +20.0% (1.01 of the formula)" in overhead.sentence([result])

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretrain_cases import ROOT, arguments, fake, verdicts, write_text
 
+from benchmarks.report.tables import Table
 from examples import pretrain
 from experiments.analysis import results as outcome
 from experiments.analysis import statistics as spread
@@ -128,7 +129,8 @@ def test_many_arms_are_rows_and_few_are_columns():
 
 
 def test_a_markdown_table_keeps_bars_inside_cells_and_aligns_numbers_right():
-    lines = grid.Grid("t", ["", "|z|", "word"], [["a|b", "1.5 ± 0.1", "x"], ["c", "-", "2"]]).as_markdown().splitlines()
+    table = Table("t", ["", "|z|", "word"], [["a|b", "1.5 ± 0.1", "x"], ["c", "-", "2"]])
+    lines = table.as_markdown().splitlines()
     assert lines == [
         "**t**",
         "",

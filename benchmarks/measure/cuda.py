@@ -21,7 +21,7 @@ from benchmarks.implementations import forward as function_of
 from benchmarks.implementations import step
 from nitp_ops import reference
 
-from . import cpu
+from . import cpu, timing
 from .isolated import At, Lost, one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -206,7 +206,7 @@ def timed(
     gc.collect()
     gc.disable()  # a collection in the middle of a run would be timed
     try:
-        return cpu.interleave(runs, prepared, rounds=rounds, seconds=seconds, clock=Instant)
+        return timing.interleave(runs, prepared, rounds=rounds, seconds=seconds, clock=Instant)
     finally:
         gc.enable()
 

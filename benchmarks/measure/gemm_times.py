@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nitp_ops.core import gemm
 
-from . import cpu
+from . import children, timing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Sizes = dict[str, Any]
@@ -26,7 +26,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     """Seconds of each run in each round, the first call of each left out."""
     for run in runs.values():
         run()
-    return cpu.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
+    return timing.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
 
 
 def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -35,7 +35,7 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def ratio(times: list[float], base: list[float]) -> float:
     """The median of the ratios within rounds, which a drift of the machine's speed cancels from."""
-    return cpu.ratios(times, base)["median"]
+    return timing.ratios(times, base)["median"]
 
 
 def served(dtype: torch.dtype) -> bool:
@@ -98,10 +98,10 @@ def faster(times: dict[str, list[float]]) -> list[float]:
 
 def in_child(task: Callable[[], Any], threads: int, malloc: str = "default") -> Any:
     def configured() -> Any:
-        cpu.configure(threads, malloc)
+        children.configure(threads, malloc)
         return task()
 
-    return cpu.in_child(configured)
+    return children.in_child(configured)
 
 
 def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:

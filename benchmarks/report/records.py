@@ -6,7 +6,8 @@ import csv
 import io
 from typing import Any
 
-from .printed import machine_line, markdown
+from .environment import machine_line
+from .tables import markdown
 
 #: Of a row's {"median", "q25", "q75"}: the key in the JSON -> the columns.
 _SPREADS = {

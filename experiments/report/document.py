@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import storage
 from experiments.analysis.arms import Arm
-from experiments.analysis.overhead import Overhead, overhead_grid
+from experiments.analysis.overhead import Overhead, overhead_table
 from experiments.analysis.overhead import sentence as overhead_sentence
 from experiments.analysis.results import QUALITY, Outcome
 from experiments.analysis.statistics import no_verdict
-from experiments.train.checkpoint import write_whole
 from experiments.train.data import Corpus
 from experiments.train.options import Options
 
@@ -49,7 +49,6 @@ def write(
     Raises:
         OSError: the disk refused; an older document is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     budget = (
         f"{len(arms)} arms x {len(options.seeds)} seeds x {options.steps:,} steps x {options.tokens_per_step:,} "
         f"tokens; width {options.dim}, {options.layers} blocks, {options.heads} heads, context {options.context}, "
@@ -66,7 +65,7 @@ def write(
         lines += _results(path, table.by_arm(outcomes))
     if overheads:
         lines += _overhead(overheads)
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+    storage.write(path, "\n".join(lines) + "\n")
 
 
 def _results(path: Path, arms: list[list[Outcome]]) -> list[str]:
@@ -78,7 +77,12 @@ def _results(path: Path, arms: list[list[Outcome]]) -> list[str]:
         lines += [f"![differences from the first arm]({image.name})"]
     lines += ["", table.probes(arms, wide=True).as_markdown()]
     if measured := hypotheses.found(arms):
-        lines += ["", "## What the paper and a first trial say", "", hypotheses.claims_grid(measured).as_markdown()]
+        lines += [
+            "",
+            "## What the paper and a first trial say",
+            "",
+            hypotheses.table_of(measured).as_markdown(),
+        ]
     return lines
 
 
@@ -99,7 +103,7 @@ def _overhead(overheads: list[Overhead]) -> list[str]:
         "",
         setting,
         "",
-        overhead_grid(overheads).as_markdown(),
+        overhead_table(overheads).as_markdown(),
         "",
         overhead_sentence(overheads),
     ]

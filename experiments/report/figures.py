@@ -7,12 +7,12 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.report.figures import INK, STYLE, inline
 from experiments.analysis.fused_head import HeadCost
 from experiments.analysis.results import COSINE, CROSS_ENTROPY, RANK, Outcome, difference, pairs
 from experiments.analysis.statistics import shown_as
@@ -24,15 +24,7 @@ SMOOTH = 20
 """Steps in the running median of the step time."""
 POINTS = 400
 """The most points of a curve: a long run needs no more."""
-# Almost black; stands for the reader's text colour until the SVG is written.
-INK = "#0a0b0c"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nitp_ops",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "legend.framealpha": 0.0,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
+COLOURS = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
 def draw(path: Path, arms: Arms, costs: Sequence[HeadCost]) -> str:
@@ -41,15 +33,12 @@ def draw(path: Path, arms: Arms, costs: Sequence[HeadCost]) -> str:
     Raises:
         OSError: the disk refused; an older picture is intact.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(arms, costs)
-        png, svg = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context({**STYLE, **COLOURS, "legend.framealpha": 0.0}):
+        figure, png = _figure(arms, costs), io.BytesIO()
         figure.savefig(png, dpi=110, format="png")
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        element = inline(figure)
     write_whole(path, png.getvalue())
-    text = svg.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    return element
 
 
 def differences(path: Path, arms: Arms) -> None:

@@ -6,12 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.report.tables import Table
 from experiments.analysis.arms import BASELINE, DEFAULT
 from experiments.analysis.probing import LINEAR, NEAREST
 from experiments.analysis.results import COSINE, CROSS_ENTROPY, FLOOR, LOSS, RANK, Measure, difference, pairs
 from experiments.analysis.statistics import Difference, shown_as
 
-from .table import Arms, Grid
+from .table import Arms
 
 GAIN = Measure("floor less loss", ".4f", lambda o: [o.numbers[f"{x}/floor"] - o.numbers[f"{x}/loss"] for x in o.labels])
 
@@ -55,7 +56,7 @@ def found(arms: Arms) -> list[tuple[Claim, Difference]]:
     return measured
 
 
-def claims_grid(measured: Sequence[tuple[Claim, Difference]]) -> Grid:
+def table_of(measured: Sequence[tuple[Claim, Difference]]) -> Table:
     """The claims and their differences."""
     rows = [
         [
@@ -67,7 +68,7 @@ def claims_grid(measured: Sequence[tuple[Claim, Difference]]) -> Grid:
         for claim, less in measured
     ]
     spread = shown_as(min(less.pairs for _, less in measured))
-    return Grid("what is said, and what was measured", ["", "said by", "measured", f"difference ± {spread}"], rows)
+    return Table("what is said, and what was measured", ["", "said by", "measured", f"difference ± {spread}"], rows)
 
 
 def probe_measure(kind: str, offset: int) -> Measure:
@@ -84,7 +85,7 @@ COMPARED = (
 )
 
 
-def differences(arms: Arms) -> Grid:
+def differences(arms: Arms) -> Table:
     """Each arm less the first."""
     first, *others = arms
     rows, fewest = [], len(first)
@@ -94,4 +95,4 @@ def differences(arms: Arms) -> Grid:
             rows.append([group[0].arm.name, *cells])
             fewest = min(fewest, len(matched))
     title = f'less "{first[0].arm.name}", paired by seed, ± {shown_as(fewest)}'
-    return Grid(title, ["", *(measure.title for measure in COMPARED)], rows)
+    return Table(title, ["", *(measure.title for measure in COMPARED)], rows)

@@ -1,14 +1,14 @@
-"""Tables as plain cells, so that the terminal, the page and the document show the same ones."""
+"""The tables of a comparison: arms, results, probes, the output head."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+import rich.table
 from rich import box
-from rich.table import Table
 
+from benchmarks.report.tables import Table
 from experiments.analysis.arms import Arm
 from experiments.analysis.fused_head import HeadCost
 from experiments.analysis.probing import LINEAR, MAJORITY, NEAREST, OFFSETS
@@ -19,43 +19,19 @@ WIDE = 4
 """From more arms than this on, each is a row."""
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A title, a header, rows of text; the first column names the row."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-    @property
-    def numeric(self) -> list[bool]:
-        """Of each column: every cell is a number, or a dash for want of one."""
-        columns = zip(*self.rows, strict=True)
-        return [all(cell.lstrip("+-")[:1] in "0123456789" for cell in column) for column in columns]
-
-    def transposed(self) -> Grid:
-        """Rows as columns; the corner stays."""
-        header, *rows = ([*line] for line in zip(self.header, *self.rows, strict=True))
-        return Grid(self.title, header, rows)
-
-    def for_terminal(self) -> Table:
-        """As rich prints it."""
-        table = Table(box=box.SIMPLE_HEAD, title=self.title, title_justify="left")
-        for heading, right in zip(self.header, self.numeric, strict=True):
-            table.add_column(heading, justify="right" if right else "left", overflow="fold")
-        table.columns[0].no_wrap = True
-        for row in self.rows:
-            table.add_row(*row)
-        return table
-
-    def as_markdown(self) -> str:
-        """As a Markdown table under its title."""
-        lines = [self.header, ["---:" if right else "---" for right in self.numeric], *self.rows]
-        return "\n".join([f"**{self.title}**", "", *(f"| {' | '.join(map(_cell, line))} |" for line in lines)])
-
-
 Arms = Sequence[Sequence[Outcome]]
 """The outcomes of each arm, a seed each."""
+
+
+def for_terminal(table: Table) -> rich.table.Table:
+    """As rich prints it."""
+    shown = rich.table.Table(box=box.SIMPLE_HEAD, title=table.title, title_justify="left")
+    for heading, right in zip(table.header, table.numeric, strict=True):
+        shown.add_column(heading, justify="right" if right else "left", overflow="fold")
+    shown.columns[0].no_wrap = True
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
 
 
 def by_arm(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
@@ -79,20 +55,20 @@ def cell(measure: Measure, group: Sequence[Outcome]) -> str:
     return ", ".join(spelled(values, measure.form) for values in parts) or "-"
 
 
-def results(arms: Arms, measures: Sequence[Measure], *, wide: bool = False) -> Grid:
+def results(arms: Arms, measures: Sequence[Measure], *, wide: bool = False) -> Table:
     """The measures of each arm: a column an arm where they are few, else (or if `wide`) a row."""
     rows = [[group[0].arm.name, *(cell(measure, group) for measure in measures)] for group in arms]
-    grid = Grid(f"held-out text, after the last step{seeds(arms)}", ["", *(m.title for m in measures)], rows)
-    return grid if wide or len(arms) > WIDE else grid.transposed()
+    table = Table(f"held-out text, after the last step{seeds(arms)}", ["", *(m.title for m in measures)], rows)
+    return table if wide or len(arms) > WIDE else table.transposed()
 
 
-def plan(arms: Sequence[Arm]) -> Grid:
+def plan(arms: Sequence[Arm]) -> Table:
     """What each arm is for."""
     rows = [[a.name, a.expression, a.tests or "-", "-" if a.paper is None else f"{a.paper:.2f}"] for a in arms]
-    return Grid("arms", ["", "objective", "what it tests", "paper's score, not measured here"], rows)
+    return Table("arms", ["", "objective", "what it tests", "paper's score, not measured here"], rows)
 
 
-def probes(arms: Arms, *, wide: bool = False) -> Grid:
+def probes(arms: Arms, *, wide: bool = False) -> Table:
     """The accuracy of both probes at each offset, the majority class first: columns where arms are few, else rows."""
 
     def row(name: str, key: str, group: Sequence[Outcome]) -> list[str]:
@@ -104,8 +80,8 @@ def probes(arms: Arms, *, wide: bool = False) -> Grid:
     for name, key in (("linear", LINEAR), ("nearest neighbours", NEAREST)):
         rows += [row(f"{group[0].arm.name}: {name}", key, group) for group in arms]
     title = f"accuracy of probes for x[t+j] on the frozen last hidden state{seeds(arms)}"
-    grid = Grid(title, ["", *(f"j = {offset}" for offset in OFFSETS)], rows)
-    return grid if wide or len(arms) > WIDE else grid.transposed()
+    table = Table(title, ["", *(f"j = {offset}" for offset in OFFSETS)], rows)
+    return table if wide or len(arms) > WIDE else table.transposed()
 
 
 def seeds(arms: Arms) -> str:
@@ -114,13 +90,9 @@ def seeds(arms: Arms) -> str:
     return f", mean ± standard deviation over {most} seeds" if most > 1 else ""
 
 
-def head_grid(costs: Sequence[HeadCost]) -> Grid:
+def head_table(costs: Sequence[HeadCost]) -> Table:
     """Eager and fused side by side."""
     one = costs[0]
     title = f"output head, forward and backward, {one.rows} rows, d = {one.dim}, V = {one.vocab:,}, {one.dtype}"
     rows = [[c.implementation, f"{c.peak_bytes / 2**20:,.0f}", f"{c.seconds:.2f}", f"{c.loss:.4f}"] for c in costs]
-    return Grid(title, ["", "peak memory, MiB", "seconds", "loss"], rows)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    return Table(title, ["", "peak memory, MiB", "seconds", "loss"], rows)

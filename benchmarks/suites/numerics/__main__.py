@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure.gemm_times import DTYPES, Sizes
-from benchmarks.report import printed
+from benchmarks.report import environment, storage
 
 from . import latent_loss, objective_plan
 from .token_loss import chunk_sizes, parts, reach
@@ -34,7 +34,7 @@ TOY: Sizes = {
 
 
 def page(sizes: Sizes, threads: int) -> str:
-    info = printed.machine(threads)
+    info = environment.machine(threads)
     row_table, rate_table, roof = parts(sizes, threads)
     excess = {name: roof[name]["kernel"] * roof[name]["rate"] / 6 for name in DTYPES}
     shares = "; ".join(
@@ -46,7 +46,7 @@ def page(sizes: Sizes, threads: int) -> str:
     return f"""# Numbers of linear_cross_entropy
 
 Written by `python -m benchmarks.suites.numerics --only token`; nothing here is typed by hand.
-Machine: {printed.machine_line(info)}.
+Machine: {environment.machine_line(info)}.
 
 How time and memory grow with N and V, and the error at up to 256 chunks beside PyTorch's own op:
 [growth](growth.md).
@@ -92,7 +92,9 @@ below it a ratio to libraries can lie whose products are slower than those of ni
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.numerics", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--out", type=Path, default=printed.ROOT / "docs", help="folder of the page (default docs/)")
+    parser.add_argument(
+        "--out", type=Path, default=environment.ROOT / "docs", help="folder of the page (default docs/)"
+    )
     parser.add_argument("--only", choices=("token", "latent", "plan"), help="one page")
     parser.add_argument("--toy", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args(arguments)
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _written(path: Path, text: str) -> None:
-    printed.write(path, text)
+    storage.write(path, text)
     print(f"written to {path}")
 
 

@@ -24,8 +24,8 @@ from benchmarks.measure.gemm_times import (
     ratio,
     served,
 )
-from benchmarks.report import printed
-from benchmarks.report.printed import markdown
+from benchmarks.report import environment
+from benchmarks.report.tables import markdown
 
 FULL: Sizes = {
     "reach": [(4096, 512), (4096, 896), (2048, 2048)],
@@ -48,7 +48,7 @@ def page(sizes: Sizes, threads: int) -> str:
     return f"""# Numbers of implicit_token_loss
 
 Written by `python -m benchmarks.suites.numerics --only latent`; nothing here is typed by hand.
-Machine: {printed.machine_line(printed.machine(threads))}.
+Machine: {environment.machine_line(environment.machine(threads))}.
 
 ## Time
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nitp_ops
 from benchmarks.cases import OPS
-from benchmarks.measure import cpu
+from benchmarks.measure import children, cpu
 from benchmarks.measure.gemm_times import (
     DTYPES,
     Sizes,
@@ -27,7 +27,7 @@ from benchmarks.measure.gemm_times import (
     served,
     widened,
 )
-from benchmarks.report.printed import markdown
+from benchmarks.report.tables import markdown
 from nitp_ops import reference
 
 #: `multiplied` or `own` (products.py).
@@ -86,7 +86,7 @@ def reach(sizes: Sizes, threads: int) -> str:
             plan = nitp_ops.explain("linear_cross_entropy", rows=n, width=d, vocabulary=v, dtype=dtype)
             extra = {k: (p["peak_bytes"] - p["gradient_bytes"]) / 2**20 for k, p in peak.items()}
             extra["ours"] -= plan.accumulator_bytes / 2**20
-            for malloc in cpu.MALLOC:
+            for malloc in children.MALLOC:
                 t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, malloc)
                 pairs = ("ours", "products"), ("ours", "new"), ("ours", "mm"), ("eager", "products"), ("half", "ours")
                 ratios = [f"{ratio(t[a], t[b]):.2f}" for a, b in pairs]
