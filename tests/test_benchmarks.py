@@ -23,17 +23,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Work(TorchDispatchMode):
-    """Counts matrix products, their FLOPs, and the numbers that `copy_` moves."""
+    """Counts GEMMs, their FLOPs, and the numbers that `copy_` moves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.flops = self.moved = 0
+        self.gemms = self.flops = self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm"):
             left, right = args[-2:]
-            self.products, self.flops = self.products + 1, self.flops + 2 * left.numel() * right.shape[1]
+            self.gemms, self.flops = self.gemms + 1, self.flops + 2 * left.numel() * right.shape[1]
         if name == "copy_":
             self.moved += 2 * args[0].numel()
         return func(*args, **(kwargs or {}))
@@ -46,14 +46,14 @@ def work(run: Callable[[], object]) -> Work:
 
 
 @pytest.mark.parametrize(
-    ("name", "products", "pairs_lost"), [("linear_cross_entropy", 3, 0), ("implicit_token_loss", 9, 1)]
+    ("name", "gemms", "pairs_lost"), [("linear_cross_entropy", 3, 0), ("implicit_token_loss", 9, 1)]
 )
-def test_the_floor_of_a_gemm_bound_op_does_the_products_of_eager(name, products, pairs_lost):
+def test_the_floor_of_a_gemm_bound_op_does_the_gemms_of_eager(name, gemms, pairs_lost):
     op = OPS[name]
     inputs = op.inputs(op.toy, torch.float32)
     eager = work(lambda: step(forward(name, "eager"), inputs))
     floor = work(op.floor({**op.toy, "N": op.toy["N"] - pairs_lost}, torch.float32))
-    assert floor.products == eager.products == products
+    assert floor.gemms == eager.gemms == gemms
     assert floor.flops == eager.flops
 
 

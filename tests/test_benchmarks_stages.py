@@ -11,7 +11,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks.gpu import run_report, sanitize, stages
 from benchmarks.report import environment, storage
-from nitp_ops import _kernels
+from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.programs
 

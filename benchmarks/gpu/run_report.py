@@ -126,7 +126,7 @@ def legend(cases: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             *lines,
-            "floor of products: one after the other, in the same rounds; weight gradients in the faster output dtype",
+            "floor of GEMMs: one after the other, in the same rounds; weight gradients in the faster output dtype",
             "time: between events, forward and backward, L2 cold, work queued ahead; medians of interleaved rounds",
             "peak: most bytes allocated in one step beyond those before it; error: of every row against float64",
         ]

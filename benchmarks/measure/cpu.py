@@ -40,7 +40,7 @@ def described(
     runs: Mapping[str, Callable[[], object]],
     flops: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Medians, quartiles, ratios within rounds and the rate of the products beside what is known already."""
+    """Medians, quartiles, ratios within rounds and the rate of the GEMMs beside what is known already."""
     for name, values in times.items():
         row = results[name]
         row |= {"milliseconds": _milliseconds(values), "rounds": len(values)}

@@ -1,4 +1,4 @@
-"""What the pages of numbers share: interleaved times, and products by the faster library that torch reaches."""
+"""What the pages of numbers share: interleaved times, and GEMMs by the faster library that torch reaches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 def served(dtype: torch.dtype) -> bool:
-    """Whether a library behind torch has products of such numbers here: else torch.mm multiplies one by one."""
+    """Whether a library behind torch has GEMMs of such numbers here: else torch.mm multiplies one by one."""
     return dtype == torch.float32 or gemm.torch_has_bfloat16()
 
 
@@ -81,14 +81,14 @@ def _mkldnn_matmul() -> Callable[..., None] | None:
 
 
 def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
-    """out = a b by nitp_ops itself, where it has such products."""
+    """out = a b by nitp_ops itself, where it has such GEMMs."""
     if not gemm.has_native_gemm("cpu", a.dtype):
         return {}
     return {f"nitp_ops {name}": partial(torch.ops.nitp_ops.gemm_, out, a, b, False)}
 
 
 def faster(times: dict[str, list[float]]) -> list[float]:
-    """In each round the sum over the products, each by the library whose median is less."""
+    """In each round the sum over the GEMMs, each by the library whose median is less."""
     total = [0.0] * min(len(each) for each in times.values())
     for name in (each.removeprefix("mm ") for each in times if each.startswith("mm ")):
         found = [times[f"{library} {name}"] for library in ("mm", "onednn") if f"{library} {name}" in times]

@@ -90,7 +90,7 @@ def errors(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
 
 
 def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
-    """GFLOP/s against FLOPs a byte, under the copy's bandwidth and the best product's rate."""
+    """GFLOP/s against FLOPs a byte, under the copy's bandwidth and the best GEMM's rate."""
     found = document["roofline"]
     figure, (axis,) = _figure(colours[0], 1, height=3.4)
     figure.set_figwidth(5)
@@ -98,7 +98,7 @@ def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
     knee = found["gflop_per_s"] / found["gb_per_s"]
     ends = [min(*intensities, knee), knee, max(*intensities, knee)]
     roof = [min(found["gflop_per_s"], found["gb_per_s"] * end) for end in ends]
-    axis.loglog(ends, roof, "--", color=colours[0], linewidth=1, label="copy's bandwidth, best product")
+    axis.loglog(ends, roof, "--", color=colours[0], linewidth=1, label="copy's bandwidth, best GEMM")
     for name in found["points"][0]["gflop_per_s"]:
         rates = [point["gflop_per_s"][name] for point in found["points"]]
         axis.loglog(intensities, rates, marker="o", ms=4, color=colours[PLACES[name]], label=name)
@@ -190,9 +190,9 @@ def page(document: dict[str, Any], source: str) -> str:
         "",
         picture(f"{FOLDER}/roofline", "roofline"),
         "",
-        f"A copy moves {roof['gb_per_s']:.1f} GB/s, the fastest product reaches {roof['gflop_per_s']:.0f} GFLOP/s "
+        f"A copy moves {roof['gb_per_s']:.1f} GB/s, the fastest GEMM reaches {roof['gflop_per_s']:.0f} GFLOP/s "
         f"({roof['dtype']}).",
-        "FLOPs are those of the three products, bytes those of the inputs and gradients, each once.",
+        "FLOPs are those of the three GEMMs, bytes those of the inputs and gradients, each once.",
         "",
     ]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What NITP adds to NTP on the loss part alone, beside the ratio of their products' FLOPs."""
+"""What NITP adds to NTP on the loss part alone, beside the ratio of their GEMMs' FLOPs."""
 
 from __future__ import annotations
 

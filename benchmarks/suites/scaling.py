@@ -23,7 +23,7 @@ from benchmarks.report import environment, storage
 from . import gate
 from .numerics.objective_plan import Setting
 from .numerics.token_loss import error_against_chunks, problem
-from .numerics.token_loss import products as products_of
+from .numerics.token_loss import gemms as gemms_of
 
 WHO = ("ours", "eager", "torch-best")
 DTYPE = "bfloat16"
@@ -131,7 +131,7 @@ def _extra_bytes(make: Callable[..., Made], axis: str, fixed: Sizes, size: int, 
 
 
 def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers: int) -> dict[str, Any]:
-    """Bandwidth of a copy, the best rate of the products, and GFLOP/s of the whole op at each arithmetic intensity."""
+    """Bandwidth of a copy, the best rate of the GEMMs, and GFLOP/s of the whole op at each arithmetic intensity."""
     op, dtype = OPS["linear_cross_entropy"], getattr(torch, DTYPE)
     source = torch.ones(numbers, dtype=dtype)
     into = torch.zeros_like(source)
@@ -143,7 +143,7 @@ def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers:
         steps = {name: cpu.Step(forward(op.name, name), inputs) for name in ("ours", "eager")}
         runs = {name: _cleared(each, inputs.clear) for name, each in steps.items()}
         h, w, _ = problem(n, d, vocabulary, dtype)
-        times = interleaved(runs | products_of(h, w, multiplied, own), rounds)
+        times = interleaved(runs | gemms_of(h, w, multiplied, own), rounds)
         rates = {name: 1e-9 * op.flops(sizes) / statistics.median(times[name]) for name in runs}
         single = [2e-9 * n * d * vocabulary / statistics.median(times[name]) for name in times if name not in runs]
         best = max(best, *single)

@@ -1,6 +1,6 @@
 """`python -m benchmarks.suites.numerics`: measures the fused losses and the plan, writes their pages under docs/.
 
-Time against the products that each must form, memory, the cost of a chunk's size, and the row kernels. Every number of
+Time against the GEMMs that each must form, memory, the cost of a chunk's size, and the row kernels. Every number of
 those pages comes from here; growth, and the error against the number of chunks: `python -m benchmarks --case scaling`.
 """
 
@@ -53,9 +53,9 @@ How time and memory grow with N and V, and the error at up to 256 chunks beside 
 
 ## Time and memory
 
-Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
+Forward and backward against the three GEMMs alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
 already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors without AVX-512).
-Where no library has products of bfloat16, those of float32 stand for them, in eager too. The same with dW into new
+Where no library has GEMMs of bfloat16, those of float32 stand for them, in eager too. The same with dW into new
 memory, as the op must return it; and all by `torch.mm`. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
@@ -67,7 +67,7 @@ a bfloat16 gradient is rounded from its accumulator after that peak, so that its
 ## Size of a chunk
 
 Time against the default's at N x d x V = {at}, malloc raised: small chunks read and write the weight
-gradient too often and starve the products, large ones gain nothing more.
+gradient too often and starve the GEMMs, large ones gain nothing more.
 
 {chunk_sizes(sizes, threads)}
 
@@ -78,14 +78,14 @@ writes the gradients once; it is bound by arithmetic, not by memory.
 
 {row_table}
 
-The products by each library and by nitp_ops itself, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
+The GEMMs by each library and by nitp_ops itself, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
 
 {rate_table}
 
-With R FLOP/s in the products (the fastest of each size of a chunk above, their median) and k seconds a logit in the row
-kernel (the median over V) the op takes at least `1 + k R / (6 d)` times as long as products at that rate.
+With R FLOP/s in the GEMMs (the fastest of each size of a chunk above, their median) and k seconds a logit in the row
+kernel (the median over V) the op takes at least `1 + k R / (6 d)` times as long as GEMMs at that rate.
 {shares}. Above that are the weight gradient's sum over chunks and fresh pages;
-below it a ratio to libraries can lie whose products are slower than those of nitp_ops.
+below it a ratio to libraries can lie whose GEMMs are slower than those of nitp_ops.
 """
 
 
