@@ -62,7 +62,7 @@ def parse(arguments: list[str] | None) -> Plan:
 
 
 def demonstrate(plan: Plan) -> None:
-    """Train what is to be trained, decode from the exported files, print table and sentences."""
+    """Train what is to be trained, decode from the exported files, print the table."""
     options, console = plan.options, terminal()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -75,8 +75,6 @@ def demonstrate(plan: Plan) -> None:
             trained = [_trained(arm, options, corpus, console) for arm in arms_of(options)]
     found = [_decoded(name, folder, plan, corpus) for name, folder in trained]
     console.print(for_terminal(table(found)))
-    for comparison in found:
-        console.print(sentence(comparison))
 
 
 def _trained(arm: Arm, options: Options, corpus: Corpus, console: Console) -> tuple[str, Path]:
@@ -116,10 +114,23 @@ def _check_room(plan: Plan, context: int) -> None:
 
 def table(found: Sequence[Comparison]) -> Table:
     """A column a model."""
-    header = ["", "drafts accepted", "at each place ahead", "tokens a call", "plain, tokens/s", "drafted, tokens/s"]
+    header = [
+        "",
+        "prompts with the text of plain decoding",
+        "logit gap where they part",
+        "calls of the model",
+        "drafts accepted",
+        "at each offset",
+        "tokens a call",
+        "plain, tokens/s",
+        "drafted, tokens/s",
+    ]
     rows = [
         [
             x.name,
+            f"{len(x.drafts) - len(x.parted)} of {len(x.drafts)}",
+            f"{max(abs(gap) for _, gap in x.parted):.1e}" if x.parted else "-",
+            f"{sum(draft.calls for draft in x.drafts):,}",
             f"{x.accepted:.3f}",
             ", ".join(f"{share:.3f}" for share in x.acceptance),
             f"{x.tokens_per_call:.2f}",
@@ -132,19 +143,3 @@ def table(found: Sequence[Comparison]) -> Table:
     drafts = found[0].drafts
     title = f"greedy decoding of {len(drafts)} held-out prompts, {drafts[0].new_tokens} new tokens each"
     return Table(title, [*header, "speed-up, median"], rows).transposed()
-
-
-def sentence(x: Comparison) -> str:
-    """Whether the texts agree, and what came of the drafts."""
-    count = len(x.drafts)
-    saved = f"{x.new_tokens:,} tokens took {sum(found.calls for found in x.drafts):,} calls of the model"
-    pace = f"{x.speed_up:.2f} times the speed of" if x.speed_up > 1 else f"slower ({x.speed_up:.2f} times) than"
-    if not x.parted:
-        same = f"token for token the text of plain greedy decoding in all {count} prompts"
-    else:
-        worst = max(abs(gap) for _, gap in x.parted)
-        same = (
-            f"the text of plain greedy decoding in {count - len(x.parted)} of {count} prompts; the others part where "
-            f"two logits are within {worst:.1e}: rounding"
-        )
-    return f"{x.name}: {same}; {saved}, {pace} plain decoding."

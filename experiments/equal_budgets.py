@@ -100,9 +100,12 @@ def _gather(plan: Plan, corpora: list[Corpus], records: Records) -> None:
                         _train(name, budget, replace(options, steps=count, seed=seed), corpus, records, console)
         said = {"command": command_line(), "machine": machine_line(here(options.device))}
         records.add(
-            study="session", trained=len(_of(records, study="run")), seconds=time.perf_counter() - start, **said
+            experiment="session",
+            trained=len(_of(records, experiment="run")),
+            seconds=time.perf_counter() - start,
+            **said,
         )
-    sessions = {line["trained"]: line for line in reversed(_of(records, study="session"))}.values()
+    sessions = {line["trained"]: line for line in reversed(_of(records, experiment="session"))}.values()
     facts = [
         *(f"command: `{each}`" for each in dict.fromkeys(line["command"] for line in sessions)),
         *(f"machine: {each}" for each in dict.fromkeys(line["machine"] for line in sessions)),
@@ -112,7 +115,7 @@ def _gather(plan: Plan, corpora: list[Corpus], records: Records) -> None:
         f"{options.context}, learning rate {options.lr:g}, {options.dtype}, bytes as tokens",
     ]
     found = {
-        _title(text, corpus): _of(records, study="run", text=corpus.fingerprint)
+        _title(text, corpus): _of(records, experiment="run", text=corpus.fingerprint)
         for text, corpus in zip(plan.texts, corpora, strict=True)
     }
     evidence_page.write(plan.page, {text: lines for text, lines in found.items() if lines}, facts)
@@ -130,7 +133,7 @@ def _of(records: Records, **key: Any) -> list[dict[str, Any]]:
 
 def _budgets(plan: Plan, corpus: Corpus, records: Records) -> dict[str, dict[str, int]]:
     """The steps of each arm: as many as the baseline's, and as many as fit into the baseline's time."""
-    key = {"study": "speed", "text": corpus.fingerprint}
+    key = {"experiment": "speed", "text": corpus.fingerprint}
     line = records.find(**key)
     if line is None:
         records.add(**key, ratios=_ratios(plan.options, corpus, plan.rounds))
@@ -155,7 +158,7 @@ def _arm(name: str, folder: str | None = None) -> Arm:
 
 def _train(name: str, budget: str, options: Options, corpus: Corpus, records: Records, console: Console) -> None:
     """One run, unless a record has it; a checkpoint continues."""
-    key = {"study": "run", "text": corpus.fingerprint, "arm": name, "budget": budget, "seed": options.seed}
+    key = {"experiment": "run", "text": corpus.fingerprint, "arm": name, "budget": budget, "seed": options.seed}
     if records.find(**key, steps=options.steps):
         return
     folder = f"{corpus.fingerprint}/{re.sub(' ', '-', budget)}/{name}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from experiments.analysis import arms
-from experiments.analysis import results as outcomes
+from experiments.analysis import results as results
 from experiments.train import checkpoint
 from nitp_ops.objectives import parse
 
@@ -63,13 +63,11 @@ def verdicts(text):
 
 
 def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):
-    """An outcome made of numbers alone."""
+    """An result made of numbers alone."""
     expression = "ntp" if name == "ntp" else "ntp + nitp"
     arm = arms.Arm(name, expression, parse(expression), name, "a test", 1.0)
     keys = [f"{kind}/{j}" for kind in ("linear_probe", "knn_probe", "probe_baseline") for j in range(1, 9)]
     latent = dict.fromkeys(("nitp/loss", "nitp/floor", "nitp/skill"), 0.25) if name != "ntp" else {}
     base = {"cross_entropy": 1.0, "effective_rank": 9.0, "mean_cosine": 0.2, "rows": 64, "parameters": 9}
     steps = {"step_low": 0.9, "step_seconds": 1.0, "step_high": 1.1, "tokens_per_step": 64, "own_parameters": 0}
-    return outcomes.Outcome(
-        arm, seed, {**base, **steps, **latent, **dict.fromkeys(keys, probes), **numbers}, [1.0, 2.0]
-    )
+    return results.Result(arm, seed, {**base, **steps, **latent, **dict.fromkeys(keys, probes), **numbers}, [1.0, 2.0])

@@ -40,7 +40,7 @@ def gathered(tmp_path_factory):
 
 def lines(out) -> list[dict]:
     found = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()[1:]]
-    return [line for line in found if line["study"] == "run"]
+    return [line for line in found if line["experiment"] == "run"]
 
 
 def test_an_arm_has_the_tokens_of_the_baseline_and_the_steps_of_its_time(gathered):

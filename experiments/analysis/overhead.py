@@ -87,28 +87,24 @@ def overhead_table(results: list[Overhead]) -> Table:
                 f"{quartiles['median']:+.1%}",
                 f"{quartiles['q25']:+.1%} to {quartiles['q75']:+.1%}",
                 f"{result.predicted:+.1%}",
+                f"{result.measured / result.predicted:.2f}",
             ]
         )
-    header = ["", '"ntp", ms', '"ntp + nitp", ms', "added", "middle half of the rounds", "formula 1 / (L + V / (12 d))"]
+    header = [
+        "",
+        '"ntp", ms',
+        '"ntp + nitp", ms',
+        "added",
+        "middle half of the rounds",
+        "formula 1 / (L + V / (12 d))",
+        "added / formula",
+    ]
     return Table("a whole training step: median times, median of the rounds' ratios", header, rows)
-
-
-def sentence(results: list[Overhead]) -> str:
-    """Where the measurements lie beside the formula."""
-    said = []
-    for dim in dict.fromkeys(result.dim for result in results):
-        here = {result.backend: result for result in results if result.dim == dim}
-        parts = [
-            f"{BACKENDS[backend]} {result.measured:+.1%} ({result.measured / result.predicted:.2f} of the formula)"
-            for backend, result in here.items()
-        ]
-        said.append(f"at d = {dim} {', '.join(parts)}")
-    return f"Added to a whole step: {'; '.join(said)}."
 
 
 def record(result: Overhead) -> dict[str, Any]:
     """As a line of records."""
-    return {"study": "overhead", **asdict(result)}
+    return {"experiment": "overhead", **asdict(result)}
 
 
 def from_record(line: dict[str, Any]) -> Overhead:

@@ -13,7 +13,7 @@ from benchmarks.report.figures import frame, picture, svg
 from benchmarks.report.tables import Table
 from experiments.analysis.statistics import Difference, no_verdict, shown_as
 
-from .table import spelled
+from .table import formatted
 
 #: Text and frames, then a colour an arm.
 THEMES = {
@@ -80,12 +80,12 @@ def table(runs: Lines) -> Table:
     for (arm, budget), group in sorted(
         found.items(), key=lambda item: (item[0][1] == "equal time", item[0][0] != "ntp")
     ):
-        less = "-" if group is base else difference(base, group).spelled(".4f")
+        less = "-" if group is base else difference(base, group).formatted(".4f")
         numbers = [
-            spelled([run[key] for run in group], form)
+            formatted([run[key] for run in group], form)
             for key, form in (("cross_entropy", ".4f"), ("effective_rank", ".1f"), ("mean_cosine", ".3f"))
         ]
-        seconds = spelled([run["seconds"] for run in group], ".1f")
+        seconds = formatted([run["seconds"] for run in group], ".1f")
         rows.append(
             [
                 f"{arm}, {budget}",

@@ -12,13 +12,14 @@ from benchmarks.report import pages, storage
 from benchmarks.report.environment import here, machine_line
 from experiments.analysis.fused_head import HeadCost
 from experiments.analysis.results import COST, QUALITY
+from experiments.analysis.statistics import no_verdict
 from experiments.console.command import command_line
 from experiments.train.data import Corpus
 from experiments.train.options import Options
 from experiments.train.run import model_info
 from nitp_ops.objectives import build
 
-from . import sentences, table
+from . import hypotheses, table
 
 DEFINITIONS = (
     ("cross-entropy", "nats a byte, next byte, mean over the held-out windows; never smoothed or weighted"),
@@ -55,23 +56,22 @@ def write(
         ("text", f"{corpus.description}; fingerprint {corpus.fingerprint}"),
         ("each run", f"{trained}; {shapes}"),
     ]
-    tables = [table.results(arms, (*QUALITY, *COST)), table.probes(arms)]
-    said = sentences.about(arms)
+    tables = [table.measured(arms, (*QUALITY, *COST)), table.probes(arms)]
+    if len(arms) > 1:
+        tables.append(hypotheses.differences(arms))
     info = model_info(options.model)
     described = [group[0].arm for group in arms]
     if any(arm.tests for arm in described):
         tables.insert(0, table.plan(described))
     if costs:
         tables.append(table.head_table(costs))
-        said.append(sentences.about_head(costs))
     content = pages.render(
         "comparison.html",
         Path(__file__).parent,
         title=f"{len(arms)} objectives compared on {arms[0][0].numbers['rows']:,.0f} held-out bytes",
         facts=facts,
-        not_measured=sentences.NOT_MEASURED,
+        notes=[hypotheses.NOT_MEASURED, *filter(None, [no_verdict(min(map(len, arms)))])],
         tables=tables,
-        sentences=said,
         curves=Markup(curves),
         definitions=DEFINITIONS,
         arms=[

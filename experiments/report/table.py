@@ -12,15 +12,15 @@ from benchmarks.report.tables import Table
 from experiments.analysis.arms import Arm
 from experiments.analysis.fused_head import HeadCost
 from experiments.analysis.probing import LINEAR, MAJORITY, NEAREST, OFFSETS
-from experiments.analysis.results import Measure, Outcome
+from experiments.analysis.results import Measure, Result
 from experiments.analysis.statistics import deviation, mean
 
 WIDE = 4
 """From more arms than this on, each is a row."""
 
 
-Arms = Sequence[Sequence[Outcome]]
-"""The outcomes of each arm, a seed each."""
+Arms = Sequence[Sequence[Result]]
+"""The results of each arm, a seed each."""
 
 
 def for_terminal(table: Table) -> rich.table.Table:
@@ -34,28 +34,28 @@ def for_terminal(table: Table) -> rich.table.Table:
     return shown
 
 
-def by_arm(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
-    """Outcomes of one arm together, arms in the order in which they first came, seeds rising."""
-    found: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        found.setdefault(outcome.arm.name, []).append(outcome)
-    return [sorted(group, key=lambda outcome: outcome.seed) for group in found.values()]
+def by_arm(results: Sequence[Result]) -> list[list[Result]]:
+    """Results of one arm together, arms in the order in which they first came, seeds rising."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.arm.name, []).append(result)
+    return [sorted(group, key=lambda result: result.seed) for group in found.values()]
 
 
-def spelled(values: Sequence[float], form: str) -> str:
+def formatted(values: Sequence[float], form: str) -> str:
     """``mean ± standard deviation`` over seeds; the number alone where all agree; "-" for NaN."""
     if math.isnan(centre := mean(values)):
         return "-"
     return f"{centre:{form}}" if len(set(values)) == 1 else f"{centre:{form}} ± {deviation(values):{form}}"
 
 
-def cell(measure: Measure, group: Sequence[Outcome]) -> str:
+def cell(measure: Measure, group: Sequence[Result]) -> str:
     """What a measure says about an arm, one number for each latent term."""
-    parts = zip(*(measure.values(outcome) for outcome in group), strict=True)
-    return ", ".join(spelled(values, measure.form) for values in parts) or "-"
+    parts = zip(*(measure.values(result) for result in group), strict=True)
+    return ", ".join(formatted(values, measure.form) for values in parts) or "-"
 
 
-def results(arms: Arms, measures: Sequence[Measure], *, wide: bool = False) -> Table:
+def measured(arms: Arms, measures: Sequence[Measure], *, wide: bool = False) -> Table:
     """The measures of each arm: a column an arm where they are few, else (or if `wide`) a row."""
     rows = [[group[0].arm.name, *(cell(measure, group) for measure in measures)] for group in arms]
     table = Table(f"held-out text, after the last step{seeds(arms)}", ["", *(m.title for m in measures)], rows)
@@ -71,11 +71,11 @@ def plan(arms: Sequence[Arm]) -> Table:
 def probes(arms: Arms, *, wide: bool = False) -> Table:
     """The accuracy of both probes at each offset, the majority class first: columns where arms are few, else rows."""
 
-    def row(name: str, key: str, group: Sequence[Outcome]) -> list[str]:
-        accuracies = ([outcome.numbers[f"{key}/{offset}"] for outcome in group] for offset in OFFSETS)
-        return [name, *(spelled(values, ".3f") for values in accuracies)]
+    def row(name: str, key: str, group: Sequence[Result]) -> list[str]:
+        accuracies = ([result.numbers[f"{key}/{offset}"] for result in group] for offset in OFFSETS)
+        return [name, *(formatted(values, ".3f") for values in accuracies)]
 
-    # The text decides the majority class, not the seed: one outcome tells it.
+    # The text decides the majority class, not the seed: one result tells it.
     rows = [row("most frequent token", MAJORITY, arms[0][:1])]
     for name, key in (("linear", LINEAR), ("nearest neighbours", NEAREST)):
         rows += [row(f"{group[0].arm.name}: {name}", key, group) for group in arms]
@@ -94,5 +94,16 @@ def head_table(costs: Sequence[HeadCost]) -> Table:
     """Eager and fused side by side."""
     one = costs[0]
     title = f"output head, forward and backward, {one.rows} rows, d = {one.dim}, V = {one.vocab:,}, {one.dtype}"
-    rows = [[c.implementation, f"{c.peak_bytes / 2**20:,.0f}", f"{c.seconds:.2f}", f"{c.loss:.4f}"] for c in costs]
-    return Table(title, ["", "peak memory, MiB", "seconds", "loss"], rows)
+    rows = [
+        [
+            cost.implementation,
+            f"{cost.peak_bytes / 2**20:,.0f}",
+            f"{cost.peak_bytes / one.peak_bytes:.2f}",
+            f"{cost.seconds:.2f}",
+            f"{cost.seconds / one.seconds:.2f}",
+            f"{cost.loss:.4f}",
+        ]
+        for cost in costs
+    ]
+    header = ["", "peak memory, MiB", f"/ {one.implementation}", "seconds", f"/ {one.implementation}", "loss"]
+    return Table(title, header, rows)
