@@ -26,9 +26,9 @@ from nitp_ops.kernels import select
 from .cases import OPS
 from .gpu import cuda_run, run_report
 from .implementations import NAMES
-from .measure import cpu
+from .measure import children
 from .model_shapes import HEADS
-from .report import plots, printed
+from .report import environment, plots, storage
 from .suites import against_base, cpu_run
 from .suites.gate import pytest_failure
 
@@ -60,12 +60,12 @@ def parser() -> argparse.ArgumentParser:
     add("--implementation", action="append", choices=list(NAMES), help="only this implementation (repeatable)")
     add("--threads", type=int, default=2, help="cpu: torch threads (default 2)")
     malloc = "cpu: glibc's settings, or freed blocks kept (default: both; with --quick: default)"
-    add("--malloc", choices=[*cpu.MALLOC, "both"], help=malloc)
+    add("--malloc", choices=[*children.MALLOC, "both"], help=malloc)
     add("--base", metavar="REV", help="cpu: measure ours at this revision too, in turns with this checkout")
     for kind, what in cpu_run.WRITERS.items():
         add(f"--{kind}", type=Path, metavar="PATH", help=f"write the results to PATH as {what[0]}")
     add("--save", action="store_true", help="cpu: also write them to benchmarks/results/<device>/<commit>[-quick].json")
-    add("--out", type=Path, default=printed.RESULTS, help="cuda: add them to OUT/<device>/<commit>.json")
+    add("--out", type=Path, default=storage.RESULTS, help="cuda: add them to OUT/<device>/<commit>.json")
     add("--commit", help="cuda: the commit of a tree that came without its history")
     add("--minutes", type=float, default=9.0, help="cuda: give up the rest after this time (default 9)")
     return result
@@ -85,7 +85,7 @@ def listing() -> str:
 def run_cuda(options: argparse.Namespace) -> int:
     """The same on a GPU, after the values of every op there, or benchmarks/gpu.sh's stage `test` of this commit."""
     if not run_report.tests_are_green(options.commit, options.out):
-        reason = pytest_failure([printed.ROOT / "tests/gpu/test_values.py"])
+        reason = pytest_failure([environment.ROOT / "tests/gpu/test_values.py"])
         if reason:
             print(f"benchmarks: the tests on CUDA are red, no numbers: {reason}", file=sys.stderr)
             return 1

@@ -1,6 +1,6 @@
 """What is measured: each op's inputs, its sizes, and the floor that its time is divided by.
 
-The floor of a GEMM-bound op is its own matrix products, called alone with outputs that exist already. The floor of a
+The floor of a GEMM-bound op is its own GEMMs, called alone with outputs that exist already. The floor of a
 memory-bound op is one `copy_` that moves as many bytes as forward and backward must read and write.
 """
 
@@ -22,7 +22,7 @@ Floor = Callable[[], None]
 Forward = Callable[..., Tensor]
 #: (n, k, m) of each linear layer [n, k] -> [n, m].
 Layers = list[tuple[int, int, int]]
-Product = tuple[Tensor, Tensor, Tensor]
+Gemm = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Inputs:
 @dataclass(frozen=True)
 class Op:
     """One op: how to make its inputs and its floor on the default device, at which sizes (case name -> sizes; toy: for
-    tests), and how many rows the float64 check takes. layers: the products of a GEMM-bound op, None where it is
+    tests), and how many rows the float64 check takes. layers: the GEMMs of a GEMM-bound op, None where it is
     memory-bound. moved: numbers that forward and backward must read or write, each once."""
 
     name: str
@@ -78,7 +78,7 @@ class Op:
     layers: Callable[[Sizes], Layers] | None = None
 
     def flops(self, sizes: Sizes) -> int:
-        """Of the matrix products of forward and backward, two a multiply-add; 0 for a memory-bound op."""
+        """Of the GEMMs of forward and backward, two a multiply-add; 0 for a memory-bound op."""
         return sum(6 * n * k * m for n, k, m in self.layers(sizes)) if self.layers else 0
 
     def least_bytes(self, sizes: Sizes, dtype: torch.dtype) -> int:
@@ -98,8 +98,8 @@ def _leaf(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 
     return _random(shape, dtype, seed, scale).requires_grad_()
 
 
-def products(layers: Layers, dtype: torch.dtype) -> list[Product]:
-    """(left, right, out) of the three products of each linear layer: output, input gradient, weight gradient.
+def gemms(layers: Layers, dtype: torch.dtype) -> list[Gemm]:
+    """(left, right, out) of the three GEMMs of each linear layer: output, input gradient, weight gradient.
 
     Rows of the output are as far apart as the library's rows of logits."""
     calls = []
@@ -112,7 +112,7 @@ def products(layers: Layers, dtype: torch.dtype) -> list[Product]:
 
 
 def _products(layers: Layers, dtype: torch.dtype) -> Floor:
-    calls = products(layers, dtype)
+    calls = gemms(layers, dtype)
 
     def run() -> None:
         for left, right, out in calls:
@@ -211,7 +211,7 @@ def _swiglu_moved(sizes: Sizes) -> int:
     return 8 * sizes["N"] * sizes["m"]
 
 
-#: Rows of a head on CPU: enough that the products are bound by arithmetic.
+#: Rows of a head on CPU: enough that the GEMMs are bound by arithmetic.
 ROWS = 512
 
 OPS: dict[str, Op] = {
@@ -283,6 +283,6 @@ OPS: dict[str, Op] = {
 
 
 def heading(op: Op, name: str, sizes: Sizes, dtype: torch.dtype) -> dict[str, Any]:
-    """What a result says about its case: op, name, sizes, dtype, FLOPs of the products, least bytes."""
+    """What a result says about its case: op, name, sizes, dtype, FLOPs of the GEMMs, least bytes."""
     kept = {"op": op.name, "name": name, "sizes": sizes, "dtype": str(dtype).removeprefix("torch.")}
     return kept | {"flops": op.flops(sizes), "least_bytes": op.least_bytes(sizes, dtype)}

@@ -2,7 +2,7 @@
 op, other projects (`peers`).
 
 Every function takes the arguments of `cases.Inputs` by name. Cosine losses are formed in float32, as the formula must
-be (bfloat16 numbers just below 1 are 0.004 apart); logits stay in the product's dtype unless the name says float32.
+be (bfloat16 numbers just below 1 are 0.004 apart); logits stay in the GEMM's dtype unless the name says float32.
 """
 
 from __future__ import annotations

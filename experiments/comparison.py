@@ -1,4 +1,4 @@
-"""The comparison itself: every arm from every seed, then tables, sentences, picture, page."""
+"""The comparison itself: every arm from every seed, then tables, figure, page."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .analysis.arms import Arm, arms_of
 from .analysis.fused_head import HeadCost
 from .analysis.fused_head import compare as compare_heads
-from .analysis.results import BRIEF, COST, QUALITY, Outcome
+from .analysis.results import BRIEF, COST, QUALITY, Result
+from .analysis.statistics import no_verdict
 from .console.failure import BadInput, Failure
 from .console.lock import alone_in
-from .report import figures, page, sentences, table
+from .report import figures, hypotheses, page, table
 from .train.checkpoint import load_checkpoint, stored_checkpoint
 from .train.data import Corpus, load_corpus
 from .train.evaluate import HeldOut
@@ -46,24 +47,25 @@ def _compare(options: Options, console: Console, arms: list[Arm], corpus: Corpus
         console.print(f"no row kernels serve {options.device} here: the objectives run as plain PyTorch equations")
     few = len(arms) <= table.WIDE
     if not few:
-        console.print(table.plan(arms).for_terminal())
-        console.print(sentences.NOT_MEASURED)
-    outcomes = []
+        console.print(table.for_terminal(table.plan(arms)))
+        console.print(hypotheses.NOT_MEASURED)
+    results = []
     for seed in options.seeds:
         for arm in arms:
             run = arm.run(options.of_seed(seed), corpus)
             console.print(f"\n{prepare(run, options.resume)}")
             if few and seed == options.seeds[0]:
                 console.print(run.objective.explain())
-            outcomes.append(Outcome.of(arm, run, train_shown(run, console)))
-    groups = table.by_arm(outcomes)
-    console.print(table.results(groups, (*QUALITY, *COST) if few else BRIEF).for_terminal())
+            results.append(Result.of(arm, run, train_shown(run, console)))
+    groups = table.by_arm(results)
+    console.print(table.for_terminal(table.measured(groups, (*QUALITY, *COST) if few else BRIEF)))
     if few:
-        console.print(table.probes(groups).for_terminal())
+        console.print(table.for_terminal(table.probes(groups)))
         for group in groups:
             console.print(f"sampled from {group[0].arm.name}:\n{group[0].sample}\n")
-        for sentence in sentences.about(groups):
-            console.print(sentence)
+    if len(groups) > 1:
+        console.print(table.for_terminal(hypotheses.differences(groups)))
+        console.print(*filter(None, [no_verdict(min(map(len, groups)))]))
     costs, failure = _head_costs(options, console) if options.fused_head else ([], None)
     image, report = options.out / "comparison.png", options.out / "report.html"
     page.write(report, options, corpus, groups, costs, figures.draw(image, groups, costs))
@@ -130,6 +132,5 @@ def _head_costs(options: Options, console: Console) -> tuple[list[HeadCost], Fai
         costs = compare_heads(**HEAD_SHAPE, device=device, threads=torch.get_num_threads())
     except RuntimeError as error:
         return [], Failure(str(error))
-    console.print(table.head_grid(costs).for_terminal())
-    console.print(sentences.about_head(costs))
+    console.print(table.for_terminal(table.head_table(costs)))
     return costs, None

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.report.tables import Table
 from nitp_ops.objectives import CompositeObjective
 
 from .analysis.arms import Arm, arms_of
 from .comparison import terminal, train_shown
 from .console.failure import BadInput
 from .console.lock import alone_in
-from .report.table import Grid
+from .report.table import for_terminal
 from .train.data import Corpus, load_corpus
 from .train.decoding import Comparison, compare
 from .train.heads import load_exported
@@ -61,7 +62,7 @@ def parse(arguments: list[str] | None) -> Plan:
 
 
 def demonstrate(plan: Plan) -> None:
-    """Train what is to be trained, decode from the exported files, print table and sentences."""
+    """Train what is to be trained, decode from the exported files, print the table."""
     options, console = plan.options, terminal()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -73,9 +74,7 @@ def demonstrate(plan: Plan) -> None:
         with alone_in(options.out):
             trained = [_trained(arm, options, corpus, console) for arm in arms_of(options)]
     found = [_decoded(name, folder, plan, corpus) for name, folder in trained]
-    console.print(table(found).for_terminal())
-    for comparison in found:
-        console.print(sentence(comparison))
+    console.print(for_terminal(table(found)))
 
 
 def _trained(arm: Arm, options: Options, corpus: Corpus, console: Console) -> tuple[str, Path]:
@@ -113,12 +112,25 @@ def _check_room(plan: Plan, context: int) -> None:
         )
 
 
-def table(found: Sequence[Comparison]) -> Grid:
+def table(found: Sequence[Comparison]) -> Table:
     """A column a model."""
-    header = ["", "drafts accepted", "at each place ahead", "tokens a call", "plain, tokens/s", "drafted, tokens/s"]
+    header = [
+        "",
+        "prompts with the text of plain decoding",
+        "logit gap where they part",
+        "calls of the model",
+        "drafts accepted",
+        "at each offset",
+        "tokens a call",
+        "plain, tokens/s",
+        "drafted, tokens/s",
+    ]
     rows = [
         [
             x.name,
+            f"{len(x.drafts) - len(x.parted)} of {len(x.drafts)}",
+            f"{max(abs(gap) for _, gap in x.parted):.1e}" if x.parted else "-",
+            f"{sum(draft.calls for draft in x.drafts):,}",
             f"{x.accepted:.3f}",
             ", ".join(f"{share:.3f}" for share in x.acceptance),
             f"{x.tokens_per_call:.2f}",
@@ -130,20 +142,4 @@ def table(found: Sequence[Comparison]) -> Grid:
     ]
     drafts = found[0].drafts
     title = f"greedy decoding of {len(drafts)} held-out prompts, {drafts[0].new_tokens} new tokens each"
-    return Grid(title, [*header, "speed-up, median"], rows).transposed()
-
-
-def sentence(x: Comparison) -> str:
-    """Whether the texts agree, and what came of the drafts."""
-    count = len(x.drafts)
-    saved = f"{x.new_tokens:,} tokens took {sum(found.calls for found in x.drafts):,} calls of the model"
-    pace = f"{x.speed_up:.2f} times the speed of" if x.speed_up > 1 else f"slower ({x.speed_up:.2f} times) than"
-    if not x.parted:
-        same = f"token for token the text of plain greedy decoding in all {count} prompts"
-    else:
-        worst = max(abs(gap) for _, gap in x.parted)
-        same = (
-            f"the text of plain greedy decoding in {count - len(x.parted)} of {count} prompts; the others part where "
-            f"two logits are within {worst:.1e}: rounding"
-        )
-    return f"{x.name}: {same}; {saved}, {pace} plain decoding."
+    return Table(title, [*header, "speed-up, median"], rows).transposed()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks.measure.timing import interleave, ratios
+from benchmarks.report.environment import here, machine_line
 from nitp_ops.objectives import parse as parse_spec
 
 from .analysis.arms import Arm
@@ -21,7 +23,6 @@ from .comparison import terminal, train_shown
 from .console.command import command_line
 from .console.lock import alone_in
 from .report import evidence_page
-from .report.environment import commit, machine_line
 from .train.checkpoint import read_table, remove_checkpoints
 from .train.data import Corpus, load_corpus
 from .train.loop import prepare
@@ -97,22 +98,24 @@ def _gather(plan: Plan, corpora: list[Corpus], records: Records) -> None:
                 for seed in options.seeds:
                     for budget, count in steps.items():
                         _train(name, budget, replace(options, steps=count, seed=seed), corpus, records, console)
-        said = {"command": command_line(), "machine": machine_line(options.device), "commit": commit()}
+        said = {"command": command_line(), "machine": machine_line(here(options.device))}
         records.add(
-            study="session", trained=len(_of(records, study="run")), seconds=time.perf_counter() - start, **said
+            experiment="session",
+            trained=len(_of(records, experiment="run")),
+            seconds=time.perf_counter() - start,
+            **said,
         )
-    sessions = {line["trained"]: line for line in reversed(_of(records, study="session"))}.values()
+    sessions = {line["trained"]: line for line in reversed(_of(records, experiment="session"))}.values()
     facts = [
         *(f"command: `{each}`" for each in dict.fromkeys(line["command"] for line in sessions)),
         *(f"machine: {each}" for each in dict.fromkeys(line["machine"] for line in sessions)),
-        *(f"measured at: {each}" for each in dict.fromkeys(line["commit"] for line in sessions)),
         f"time: {sum(line['seconds'] for line in sessions) / 60:.1f} minutes, evaluation included",
         f"budget: {options.steps} steps of {options.tokens_per_step:,} tokens, seeds "
         f"{', '.join(map(str, options.seeds))}; width {options.dim}, {options.layers} blocks, context "
         f"{options.context}, learning rate {options.lr:g}, {options.dtype}, bytes as tokens",
     ]
     found = {
-        _title(text, corpus): _of(records, study="run", text=corpus.fingerprint)
+        _title(text, corpus): _of(records, experiment="run", text=corpus.fingerprint)
         for text, corpus in zip(plan.texts, corpora, strict=True)
     }
     evidence_page.write(plan.page, {text: lines for text, lines in found.items() if lines}, facts)
@@ -130,7 +133,7 @@ def _of(records: Records, **key: Any) -> list[dict[str, Any]]:
 
 def _budgets(plan: Plan, corpus: Corpus, records: Records) -> dict[str, dict[str, int]]:
     """The steps of each arm: as many as the baseline's, and as many as fit into the baseline's time."""
-    key = {"study": "speed", "text": corpus.fingerprint}
+    key = {"experiment": "speed", "text": corpus.fingerprint}
     line = records.find(**key)
     if line is None:
         records.add(**key, ratios=_ratios(plan.options, corpus, plan.rounds))
@@ -143,16 +146,10 @@ def _budgets(plan: Plan, corpus: Corpus, records: Records) -> dict[str, dict[str
 def _ratios(options: Options, corpus: Corpus, rounds: int) -> dict[str, float]:
     """The step time of each arm over the baseline's: medians of the ratios within rounds of interleaved steps."""
     short = replace(options, steps=rounds)
-    runs = {name: _arm(name).run(short, corpus) for name in ARMS}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds):
-        order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
-        for name in order:
-            start = time.perf_counter()
-            runs[name].step()
-            seconds[name].append(time.perf_counter() - start)
-    base = seconds[BASELINE][1:]
-    return {name: statistics.median(b / a for a, b in zip(base, own[1:], strict=True)) for name, own in seconds.items()}
+    steps = {name: _arm(name).run(short, corpus).step for name in ARMS}
+    seconds = interleave(steps, lambda: None, rounds=rounds, seconds=math.inf, clock=time.perf_counter)
+    base = seconds[BASELINE][1:]  # the first round pays what is paid once
+    return {name: ratios(own[1:], base)["median"] for name, own in seconds.items()}
 
 
 def _arm(name: str, folder: str | None = None) -> Arm:
@@ -161,7 +158,7 @@ def _arm(name: str, folder: str | None = None) -> Arm:
 
 def _train(name: str, budget: str, options: Options, corpus: Corpus, records: Records, console: Console) -> None:
     """One run, unless a record has it; a checkpoint continues."""
-    key = {"study": "run", "text": corpus.fingerprint, "arm": name, "budget": budget, "seed": options.seed}
+    key = {"experiment": "run", "text": corpus.fingerprint, "arm": name, "budget": budget, "seed": options.seed}
     if records.find(**key, steps=options.steps):
         return
     folder = f"{corpus.fingerprint}/{re.sub(' ', '-', budget)}/{name}"

@@ -15,7 +15,9 @@ from benchmarks.implementations import names_for
 from benchmarks.measure import cuda
 from benchmarks.measure.cpu import FLOOR
 from benchmarks.measure.isolated import Isolated, MeasurementError
-from benchmarks.report.printed import machine_line, results_path
+from benchmarks.report import environment
+from benchmarks.report.environment import machine_line
+from benchmarks.report.storage import results_path
 from benchmarks.suites import overhead, row_kernels
 
 from . import run_report
@@ -83,7 +85,7 @@ def measured(
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 when ours could not be measured."""
-    info = run_report.machine(options.commit)
+    info = environment.gpu_machine(options.commit)
     print(machine_line(info), flush=True)
     deadline, hung = time.monotonic() + options.minutes * 60, {}
     done: list[dict[str, Any]] = []

@@ -14,7 +14,9 @@ from typing import Any
 from benchmarks.cases import OPS, Sizes
 from benchmarks.implementations import NAMES
 from benchmarks.measure import roofline
-from benchmarks.report.printed import RESULTS, ROOT, machine_line, markdown, read, write
+from benchmarks.report.environment import ROOT, machine_line
+from benchmarks.report.storage import RESULTS, read, write
+from benchmarks.report.tables import markdown
 from benchmarks.suites import overhead, row_kernels, training_step
 
 from .short import order

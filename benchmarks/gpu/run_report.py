@@ -8,48 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks.cases import OPS
 from benchmarks.implementations import NAMES
 from benchmarks.measure.cpu import FLOOR
 from benchmarks.measure.isolated import one_line
-from benchmarks.report.printed import (
-    RESULTS,
-    case_table,
-    case_title,
-    commit,
-    machine_line,
-    read,
-    results_path,
-    table,
-    write_json,
-)
+from benchmarks.report import environment
+from benchmarks.report.environment import machine_line
+from benchmarks.report.printed import case_table, case_title
+from benchmarks.report.storage import RESULTS, read, results_path, write_json
+from benchmarks.report.tables import plain
 from benchmarks.suites import overhead, row_kernels
-
-
-def machine(known_commit: str | None) -> dict[str, Any]:
-    """GPU, its size, versions, commit (given where the tree is a copy without its history)."""
-    properties = torch.cuda.get_device_properties(0)
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = "none"
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_gib": properties.total_memory / 2**30,
-        "capability": f"{properties.major}.{properties.minor}",
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "none",
-        "triton": triton,
-        "commit": known_commit or commit(),
-    }
 
 
 def tests_are_green(known_commit: str | None, out: Path) -> bool:
     """Whether the stage `test` of this machine and commit, clean, is kept under `out` and was green."""
-    info = machine(known_commit)
+    info = environment.gpu_machine(known_commit)
     path = results_path(info, out)
     kept = read(path) if path.exists() else {}
     clean = "dirty" not in info["commit"]
@@ -137,7 +110,7 @@ def shown(case: dict[str, Any]) -> str:
         rows.append([name, *(f"{value:.3f}" for value in medians), f"{case['prediction']:.3f}"])
     header = "", "ntp ms", "ntp + nitp ms", "ratio", "by FLOPs"
     sizes = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
-    return "\n".join([f"{case['op']}  {sizes}  {case['dtype']}", table(header, rows), *reasons])
+    return "\n".join([f"{case['op']}  {sizes}  {case['dtype']}", plain(header, rows), *reasons])
 
 
 def legend(cases: list[dict[str, Any]]) -> str:
@@ -153,7 +126,7 @@ def legend(cases: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             *lines,
-            "floor of products: one after the other, in the same rounds; weight gradients in the faster output dtype",
+            "floor of GEMMs: one after the other, in the same rounds; weight gradients in the faster output dtype",
             "time: between events, forward and backward, L2 cold, work queued ahead; medians of interleaved rounds",
             "peak: most bytes allocated in one step beyond those before it; error: of every row against float64",
         ]
@@ -176,7 +149,7 @@ def summary(document: dict[str, Any]) -> str:
         floor = case["rows"].get(FLOOR, {}).get("milliseconds", {}).get("median")
         cells = [_over_floor(case["rows"].get(name, {})) for name in names]
         rows.append([f"{case['op']} {sizes} {case['dtype']}", "-" if floor is None else f"{floor:.3f}", *cells])
-    lines = [table(("time / floor", "floor ms", *names), rows)] if rows else []
+    lines = [plain(("time / floor", "floor ms", *names), rows)] if rows else []
     for case in document["cases"]:
         if case["op"] == overhead.NAME:
             found = ", ".join(f"{name} {_ratio(row)}" for name, row in case["rows"].items())

@@ -20,7 +20,9 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.report.printed import RESULTS, ROOT, results_path
+from benchmarks.report import environment
+from benchmarks.report.environment import ROOT
+from benchmarks.report.storage import RESULTS, results_path
 from benchmarks.suites import overhead, row_kernels
 
 from . import run_report
@@ -152,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks/gpu.sh: torch sees no GPU (torch.cuda.is_available() is False)", file=sys.stderr)
         return 2
     out = options.out.resolve()
-    info = run_report.machine(options.commit)
+    info = environment.gpu_machine(options.commit)
     whole = {"machine": info, "stages": {}, "cases": []}
     codes = []
     for stage in STAGES if "all" in options.stage else options.stage:

@@ -1,126 +1,23 @@
-"""How it is measured: child processes, interleaved rounds, peak memory, error against float64.
-
-Each measurement runs in a child forked from a parent that has imported torch and computed nothing, so that it starts
-with a clean heap, no thread pool, and no import to wait for.
-"""
+"""How an op is measured on a CPU: time in turns with others, peak memory, error against float64."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import multiprocessing
-import signal
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-
-# Loaded here, once, instead of in every child: the first custom op of a process imports torch._dynamo (1 to 2 s), the
-# first compilation the rest.
-import torch._dynamo
-import torch._inductor.compile_fx
 
 from benchmarks.cases import Forward, Inputs, Op, Sizes
 from benchmarks.implementations import forward, step
 from nitp_ops import reference
 
-from .isolated import MeasurementError, one_line
-
-T = TypeVar("T")
+from .isolated import one_line
+from .process_memory import peak_of
+from .timing import interleave, quartiles, ratios
 
 FLOOR = "floor"
-MALLOC = {
-    "default": "glibc as it comes: blocks over 32 MiB are mapped afresh, and every page faults, at each allocation",
-    "raised": "mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1): freed blocks stay mapped",
-}
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-
-
-def in_child(task: Callable[[], T]) -> T:
-    """Run `task` in a forked child and return its (picklable) result.
-
-    Raises:
-        MeasurementError: the task raised, or the child died.
-    """
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_send, args=(task, sender))
-    child.start()
-    sender.close()
-    try:
-        succeeded, result = receiver.recv()
-    except EOFError:
-        child.join()
-        raise MeasurementError(f"the process ended with code {child.exitcode} before it had a result") from None
-    finally:
-        receiver.close()
-    child.join()
-    if not succeeded:
-        raise MeasurementError(result)
-    return result
-
-
-def _send(task: Callable[[], Any], sender: Connection) -> None:
-    # Ctrl-C reaches parent and child alike; the parent is the one that says so.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        sender.send((True, task()))
-    except Exception as error:
-        sender.send((False, one_line(error)))
-
-
-def configure(threads: int, malloc: str = "default") -> None:
-    """Threads and allocator of this process."""
-    torch.set_num_threads(threads)
-    if malloc == "raised":
-        libc = ctypes.CDLL(None)
-        if not (libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1)):
-            raise OSError("mallopt refused the setting")
-
-
-def interleave(
-    runs: Mapping[str, Callable[[], object]],
-    prepare: Callable[[], None],
-    *,
-    rounds: int,
-    seconds: float,
-    clock: Callable[[], Any] = time.perf_counter,
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round (the difference of two readings of `clock`).
-
-    Every round starts with another and every second one goes backwards: what a run finds in caches and in freed memory
-    is not always left by the same one. A run leaves after the round in which its own total passes `seconds`, and has at
-    least one time.
-    """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    order = list(runs)
-    for turn in range(rounds):
-        step = -1 if turn % 2 else 1
-        for name in (order[(turn + step * place) % len(order)] for place in range(len(order))):
-            if sum(times[name]) > seconds:
-                continue
-            prepare()
-            start = clock()
-            runs[name]()
-            times[name].append(clock() - start)
-    return times
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    if len(values) == 1:
-        return {"median": values[0], "q25": values[0], "q75": values[0]}
-    q25, median, q75 = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "q25": q25, "q75": q75}
-
-
-def ratios(times: list[float], base: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios within each round, which drifts of the machine's speed cancel from."""
-    return spread([a / b for a, b in zip(times, base, strict=False)])
 
 
 class Step:
@@ -143,7 +40,7 @@ def described(
     runs: Mapping[str, Callable[[], object]],
     flops: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Medians, quartiles, ratios within rounds and the rate of the products beside what is known already."""
+    """Medians, quartiles, ratios within rounds and the rate of the GEMMs beside what is known already."""
     for name, values in times.items():
         row = results[name]
         row |= {"milliseconds": _milliseconds(values), "rounds": len(values)}
@@ -160,7 +57,7 @@ def described(
 
 
 def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    return spread([1e3 * value for value in seconds])
+    return quartiles([1e3 * value for value in seconds])
 
 
 def time_case(
@@ -205,26 +102,6 @@ def peak_memory(op: Op, sizes: Sizes, dtype: torch.dtype, name: str) -> dict[str
     return {"peak_bytes": peak, "gradient_bytes": gradients}
 
 
-def peak_of(run: Callable[[], object], clear: Callable[[], object]) -> int:
-    """Most bytes resident in a second run above those before it; `clear` drops what the first left."""
-    run()
-    clear()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
-    run()
-    return resident_bytes("VmHWM") - before
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most so far) of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
-
-
 #: Words of the vocabulary that the float64 check takes: DeepSeek-V3's matrix and its gradient are 15 GB in float64.
 ERROR_WORDS = 32768
 
@@ -251,14 +128,6 @@ def lacking(op: Op, sizes: Sizes, dtype: torch.dtype, available: int) -> str | N
     if need <= available:
         return None
     return f"needs {need / 2**30:.1f} GiB, {available / 2**30:.1f} are available"
-
-
-def available_bytes() -> int:
-    """What the kernel thinks a process can still take."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def relative(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import OPS, Inputs, Layers, Op, Sizes, products
+from benchmarks.cases import OPS, Inputs, Layers, Op, Sizes, gemms
 from benchmarks.implementations import forward as function_of
 from benchmarks.implementations import step
 from nitp_ops import reference
 
-from . import cpu
+from . import cpu, timing
 from .isolated import At, Lost, one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -147,17 +147,17 @@ def exact_values(op: Op, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def floor_of(op: Op, sizes: Sizes, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The floor by the form of its weight gradients: every product of the op, one after the other, with their output in
+    """The floor by the form of its weight gradients: every GEMM of the op, one after the other, with their output in
     the working dtype and, where the device can, in float32; or one copy.
 
-    One after the other, as the op runs them: a product alone, behind idle time, has the higher clock to itself."""
+    One after the other, as the op runs them: a GEMM alone, behind idle time, has the higher clock to itself."""
     if op.layers is None:
         return {"copy": op.floor(sizes, dtype)}
     return product_runs(op.layers(sizes), dtype)
 
 
 def product_runs(layers: Layers, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    calls = products(layers, dtype)
+    calls = gemms(layers, dtype)
 
     def run(wide: bool) -> None:
         for place, (left, right, out) in enumerate(calls):
@@ -173,7 +173,7 @@ def product_runs(layers: Layers, dtype: torch.dtype) -> dict[str, Callable[[], o
 
 
 def widens(left: Tensor, right: Tensor) -> bool:
-    """Whether this device forms a float32 product of narrower factors."""
+    """Whether this device forms a float32 GEMM of narrower factors."""
     try:
         torch.mm(left[:8, :8], right[:8, :8], out_dtype=torch.float32)
     except (NotImplementedError, RuntimeError):
@@ -206,7 +206,7 @@ def timed(
     gc.collect()
     gc.disable()  # a collection in the middle of a run would be timed
     try:
-        return cpu.interleave(runs, prepared, rounds=rounds, seconds=seconds, clock=Instant)
+        return timing.interleave(runs, prepared, rounds=rounds, seconds=seconds, clock=Instant)
     finally:
         gc.enable()
 

@@ -1,4 +1,4 @@
-"""What the pages of numbers share: interleaved times, and products by the faster library that torch reaches."""
+"""What the pages of numbers share: interleaved times, and GEMMs by the faster library that torch reaches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nitp_ops.core import gemm
 
-from . import cpu
+from . import children, timing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Sizes = dict[str, Any]
@@ -26,7 +26,7 @@ def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str,
     """Seconds of each run in each round, the first call of each left out."""
     for run in runs.values():
         run()
-    return cpu.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
+    return timing.interleave(runs, lambda: None, rounds=rounds, seconds=math.inf)
 
 
 def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -35,11 +35,11 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def ratio(times: list[float], base: list[float]) -> float:
     """The median of the ratios within rounds, which a drift of the machine's speed cancels from."""
-    return cpu.ratios(times, base)["median"]
+    return timing.ratios(times, base)["median"]
 
 
 def served(dtype: torch.dtype) -> bool:
-    """Whether a library behind torch has products of such numbers here: else torch.mm multiplies one by one."""
+    """Whether a library behind torch has GEMMs of such numbers here: else torch.mm multiplies one by one."""
     return dtype == torch.float32 or gemm.torch_has_bfloat16()
 
 
@@ -81,14 +81,14 @@ def _mkldnn_matmul() -> Callable[..., None] | None:
 
 
 def own(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
-    """out = a b by nitp_ops itself, where it has such products."""
+    """out = a b by nitp_ops itself, where it has such GEMMs."""
     if not gemm.has_native_gemm("cpu", a.dtype):
         return {}
     return {f"nitp_ops {name}": partial(torch.ops.nitp_ops.gemm_, out, a, b, False)}
 
 
 def faster(times: dict[str, list[float]]) -> list[float]:
-    """In each round the sum over the products, each by the library whose median is less."""
+    """In each round the sum over the GEMMs, each by the library whose median is less."""
     total = [0.0] * min(len(each) for each in times.values())
     for name in (each.removeprefix("mm ") for each in times if each.startswith("mm ")):
         found = [times[f"{library} {name}"] for library in ("mm", "onednn") if f"{library} {name}" in times]
@@ -98,10 +98,10 @@ def faster(times: dict[str, list[float]]) -> list[float]:
 
 def in_child(task: Callable[[], Any], threads: int, malloc: str = "default") -> Any:
     def configured() -> Any:
-        cpu.configure(threads, malloc)
+        children.configure(threads, malloc)
         return task()
 
-    return cpu.in_child(configured)
+    return children.in_child(configured)
 
 
 def exponent(sizes: Sequence[int], times: Sequence[float]) -> float:

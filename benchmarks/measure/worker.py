@@ -97,7 +97,7 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     from benchmarks.cases import OPS
     from benchmarks.implementations import forward, step
 
-    from . import cpu
+    from . import cpu, process_memory
 
     inputs, function = None, None
     for line in lines:
@@ -116,7 +116,7 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         assert inputs is not None and function is not None
         inputs.clear()
         if request["do"] == "peak":
-            yield {"bytes": cpu.peak_of(partial(step, function, inputs), inputs.clear)}
+            yield {"bytes": process_memory.peak_of(partial(step, function, inputs), inputs.clear)}
             continue
         start = time.perf_counter()
         step(function, inputs)

@@ -6,7 +6,6 @@ matplotlib.
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,25 +13,18 @@ from typing import Any
 
 from benchmarks.peers import PEERS
 
-from . import printed
+from . import environment, storage, tables
+from .figures import INK, frame, inline, picture, svg
 
-DOCS = printed.ROOT / "docs"
+DOCS = environment.ROOT / "docs"
 FOLDER = "plots"
 #: Text and frames; then the colours of ours, eager and the peer.
 THEMES = {
     "light": ("#1f2328", "#1a7f37", "#57606a", "#cf222e"),
     "dark": ("#e6edf3", "#3fb950", "#8b949e", "#ff7b72"),
 }
-#: Almost black; stands for the reader's text colour where an SVG is part of a page.
-INK = "#0a0b0c"
 UNITS = {"milliseconds": ("time, ms", 1.0), "extra_bytes": ("extra memory, MiB", 2.0**-20)}
 PLACES = {"ours": 1, "nitp_ops": 1, "eager": 2, "torch-best": 3, "F.linear_cross_entropy": 3}
-
-
-def newest(kind: str) -> Path | None:
-    """The kept results of this kind ("-quick", "-scaling") that were measured last."""
-    found = [(printed.read(path)["machine"].get("date", ""), path) for path in printed.RESULTS.glob(f"*/*{kind}.json")]
-    return max(found)[1] if found else None
 
 
 def _figure(ink: str, columns: int, height: float = 3.0) -> tuple[Any, Any]:
@@ -41,14 +33,7 @@ def _figure(ink: str, columns: int, height: float = 3.0) -> tuple[Any, Any]:
     figure = Figure(figsize=(3.1 * columns, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
-        axis.tick_params(colors=ink, which="both", labelsize=7)
-        axis.grid(alpha=0.25, linewidth=0.5)
-        axis.title.set_color(ink)
-        for label in (axis.xaxis.label, axis.yaxis.label):
-            label.set_color(ink)
-            label.set_fontsize(8)
-        for spine in axis.spines.values():
-            spine.set_color(ink)
+        frame(axis, ink)
     return figure, axes
 
 
@@ -105,7 +90,7 @@ def errors(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
 
 
 def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
-    """GFLOP/s against FLOPs a byte, under the copy's bandwidth and the best product's rate."""
+    """GFLOP/s against FLOPs a byte, under the copy's bandwidth and the best GEMM's rate."""
     found = document["roofline"]
     figure, (axis,) = _figure(colours[0], 1, height=3.4)
     figure.set_figwidth(5)
@@ -113,7 +98,7 @@ def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
     knee = found["gflop_per_s"] / found["gb_per_s"]
     ends = [min(*intensities, knee), knee, max(*intensities, knee)]
     roof = [min(found["gflop_per_s"], found["gb_per_s"] * end) for end in ends]
-    axis.loglog(ends, roof, "--", color=colours[0], linewidth=1, label="copy's bandwidth, best product")
+    axis.loglog(ends, roof, "--", color=colours[0], linewidth=1, label="copy's bandwidth, best GEMM")
     for name in found["points"][0]["gflop_per_s"]:
         rates = [point["gflop_per_s"][name] for point in found["points"]]
         axis.loglog(intensities, rates, marker="o", ms=4, color=colours[PLACES[name]], label=name)
@@ -133,17 +118,6 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], tuple[str, ...]], Any]]]
     "error": ("Error against the number of chunks", errors),
     "roofline": ("Roofline", roofline),
 }
-
-
-def svg(figure: Any) -> str:
-    """The figure as SVG, the same bytes for the same numbers."""
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "nitp_ops", "svg.fonttype": "none", "text.parse_math": False}):
-        metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=metadata)
-    return text.getvalue()
 
 
 def bars(document: dict[str, Any]) -> str:
@@ -170,16 +144,7 @@ def bars(document: dict[str, Any]) -> str:
     axis.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
     axis.set_xlabel("time over the floor, forward and backward (1: the floor)")
     axis.invert_yaxis()
-    text = svg(figure)
-    return text[text.index("<svg") :].replace(INK, "currentColor")
-
-
-def picture(name: str, alternative: str, folder: str = FOLDER) -> str:
-    """Markdown of a figure for both colour schemes."""
-    return (
-        f'<picture><source media="(prefers-color-scheme: dark)" srcset="{folder}/{name}-dark.svg">'
-        f'<img alt="{alternative}" src="{folder}/{name}-light.svg"></picture>'
-    )
+    return inline(figure)
 
 
 def page(document: dict[str, Any], source: str) -> str:
@@ -189,7 +154,7 @@ def page(document: dict[str, Any], source: str) -> str:
         "",
         f"Written by `python -m benchmarks plot` from [the JSON]({source}) of",
         "`python -m benchmarks --case scaling --save`; nothing here is typed by hand.",
-        f"Machine: {printed.machine_line(document['machine'])}.",
+        f"Machine: {environment.machine_line(document['machine'])}.",
         "",
         "Forward and backward of `linear_cross_entropy`, medians of interleaved rounds, freed memory kept.",
         "extra memory: the peak of a fresh process's second step without the gradients it returns (malloc default).",
@@ -198,36 +163,36 @@ def page(document: dict[str, Any], source: str) -> str:
         "",
     ]
     for name in ("time", "memory"):
-        lines += [f"## {FIGURES[name][0]}", "", picture(name, FIGURES[name][0]), ""]
+        lines += [f"## {FIGURES[name][0]}", "", picture(f"{FOLDER}/{name}", FIGURES[name][0]), ""]
     rows = [
         [found["axis"], name, f"{each['time']:.2f}", f"{each['memory']:.2f}"]
         for found in document["sweeps"]
         for name, each in found["exponents"].items()
     ]
     lines += ["Fitted exponents (least squares over all sizes; 1 is linear, 0 is constant):", ""]
-    lines += [printed.markdown(["axis", "who", "time", "extra memory"], rows), ""]
+    lines += [tables.markdown(["axis", "who", "time", "extra memory"], rows), ""]
     for found in document["sweeps"]:
         reasons = {name: row["skipped"] for p in found["points"] for name, row in p["rows"].items() if "skipped" in row}
         lines += [f"* {name}, {found['axis']}: {reason}" for name, reason in reasons.items()]
         lines += _points(found)
     found = document["errors"]
-    lines += [f"## {FIGURES['error'][0]}", "", picture("error", FIGURES["error"][0]), ""]
+    lines += [f"## {FIGURES['error'][0]}", "", picture(f"{FOLDER}/error", FIGURES["error"][0]), ""]
     lines += [f"Relative error (Frobenius), bfloat16, N = {found['N']}, d = {found['d']}, V = {found['V']}.", ""]
     rows = [
         [name, chunks, *(f"{error:.1e}" for error in line)]
         for name, each in found["lines"].items()
         for chunks, line in zip(found["chunks"], each, strict=True)
     ]
-    lines += [printed.markdown(["who", "chunks", "loss", "dh", "dW"], rows), ""]
+    lines += [tables.markdown(["who", "chunks", "loss", "dh", "dW"], rows), ""]
     roof = document["roofline"]
     lines += [
         f"## {FIGURES['roofline'][0]}",
         "",
-        picture("roofline", "roofline"),
+        picture(f"{FOLDER}/roofline", "roofline"),
         "",
-        f"A copy moves {roof['gb_per_s']:.1f} GB/s, the fastest product reaches {roof['gflop_per_s']:.0f} GFLOP/s "
+        f"A copy moves {roof['gb_per_s']:.1f} GB/s, the fastest GEMM reaches {roof['gflop_per_s']:.0f} GFLOP/s "
         f"({roof['dtype']}).",
-        "FLOPs are those of the three products, bytes those of the inputs and gradients, each once.",
+        "FLOPs are those of the three GEMMs, bytes those of the inputs and gradients, each once.",
         "",
     ]
     return "\n".join(lines)
@@ -241,7 +206,7 @@ def _points(found: dict[str, Any]) -> list[str]:
         measured = [point["rows"][name] for name in names]
         cells = [(f"{row['milliseconds']:.1f}", f"{row['extra_bytes'] / 2**20:.1f}") for row in measured]
         rows.append([point["size"], *(text for pair in cells for text in pair)])
-    return [printed.markdown(header, rows), ""]
+    return [tables.markdown(header, rows), ""]
 
 
 def draw(document: dict[str, Any], source: str, docs: Path) -> list[Path]:
@@ -250,19 +215,19 @@ def draw(document: dict[str, Any], source: str, docs: Path) -> list[Path]:
     for name, (_, make) in FIGURES.items():
         for theme, colours in THEMES.items():
             written.append(docs / FOLDER / f"{name}-{theme}.svg")
-            printed.write(written[-1], svg(make(document, colours)))
-    printed.write(docs / "growth.md", page(document, source))
+            storage.write(written[-1], svg(make(document, colours)))
+    storage.write(docs / "growth.md", page(document, source))
     return [*written, docs / "growth.md"]
 
 
 def main() -> int:
     """Draw from the newest results; 1 when there are none."""
-    path = newest("-scaling")
+    path = storage.newest("-scaling")
     if path is None:
         print(
             "benchmarks: no scaling results are kept, run `python -m benchmarks --case scaling --save`", file=sys.stderr
         )
         return 1
-    for written in draw(printed.read(path), f"../{path.relative_to(printed.ROOT)}", DOCS):
-        print(f"written to {written.relative_to(printed.ROOT)}")
+    for written in draw(storage.read(path), f"../{path.relative_to(environment.ROOT)}", DOCS):
+        print(f"written to {written.relative_to(environment.ROOT)}")
     return 0

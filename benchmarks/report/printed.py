@@ -1,137 +1,16 @@
-"""What is shown and kept: the machine line, one table an op, the sentences that follow from it, the JSON file."""
+"""What a run prints: a table a case, what its rows and columns mean, where ours loses."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import re
-import subprocess
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 from benchmarks.cases import OPS
 from benchmarks.implementations import NAMES
-from benchmarks.measure.cpu import ERROR_WORDS, FLOOR, MALLOC
-from nitp_ops.core.files import write_whole
+from benchmarks.measure.children import MALLOC
+from benchmarks.measure.cpu import ERROR_WORDS, FLOOR
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-
-
-class DamagedResults(OSError):
-    """A file of results cannot be read; the message is one line."""
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """CPU, instruction set, cores, threads, torch, commit."""
-    return {
-        "cpu": _cpu_name(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "torch": torch.__version__,
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_name() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
-
-
-def commit() -> str:
-    """HEAD's first twelve digits, "-dirty" behind them where tracked files differ."""
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    try:
-        head = git("rev-parse", "--short=12", "--verify", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except OSError:
-        return "unknown"
-    if not head:
-        return "uncommitted"
-    return f"{head}-dirty" if changed else head
-
-
-def machine_line(info: dict[str, Any]) -> str:
-    """The line that heads every output."""
-    if "gpu" in info:
-        return (
-            f"{info['gpu']} ({info['multiprocessors']} multiprocessors, {info['memory_gib']:.0f} GiB), "
-            f"torch {info['torch']}, CUDA {info['cuda']}, Triton {info['triton']}, commit {info['commit']}"
-        )
-    return (
-        f"{info['cpu']} ({info['instruction_set']}), {info['cores']} cores, {info['threads']} threads, "
-        f"torch {info['torch']}, commit {info['commit']}"
-    )
-
-
-def results_path(info: dict[str, Any], folder: Path = RESULTS, kind: str = "") -> Path:
-    """folder/<device>/<commit>.json; `kind` ("-quick", "-scaling") stands behind the commit."""
-    name = info["gpu"] if "gpu" in info else f"{info['cpu']} {info['cores']} cores"
-    device = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return folder / device / f"{info['commit']}{kind}.json"
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write the results."""
-    write(path, as_json(document))
-
-
-def as_json(document: dict[str, Any]) -> str:
-    """The results as they are kept."""
-    return json.dumps(document, indent=1, allow_nan=False) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text; nobody ever sees half a file, and a full disk leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, text.encode())
-
-
-def read(path: Path, fake: bool = False) -> dict[str, Any]:
-    """Results that were kept; `fake` ones, of a dry run, only for who asks for them.
-
-    Raises:
-        DamagedResults: the file holds no results.
-    """
-    try:
-        document = json.loads(path.read_bytes())
-        if isinstance(document, dict) and "machine" in document:
-            if document.get("fake", False) != fake:
-                raise DamagedResults(f"{path}: {'no dry run' if fake else 'a dry run, nothing was measured'}")
-            return document
-        reason = "no object with a machine"
-    except ValueError as error:
-        reason = str(error)
-    raise DamagedResults(f"{path}: not readable results ({reason}); restore or remove it")
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; a bar inside a cell is escaped."""
-    lines = [list(header), ["---"] * len(header), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Plain text, columns padded; the first column to the left, numbers to the right."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-
-    def padded(line: list[str]) -> str:
-        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        return "  ".join([line[0].ljust(widths[0]), *cells]).rstrip()
-
-    return "\n".join([padded(lines[0]), "  ".join("-" * width for width in widths), *map(padded, lines[1:])])
-
+from .tables import plain
 
 HEADER = ("", "forward ms", "backward", "both", "quartiles", "x floor", "x eager", "rounds", "peak MiB", "error")
 
@@ -160,7 +39,7 @@ def case_table(case: dict[str, Any]) -> str:
         if "peak_failed" in row:
             reasons.append(f"{label}, peak memory: {row['peak_failed']}")
         rows.append([label, *_cells(row)])
-    return "\n".join([table(HEADER, rows), *reasons])
+    return "\n".join([plain(HEADER, rows), *reasons])
 
 
 def _cells(row: dict[str, Any]) -> Iterator[str]:

@@ -9,8 +9,11 @@ from typing import Any
 
 from benchmarks.implementations import NAMES
 
-from .plots import FOLDER, newest, picture
-from .printed import ROOT, machine_line, markdown, read, write
+from .environment import ROOT, machine_line
+from .figures import picture
+from .plots import FOLDER
+from .storage import newest, read, write
+from .tables import markdown
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- numbers: python -m benchmarks.report.readme -->", "<!-- end of numbers -->"
@@ -44,7 +47,7 @@ def _growth() -> list[str]:
     """The figure of growth, where results are kept that it is drawn from."""
     if newest("-scaling") is None:
         return []
-    drawn = picture("time", "time against the size of the problem", f"docs/{FOLDER}")
+    drawn = picture(f"docs/{FOLDER}/time", "time against the size of the problem")
     return ["", "How time and memory grow, errors against chunks, the roofline: [growth](docs/growth.md).", "", drawn]
 
 

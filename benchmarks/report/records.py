@@ -6,7 +6,8 @@ import csv
 import io
 from typing import Any
 
-from .printed import machine_line, markdown
+from .environment import machine_line
+from .tables import markdown
 
 #: Of a row's {"median", "q25", "q75"}: the key in the JSON -> the columns.
 _SPREADS = {
@@ -100,5 +101,5 @@ def work(record: dict[str, Any]) -> list[str]:
     """What a case must do, where its JSON says so."""
     if record["least_bytes"] is None:
         return []
-    products = f"{record['flops'] / 1e9:.1f} GFLOP in products, " if record["flops"] else ""
-    return [f"{products}at least {record['least_bytes'] / 2**20:.0f} MiB moved.", ""]
+    gemms = f"{record['flops'] / 1e9:.1f} GFLOP in GEMMs, " if record["flops"] else ""
+    return [f"{gemms}at least {record['least_bytes'] / 2**20:.0f} MiB moved.", ""]

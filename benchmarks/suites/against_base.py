@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import heading
-from benchmarks.measure import cpu
+from benchmarks.measure import timing
 from benchmarks.measure.worker import Worker
-from benchmarks.report import printed
+from benchmarks.report import environment, storage, tables
 
 from . import cpu_run, gate
 
@@ -37,7 +37,7 @@ class BaseError(OSError):
 
 
 def git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=printed.ROOT, capture_output=True, text=True)
+    done = subprocess.run(["git", *arguments], cwd=environment.ROOT, capture_output=True, text=True)
     if done.returncode:
         raise BaseError(f"git {' '.join(arguments)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
     return done.stdout.strip()
@@ -65,7 +65,7 @@ def checkout(revision: str) -> Iterator[Path]:
 
 
 def _library(tree: Path, commit: str) -> None:
-    libraries = list((printed.ROOT / "nitp_ops").glob("*.so"))
+    libraries = list((environment.ROOT / "nitp_ops").glob("*.so"))
     if libraries and not git("diff", "--name-only", commit, "--", *BUILT_FROM):
         for library in libraries:
             shutil.copy2(library, tree / "nitp_ops")
@@ -80,7 +80,7 @@ def _library(tree: Path, commit: str) -> None:
 def compared(workers: dict[str, Worker], case: dict[str, Any], rounds: int) -> dict[str, Any]:
     """A row a revision: milliseconds, peak memory; the ratio within rounds, and whether the results have equal bits."""
     found = {name: worker.prepare(case) for name, worker in workers.items()}
-    times = cpu.interleave(
+    times = timing.interleave(
         {name: worker.step for name, worker in workers.items()},
         lambda: None,
         rounds=rounds,
@@ -89,9 +89,9 @@ def compared(workers: dict[str, Worker], case: dict[str, Any], rounds: int) -> d
     )
     rows: dict[str, dict[str, Any]] = {}
     for name, values in times.items():
-        rows[name] = {"milliseconds": cpu.spread([1e3 * value for value in values]), "rounds": len(values)}
+        rows[name] = {"milliseconds": timing.quartiles([1e3 * value for value in values]), "rounds": len(values)}
         rows[name] |= {"peak_bytes": workers[name].peak()}
-    ratio = cpu.ratios(times["here"], times["base"])
+    ratio = timing.ratios(times["here"], times["base"])
     same = found["base"]["bits"] == found["here"]["bits"]
     return {**case, "rows": rows, "here_over_base": ratio, "same_bits": same}
 
@@ -125,12 +125,12 @@ def table(cases: list[dict[str, Any]]) -> str:
         bits = "equal" if case["same_bits"] else "differ"
         where = f"{case['op']} {sizes} {case['dtype']}"
         lines.append([where, *milliseconds, f"{ratio['median']:.3f}", spread, *memory, bits, verdict(ratio)])
-    return printed.table(HEADER, lines)
+    return tables.plain(HEADER, lines)
 
 
 def run_cases(options: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     """Every selected case, base and here in turns."""
-    here = printed.ROOT
+    here = environment.ROOT
     cases = []
     with ExitStack() as stack:
         workers = {
@@ -147,7 +147,7 @@ def run_cases(options: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
 
 def run_base(options: argparse.Namespace) -> dict[str, Any]:
     """The document of a comparison."""
-    info = printed.machine(options.threads)
+    info = environment.machine(options.threads)
     with checkout(options.base) as path:
         cases = run_cases(options, path)
     info["base"] = git("rev-parse", "--short=12", options.base)
@@ -161,8 +161,8 @@ def run_against(options: argparse.Namespace) -> int:
         return 1
     document = run_base(options)
     print(f"\n{table(document['cases'])}\n\nhere / base: median and quartiles of the ratio within a round")
-    print(f"{printed.machine_line(document['machine'])}, base {document['machine']['base']}")
+    print(f"{environment.machine_line(document['machine'])}, base {document['machine']['base']}")
     if options.json:
-        printed.write_json(options.json, document)
+        storage.write_json(options.json, document)
         print(f"written to {options.json}")
     return 0

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.cases import OPS, Op, Sizes, heading
 from benchmarks.implementations import NAMES, SLOW, names_for
-from benchmarks.measure import cpu
+from benchmarks.measure import children, cpu, process_memory
 from benchmarks.measure.gemm_times import in_child
 from benchmarks.measure.isolated import MeasurementError
-from benchmarks.report import page, printed, records
+from benchmarks.report import environment, page, printed, records, storage
 
 from . import gate
 
@@ -34,7 +34,7 @@ class Effort:
 QUICK, FULL = Effort(rounds=30, seconds=0.9), Effort(rounds=50, seconds=15.0)
 #: Option -> what it writes, and how a document becomes that text.
 WRITERS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
-    "json": ("JSON", printed.as_json),
+    "json": ("JSON", storage.as_json),
     "csv": ("CSV, a row an implementation", records.as_csv),
     "markdown": ("Markdown tables", records.as_markdown),
     "html": ("one self-contained HTML page", page.render),
@@ -54,7 +54,7 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """One case a malloc setting; peak memory and errors do not depend on it and are measured once."""
     where = (op, sizes, DTYPES[dtype])
-    reason = cpu.lacking(*where, cpu.available_bytes())
+    reason = cpu.lacking(*where, process_memory.available_bytes())
     timing = partial(cpu.time_case, *where, names, rounds=effort.rounds, seconds=effort.seconds)
     cases = []
     for malloc in mallocs:
@@ -92,8 +92,8 @@ def extras(where: tuple[Op, Sizes, torch.dtype], names: list[str], threads: int)
 
 def run(options: argparse.Namespace) -> int:
     """Measure and print; 1 when tests are red or ours could not be measured."""
-    info = printed.machine(options.threads)
-    print(printed.machine_line(info), flush=True)
+    info = environment.machine(options.threads)
+    print(environment.machine_line(info), flush=True)
     wanted = list(selected(options))
     if not wanted:
         print("benchmarks: no case has that op and that name, see --list", file=sys.stderr)
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     if gate.refused(list(dict.fromkeys(op.name for op, _, _ in wanted))):
         return 1
     malloc = options.malloc or ("default" if options.quick else "both")
-    mallocs = list(cpu.MALLOC) if malloc == "both" else [malloc]
+    mallocs = list(children.MALLOC) if malloc == "both" else [malloc]
     left_out = {name: f"left out of --quick: {why}" for name, why in SLOW.items()} if options.quick else {}
     cases: list[dict[str, Any]] = []
     for op, name, sizes in wanted:
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
                 case["rows"] = {each: rows[each] for each in (cpu.FLOOR, *names) if each in rows}
                 print(f"\n{printed.case_title(case)}\n{printed.case_table(case)}", flush=True)
             cases += done
-    print(f"\n{printed.legend(cases)}\n\n{printed.verdict(cases)}\n{printed.machine_line(info)}")
+    print(f"\n{printed.legend(cases)}\n\n{printed.verdict(cases)}\n{environment.machine_line(info)}")
     write(options, {"machine": info, "quick": options.quick, "cases": cases})
     return int(any("skipped" in case["rows"].get("ours", {}) for case in cases))
 
@@ -125,9 +125,9 @@ def write(options: argparse.Namespace, document: dict[str, Any]) -> None:
     paths = {kind: getattr(options, kind) for kind in WRITERS}
     for kind, path in paths.items():
         if path:
-            printed.write(path, WRITERS[kind][1](document))
+            storage.write(path, WRITERS[kind][1](document))
             print(f"written to {path}")
     if options.save:
-        path = printed.results_path(document["machine"], kind="-quick" if options.quick else "")
-        printed.write_json(path, document)
+        path = storage.results_path(document["machine"], kind="-quick" if options.quick else "")
+        storage.write_json(path, document)
         print(f"written to {path}")

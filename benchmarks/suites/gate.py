@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import printed
+from benchmarks.report import environment
 
 
 def refused(ops: Sequence[str]) -> bool:
@@ -25,7 +25,7 @@ def failed_tests(ops: Sequence[str]) -> str | None:
     """Run the ops' tests on CPU; None when they are green, else what went wrong."""
     files: set[Path] = set()
     for op in ops:
-        own = set((printed.ROOT / "tests/ops").rglob(f"test_*{op}*.py"))
+        own = set((environment.ROOT / "tests/ops").rglob(f"test_*{op}*.py"))
         if not own:
             return f"no tests/ops/**/test_*{op}*.py"
         files |= own
@@ -35,7 +35,7 @@ def failed_tests(ops: Sequence[str]) -> str | None:
 def pytest_failure(files: Sequence[Path]) -> str | None:
     """None when these tests are green, else how pytest ended."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
-    run = subprocess.run(command, cwd=printed.ROOT, capture_output=True, text=True)
+    run = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
     if run.returncode == 0:
         return None
     return f"pytest ended with code {run.returncode}\n{run.stdout[-3000:]}{run.stderr[-1000:]}".rstrip()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.measure import cpu, cuda
+from benchmarks.measure import cpu, cuda, timing
 from benchmarks.measure.isolated import At
 from nitp_ops.kernels import select, table
 
@@ -53,8 +53,8 @@ def sweep(at: At, names: list[str], *, sizes: dict[str, int], rounds: int, secon
     times = cuda.timed(runs, call.restore, rounds, seconds)
     floor = times.pop(cpu.FLOOR)
     for name, values in times.items():
-        found[name] |= {"milliseconds": cpu.spread([1e3 * value for value in values])}
-        found[name] |= {"times_floor": cpu.ratios(values, floor)}
+        found[name] |= {"milliseconds": timing.quartiles([1e3 * value for value in values])}
+        found[name] |= {"times_floor": timing.ratios(values, floor)}
     return found
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import nitp_ops
-from benchmarks.measure import cpu
-from benchmarks.report import printed
+from benchmarks.measure import timing
+from benchmarks.report import environment, storage, tables
 from nitp_ops.objectives import ModelInfo, Streams, build
 
 from . import gate
@@ -97,8 +97,8 @@ def measured(ours: Step, eager: Step, rounds: int, calls: int) -> dict[str, dict
             for _ in range(calls):
                 step()
             times[name].append((time.perf_counter() - begin) / calls * 1e6)
-    found = {name: cpu.spread(each) for name, each in times.items()}
-    return found | {"ratio": cpu.ratios(times["ours"], times["eager"])}
+    found = {name: timing.quartiles(each) for name, each in times.items()}
+    return found | {"ratio": timing.ratios(times["ours"], times["eager"])}
 
 
 def table(cases: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -106,7 +106,7 @@ def table(cases: dict[str, dict[str, dict[str, float]]]) -> str:
         [name, *(f"{rows[each]['median']:.0f}" for each in ("ours", "eager")), f"{rows['ratio']['median']:.2f}"]
         for name, rows in cases.items()
     ]
-    return printed.markdown(["forward + backward", "ours, us", "eager, us", "ratio"], lines)
+    return tables.markdown(["forward + backward", "ours, us", "eager, us", "ratio"], lines)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -115,8 +115,8 @@ def run(options: argparse.Namespace) -> int:
         print("benchmarks: --case host writes --json and --save", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    info = printed.machine(1)
-    print(printed.machine_line(info), flush=True)
+    info = environment.machine(1)
+    print(environment.machine_line(info), flush=True)
     if gate.refused(["linear_cross_entropy", "implicit_token_loss"]):
         return 1
     pairs = steps()
@@ -128,8 +128,8 @@ def run(options: argparse.Namespace) -> int:
     cases = {name: measured(*pair, rounds, calls) for name, pair in pairs.items()}
     print(f"\n{table(cases)}")
     document = {"machine": info, "quick": options.quick, "study": "host", "cases": cases}
-    for path in (options.json, printed.results_path(info, kind="-host") if options.save else None):
+    for path in (options.json, storage.results_path(info, kind="-host") if options.save else None):
         if path:
-            printed.write_json(path, document)
+            storage.write_json(path, document)
             print(f"written to {path}")
     return 0

@@ -1,4 +1,4 @@
-"""What NITP adds to NTP on the loss part alone, beside the ratio of their products' FLOPs."""
+"""What NITP adds to NTP on the loss part alone, beside the ratio of their GEMMs' FLOPs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nitp_ops
 from benchmarks.cases import OPS, Inputs, Sizes
-from benchmarks.measure import cpu, cuda
+from benchmarks.measure import cuda, timing
 from benchmarks.measure.isolated import At
 
 NAME = "nitp_over_ntp"
@@ -61,9 +61,9 @@ def measure_overhead(
     for name in (each.removesuffix(" ntp") for each in runs if each.endswith(" ntp")):
         ntp_times, both_times = times[f"{name} ntp"], times[f"{name} both"]
         found[name] |= {
-            "ntp_ms": cpu.spread([1e3 * t for t in ntp_times]),
-            "milliseconds": cpu.spread([1e3 * t for t in both_times]),
-            "over_ntp": cpu.ratios(both_times, ntp_times),
+            "ntp_ms": timing.quartiles([1e3 * t for t in ntp_times]),
+            "milliseconds": timing.quartiles([1e3 * t for t in both_times]),
+            "over_ntp": timing.ratios(both_times, ntp_times),
             "rounds": len(both_times),
         }
     return found

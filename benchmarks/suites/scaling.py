@@ -15,15 +15,15 @@ import torch
 
 from benchmarks.cases import OPS, Sizes
 from benchmarks.implementations import forward
-from benchmarks.measure import cpu
+from benchmarks.measure import cpu, process_memory
 from benchmarks.measure.gemm_times import exponent, in_child, interleaved, multiplied, own
 from benchmarks.measure.isolated import one_line
-from benchmarks.report import printed
+from benchmarks.report import environment, storage
 
 from . import gate
 from .numerics.objective_plan import Setting
 from .numerics.token_loss import error_against_chunks, problem
-from .numerics.token_loss import products as products_of
+from .numerics.token_loss import gemms as gemms_of
 
 WHO = ("ours", "eager", "torch-best")
 DTYPE = "bfloat16"
@@ -127,11 +127,11 @@ def _cleared(run: Callable[[], object], clear: Callable[[], object]) -> Callable
 
 def _extra_bytes(make: Callable[..., Made], axis: str, fixed: Sizes, size: int, name: str) -> int:
     run, clear, gradients = make(axis, fixed, size, name)
-    return max(0, cpu.peak_of(run, clear) - gradients)
+    return max(0, process_memory.peak_of(run, clear) - gradients)
 
 
 def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers: int) -> dict[str, Any]:
-    """Bandwidth of a copy, the best rate of the products, and GFLOP/s of the whole op at each arithmetic intensity."""
+    """Bandwidth of a copy, the best rate of the GEMMs, and GFLOP/s of the whole op at each arithmetic intensity."""
     op, dtype = OPS["linear_cross_entropy"], getattr(torch, DTYPE)
     source = torch.ones(numbers, dtype=dtype)
     into = torch.zeros_like(source)
@@ -143,7 +143,7 @@ def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers:
         steps = {name: cpu.Step(forward(op.name, name), inputs) for name in ("ours", "eager")}
         runs = {name: _cleared(each, inputs.clear) for name, each in steps.items()}
         h, w, _ = problem(n, d, vocabulary, dtype)
-        times = interleaved(runs | products_of(h, w, multiplied, own), rounds)
+        times = interleaved(runs | gemms_of(h, w, multiplied, own), rounds)
         rates = {name: 1e-9 * op.flops(sizes) / statistics.median(times[name]) for name in runs}
         single = [2e-9 * n * d * vocabulary / statistics.median(times[name]) for name in times if name not in runs]
         best = max(best, *single)
@@ -163,7 +163,7 @@ def study(quick: bool, threads: int) -> dict[str, Any]:
     lines = error_against_chunks(*errors, threads)
     roof = in_child(partial(roofline, *ROOFLINE[quick], rounds, COPY[quick]), threads, "raised")
     return {
-        "machine": printed.machine(threads),
+        "machine": environment.machine(threads),
         "quick": quick,
         "study": "scaling",
         "sweeps": sweeps,
@@ -187,14 +187,14 @@ def run(options: argparse.Namespace) -> int:
     if options.csv or options.markdown or options.html:
         print("benchmarks: --case scaling writes --json and --save; `plot` makes the page", file=sys.stderr)
         return 2
-    info = printed.machine(options.threads)
-    print(printed.machine_line(info), flush=True)
+    info = environment.machine(options.threads)
+    print(environment.machine_line(info), flush=True)
     if gate.refused(["linear_cross_entropy"]):
         return 1
     document = study(options.quick, options.threads)
-    kept = printed.results_path(info, kind="-scaling") if options.save else None
+    kept = storage.results_path(info, kind="-scaling") if options.save else None
     for path in (options.json, kept):
         if path:
-            printed.write_json(path, document)
+            storage.write_json(path, document)
             print(f"written to {path}")
     return 0

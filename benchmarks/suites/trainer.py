@@ -17,9 +17,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import nitp_ops
-from benchmarks.measure import cpu
+from benchmarks.measure import children, process_memory, timing
 from benchmarks.measure.isolated import MeasurementError
-from benchmarks.report import printed
+from benchmarks.report import environment, storage, tables
 
 PLAIN = "the model's own loss"
 SPECS = {PLAIN: None, "ntp": "ntp", "ntp + nitp": "ntp + 0.8*nitp"}
@@ -87,11 +87,11 @@ def times(sizes: dict[str, int], dtype: str, rounds: int) -> dict[str, dict[str,
     gc.collect()
     gc.disable()
     runs: dict[str, Callable[[], object]] = dict(steps)
-    seconds = cpu.interleave(runs, clear, rounds=rounds, seconds=SECONDS)
+    seconds = timing.interleave(runs, clear, rounds=rounds, seconds=SECONDS)
     return {
         name: {
-            "milliseconds": cpu.spread([1e3 * value for value in values]),
-            "times_plain": cpu.ratios(values, seconds[PLAIN]),
+            "milliseconds": timing.quartiles([1e3 * value for value in values]),
+            "times_plain": timing.ratios(values, seconds[PLAIN]),
             "rounds": len(values),
         }
         for name, values in seconds.items()
@@ -101,7 +101,7 @@ def times(sizes: dict[str, int], dtype: str, rounds: int) -> dict[str, dict[str,
 def peak(sizes: dict[str, int], dtype: str, name: str) -> int:
     """Most bytes of a step above what is resident before it, gradients included."""
     step = Step(name, sizes, dtype)
-    return cpu.peak_of(step, step.clear)
+    return process_memory.peak_of(step, step.clear)
 
 
 def measure_case(sizes: dict[str, int], dtype: str, threads: int, rounds: int) -> dict[str, Any]:
@@ -109,10 +109,10 @@ def measure_case(sizes: dict[str, int], dtype: str, threads: int, rounds: int) -
 
     def child(task: Callable[[], Any]) -> Any:
         def configured() -> Any:
-            cpu.configure(threads)
+            children.configure(threads)
             return task()
 
-        return cpu.in_child(configured)
+        return children.in_child(configured)
 
     rows = child(partial(times, sizes, dtype, rounds))
     for name in SPECS:
@@ -128,7 +128,7 @@ def table(case: dict[str, Any]) -> str:
         spread = f"{ratio['median']:.2f} ({ratio['q25']:.2f} to {ratio['q75']:.2f})"
         rows.append((name, f"{row['milliseconds']['median']:.0f}", spread, f"{row['peak_bytes'] / 2**20:.0f}"))
     title = f"{case['dtype']}, " + " ".join(f"{key}={value}" for key, value in case["sizes"].items())
-    return f"\n{title}\n" + printed.table(("", "ms a step", "times the model's own loss", "peak MiB"), rows)
+    return f"\n{title}\n" + tables.plain(("", "ms a step", "times the model's own loss", "peak MiB"), rows)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -136,8 +136,8 @@ def run(options: argparse.Namespace) -> int:
     if options.csv or options.markdown or options.html:
         print("benchmarks: --case trainer writes --json and --save", file=sys.stderr)
         return 2
-    info = printed.machine(options.threads)
-    print(printed.machine_line(info), flush=True)
+    info = environment.machine(options.threads)
+    print(environment.machine_line(info), flush=True)
     cases = []
     for sizes in QUICK if options.quick else FULL:
         for dtype in options.dtype or DTYPES:
@@ -148,8 +148,8 @@ def run(options: argparse.Namespace) -> int:
                 return 1
             print(table(cases[-1]), flush=True)
     document = {"machine": info, "quick": options.quick, "study": "trainer", "cases": cases}
-    for path in (options.json, printed.results_path(info, kind="-trainer") if options.save else None):
+    for path in (options.json, storage.results_path(info, kind="-trainer") if options.save else None):
         if path:
-            printed.write_json(path, document)
+            storage.write_json(path, document)
             print(f"written to {path}")
     return 0

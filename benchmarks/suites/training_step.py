@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import nitp_ops
-from benchmarks.measure.cpu import resident_bytes, spread
 from benchmarks.measure.cuda import Instant
+from benchmarks.measure.process_memory import resident_bytes
+from benchmarks.measure.timing import quartiles
 
 #: Objective -> what it is.
 OBJECTIVES = {
@@ -124,7 +125,7 @@ def measure(
         step()
         moments.append(clock())
     seconds = [after - before for before, after in itertools.pairwise(moments)]
-    milliseconds = spread([1e3 * value for value in seconds])
+    milliseconds = quartiles([1e3 * value for value in seconds])
     return {
         "op": "training_step",
         "objective": objective,

@@ -1,7 +1,9 @@
 """torchtitan with an objective: a tiny llama3 on the source of a module of the standard library.
 
-    torchrun --nproc_per_node=1 -m torchtitan.train --module examples.trainers.torchtitan_train --config tiny    # with a GPU
-    python examples/trainers/torchtitan_train.py    # its model and its objective in a plain loop, on the CPU
+    # with a GPU
+    torchrun --nproc_per_node=1 -m torchtitan.train --module examples.trainers.torchtitan_train --config tiny
+    # its model and its objective in a plain loop, on the CPU
+    python examples/trainers/torchtitan_train.py
 
 ``--objective "ntp"`` on the command line of the first takes the place of the one below.
 Needs what `pip install torchtitan` brings.

@@ -1,4 +1,4 @@
-"""What is compared: the objectives that the user spelled, and the paper's control arms as one table of specs."""
+"""What is compared: the objectives that the user wrote, and the paper's control arms as one table of specs."""
 
 from __future__ import annotations
 

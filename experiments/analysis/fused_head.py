@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import nitp_ops
+from benchmarks.measure.process_memory import resident_bytes
 
 IMPLEMENTATIONS = ("eager", "fused")
 PASSES = 3
@@ -87,11 +88,9 @@ def peak_bytes(device: str) -> int:
     """The most memory that this process ever held."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # getrusage's ru_maxrss keeps the peak of the parent across exec on Linux; VmHWM starts afresh.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+    if sys.platform == "linux":
+        # getrusage's ru_maxrss keeps the peak of the parent across exec; VmHWM starts afresh.
+        return resident_bytes("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from experiments.report.table import Grid
+from benchmarks.measure.timing import interleave, ratios
+from benchmarks.report.tables import Table
 from experiments.train.data import Corpus
 from experiments.train.model import ModelConfig
 from experiments.train.options import Options
@@ -34,15 +35,14 @@ class Overhead:
     added: list[float]
 
     @property
-    def quartiles(self) -> list[float]:
-        """Of the rounds' own ratios "ntp + nitp" / "ntp", less 1: within a round a drift of the machine cancels."""
-        ratios = [b / a - 1 for a, b in zip(self.plain, self.added, strict=True)]
-        return statistics.quantiles(ratios, n=4, method="inclusive")
+    def quartiles(self) -> dict[str, float]:
+        """Of the rounds' own ratios "ntp + nitp" / "ntp", less 1."""
+        return {name: ratio - 1 for name, ratio in ratios(self.added, self.plain).items()}
 
     @property
     def measured(self) -> float:
         """The median of the rounds' ratios, less 1."""
-        return self.quartiles[1]
+        return self.quartiles["median"]
 
     @property
     def predicted(self) -> float:
@@ -60,16 +60,10 @@ def measure(
         for backend in backends
         for expression in EXPRESSIONS
     }
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for turn in range(rounds + 1):
-        # Each round starts elsewhere, so that no run always follows the same one.
-        order = list(runs)[turn % len(runs) :] + list(runs)[: turn % len(runs)]
-        for key in order:
-            start = time.perf_counter()
-            runs[key].step()
-            seconds[key].append(time.perf_counter() - start)
+    steps = {key: run.step for key, run in runs.items()}
+    seconds = interleave(steps, lambda: None, rounds=rounds + 1, seconds=math.inf)
     shapes: ModelConfig = options.model
-    del runs
+    del runs, steps
     gc.collect()
     found = []
     for backend in backends:
@@ -80,41 +74,37 @@ def measure(
     return found
 
 
-def overhead_grid(results: list[Overhead]) -> Grid:
+def overhead_table(results: list[Overhead]) -> Table:
     """A row a width and backend."""
     rows: list[list[str]] = []
     for result in results:
-        low, middle, high = result.quartiles
+        quartiles = result.quartiles
         rows.append(
             [
                 f"d = {result.dim}, {BACKENDS[result.backend]}",
                 f"{statistics.median(result.plain) * 1e3:,.1f}",
                 f"{statistics.median(result.added) * 1e3:,.1f}",
-                f"{middle:+.1%}",
-                f"{low:+.1%} to {high:+.1%}",
+                f"{quartiles['median']:+.1%}",
+                f"{quartiles['q25']:+.1%} to {quartiles['q75']:+.1%}",
                 f"{result.predicted:+.1%}",
+                f"{result.measured / result.predicted:.2f}",
             ]
         )
-    header = ["", '"ntp", ms', '"ntp + nitp", ms', "added", "middle half of the rounds", "formula 1 / (L + V / (12 d))"]
-    return Grid("a whole training step: median times, median of the rounds' ratios", header, rows)
-
-
-def sentence(results: list[Overhead]) -> str:
-    """Where the measurements lie beside the formula."""
-    said = []
-    for dim in dict.fromkeys(result.dim for result in results):
-        here = {result.backend: result for result in results if result.dim == dim}
-        parts = [
-            f"{BACKENDS[backend]} {result.measured:+.1%} ({result.measured / result.predicted:.2f} of the formula)"
-            for backend, result in here.items()
-        ]
-        said.append(f"at d = {dim} {', '.join(parts)}")
-    return f"Added to a whole step: {'; '.join(said)}."
+    header = [
+        "",
+        '"ntp", ms',
+        '"ntp + nitp", ms',
+        "added",
+        "middle half of the rounds",
+        "formula 1 / (L + V / (12 d))",
+        "added / formula",
+    ]
+    return Table("a whole training step: median times, median of the rounds' ratios", header, rows)
 
 
 def record(result: Overhead) -> dict[str, Any]:
     """As a line of records."""
-    return {"study": "overhead", **asdict(result)}
+    return {"experiment": "overhead", **asdict(result)}
 
 
 def from_record(line: dict[str, Any]) -> Overhead:

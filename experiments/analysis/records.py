@@ -14,7 +14,7 @@ from experiments.train.checkpoint import read_table, write_whole
 from experiments.train.options import Options
 
 from .arms import Arm
-from .results import Outcome
+from .results import Result
 
 CHECKSUM = "sha256"
 
@@ -67,17 +67,17 @@ class Records:
         raise BadInput(f"{self.path}: line {number} is damaged ({reason}); remove it to measure that once more")
 
 
-def outcome_record(outcome: Outcome) -> dict[str, Any]:
+def result_record(result: Result) -> dict[str, Any]:
     """What a record keeps of a finished run; its curves stay in their own files."""
-    return {"numbers": outcome.numbers, "batches": outcome.batches, "sample": outcome.sample}
+    return {"numbers": result.numbers, "batches": result.batches, "sample": result.sample}
 
 
-def outcome_of(record: dict[str, Any], arm: Arm, options: Options) -> Outcome:
+def result_of(record: dict[str, Any], arm: Arm, options: Options) -> Result:
     """The run that a record describes."""
     numbers = {name: math.nan if value is None else value for name, value in record["numbers"].items()}
     folder = arm.run_folder(options.of_seed(record["seed"]))
     steps, looks = read_table(folder / "steps.csv"), read_table(folder / "validation.csv")
-    return Outcome(arm, record["seed"], numbers, record["batches"], steps, looks, record["sample"])
+    return Result(arm, record["seed"], numbers, record["batches"], steps, looks, record["sample"])
 
 
 def _refuse_other_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:

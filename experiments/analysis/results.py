@@ -21,7 +21,7 @@ SAMPLE_BYTES = 160
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Result:
     """A finished run of one arm from one seed."""
 
     arm: Arm
@@ -38,7 +38,7 @@ class Outcome:
     """Text that the model continues by itself."""
 
     @classmethod
-    def of(cls, arm: Arm, run: Run, final: HeldOut) -> Outcome:
+    def of(cls, arm: Arm, run: Run, final: HeldOut) -> Result:
         """Measure what a trained run still has to tell."""
         steps = read_table(run.folder / "steps.csv")
         # A run whose table was lost has no times, and everything else.
@@ -75,13 +75,13 @@ class Measure:
 
     title: str
     form: str
-    values: Callable[[Outcome], list[float]]
+    values: Callable[[Result], list[float]]
     """One number, or one for each latent term."""
 
 
 def number(title: str, form: str, key: str) -> Measure:
     """A number that every run has."""
-    return Measure(title, form, lambda outcome: [outcome.numbers[key]])
+    return Measure(title, form, lambda result: [result.numbers[key]])
 
 
 def latent(title: str, form: str, key: str) -> Measure:
@@ -99,19 +99,19 @@ RANK = number("effective rank", ".2f", "effective_rank")
 COSINE = number("mean pairwise cosine", ".4f", "mean_cosine")
 PARAMETERS = number("parameters, exported", ",.0f", "parameters")
 OWN_PARAMETERS = number("parameters, training only", ",.0f", "own_parameters")
-STEP = Measure("median step, ms", ".1f", lambda outcome: [outcome.numbers["step_seconds"] * 1e3])
+STEP = Measure("median step, ms", ".1f", lambda result: [result.numbers["step_seconds"] * 1e3])
 SPEED = Measure("tokens a second", ",.0f", lambda o: [o.numbers["tokens_per_step"] / o.numbers["step_seconds"]])
 QUALITY = (CROSS_ENTROPY, LOSS, FLOOR, SKILL, PREDICTION_NORM, TARGET_NORM, RANK, COSINE)
 BRIEF = (CROSS_ENTROPY, LOSS, FLOOR, SKILL, RANK, COSINE)
 COST = (PARAMETERS, OWN_PARAMETERS, STEP, SPEED)
 
 
-def pairs(first: Sequence[Outcome], other: Sequence[Outcome]) -> list[tuple[Outcome, Outcome]]:
+def pairs(first: Sequence[Result], other: Sequence[Result]) -> list[tuple[Result, Result]]:
     """Runs of the same seed."""
     return [(a, b) for a in first for b in other if a.seed == b.seed]
 
 
-def difference(measure: Measure, paired: Sequence[tuple[Outcome, Outcome]]) -> Difference:
+def difference(measure: Measure, paired: Sequence[tuple[Result, Result]]) -> Difference:
     """Of a measure that every run has one of: second less first."""
     return Difference.between([measure.values(a)[0] for a, _ in paired], [measure.values(b)[0] for _, b in paired])
 

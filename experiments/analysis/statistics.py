@@ -1,4 +1,4 @@
-"""Means and spreads over seeds, and how wide the interval of a difference between two arms is."""
+"""Means and deviations over seeds, and how wide the interval of a difference between two arms is."""
 
 from __future__ import annotations
 
@@ -42,10 +42,19 @@ class Difference:
         """Of the 95 % interval by Student's t; two standard errors below `ENOUGH` pairs, NaN for one pair."""
         return errors_shown(self.pairs) * self.deviation / math.sqrt(self.pairs)
 
-    def spelled(self, form: str) -> str:
+    def formatted(self, form: str) -> str:
         """``mean ± half_width``, the mean with its sign; the mean alone where there is one pair."""
-        spread = "" if math.isnan(self.deviation) else f" ± {self.half_width:{form}}"
-        return f"{self.mean:+{form}}{spread}"
+        error = "" if math.isnan(self.deviation) else f" ± {self.half_width:{form}}"
+        return f"{self.mean:+{form}}{error}"
+
+    @property
+    def verdict(self) -> str:
+        """On which side of zero the 95 % interval lies; none below `ENOUGH` pairs."""
+        if self.pairs < ENOUGH:
+            return f"none below {ENOUGH} seeds"
+        if abs(self.mean) <= self.half_width:
+            return "open"
+        return "higher" if self.mean > 0 else "lower"
 
 
 def errors_shown(pairs: int) -> float:

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import storage
 from experiments.analysis.arms import Arm
-from experiments.analysis.overhead import Overhead, overhead_grid
-from experiments.analysis.overhead import sentence as overhead_sentence
-from experiments.analysis.results import QUALITY, Outcome
+from experiments.analysis.overhead import Overhead, overhead_table
+from experiments.analysis.results import QUALITY, Result
 from experiments.analysis.statistics import no_verdict
-from experiments.train.checkpoint import write_whole
 from experiments.train.data import Corpus
 from experiments.train.options import Options
 
-from . import figures, hypotheses, sentences, table
+from . import figures, hypotheses, table
 
 INTRODUCTION = """\
 The control arms of next implicit token prediction ([arXiv 2605.24956](https://arxiv.org/abs/2605.24956)) as small runs
@@ -35,21 +34,20 @@ def write(
     options: Options,
     corpus: Corpus,
     arms: Sequence[Arm],
-    outcomes: Sequence[Outcome],
+    results: Sequence[Result],
     failures: Sequence[dict[str, Any]],
     overheads: list[Overhead],
     facts: Sequence[str],
 ) -> None:
-    """Write the document and, beside it, its picture.
+    """Write the document and, beside it, its figure.
 
     Args:
-        arms: all that were to run; outcomes: those that finished; failures: the records of those that could not.
+        arms: all that were to run; results: those that finished; failures: the records of those that could not.
         facts: command line, machine and time, one each.
 
     Raises:
         OSError: the disk refused; an older document is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     budget = (
         f"{len(arms)} arms x {len(options.seeds)} seeds x {options.steps:,} steps x {options.tokens_per_step:,} "
         f"tokens; width {options.dim}, {options.layers} blocks, {options.heads} heads, context {options.context}, "
@@ -57,32 +55,37 @@ def write(
     )
     lines = ["# Experiments", "", INTRODUCTION, ""]
     lines += [f"* {fact}" for fact in (*facts, f"budget: {budget}", f"text: {corpus.description}")]
-    lines += ["", "## The arms", "", sentences.NOT_MEASURED, "", table.plan(arms).as_markdown()]
-    done = len(outcomes) + len(failures)
+    lines += ["", "## The arms", "", hypotheses.NOT_MEASURED, "", table.plan(arms).as_markdown()]
+    done = len(results) + len(failures)
     if done < len(arms) * len(options.seeds):
         lines += ["", f"**Incomplete: {done} of {len(arms) * len(options.seeds)} runs are finished.**"]
     lines += [f"* {record['failure']}" for record in failures]
-    if outcomes:
-        lines += _results(path, table.by_arm(outcomes))
+    if results:
+        lines += _results(path, table.by_arm(results))
     if overheads:
         lines += _overhead(overheads)
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+    storage.write(path, "\n".join(lines) + "\n")
 
 
-def _results(path: Path, arms: list[list[Outcome]]) -> list[str]:
-    lines = ["", "## Results", "", READING, "", table.results(arms, QUALITY, wide=True).as_markdown()]
+def _results(path: Path, arms: list[list[Result]]) -> list[str]:
+    lines = ["", "## Results", "", READING, "", table.measured(arms, QUALITY, wide=True).as_markdown()]
     if len(arms) > 1:
         image = path.with_suffix(".png")
         figures.differences(image, arms)
-        lines += ["", hypotheses.differences(arms).as_markdown(), "", *_why_no_verdict(arms)]
+        lines += ["", hypotheses.differences(arms, wide=True).as_markdown(), "", *_why_no_verdict(arms)]
         lines += [f"![differences from the first arm]({image.name})"]
     lines += ["", table.probes(arms, wide=True).as_markdown()]
     if measured := hypotheses.found(arms):
-        lines += ["", "## What the paper and a first trial say", "", hypotheses.claims_grid(measured).as_markdown()]
+        lines += [
+            "",
+            "## What the paper and a first trial say",
+            "",
+            hypotheses.table_of(measured).as_markdown(),
+        ]
     return lines
 
 
-def _why_no_verdict(arms: list[list[Outcome]]) -> list[str]:
+def _why_no_verdict(arms: list[list[Result]]) -> list[str]:
     said = no_verdict(min(map(len, arms)))
     return [said, ""] if said else []
 
@@ -99,7 +102,5 @@ def _overhead(overheads: list[Overhead]) -> list[str]:
         "",
         setting,
         "",
-        overhead_grid(overheads).as_markdown(),
-        "",
-        overhead_sentence(overheads),
+        overhead_table(overheads).as_markdown(),
     ]

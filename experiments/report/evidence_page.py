@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks.report import storage
+from benchmarks.report.figures import frame, picture, svg
+from benchmarks.report.tables import Table
 from experiments.analysis.statistics import Difference, no_verdict, shown_as
-from experiments.train.checkpoint import write_whole
 
-from .table import Grid, spelled
+from .table import formatted
 
 #: Text and frames, then a colour an arm.
 THEMES = {
@@ -43,20 +43,15 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], facts: Sequence[st
     Raises:
         OSError: the disk refused; an older page is intact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     seeds = len({run["seed"] for runs in found.values() for run in runs})
     lines = ["# Evidence", "", INTRODUCTION, "", *(f"* {fact}" for fact in facts), ""]
     lines += [READING.format(spread=shown_as(seeds)), *filter(None, [no_verdict(seeds)])]
     for place, (text, runs) in enumerate(found.items()):
         name = f"{path.stem}-{place + 1}"
         for theme, (ink, colours) in THEMES.items():
-            write_whole(path.with_name(f"{name}-{theme}.svg"), _figure(runs, ink, colours).encode())
-        picture = (
-            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">'
-            f'<img alt="held-out cross-entropy" src="{name}-light.svg"></picture>'
-        )
-        lines += ["", f"## {text}", "", table(runs).as_markdown(), "", picture]
-    write_whole(path, ("\n".join(lines) + "\n").encode())
+            storage.write(path.with_name(f"{name}-{theme}.svg"), _figure(runs, ink, colours))
+        lines += ["", f"## {text}", "", table(runs).as_markdown(), "", picture(name, "held-out cross-entropy")]
+    storage.write(path, "\n".join(lines) + "\n")
 
 
 def groups(runs: Lines) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -77,7 +72,7 @@ def _baseline(found: dict[tuple[str, str], Any]) -> Any:
     return next(runs for (arm, _), runs in found.items() if arm == "ntp")
 
 
-def table(runs: Lines) -> Grid:
+def table(runs: Lines) -> Table:
     """A row an arm and budget."""
     found = groups(runs)
     base = _baseline(found)
@@ -85,12 +80,12 @@ def table(runs: Lines) -> Grid:
     for (arm, budget), group in sorted(
         found.items(), key=lambda item: (item[0][1] == "equal time", item[0][0] != "ntp")
     ):
-        less = "-" if group is base else difference(base, group).spelled(".4f")
+        less = "-" if group is base else difference(base, group).formatted(".4f")
         numbers = [
-            spelled([run[key] for run in group], form)
+            formatted([run[key] for run in group], form)
             for key, form in (("cross_entropy", ".4f"), ("effective_rank", ".1f"), ("mean_cosine", ".3f"))
         ]
-        seconds = spelled([run["seconds"] for run in group], ".1f")
+        seconds = formatted([run["seconds"] for run in group], ".1f")
         rows.append(
             [
                 f"{arm}, {budget}",
@@ -103,7 +98,7 @@ def table(runs: Lines) -> Grid:
             ]
         )
     header = ["", "objective", "tokens", "training, s", "cross-entropy", "less ntp", "effective rank", "mean cosine"]
-    return Grid(f"held-out text, {len(base)} seeds" if len(base) > 1 else "held-out text, one seed", header, rows)
+    return Table(f"held-out text, {len(base)} seeds" if len(base) > 1 else "held-out text, one seed", header, rows)
 
 
 def _figure(runs: Lines, ink: str, colours: Sequence[str]) -> str:
@@ -119,16 +114,9 @@ def _figure(runs: Lines, ink: str, colours: Sequence[str]) -> str:
             first = run["seed"] == runs[0]["seed"]
             colour = colours[arms.index(run["arm"]) % len(colours)]
             axis.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=run["arm"] if first else None)
-        axis.set_title(budget, color=ink, fontsize=9)
-        axis.set_xlabel(label, color=ink, fontsize=8)
-        axis.tick_params(colors=ink, labelsize=7)
-        axis.grid(alpha=0.25, linewidth=0.5)
-        for spine in axis.spines.values():
-            spine.set_color(ink)
+        axis.set_title(budget, fontsize=9)
+        axis.set_xlabel(label)
+        frame(axis, ink)
         axis.legend(labelcolor=ink, frameon=False, fontsize=7)
-    figure.axes[0].set_ylabel("held-out nats a byte", color=ink, fontsize=8)
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "nitp_ops", "svg.fonttype": "none", "text.parse_math": False}):
-        metadata: Any = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(text, format="svg", transparent=True, metadata=metadata)
-    return text.getvalue()
+    figure.axes[0].set_ylabel("held-out nats a byte")
+    return svg(figure)

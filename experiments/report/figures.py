@@ -1,4 +1,4 @@
-"""One picture of a comparison: what each run did to held-out text, to its hidden states, to the clock."""
+"""One figure of a comparison: what each run did to held-out text, to its hidden states, to the clock."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.report.figures import INK, STYLE, inline
 from experiments.analysis.fused_head import HeadCost
-from experiments.analysis.results import COSINE, CROSS_ENTROPY, RANK, Outcome, difference, pairs
+from experiments.analysis.results import COSINE, CROSS_ENTROPY, RANK, Result, difference, pairs
 from experiments.analysis.statistics import shown_as
 from experiments.train.checkpoint import write_whole
 
@@ -24,39 +24,28 @@ SMOOTH = 20
 """Steps in the running median of the step time."""
 POINTS = 400
 """The most points of a curve: a long run needs no more."""
-# Almost black; stands for the reader's text colour until the SVG is written.
-INK = "#0a0b0c"
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nitp_ops",
-    "text.parse_math": False,  # a dollar sign in a name is a dollar sign
-    "legend.framealpha": 0.0,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
-}
+COLOURS = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
 def draw(path: Path, arms: Arms, costs: Sequence[HeadCost]) -> str:
     """Write the curves as PNG; return them as an SVG element, its text and frames in the colour of the page's text.
 
     Raises:
-        OSError: the disk refused; an older picture is intact.
+        OSError: the disk refused; an older figure is intact.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(arms, costs)
-        png, svg = io.BytesIO(), io.StringIO()
+    with matplotlib.rc_context({**STYLE, **COLOURS, "legend.framealpha": 0.0}):
+        figure, png = _figure(arms, costs), io.BytesIO()
         figure.savefig(png, dpi=110, format="png")
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        element = inline(figure)
     write_whole(path, png.getvalue())
-    text = svg.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    return element
 
 
 def differences(path: Path, arms: Arms) -> None:
     """Write, as PNG, what each arm differs by from the first, and how far seeds differ in it.
 
     Raises:
-        OSError: the disk refused; an older picture is intact.
+        OSError: the disk refused; an older figure is intact.
     """
     first, *others = arms
     names = [group[0].arm.name for group in others]
@@ -84,8 +73,8 @@ def _figure(arms: Arms, costs: Sequence[HeadCost]) -> Figure:
     axes = figure.subplots(2, 3).ravel()
     for index, group in enumerate(arms):
         color = f"C{index}" if len(arms) <= 10 else matplotlib.colormaps["turbo"](index / (len(arms) - 1))
-        for outcome in group:
-            _curves(axes, outcome, color, first=outcome is group[0])
+        for result in group:
+            _curves(axes, result, color, first=result is group[0])
     titles = {
         "held-out cross-entropy": "nats a byte",
         "held-out cosine terms: loss, and floor (dashed)": "1 - cos",
@@ -108,8 +97,8 @@ def _figure(arms: Arms, costs: Sequence[HeadCost]) -> Figure:
     return figure
 
 
-def _curves(axes: Sequence[Axes], outcome: Outcome, color: object, first: bool) -> None:
-    looks = _thinned(outcome.looks)
+def _curves(axes: Sequence[Axes], result: Result, color: object, first: bool) -> None:
+    looks = _thinned(result.looks)
     steps = [int(row["step"]) for row in looks]
 
     def plot(axis: Axes, column: str, label: str, style: str = "-") -> None:
@@ -117,15 +106,15 @@ def _curves(axes: Sequence[Axes], outcome: Outcome, color: object, first: bool) 
         if any(map(math.isfinite, values)):
             axis.plot(steps, values, style, color=color, label=label if first else None)
 
-    plot(axes[0], "cross_entropy", outcome.arm.name)
-    for label in outcome.labels:
+    plot(axes[0], "cross_entropy", result.arm.name)
+    for label in result.labels:
         if not any(math.isfinite(float(row.get(f"{label}/floor", "nan"))) for row in looks):
             continue  # another distance has another unit
-        plot(axes[1], f"{label}/loss", f"{outcome.arm.name}: {label}")
+        plot(axes[1], f"{label}/loss", f"{result.arm.name}: {label}")
         plot(axes[1], f"{label}/floor", "constant predictor", "--")
-    plot(axes[2], "effective_rank", outcome.arm.name)
-    plot(axes[3], "mean_pairwise_cosine", outcome.arm.name)
-    seconds = [float(row["seconds"]) for row in outcome.steps]
+    plot(axes[2], "effective_rank", result.arm.name)
+    plot(axes[3], "mean_pairwise_cosine", result.arm.name)
+    seconds = [float(row["seconds"]) for row in result.steps]
     smooth = [(i, 1e3 * statistics.median(seconds[max(0, i - SMOOTH + 1) : i + 1])) for i in range(len(seconds))]
     if smooth:
         axes[4].plot(*zip(*_thinned(smooth), strict=True), color=color)

@@ -1,4 +1,4 @@
-"""What the paper and a first trial say, beside the measured differences. No verdict: the reader has the numbers."""
+"""What the paper and a first trial say, beside the measured differences."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.report.tables import Table
 from experiments.analysis.arms import BASELINE, DEFAULT
 from experiments.analysis.probing import LINEAR, NEAREST
 from experiments.analysis.results import COSINE, CROSS_ENTROPY, FLOOR, LOSS, RANK, Measure, difference, pairs
 from experiments.analysis.statistics import Difference, shown_as
 
-from .table import Arms, Grid
+from .table import WIDE, Arms
 
+NOT_MEASURED = (
+    "The paper's scores are means over five downstream benchmarks of a 3B-parameter mixture of experts, one seed each. "
+    "No benchmark is measured here: they stand beside the arms to name what each one controls for, not to be compared."
+)
 GAIN = Measure("floor less loss", ".4f", lambda o: [o.numbers[f"{x}/floor"] - o.numbers[f"{x}/loss"] for x in o.labels])
 
 
 @dataclass(frozen=True)
-class Claim:
+class Hypothesis:
     """That `arm` differs from `against` in `measure`, as the text says."""
 
     text: str
@@ -28,52 +33,56 @@ class Claim:
     measure: Measure
 
 
-CLAIMS = (
-    Claim("nitp leaves the cross-entropy as it is", "paper", DEFAULT, BASELINE, CROSS_ENTROPY),
-    Claim("nitp raises the effective rank", "paper", DEFAULT, BASELINE, RANK),
-    Claim("nitp lowers the mean pairwise cosine", "paper", DEFAULT, BASELINE, COSINE),
-    Claim("nitp learns more than the mean direction", "definition of skill", DEFAULT, None, GAIN),
-    Claim("at the same position the task is easy", "first trial", "same position", DEFAULT, LOSS),
-    Claim("without stop-gradient the target collapses", "first trial", "no stop-gradient", DEFAULT, FLOOR),
-    Claim("without stop-gradient the cross-entropy rises", "first trial", "no stop-gradient", DEFAULT, CROSS_ENTROPY),
-    Claim("without a projector hidden states align", "first trial", "no projector", DEFAULT, COSINE),
+HYPOTHESES = (
+    Hypothesis("nitp leaves the cross-entropy as it is", "paper", DEFAULT, BASELINE, CROSS_ENTROPY),
+    Hypothesis("nitp raises the effective rank", "paper", DEFAULT, BASELINE, RANK),
+    Hypothesis("nitp lowers the mean pairwise cosine", "paper", DEFAULT, BASELINE, COSINE),
+    Hypothesis("nitp learns more than the mean direction", "definition of skill", DEFAULT, None, GAIN),
+    Hypothesis("at the same position the task is easy", "first trial", "same position", DEFAULT, LOSS),
+    Hypothesis("without stop-gradient the target collapses", "first trial", "no stop-gradient", DEFAULT, FLOOR),
+    Hypothesis(
+        "without stop-gradient the cross-entropy rises", "first trial", "no stop-gradient", DEFAULT, CROSS_ENTROPY
+    ),
+    Hypothesis("without a projector hidden states align", "first trial", "no projector", DEFAULT, COSINE),
 )
 
 
-def found(arms: Arms) -> list[tuple[Claim, Difference]]:
-    """Every claim whose arms were run, with its difference; a measure that one of them lacks (NaN) leaves it out."""
+def found(arms: Arms) -> list[tuple[Hypothesis, Difference]]:
+    """Every hypothesis whose arms were run, with its difference; a measure that is NaN in one of them leaves it out."""
     by_name = {group[0].arm.name: group for group in arms}
     measured = []
-    for claim in CLAIMS:
-        own, base = by_name.get(claim.arm, []), by_name.get(claim.against or claim.arm, [])
+    for hypothesis in HYPOTHESES:
+        own, base = by_name.get(hypothesis.arm, []), by_name.get(hypothesis.against or hypothesis.arm, [])
         matched = pairs(base, own)
-        other = [claim.measure.values(b)[0] for _, b in matched]
-        one = [claim.measure.values(a)[0] if claim.against else 0.0 for a, _ in matched]
+        other = [hypothesis.measure.values(b)[0] for _, b in matched]
+        one = [hypothesis.measure.values(a)[0] if hypothesis.against else 0.0 for a, _ in matched]
         less = Difference.between(one, other)
         if matched and math.isfinite(less.mean):
-            measured.append((claim, less))
+            measured.append((hypothesis, less))
     return measured
 
 
-def claims_grid(measured: Sequence[tuple[Claim, Difference]]) -> Grid:
-    """The claims and their differences."""
+def table_of(measured: Sequence[tuple[Hypothesis, Difference]]) -> Table:
+    """The hypotheses and their differences."""
     rows = [
         [
-            claim.text,
-            claim.source,
-            f"{claim.measure.title}, {claim.arm} - {claim.against or '0'}",
-            less.spelled(claim.measure.form),
+            hypothesis.text,
+            hypothesis.source,
+            f"{hypothesis.measure.title}, {hypothesis.arm} - {hypothesis.against or '0'}",
+            less.formatted(hypothesis.measure.form),
+            less.verdict,
         ]
-        for claim, less in measured
+        for hypothesis, less in measured
     ]
-    spread = shown_as(min(less.pairs for _, less in measured))
-    return Grid("what is said, and what was measured", ["", "said by", "measured", f"difference ± {spread}"], rows)
+    error = shown_as(min(less.pairs for _, less in measured))
+    header = ["", "said by", "measured", f"difference ± {error}", "verdict"]
+    return Table("what is said, and what was measured", header, rows)
 
 
 def probe_measure(kind: str, offset: int) -> Measure:
     """The accuracy of a probe as a measure."""
     name = {LINEAR: "linear", NEAREST: "k-NN"}[kind]
-    return Measure(f"{name}, j = {offset}", ".4f", lambda outcome: [outcome.numbers[f"{kind}/{offset}"]])
+    return Measure(f"{name}, j = {offset}", ".4f", lambda result: [result.numbers[f"{kind}/{offset}"]])
 
 
 COMPARED = (
@@ -84,14 +93,15 @@ COMPARED = (
 )
 
 
-def differences(arms: Arms) -> Grid:
-    """Each arm less the first."""
+def differences(arms: Arms, *, wide: bool = False) -> Table:
+    """Each arm less the first: a column an arm where they are few, else (or if `wide`) a row."""
     first, *others = arms
     rows, fewest = [], len(first)
     for group in others:
         if matched := pairs(first, group):
-            cells = (difference(measure, matched).spelled(measure.form) for measure in COMPARED)
+            cells = (difference(measure, matched).formatted(measure.form) for measure in COMPARED)
             rows.append([group[0].arm.name, *cells])
             fewest = min(fewest, len(matched))
     title = f'less "{first[0].arm.name}", paired by seed, ± {shown_as(fewest)}'
-    return Grid(title, ["", *(measure.title for measure in COMPARED)], rows)
+    table = Table(title, ["", *(measure.title for measure in COMPARED)], rows)
+    return table if wide or len(arms) > WIDE else table.transposed()

@@ -6,20 +6,20 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from benchmarks.report import pages, storage
+from benchmarks.report.environment import here, machine_line
 from experiments.analysis.fused_head import HeadCost
 from experiments.analysis.results import COST, QUALITY
+from experiments.analysis.statistics import no_verdict
 from experiments.console.command import command_line
-from experiments.train.checkpoint import write_whole
 from experiments.train.data import Corpus
 from experiments.train.options import Options
 from experiments.train.run import model_info
 from nitp_ops.objectives import build
 
-from . import sentences, table
-from .environment import commit, machine_line
+from . import hypotheses, table
 
 DEFINITIONS = (
     ("cross-entropy", "nats a byte, next byte, mean over the held-out windows; never smoothed or weighted"),
@@ -43,10 +43,6 @@ def write(
     Raises:
         OSError: the disk refused; an older page is intact.
     """
-    # autoescape: names, paths, expressions and samples are text, never markup
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     trained = (
         f"{options.steps:,} steps of {options.tokens_per_step:,} tokens, seeds {', '.join(map(str, options.seeds))}"
     )
@@ -56,25 +52,26 @@ def write(
     )
     facts = [
         ("command", command_line()),
-        ("machine", f"{machine_line(options.device)}, {commit()}"),
+        ("machine", machine_line(here(options.device))),
         ("text", f"{corpus.description}; fingerprint {corpus.fingerprint}"),
         ("each run", f"{trained}; {shapes}"),
     ]
-    grids = [table.results(arms, (*QUALITY, *COST)), table.probes(arms)]
-    said = sentences.about(arms)
+    tables = [table.measured(arms, (*QUALITY, *COST)), table.probes(arms)]
+    if len(arms) > 1:
+        tables.append(hypotheses.differences(arms))
     info = model_info(options.model)
     described = [group[0].arm for group in arms]
     if any(arm.tests for arm in described):
-        grids.insert(0, table.plan(described))
+        tables.insert(0, table.plan(described))
     if costs:
-        grids.append(table.head_grid(costs))
-        said.append(sentences.about_head(costs))
-    content = environment.get_template("page.html").render(
+        tables.append(table.head_table(costs))
+    content = pages.render(
+        "comparison.html",
+        Path(__file__).parent,
         title=f"{len(arms)} objectives compared on {arms[0][0].numbers['rows']:,.0f} held-out bytes",
         facts=facts,
-        not_measured=sentences.NOT_MEASURED,
-        grids=grids,
-        sentences=said,
+        notes=[hypotheses.NOT_MEASURED, *filter(None, [no_verdict(min(map(len, arms)))])],
+        tables=tables,
         curves=Markup(curves),
         definitions=DEFINITIONS,
         arms=[
@@ -88,4 +85,4 @@ def write(
             for group in arms
         ],
     )
-    write_whole(path, content.encode())
+    storage.write(path, content)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
@@ -70,7 +68,7 @@ def evaluate(run: Run) -> HeldOut:
     """
     text = run.corpus.held_out
     chosen = torch.linspace(0, len(text) - 1, min(run.options.eval_windows, len(text))).long()
-    # At least two batches, so that the spread between batches is a number.
+    # At least two batches, so that the deviation between batches is a number.
     size = max(1, min(run.options.batch, len(chosen) // 2))
     geometry_of_states = geometry.Accumulator(run.options.dim, source="last hidden state, after the final norm")
     sums, counts, metrics = [], [], []
@@ -109,9 +107,3 @@ def _cross_entropy(run: Run, hidden: torch.Tensor, ids: torch.Tensor, documents:
         hidden[:, :-1], run.model.lm_head.weight, labels, reduction="sum", backend=run.backend
     )
     return loss.item(), int((labels != -100).sum())
-
-
-def paired_spread(one: Sequence[float], other: Sequence[float]) -> float:
-    """Two standard errors of the mean of the batch differences: both runs saw the same batches."""
-    differences = [b - a for a, b in zip(one, other, strict=True)]
-    return 2 * statistics.stdev(differences) / len(differences) ** 0.5

@@ -149,7 +149,7 @@ def training_parser(prog: str, description: str, out: str) -> Parser:
     )
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE|DIR", help="text; without it, the sources of Python's library")
-    add("--out", type=Path, default=Path(out), metavar="DIR", help="checkpoints, tables, pictures")
+    add("--out", type=Path, default=Path(out), metavar="DIR", help="checkpoints, tables, figures")
     add("--dim", type=whole(1), default=128, help="width of the residual stream")
     add("--layers", type=whole(1), default=5, help="transformer blocks")
     add("--heads", type=whole(1), default=4, help="attention heads")

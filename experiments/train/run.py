@@ -45,7 +45,7 @@ class Run:
     """Everything that a step changes.
 
     Args:
-        name: what the run is called in tables and curves: its objective as the user spelled it.
+        name: what the run is called in tables and curves: its objective as the user wrote it.
         spec: the parsed objective.
         options: shapes and hyperparameters.
         corpus: what it trains on.

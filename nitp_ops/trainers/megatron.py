@@ -201,10 +201,9 @@ class GPTObjective:
         **named: Any,
     ) -> Any:
         labels = named.get("labels", rest[1] if len(rest) > 1 else None)
+        mask: Any = attention_mask
         if labels is None or not self.model.training:
-            return GPTModel.forward(
-                self.model, input_ids, position_ids, attention_mask, *rest, **named
-            )  # type: ignore[arg-type]
+            return GPTModel.forward(self.model, input_ids, position_ids, mask, *rest, **named)
         if rest:
             raise TypeError(
                 f"megatron: {len(rest)} arguments after attention_mask by position, "
@@ -212,9 +211,8 @@ class GPTObjective:
             )
         fields = _fields(input_ids, position_ids, labels, named.pop("loss_mask", None))
         with self.tap, _WithoutLogits(self.model.output_layer):
-            GPTModel.forward(
-                self.model, input_ids, position_ids, attention_mask, **{**named, "labels": None}
-            )  # type: ignore[arg-type]
+            named["labels"] = None
+            GPTModel.forward(self.model, input_ids, position_ids, mask, **named)
         streams = self.tap.streams(**fields)
         loss, self.metrics = self.objective(
             streams, counts=self.counts, step=self.step, gradient_reduction="sum"

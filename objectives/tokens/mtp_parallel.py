@@ -112,11 +112,10 @@ class MTPParallel(TokenTerm):
 
     def drafter(self, module: nn.Module | None, info: ModelInfo) -> ParallelDrafter | None:
         assert isinstance(module, ParallelHeads)
-        return (
-            ParallelDrafter(list(module.heads), self.offsets, info)
-            if max(self.offsets) > 1
-            else None
-        )  # type: ignore[arg-type]
+        if max(self.offsets) == 1:
+            return None
+        heads: list[Any] = list(module.heads)  # type: ignore[arg-type]
+        return ParallelDrafter(heads, self.offsets, info)
 
     def own_states(self) -> int:
         return len(self.offsets)

@@ -100,9 +100,8 @@ def test_it_collects_what_is_required_and_nothing_else(model: Model, ids: Tensor
 
 def test_nothing_is_copied_and_what_was_collected_is_handed_out_once(model: Model, ids: Tensor):
     seen = []
-    model.trunk["h"][1].register_forward_hook(
-        lambda module, args, output: seen.append(output.data_ptr())
-    )  # type: ignore[index]
+    block = model.trunk["h"][1]  # type: ignore[index]
+    block.register_forward_hook(lambda module, args, output: seen.append(output.data_ptr()))
     tapped = tap(model, {state(2)}, **NAMES)
     with tapped:
         model(ids)

@@ -11,12 +11,12 @@ import pytest
 from benchmarks import __main__ as command
 from benchmarks.cases import OPS, heading
 from benchmarks.measure.worker import Worker
-from benchmarks.report import printed
+from benchmarks.report import environment
 from benchmarks.suites import against_base, gate
 
 pytestmark = pytest.mark.programs
 
-ROOT = printed.ROOT
+ROOT = environment.ROOT
 IN_GIT = (
     subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, check=False

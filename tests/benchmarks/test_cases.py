@@ -11,7 +11,7 @@ from benchmarks import __main__ as command
 from benchmarks import peers
 from benchmarks.cases import OPS, heading
 from benchmarks.implementations import NAMES, SLOW, forward, names_for, step
-from benchmarks.measure import cpu
+from benchmarks.measure import cpu, process_memory
 from benchmarks.model_shapes import HEADS
 from benchmarks.suites import cpu_run
 
@@ -123,7 +123,7 @@ def test_forward_and_backward_are_the_two_parts_of_a_step():
 
 
 def test_a_case_that_does_not_fit_is_a_reason_and_no_swap(monkeypatch):
-    monkeypatch.setattr(cpu, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(process_memory, "available_bytes", lambda: 2**30)
     monkeypatch.setattr(cpu_run, "in_child", lambda *_: pytest.fail("measured"))
     op = OPS["linear_cross_entropy"]
     (case,) = cpu_run.measure_case(

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks.measure import cpu
-from benchmarks.report import plots, printed
+from benchmarks.measure import process_memory
+from benchmarks.report import environment, storage
 from benchmarks.suites import gate, memory
 
 ARGUMENTS = ["--case", "memory", "--quick", "--threads", "1"]
@@ -28,7 +28,7 @@ def test_the_peak_grows_with_what_an_implementation_keeps(tmp_path, monkeypatch,
 
 
 def test_who_cannot_run_is_not_measured_and_says_why(monkeypatch):
-    monkeypatch.setattr(cpu, "available_bytes", lambda: 2**30)
+    monkeypatch.setattr(process_memory, "available_bytes", lambda: 2**30)
     monkeypatch.setattr(memory, "in_child", lambda *_: pytest.fail("measured"))
     case = memory.measure_case("", memory.CASES["Llama-3's vocabulary"], 1)
     text = memory.table(case)
@@ -47,12 +47,12 @@ def test_what_it_does_not_write_is_one_line(option, tmp_path, capsys):
 
 
 def test_the_page_is_what_the_kept_results_say():
-    path = plots.newest("-memory")
+    path = storage.newest("-memory")
     if path is None:
         assert not memory.PAGE.exists()
         return
     document = json.loads(path.read_text())
-    text = memory.page(document, f"../{path.relative_to(printed.ROOT)}")
+    text = memory.page(document, f"../{path.relative_to(environment.ROOT)}")
     assert text == memory.PAGE.read_text()
     document["cases"][0]["rows"]["ours"]["peak_bytes"] = 98765 * 2**20
     assert "98765" in memory.page(document, "")

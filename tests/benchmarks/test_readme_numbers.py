@@ -2,11 +2,11 @@
 
 import json
 
-from benchmarks.report import plots, readme
+from benchmarks.report import plots, readme, storage
 
 
 def kept():
-    path = plots.newest("-quick")
+    path = storage.newest("-quick")
     assert path is not None
     return path
 
@@ -44,7 +44,7 @@ def test_the_figure_of_growth_stands_there_for_both_themes_once_it_is_measured(
 ):
     path = kept()
     before = readme.section(path)
-    assert ("<picture>" in before) == (plots.newest("-scaling") is not None)
+    assert ("<picture>" in before) == (storage.newest("-scaling") is not None)
     measured = tmp_path / "scaling.json"
     monkeypatch.setattr(readme, "newest", lambda kind: measured)
     section = readme.section(path)
@@ -55,11 +55,11 @@ def test_the_figure_of_growth_stands_there_for_both_themes_once_it_is_measured(
 
 
 def test_the_scaling_page_and_its_figures_are_what_the_json_says(tmp_path):
-    path = plots.newest("-scaling")
+    path = storage.newest("-scaling")
     if path is None:
         assert not (plots.DOCS / "growth.md").exists()
         return
-    source = f"../{path.relative_to(plots.printed.ROOT)}"
+    source = f"../{path.relative_to(plots.environment.ROOT)}"
     for written in plots.draw(json.loads(path.read_text()), source, tmp_path):
         if written.suffix == ".md":
             assert written.read_text() == (plots.DOCS / written.name).read_text()

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import __main__ as command
 from benchmarks.cases import OPS
 from benchmarks.implementations import forward, step
-from benchmarks.measure import cpu
-from benchmarks.report import printed
+from benchmarks.measure import children, cpu, isolated, process_memory, timing
+from benchmarks.report import environment, printed, storage
 from benchmarks.suites import cpu_run, gate
 
 pytestmark = pytest.mark.programs
@@ -24,20 +24,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Work(TorchDispatchMode):
-    """Counts matrix products, their FLOPs, and the numbers that `copy_` moves."""
+    """Counts GEMMs, their FLOPs, and the numbers that `copy_` moves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.flops = self.moved = 0
+        self.gemms = self.flops = self.moved = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "addmm"):
             left, right = args[-2:]
-            self.products, self.flops = (
-                self.products + 1,
-                self.flops + 2 * left.numel() * right.shape[1],
-            )
+            self.gemms, self.flops = self.gemms + 1, self.flops + 2 * left.numel() * right.shape[1]
         if name == "copy_":
             self.moved += 2 * args[0].numel()
         return func(*args, **(kwargs or {}))
@@ -50,15 +47,14 @@ def work(run: Callable[[], object]) -> Work:
 
 
 @pytest.mark.parametrize(
-    ("name", "products", "pairs_lost"),
-    [("linear_cross_entropy", 3, 0), ("implicit_token_loss", 9, 1)],
+    ("name", "gemms", "pairs_lost"), [("linear_cross_entropy", 3, 0), ("implicit_token_loss", 9, 1)]
 )
-def test_the_floor_of_a_gemm_bound_op_does_the_products_of_eager(name, products, pairs_lost):
+def test_the_floor_of_a_gemm_bound_op_does_the_gemms_of_eager(name, gemms, pairs_lost):
     op = OPS[name]
     inputs = op.inputs(op.toy, torch.float32)
     eager = work(lambda: step(forward(name, "eager"), inputs))
     floor = work(op.floor({**op.toy, "N": op.toy["N"] - pairs_lost}, torch.float32))
-    assert floor.products == eager.products == products
+    assert floor.gemms == eager.gemms == gemms
     assert floor.flops == eager.flops
 
 
@@ -102,7 +98,7 @@ def interleaved(
         return call
 
     runs = {name: run(name) for name in durations}
-    times = cpu.interleave(runs, lambda: None, rounds=rounds, seconds=seconds, clock=lambda: now)
+    times = timing.interleave(runs, lambda: None, rounds=rounds, seconds=seconds, clock=lambda: now)
     return times, order
 
 
@@ -124,35 +120,35 @@ def test_preparing_a_run_is_not_timed():
         nonlocal now
         now += 5.0
 
-    assert cpu.interleave({"a": int}, prepare, rounds=3, seconds=99, clock=lambda: now) == {
+    assert timing.interleave({"a": int}, prepare, rounds=3, seconds=99, clock=lambda: now) == {
         "a": [0.0] * 3
     }
 
 
 def test_ratios_within_a_round_cancel_a_drift_of_the_machine():
     drift = [1.0, 2.0, 4.0, 8.0]
-    ratio = cpu.ratios([3 * each for each in drift], drift)
+    ratio = timing.ratios([3 * each for each in drift], drift)
     assert ratio == {"median": 3.0, "q25": 3.0, "q75": 3.0}
 
 
 def test_the_spread_is_the_median_and_the_quartiles():
-    assert cpu.spread([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q25": 2.0, "q75": 4.0}
-    assert cpu.spread([7.0]) == {"median": 7.0, "q25": 7.0, "q75": 7.0}
+    assert timing.quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == {"median": 3.0, "q25": 2.0, "q75": 4.0}
+    assert timing.quartiles([7.0]) == {"median": 7.0, "q25": 7.0, "q75": 7.0}
 
 
 def test_a_child_returns_its_result_and_leaves_the_parent_unchanged():
     seen = []
-    assert cpu.in_child(lambda: (seen.append(1), os.getpid())[1]) != os.getpid() and not seen
+    assert children.in_child(lambda: (seen.append(1), os.getpid())[1]) != os.getpid() and not seen
 
 
 def test_a_failing_or_dying_child_is_one_line():
     def fail() -> None:
         raise ValueError("no such thing\nand a second line")
 
-    with pytest.raises(cpu.MeasurementError, match=r"^ValueError: no such thing$"):
-        cpu.in_child(fail)
-    with pytest.raises(cpu.MeasurementError, match="ended with code 3"):
-        cpu.in_child(lambda: os._exit(3))
+    with pytest.raises(isolated.MeasurementError, match=r"^ValueError: no such thing$"):
+        children.in_child(fail)
+    with pytest.raises(isolated.MeasurementError, match="ended with code 3"):
+        children.in_child(lambda: os._exit(3))
 
 
 def test_peak_memory_counts_what_a_step_holds_at_its_peak(monkeypatch):
@@ -166,10 +162,10 @@ def test_peak_memory_counts_what_a_step_holds_at_its_peak(monkeypatch):
 
     def task() -> dict[str, int]:
         # One thread: a pool that this process may have started does not survive a fork.
-        cpu.configure(threads=1)
+        children.configure(threads=1)
         return cpu.peak_memory(op, op.toy, torch.float32, "ours")
 
-    memory = cpu.in_child(task)
+    memory = children.in_child(task)
     # The kernel counts resident pages to about 0.25 MiB here.
     assert 47 * mebibyte <= memory["peak_bytes"] < 56 * mebibyte
     assert memory["gradient_bytes"] == 2 * 4 * op.toy["N"] * op.toy["m"]
@@ -178,12 +174,12 @@ def test_peak_memory_counts_what_a_step_holds_at_its_peak(monkeypatch):
 @pytest.mark.parametrize(("malloc", "kept"), [("default", False), ("raised", True)])
 def test_raised_malloc_keeps_a_freed_block_and_the_default_gives_it_back(malloc, kept):
     def task() -> int:
-        cpu.configure(1, malloc)
-        before = cpu.resident_bytes("VmRSS")
+        children.configure(1, malloc)
+        before = process_memory.resident_bytes("VmRSS")
         torch.ones(2**24)
-        return cpu.resident_bytes("VmRSS") - before
+        return process_memory.resident_bytes("VmRSS") - before
 
-    assert (cpu.in_child(task) > 2**25) is kept
+    assert (children.in_child(task) > 2**25) is kept
 
 
 def case(ours: float, eager: float, ours_peak: int = 1, eager_peak: int = 2) -> dict:
@@ -235,18 +231,18 @@ def test_a_case_whose_process_dies_keeps_its_rows_and_says_why(monkeypatch):
 
 def test_results_are_one_file_a_device_and_commit(tmp_path):
     info = {"cpu": "AMD EPYC (TM) 7B13", "cores": 2, "commit": "0123456789ab"}
-    path = printed.results_path(info)
-    assert path.relative_to(printed.RESULTS) == Path("amd-epyc-tm-7b13-2-cores/0123456789ab.json")
-    printed.write_json(tmp_path / "device" / "a.json", {"machine": info})
+    path = storage.results_path(info)
+    assert path.relative_to(storage.RESULTS) == Path("amd-epyc-tm-7b13-2-cores/0123456789ab.json")
+    storage.write_json(tmp_path / "device" / "a.json", {"machine": info})
     assert json.loads((tmp_path / "device" / "a.json").read_text()) == {"machine": info}
     with pytest.raises(ValueError, match="JSON"):
-        printed.write_json(tmp_path / "device" / "a.json", {"value": float("nan")})
+        storage.write_json(tmp_path / "device" / "a.json", {"value": float("nan")})
     assert os.listdir(tmp_path / "device") == ["a.json"]
     assert json.loads((tmp_path / "device" / "a.json").read_text()) == {"machine": info}
 
 
 def test_red_or_missing_tests_print_no_numbers(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(printed, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     monkeypatch.setattr(cpu_run, "measure_case", lambda *_: pytest.fail("measured"))
     (tmp_path / "tests").mkdir()
     assert command.main(["--quick", "--op", "swiglu"]) == 1
@@ -293,7 +289,7 @@ def broken(gate, up):
 OPS["swiglu"] = dataclasses.replace(OPS["swiglu"], quick={"toy": OPS["swiglu"].toy})
 command.cpu_run.gate.failed_tests = lambda ops: None
 original = implementations.forward
-command.cpu.forward = lambda op, name: broken if name == "compile" else original(op, name)
+command.cpu_run.cpu.forward = lambda op, name: broken if name == "compile" else original(op, name)
 sys.exit(command.main(["--quick", "--op", "swiglu", "--dtype", "float32", *sys.argv[1:]]))
 """
 
@@ -306,7 +302,7 @@ def test_a_run_prints_the_machine_the_table_and_the_verdict_and_writes_them_as_j
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(path.read_text())
-    assert done.stdout.splitlines()[0] == printed.machine_line(document["machine"])
+    assert done.stdout.splitlines()[0] == environment.machine_line(document["machine"])
     assert set(document["machine"]) == {
         "cpu",
         "instruction_set",

@@ -7,7 +7,7 @@ import xml.etree.ElementTree as xml
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks.report import plots, printed
+from benchmarks.report import environment, plots, storage
 from benchmarks.suites import gate, scaling
 
 pytestmark = pytest.mark.programs
@@ -76,7 +76,9 @@ def test_the_plots_are_svg_in_both_themes_and_the_page_names_them(study, tmp_pat
         (tmp_path / f"plots/time-{theme}.svg").read_text() for theme in ("light", "dark")
     )
     assert light != dark and plots.THEMES["light"][0] in light and plots.THEMES["dark"][0] in dark
-    assert "prefers-color-scheme: dark" in text and printed.machine_line(study["machine"]) in text
+    assert (
+        "prefers-color-scheme: dark" in text and environment.machine_line(study["machine"]) in text
+    )
     for found in study["sweeps"]:
         assert f"| {found['axis']} | ours | {found['exponents']['ours']['time']:.2f} |" in text
 
@@ -90,13 +92,13 @@ def test_the_same_results_give_the_same_bytes_and_others_do_not(study, tmp_path)
 
 
 def test_the_newest_results_are_drawn_and_none_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(printed, "RESULTS", tmp_path)
+    monkeypatch.setattr(storage, "RESULTS", tmp_path)
     assert command.main(["plot"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     for name, date in (("old", "2026-01-01"), ("new", "2026-02-01"), ("undated", None)):
         machine = {"commit": name} | ({"date": date} if date else {})
-        printed.write_json(tmp_path / "cpu" / f"{name}-scaling.json", {"machine": machine})
-    newest = plots.newest("-scaling")
+        storage.write_json(tmp_path / "cpu" / f"{name}-scaling.json", {"machine": machine})
+    newest = storage.newest("-scaling")
     assert newest is not None and newest.name == "new-scaling.json"
 
 

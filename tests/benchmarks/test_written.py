@@ -9,7 +9,7 @@ import re
 
 import pytest
 
-from benchmarks.report import page, printed, records
+from benchmarks.report import environment, page, records
 from benchmarks.suites import cpu_run
 from tests.support.browser import BROWSER, drawn
 
@@ -69,7 +69,7 @@ def document() -> dict:
 
 def test_the_csv_holds_every_number_of_the_json_exactly(document):
     first, *lines = records.as_csv(document).splitlines()
-    assert first == f"# {printed.machine_line(MACHINE)}"
+    assert first == f"# {environment.machine_line(MACHINE)}"
     found = list(csv.DictReader(io.StringIO("\n".join(lines))))
     assert [each["implementation"] for each in found] == [
         "floor",
@@ -97,7 +97,7 @@ def test_the_csv_holds_every_number_of_the_json_exactly(document):
 
 def test_the_markdown_holds_the_same_rows_the_losing_ones_and_the_reasons(document):
     text = records.as_markdown(document)
-    assert printed.machine_line(MACHINE) in text
+    assert environment.machine_line(MACHINE) in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 * 2 + 7
     assert "| ours | 2.1 | 1.4 | 3.5 | 1.17 | 0.39 | 5 | 1.5e-03 |" in lines

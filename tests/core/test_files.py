@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import __main__ as benchmarks
-from benchmarks.report import plots, printed, readme
+from benchmarks.report import readme, storage
 from nitp_ops.attaching import sidecar
 from nitp_ops.core.files import write_whole
 from nitp_ops.objectives import ModelInfo, build
@@ -40,7 +40,7 @@ WRITERS = {
     ),
     "sidecar": (lambda folder, value: sidecar.save(objective(value), folder), sidecar.FILE),
     "benchmarks": (
-        lambda folder, value: printed.write(folder / "a.json", str(value) * 999),
+        lambda folder, value: storage.write(folder / "a.json", str(value) * 999),
         "a.json",
     ),
 }
@@ -123,7 +123,7 @@ def test_a_sidecar_of_an_earlier_version_has_no_checksum_and_loads(tmp_path: Pat
 def test_damaged_results_of_benchmarks_are_one_line(
     tmp_path: Path, monkeypatch, capsys, content: bytes
 ):
-    monkeypatch.setattr(printed, "RESULTS", tmp_path)
+    monkeypatch.setattr(storage, "RESULTS", tmp_path)
     (tmp_path / "machine").mkdir()
     for kind in ("quick", "scaling"):
         (tmp_path / "machine" / f"abc-{kind}.json").write_bytes(content)
@@ -131,7 +131,7 @@ def test_damaged_results_of_benchmarks_are_one_line(
     assert benchmarks.main(["plot"]) == 1 and readme.main() == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all("not readable results (" in line for line in lines)
-    assert readme.README.read_bytes() == before and plots.newest("-none") is None
+    assert readme.README.read_bytes() == before and storage.newest("-none") is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

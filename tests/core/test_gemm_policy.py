@@ -179,7 +179,7 @@ def test_the_gemms_that_a_benchmark_compares_with_have_the_same_rows(monkeypatch
     sizes = {"N": 16, "d": 8, "V": 301}
     layers = cases.OPS["linear_cross_entropy"].layers
     assert layers is not None
-    logits, d_hidden, d_weight = cases.products(layers(sizes), torch.float32)
+    logits, d_hidden, d_weight = cases.gemms(layers(sizes), torch.float32)
     assert logits[2].stride() == d_hidden[0].stride() == (320, 1) and d_weight[0].stride() == (
         1,
         320,

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from experiments.analysis import arms
-from experiments.analysis import results as outcomes
+from experiments.analysis import results as results
 from experiments.train import checkpoint
 from nitp_ops.objectives import parse
 
@@ -65,7 +65,7 @@ def verdicts(text):
 
 
 def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):
-    """An outcome made of numbers alone."""
+    """An result made of numbers alone."""
     expression = "ntp" if name == "ntp" else "ntp + nitp"
     arm = arms.Arm(name, expression, parse(expression), name, "a test", 1.0)
     keys = [
@@ -88,6 +88,6 @@ def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):
         "tokens_per_step": 64,
         "own_parameters": 0,
     }
-    return outcomes.Outcome(
+    return results.Result(
         arm, seed, {**base, **steps, **latent, **dict.fromkeys(keys, probes), **numbers}, [1.0, 2.0]
     )

@@ -115,10 +115,10 @@ def test_control_arms_are_short_unless_the_user_says_otherwise():
 
 
 def test_equal_labels_get_folders_of_their_own():
-    spelled = arms.arms_of(
+    formatted = arms.arms_of(
         options.parse(["--objectives", "ntp + nitp", "ntp + 2*nitp", "ntp", "ntp + nitp(shift=0)"])
     )
-    assert [arm.folder for arm in spelled] == ["ntp-nitp", "ntp-nitp.2", "ntp", "ntp-nitp.3"]
+    assert [arm.folder for arm in formatted] == ["ntp-nitp", "ntp-nitp.2", "ntp", "ntp-nitp.3"]
 
 
 def test_every_bad_objective_is_reported_at_once(text, tmp_path, capsys):
@@ -174,7 +174,7 @@ def test_each_seed_is_a_run_of_its_own_and_the_first_equals_the_run_without_othe
     printed = capsys.readouterr().out
     low, high = sorted(looks)
     assert f"{(low + high) / 2:.4f} ± {(high - low) / 2**0.5:.4f}" in printed
-    assert "over 2 seeds, cross-entropy" in printed and "No verdict below five seeds" in printed
+    assert 'less "ntp", paired by seed' in printed and "No verdict below five seeds" in printed
 
 
 def test_the_control_table_runs_to_its_end_from_one_command(text, tmp_path, capsys):

@@ -53,7 +53,7 @@ def gathered(tmp_path_factory):
 
 def lines(out) -> list[dict]:
     found = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()[1:]]
-    return [line for line in found if line["study"] == "run"]
+    return [line for line in found if line["experiment"] == "run"]
 
 
 def test_an_arm_has_the_tokens_of_the_baseline_and_the_steps_of_its_time(gathered):
@@ -122,4 +122,4 @@ def test_the_ratio_of_step_times_comes_from_interleaved_steps(tmp_path, monkeypa
     )
     corpus = module.load_corpus(plan.texts[0], 16, 4)
     assert module._ratios(plan.options, corpus, 3) == {"ntp": 1.0, "nitp": 1.5, "mtp": 3.0}
-    assert order == [*("ntp", "nitp", "mtp"), *("nitp", "mtp", "ntp"), *("mtp", "ntp", "nitp")]
+    assert order == [*("ntp", "nitp", "mtp"), *("nitp", "ntp", "mtp"), *("mtp", "ntp", "nitp")]

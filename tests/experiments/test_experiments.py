@@ -40,7 +40,7 @@ def text(tmp_path_factory):
 
 def experiment(text, out, *more) -> int:
     own = [
-        "--studies",
+        "--experiments",
         "arms",
         "--data",
         str(text),
@@ -68,20 +68,20 @@ def measured(out) -> list[tuple]:
             x["sample"],
         )
         for x in lines(out)
-        if x["study"] == "arms"
+        if x["experiment"] == "arms"
     ]
 
 
 @pytest.fixture(scope="module")
 def straight(text, tmp_path_factory):
-    """Both studies without a stop."""
+    """Both experiments without a stop."""
     out = tmp_path_factory.mktemp("straight")
-    own = ["--studies", "arms", "overhead", "--overhead-dims", "16", "32", "--rounds", "2"]
+    own = ["--experiments", "arms", "overhead", "--overhead-dims", "16", "32", "--rounds", "2"]
     assert experiment(text, out, *own) == 0
     return out
 
 
-def test_the_document_holds_every_arm_its_spread_the_claims_and_the_overhead(straight):
+def test_the_document_holds_every_arm_its_deviation_the_hypotheses_and_the_overhead(straight):
     document = (straight / "doc.md").read_text()
     found = lines(straight)
     for name in KEPT:
@@ -142,7 +142,7 @@ def test_a_stopped_experiment_goes_on_where_it_stood_and_measures_nothing_twice(
 def test_the_document_can_be_written_again_without_measuring(text, straight, monkeypatch):
     before = (straight / "doc.md").read_text().splitlines()
     monkeypatch.setattr(run_module.Run, "step", None)
-    assert experiment(text, straight, "--studies") == 0
+    assert experiment(text, straight, "--experiments") == 0
     after = (straight / "doc.md").read_text().splitlines()
     assert [x for x in before if not x.startswith("* command")] == [
         x for x in after if not x.startswith("* command")
@@ -172,7 +172,7 @@ def test_an_arm_that_diverges_is_reported_and_the_others_go_on(text, tmp_path, m
         (["--eval-windows", "6"], "--eval-windows"),
         (["--data", __file__], "the text"),
         (["--rounds", "1"], "--rounds"),
-        (["--studies", "arm"], "--studies"),
+        (["--experiments", "arm"], "--experiments"),
     ],
 )
 def test_records_of_other_settings_and_bad_options_are_refused(text, straight, capsys, more, said):
@@ -201,23 +201,24 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_the_rest_kept(tmp_path):
         records.Records(path, {"lr": 0.1})
 
 
-def test_claims_stand_beside_their_differences_and_nothing_is_concluded():
+def test_hypotheses_stand_beside_their_differences_and_three_seeds_have_no_verdict():
     ntp = [fake("ntp", seed) for seed in range(3)]
     nitp = [fake("nitp", seed, effective_rank=9 + x) for seed, x in enumerate((0.5, 0.6, 0.55))]
-    table = claims.claims_grid(claims.found([ntp, nitp]))
+    table = claims.table_of(claims.found([ntp, nitp]))
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["nitp raises the effective rank"] == [
         "paper",
         "effective rank, nitp - ntp",
         "+0.55 ± 0.06",
+        "none below 5 seeds",
     ]
-    assert table.header[-1] == "difference ± two standard errors"
+    assert table.header[-2:] == ["difference ± two standard errors", "verdict"]
     assert "without a projector hidden states align" not in rows
     five = [
         [fake(name, seed, effective_rank=9 + seed * by) for seed in range(5)]
         for name, by in (("ntp", 0), ("b", 1))
     ]
-    table = claims.differences(five)
+    table = claims.differences(five, wide=True)
     assert table.title == 'less "ntp", paired by seed, ± 95 % interval'
     assert table.rows[0][2] == f"+2.00 ± {2.776445 * 2.5**0.5 / 5**0.5:.2f}"
 
@@ -228,6 +229,13 @@ def test_the_overhead_is_the_median_ratio_of_rounds_beside_the_formula():
     )
     assert result.measured == pytest.approx(0.2)
     assert result.predicted == 1 / (5 + 256 / (12 * 512))
-    (row,) = overhead.overhead_grid([result]).rows
-    assert row == ["d = 512, ours", "2,000.0", "2,600.0", "+20.0%", "+15.0% to +25.0%", "+19.8%"]
-    assert "ours +20.0% (1.01 of the formula)" in overhead.sentence([result])
+    (row,) = overhead.overhead_table([result]).rows
+    assert row == [
+        "d = 512, ours",
+        "2,000.0",
+        "2,600.0",
+        "+20.0%",
+        "+15.0% to +25.0%",
+        "+19.8%",
+        "1.01",
+    ]

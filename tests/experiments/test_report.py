@@ -1,5 +1,4 @@
-"""The report of the pretraining example: numbers as the tables hold them, honest spreads, a page
-that loads nothing."""
+"""The report of the pretraining example: numbers as the tables hold them, honest errors, a page that loads nothing."""
 
 from __future__ import annotations
 
@@ -13,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.report.tables import Table
 from examples import pretrain
-from experiments.analysis import results as outcome
+from experiments.analysis import results as result
 from experiments.analysis import statistics as spread
-from experiments.report import sentences
+from experiments.report import hypotheses
 from experiments.report import table as grid
 from nitp_ops.objectives import parse
 from tests.experiments.pretrain_cases import ROOT, arguments, fake, verdicts, write_text
@@ -116,14 +116,13 @@ def test_the_page_holds_the_tables_the_specs_the_machine_and_the_disclaimer(page
 
 def test_a_cell_is_the_mean_and_the_standard_deviation_over_seeds():
     group = [fake("ntp", seed, cross_entropy=x) for seed, x in enumerate((1.0, 2.0, 4.0))]
-    cell = grid.cell(outcome.CROSS_ENTROPY, group)
+    cell = grid.cell(result.CROSS_ENTROPY, group)
     assert cell == f"{7 / 3:.4f} ± {statistics.stdev((1.0, 2.0, 4.0)):.4f}"
-    assert grid.cell(outcome.CROSS_ENTROPY, group[:1]) == "1.0000"
-    assert grid.cell(outcome.LOSS, group) == "-"
+    assert grid.cell(result.CROSS_ENTROPY, group[:1]) == "1.0000"
+    assert grid.cell(result.LOSS, group) == "-"
     collapsed = [fake("nitp", 0, **{"nitp/skill": math.nan}), fake("nitp", 1)]
     assert (
-        grid.cell(outcome.SKILL, collapsed) == "-"
-        and grid.cell(outcome.LOSS, collapsed) == "0.2500"
+        grid.cell(result.SKILL, collapsed) == "-" and grid.cell(result.LOSS, collapsed) == "0.2500"
     )
 
 
@@ -137,17 +136,14 @@ def test_outcomes_of_one_arm_stand_together_in_the_order_of_seeds():
 
 def test_many_arms_are_rows_and_few_are_columns():
     few, many = ([[fake(f"arm {index}", 0)] for index in range(count)] for count in (2, 9))
-    assert grid.results(few, (outcome.RANK,)).header == ["", "arm 0", "arm 1"]
-    assert grid.results(many, (outcome.RANK,)).header == ["", "effective rank"]
-    assert grid.results(few, (outcome.RANK,), wide=True).header == ["", "effective rank"]
+    assert grid.measured(few, (result.RANK,)).header == ["", "arm 0", "arm 1"]
+    assert grid.measured(many, (result.RANK,)).header == ["", "effective rank"]
+    assert grid.measured(few, (result.RANK,), wide=True).header == ["", "effective rank"]
 
 
 def test_a_markdown_table_keeps_bars_inside_cells_and_aligns_numbers_right():
-    lines = (
-        grid.Grid("t", ["", "|z|", "word"], [["a|b", "1.5 ± 0.1", "x"], ["c", "-", "2"]])
-        .as_markdown()
-        .splitlines()
-    )
+    table = Table("t", ["", "|z|", "word"], [["a|b", "1.5 ± 0.1", "x"], ["c", "-", "2"]])
+    lines = table.as_markdown().splitlines()
     assert lines == [
         "**t**",
         "",
@@ -175,7 +171,7 @@ def test_from_five_pairs_on_a_difference_has_students_interval_and_below_none():
     five = spread.Difference(mean=0.5, deviation=1.0, pairs=5)
     assert (
         five.half_width == pytest.approx(2.776445 / 5**0.5, abs=1e-6)
-        and five.spelled(".2f") == "+0.50 ± 1.24"
+        and five.formatted(".2f") == "+0.50 ± 1.24"
     )
     assert spread.shown_as(5) == "95 % interval" and spread.no_verdict(5) == ""
     four = spread.Difference(mean=0.5, deviation=1.0, pairs=4)
@@ -183,7 +179,7 @@ def test_from_five_pairs_on_a_difference_has_students_interval_and_below_none():
     assert "with 4 a 95 % interval (Student's t) is ± 3.2 standard errors" in spread.no_verdict(4)
     assert spread.no_verdict(1) == "No verdict below five seeds: one seed has no spread."
     alone = spread.Difference.between([1.0], [2.0])
-    assert math.isnan(alone.half_width) and alone.spelled(".2f") == "+1.00"
+    assert math.isnan(alone.half_width) and alone.formatted(".2f") == "+1.00"
 
 
 def test_chance_is_students_t():
@@ -193,43 +189,31 @@ def test_chance_is_students_t():
     assert math.isnan(spread.chance(1))
 
 
-def test_the_sentences_follow_the_numbers():
-    def said(*other, first=(1.0, 1.1, 1.2)) -> str:
-        base = [fake("ntp", seed, cross_entropy=x) for seed, x in enumerate(first)]
-        return " ".join(
-            sentences.about([base, [fake("nitp", seed, **x) for seed, x in enumerate(other)]])
-        )
+def test_a_verdict_needs_five_seeds_and_an_interval_without_zero():
+    verdicts_of = [
+        ([1.0, 1.1, 1.2], [1.5, 1.61, 1.7], "none below 5 seeds"),
+        ([1.0, 1.1, 1.2, 1.3, 1.4], [1.5, 1.61, 1.7, 1.8, 1.93], "higher"),
+        ([1.5, 1.61, 1.7, 1.8, 1.93], [1.0, 1.1, 1.2, 1.3, 1.4], "lower"),
+        ([1.0, 1.1, 1.2, 1.3, 1.4], [1.1, 1.0, 1.3, 1.2, 1.4], "open"),
+    ]
+    for first, other, verdict in verdicts_of:
+        assert spread.Difference.between(first, other).verdict == verdict
 
-    apart = said({"cross_entropy": 1.5}, {"cross_entropy": 1.61}, {"cross_entropy": 1.7})
-    assert (
-        "nitp against ntp over 3 seeds, cross-entropy, nats a byte: +0.5033 ± 0.0067 (two standard"
-        in apart
+
+def test_the_differences_of_arms_are_paired_by_seed_and_say_their_error():
+    def rows(*other, first=(1.0, 1.1, 1.2)):
+        base = [fake("ntp", seed, cross_entropy=x) for seed, x in enumerate(first)]
+        nitp = [fake("nitp", seed, cross_entropy=x) for seed, x in enumerate(other)]
+        table = hypotheses.differences([base, nitp], wide=True)
+        return table.title, table.rows[0][1]
+
+    assert rows(1.5, 1.61, 1.7) == (
+        'less "ntp", paired by seed, ± two standard errors',
+        "+0.5033 ± 0.0067",
     )
-    assert "No verdict below five seeds: with 3 a 95 % interval" in apart and not verdicts(apart)
-    values = (1.5, 1.61, 1.7, 1.8, 1.93)
-    enough = said(*({"cross_entropy": x} for x in values), first=(1.0, 1.1, 1.2, 1.3, 1.4))
-    assert (
-        "+0.5080 ± 0.0162 (95 % interval)" in enough
-        and "No verdict" not in enough
-        and not verdicts(enough)
-    )
-    below = {"nitp/loss": 0.1, "nitp/floor": 0.3, "nitp/skill": 0.6}
-    assert "is below the constant-predictor floor" in said(below, below, below)
-    assert "is below, in 1 of 3 seeds," in said(below, {}, {})
-    assert "is not below the constant-predictor floor" in said({}, {}, {})
-    gone = {"nitp/skill": math.nan, "nitp/floor": 0.00005, "nitp/loss": 0.00007}
-    assert "no skill on held-out text" in said(gone, gone, gone)
-    other = {"nitp/skill": math.nan, "nitp/floor": math.nan}
-    assert "floor is known for the cosine only" in said(other, other, other)
-    assert "x[t+1] and x[t+8] in 75.0 % and 75.0 %" in said(
-        {"probes": 0.75}, {"probes": 0.75}, {"probes": 0.75}
-    )
-    one = said({}, first=(1.0,))
-    assert (
-        "One seed each" in one
-        and "No verdict below five seeds: one seed has no spread." in one
-        and not verdicts(one)
-    )
+    five = rows(1.5, 1.61, 1.7, 1.8, 1.93, first=(1.0, 1.1, 1.2, 1.3, 1.4))
+    assert five == ('less "ntp", paired by seed, ± 95 % interval', "+0.5080 ± 0.0162")
+    assert rows(1.25, first=(1.0,))[1] == "+0.2500"
 
 
 @pytest.mark.parametrize(

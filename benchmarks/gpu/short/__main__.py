@@ -83,7 +83,7 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
 
 
 def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: float) -> int:
-    from . import dry_run, environment, order, timed_run  # and torch
+    from . import device, dry_run, order, timed_run  # and torch
 
     scale = DRY_SECONDS if options.dry_run else 1.0
     if options.dry_run:
@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: flo
     if options.dry_run:
         info, pieces = dry_run.machine(options.commit), dry_run.pieces(scale)
     else:
-        info = environment.about(processes["ours"], options.commit, ROOT, deadline)
+        info = device.about(processes["ours"], options.commit, ROOT, deadline)
         pieces = order.pieces(info["capability"])
     runner = timed_run.Runner(info, options.out.resolve(), processes, deadline, scale, fake=options.dry_run)
     return runner.run(pieces)

@@ -12,10 +12,10 @@ import torch
 
 import nitp_ops
 from benchmarks.cases import OPS, Sizes
-from benchmarks.gpu import run_report
 from benchmarks.implementations import BACKENDS, step
-from benchmarks.measure import cpu, cuda
+from benchmarks.measure import cuda, timing
 from benchmarks.measure.isolated import At, Lost, one_line
+from benchmarks.report import environment
 from nitp_ops.core import library
 from nitp_ops.kernels import select
 
@@ -31,7 +31,7 @@ def about(at: At, names: list[str], *, commit: str | None) -> dict[str, Any]:
         return {"refusal": "torch sees no GPU (torch.cuda.is_available() is False)"}
     built_of = None if select.load_error else library.build_info()["commit"]
     return {
-        "machine": run_report.machine(commit),
+        "machine": environment.gpu_machine(commit),
         "native": select.unavailable_reason(cuda.DEVICE),
         "built_of": built_of,
     }
@@ -94,8 +94,8 @@ def chunks(at: At, names: list[str], *, sizes: Sizes, rounds: int, seconds: floa
     best = min((times[form] for form in floor), key=lambda values: sorted(values)[len(values) // 2])
     for name in runs:
         found[name] |= {
-            "milliseconds": cpu.spread([1e3 * value for value in times[name]]),
-            "times_floor": cpu.ratios(times[name], best),
+            "milliseconds": timing.quartiles([1e3 * value for value in times[name]]),
+            "times_floor": timing.ratios(times[name], best),
         }
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.gpu import run_report
 from benchmarks.measure.cpu import FLOOR
 from benchmarks.measure.isolated import Isolated, one_line
-from benchmarks.report import printed
+from benchmarks.report import storage
 
 from .kinds import Bench, Document, Piece
 
@@ -35,7 +35,7 @@ class Runner:
         fake: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.path, self.scale, self.clock = printed.results_path(info, out), scale, clock
+        self.path, self.scale, self.clock = storage.results_path(info, out), scale, clock
         self.empty: Document = {"machine": info, "stages": {}, "cases": [], **({"fake": True} if fake else {})}
         self.bench = Bench(processes, deadline - RESERVE / scale, self._kept(info))
         # of a tree that has no commit nobody knows what it was then: its results are added to, and measured again
@@ -50,7 +50,7 @@ class Runner:
             ValueError: it is of another machine.
         """
         whole = self.empty
-        for path in dict.fromkeys([printed.results_path(info), self.path]):
+        for path in dict.fromkeys([storage.results_path(info), self.path]):
             whole = run_report.beside_kept(path, whole)
         return whole
 
@@ -90,7 +90,7 @@ class Runner:
         start = self.clock()
         try:
             found = piece.run(left, self.bench)
-            printed.as_json(found)
+            storage.as_json(found)
         except Exception as error:  # whatever it is: one piece is lost, and the others have the time that is left
             self.broken.append(piece.name)
             print(f"{piece.name}: {one_line(error)}", flush=True)

@@ -1,6 +1,6 @@
 """`python -m benchmarks.suites.numerics`: measures the fused losses and the plan, writes their pages under docs/.
 
-Time against the products that each must form, memory, the cost of a chunk's size, and the row kernels. Every number of
+Time against the GEMMs that each must form, memory, the cost of a chunk's size, and the row kernels. Every number of
 those pages comes from here; growth, and the error against the number of chunks: `python -m benchmarks --case scaling`.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure.gemm_times import DTYPES, Sizes
-from benchmarks.report import printed
+from benchmarks.report import environment, storage
 
 from . import latent_loss, objective_plan
 from .token_loss import chunk_sizes, parts, reach
@@ -34,7 +34,7 @@ TOY: Sizes = {
 
 
 def page(sizes: Sizes, threads: int) -> str:
-    info = printed.machine(threads)
+    info = environment.machine(threads)
     row_table, rate_table, roof = parts(sizes, threads)
     excess = {name: roof[name]["kernel"] * roof[name]["rate"] / 6 for name in DTYPES}
     shares = "; ".join(
@@ -46,16 +46,16 @@ def page(sizes: Sizes, threads: int) -> str:
     return f"""# Numbers of linear_cross_entropy
 
 Written by `python -m benchmarks.suites.numerics --only token`; nothing here is typed by hand.
-Machine: {printed.machine_line(info)}.
+Machine: {environment.machine_line(info)}.
 
 How time and memory grow with N and V, and the error at up to 256 chunks beside PyTorch's own op:
 [growth](growth.md).
 
 ## Time and memory
 
-Forward and backward against the three products alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
+Forward and backward against the three GEMMs alone (`h W^T`, `dlogits W`, `dlogits^T h`, outputs that exist
 already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors without AVX-512).
-Where no library has products of bfloat16, those of float32 stand for them, in eager too. The same with dW into new
+Where no library has GEMMs of bfloat16, those of float32 stand for them, in eager too. The same with dW into new
 memory, as the op must return it; and all by `torch.mm`. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds.
 malloc "default" gives blocks over 32 MiB back to the system after each call and maps fresh ones, "raised" keeps them.
@@ -67,7 +67,7 @@ a bfloat16 gradient is rounded from its accumulator after that peak, so that its
 ## Size of a chunk
 
 Time against the default's at N x d x V = {at}, malloc raised: small chunks read and write the weight
-gradient too often and starve the products, large ones gain nothing more.
+gradient too often and starve the GEMMs, large ones gain nothing more.
 
 {chunk_sizes(sizes, threads)}
 
@@ -78,21 +78,23 @@ writes the gradients once; it is bound by arithmetic, not by memory.
 
 {row_table}
 
-The products by each library and by nitp_ops itself, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
+The GEMMs by each library and by nitp_ops itself, by rows a chunk at d = {sizes["gemm"][0]}, V = {sizes["gemm"][1]}:
 
 {rate_table}
 
-With R FLOP/s in the products (the fastest of each size of a chunk above, their median) and k seconds a logit in the row
-kernel (the median over V) the op takes at least `1 + k R / (6 d)` times as long as products at that rate.
+With R FLOP/s in the GEMMs (the fastest of each size of a chunk above, their median) and k seconds a logit in the row
+kernel (the median over V) the op takes at least `1 + k R / (6 d)` times as long as GEMMs at that rate.
 {shares}. Above that are the weight gradient's sum over chunks and fresh pages;
-below it a ratio to libraries can lie whose products are slower than those of nitp_ops.
+below it a ratio to libraries can lie whose GEMMs are slower than those of nitp_ops.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.numerics", description=__doc__)
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
-    parser.add_argument("--out", type=Path, default=printed.ROOT / "docs", help="folder of the page (default docs/)")
+    parser.add_argument(
+        "--out", type=Path, default=environment.ROOT / "docs", help="folder of the page (default docs/)"
+    )
     parser.add_argument("--only", choices=("token", "latent", "plan"), help="one page")
     parser.add_argument("--toy", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args(arguments)
@@ -110,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _written(path: Path, text: str) -> None:
-    printed.write(path, text)
+    storage.write(path, text)
     print(f"written to {path}")
 
 

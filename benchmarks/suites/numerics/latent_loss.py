@@ -1,4 +1,4 @@
-"""What docs/implicit-numerics.md is made of: implicit_token_loss against its products, its memory, its row kernels."""
+"""What docs/implicit-numerics.md is made of: implicit_token_loss against its GEMMs, its memory, its row kernels."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from benchmarks.measure.gemm_times import (
     ratio,
     served,
 )
-from benchmarks.report import printed
-from benchmarks.report.printed import markdown
+from benchmarks.report import environment
+from benchmarks.report.tables import markdown
 
 FULL: Sizes = {
     "reach": [(4096, 512), (4096, 896), (2048, 2048)],
@@ -48,13 +48,13 @@ def page(sizes: Sizes, threads: int) -> str:
     return f"""# Numbers of implicit_token_loss
 
 Written by `python -m benchmarks.suites.numerics --only latent`; nothing here is typed by hand.
-Machine: {printed.machine_line(printed.machine(threads))}.
+Machine: {environment.machine_line(environment.machine(threads))}.
 
 ## Time
 
-Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine products alone (three of each projection,
+Forward and backward (cosine, SwiGLU projector, m = 4 d) against the nine GEMMs alone (three of each projection,
 outputs that exist already), each by the faster of torch.mm and, in float32, oneDNN (into new memory on processors
-without AVX-512); the same for the formula in PyTorch and for torch.compile of it. Where no library has products of
+without AVX-512); the same for the formula in PyTorch and for torch.compile of it. Where no library has GEMMs of
 bfloat16, those of float32 stand for them, and the formula is left out. Medians of the ratios within
 {sizes["rounds"]} interleaved rounds, freed memory kept ("raised").
 
@@ -79,7 +79,7 @@ float32 to bfloat16 the kernel is bound by exponentials, divisions and roundings
 
 
 def time_shape(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds in each round: the nine products by the faster library, ours, eager, torch.compile; those last two not
+    """Seconds in each round: the nine GEMMs by the faster library, ours, eager, torch.compile; those last two not
     where torch.mm would multiply one by one, for minutes."""
     n, d = shape
     op = OPS["implicit_token_loss"]
@@ -102,7 +102,7 @@ def time_shape(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[
 
     who = ("ours", "eager", "compile") if served(dtype) else ("ours",)
     times = interleaved(floors | {name: run(name) for name in who}, rounds)
-    return {name: times[name] for name in who} | {"products": faster(times)}
+    return {name: times[name] for name in who} | {"gemms": faster(times)}
 
 
 def reach(sizes: Sizes, threads: int) -> str:
@@ -111,10 +111,10 @@ def reach(sizes: Sizes, threads: int) -> str:
         for name, dtype in DTYPES.items():
             t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, "raised")
             whose = ("ours", "eager", "compile")
-            ratios = [f"{ratio(t[who], t['products']):.2f}" if who in t else "-" for who in whose]
+            ratios = [f"{ratio(t[who], t['gemms']):.2f}" if who in t else "-" for who in whose]
             rows.append([f"{shape[0]} x {shape[1]}", name, f"{1e3 * statistics.median(t['ours']):.0f}", *ratios])
             print(rows[-1], flush=True)
-    header = ["N x d", "dtype", "ours, ms", "ours / products", "eager / products", "compile / products"]
+    header = ["N x d", "dtype", "ours, ms", "ours / GEMMs", "eager / GEMMs", "compile / GEMMs"]
     return markdown(header, rows)
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import nitp_ops
 from benchmarks.implementations import forward
-from benchmarks.measure import cpu
+from benchmarks.measure import children, process_memory, timing
 from benchmarks.measure.gemm_times import DTYPES, Sizes, in_child, interleaved, ratio
-from benchmarks.report import printed
-from benchmarks.report.printed import markdown
+from benchmarks.report import environment
+from benchmarks.report.tables import markdown
 from nitp_ops.objectives import CompositeObjective, ModelInfo, Streams, build
 
 OFFSETS = (2, 3, 4)
@@ -93,7 +93,7 @@ def page(sizes: Sizes, threads: int) -> str:
     return f"""# Numbers of the plan
 
 Written by `python -m benchmarks.suites.numerics --only plan`; nothing here is typed by hand.
-Machine: {printed.machine_line(printed.machine(threads))}.
+Machine: {environment.machine_line(environment.machine(threads))}.
 
 ## Four heads, one pass
 
@@ -125,7 +125,7 @@ def heads(sizes: Sizes, threads: int) -> str:
             spec = f"ntp + mtp_parallel(offsets={list(OFFSETS)}, heads={kind})"
             setting = partial(Setting, spec, tuple(shape), sizes["length"], dtype)
             timed = partial(_times, setting, sizes["rounds"])
-            times = {malloc: in_child(timed, threads, malloc) for malloc in cpu.MALLOC}
+            times = {malloc: in_child(timed, threads, malloc) for malloc in children.MALLOC}
             ways = times["default"]
             alone = in_child(partial(_heads_alone, setting), threads)
             peaks = {way: in_child(partial(_peak, setting, way), threads) for way in ways}
@@ -153,12 +153,12 @@ def _times(setting: Callable[[], Setting], rounds: int) -> dict[str, list[float]
         except NotImplementedError:
             continue
         runs[way] = made.step(way)
-    return cpu.interleave(runs, made.clear, rounds=rounds, seconds=SECONDS)
+    return timing.interleave(runs, made.clear, rounds=rounds, seconds=SECONDS)
 
 
 def _peak(setting: Callable[[], Setting], way: str) -> int:
     made = setting()
-    return max(cpu.peak_of(made.step(way), made.clear), 1)  # nothing at toy sizes
+    return max(process_memory.peak_of(made.step(way), made.clear), 1)  # nothing at toy sizes
 
 
 def _heads_alone(setting: Callable[[], Setting]) -> int:
@@ -168,7 +168,7 @@ def _heads_alone(setting: Callable[[], Setting]) -> int:
     def run() -> None:
         kept.append(made.objective.terms["mtp_parallel"](made.hidden, None))
 
-    return cpu.peak_of(run, kept.clear)
+    return process_memory.peak_of(run, kept.clear)
 
 
 def terms(sizes: Sizes, threads: int) -> str:

@@ -1,4 +1,4 @@
-"""What docs/numerics.md is made of: time against the products, error against chunks, chunk sizes, growth, roofline."""
+"""What docs/numerics.md is made of: time against the GEMMs, error against chunks, chunk sizes, growth, roofline."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 import nitp_ops
 from benchmarks.cases import OPS
-from benchmarks.measure import cpu
+from benchmarks.measure import children, cpu
 from benchmarks.measure.gemm_times import (
     DTYPES,
     Sizes,
@@ -27,10 +27,10 @@ from benchmarks.measure.gemm_times import (
     served,
     widened,
 )
-from benchmarks.report.printed import markdown
+from benchmarks.report.tables import markdown
 from nitp_ops import reference
 
-#: `multiplied` or `own` (products.py).
+#: `multiplied` or `own` (measure/gemm_times.py).
 Library = Callable[[str, Tensor, Tensor, Tensor], dict[str, Callable[[], object]]]
 
 
@@ -45,21 +45,21 @@ def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
     loss().backward()
 
 
-def products(h: Tensor, w: Tensor, library: Library, *others: Library) -> dict[str, Callable[[], object]]:
-    """The three products alone, by each of the libraries, into outputs that exist already."""
+def gemms(h: Tensor, w: Tensor, library: Library, *others: Library) -> dict[str, Callable[[], object]]:
+    """The three GEMMs alone, by each of the libraries, into outputs that exist already."""
     h, w = h.detach(), w.detach()
     logits, d_h, d_w = h.new_empty(len(h), len(w)), torch.empty_like(h), torch.empty_like(w)
     calls = {"logits": (h, w.t(), logits), "dh": (logits, w, d_h), "dW": (logits.t(), h, d_w)}
-    made = [each(product, *call) for product, call in calls.items() for each in (library, *others)]
+    made = [each(gemm, *call) for gemm, call in calls.items() for each in (library, *others)]
     return {name: run for runs in made for name, run in runs.items()}
 
 
 def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds in each round: the products (faster library; torch.mm), ours, ours with half the rows ignored, eager."""
+    """Seconds in each round: the GEMMs (faster library; torch.mm), ours, ours with half the rows ignored, eager."""
     h, w, labels = problem(*shape, dtype)
     half = labels.clone()
     half[torch.randperm(len(half), generator=torch.Generator().manual_seed(3))[: len(half) // 2]] = -100
-    runs = products(h, w, multiplied)
+    runs = gemms(h, w, multiplied)
     transposed, hidden = runs["mm dW"].args  # type: ignore[attr-defined]
     runs["fresh dW"] = lambda: torch.mm(transposed, hidden)
     runs["ours"] = partial(step, lambda: nitp_ops.linear_cross_entropy(h, w, labels), (h, w))
@@ -71,7 +71,7 @@ def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> 
     # what the op cannot spare: the gradient that it returns is new memory
     new = max(0.0, statistics.median(times["fresh dW"]) - statistics.median(times["mm dW"]))
     fast = faster(times)
-    floors = {"products": fast, "new": [each + new for each in fast], "mm": mm}
+    floors = {"gemms": fast, "new": [each + new for each in fast], "mm": mm}
     return {k: times[k] for k in ("ours", "half", "eager")} | floors
 
 
@@ -86,9 +86,9 @@ def reach(sizes: Sizes, threads: int) -> str:
             plan = nitp_ops.explain("linear_cross_entropy", rows=n, width=d, vocabulary=v, dtype=dtype)
             extra = {k: (p["peak_bytes"] - p["gradient_bytes"]) / 2**20 for k, p in peak.items()}
             extra["ours"] -= plan.accumulator_bytes / 2**20
-            for malloc in cpu.MALLOC:
+            for malloc in children.MALLOC:
                 t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, malloc)
-                pairs = ("ours", "products"), ("ours", "new"), ("ours", "mm"), ("eager", "products"), ("half", "ours")
+                pairs = ("ours", "gemms"), ("ours", "new"), ("ours", "mm"), ("eager", "gemms"), ("half", "ours")
                 ratios = [f"{ratio(t[a], t[b]):.2f}" for a, b in pairs]
                 memory = [f"{extra[k]:.0f}" if k in extra else "-" for k in ("ours", "eager")]
                 milliseconds = f"{1e3 * statistics.median(t['ours']):.0f}"
@@ -99,10 +99,10 @@ def reach(sizes: Sizes, threads: int) -> str:
         "dtype",
         "malloc",
         "ours, ms",
-        "/ products",
+        "/ GEMMs",
         "/ with new dW",
         "/ torch.mm",
-        "eager / products",
+        "eager / GEMMs",
     ]
     return markdown([*header, "half ignored / all", "extra MiB", "eager's"], rows)
 
@@ -162,7 +162,7 @@ def chunk_sizes(sizes: Sizes, threads: int) -> str:
 
 
 def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, float]]]:
-    """The row kernel by itself and the products by chunk size: what the roofline is made of."""
+    """The row kernel by itself and the GEMMs by chunk size: what the roofline is made of."""
     numbers, vocabularies = sizes["kernel"]
     d, v, chunk_rows = sizes["gemm"]
 
@@ -187,7 +187,7 @@ def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, flo
         found = {}
         for n in chunk_rows:
             h, w, _ = problem(n, d, v, dtype)
-            times = medians(products(h, w, multiplied, own), 5)
+            times = medians(gemms(h, w, multiplied, own), 5)
             found[n] = {name: 2e-9 * n * d * v / t for name, t in times.items()}
         return found
 

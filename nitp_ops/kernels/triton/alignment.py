@@ -7,8 +7,8 @@ place. A row's scalars are float64: few, and their rounding would show in every 
 
 # The body of a @triton.jit function is Triton's language, which only looks like Python to a type
 # checker.
-# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false,
-#     reportArgumentType=false
+# pyright: reportInvalidTypeForm=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false
 from __future__ import annotations
 
 import triton

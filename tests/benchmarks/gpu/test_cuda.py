@@ -14,6 +14,7 @@ from benchmarks.gpu import cuda_run, run_report, stages
 from benchmarks.implementations import EAGER
 from benchmarks.measure import cpu, cuda
 from benchmarks.measure.isolated import Isolated, Lost, MeasurementError, without_the_dead
+from benchmarks.report import environment, storage
 from benchmarks.suites import overhead, row_kernels
 from nitp_ops.kernels import table
 from tests.benchmarks.gpu.cpu_in_its_place import stand_in
@@ -240,13 +241,13 @@ def test_tests_that_were_green_on_this_commit_are_not_run_again(
     tmp_path, monkeypatch, commit, stages, green
 ):
     info = {"gpu": "Some GPU", "commit": commit, "torch": "2"}
-    monkeypatch.setattr(run_report, "machine", lambda known: dict(info))
+    monkeypatch.setattr(environment, "gpu_machine", lambda known: dict(info))
     assert not run_report.tests_are_green(None, tmp_path)
     run_report.keep(
-        run_report.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []}
+        storage.results_path(info, tmp_path), {"machine": info, "stages": stages, "cases": []}
     )
     assert run_report.tests_are_green(None, tmp_path) is green
-    monkeypatch.setattr(run_report, "machine", lambda known: info | {"torch": "3"})
+    monkeypatch.setattr(environment, "gpu_machine", lambda known: info | {"torch": "3"})
     assert not run_report.tests_are_green(None, tmp_path)
 
 

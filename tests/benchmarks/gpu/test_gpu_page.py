@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.gpu import page
 from benchmarks.measure import roofline
-from benchmarks.report import printed
+from benchmarks.report import storage
 from benchmarks.suites import training_step
 
 MACHINE = {
@@ -72,8 +72,8 @@ def document() -> dict:
 
 @pytest.fixture
 def kept(tmp_path) -> Path:
-    printed.write_json(printed.results_path(MACHINE, tmp_path), document())
-    printed.write_json(tmp_path / "a-cpu" / "1-quick.json", {"machine": {"cpu": "A"}, "cases": []})
+    storage.write_json(storage.results_path(MACHINE, tmp_path), document())
+    storage.write_json(tmp_path / "a-cpu" / "1-quick.json", {"machine": {"cpu": "A"}, "cases": []})
     return tmp_path
 
 
@@ -123,8 +123,8 @@ def test_a_measurement_stands_beside_the_model_at_the_measured_rates(kept):
 
 def test_results_of_a_dry_run_are_refused_in_one_line(kept, monkeypatch, capsys):
     fake = {**document(), "fake": True}
-    printed.write_json(kept / "dry-run" / "1.json", fake)
-    with pytest.raises(printed.DamagedResults, match="a dry run, nothing was measured"):
+    storage.write_json(kept / "dry-run" / "1.json", fake)
+    with pytest.raises(storage.DamagedResults, match="a dry run, nothing was measured"):
         page.documents(kept)
     monkeypatch.setattr(page.documents, "__defaults__", (kept,))
     before = page.PAGE.read_text()

@@ -15,10 +15,10 @@ import torch
 
 from benchmarks.gpu import cuda_run, run_report
 from benchmarks.gpu.short import __main__ as short
-from benchmarks.gpu.short import dry_run, environment, order, timed_run
+from benchmarks.gpu.short import device, dry_run, order, timed_run
 from benchmarks.gpu.short.kinds import Records, Rows, Stage
 from benchmarks.measure.isolated import Isolated, MeasurementError
-from benchmarks.report import printed
+from benchmarks.report import storage
 
 pytestmark = pytest.mark.programs
 
@@ -71,7 +71,7 @@ def runner(tmp_path, budget, clock, seconds, hang=(), info=INFO):
 
 
 def kept(tmp_path):
-    return printed.read(printed.results_path(INFO, tmp_path), fake=True)
+    return storage.read(storage.results_path(INFO, tmp_path), fake=True)
 
 
 def test_what_does_not_fit_is_told_and_first_in_the_next_call(tmp_path, capsys):
@@ -106,7 +106,7 @@ def test_every_case_is_in_the_file_before_the_next_begins(tmp_path):
 
     class Watching(Fake):
         def run(self, task, names, *, patience, deadline):
-            path = printed.results_path(INFO, tmp_path)
+            path = storage.results_path(INFO, tmp_path)
             seen.append(len(json.loads(path.read_text())["cases"]) if path.exists() else 0)
             return super().run(task, names, patience=patience, deadline=deadline)
 
@@ -166,8 +166,8 @@ def test_who_was_absent_is_tried_again_and_a_green_stage_is_not(tmp_path):
 def test_results_that_came_back_to_the_tree_count_and_those_of_a_dirty_one_do_not(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(printed, "RESULTS", tmp_path / "tree")
-    monkeypatch.setattr(printed.results_path, "__defaults__", (tmp_path / "tree", ""))
+    monkeypatch.setattr(storage, "RESULTS", tmp_path / "tree")
+    monkeypatch.setattr(storage.results_path, "__defaults__", (tmp_path / "tree", ""))
     for commit, asked in (("abc", []), ("abc-dirty", [["ours", "eager"]])):
         info = dry_run.machine(commit)
         for folder in ("tree", "out"):
@@ -250,7 +250,7 @@ def test_two_calls_hold_their_budgets_and_a_killed_one_keeps_what_it_measured(tm
     assert before["fake"] and before["stages"]["test"]["code"] == 0
     took = time.monotonic()
     second = dry(tmp_path, 480, start_new_session=True)
-    path = printed.results_path(INFO, tmp_path)
+    path = storage.results_path(INFO, tmp_path)
     while len(json.loads(path.read_text())["cases"]) < len(before["cases"]) + 4:
         assert time.monotonic() - took < 60
         time.sleep(0.01)
@@ -296,9 +296,9 @@ def test_a_library_without_code_for_the_gpu_is_one_line_and_the_rest_goes_on(mon
         "native": "no kernel image",
         "built_of": None,
     }
-    monkeypatch.setattr(environment, "_ask", lambda *_: told)
+    monkeypatch.setattr(device, "_ask", lambda *_: told)
     with Isolated() as process:
-        info = environment.about(process, None, ROOT, time.monotonic() + 60)
+        info = device.about(process, None, ROOT, time.monotonic() + 60)
     assert info["capability"] == "7.5"
     assert capsys.readouterr().out.splitlines()[-1] == (
         "library: ours without CUDA C++ kernels: there are no CUDA kernels for compute capability "
@@ -308,7 +308,7 @@ def test_a_library_without_code_for_the_gpu_is_one_line_and_the_rest_goes_on(mon
 
 def test_results_of_another_machine_are_one_line(tmp_path, capsys, monkeypatch):
     kept = {"machine": {**INFO, "torch": "2.11.0"}, "stages": {}, "cases": [], "fake": True}
-    printed.write_json(printed.results_path(INFO, tmp_path), kept)
+    storage.write_json(storage.results_path(INFO, tmp_path), kept)
     with pytest.raises(ValueError, match="do not mix"):
         runner(tmp_path, 9, Clock(), 1)
     monkeypatch.setattr(dry_run, "ready", lambda *_: None)

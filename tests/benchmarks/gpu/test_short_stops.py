@@ -14,7 +14,7 @@ import pytest
 from benchmarks.gpu import run_report, stages
 from benchmarks.gpu.short.kinds import Rows
 from benchmarks.measure.isolated import Isolated, MeasurementError
-from benchmarks.report import printed
+from benchmarks.report import storage
 from tests.benchmarks.gpu.test_short import INFO, Clock, case, dry, kept, runner
 
 pytestmark = pytest.mark.programs
@@ -93,7 +93,7 @@ def test_no_process_starts_after_the_run_is_over(monkeypatch):
 
 def test_a_full_disk_loses_the_file_alone(tmp_path, capsys, monkeypatch):
     made, processes = runner(tmp_path, 100, Clock(), 1)
-    write, written = printed.write, []
+    write, written = storage.write, []
 
     def full(path, text):
         written.append(path)
@@ -101,7 +101,7 @@ def test_a_full_disk_loses_the_file_alone(tmp_path, capsys, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         write(path, text)
 
-    monkeypatch.setattr(printed, "write", full)
+    monkeypatch.setattr(storage, "write", full)
     assert made.run([Rows(case(size), 1) for size in (1, 2, 3)]) == 1
     assert len(processes["ours"].asked) == 3
     said = capsys.readouterr()
@@ -137,9 +137,9 @@ def test_two_calls_at_once_keep_what_either_measured(tmp_path):
     ],
 )
 def test_a_file_that_lacks_what_results_have_is_one_line(tmp_path, damage):
-    path = printed.results_path(INFO, tmp_path)
+    path = storage.results_path(INFO, tmp_path)
     whole = {"machine": INFO, "stages": {}, "cases": [], "fake": True, **damage}
-    printed.write(path, json.dumps(whole))
+    storage.write(path, json.dumps(whole))
     with pytest.raises(ValueError, match=r"abc\.json: these are no results of a GPU") as raised:
         runner(tmp_path, 9, Clock(), 1)
     assert "\n" not in str(raised.value)

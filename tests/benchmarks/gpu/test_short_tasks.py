@@ -15,6 +15,7 @@ from benchmarks.gpu.short import order, tasks
 from benchmarks.gpu.short.kinds import Bench, Records, Rows, Stage
 from benchmarks.measure import cuda, profiled
 from benchmarks.measure.isolated import Isolated, Lost
+from benchmarks.report import environment
 from tests.benchmarks.gpu.cpu_in_its_place import stand_in
 
 pytestmark = pytest.mark.programs
@@ -183,7 +184,7 @@ def test_the_machine_is_told_with_what_its_library_lacks(monkeypatch):
         torch.cuda.is_available() or "sees no GPU" in tasks.about(at, [], commit="abc")["refusal"]
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(run_report, "machine", lambda commit: {"commit": commit})
+    monkeypatch.setattr(environment, "gpu_machine", lambda commit: {"commit": commit})
     monkeypatch.setattr(
         tasks.select, "unavailable_reason", lambda device: f"no code for {device.type}"
     )

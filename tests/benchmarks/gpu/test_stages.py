@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks.gpu import run_report, sanitize, stages
-from benchmarks.report import printed
+from benchmarks.report import environment, storage
 from nitp_ops.kernels import table
 
 pytestmark = pytest.mark.programs
@@ -54,9 +54,9 @@ def test_stages_of_one_gpu_and_commit_meet_in_one_file(tmp_path, capsys):
         ("a", document("swiglu", 1.0)),
         ("b", document("alignment", 2.0, "large")),
     ):
-        printed.write_json(printed.results_path(GPU, tmp_path / folder), result)
-    again = printed.results_path(GPU, tmp_path / "c")
-    printed.write_json(again, document("swiglu", 4.0))
+        storage.write_json(storage.results_path(GPU, tmp_path / folder), result)
+    again = storage.results_path(GPU, tmp_path / "c")
+    storage.write_json(again, document("swiglu", 4.0))
     for folder in "abc":
         assert run_report.main([str(tmp_path / folder), "--out", str(tmp_path / "all")]) == 0
     path = tmp_path / "all/nvidia-h200/0123456789ab.json"
@@ -92,7 +92,7 @@ def test_rows_and_records_of_one_case_meet_and_the_last_one_stays():
 
 def test_a_dry_run_is_refused_in_one_line_by_what_collects(tmp_path, capsys):
     fake = {**document("swiglu", 1.0), "fake": True}
-    printed.write_json(printed.results_path(GPU, tmp_path / "a"), fake)
+    storage.write_json(storage.results_path(GPU, tmp_path / "a"), fake)
     assert run_report.main([str(tmp_path / "a"), "--out", str(tmp_path / "all")]) == 1
     said = capsys.readouterr()
     assert (
@@ -115,7 +115,7 @@ def test_the_short_table_has_a_cross_where_somebody_failed_and_red_where_a_stage
     assert lines[2].split() == ["swiglu", "2x3", "float32", "1.500", "1.50", "x"]
     assert lines[3] == "training_step, ntp: 51234 tokens per second, 9.5 GiB at the peak"
     assert lines[5] == "sanitize: RED in 61 s, ERROR SUMMARY: 2 errors"
-    assert lines[-1] == printed.machine_line(GPU)
+    assert lines[-1] == environment.machine_line(GPU)
 
 
 def test_a_stage_is_its_processes_and_what_the_last_one_said():

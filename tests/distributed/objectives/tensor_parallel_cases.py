@@ -3,8 +3,8 @@ models whose head is sharded."""
 
 # Gradients that a backward pass just left, and options in dictionaries, are more than a type
 # checker follows.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false,
-#     reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 

@@ -3,8 +3,8 @@ the pass of one process."""
 
 # Gradients that a backward pass just left, and options in dictionaries, are more than a type
 # checker follows.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false,
-#     reportReturnType=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportReturnType=false
 from __future__ import annotations
 
 import functools

@@ -10,8 +10,6 @@ from tests.kernels.cuda_source.build_for_cpu import H200_SHARED, choose, placed,
 from tests.kernels.cuda_source.test_operators import (
     NAN,
     NARROW,
-    cross_entropy,
-    kernels,
     ours_and_exact,
     same,
 )  # noqa: F401
