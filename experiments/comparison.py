@@ -116,7 +116,7 @@ def _looker(show: Callable[[str], None]) -> Callable[[HeldOut], None]:
     def on_look(look: HeldOut) -> None:
         latent = ""
         for label, (loss, floor, _) in look.latent.items():
-            latent += f"  {label} {loss:.4f}" + ("" if math.isnan(floor) else f" (floor {floor:.4f})")
+            latent += f"  {label} {loss:.4f}" + ("" if math.isnan(floor) else f" (constant predictor {floor:.4f})")
         show(
             f"step {look.step:>5}  held-out cross-entropy {look.cross_entropy:.4f}{latent}"
             f"  effective rank {look.effective_rank:.1f}  mean cosine {look.mean_cosine:.3f}"

@@ -30,7 +30,7 @@ def render(document: dict[str, Any]) -> str:
             for name, rows in records.grouped(document).items()
         ],
         legend=printed.legend(cases).splitlines(),
-        verdict=printed.verdict(cases),
+        verdicts=printed.against_eager(cases),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a run prints: a table a case, what its rows and columns mean, where ours loses."""
+"""What a run prints: a table a case, what its rows and columns mean, ours against eager."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from benchmarks.implementations import NAMES
 from benchmarks.measure.children import MALLOC
 from benchmarks.measure.cpu import ERROR_WORDS, FLOOR
 
-from .tables import plain
+from .tables import Table, plain
 
 HEADER = ("", "forward ms", "backward", "both", "quartiles", "x floor", "x eager", "rounds", "peak MiB", "error")
 
@@ -72,23 +72,20 @@ def legend(cases: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def verdict(cases: list[dict[str, Any]]) -> str:
-    """Where ours needs more time or more memory than eager, from the numbers."""
-    slower, larger, compared = [], [], 0
+def against_eager(cases: list[dict[str, Any]]) -> Table:
+    """Time and memory of ours beside eager's, where both were measured, each with a verdict."""
+    rows = []
     for case in cases:
         ours, eager = case["rows"].get("ours", {}), case["rows"].get("eager", {})
-        where = case_title(case).split("  (")[0]
-        if "milliseconds" in ours and "milliseconds" in eager:
-            compared += 1
-            ratio = ours["times_eager"]["median"]
-            if ratio > 1:
-                slower.append(f"  {where}: {ratio:.2f} x")
+        if "milliseconds" not in ours or "milliseconds" not in eager:
+            continue
+        ratio, memory = ours["times_eager"]["median"], ["-", "-", "-"]
         if "peak_bytes" in ours and "peak_bytes" in eager:
             peaks = ours["peak_bytes"] / 2**20, eager["peak_bytes"] / 2**20
             # The kernel counts resident pages to about 0.25 MiB; less than 1 MiB is no difference.
-            if peaks[0] > peaks[1] + 1:
-                larger.append(f"  {where}: {peaks[0]:.0f} against {peaks[1]:.0f} MiB")
-    if not compared:
-        return "ours and eager were not both measured"
-    lines = [f"slower than eager: {len(slower)} of {compared} cases", *slower]
-    return "\n".join([*lines, f"larger than eager: {len(larger)} of {compared} cases", *dict.fromkeys(larger)])
+            larger = "larger" if peaks[0] > peaks[1] + 1 else "not larger"
+            memory = [*(f"{peak:.0f}" for peak in peaks), larger]
+        where = case_title(case).split("  (")[0]
+        rows.append([where, f"{ratio:.2f}", "slower" if ratio > 1 else "not slower", *memory])
+    header = ["", "time / eager", "verdict", "peak MiB", "eager's", "verdict"]
+    return Table("ours against eager", header, rows)

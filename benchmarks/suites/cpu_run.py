@@ -17,6 +17,7 @@ from benchmarks.measure import children, cpu, process_memory
 from benchmarks.measure.gemm_times import in_child
 from benchmarks.measure.isolated import MeasurementError
 from benchmarks.report import environment, page, printed, records, storage
+from benchmarks.report.tables import plain
 
 from . import gate
 
@@ -115,7 +116,9 @@ def run(options: argparse.Namespace) -> int:
                 case["rows"] = {each: rows[each] for each in (cpu.FLOOR, *names) if each in rows}
                 print(f"\n{printed.case_title(case)}\n{printed.case_table(case)}", flush=True)
             cases += done
-    print(f"\n{printed.legend(cases)}\n\n{printed.verdict(cases)}\n{environment.machine_line(info)}")
+    verdicts = printed.against_eager(cases)
+    compared = f"\n{plain(verdicts.header, verdicts.rows)}\n" if verdicts.rows else ""
+    print(f"\n{printed.legend(cases)}\n{compared}\n{environment.machine_line(info)}")
     write(options, {"machine": info, "quick": options.quick, "cases": cases})
     return int(any("skipped" in case["rows"].get("ours", {}) for case in cases))
 

@@ -1,4 +1,4 @@
-"""What a finished run leaves for tables and sentences: flat numbers, the curves on the disk, a little text."""
+"""What a finished run leaves for tables: flat numbers, the curves on the disk, a little text."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def latent(title: str, form: str, key: str) -> Measure:
 
 CROSS_ENTROPY = number("cross-entropy, nats a byte", ".4f", "cross_entropy")
 LOSS = latent("latent-term loss", ".4f", "loss")
-FLOOR = latent("constant-predictor floor", ".4f", "floor")
-SKILL = latent("skill = 1 - loss / floor", ".4f", "skill")
+FLOOR = latent("constant-predictor loss", ".4f", "floor")
+SKILL = latent("skill", ".4f", "skill")
 PREDICTION_NORM = latent("|P(h)|", ".3f", "prediction_norm")
 TARGET_NORM = latent("|z|", ".3f", "target_norm")
 RANK = number("effective rank", ".2f", "effective_rank")

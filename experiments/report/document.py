@@ -1,4 +1,4 @@
-"""docs/experiments.md: every table a loop over specs, every sentence made from numbers."""
+"""docs/experiments.md: every table a loop over specs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ The control arms of next implicit token prediction ([arXiv 2605.24956](https://a
 on real text. Written by the command below: no number in it was typed by hand."""
 READING = """\
 Effective rank: `exp(-sum p ln p)`, p = eigenvalues of the mean-centred covariance of the last hidden states after the
-final norm, over their sum. Mean pairwise cosine: of the same states, all pairs. Floor: what a constant prediction
-scores; skill = 1 - loss / floor; "-" where the distance is not the cosine or the floor is below 1e-4. Loss, floor and
-lengths belong to each arm's own target: they compare only where targets do. Probes: ridge regression to one-hot tokens,
+final norm, over their sum. Mean pairwise cosine: of the same states, all pairs. Skill = 1 - loss / constant-predictor
+loss; "-" where the distance is not the cosine or that loss is below 1e-4. Losses and lengths belong to each arm's own
+target: they compare only where targets do. Probes: ridge regression to one-hot tokens,
 and the vote of the 16 nearest states, fitted and tested on different windows of text that training never saw. ± is one
 standard deviation over seeds, or what the table says; differences are paired: one seed gives all arms
 the same first weights and the same data order."""

@@ -77,7 +77,7 @@ def _figure(arms: Arms, costs: Sequence[HeadCost]) -> Figure:
             _curves(axes, result, color, first=result is group[0])
     titles = {
         "held-out cross-entropy": "nats a byte",
-        "held-out cosine terms: loss, and floor (dashed)": "1 - cos",
+        "held-out cosine terms, constant predictor dashed": "1 - cos",
         "effective rank, last hidden state": "exp(entropy of spectrum)",
         "mean pairwise cosine, last hidden state": "cos",
         f"step time (median of {SMOOTH})": "ms",

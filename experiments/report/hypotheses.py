@@ -18,7 +18,11 @@ NOT_MEASURED = (
     "The paper's scores are means over five downstream benchmarks of a 3B-parameter mixture of experts, one seed each. "
     "No benchmark is measured here: they stand beside the arms to name what each one controls for, not to be compared."
 )
-GAIN = Measure("floor less loss", ".4f", lambda o: [o.numbers[f"{x}/floor"] - o.numbers[f"{x}/loss"] for x in o.labels])
+GAIN = Measure(
+    "constant-predictor loss less loss",
+    ".4f",
+    lambda o: [o.numbers[f"{x}/floor"] - o.numbers[f"{x}/loss"] for x in o.labels],
+)
 
 
 @dataclass(frozen=True)

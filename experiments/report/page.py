@@ -24,8 +24,8 @@ from . import hypotheses, table
 DEFINITIONS = (
     ("cross-entropy", "nats a byte, next byte, mean over the held-out windows; never smoothed or weighted"),
     ("latent-term loss", "mean over held-out pairs, in the term's own distance; 1 - cos for the default"),
-    ("floor", "1 - |mean of the unit targets|: what the best constant prediction scores under the cosine distance"),
-    ("skill", "1 - loss / floor, - where the floor is below 1e-4 or the distance is not the cosine"),
+    ("constant-predictor loss", "1 - |mean of the unit targets|: of the best constant under the cosine distance"),
+    ("skill", "1 - loss / constant-predictor loss, - where that is below 1e-4 or the distance is not the cosine"),
     ("|P(h)|, |z|", "mean length of the projected prediction and of its target"),
     ("effective rank", "exp(-sum p ln p), p = eigenvalues of the mean-centred covariance of the last hidden states"),
     ("mean pairwise cosine", "mean of cos(h_i, h_j) over all pairs of last hidden states"),

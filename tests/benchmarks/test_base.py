@@ -54,7 +54,7 @@ def options(**more):
 
 SLOW = """
 import time as _time
-from ._swiglu import swiglu as _swiglu
+from .ops.swiglu import swiglu as _swiglu
 def swiglu(*arguments, **options):
     _time.sleep(0.05)
     return 2 * _swiglu(*arguments, **options)

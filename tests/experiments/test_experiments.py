@@ -12,7 +12,7 @@ import pytest
 from experiments import ablations as experiments
 from experiments.analysis import overhead, records
 from experiments.console import failure
-from experiments.report import hypotheses as claims
+from experiments.report import hypotheses
 from experiments.train import run as run_module
 from tests.experiments.pretrain_cases import arms, fake, verdicts, write_text
 
@@ -204,7 +204,7 @@ def test_a_line_cut_short_by_a_crash_is_dropped_and_the_rest_kept(tmp_path):
 def test_hypotheses_stand_beside_their_differences_and_three_seeds_have_no_verdict():
     ntp = [fake("ntp", seed) for seed in range(3)]
     nitp = [fake("nitp", seed, effective_rank=9 + x) for seed, x in enumerate((0.5, 0.6, 0.55))]
-    table = claims.table_of(claims.found([ntp, nitp]))
+    table = hypotheses.table_of(hypotheses.found([ntp, nitp]))
     rows = {row[0]: row[1:] for row in table.rows}
     assert rows["nitp raises the effective rank"] == [
         "paper",
@@ -218,7 +218,7 @@ def test_hypotheses_stand_beside_their_differences_and_three_seeds_have_no_verdi
         [fake(name, seed, effective_rank=9 + seed * by) for seed in range(5)]
         for name, by in (("ntp", 0), ("b", 1))
     ]
-    table = claims.differences(five, wide=True)
+    table = hypotheses.differences(five, wide=True)
     assert table.title == 'less "ntp", paired by seed, ± 95 % interval'
     assert table.rows[0][2] == f"+2.00 ± {2.776445 * 2.5**0.5 / 5**0.5:.2f}"
 

@@ -126,7 +126,7 @@ def test_a_cell_is_the_mean_and_the_standard_deviation_over_seeds():
     )
 
 
-def test_outcomes_of_one_arm_stand_together_in_the_order_of_seeds():
+def test_results_of_one_arm_stand_together_in_the_order_of_seeds():
     mixed = [fake("b", 1), fake("a", 0), fake("b", 0), fake("a", 1)]
     assert [[(o.arm.name, o.seed) for o in group] for group in grid.by_arm(mixed)] == [
         [("b", 0), ("b", 1)],
