@@ -47,27 +47,73 @@ class _Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """The command line; bad options are one line and exit code 2."""
     result = _Parser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument
-    add("command", nargs="?", choices=("measure", "plot"), default="measure", help="what to do (default measure)")
+    add(
+        "command",
+        nargs="?",
+        choices=("measure", "plot"),
+        default="measure",
+        help="what to do (default measure)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default cpu)")
     add("--quick", action="store_true", help="cpu: small sizes and few rounds, under two minutes")
-    add("--list", action="store_true", help="print the cases with their sizes and sources, and measure nothing")
-    add("--case", action="append", choices=[*CASES, *EXTRA], metavar="NAME", help="only this case (repeatable)")
+    add(
+        "--list",
+        action="store_true",
+        help="print the cases with their sizes and sources, and measure nothing",
+    )
+    add(
+        "--case",
+        action="append",
+        choices=[*CASES, *EXTRA],
+        metavar="NAME",
+        help="only this case (repeatable)",
+    )
     add("--op", action="append", choices=cuda_run.SUBJECTS, help="only this op (repeatable)")
-    add("--dtype", action="append", choices=list(cpu_run.DTYPES), help="only this dtype (repeatable)")
-    add("--implementation", action="append", choices=list(NAMES), help="only this implementation (repeatable)")
+    add(
+        "--dtype",
+        action="append",
+        choices=list(cpu_run.DTYPES),
+        help="only this dtype (repeatable)",
+    )
+    add(
+        "--implementation",
+        action="append",
+        choices=list(NAMES),
+        help="only this implementation (repeatable)",
+    )
     add("--threads", type=int, default=2, help="cpu: torch threads (default 2)")
     malloc = "cpu: glibc's settings, or freed blocks kept (default: both; with --quick: default)"
     add("--malloc", choices=[*children.MALLOC, "both"], help=malloc)
-    add("--base", metavar="REV", help="cpu: measure ours at this revision too, in turns with this checkout")
+    add(
+        "--base",
+        metavar="REV",
+        help="cpu: measure ours at this revision too, in turns with this checkout",
+    )
     for kind, what in cpu_run.WRITERS.items():
         add(f"--{kind}", type=Path, metavar="PATH", help=f"write the results to PATH as {what[0]}")
-    add("--save", action="store_true", help="cpu: also write them to benchmarks/results/<device>/<commit>[-quick].json")
-    add("--out", type=Path, default=storage.RESULTS, help="cuda: add them to OUT/<device>/<commit>.json")
+    add(
+        "--save",
+        action="store_true",
+        help="cpu: also write them to benchmarks/results/<device>/<commit>[-quick].json",
+    )
+    add(
+        "--out",
+        type=Path,
+        default=storage.RESULTS,
+        help="cuda: add them to OUT/<device>/<commit>.json",
+    )
     add("--commit", help="cuda: the commit of a tree that came without its history")
-    add("--minutes", type=float, default=9.0, help="cuda: give up the rest after this time (default 9)")
+    add(
+        "--minutes",
+        type=float,
+        default=9.0,
+        help="cuda: give up the rest after this time (default 9)",
+    )
     return result
 
 
@@ -76,14 +122,20 @@ def listing() -> str:
     lines = []
     for op in OPS.values():
         lines.append(f"{op.name} (floor: {op.floor_name})")
-        for name, sizes in {**op.full, **{f"{name} --quick": sizes for name, sizes in op.quick.items()}}.items():
+        for name, sizes in {
+            **op.full,
+            **{f"{name} --quick": sizes for name, sizes in op.quick.items()},
+        }.items():
             written = " ".join(f"{key}={size}" for key, size in sizes.items())
-            lines.append(f"  {name:24} {written:40} {HEADS[name].source if name in HEADS else ''}".rstrip())
+            lines.append(
+                f"  {name:24} {written:40} {HEADS[name].source if name in HEADS else ''}".rstrip()
+            )
     return "\n".join([*lines, "cases of their own: " + ", ".join(EXTRA)])
 
 
 def run_cuda(options: argparse.Namespace) -> int:
-    """The same on a GPU, after the values of every op there, or benchmarks/gpu.sh's stage `test` of this commit."""
+    """The same on a GPU, after the values of every op there, or benchmarks/gpu.sh's stage `test` of
+    this commit."""
     if not run_report.tests_are_green(options.commit, options.out):
         reason = pytest_failure([environment.ROOT / "tests/gpu/test_values.py"])
         if reason:

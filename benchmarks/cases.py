@@ -1,7 +1,7 @@
 """What is measured: each op's inputs, its sizes, and the floor that its time is divided by.
 
-The floor of a GEMM-bound op is its own GEMMs, called alone with outputs that exist already. The floor of a
-memory-bound op is one `copy_` that moves as many bytes as forward and backward must read and write.
+The floor of a GEMM-bound op is its own GEMMs, called alone with outputs that exist already; that of
+a memory-bound op is one `copy_` of the bytes that forward and backward must read and write.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Gemm = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of one op by name, the gradient that backward starts from (None: 1), options that are no tensors."""
+    """Arguments of one op by name, the upstream gradient (None: 1), options that are no tensors."""
 
     arguments: dict[str, Tensor]
     upstream: Tensor | None = None
@@ -56,14 +56,16 @@ class Inputs:
             return tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
 
         arguments = {name: converted(tensor) for name, tensor in self.arguments.items()}
-        return Inputs(arguments, None if self.upstream is None else converted(self.upstream), self.options)
+        return Inputs(
+            arguments, None if self.upstream is None else converted(self.upstream), self.options
+        )
 
 
 @dataclass(frozen=True)
 class Op:
-    """One op: how to make its inputs and its floor on the default device, at which sizes (case name -> sizes; toy: for
-    tests), and how many rows the float64 check takes. layers: the GEMMs of a GEMM-bound op, None where it is
-    memory-bound. moved: numbers that forward and backward must read or write, each once."""
+    """One op: its inputs and its floor on the default device, at which sizes (toy: for tests).
+
+    layers: the GEMMs of a GEMM-bound op, else None. moved: numbers that it must read or write."""
 
     name: str
     floor_name: str
@@ -99,8 +101,7 @@ def _leaf(shape: tuple[int, ...], dtype: torch.dtype, seed: int, scale: float = 
 
 
 def gemms(layers: Layers, dtype: torch.dtype) -> list[Gemm]:
-    """(left, right, out) of the three GEMMs of each linear layer: output, input gradient, weight gradient.
-
+    """(left, right, out) of each linear layer's GEMMs: output, input gradient, weight gradient.
     Rows of the output are as far apart as the library's rows of logits."""
     calls = []
     for n, k, m in layers:
@@ -179,7 +180,9 @@ def _implicit_token_loss_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
 def _alignment_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
     shape = sizes["N"], sizes["D"]
     prediction, target = _leaf(shape, dtype, 0), _random(shape, dtype, 1)
-    return Inputs({"prediction": prediction, "target": target}, _random(shape[:1], torch.float32, 2))
+    return Inputs(
+        {"prediction": prediction, "target": target}, _random(shape[:1], torch.float32, 2)
+    )
 
 
 def _alignment_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
@@ -188,7 +191,9 @@ def _alignment_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
 
 def _swiglu_inputs(sizes: Sizes, dtype: torch.dtype) -> Inputs:
     shape = sizes["N"], sizes["m"]
-    return Inputs({"gate": _leaf(shape, dtype, 0), "up": _leaf(shape, dtype, 1)}, _random(shape, dtype, 2))
+    return Inputs(
+        {"gate": _leaf(shape, dtype, 0), "up": _leaf(shape, dtype, 1)}, _random(shape, dtype, 2)
+    )
 
 
 def _swiglu_floor(sizes: Sizes, dtype: torch.dtype) -> Floor:
@@ -219,10 +224,14 @@ OPS: dict[str, Op] = {
     for op in (
         Op(
             "swiglu",
-            "copy of the same bytes: 8 N m numbers (forward reads 2, writes 1; backward reads 3, writes 2)",
+            "copy of the same bytes: 8 N m numbers (forward reads 2, writes 1; backward reads 3, "
+            "writes 2)",
             _swiglu_inputs,
             _swiglu_floor,
-            full={name: {"N": 4096, "m": 4 * PROJECTORS[name].width} for name in ("NITP-MoE-3B", "NITP-MoE-9B")},
+            full={
+                name: {"N": 4096, "m": 4 * PROJECTORS[name].width}
+                for name in ("NITP-MoE-3B", "NITP-MoE-9B")
+            },
             quick={"NITP-MoE-1.9B": {"N": 2048, "m": 2048}},
             cuda={"NITP-MoE-1.9B": {"N": 2048, "m": 2048}, "d=2048": {"N": 16384, "m": 8192}},
             toy={"N": 6, "m": 8},
@@ -234,7 +243,10 @@ OPS: dict[str, Op] = {
             "copy of the same bytes: 5 N D numbers (forward reads 2; backward reads 2, writes 1)",
             _alignment_inputs,
             _alignment_floor,
-            full={name: {"N": 8192, "D": PROJECTORS[name].width} for name in ("NITP-MoE-9B", "NITP-MoE-45B")},
+            full={
+                name: {"N": 8192, "D": PROJECTORS[name].width}
+                for name in ("NITP-MoE-9B", "NITP-MoE-45B")
+            },
             quick={"NITP-MoE-9B": {"N": 4096, "D": 1280}},
             cuda={"d=1024": {"N": 4096, "D": 1024}, "Llama-3-8B": {"N": 65536, "D": 4096}},
             toy={"N": 6, "D": 8},

@@ -1,8 +1,9 @@
-"""Who computes: our op on each backend, the formula as one writes it in PyTorch, that formula compiled, PyTorch's own
-op, other projects (`peers`).
+"""Who computes: our op on each backend, the formula as one writes it in PyTorch, that formula
+compiled, PyTorch's own op, other projects (`peers`).
 
-Every function takes the arguments of `cases.Inputs` by name. Cosine losses are formed in float32, as the formula must
-be (bfloat16 numbers just below 1 are 0.004 apart); logits stay in the GEMM's dtype unless the name says float32.
+Every function takes the arguments of `cases.Inputs` by name. Cosine losses are formed in float32,
+as the formula must be (bfloat16 numbers just below 1 are 0.004 apart); logits stay in the GEMM's
+dtype unless the name says float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _linear_cross_entropy(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+def _linear_cross_entropy(
+    hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+) -> Tensor:
     return F.cross_entropy(_capped(F.linear(hidden, unembedding), softcap), labels)
 
 
@@ -41,7 +44,9 @@ def _wide_linear_cross_entropy(
     return F.cross_entropy(_capped(F.linear(hidden, unembedding).float(), softcap), labels)
 
 
-def _implicit_token_loss(hidden: Tensor, target: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _implicit_token_loss(
+    hidden: Tensor, target: Tensor, gate: Tensor, up: Tensor, down: Tensor
+) -> Tensor:
     states = hidden[:-1]
     prediction = F.linear(_swiglu(F.linear(states, gate), F.linear(states, up)), down)
     return _alignment(prediction, target[1:]).mean()
@@ -68,7 +73,8 @@ NAMES = {
 }
 #: What a quick run leaves out, and why.
 SLOW = {
-    "ours-compiled": "ours stands for it: torch.compile changes what happens between ops, and each case is one",
+    "ours-compiled": "ours stands for it: torch.compile changes what happens between ops, and "
+    "each case is one",
     "ours-reference": "eager and eager-float32 stand for it",
     "torch": "its automatic options take up to a minute and a half a step on two cores",
     "cce": "its form for CPU compiles for half a minute",
@@ -76,7 +82,8 @@ SLOW = {
 
 
 def names_for(op: str) -> list[str]:
-    """The implementations of one op: those of the cross-entropy alone beside linear_cross_entropy only."""
+    """The implementations of one op: those of the cross-entropy alone beside linear_cross_entropy
+    only."""
     own = {"eager-float32", *peers.PEERS}
     return [name for name in NAMES if name not in own or op == "linear_cross_entropy"]
 
@@ -93,7 +100,9 @@ def forward(op: str, name: str) -> Forward:
     if name in BACKENDS:
         return partial(getattr(nitp_ops, op), backend=BACKENDS[name])
     if name == "ours-compiled":
-        return torch.compile(partial(getattr(nitp_ops, op), backend=BACKENDS["ours"]), dynamic=False)
+        return torch.compile(
+            partial(getattr(nitp_ops, op), backend=BACKENDS["ours"]), dynamic=False
+        )
     if name == "eager":
         return EAGER[op]
     if name == "eager-float32":

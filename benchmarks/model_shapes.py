@@ -1,4 +1,5 @@
-"""The output heads of real models: width, vocabulary, softcap, and where those numbers are published."""
+"""The output heads of real models: width, vocabulary, softcap, and where those numbers are
+published."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ _CONFIG = "config.json"
 
 @dataclass(frozen=True)
 class Head:
-    """unembedding [vocabulary, width]; softcap: logits become `softcap tanh(z / softcap)` (0: they do not)."""
+    """unembedding [vocabulary, width]; softcap: logits become `softcap tanh(z / softcap)` (0: they
+    do not)."""
 
     name: str
     width: int

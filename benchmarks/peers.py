@@ -1,8 +1,10 @@
-"""Fused cross-entropies of PyTorch and of other projects, each behind the arguments of `cases`, imported if asked for.
+"""Fused cross-entropies of PyTorch and of other projects, each behind the arguments of `cases`,
+imported if asked for.
 
-A peer runs at the best settings that its documentation names; the docstring of its adapter names the version whose
-signature it was written against. Peers are called from outside and timed; nothing of theirs is copied. What a peer
-cannot do is said by `unavailable`, which imports none of them, and raised by its adapter.
+A peer runs at the best settings that its documentation names; the docstring of its adapter names
+the version whose signature it was written against. Peers are called from outside and timed; nothing
+of theirs is copied. What a peer cannot do is said by `unavailable`, which imports none of them, and
+raised by its adapter.
 """
 
 from __future__ import annotations
@@ -27,9 +29,10 @@ HALF = (torch.bfloat16, torch.float16)
 class Peer:
     """What it is, how to get its function, and what it asks for.
 
-    modules: top-level names that must be installed. least: compute capability of the GPU that it needs (None: it also
-    runs on a CPU); exactly: that one and no newer. multiples: what rows and vocabulary must be multiples of. softcap:
-    whether it has one."""
+    modules: top-level names that must be installed. least: compute capability of the GPU that it
+        needs (None: it also
+    runs on a CPU); exactly: that one and no newer. multiples: what rows and vocabulary must be
+    multiples of. softcap: whether it has one."""
 
     what: str
     make: Callable[[], Forward]
@@ -45,7 +48,11 @@ def _torch(acc_policy: str = "auto", chunks: int = 0) -> Forward:
     """torch 2.13; chunks=0 leaves their number to it."""
 
     def run(hidden: Tensor, unembedding: Tensor, labels: Tensor) -> Tensor:
-        split = {"batch_chunk_size": -(-len(hidden) // chunks), "chunking_method": None} if chunks else {}
+        split = (
+            {"batch_chunk_size": -(-len(hidden) // chunks), "chunking_method": None}
+            if chunks
+            else {}
+        )
         options = torch.nn.LinearCrossEntropyOptions(acc_policy=acc_policy, **split)  # type: ignore[arg-type]
         return F.linear_cross_entropy(hidden, unembedding, labels, options=options)
 
@@ -53,10 +60,13 @@ def _torch(acc_policy: str = "auto", chunks: int = 0) -> Forward:
 
 
 def _liger() -> Forward:
-    """liger-kernel 0.8.5, whose functional API chooses an implementation by name: this one also without CuTe."""
+    """liger-kernel 0.8.5, whose functional API chooses an implementation by name: this one also
+    without CuTe."""
     from liger_kernel.functional import fused_linear_cross_entropy  # type: ignore[reportMissingImports]
 
-    def run(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    def run(
+        hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
         options = {"softcap": softcap, "accum_dtype": torch.float32, "impl": "nvidia-triton"}
         return fused_linear_cross_entropy(hidden, unembedding, labels, **options)[0]
 
@@ -64,7 +74,8 @@ def _liger() -> Forward:
 
 
 def _liger_sm90() -> Forward:
-    """liger-kernel 0.8.5, its CuTe path for Hopper, which no public function of that version reaches."""
+    """liger-kernel 0.8.5, its CuTe path for Hopper, which no public function of that version
+    reaches."""
     from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90  # type: ignore[reportMissingImports]
 
     return _in_order(fused_linear_cross_entropy_sm90.liger_fused_linear_cross_entropy_sm90)
@@ -74,9 +85,13 @@ def _cut_cross_entropy(**options: Any) -> Forward:
     """cut-cross-entropy 25.1.1."""
     from cut_cross_entropy import linear_cross_entropy  # type: ignore[reportMissingImports]
 
-    def run(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    def run(
+        hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
         kernel: dict[str, Any] = {} if hidden.is_cuda else {"impl": "torch_compile"}
-        return linear_cross_entropy(hidden, unembedding, labels, softcap=softcap, **kernel, **options)
+        return linear_cross_entropy(
+            hidden, unembedding, labels, softcap=softcap, **kernel, **options
+        )
 
     return run
 
@@ -89,24 +104,31 @@ def _quack(use_scaled_exp: bool) -> Forward:
 
 
 def _trl() -> Forward:
-    """trl 1.16.0: log-probabilities of the labels as its SFT trainer asks for them, 32768 columns at a time."""
+    """trl 1.16.0: log-probabilities of the labels as its SFT trainer asks for them, 32768 columns
+    at a time."""
     from trl.kernels import ChunkedLogProbFunction  # type: ignore[reportMissingImports]
 
-    def run(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
-        found = ChunkedLogProbFunction.apply(hidden, unembedding, None, labels, 1.0, 32768, softcap, 1.0, ())
+    def run(
+        hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
+        found = ChunkedLogProbFunction.apply(
+            hidden, unembedding, None, labels, 1.0, 32768, softcap, 1.0, ()
+        )
         return -found[0].mean()  # type: ignore[index]
 
     return run
 
 
 def _unsloth() -> Forward:
-    """unsloth_zoo 2026.10.9. Its import replaces functions of torch and of transformers: run it after all others of a
-    process."""
+    """unsloth_zoo 2026.10.9. Its import replaces functions of torch and of transformers: run it
+    after all others of a process."""
     from unsloth_zoo.fused_losses.cross_entropy_loss import (  # type: ignore[reportMissingImports]
         unsloth_fused_ce_loss,
     )
 
-    def run(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    def run(
+        hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
         options = {"shift_labels": False, "logit_softcapping": softcap or 0}
         return unsloth_fused_ce_loss(None, hidden[None], unembedding, None, labels[None], **options)
 
@@ -138,7 +160,8 @@ PEERS: dict[str, Peer] = {
         _liger_sm90, ("liger_kernel", "cutlass"), _HOPPER, True, (torch.bfloat16,), (128, 256),
     ),
     "cce": Peer(
-        "cut-cross-entropy, its default gradient filter; on CPU its documented impl='torch_compile'",
+        "cut-cross-entropy, its default gradient filter; on CPU its documented "
+        "impl='torch_compile'",
         _cut_cross_entropy, ("cut_cross_entropy",), softcap=True,
     ),
     "cce-exact": Peer(
@@ -146,21 +169,26 @@ PEERS: dict[str, Peer] = {
         partial(_cut_cross_entropy, filter_eps=None), ("cut_cross_entropy",), _ANY_GPU, softcap=True,
     ),
     "quack-scaled-exp": Peer(
-        "quack's chunked linear cross-entropy, use_scaled_exp=True: exp in the GEMM, its default on Hopper",
+        "quack's chunked linear cross-entropy, use_scaled_exp=True: exp in the GEMM, its default "
+        "on Hopper",
         partial(_quack, True), _CUTE, _HOPPER, True, (torch.bfloat16,), (1, 128),
     ),
     "quack-rows": Peer(
         "quack's chunked linear cross-entropy, use_scaled_exp=False: a kernel for the rows",
         partial(_quack, False), _CUTE, _HOPPER, dtypes=HALF,
     ),
-    "trl": Peer("TRL's chunked log-probabilities, as its SFT trainer calls them", _trl, ("trl",), softcap=True),
+    "trl": Peer("TRL's chunked log-probabilities, as its SFT trainer calls "
+                "them", _trl, ("trl",), softcap=True),
     "unsloth": Peer(
-        "Unsloth's fused cross-entropy loss", _unsloth, ("unsloth_zoo", "unsloth"), _ANY_GPU, softcap=True
+        "Unsloth's fused "
+        "cross-entropy loss", _unsloth, ("unsloth_zoo", "unsloth"), _ANY_GPU, softcap=True
     ),
 }  # fmt: skip
 
 
-def unavailable(name: str, sizes: Sizes, dtype: torch.dtype, capability: Capability | None) -> str | None:
+def unavailable(
+    name: str, sizes: Sizes, dtype: torch.dtype, capability: Capability | None
+) -> str | None:
     """Why a peer cannot run a case, in one line, or None. Nothing is imported and no device asked.
 
     sizes: N and V, softcap where there is one. capability: of the GPU, None on a CPU."""
@@ -175,7 +203,9 @@ def _missing(name: str) -> str | None:
     return f"{name} needs {', '.join(absent)}, not installed" if absent else None
 
 
-def _asked_for(name: str, peer: Peer, sizes: Sizes, dtype: torch.dtype, capability: Capability | None) -> str | None:
+def _asked_for(
+    name: str, peer: Peer, sizes: Sizes, dtype: torch.dtype, capability: Capability | None
+) -> str | None:
     if peer.least is not None:
         wanted = f"compute capability {peer.least[0]}.{peer.least[1]}"
         if capability is None:
@@ -194,7 +224,8 @@ def _asked_for(name: str, peer: Peer, sizes: Sizes, dtype: torch.dtype, capabili
 
 
 def forward(name: str) -> Forward:
-    """The linear_cross_entropy of one peer; it raises NotImplementedError for a case that it cannot run.
+    """The linear_cross_entropy of one peer; it raises NotImplementedError for a case that it cannot
+    run.
 
     Raises:
         ImportError: it, or something that it needs, is not installed.
@@ -204,7 +235,9 @@ def forward(name: str) -> Forward:
         raise ImportError(reason)
     function = peer.make()
 
-    def run(hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    def run(
+        hidden: Tensor, unembedding: Tensor, labels: Tensor, softcap: float | None = None
+    ) -> Tensor:
         capability = torch.cuda.get_device_capability(hidden.device) if hidden.is_cuda else None
         sizes: dict[str, Any] = {"N": len(hidden), "V": len(unembedding), "softcap": softcap}
         cannot = _asked_for(name, peer, sizes, hidden.dtype, capability)

@@ -1,8 +1,10 @@
-"""A Hugging Face model, an objective attached to it in place, an ordinary training loop, a checkpoint and an export.
+"""A Hugging Face model, an objective attached to it in place, an ordinary training loop, a
+checkpoint and an export.
 
     python examples/attach.py [steps]
 
-A tiny random Llama trains on the bytes of Python's own standard library. Needs what `pip install transformers` brings.
+A tiny random Llama trains on the bytes of Python's own standard library. Needs what `pip install
+transformers` brings.
 """
 
 from __future__ import annotations
@@ -22,10 +24,13 @@ CONTEXT, ROWS, MICROBATCHES = 64, 8, 2
 
 
 def batch(seed: int) -> dict[str, Tensor]:
-    """Rows of bytes from the sources of the standard library, the labels unshifted as Hugging Face has them."""
+    """Rows of bytes from the sources of the standard library, the labels unshifted as Hugging Face
+    has them."""
     text = b"".join(inspect.getsource(module).encode() for module in (inspect, random))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    starts = torch.randint(len(data) - CONTEXT, (ROWS,), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = torch.randint(
+        len(data) - CONTEXT, (ROWS,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     ids = torch.stack([data[start : start + CONTEXT] for start in starts])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
@@ -50,7 +55,8 @@ def main(steps: int = 40) -> list[float]:
     for step in range(steps):
         window = [batch(MICROBATCHES * step + index) for index in range(MICROBATCHES)]
         handle.set_step(step)
-        handle.set_counts(handle.count(window[0]) + handle.count(window[1]))  # so that microbatches add up exactly
+        # so that microbatches add up exactly
+        handle.set_counts(handle.count(window[0]) + handle.count(window[1]))
         metrics = []
         for microbatch in window:
             model(**microbatch).loss.backward()
@@ -66,12 +72,15 @@ def main(steps: int = 40) -> list[float]:
         model.save_pretrained(folder)  # the plain model
         plain = LlamaForCausalLM.from_pretrained(folder)
     prompt = torch.tensor([list(b"    def ")])
-    written = plain.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)  # type: ignore[attr-defined]
+    mask = torch.ones_like(prompt)
+    written = plain.generate(prompt, attention_mask=mask, max_new_tokens=24, do_sample=False)  # type: ignore[attr-defined]
     print("written by the exported model:", repr(bytes(written[0].tolist())))
     return losses
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("steps", nargs="?", type=int, default=40)
     main(parser.parse_args().steps)

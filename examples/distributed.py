@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/distributed.py
 
-Three things make it exact. Counts are those of the whole window, summed over ranks in one collective. The head is
-read inside its own call, so its FSDP2 group gathers it and reduces its gradient. The objective, with its projector, is
-a part of the model that `fully_shard` wraps.
+Three things make it exact. Counts are those of the whole window, summed over ranks in one
+collective. The head is read inside its own call, so its FSDP2 group gathers it and reduces its
+gradient. The objective, with its projector, is a part of the model that `fully_shard` wraps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ ACCUMULATE, SEQUENCES, LENGTH = 2, 4, 24
 
 
 class Block(nn.Module):
-    """``x + W tanh(V x)`` over the mean of all earlier positions and this one: what stands here for attention."""
+    """``x + W tanh(V x)`` over the mean of all earlier positions and this one: what stands here for
+    attention."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +64,9 @@ def window(step: int, rank: int) -> list[tuple[Tensor, Tensor]]:
     draw = torch.Generator().manual_seed(1000 * rank + step)
     found = []
     for _ in range(ACCUMULATE):
-        first, stride = (torch.randint(1, high, (SEQUENCES, 1), generator=draw) for high in (INFO.vocab_size, 9))
+        first, stride = (
+            torch.randint(1, high, (SEQUENCES, 1), generator=draw) for high in (INFO.vocab_size, 9)
+        )
         ids = (first + stride * torch.arange(LENGTH)) % INFO.vocab_size
         lengths = torch.randint(2, LENGTH + 1, (SEQUENCES, 1), generator=draw)
         found.append((ids, (torch.arange(LENGTH) < lengths).long()))
@@ -80,12 +83,16 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(40):
         batches = window(step, rank)
-        counts = [model.objective.count(Streams(token_ids=ids, attention_mask=mask)) for ids, mask in batches]
+        counts = [
+            model.objective.count(Streams(token_ids=ids, attention_mask=mask))
+            for ids, mask in batches
+        ]
         whole = (counts[0] + counts[1]).all_reduce()
         measured = None
         for ids, mask in batches:
             out = model(ids, mask, whole)
-            out.loss.backward()  # FSDP2 averages over ranks, which the objective has already made up for
+            # FSDP2 averages over ranks, which the objective has already made up for
+            out.loss.backward()
             measured = out.metrics if measured is None else measured + out.metrics
         optimizer.step()
         optimizer.zero_grad()
@@ -93,9 +100,13 @@ def main() -> None:
         if step % 10 == 9:
             found = measured.all_reduce().compute()
             if rank == 0:
-                shown = {name: round(found[name], 4) for name in ("loss", "ntp/loss", "nitp/loss", "nitp/skill")}
+                shown = {
+                    name: round(found[name], 4)
+                    for name in ("loss", "ntp/loss", "nitp/loss", "nitp/skill")
+                }
                 print(f"step {step + 1}: {shown}, {found['ntp/count']} targets")
-    dist.barrier()  # gloo's threads drop the last tensors here, not while the interpreter shuts down
+    # gloo's threads drop the last tensors here, not while the interpreter shuts down
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,11 +1,13 @@
-"""Decode with the heads that multi-token objectives train: the text of plain greedy decoding, in fewer calls.
+"""Decode with the heads that multi-token objectives train: the text of plain greedy decoding, in
+fewer calls.
 
     python examples/draft.py                                       # shared, parallel, sequential heads: a minute each
     python examples/draft.py --objectives "ntp + mtp_parallel(offsets=[2, 3])" --data my.txt
     python examples/draft.py --from runs/pretrain/ntp-mtp_parallel # of examples/pretrain.py --keep-heads
 
-Trains one small model for each objective, exports it with its heads, loads both files again and decodes held-out text
-with a cache of keys and values: token by token, then drafted. Needs rich, matplotlib and safetensors.
+Trains one small model for each objective, exports it with its heads, loads both files again and
+decodes held-out text with a cache of keys and values: token by token, then drafted. Needs rich,
+matplotlib and safetensors.
 """
 
 from __future__ import annotations

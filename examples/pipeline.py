@@ -2,9 +2,10 @@
 
     torchrun --nproc-per-node 2 examples/pipeline.py
 
-nitp compares the last hidden state with that of a lower block, which an earlier stage computes. So each stage hands on
-(residual stream, tapped state); the tapped state is detached where it is tapped, so no gradient travels back for it.
-The objective, with its projector, is part of the last stage.
+nitp compares the last hidden state with that of a lower block, which an earlier stage computes. So
+each stage hands on (residual stream, tapped state); the tapped state is detached where it is
+tapped, so no gradient travels back for it. The objective, with its projector, is part of the last
+stage.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enter, self.leave = nn.Linear(16, 32, dtype=INFO.dtype), nn.Linear(32, 16, dtype=INFO.dtype)
+        self.enter, self.leave = (
+            nn.Linear(16, 32, dtype=INFO.dtype),
+            nn.Linear(32, 16, dtype=INFO.dtype),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.leave(self.enter(x).tanh())
@@ -50,7 +54,8 @@ class FirstStage(nn.Module):
 
 
 class LastStage(nn.Module):
-    """(x, s) to (h, s): the final hidden state. It owns the head and the objective, which `loss` reads."""
+    """(x, s) to (h, s): the final hidden state. It owns the head and the objective, which `loss`
+    reads."""
 
     def __init__(self, blocks: Sequence[nn.Module], objective: CompositeObjective) -> None:
         super().__init__()
@@ -64,7 +69,9 @@ class LastStage(nn.Module):
 
     def loss(self, outputs: tuple[Tensor, Tensor], token_ids: Tensor, counts: Counts) -> Tensor:
         hidden, tapped = outputs
-        streams = Streams(token_ids=token_ids, last_hidden=hidden, hidden_states={TAP: tapped}, head=self.head)
+        streams = Streams(
+            token_ids=token_ids, last_hidden=hidden, hidden_states={TAP: tapped}, head=self.head
+        )
         return self.objective(streams, counts=counts).loss
 
 
@@ -81,10 +88,14 @@ def main() -> None:
     mine = (first, last)[rank]
     stage = PipelineStage(mine, rank, 2, torch.device("cpu"))
     ids = torch.randint(64, (8, 32), generator=torch.Generator().manual_seed(1))
-    # counts are those of all microbatches: their losses add up, so the schedule must not scale gradients
+    # counts are those of all microbatches: their losses add up, so the schedule must not scale
+    # gradients
     counts = last.objective.count(Streams(token_ids=ids))
     schedule = Schedule1F1B(
-        stage, n_microbatches=4, loss_fn=lambda out, target: last.loss(out, target, counts), scale_grads=False
+        stage,
+        n_microbatches=4,
+        loss_fn=lambda out, target: last.loss(out, target, counts),
+        scale_grads=False,
     )
     optimizer = torch.optim.AdamW(mine.parameters(), lr=3e-3)
     for number in range(5):
@@ -94,7 +105,8 @@ def main() -> None:
         optimizer.step()
         if losses:
             print(f"step {number}: loss {torch.stack(losses).sum().item():.4f}")
-    dist.barrier()  # gloo's threads drop the last tensors here, not while the interpreter shuts down
+    # gloo's threads drop the last tensors here, not while the interpreter shuts down
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -1,4 +1,5 @@
-"""A plain training loop in the manner of nanoGPT, with NITP beside next-token prediction: three lines more.
+"""A plain training loop in the manner of nanoGPT, with NITP beside next-token prediction: three
+lines more.
 
     python examples/plain_loop.py [steps]
 
@@ -28,10 +29,14 @@ class Block(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.attn, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.mlp = nn.Sequential(
+            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.attn(self.ln_1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.attn(self.ln_1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        )
         seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.proj(seen.transpose(1, 2).flatten(2))
         return x + self.mlp(self.ln_2(x))
@@ -59,7 +64,9 @@ def batches(seed: int) -> tuple[Tensor, Tensor]:
     """Inputs and pre-shifted targets [ROWS, CONTEXT] from the sources of the standard library."""
     text = b"".join(inspect.getsource(module).encode() for module in (inspect, random))
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    starts = torch.randint(len(data) - CONTEXT, (ROWS,), generator=torch.Generator().manual_seed(seed)).tolist()
+    starts = torch.randint(
+        len(data) - CONTEXT, (ROWS,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
     rows = torch.stack([data[start : start + CONTEXT + 1] for start in starts])
     return rows[:, :-1], rows[:, 1:]
 
@@ -77,7 +84,8 @@ def main(steps: int = 60) -> list[float]:
         x, y = batches(step)
         with tapped:  # added: collect the streams of this pass
             model(x)
-        out = objective(tapped.streams(token_ids=x, shift_labels=y))  # added: in place of F.cross_entropy
+        # added: in place of F.cross_entropy
+        out = objective(tapped.streams(token_ids=x, shift_labels=y))
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -89,6 +97,8 @@ def main(steps: int = 60) -> list[float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("steps", nargs="?", type=int, default=60)
     main(parser.parse_args().steps)

@@ -1,1 +1,2 @@
-"""What repeats trainings and draws conclusions; `examples/pretrain.py` and `examples/draft.py` are made of it too."""
+"""What repeats trainings and draws conclusions; `examples/pretrain.py` and `examples/draft.py` are
+made of it too."""

@@ -1,11 +1,13 @@
-"""Measure the paper's control arms and the whole-step overhead on real text, and write docs/experiments.md.
+"""Measure the paper's control arms and the whole-step overhead on real text, and write
+docs/experiments.md.
 
     python experiments/ablations.py                                 # everything, with the budget that --help names
     python experiments/ablations.py --experiments overhead         # one of them; the document keeps what is measured
     python experiments/ablations.py --experiments                  # write the document again from the records
 
-Every finished measurement is a line in records.jsonl under --out: the same command continues after a stop and
-measures nothing twice. Other settings want another --out. Needs rich, matplotlib and safetensors.
+Every finished measurement is a line in records.jsonl under --out: the same command continues after
+a stop and measures nothing twice. Other settings want another --out. Needs rich, matplotlib and
+safetensors.
 """
 
 from __future__ import annotations

@@ -44,7 +44,10 @@ def compare(options: Options) -> None:
 def _compare(options: Options, console: Console, arms: list[Arm], corpus: Corpus) -> None:
     console.print(corpus.description)
     if backend_for(options.device) is not None:
-        console.print(f"no row kernels serve {options.device} here: the objectives run as plain PyTorch equations")
+        console.print(
+            f"no row kernels serve {options.device} here: the objectives run as plain PyTorch "
+            "equations"
+        )
     few = len(arms) <= table.WIDE
     if not few:
         console.print(table.for_terminal(table.plan(arms)))
@@ -70,7 +73,8 @@ def _compare(options: Options, console: Console, arms: list[Arm], corpus: Corpus
     image, report = options.out / "comparison.png", options.out / "report.html"
     page.write(report, options, corpus, groups, costs, figures.draw(image, groups, costs))
     console.print(
-        f"\ncurves: {image}; everything on one page: {report}; tables and weights: {options.out}/<objective>/"
+        f"\ncurves: {image}; everything on one page: {report}; tables and weights: "
+        f"{options.out}/<objective>/"
     )
     if failure is not None:
         raise failure
@@ -83,7 +87,8 @@ def terminal() -> Console:
 
 
 def check_resumable(options: Options, corpus: Corpus, arms: list[Arm]) -> None:
-    """Refuse to resume, before anything trains, where a checkpoint is missing, damaged or of another run."""
+    """Refuse to resume, before anything trains, where a checkpoint is missing, damaged or of
+    another run."""
     runs = [(arm, options.of_seed(seed)) for arm in arms for seed in options.seeds]
     paths = [(arm, own, arm.run_folder(own) / "checkpoint.pt") for arm, own in runs]
     stored = [(arm, own, stored_checkpoint(path)) for arm, own, path in paths]
@@ -96,14 +101,17 @@ def check_resumable(options: Options, corpus: Corpus, arms: list[Arm]) -> None:
 
 
 def train_shown(run: Run, console: Console) -> HeldOut:
-    """Take the remaining steps under a progress bar (none where the output is no terminal), each look a line."""
+    """Take the remaining steps under a progress bar (none where the output is no terminal), each
+    look a line."""
     columns = [
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]}"),
     ]
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(run.name, total=run.options.steps, completed=run.done, loss="-")
 
         def on_step(row: dict[str, float]) -> None:
@@ -116,7 +124,9 @@ def _looker(show: Callable[[str], None]) -> Callable[[HeldOut], None]:
     def on_look(look: HeldOut) -> None:
         latent = ""
         for label, (loss, floor, _) in look.latent.items():
-            latent += f"  {label} {loss:.4f}" + ("" if math.isnan(floor) else f" (constant predictor {floor:.4f})")
+            latent += f"  {label} {loss:.4f}" + (
+                "" if math.isnan(floor) else f" (constant predictor {floor:.4f})"
+            )
         show(
             f"step {look.step:>5}  held-out cross-entropy {look.cross_entropy:.4f}{latent}"
             f"  effective rank {look.effective_rank:.1f}  mean cosine {look.mean_cosine:.3f}"

@@ -1,4 +1,5 @@
-"""Drafting, shown: train small models with heads, decode held-out text plain and drafted, say what was saved."""
+"""Drafting, shown: train small models with heads, decode held-out text plain and drafted, say what
+was saved."""
 
 from __future__ import annotations
 
@@ -23,7 +24,11 @@ from .train.heads import load_exported
 from .train.loop import prepare
 from .train.options import Options, options_of, training_parser, whole
 
-OBJECTIVES = ["ntp + 0.3*mtp_shared(offsets=[2, 3])", "ntp + mtp_parallel", "ntp + mtp_sequential(depth=3)"]
+OBJECTIVES = [
+    "ntp + 0.3*mtp_shared(offsets=[2, 3])",
+    "ntp + mtp_parallel",
+    "ntp + mtp_sequential(depth=3)",
+]
 
 
 @dataclass(frozen=True)
@@ -41,17 +46,35 @@ def parse(arguments: list[str] | None) -> Plan:
     """The plan of a command line.
 
     Raises:
-        BadInput: an unknown option, a value out of range, shapes that do not fit, more tokens than the context holds.
+        BadInput: an unknown option, a value out of range, shapes that do not fit, more tokens than
+            the context holds.
     """
-    parser = training_parser("draft", "Decode with the heads of multi-token objectives.", "runs/draft")
+    parser = training_parser(
+        "draft", "Decode with the heads of multi-token objectives.", "runs/draft"
+    )
     add = parser.add_argument
     add("--objectives", nargs="+", metavar="EXPRESSION", default=OBJECTIVES, help="a model each")
-    add("--from", dest="folders", nargs="+", type=Path, default=[], metavar="DIR", help="exported runs: train nothing")
-    add("--prompts", type=whole(1), default=12, help="held-out windows whose first tokens are continued")
+    add(
+        "--from",
+        dest="folders",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="DIR",
+        help="exported runs: train nothing",
+    )
+    add(
+        "--prompts",
+        type=whole(1),
+        default=12,
+        help="held-out windows whose first tokens are continued",
+    )
     add("--prompt-tokens", type=whole(1), default=32, help="tokens of a prompt")
     add("--new-tokens", type=whole(1), default=128, help="tokens to decode")
     # many thin blocks: an own head is one block beside them, as in a real model
-    parser.set_defaults(steps=250, dim=96, layers=8, context=192, batch=8, eval_every=125, eval_windows=32)
+    parser.set_defaults(
+        steps=250, dim=96, layers=8, context=192, batch=8, eval_every=125, eval_windows=32
+    )
     values = vars(parser.parse_args(arguments))
     own = {name: values.pop(name) for name in ("folders", "prompts", "prompt_tokens", "new_tokens")}
     values |= {"controls": False, "resume": True, "keep_heads": True, "fused_head": False}
@@ -90,7 +113,9 @@ def _decoded(name: str, folder: Path, plan: Plan, corpus: Corpus) -> Comparison:
     _check_heads(objective, str(folder))
     _check_room(plan, model.config.context)
     device = torch.device(plan.options.device)
-    windows = torch.linspace(0, len(corpus.held_out) - 1, min(plan.prompts, len(corpus.held_out))).long()
+    windows = torch.linspace(
+        0, len(corpus.held_out) - 1, min(plan.prompts, len(corpus.held_out))
+    ).long()
     tokens, _ = corpus.held_out.take(windows)
     prompts = list(tokens[:, : plan.prompt_tokens].to(device).split(1))
     return compare(name, model.to(device), objective.to(device), prompts, plan.new_tokens)
@@ -98,17 +123,23 @@ def _decoded(name: str, folder: Path, plan: Plan, corpus: Corpus) -> Comparison:
 
 def _check_heads(objective: CompositeObjective, where: str) -> None:
     modules = dict(objective.terms.items())
-    able = [x for x in objective.spec.terms if x.drafter(modules.get(str(x.label)), objective.info) is not None]
+    able = [
+        x
+        for x in objective.spec.terms
+        if x.drafter(modules.get(str(x.label)), objective.info) is not None
+    ]
     if len(able) != 1:
         names = ", ".join(str(term.label) for term in able) or "no term"
-        raise BadInput(f"{where}: {names} can draft, expected one mtp_shared, mtp_parallel or mtp_sequential")
+        raise BadInput(
+            f"{where}: {names} can draft, expected one mtp_shared, mtp_parallel or mtp_sequential"
+        )
 
 
 def _check_room(plan: Plan, context: int) -> None:
     if (wanted := plan.prompt_tokens + plan.new_tokens) > context:
         raise BadInput(
-            f"--prompt-tokens {plan.prompt_tokens} --new-tokens {plan.new_tokens}: {wanted} tokens, "
-            f"expected at most the context of {context}"
+            f"--prompt-tokens {plan.prompt_tokens} --new-tokens {plan.new_tokens}: {wanted} "
+            f"tokens, expected at most the context of {context}"
         )
 
 
@@ -141,5 +172,7 @@ def table(found: Sequence[Comparison]) -> Table:
         for x in found
     ]
     drafts = found[0].drafts
-    title = f"greedy decoding of {len(drafts)} held-out prompts, {drafts[0].new_tokens} new tokens each"
+    title = (
+        f"greedy decoding of {len(drafts)} held-out prompts, {drafts[0].new_tokens} new tokens each"
+    )
     return Table(title, [*header, "speed-up, median"], rows).transposed()

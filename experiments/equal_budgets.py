@@ -1,4 +1,5 @@
-"""The arms on each text with equal tokens and with equal time: measured once, kept, written as a page."""
+"""The arms on each text with equal tokens and with equal time: measured once, kept, written as a
+page."""
 
 from __future__ import annotations
 
@@ -59,21 +60,38 @@ def parse(arguments: list[str] | None) -> Plan:
     Raises:
         BadInput: an unknown option, a value out of range, shapes that do not fit, no CUDA device.
     """
-    purpose = "Train three objectives on two texts with equal tokens and equal time; write the page."
+    purpose = (
+        "Train three objectives on two texts with equal tokens and equal time; write the page."
+    )
     parser = training_parser("evidence", purpose, "runs/evidence")
     add = parser.add_argument
     default = ["-", *([str(TEXT)] if TEXT.exists() else [])]
     add(
-        "--texts", nargs="+", default=default, metavar="FILE|DIR|-", help='texts; "-": the sources of Python\'s library'
+        "--texts",
+        nargs="+",
+        default=default,
+        metavar="FILE|DIR|-",
+        help='texts; "-": the sources of Python\'s library',
     )
     add("--page", type=Path, default=Path("docs/evidence.md"), metavar="FILE", help="what to write")
-    add("--rounds", type=whole(2), default=ROUNDS, help="interleaved steps for the ratio of the step times")
+    add(
+        "--rounds",
+        type=whole(2),
+        default=ROUNDS,
+        help="interleaved steps for the ratio of the step times",
+    )
     add("--write-only", action="store_true", help="train nothing: write the page from the records")
     parser.set_defaults(steps=240, batch=8, seeds=[0, 1], eval_every=40)
     values = vars(parser.parse_args(arguments))
     own = {name: values.pop(name) for name in ("page", "rounds", "write_only")}
     texts = [None if text == "-" else Path(text) for text in values.pop("texts")]
-    values |= {"objectives": None, "controls": False, "resume": True, "keep_heads": False, "fused_head": False}
+    values |= {
+        "objectives": None,
+        "controls": False,
+        "resume": True,
+        "keep_heads": False,
+        "fused_head": False,
+    }
     return Plan(options_of(values), texts, **own)
 
 
@@ -82,9 +100,16 @@ def gather(plan: Plan) -> None:
     options = plan.options
     if options.threads:
         torch.set_num_threads(options.threads)
-    settings = {f"--{name.replace('_', '-')}": x for name, x in options.trajectory().items() if name != "seed"}
+    settings = {
+        f"--{name.replace('_', '-')}": x
+        for name, x in options.trajectory().items()
+        if name != "seed"
+    }
     settings |= {"--eval-windows": options.eval_windows, "device": options.device}
-    corpora = [load_corpus(text, options.context, options.batch * options.accumulate) for text in plan.texts]
+    corpora = [
+        load_corpus(text, options.context, options.batch * options.accumulate)
+        for text in plan.texts
+    ]
     with alone_in(options.out):
         _gather(plan, corpora, Records(options.out / "records.jsonl", settings))
 
@@ -97,7 +122,14 @@ def _gather(plan: Plan, corpora: list[Corpus], records: Records) -> None:
             for name, steps in _budgets(plan, corpus, records).items():
                 for seed in options.seeds:
                     for budget, count in steps.items():
-                        _train(name, budget, replace(options, steps=count, seed=seed), corpus, records, console)
+                        _train(
+                            name,
+                            budget,
+                            replace(options, steps=count, seed=seed),
+                            corpus,
+                            records,
+                            console,
+                        )
         said = {"command": command_line(), "machine": machine_line(here(options.device))}
         records.add(
             experiment="session",
@@ -105,14 +137,17 @@ def _gather(plan: Plan, corpora: list[Corpus], records: Records) -> None:
             seconds=time.perf_counter() - start,
             **said,
         )
-    sessions = {line["trained"]: line for line in reversed(_of(records, experiment="session"))}.values()
+    sessions = {
+        line["trained"]: line for line in reversed(_of(records, experiment="session"))
+    }.values()
     facts = [
         *(f"command: `{each}`" for each in dict.fromkeys(line["command"] for line in sessions)),
         *(f"machine: {each}" for each in dict.fromkeys(line["machine"] for line in sessions)),
         f"time: {sum(line['seconds'] for line in sessions) / 60:.1f} minutes, evaluation included",
         f"budget: {options.steps} steps of {options.tokens_per_step:,} tokens, seeds "
-        f"{', '.join(map(str, options.seeds))}; width {options.dim}, {options.layers} blocks, context "
-        f"{options.context}, learning rate {options.lr:g}, {options.dtype}, bytes as tokens",
+        f"{', '.join(map(str, options.seeds))}; width {options.dim}, {options.layers} blocks, "
+        f"context {options.context}, learning rate {options.lr:g}, {options.dtype}, bytes as "
+        "tokens",
     ]
     found = {
         _title(text, corpus): _of(records, experiment="run", text=corpus.fingerprint)
@@ -132,22 +167,29 @@ def _of(records: Records, **key: Any) -> list[dict[str, Any]]:
 
 
 def _budgets(plan: Plan, corpus: Corpus, records: Records) -> dict[str, dict[str, int]]:
-    """The steps of each arm: as many as the baseline's, and as many as fit into the baseline's time."""
+    """The steps of each arm: as many as the baseline's, and as many as fit into the baseline's
+    time."""
     key = {"experiment": "speed", "text": corpus.fingerprint}
     line = records.find(**key)
     if line is None:
         records.add(**key, ratios=_ratios(plan.options, corpus, plan.rounds))
         line = records.lines[-1]
     most = plan.options.steps
-    steps = {name: {TOKENS: most, TIME: max(1, round(most / ratio))} for name, ratio in line["ratios"].items()}
+    steps = {
+        name: {TOKENS: most, TIME: max(1, round(most / ratio))}
+        for name, ratio in line["ratios"].items()
+    }
     return {name: each if name != BASELINE else {TOKENS: most} for name, each in steps.items()}
 
 
 def _ratios(options: Options, corpus: Corpus, rounds: int) -> dict[str, float]:
-    """The step time of each arm over the baseline's: medians of the ratios within rounds of interleaved steps."""
+    """The step time of each arm over the baseline's: medians of the ratios within rounds of
+    interleaved steps."""
     short = replace(options, steps=rounds)
     steps = {name: _arm(name).run(short, corpus).step for name in ARMS}
-    seconds = interleave(steps, lambda: None, rounds=rounds, seconds=math.inf, clock=time.perf_counter)
+    seconds = interleave(
+        steps, lambda: None, rounds=rounds, seconds=math.inf, clock=time.perf_counter
+    )
     base = seconds[BASELINE][1:]  # the first round pays what is paid once
     return {name: ratios(own[1:], base)["median"] for name, own in seconds.items()}
 
@@ -156,9 +198,17 @@ def _arm(name: str, folder: str | None = None) -> Arm:
     return Arm(name, ARMS[name], parse_spec(ARMS[name]), folder or name)
 
 
-def _train(name: str, budget: str, options: Options, corpus: Corpus, records: Records, console: Console) -> None:
+def _train(
+    name: str, budget: str, options: Options, corpus: Corpus, records: Records, console: Console
+) -> None:
     """One run, unless a record has it; a checkpoint continues."""
-    key = {"experiment": "run", "text": corpus.fingerprint, "arm": name, "budget": budget, "seed": options.seed}
+    key = {
+        "experiment": "run",
+        "text": corpus.fingerprint,
+        "arm": name,
+        "budget": budget,
+        "seed": options.seed,
+    }
     if records.find(**key, steps=options.steps):
         return
     folder = f"{corpus.fingerprint}/{re.sub(' ', '-', budget)}/{name}"

@@ -1,12 +1,12 @@
-"""Train "ntp", "ntp + nitp" and "ntp + mtp_parallel" on two texts, with equal tokens and with equal time; write
-docs/evidence.md.
+"""Train "ntp", "ntp + nitp" and "ntp + mtp_parallel" on two texts, with equal tokens and with equal
+time; write docs/evidence.md.
 
     python experiments/evidence.py                       # under fifteen minutes on two cores
     python experiments/evidence.py --texts a.txt books/  # other texts; "-" is the sources of Python's library
     python experiments/evidence.py --write-only          # write the page again from what is measured
 
-Every finished run is a line in records.jsonl under --out: the same command continues after a stop and trains nothing
-twice. Other settings want another --out. Needs rich, matplotlib and safetensors.
+Every finished run is a line in records.jsonl under --out: the same command continues after a stop
+and trains nothing twice. Other settings want another --out. Needs rich, matplotlib and safetensors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The experiments: control arms over several seeds and the whole-step overhead, each measured once and kept."""
+"""The experiments: control arms over several seeds and the whole-step overhead, each measured once
+and kept."""
 
 from __future__ import annotations
 
@@ -53,14 +54,32 @@ def parse(arguments: list[str] | None) -> Plan:
     add = parser.add_argument
     chosen = {"choices": EXPERIMENTS, "default": list(EXPERIMENTS)}
     add("--experiments", nargs="*", help="what to measure; none: only write", **chosen)
-    add("--document", type=Path, default=Path("docs/experiments.md"), metavar="FILE", help="what to write")
+    add(
+        "--document",
+        type=Path,
+        default=Path("docs/experiments.md"),
+        metavar="FILE",
+        help="what to write",
+    )
     add("--rounds", type=whole(2), default=ROUNDS, help="rounds of the overhead")
-    add("--overhead-dims", nargs="+", type=whole(1), default=list(overhead.DIMS), help="widths of the overhead")
+    add(
+        "--overhead-dims",
+        nargs="+",
+        type=whole(1),
+        default=list(overhead.DIMS),
+        help="widths of the overhead",
+    )
     parser.set_defaults(steps=800, batch=8, seeds=[0, 1, 2], eval_every=100)
     values = vars(parser.parse_args(arguments))
     own = {name: values.pop(name) for name in ("experiments", "document", "rounds")}
     dims = values.pop("overhead_dims")
-    values |= {"objectives": None, "controls": True, "resume": True, "keep_heads": False, "fused_head": False}
+    values |= {
+        "objectives": None,
+        "controls": True,
+        "resume": True,
+        "keep_heads": False,
+        "fused_head": False,
+    }
     return Plan(options_of(values), dims=dims, **own)
 
 
@@ -70,8 +89,16 @@ def experiment(plan: Plan) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     corpus = load_corpus(options.data, options.context, options.batch * options.accumulate)
-    settings = {f"--{name.replace('_', '-')}": x for name, x in options.trajectory().items() if name != "seed"}
-    settings |= {"--eval-windows": options.eval_windows, "device": options.device, "the text": corpus.fingerprint}
+    settings = {
+        f"--{name.replace('_', '-')}": x
+        for name, x in options.trajectory().items()
+        if name != "seed"
+    }
+    settings |= {
+        "--eval-windows": options.eval_windows,
+        "device": options.device,
+        "the text": corpus.fingerprint,
+    }
     with alone_in(options.out):
         _experiment(plan, corpus, Records(options.out / "records.jsonl", settings), console)
 
@@ -90,7 +117,12 @@ def _experiment(plan: Plan, corpus: Corpus, records: Records, console: Console) 
 
 def _arm(arm: Arm, options: Options, corpus: Corpus, records: Records, console: Console) -> None:
     """Train and measure one arm from one seed, unless a record has it; a checkpoint continues."""
-    key = {"experiment": "arms", "arm": arm.name, "expression": arm.expression, "seed": options.seed}
+    key = {
+        "experiment": "arms",
+        "arm": arm.name,
+        "expression": arm.expression,
+        "seed": options.seed,
+    }
     if records.find(**key):
         return
     start = time.perf_counter()
@@ -110,12 +142,18 @@ def _arm(arm: Arm, options: Options, corpus: Corpus, records: Records, console: 
 
 def _overheads(plan: Plan, corpus: Corpus, records: Records, console: Console) -> None:
     """Step times at each width, unless a record has them."""
-    backends = list(overhead.BACKENDS) if backend_for(plan.options.device) is None else ["reference"]
+    backends = (
+        list(overhead.BACKENDS) if backend_for(plan.options.device) is None else ["reference"]
+    )
     for dim in plan.dims:
-        if all(records.find(experiment="overhead", dim=dim, backend=backend) for backend in backends):
+        if all(
+            records.find(experiment="overhead", dim=dim, backend=backend) for backend in backends
+        ):
             continue
         start = time.perf_counter()
-        for result in overhead.measure(dim, plan.options, corpus, plan.rounds, backends, console.print):
+        for result in overhead.measure(
+            dim, plan.options, corpus, plan.rounds, backends, console.print
+        ):
             seconds = (time.perf_counter() - start) / len(backends)
             common = {"machine": machine_line(here(plan.options.device))}
             records.add(**overhead.record(result), seconds=seconds, **common)
@@ -125,9 +163,13 @@ def _write(plan: Plan, arms: list[Arm], corpus: Corpus, records: Records, consol
     """Document and page."""
     options = plan.options
     found = [
-        (arm, records.find(experiment="arms", expression=arm.expression, seed=s)) for arm in arms for s in options.seeds
+        (arm, records.find(experiment="arms", expression=arm.expression, seed=s))
+        for arm in arms
+        for s in options.seeds
     ]
-    results = [result_of(x, arm, options) for arm, x in found if x is not None and "failure" not in x]
+    results = [
+        result_of(x, arm, options) for arm, x in found if x is not None and "failure" not in x
+    ]
     failures = [x for _, x in found if x is not None and "failure" in x]
     costs = {(x["dim"], x["backend"]): x for x in records.lines if x["experiment"] == "overhead"}
     overheads = [overhead.from_record(x) for x in costs.values()]
@@ -137,11 +179,19 @@ def _write(plan: Plan, arms: list[Arm], corpus: Corpus, records: Records, consol
     facts = [
         f"command: `{command_line()}`",
         *(f"machine: {machine}" for machine in machines),
-        f"time: {minutes:.1f} minutes of measuring (of an arm that was stopped, the part after its restart)",
+        f"time: {minutes:.1f} minutes of measuring (of an arm that was stopped, the part after "
+        "its restart)",
     ]
     document.write(plan.document, options, corpus, arms, results, failures, overheads, facts)
     console.print(f"\nwritten: {plan.document}")
     if results:
         report, groups = options.out / "report.html", table.by_arm(results)
-        page.write(report, options, corpus, groups, [], figures.draw(options.out / "comparison.png", groups, []))
+        page.write(
+            report,
+            options,
+            corpus,
+            groups,
+            [],
+            figures.draw(options.out / "comparison.png", groups, []),
+        )
         console.print(f"everything on one page: {report}")

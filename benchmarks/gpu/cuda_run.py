@@ -1,4 +1,5 @@
-"""`python -m benchmarks --device cuda`: the cases, in a process beside this one, their tables, one JSON."""
+"""`python -m benchmarks --device cuda`: the cases, in a process beside this one, their tables, one
+JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ from . import run_report
 
 #: What a GPU measures, in the order of the output: row kernels, ops, and NITP over NTP.
 SUBJECTS = (*row_kernels.KERNELS, *OPS, overhead.NAME)
-#: Seconds without a sign of life after which an implementation is given up (compilers and tuners are slow).
+#: Seconds without a sign of life after which an implementation is given up (compilers and tuners
+#: are slow).
 PATIENCE = 150.0
 ROUNDS, SECONDS = 20, 3.0
 
@@ -49,10 +51,22 @@ def cases(subjects: list[str], dtypes: list[str] | None) -> Iterator[Case]:
             names, task = row_kernels.NAMES, partial(row_kernels.measure_kernel, kernel=subject)
             sizes, own = row_kernels.KERNELS[subject], row_kernels.dtypes_of(subject)
         elif subject == overhead.NAME:
-            names, task, sizes, own = overhead.NAMES, overhead.measure_overhead, overhead.CASES, ["bfloat16"]
+            names, task, sizes, own = (
+                overhead.NAMES,
+                overhead.measure_overhead,
+                overhead.CASES,
+                ["bfloat16"],
+            )
         else:
-            names, task, named = names_for(subject), partial(cuda.measure_case, op=subject), OPS[subject].cuda
-            sizes, own = tuple(named.values()), ["bfloat16"] if OPS[subject].layers else list(cuda.DTYPES)
+            names, task, named = (
+                names_for(subject),
+                partial(cuda.measure_case, op=subject),
+                OPS[subject].cuda,
+            )
+            sizes, own = (
+                tuple(named.values()),
+                ["bfloat16"] if OPS[subject].layers else list(cuda.DTYPES),
+            )
         for name, size in zip(named or ("",) * len(sizes), sizes, strict=True):
             for dtype in own if dtypes is None else dtypes:
                 if subject not in row_kernels.NARROW or dtype in own:
@@ -67,20 +81,27 @@ def measured(
     process: Isolated,
     patience: float = PATIENCE,
 ) -> dict[str, Any]:
-    """One case as the JSON keeps it; who hung in an earlier case is not waited for again (`hung`, added to)."""
+    """One case as the JSON keeps it; who hung in an earlier case is not waited for again (`hung`,
+    added to)."""
     task = partial(case.measure, sizes=case.sizes, dtype=case.dtype, rounds=ROUNDS, seconds=SECONDS)
     wanted = [name for name in names if name not in hung]
     try:
         rows, reasons = process.run(task, wanted, patience=patience, deadline=deadline)
     except MeasurementError as error:
         rows, reasons = {}, dict.fromkeys(wanted, str(error))
-    hung |= {name: reason for name, reason in reasons.items() if reason.startswith("stopped") and rows}
-    skipped = {name: {"skipped": reason} for name, reason in (hung | reasons).items() if name in names}
+    hung |= {
+        name: reason for name, reason in reasons.items() if reason.startswith("stopped") and rows
+    }
+    skipped = {
+        name: {"skipped": reason} for name, reason in (hung | reasons).items() if name in names
+    }
     ordered = {name: (rows | skipped)[name] for name in (FLOOR, *names) if name in rows | skipped}
     kept = {"op": case.op, "sizes": case.sizes, "dtype": case.dtype, "rows": ordered}
     if case.op in OPS:
         kept |= heading(OPS[case.op], case.name, case.sizes, cuda.DTYPES[case.dtype])
-    return kept | ({"prediction": overhead.prediction(case.sizes)} if case.op == overhead.NAME else {})
+    return kept | (
+        {"prediction": overhead.prediction(case.sizes)} if case.op == overhead.NAME else {}
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -100,5 +121,8 @@ def run(options: argparse.Namespace) -> int:
     print(run_report.summary({"machine": info, "stages": {}, "cases": done}))
     lost = [case for case in done if "skipped" in case["rows"].get("ours", {})]
     for case in lost:
-        print(f"benchmarks: {case['op']}: ours failed: {case['rows']['ours']['skipped']}", file=sys.stderr)
+        print(
+            f"benchmarks: {case['op']}: ours failed: {case['rows']['ours']['skipped']}",
+            file=sys.stderr,
+        )
     return int(bool(lost))

@@ -1,6 +1,8 @@
-"""`python -m benchmarks.gpu.page`: the measured part of docs/gpu.md, the model beside every measurement.
+"""`python -m benchmarks.gpu.page`: the measured part of docs/gpu.md, the model beside every
+measurement.
 
-Figures come from the JSON files of GPUs in benchmarks/results and from `roofline`; what no file has is "not measured".
+Figures come from the JSON files of GPUs in benchmarks/results and from `roofline`; what no file has
+is "not measured".
 """
 
 from __future__ import annotations
@@ -44,19 +46,31 @@ def cases(op: str, document: Document) -> Iterator[Sizes]:
     """The sizes of an op's cases, and what else these results have of it."""
     known = list(OPS[op].cuda.values())
     yield from known
-    yield from (case["sizes"] for case in document["cases"] if case["op"] == op and case["sizes"] not in known)
+    yield from (
+        case["sizes"]
+        for case in document["cases"]
+        if case["op"] == op and case["sizes"] not in known
+    )
 
 
 def rows_of(document: Document, op: str, sizes: Sizes, dtype: str = "bfloat16") -> dict[str, Any]:
     """Implementation -> what is known of it in one case."""
     wanted = op, sizes, dtype
-    return next((c["rows"] for c in document["cases"] if (c["op"], c["sizes"], c["dtype"]) == wanted), {})
+    return next(
+        (c["rows"] for c in document["cases"] if (c["op"], c["sizes"], c["dtype"]) == wanted), {}
+    )
 
 
 def cell(rows: dict[str, Any], name: str, key: str = "times_floor") -> str:
     """The ratio of one implementation in one case."""
     row = rows.get(name, {})
-    return CANNOT_RUN if "skipped" in row else f"{row[key]['median']:.2f}" if key in row else NOT_MEASURED
+    return (
+        CANNOT_RUN
+        if "skipped" in row
+        else f"{row[key]['median']:.2f}"
+        if key in row
+        else NOT_MEASURED
+    )
 
 
 def words(sizes: Sizes) -> str:
@@ -65,14 +79,25 @@ def words(sizes: Sizes) -> str:
 
 def gemm_bound(document: Document, rates: roofline.Rates) -> str:
     """Time over GEMM time: the model's, and that of everybody who ran."""
-    wanted = [(op, sizes) for op in ("implicit_token_loss", "linear_cross_entropy") for sizes in cases(op, document)]
-    ran = {name for op, sizes in wanted for name, row in rows_of(document, op, sizes).items() if "times_floor" in row}
+    wanted = [
+        (op, sizes)
+        for op in ("implicit_token_loss", "linear_cross_entropy")
+        for sizes in cases(op, document)
+    ]
+    ran = {
+        name
+        for op, sizes in wanted
+        for name, row in rows_of(document, op, sizes).items()
+        if "times_floor" in row
+    }
     names = [name for name in NAMES if name in ALWAYS or name in ran]
     lines: list[Row] = []
     for op, sizes in wanted:
         rows, model = rows_of(document, op, sizes), roofline.cost(op, sizes).ratio(rates)
         chunks = str(roofline.chunks_of(op, sizes))
-        lines.append([f"`{op}`", words(sizes), chunks, f"{model:.2f}", *(cell(rows, name) for name in names)])
+        lines.append(
+            [f"`{op}`", words(sizes), chunks, f"{model:.2f}", *(cell(rows, name) for name in names)]
+        )
     return markdown(["op", "case", "chunks", "model", *names], lines)
 
 
@@ -93,7 +118,9 @@ def memory_bound(document: Document) -> str:
         for size in sizes:
             rows = rows_of(document, kernel, size)
             cells = (cell(rows, name) for name in row_kernels.NAMES)
-            lines.append([f"`{kernel}`", words(size), f"{roofline.ROW_KERNELS.get(kernel, 1.0):.2f}", *cells])
+            lines.append(
+                [f"`{kernel}`", words(size), f"{roofline.ROW_KERNELS.get(kernel, 1.0):.2f}", *cells]
+            )
     return markdown(["row kernel", "case", "model", *row_kernels.NAMES], lines)
 
 
@@ -105,7 +132,11 @@ def training(document: Document) -> str:
     for objective, what in training_step.OBJECTIVES.items():
         row = found.get(objective, {})
         if "tokens_per_s" in row:
-            cells = [f"{row['tokens_per_s']:.0f}", f"{row['peak_gib']:.1f}", f"{row['ntp_loss']:.4f}"]
+            cells = [
+                f"{row['tokens_per_s']:.0f}",
+                f"{row['peak_gib']:.1f}",
+                f"{row['ntp_loss']:.4f}",
+            ]
         else:
             cells = [CANNOT_RUN if "skipped" in row else NOT_MEASURED] * 3
         lines.append([objective, what, *cells])
@@ -120,7 +151,9 @@ def chunk_rows(document: Document, rates: roofline.Rates) -> str:
     for sizes in order.CHUNKED:
         case = "x".join(str(size) for size in sizes.values())
         for rows in order.CHUNK_ROWS:
-            model = roofline.cost("linear_cross_entropy", sizes, -(-sizes["N"] // int(rows))).ratio(rates)
+            model = roofline.cost("linear_cross_entropy", sizes, -(-sizes["N"] // int(rows))).ratio(
+                rates
+            )
             row = found.get((case, rows), {})
             lines.append([words(sizes), rows, f"{model:.2f}", cell({"ours": row}, "ours")])
     return markdown(["case", "rows", "model", "ours"], lines)
@@ -130,9 +163,17 @@ def reasons(document: Document) -> list[str]:
     """Why somebody has an x: a line for each reason."""
     found: dict[str, None] = {}
     for case in document["cases"]:
-        found |= {f"* {name}: {row['skipped']}": None for name, row in case["rows"].items() if "skipped" in row}
+        found |= {
+            f"* {name}: {row['skipped']}": None
+            for name, row in case["rows"].items()
+            if "skipped" in row
+        }
     records = document.get("records", [])
-    found |= {f"* {each['implementation']}: {each['skipped']}": None for each in records if "skipped" in each}
+    found |= {
+        f"* {each['implementation']}: {each['skipped']}": None
+        for each in records
+        if "skipped" in each
+    }
     return [f"{CANNOT_RUN} stands for what could not run:", "", *found, ""] if found else []
 
 
@@ -159,7 +200,8 @@ def part(document: Document) -> list[str]:
         "",
         memory_bound(document),
         "",
-        "One training step of a Qwen2-0.5B shape (`benchmarks/suites/training_step.py`), context 8192,",
+        "One training step of a Qwen2-0.5B shape (`benchmarks/suites/training_step.py`), context "
+        "8192,",
         "bfloat16, AdamW:",
         "",
         training(document),
@@ -171,11 +213,18 @@ def part(document: Document) -> list[str]:
 def section(found: list[tuple[Path, Document]]) -> str:
     """The text between the markers."""
     if not found:
-        return "\n".join(["No results of a GPU are kept yet.", "", *part({"machine": {}, "cases": []})]).rstrip()
+        return "\n".join(
+            ["No results of a GPU are kept yet.", "", *part({"machine": {}, "cases": []})]
+        ).rstrip()
     lines: list[str] = []
     for path, document in found:
-        stages = [f"{name} {'green' if stage['code'] == 0 else 'red'}" for name, stage in document["stages"].items()]
-        link = f"[the JSON](../{path.relative_to(ROOT)})" if path.is_relative_to(ROOT) else path.name
+        stages = [
+            f"{name} {'green' if stage['code'] == 0 else 'red'}"
+            for name, stage in document["stages"].items()
+        ]
+        link = (
+            f"[the JSON](../{path.relative_to(ROOT)})" if path.is_relative_to(ROOT) else path.name
+        )
         heading = f"{machine_line(document['machine'])}; {link}{'; ' if stages else ''}{', '.join(stages)}."
         lines += [heading, "", *part(document)]
     return "\n".join(lines).rstrip()

@@ -21,7 +21,8 @@ from benchmarks.suites import overhead, row_kernels
 
 
 def tests_are_green(known_commit: str | None, out: Path) -> bool:
-    """Whether the stage `test` of this machine and commit, clean, is kept under `out` and was green."""
+    """Whether the stage `test` of this machine and commit, clean, is kept under `out` and was
+    green."""
     info = environment.gpu_machine(known_commit)
     path = results_path(info, out)
     kept = read(path) if path.exists() else {}
@@ -34,11 +35,12 @@ def tests_are_green(known_commit: str | None, out: Path) -> bool:
 
 
 def merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """`new` over `kept`: of the same machine and commit, a row or a record measured again or a stage run again replaces
-    the last.
+    """`new` over `kept`: of the same machine and commit, a row or a record measured again or a
+    stage run again replaces the last.
 
     Raises:
-        ValueError: they are of different machines or commits, one of them is fake, or lacks what results have.
+        ValueError: they are of different machines or commits, one of them is fake, or lacks what
+            results have.
     """
     try:
         return _joined(kept, new)
@@ -48,20 +50,26 @@ def merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def _joined(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     if not same_machine(kept["machine"], new["machine"]):
-        raise ValueError(f"results of {machine_line(kept['machine'])} and of {machine_line(new['machine'])} do not mix")
+        raise ValueError(
+            f"results of {machine_line(kept['machine'])} and of {machine_line(new['machine'])} do "
+            "not mix"
+        )
     if kept.get("fake") != new.get("fake"):
         raise ValueError("results of a dry run and of a GPU do not mix")
     cases: dict[tuple[Any, ...], dict[str, Any]] = {}
     for case in [*kept["cases"], *new["cases"]]:
         last = cases.get(identity(case), {"rows": {}})
         cases[identity(case)] = {**last, **case, "rows": last["rows"] | case["rows"]}
-    records = {record_identity(each): each for each in [*kept.get("records", []), *new.get("records", [])]}
+    records = {
+        record_identity(each): each for each in [*kept.get("records", []), *new.get("records", [])]
+    }
     whole = {**kept, **new, "stages": kept["stages"] | new["stages"], "cases": list(cases.values())}
     return {**whole, **({"records": list(records.values())} if records else {})}
 
 
 def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether results of both belong together: drivers of one GPU tell a slightly different size of its memory."""
+    """Whether results of both belong together: drivers of one GPU tell a slightly different size of
+    its memory."""
     return {**one, "memory_gib": 0} == {**other, "memory_gib": 0}
 
 
@@ -119,22 +127,30 @@ def legend(cases: list[dict[str, Any]]) -> str:
     lines = [f"floor of {op}: {OPS[op].floor_name}" for op in ops if op in OPS]
     if any(op in row_kernels.KERNELS for op in ops):
         lines.append(
-            "floor of a row kernel: a copy of the bytes that it must move; its share of the bandwidth is 1 / floor"
+            "floor of a row kernel: a copy of the bytes that it must move; its share of the "
+            "bandwidth is 1 / floor"
         )
     names = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
     lines += [f"{name}: {NAMES[name]}" for name in names]
     return "\n".join(
         [
             *lines,
-            "floor of GEMMs: one after the other, in the same rounds; weight gradients in the faster output dtype",
-            "time: between events, forward and backward, L2 cold, work queued ahead; medians of interleaved rounds",
-            "peak: most bytes allocated in one step beyond those before it; error: of every row against float64",
+            "floor of GEMMs: one after the other, in the same rounds; weight gradients in the "
+            "faster output dtype",
+            "time: between events, forward and backward, L2 cold, work queued ahead; medians of "
+            "interleaved rounds",
+            "peak: most bytes allocated in one step beyond those before it; error: of every row "
+            "against float64",
         ]
     )
 
 
 #: What the short table tells of a record.
-TOLD = {"per_second": "per second", "tokens_per_s": "tokens per second", "peak_gib": "GiB at the peak"}
+TOLD = {
+    "per_second": "per second",
+    "tokens_per_s": "tokens per second",
+    "peak_gib": "GiB at the peak",
+}
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -148,17 +164,29 @@ def summary(document: dict[str, Any]) -> str:
         sizes = "x".join(str(size) for size in case["sizes"].values())
         floor = case["rows"].get(FLOOR, {}).get("milliseconds", {}).get("median")
         cells = [_over_floor(case["rows"].get(name, {})) for name in names]
-        rows.append([f"{case['op']} {sizes} {case['dtype']}", "-" if floor is None else f"{floor:.3f}", *cells])
+        rows.append(
+            [
+                f"{case['op']} {sizes} {case['dtype']}",
+                "-" if floor is None else f"{floor:.3f}",
+                *cells,
+            ]
+        )
     lines = [plain(("time / floor", "floor ms", *names), rows)] if rows else []
     for case in document["cases"]:
         if case["op"] == overhead.NAME:
             found = ", ".join(f"{name} {_ratio(row)}" for name, row in case["rows"].items())
-            lines.append(f"ntp + nitp over ntp, d={case['sizes']['d']}: {found}; by FLOPs {case['prediction']:.3f}")
+            lines.append(
+                f"ntp + nitp over ntp, d={case['sizes']['d']}: {found}; by FLOPs "
+                f"{case['prediction']:.3f}"
+            )
     for record in document.get("records", []):
         told = [f"{record[key]:.5g} {unit}" for key, unit in TOLD.items() if key in record]
         lines += [f"{record['op']}, {record['implementation']}: {', '.join(told)}"] if told else []
     for name, stage in document["stages"].items():
-        lines.append(f"{name}: {'green' if stage['code'] == 0 else 'RED'} in {stage['seconds']:.0f} s, {stage['said']}")
+        lines.append(
+            f"{name}: {'green' if stage['code'] == 0 else 'RED'} in {stage['seconds']:.0f} s, "
+            f"{stage['said']}"
+        )
     return "\n".join([*lines, machine_line(document["machine"])])
 
 
@@ -174,13 +202,20 @@ def _ratio(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Add results that were measured elsewhere, and show them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.run_report", description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.run_report", description=main.__doc__
+    )
     parser.add_argument("folder", type=Path, help="where <device>/<commit>.json lie")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="the results they are added to (default: results)")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="the results they are added to (default: results)"
+    )
     options = parser.parse_args(arguments)
     found = sorted(options.folder.glob("*/*.json"))
     if not found:
-        print(f"benchmarks.gpu.run_report: {options.folder} holds no <device>/<commit>.json", file=sys.stderr)
+        print(
+            f"benchmarks.gpu.run_report: {options.folder} holds no <device>/<commit>.json",
+            file=sys.stderr,
+        )
         return 2
     try:
         for path in found:

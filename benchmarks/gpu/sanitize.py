@@ -1,8 +1,10 @@
-"""`python -m benchmarks.gpu.sanitize`: every CUDA row kernel once on small awkward shapes, under compute-sanitizer.
+"""`python -m benchmarks.gpu.sanitize`: every CUDA row kernel once on small awkward shapes, under
+compute-sanitizer.
 
-Nothing but row kernels runs on the device (inputs come from the host), each result is compared with the CPU kernels'.
-`--ops` adds one forward and backward of each public op. Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1: then every tensor
-is an allocation of its own, and memcheck sees the first byte beyond it.
+Nothing but row kernels runs on the device (inputs come from the host), each result is compared with
+the CPU kernels'. `--ops` adds one forward and backward of each public op. Run it with
+PYTORCH_NO_CUDA_MEMORY_CACHING=1: then every tensor is an allocation of its own, and memcheck sees
+the first byte beyond it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from torch import Tensor
 import nitp_ops
 from nitp_ops.kernels import select, table
 
-#: One element, one pack and its neighbours, many steps of a block, and a row that no shared memory of one block holds.
+#: One element, one pack and its neighbours, many steps of a block, and a row that no shared memory
+#: of one block holds.
 COLUMNS = (1, 7, 8, 33, 1000)
 LONG = 150001
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,7 +45,11 @@ def _working(*tensors: Tensor) -> torch.dtype:
 
 def _swiglu() -> Iterator[tuple[Any, ...]]:
     for dtype, columns, dense in product(FLOATS, COLUMNS, (True, False)):
-        yield _rows(3, columns, dtype, dense), _rows(3, columns, dtype), _rows(3, columns, dtype, dense)
+        yield (
+            _rows(3, columns, dtype, dense),
+            _rows(3, columns, dtype),
+            _rows(3, columns, dtype, dense),
+        )
 
 
 def _swiglu_backward() -> Iterator[tuple[Any, ...]]:
@@ -53,7 +60,10 @@ def _swiglu_backward() -> Iterator[tuple[Any, ...]]:
 
 
 def _alignment() -> Iterator[tuple[Any, ...]]:
-    pairs = [(dtype, dtype) for dtype in FLOATS] + [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
+    pairs = [(dtype, dtype) for dtype in FLOATS] + [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ]
     for (p, z), distance, columns in product(pairs, (COSINE, MSE, SMOOTH_L1, KL), COLUMNS):
         prediction, target = _rows(3, columns, p), _rows(5, columns, z, dense=False)
         work = _working(prediction, target)
@@ -66,7 +76,10 @@ def _alignment() -> Iterator[tuple[Any, ...]]:
 
 
 def _cross_entropy() -> Iterator[tuple[Any, ...]]:
-    sizes = [*product(FLOATS, COLUMNS, (1, 4), (True, False)), *product(NARROW, (LONG,), (1,), (True, False))]
+    sizes = [
+        *product(FLOATS, COLUMNS, (1, 4), (True, False)),
+        *product(NARROW, (LONG,), (1,), (True, False)),
+    ]
     for dtype, columns, targets, plain in sizes:
         logits = _rows(3, columns, dtype, dense=plain)
         work = _working(logits)
@@ -79,7 +92,20 @@ def _cross_entropy() -> Iterator[tuple[Any, ...]]:
         loss = (0.0, 0.0, 0.0, 0.7) if plain else (0.1, 1e-3, 5.0, 0.7)
         best = torch.zeros(3, dtype=torch.int64)
         for gradient in (True, False):
-            yield logits, labels, weights, bias, *extras, scale, *values, best, -100, targets > 1, *loss, gradient
+            yield (
+                logits,
+                labels,
+                weights,
+                bias,
+                *extras,
+                scale,
+                *values,
+                best,
+                -100,
+                targets > 1,
+                *loss,
+                gradient,
+            )
 
 
 def _cross_entropy_gradient() -> Iterator[tuple[Any, ...]]:
@@ -109,14 +135,26 @@ def _scale() -> Iterator[tuple[Any, ...]]:
 
 def _prepare() -> Iterator[tuple[Any, ...]]:
     """More rows than a block takes at once, too."""
-    for dtype, rows_, targets, weighs in product((torch.float32, torch.float64), (0, 3, 9001), (1, 4), (True, False)):
+    for dtype, rows_, targets, weighs in product(
+        (torch.float32, torch.float64), (0, 3, 9001), (1, 4), (True, False)
+    ):
         labels = torch.randint(-2, 40, (rows_, targets))
         labels[torch.rand(rows_, targets) < 0.5] = -100
-        weight, of_row = (torch.rand(size, dtype=dtype) if weighs else None for size in ((rows_, targets), rows_))
+        weight, of_row = (
+            torch.rand(size, dtype=dtype) if weighs else None for size in ((rows_, targets), rows_)
+        )
         one = torch.rand((), dtype=dtype)
         for normalizer, most in ((one, -1), (None, rows_ // 3), (None, rows_)):
             scale, stats = torch.zeros(rows_, dtype=dtype), torch.zeros(3, rows_, dtype=dtype)
-            given = labels, weight, of_row, normalizer, scale, torch.zeros(5, dtype=torch.int64), stats
+            given = (
+                labels,
+                weight,
+                of_row,
+                normalizer,
+                scale,
+                torch.zeros(5, dtype=torch.int64),
+                stats,
+            )
             left = torch.zeros(rows_, targets, dtype=dtype), torch.zeros(rows_, dtype=torch.int64)
             yield *given, *left, -100, targets > 1, 30, True, weighs, most
 
@@ -159,7 +197,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def without_totals(kernel: str, here: Sequence[Any], there: Sequence[Any]) -> None:
-    """Of prepare_rows_ a device whose host reads no values counts the rows alone: so do those of `here` then."""
+    """Of prepare_rows_ a device whose host reads no values counts the rows alone: so do those of
+    `here` then."""
     if kernel == "prepare_rows_" and there[5][1] < 0:
         here[5][1:] = -1
 
@@ -194,24 +233,38 @@ def ops(device: torch.device, backend: str) -> None:
     """One forward and backward of each public op."""
     make = partial(torch.randn, dtype=torch.float32)
     hidden, weight, gate, up, down = (
-        make(*shape).to(device).requires_grad_() for shape in ((2, 9, 16), (130, 16), (24, 16), (24, 16), (16, 24))
+        make(*shape).to(device).requires_grad_()
+        for shape in ((2, 9, 16), (130, 16), (24, 16), (24, 16), (16, 24))
     )
     labels = torch.randint(0, 130, (2, 9))
     labels[0, 3] = -100
     labels, target = labels.to(device), make(2, 9, 16).to(device)
-    token = nitp_ops.linear_cross_entropy(hidden, weight, labels, chunk_bytes=130 * 4 * 5, backend=backend)
-    latent = nitp_ops.implicit_token_loss(hidden, target, gate, up, down, chunk_bytes=4000, backend=backend)
+    token = nitp_ops.linear_cross_entropy(
+        hidden, weight, labels, chunk_bytes=130 * 4 * 5, backend=backend
+    )
+    latent = nitp_ops.implicit_token_loss(
+        hidden, target, gate, up, down, chunk_bytes=4000, backend=backend
+    )
     rows_loss = nitp_ops.alignment(hidden, target, backend=backend).sum()
-    (token + latent + rows_loss + nitp_ops.swiglu(gate, up, backend=backend).square().sum()).backward()
+    (
+        token + latent + rows_loss + nitp_ops.swiglu(gate, up, backend=backend).square().sum()
+    ).backward()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.sanitize", description=__doc__)
-    parser.add_argument("--backend", choices=("native", "triton"), default="native", help="whose row kernels")
-    parser.add_argument("--ops", action="store_true", help="also one step of each public op (runs library GEMMs)")
+    parser.add_argument(
+        "--backend", choices=("native", "triton"), default="native", help="whose row kernels"
+    )
+    parser.add_argument(
+        "--ops", action="store_true", help="also one step of each public op (runs library GEMMs)"
+    )
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks.gpu.sanitize: torch sees no GPU (torch.cuda.is_available() is False)", file=sys.stderr)
+        print(
+            "benchmarks.gpu.sanitize: torch sees no GPU (torch.cuda.is_available() is False)",
+            file=sys.stderr,
+        )
         return 2
     device = torch.device("cuda")
     reason = select.unavailable_reason(device, options.backend)
@@ -220,11 +273,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     torch.manual_seed(0)
     known = table.all_kernels()
-    wrong = [line for kernel in known for line in differences(kernel, select.row_kernels(options.backend), device)]
+    wrong = [
+        line
+        for kernel in known
+        for line in differences(kernel, select.row_kernels(options.backend), device)
+    ]
     if options.ops:
         ops(device, options.backend)
     torch.cuda.synchronize()
-    print("\n".join([*wrong, f"{len(known)} kernels of {options.backend}, {len(wrong)} results differ"]))
+    print(
+        "\n".join(
+            [*wrong, f"{len(known)} kernels of {options.backend}, {len(wrong)} results differ"]
+        )
+    )
     return int(bool(wrong))
 
 

@@ -1,6 +1,8 @@
-"""`python -m benchmarks.gpu.stages STAGE...`: what benchmarks/gpu.sh runs once the package is built.
+"""`python -m benchmarks.gpu.stages STAGE...`: what benchmarks/gpu.sh runs once the package is
+built.
 
-Every stage stays inside ten minutes, adds a line to the JSON of this GPU and commit, and shows the short table last.
+Every stage stays inside ten minutes, adds a line to the JSON of this GPU and commit, and shows the
+short table last.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ def steps(stage: str, out: Path, commit: str | None) -> list[Step]:
     if stage == "build":
         return [python("-m", "nitp_ops", "env"), python("-m", "nitp_ops", "doctor")]
     if stage in ("test", "large"):
-        tests = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/gpu").glob("test_*.py"))]
+        tests = [
+            str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests/gpu").glob("test_*.py"))
+        ]
         if stage == "large":  # one after the other: a test takes up to 30 GB
             return [python("-m", "pytest", "-m", "gpu and large", *tests)]
         return [python("-m", "pytest", "-n", "8", "-m", "gpu and not large", *tests)]
@@ -61,7 +65,20 @@ def steps(stage: str, out: Path, commit: str | None) -> list[Step]:
     chosen = [word for subject in SUBJECTS[stage] for word in ("--op", subject)]
     known = ["--commit", commit] if commit else []
     minutes = f"{(SECONDS - 60) / 60:g}"
-    return [python("-m", "benchmarks", "--device", "cuda", "--out", str(out), "--minutes", minutes, *known, *chosen)]
+    return [
+        python(
+            "-m",
+            "benchmarks",
+            "--device",
+            "cuda",
+            "--out",
+            str(out),
+            "--minutes",
+            minutes,
+            *known,
+            *chosen,
+        )
+    ]
 
 
 def python(*arguments: str) -> Step:
@@ -69,14 +86,26 @@ def python(*arguments: str) -> Step:
 
 
 def sanitized(tool: str, backend: str, *options: str) -> Step:
-    # API errors that the caller expects and handles (PyTorch asks, for one, whether a symbol exists) are no findings
-    watched = ["--report-api-errors", "no", "--target-processes", "application-only", "--error-exitcode", "9"]
+    # API errors that the caller expects and handles (PyTorch asks, for one, whether a symbol
+    # exists) are no findings
+    watched = [
+        "--report-api-errors",
+        "no",
+        "--target-processes",
+        "application-only",
+        "--error-exitcode",
+        "9",
+    ]
     script = [sys.executable, "-m", "benchmarks.gpu.sanitize", "--backend", backend, *options]
-    return Step(["compute-sanitizer", "--tool", tool, *watched, *script], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return Step(
+        ["compute-sanitizer", "--tool", tool, *watched, *script],
+        {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
 
 
 def run(steps: Sequence[Step], allowed: float = SECONDS) -> tuple[int, float, str]:
-    """(exit code, seconds, what the last process said) of one stage; its output is passed on line by line."""
+    """(exit code, seconds, what the last process said) of one stage; its output is passed on line
+    by line."""
     start, said, code = time.monotonic(), [], 0
     for step in steps:
         if shutil.which(step.command[0]) is None:
@@ -134,15 +163,26 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 def verdict(lines: list[str]) -> str:
     """The line that says how a process ended: a sanitizer's count of errors, else its last one."""
-    counted = [line.lstrip("= ") for line in lines if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line]
+    counted = [
+        line.lstrip("= ")
+        for line in lines
+        if "ERROR SUMMARY" in line or "RACECHECK SUMMARY" in line
+    ]
     spoken = counted or [line for line in lines if line]
     return spoken[-1].strip("= ") if spoken else "no output"
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__)
-    result.add_argument("stage", choices=(*STAGES, "all"), nargs="+", help="what to run, in this order")
-    result.add_argument("--out", type=Path, default=RESULTS, help="folder of <device>/<commit>.json (default: results)")
+    result.add_argument(
+        "stage", choices=(*STAGES, "all"), nargs="+", help="what to run, in this order"
+    )
+    result.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder of <device>/<commit>.json (default: results)",
+    )
     result.add_argument("--commit", help="the commit of a tree that came without its history")
     return result
 
@@ -151,7 +191,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 1 when one is red."""
     options = parser().parse_args(arguments)
     if not torch.cuda.is_available():
-        print("benchmarks/gpu.sh: torch sees no GPU (torch.cuda.is_available() is False)", file=sys.stderr)
+        print(
+            "benchmarks/gpu.sh: torch sees no GPU (torch.cuda.is_available() is False)",
+            file=sys.stderr,
+        )
         return 2
     out = options.out.resolve()
     info = environment.gpu_machine(options.commit)
@@ -161,7 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code, seconds, said = run(steps(stage, out, options.commit))
         codes.append(code)
         record = {"code": code, "seconds": seconds, "said": said}
-        whole = run_report.keep(results_path(info, out), {"machine": info, "stages": {stage: record}, "cases": []})
+        whole = run_report.keep(
+            results_path(info, out), {"machine": info, "stages": {stage: record}, "cases": []}
+        )
     print(f"\n{run_report.summary(whole)}")
     return int(any(codes))
 

@@ -1,1 +1,2 @@
-"""How it is measured: times in turns, memory, errors, processes that may die, models of what a GPU takes."""
+"""How it is measured: times in turns, memory, errors, processes that may die, models of what a GPU
+takes."""

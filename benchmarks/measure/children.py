@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-# Loaded here, once, instead of in every child: the first custom op of a process imports torch._dynamo (1 to 2 s), the
-# first compilation the rest.
+# Loaded here, once, instead of in every child: the first custom op of a process imports
+# torch._dynamo (1 to 2 s), the first compilation the rest.
 import torch._dynamo
 import torch._inductor.compile_fx
 
@@ -24,7 +24,8 @@ from .isolated import MeasurementError, one_line
 T = TypeVar("T")
 
 MALLOC = {
-    "default": "glibc as it comes: blocks over 32 MiB are mapped afresh, and every page faults, at each allocation",
+    "default": "glibc as it comes: blocks over 32 MiB are mapped afresh, and every page faults, "
+    "at each allocation",
     "raised": "mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1): freed blocks stay mapped",
 }
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -45,7 +46,9 @@ def in_child(task: Callable[[], T]) -> T:
         succeeded, result = receiver.recv()
     except EOFError:
         child.join()
-        raise MeasurementError(f"the process ended with code {child.exitcode} before it had a result") from None
+        raise MeasurementError(
+            f"the process ended with code {child.exitcode} before it had a result"
+        ) from None
     finally:
         receiver.close()
     child.join()

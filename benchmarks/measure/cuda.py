@@ -1,4 +1,5 @@
-"""How an op is measured on a GPU: events around work that the host has queued, cold caches, every row against float64.
+"""How an op is measured on a GPU: events around work that the host has queued, cold caches, every
+row against float64.
 
 One case runs in one fresh process (`isolated`), which these functions are called in.
 """
@@ -26,15 +27,16 @@ from .isolated import At, Lost, one_line
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEVICE = torch.device("cuda")
-#: Written before every run, as often as needed (`flushes`): the inputs leave the L2 cache (50 MB on an H100), and while
-#: the writes last the host queues the run, so that its launches are not what is timed. One write was too short: an
-#: alignment that takes 0.9 ms seemed to take 1.4.
+#: Written before every run, as often as needed (`flushes`): the inputs leave the L2 cache (50 MB on
+#: an H100), and while the writes last the host queues the run, so that its launches are not what is
+#: timed. One write was too short: an alignment that takes 0.9 ms seemed to take 1.4.
 FLUSH_BYTES = 2**31
-#: Seconds that the writes last: these at least (what held on an H100), at most those, between them LEAD times what the
-#: slowest run takes the host. A run that waits for the device itself would ask for more.
+#: Seconds that the writes last: these at least (what held on an H100), at most those, between them
+#: LEAD times what the slowest run takes the host. A run that waits for the device itself would ask
+#: for more.
 HIDDEN, LONGEST, LEAD = 6e-3, 20e-3, 2.0
-# One process measures every case, and each is a compilation of the same function: behind the limit dynamo would run the
-# function as it is, and its time would stand under "compile".
+# One process measures every case, and each is a compilation of the same function: behind the limit
+# dynamo would run the function as it is, and its time would stand under "compile".
 torch._dynamo.config.recompile_limit = 64
 #: Rows a chunk of the float64 cross-entropy: 2.5 GB of logits at a vocabulary of 151936.
 EXACT_ROWS = 2048
@@ -59,7 +61,9 @@ def settle() -> None:
     torch.cuda.empty_cache()
 
 
-def measure_case(at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str, rounds: int, seconds: float) -> Any:
+def measure_case(
+    at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str, rounds: int, seconds: float
+) -> Any:
     """Rows by name: the floor and the implementations, {"skipped": reason} where one cannot run."""
     chosen, number = OPS[op], DTYPES[dtype]
     with DEVICE:
@@ -77,7 +81,9 @@ def measure_case(at: At, names: list[str], *, op: str, sizes: Sizes, dtype: str,
     at(None)
     times = timed(floor | runs, inputs.clear, rounds, seconds)
     forms = {form: times.pop(form) for form in floor}
-    results[cpu.FLOOR] |= {"forms_ms": {form: 1e3 * statistics.median(values) for form, values in forms.items()}}
+    results[cpu.FLOOR] |= {
+        "forms_ms": {form: 1e3 * statistics.median(values) for form, values in forms.items()}
+    }
     times[cpu.FLOOR] = min(forms.values(), key=statistics.median)
     return cpu.described(results, times, runs, chosen.flops(sizes))
 
@@ -86,7 +92,8 @@ def attempt(name: str, task: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of `task`, or {"skipped": reason}.
 
     Raises:
-        Lost: the device answers nothing any more (an illegal access, say): the process is of no further use.
+        Lost: the device answers nothing any more (an illegal access, say): the process is of no
+            further use.
     """
     try:
         result = task()
@@ -117,7 +124,8 @@ def first_steps(op: Op, name: str, inputs: Inputs, exact: dict[str, Tensor]) -> 
 
 
 def peak_memory(run: Callable[[], object], inputs: Inputs) -> dict[str, int]:
-    """Bytes that one step needs beyond what is allocated before it, the gradients that it returns included."""
+    """Bytes that one step needs beyond what is allocated before it, the gradients that it returns
+    included."""
     inputs.clear()
     settle()
     before = torch.cuda.memory_allocated()
@@ -133,7 +141,9 @@ def exact_values(op: Op, inputs: Inputs) -> dict[str, Tensor]:
     wide = inputs.to(torch.float64)
     if op.name != "linear_cross_entropy":
         return cpu.value_and_gradients(getattr(reference, op.name), wide)
-    hidden, unembedding, labels = (wide.arguments[name] for name in ("hidden", "unembedding", "labels"))
+    hidden, unembedding, labels = (
+        wide.arguments[name] for name in ("hidden", "unembedding", "labels")
+    )
     total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for first in range(0, len(labels), EXACT_ROWS):
         part = slice(first, first + EXACT_ROWS)
@@ -143,14 +153,17 @@ def exact_values(op: Op, inputs: Inputs) -> dict[str, Tensor]:
         loss.backward()
         total += loss.detach()
     gradients = {f"gradient of {name}": leaf.grad for name, leaf in wide.leaves.items()}
-    return {"value": total} | {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    return {"value": total} | {
+        name: gradient for name, gradient in gradients.items() if gradient is not None
+    }
 
 
 def floor_of(op: Op, sizes: Sizes, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """The floor by the form of its weight gradients: every GEMM of the op, one after the other, with their output in
-    the working dtype and, where the device can, in float32; or one copy.
+    """The floor by the form of its weight gradients: every GEMM of the op, one after the other,
+    with their output in the working dtype and, where the device can, in float32; or one copy.
 
-    One after the other, as the op runs them: a GEMM alone, behind idle time, has the higher clock to itself."""
+    One after the other, as the op runs them: a GEMM alone, behind idle time, has the higher clock
+    to itself."""
     if op.layers is None:
         return {"copy": op.floor(sizes, dtype)}
     return product_runs(op.layers(sizes), dtype)
@@ -182,9 +195,13 @@ def widens(left: Tensor, right: Tensor) -> bool:
 
 
 def timed(
-    runs: dict[str, Callable[[], object]], prepare: Callable[[], object], rounds: int, seconds: float
+    runs: dict[str, Callable[[], object]],
+    prepare: Callable[[], object],
+    rounds: int,
+    seconds: float,
 ) -> dict[str, list[float]]:
-    """Seconds of each run in interleaved rounds, each warmed up, each behind writes that hide the host."""
+    """Seconds of each run in interleaved rounds, each warmed up, each behind writes that hide the
+    host."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE)
 
     def ready(count: int) -> None:

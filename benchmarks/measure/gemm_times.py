@@ -1,4 +1,5 @@
-"""What the pages of numbers share: interleaved times, and GEMMs by the faster library that torch reaches."""
+"""What the pages of numbers share: interleaved times, and GEMMs by the faster library that torch
+reaches."""
 
 from __future__ import annotations
 
@@ -39,17 +40,22 @@ def ratio(times: list[float], base: list[float]) -> float:
 
 
 def served(dtype: torch.dtype) -> bool:
-    """Whether a library behind torch has GEMMs of such numbers here: else torch.mm multiplies one by one."""
+    """Whether a library behind torch has GEMMs of such numbers here: else torch.mm multiplies one
+    by one."""
     return dtype == torch.float32 or gemm.torch_has_bfloat16()
 
 
 def widened(*tensors: Tensor) -> list[Tensor]:
     """In float32 where no library serves them; tensors that want a gradient stay such."""
-    return [x if served(x.dtype) else x.detach().float().requires_grad_(x.requires_grad) for x in tensors]
+    return [
+        x if served(x.dtype) else x.detach().float().requires_grad_(x.requires_grad)
+        for x in tensors
+    ]
 
 
 def multiplied(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callable[[], object]]:
-    """out = a b by each library, of numbers widened beforehand where none serves them: runs for `faster`."""
+    """out = a b by each library, of numbers widened beforehand where none serves them: runs for
+    `faster`."""
     a, b, out = widened(a, b, out)
     runs: dict[str, Callable[[], object]] = {f"mm {name}": partial(torch.mm, a, b, out=out)}
     if a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
@@ -58,8 +64,9 @@ def multiplied(name: str, a: Tensor, b: Tensor, out: Tensor) -> dict[str, Callab
 
 
 def onednn(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a b in float32 by oneDNN, where torch.mm takes MKL: into `out` by what torch.mm calls for narrower numbers, which
-    serves float32 too where the processor has those; else into new memory by torch.compile's linear layer."""
+    """a b in float32 by oneDNN, where torch.mm takes MKL: into `out` by what torch.mm calls for
+    narrower numbers, which serves float32 too where the processor has those; else into new memory
+    by torch.compile's linear layer."""
     matmul = _mkldnn_matmul()
     if matmul is None:
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
@@ -70,7 +77,8 @@ def onednn(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 @functools.cache
 def _mkldnn_matmul() -> Callable[..., None] | None:
-    """ATen's mkldnn_matmul(a, b, out, beta, alpha); None where it would refuse, or has another signature."""
+    """ATen's mkldnn_matmul(a, b, out, beta, alpha); None where it would refuse, or has another
+    signature."""
     library = ctypes.CDLL(str(Path(torch.__path__[0]) / "lib/libtorch_cpu.so"))
     name = "_ZN2at6native13mkldnn_matmulERKNS_6TensorES3_S3_ff"
     if not served(torch.bfloat16) or not hasattr(library, name):
@@ -91,7 +99,11 @@ def faster(times: dict[str, list[float]]) -> list[float]:
     """In each round the sum over the GEMMs, each by the library whose median is less."""
     total = [0.0] * min(len(each) for each in times.values())
     for name in (each.removeprefix("mm ") for each in times if each.startswith("mm ")):
-        found = [times[f"{library} {name}"] for library in ("mm", "onednn") if f"{library} {name}" in times]
+        found = [
+            times[f"{library} {name}"]
+            for library in ("mm", "onednn")
+            if f"{library} {name}" in times
+        ]
         total = [a + b for a, b in zip(total, min(found, key=statistics.median), strict=True)]
     return total
 

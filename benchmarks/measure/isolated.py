@@ -1,4 +1,5 @@
-"""Processes for code that may crash: a name that dies, hangs or breaks the device costs its own row only.
+"""Processes for code that may crash: a name that dies, hangs or breaks the device costs its own row
+only.
 
 Nothing heavy is imported here: a process imports what its first task needs.
 """
@@ -35,7 +36,8 @@ def one_line(error: BaseException) -> str:
 
 
 class Isolated:
-    """A process that runs tasks one after the other; it starts with the first task, and again after a failure."""
+    """A process that runs tasks one after the other; it starts with the first task, and again after
+    a failure."""
 
     def __init__(self) -> None:
         self._child: Any = None
@@ -49,11 +51,16 @@ class Isolated:
         self._over = True  # for a thread that still asks
         self.close()
 
-    def run(self, task: Task, names: Sequence[str], *, patience: float, deadline: float) -> tuple[Any, dict[str, str]]:
-        """(result, reason by name): the result of `task(at, names)` for the names that let it finish.
+    def run(
+        self, task: Task, names: Sequence[str], *, patience: float, deadline: float
+    ) -> tuple[Any, dict[str, str]]:
+        """(result, reason by name): the result of `task(at, names)` for the names that let it
+        finish.
 
-        task: picklable; it runs again, in a new process, without the name under which it died, fell silent for
-        `patience` seconds, or raised. deadline: of `time.monotonic`, when nothing is waited for any longer.
+        task: picklable; it runs again, in a new process, without the name under which it died, fell
+            silent for
+        `patience` seconds, or raised. deadline: of `time.monotonic`, when nothing is waited for any
+        longer.
 
         Raises:
             MeasurementError: it failed under no name, or the deadline passed.
@@ -74,10 +81,12 @@ class Isolated:
         """Start the process, if there is none, without waiting for it."""
         if self._child is not None:
             return
-        # not from a fork server with torch in it: importing inductor asks for devices, after which no fork may use one
+        # not from a fork server with torch in it: importing inductor asks for devices, after which
+        # no fork may use one
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._child = context.Process(target=_serve, args=(theirs,))  # not a daemon: compilers may start their own
+        # not a daemon: compilers may start their own
+        self._child = context.Process(target=_serve, args=(theirs,))
         self._child.start()
         theirs.close()
 
@@ -92,7 +101,9 @@ class Isolated:
             self._child.join()
         self._child = self._pipe = None
 
-    def _once(self, task: Task, names: list[str], patience: float, deadline: float) -> tuple[str | None, str, Any]:
+    def _once(
+        self, task: Task, names: list[str], patience: float, deadline: float
+    ) -> tuple[str | None, str, Any]:
         """(name that ran last, "done" | "failed", result or reason)."""
         self.start()
         child, pipe = self._child, self._pipe
@@ -124,7 +135,8 @@ def without_the_dead(
 
 def _serve(pipe: Connection) -> None:
     """Run every task that comes, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, meant for who started this, who closes the pipe
+    # of a terminal, meant for who started this, who closes the pipe
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(EOFError, BrokenPipeError):  # who asked is gone
         while True:
             _answer(pipe)

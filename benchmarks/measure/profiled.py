@@ -1,4 +1,5 @@
-"""`python -m benchmarks.measure.profiled KERNEL`: one launch of a kernel under Nsight Compute, and what it counted."""
+"""`python -m benchmarks.measure.profiled KERNEL`: one launch of a kernel under Nsight Compute, and
+what it counted."""
 
 from __future__ import annotations
 
@@ -19,7 +20,11 @@ from . import cuda
 from .isolated import At
 
 #: Kernel -> a part of the name that the profiler knows it by.
-KERNELS = {"cross_entropy_rows_": "cross_entropy", "swiglu_rows strided": "swiglu", "weight gradient, beta = 1": ""}
+KERNELS = {
+    "cross_entropy_rows_": "cross_entropy",
+    "swiglu_rows strided": "swiglu",
+    "weight gradient, beta = 1": "",
+}
 METRICS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes_read.sum": "bytes_read",
@@ -46,14 +51,21 @@ def calls(scale: int = 1) -> dict[str, Callable[[], Callable[[], object]]]:
 
     def cross_entropy() -> Callable[[], object]:
         make = table.all_kernels()["cross_entropy_rows_"].sample
-        return row_kernel("cross_entropy_rows_", make(4096 // scale, 128256 // scale, torch.bfloat16).arguments)
+        return row_kernel(
+            "cross_entropy_rows_", make(4096 // scale, 128256 // scale, torch.bfloat16).arguments
+        )
 
-    def swiglu() -> Callable[[], object]:  # halves of one GEMM's output, as a fused gate and up leave them
+    # halves of one GEMM's output, as a fused gate and up leave them
+    def swiglu() -> Callable[[], object]:
         both = torch.randn(8192 // scale, 2 * 5120).bfloat16()
-        return row_kernel("swiglu_rows", (*both.chunk(2, -1), torch.empty(len(both), 5120, dtype=torch.bfloat16)))
+        return row_kernel(
+            "swiglu_rows", (*both.chunk(2, -1), torch.empty(len(both), 5120, dtype=torch.bfloat16))
+        )
 
     def weight_gradient() -> Callable[[], object]:
-        upstream, hidden = (torch.randn(8192 // scale, size // scale).bfloat16() for size in (128256, 4096))
+        upstream, hidden = (
+            torch.randn(8192 // scale, size // scale).bfloat16() for size in (128256, 4096)
+        )
         total = torch.zeros(upstream.shape[1], hidden.shape[1], dtype=torch.bfloat16)
         return partial(torch.addmm, total, upstream.T, hidden, out=total)
 
@@ -66,7 +78,16 @@ def counters(at: At, names: list[str], *, kernel: str) -> dict[str, dict[str, An
     at(None)
     if shutil.which("ncu") is None:
         return {name: {"skipped": "ImportError: ncu is not on the PATH"}}
-    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--metrics", ",".join(METRICS)]
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "--profile-from-start",
+        "off",
+        "--csv",
+        "--metrics",
+        ",".join(METRICS),
+    ]
     command += [*(["-k", f"regex:{KERNELS[kernel]}"] if KERNELS[kernel] else []), "-c", "1"]
     command += [sys.executable, "-m", "benchmarks.measure.profiled", kernel]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
@@ -91,7 +112,15 @@ def parsed(output: str) -> dict[str, Any]:
 
 
 #: To bytes and nanoseconds.
-UNITS = {"Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "us": 1e3, "usecond": 1e3, "ms": 1e6, "msecond": 1e6}
+UNITS = {
+    "Kbyte": 1e3,
+    "Mbyte": 1e6,
+    "Gbyte": 1e9,
+    "us": 1e3,
+    "usecond": 1e3,
+    "ms": 1e6,
+    "msecond": 1e6,
+}
 
 
 def main() -> int:

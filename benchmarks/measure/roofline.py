@@ -1,8 +1,10 @@
-"""What an op must take on a GPU: a model of its time from FLOPs, bytes and launches, to be read beside measurements.
+"""What an op must take on a GPU: a model of its time from FLOPs, bytes and launches, to be read
+beside measurements.
 
     time = FLOPs / R + bytes / B + launches L            ratio = time / (FLOPs / R)
 
-R, B: the rate of a large GEMM and of a copy (read and written) on the device; L: what a small kernel takes. Nothing
+R, B: the rate of a large GEMM and of a copy (read and written) on the device; L: what a small
+    kernel takes. Nothing
 overlaps. With C chunks of rows (`nitp_ops.explain`), s bytes per element of the GEMMs:
 
     linear_cross_entropy, [N, d] by [V, d]               implicit_token_loss, width d, inner m = 4 d
@@ -11,12 +13,14 @@ overlaps. With C chunks of rows (`nitp_ops.explain`), s bytes per element of the
     dW        (6 + SUM (2 + 8 (C - 1))) V d if C > 1      the same of 12 d^2
     launches  8 + 4 C                                     24 + 7 C
 
-rows: every logit is read and written once; SwiGLU reads two and writes one forward, reads three and writes two
-backward; the alignment reads two and writes one. dW: with several chunks the weight gradient is summed in float32, so
-that the first GEMM writes 2 bytes more a number than GEMM time has and each further one reads and writes 4, of which a
-part hides behind the GEMM itself; a cast at the end reads 4 and writes 2. launches: as a test counts them at most. The
-ratio of a row kernel to a copy is its constant here. The constants fit what an H100 showed (decision 0036) and the
-instructions of the kernels; nothing else in this file does.
+rows: every logit is read and written once; SwiGLU reads two and writes one forward, reads three and
+    writes two
+backward; the alignment reads two and writes one. dW: with several chunks the weight gradient is
+summed in float32, so that the first GEMM writes 2 bytes more a number than GEMM time has and each
+further one reads and writes 4, of which a part hides behind the GEMM itself; a cast at the end
+reads 4 and writes 2. launches: as a test counts them at most. The ratio of a row kernel to a copy
+is its constant here. The constants fit what an H100 showed (decision 0036) and the instructions of
+the kernels; nothing else in this file does.
 """
 
 from __future__ import annotations
@@ -63,10 +67,11 @@ class Rates:
 
 #: Taken for an H200 until one is measured.
 H200 = Rates(790e12, 4.3e12)
-#: Special functions (exp2, tanh, 1/x) a second: 16 a clock on each of its 132 multiprocessors, at 1.98 GHz.
+#: Special functions (exp2, tanh, 1/x) a second: 16 a clock on each of its 132 multiprocessors, at
+#: 1.98 GHz.
 SPECIAL_FUNCTIONS = 132 * 16 * 1.98e9
-#: As CROSS_ENTROPY, under a softcap: not the copy bounds a logit but its special functions, three in the pass that
-#: adds up and two in the one that writes.
+#: As CROSS_ENTROPY, under a softcap: not the copy bounds a logit but its special functions, three
+#: in the pass that adds up and two in the one that writes.
 CAPPED = 5 / SPECIAL_FUNCTIONS / (2 * ITEM / H200.bytes)
 
 
@@ -89,7 +94,11 @@ class Cost:
     def ratio(self, rates: Rates) -> float:
         """The time over that of the GEMMs."""
         gemm = self.flops / rates.flops
-        return 1 + ((self.row_bytes + self.sum_bytes) / rates.bytes + self.launches * rates.launch) / gemm
+        return (
+            1
+            + ((self.row_bytes + self.sum_bytes) / rates.bytes + self.launches * rates.launch)
+            / gemm
+        )
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
@@ -107,7 +116,8 @@ def chunks_of(op: str, sizes: Sizes) -> int:
 
 
 def cost(op: str, sizes: Sizes, chunks: int | None = None) -> Cost:
-    """Forward and backward of one case in bfloat16, every gradient wanted; chunks: instead of those of the op."""
+    """Forward and backward of one case in bfloat16, every gradient wanted; chunks: instead of those
+    of the op."""
     count, n, d = chunks or chunks_of(op, sizes), sizes["N"], sizes["d"]
     if op == "linear_cross_entropy":
         factor = CAPPED if sizes.get("softcap") else CROSS_ENTROPY

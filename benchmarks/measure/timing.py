@@ -20,9 +20,9 @@ def interleave(
 ) -> dict[Name, list[float]]:
     """Seconds of each run in each round (the difference of two readings of `clock`).
 
-    Every round starts with another and every second one goes backwards: what a run finds in caches and in freed memory
-    is not always left by the same one. A run leaves after the round in which its own total passes `seconds`, and has at
-    least one time.
+    Every round starts with another and every second one goes backwards: what a run finds in caches
+    and in freed memory is not always left by the same one. A run leaves after the round in which
+    its own total passes `seconds`, and has at least one time.
     """
     times: dict[Name, list[float]] = {name: [] for name in runs}
     order = list(runs)
@@ -47,5 +47,6 @@ def quartiles(values: list[float]) -> dict[str, float]:
 
 
 def ratios(times: list[float], base: list[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios within each round, which drifts of the machine's speed cancel from."""
+    """Median and quartiles of the ratios within each round, which drifts of the machine's speed
+    cancel from."""
     return quartiles([a / b for a, b in zip(times, base, strict=False)])

@@ -1,4 +1,5 @@
-"""A process that takes steps of our op on request: two of them, each with its own nitp_ops, are an A/B comparison.
+"""A process that takes steps of our op on request: two of them, each with its own nitp_ops, are an
+A/B comparison.
 
 python -m benchmarks.measure.worker THREADS      reads a JSON request a line, writes a JSON answer a line
 """
@@ -17,7 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-#: Seconds between two steps: OpenMP threads of the process that has just run go on spinning for some milliseconds.
+#: Seconds between two steps: OpenMP threads of the process that has just run go on spinning for
+#: some milliseconds.
 PAUSE = 0.02
 
 
@@ -76,7 +78,8 @@ class Worker:
         return answer
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        """Make the inputs of a case and take two steps; {"nitp_ops": its folder, "bits": digest of its results}."""
+        """Make the inputs of a case and take two steps; {"nitp_ops": its folder, "bits": digest of
+        its results}."""
         return self.ask(do="prepare", op=case["op"], sizes=case["sizes"], dtype=case["dtype"])
 
     def step(self) -> None:
@@ -104,14 +107,22 @@ def answers(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         request = json.loads(line)
         if request["do"] == "prepare":
             op = OPS[request["op"]]
-            inputs, function = op.inputs(request["sizes"], getattr(torch, request["dtype"])), forward(op.name, "ours")
+            inputs, function = (
+                op.inputs(request["sizes"], getattr(torch, request["dtype"])),
+                forward(op.name, "ours"),
+            )
             values = cpu.value_and_gradients(function, inputs)
             digest = hashlib.sha256()
             for value in values.values():
-                digest.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+                )
             inputs.clear()
             step(function, inputs)
-            yield {"nitp_ops": str(Path(nitp_ops.__file__).resolve().parent), "bits": digest.hexdigest()}
+            yield {
+                "nitp_ops": str(Path(nitp_ops.__file__).resolve().parent),
+                "bits": digest.hexdigest(),
+            }
             continue
         assert inputs is not None and function is not None
         inputs.clear()
@@ -134,7 +145,11 @@ def main() -> None:
                 print(json.dumps(answer), file=out, flush=True)
         except Exception as error:
             reason = " ".join(str(error).split())
-            print(json.dumps({"failed": f"{type(error).__name__}: {reason}"[:300]}), file=out, flush=True)
+            print(
+                json.dumps({"failed": f"{type(error).__name__}: {reason}"[:300]}),
+                file=out,
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

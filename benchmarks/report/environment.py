@@ -20,7 +20,9 @@ def machine(threads: int) -> dict[str, Any]:
     return {
         "cpu": processor(),
         "instruction_set": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": threads,
         "torch": torch.__version__,
         "commit": commit(),
@@ -56,19 +58,22 @@ def machine_line(info: dict[str, Any]) -> str:
     """The line that heads every output."""
     if "gpu" in info:
         return (
-            f"{info['gpu']} ({info['multiprocessors']} multiprocessors, {info['memory_gib']:.0f} GiB), "
-            f"torch {info['torch']}, CUDA {info['cuda']}, Triton {info['triton']}, commit {info['commit']}"
+            f"{info['gpu']} ({info['multiprocessors']} multiprocessors, {info['memory_gib']:.0f} "
+            f"GiB), torch {info['torch']}, CUDA {info['cuda']}, Triton {info['triton']}, commit "
+            f"{info['commit']}"
         )
     return (
-        f"{info['cpu']} ({info['instruction_set']}), {info['cores']} cores, {info['threads']} threads, "
-        f"torch {info['torch']}, commit {info['commit']}"
+        f"{info['cpu']} ({info['instruction_set']}), {info['cores']} cores, {info['threads']} "
+        f"threads, torch {info['torch']}, commit {info['commit']}"
     )
 
 
 def processor() -> str:
     """The name that the CPU gives itself."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:  # not Linux
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
@@ -78,7 +83,9 @@ def commit() -> str:
     """HEAD's first twelve digits, "-dirty" behind them where tracked files differ."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True
+        ).stdout.strip()
 
     try:
         head = git("rev-parse", "--short=12", "--verify", "HEAD")

@@ -26,7 +26,8 @@ def svg(figure: Any) -> str:
 
 
 def inline(figure: Any) -> str:
-    """The figure as an element of an HTML page, what is drawn in `INK` in the colour of the page's text."""
+    """The figure as an element of an HTML page, what is drawn in `INK` in the colour of the page's
+    text."""
     text = svg(figure)
     return text[text.index("<svg") :].replace(INK, "currentColor")
 
@@ -44,7 +45,8 @@ def frame(axis: Any, ink: str) -> None:
 
 
 def picture(name: str, alternative: str) -> str:
-    """Markdown of the figures `name`-light.svg and `name`-dark.svg: the reader's colour scheme chooses."""
+    """Markdown of the figures `name`-light.svg and `name`-dark.svg: the reader's colour scheme
+    chooses."""
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{name}-dark.svg">'
         f'<img alt="{alternative}" src="{name}-light.svg"></picture>'

@@ -1,7 +1,8 @@
-"""`python -m benchmarks plot`: figures and docs/growth.md from the newest scaling results that were kept.
+"""`python -m benchmarks plot`: figures and docs/growth.md from the newest scaling results that were
+kept.
 
-Every figure is two SVG files, one for a light and one for a dark page. The same results give the same bytes. Needs
-matplotlib.
+Every figure is two SVG files, one for a light and one for a dark page. The same results give the
+same bytes. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def _figure(ink: str, columns: int, height: float = 3.0) -> tuple[Any, Any]:
 
 
 def _plain_ticks(axis: Any) -> None:
-    """1, 2 and 5 times each power of ten, written out: matplotlib's labels are formulas, which `svg` leaves alone."""
+    """1, 2 and 5 times each power of ten, written out: matplotlib's labels are formulas, which
+    `svg` leaves alone."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for side in (axis.xaxis, axis.yaxis):
@@ -80,7 +82,15 @@ def errors(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
         for name, lines in found["lines"].items():
             style = ":" if name == "eager" else "-"
             values = [line[place] for line in lines]
-            axis.loglog(found["chunks"], values, style, marker="o", ms=3, color=colours[PLACES[name]], label=name)
+            axis.loglog(
+                found["chunks"],
+                values,
+                style,
+                marker="o",
+                ms=3,
+                color=colours[PLACES[name]],
+                label=name,
+            )
         axis.set_title(title, fontsize=9)
         _plain_ticks(axis)
         axis.set_xlabel("chunks")
@@ -98,13 +108,22 @@ def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
     knee = found["gflop_per_s"] / found["gb_per_s"]
     ends = [min(*intensities, knee), knee, max(*intensities, knee)]
     roof = [min(found["gflop_per_s"], found["gb_per_s"] * end) for end in ends]
-    axis.loglog(ends, roof, "--", color=colours[0], linewidth=1, label="copy's bandwidth, best GEMM")
+    axis.loglog(
+        ends, roof, "--", color=colours[0], linewidth=1, label="copy's bandwidth, best GEMM"
+    )
     for name in found["points"][0]["gflop_per_s"]:
         rates = [point["gflop_per_s"][name] for point in found["points"]]
         axis.loglog(intensities, rates, marker="o", ms=4, color=colours[PLACES[name]], label=name)
     for point in found["points"]:
         at = point["intensity"], point["gflop_per_s"]["ours"]
-        axis.annotate(f"N={point['N']}", at, color=colours[0], fontsize=6, xytext=(3, -9), textcoords="offset points")
+        axis.annotate(
+            f"N={point['N']}",
+            at,
+            color=colours[0],
+            fontsize=6,
+            xytext=(3, -9),
+            textcoords="offset points",
+        )
     axis.set_xlabel(f"FLOPs a byte that must move (d = {found['d']}, V = {found['V']})")
     axis.set_ylabel(f"GFLOP/s, {found['dtype']}")
     _plain_ticks(axis)
@@ -113,31 +132,53 @@ def roofline(document: dict[str, Any], colours: tuple[str, ...]) -> Any:
 
 
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], tuple[str, ...]], Any]]] = {
-    "time": ("Time against the size of the problem", lambda document, c: growth(document, "milliseconds", c)),
-    "memory": ("Extra memory against the size of the problem", lambda document, c: growth(document, "extra_bytes", c)),
+    "time": (
+        "Time against the size of the problem",
+        lambda document, c: growth(document, "milliseconds", c),
+    ),
+    "memory": (
+        "Extra memory against the size of the problem",
+        lambda document, c: growth(document, "extra_bytes", c),
+    ),
     "error": ("Error against the number of chunks", errors),
     "roofline": ("Roofline", roofline),
 }
 
 
 def bars(document: dict[str, Any]) -> str:
-    """An SVG element in the colour of the page's text: time over the floor of each implementation, a group a case."""
+    """An SVG element in the colour of the page's text: time over the floor of each implementation,
+    a group a case."""
     from . import records
 
     groups = {
-        title: [row for row in rows if row["times_floor"] is not None and row["implementation"] != "floor"]
+        title: [
+            row
+            for row in rows
+            if row["times_floor"] is not None and row["implementation"] != "floor"
+        ]
         for title, rows in records.grouped(document).items()
     }
-    figure, (axis,) = _figure(INK, 1, height=0.6 + sum(0.18 * len(rows) + 0.3 for rows in groups.values()))
+    figure, (axis,) = _figure(
+        INK, 1, height=0.6 + sum(0.18 * len(rows) + 0.3 for rows in groups.values())
+    )
     figure.set_figwidth(11)
     place, ticks = 0.0, []
     for title, rows in groups.items():
         axis.text(0, place, title, color=INK, fontsize=8, va="center", fontweight="bold")
         for row in rows:
             place += 1
-            colour = THEMES["dark"][1] if row["implementation"].startswith("ours") else THEMES["dark"][2]
+            colour = (
+                THEMES["dark"][1] if row["implementation"].startswith("ours") else THEMES["dark"][2]
+            )
             axis.barh(place, row["times_floor"], color=colour, height=0.8)
-            axis.text(row["times_floor"], place, f" {row['times_floor']:.2f}", color=INK, fontsize=7, va="center")
+            axis.text(
+                row["times_floor"],
+                place,
+                f" {row['times_floor']:.2f}",
+                color=INK,
+                fontsize=7,
+                va="center",
+            )
             ticks.append((place, row["implementation"]))
         place += 1.6
     axis.axvline(1, color=INK, linewidth=1)
@@ -156,10 +197,14 @@ def page(document: dict[str, Any], source: str) -> str:
         "`python -m benchmarks --case scaling --save`; nothing here is typed by hand.",
         f"Machine: {environment.machine_line(document['machine'])}.",
         "",
-        "Forward and backward of `linear_cross_entropy`, medians of interleaved rounds, freed memory kept.",
-        "extra memory: the peak of a fresh process's second step without the gradients it returns (malloc default).",
-        "heads: `ntp` and `mtp_parallel` with residual heads, one pass for all of them, or a call of eager for each.",
-        f"torch-best: {PEERS['torch'].what.split(',')[0]}, {PEERS['torch-best'].what.removeprefix('the same with ')}.",
+        "Forward and backward of `linear_cross_entropy`, medians of interleaved rounds, freed "
+        "memory kept.",
+        "extra memory: the peak of a fresh process's second step without the gradients it returns "
+        "(malloc default).",
+        "heads: `ntp` and `mtp_parallel` with residual heads, one pass for all of them, or a call "
+        "of eager for each.",
+        f"torch-best: {PEERS['torch'].what.split(',')[0]}, "
+        f"{PEERS['torch-best'].what.removeprefix('the same with ')}.",
         "",
     ]
     for name in ("time", "memory"):
@@ -172,12 +217,21 @@ def page(document: dict[str, Any], source: str) -> str:
     lines += ["Fitted exponents (least squares over all sizes; 1 is linear, 0 is constant):", ""]
     lines += [tables.markdown(["axis", "who", "time", "extra memory"], rows), ""]
     for found in document["sweeps"]:
-        reasons = {name: row["skipped"] for p in found["points"] for name, row in p["rows"].items() if "skipped" in row}
+        reasons = {
+            name: row["skipped"]
+            for p in found["points"]
+            for name, row in p["rows"].items()
+            if "skipped" in row
+        }
         lines += [f"* {name}, {found['axis']}: {reason}" for name, reason in reasons.items()]
         lines += _points(found)
     found = document["errors"]
     lines += [f"## {FIGURES['error'][0]}", "", picture(f"{FOLDER}/error", FIGURES["error"][0]), ""]
-    lines += [f"Relative error (Frobenius), bfloat16, N = {found['N']}, d = {found['d']}, V = {found['V']}.", ""]
+    lines += [
+        f"Relative error (Frobenius), bfloat16, N = {found['N']}, d = {found['d']}, V = "
+        f"{found['V']}.",
+        "",
+    ]
     rows = [
         [name, chunks, *(f"{error:.1e}" for error in line)]
         for name, each in found["lines"].items()
@@ -190,8 +244,8 @@ def page(document: dict[str, Any], source: str) -> str:
         "",
         picture(f"{FOLDER}/roofline", "roofline"),
         "",
-        f"A copy moves {roof['gb_per_s']:.1f} GB/s, the fastest GEMM reaches {roof['gflop_per_s']:.0f} GFLOP/s "
-        f"({roof['dtype']}).",
+        f"A copy moves {roof['gb_per_s']:.1f} GB/s, the fastest GEMM reaches "
+        f"{roof['gflop_per_s']:.0f} GFLOP/s ({roof['dtype']}).",
         "FLOPs are those of the three GEMMs, bytes those of the inputs and gradients, each once.",
         "",
     ]
@@ -204,7 +258,9 @@ def _points(found: dict[str, Any]) -> list[str]:
     rows = []
     for point in found["points"]:
         measured = [point["rows"][name] for name in names]
-        cells = [(f"{row['milliseconds']:.1f}", f"{row['extra_bytes'] / 2**20:.1f}") for row in measured]
+        cells = [
+            (f"{row['milliseconds']:.1f}", f"{row['extra_bytes'] / 2**20:.1f}") for row in measured
+        ]
         rows.append([point["size"], *(text for pair in cells for text in pair)])
     return [tables.markdown(header, rows), ""]
 
@@ -225,7 +281,9 @@ def main() -> int:
     path = storage.newest("-scaling")
     if path is None:
         print(
-            "benchmarks: no scaling results are kept, run `python -m benchmarks --case scaling --save`", file=sys.stderr
+            "benchmarks: no scaling results are kept, run `python -m benchmarks --case scaling "
+            "--save`",
+            file=sys.stderr,
         )
         return 1
     for written in draw(storage.read(path), f"../{path.relative_to(environment.ROOT)}", DOCS):

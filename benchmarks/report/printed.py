@@ -12,17 +12,32 @@ from benchmarks.measure.cpu import ERROR_WORDS, FLOOR
 
 from .tables import Table, plain
 
-HEADER = ("", "forward ms", "backward", "both", "quartiles", "x floor", "x eager", "rounds", "peak MiB", "error")
+HEADER = (
+    "",
+    "forward ms",
+    "backward",
+    "both",
+    "quartiles",
+    "x floor",
+    "x eager",
+    "rounds",
+    "peak MiB",
+    "error",
+)
 
 
 def case_title(case: dict[str, Any]) -> str:
     """One line that says what the rows below it measured."""
     sizes = " ".join(f"{name}={size}" for name, size in case["sizes"].items())
-    gradients = next((row["gradient_bytes"] for row in case["rows"].values() if "gradient_bytes" in row), 0)
+    gradients = next(
+        (row["gradient_bytes"] for row in case["rows"].values() if "gradient_bytes" in row), 0
+    )
     malloc = f"malloc {case['malloc']}  " if "malloc" in case else ""
     name = f"{case['name']}  " if case.get("name") else ""
     work = f"{case['flops'] / 1e9:.1f} GFLOP, " if case.get("flops") else ""
-    work += f"at least {case['least_bytes'] / 2**20:.0f} MiB moved, " if "least_bytes" in case else ""
+    work += (
+        f"at least {case['least_bytes'] / 2**20:.0f} MiB moved, " if "least_bytes" in case else ""
+    )
     where = f"{case['op']}  {name}{sizes}  {case['dtype']}  {malloc}"
     return f"{where}({work}gradients: {gradients / 2**20:.0f} MiB of each peak)"
 
@@ -58,16 +73,24 @@ def _cells(row: dict[str, Any]) -> Iterator[str]:
 def legend(cases: list[dict[str, Any]]) -> str:
     """What the columns and rows mean, for the ops and settings that were measured."""
     rows = max(op.error_rows for op in OPS.values())
-    lines = [f"floor of {op}: {OPS[op].floor_name}" for op in dict.fromkeys(case["op"] for case in cases)]
+    lines = [
+        f"floor of {op}: {OPS[op].floor_name}" for op in dict.fromkeys(case["op"] for case in cases)
+    ]
     shown = dict.fromkeys(name for case in cases for name in case["rows"] if name != FLOOR)
-    lines += [f"{name}: {NAMES[name]}" for name in shown if name in NAMES]  # a file may hold names of before
-    lines += [f"malloc {name}: {MALLOC[name]}" for name in dict.fromkeys(case["malloc"] for case in cases)]
+    # a file may hold names of before
+    lines += [f"{name}: {NAMES[name]}" for name in shown if name in NAMES]
     lines += [
-        "forward is that of training: ours (and PyTorch's own, Liger-Kernel) form a scalar loss's gradients in it",
-        "both: forward and backward; ratios: of both, median over rounds of the ratio within a round",
-        "peak: most bytes resident in the second step of a fresh process, above those before it (malloc default)",
-        f"error: largest |x - x64| / |x64| of value and gradients against float64, on at most {rows} rows and "
-        f"{ERROR_WORDS} words",
+        f"malloc {name}: {MALLOC[name]}" for name in dict.fromkeys(case["malloc"] for case in cases)
+    ]
+    lines += [
+        "forward is that of training: ours (and PyTorch's own, Liger-Kernel) form a scalar loss's "
+        "gradients in it",
+        "both: forward and backward; ratios: of both, median over rounds of the ratio within a "
+        "round",
+        "peak: most bytes resident in the second step of a fresh process, above those before it "
+        "(malloc default)",
+        "error: largest |x - x64| / |x64| of value and gradients against float64, on at most "
+        f"{rows} rows and {ERROR_WORDS} words",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,5 @@
-"""`python -m benchmarks.report.readme`: writes README's table of numbers from the quick results that were kept last."""
+"""`python -m benchmarks.report.readme`: writes README's table of numbers from the quick results
+that were kept last."""
 
 from __future__ import annotations
 
@@ -25,20 +26,34 @@ def section(path: Path) -> str:
     document = read(path)
     cases = document["cases"]
     ran = {name for case in cases for name, row in case["rows"].items() if "times_floor" in row}
-    names = [name for name in NAMES if name in ALWAYS or (name in ran and not name.startswith("ours"))]
+    names = [
+        name for name in NAMES if name in ALWAYS or (name in ran and not name.startswith("ours"))
+    ]
     lines = [
-        f"Forward and backward, `python -m benchmarks --quick` on {machine_line(document['machine'])}:",
-        "time against the floor (the op's library GEMMs at the same shapes, or a copy of the same bytes) and peak",
-        "extra memory of a fresh process, gradients included. Every row, with spreads, errors and the reasons of those",
+        "Forward and backward, `python -m benchmarks --quick` on "
+        f"{machine_line(document['machine'])}:",
+        "time against the floor (the op's library GEMMs at the same shapes, or a copy of the same "
+        "bytes) and peak",
+        "extra memory of a fresh process, gradients included. Every row, with spreads, errors and "
+        "the reasons of those",
         f"who cannot run there: [the JSON]({path.relative_to(ROOT)}).",
         "",
-        markdown(["op", "case", "dtype", *names, "ours, MiB", "eager, MiB"], [_line(case, names) for case in cases]),
+        markdown(
+            ["op", "case", "dtype", *names, "ours, MiB", "eager, MiB"],
+            [_line(case, names) for case in cases],
+        ),
     ]
     losing = []
     for name in names[1:]:
         pairs = [(case, _time(case, "ours"), _time(case, name)) for case in cases]
-        slower = [(case, ours / other) for case, ours, other in pairs if ours and other and round(ours / other, 2) > 1]
-        listed = "; ".join(f"{case['op']} in {case['dtype']} ({ratio:.2f})" for case, ratio in slower)
+        slower = [
+            (case, ours / other)
+            for case, ours, other in pairs
+            if ours and other and round(ours / other, 2) > 1
+        ]
+        listed = "; ".join(
+            f"{case['op']} in {case['dtype']} ({ratio:.2f})" for case, ratio in slower
+        )
         losing.append(f"* Slower than {name}: {listed or 'none'}.")
     return "\n".join([*lines, "", *losing, *_growth()])
 
@@ -48,7 +63,12 @@ def _growth() -> list[str]:
     if newest("-scaling") is None:
         return []
     drawn = picture(f"docs/{FOLDER}/time", "time against the size of the problem")
-    return ["", "How time and memory grow, errors against chunks, the roofline: [growth](docs/growth.md).", "", drawn]
+    return [
+        "",
+        "How time and memory grow, errors against chunks, the roofline: [growth](docs/growth.md).",
+        "",
+        drawn,
+    ]
 
 
 def _time(case: dict[str, Any], name: str) -> float | None:

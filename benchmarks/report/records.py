@@ -27,13 +27,21 @@ COLUMNS = (
 
 
 def records(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """One a row of each case; a number that was not measured is None, and `note` says why nothing was."""
-    return [_record(case, name, row) for case in document["cases"] for name, row in case["rows"].items()]
+    """One a row of each case; a number that was not measured is None, and `note` says why nothing
+    was."""
+    return [
+        _record(case, name, row) for case in document["cases"] for name, row in case["rows"].items()
+    ]
 
 
 def _record(case: dict[str, Any], name: str, row: dict[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = dict.fromkeys(COLUMNS)
-    record |= {"op": case["op"], "case": case.get("name", ""), "dtype": case["dtype"], "implementation": name}
+    record |= {
+        "op": case["op"],
+        "case": case.get("name", ""),
+        "dtype": case["dtype"],
+        "implementation": name,
+    }
     record["sizes"] = " ".join(f"{key}={size}" for key, size in case["sizes"].items())
     record |= {key: case.get(key) for key in ("malloc", "flops", "least_bytes")}
     for key, columns in _SPREADS.items():
@@ -55,7 +63,15 @@ def as_csv(document: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-_SHOWN = ("forward_ms", "backward_ms", "both_ms", "times_floor", "times_eager", "peak_bytes", "error")
+_SHOWN = (
+    "forward_ms",
+    "backward_ms",
+    "both_ms",
+    "times_floor",
+    "times_eager",
+    "peak_bytes",
+    "error",
+)
 HEADER = ["", "forward ms", "backward ms", "both ms", "/ floor", "/ eager", "peak MiB", "error"]
 
 
@@ -65,13 +81,17 @@ def cell(column: str, value: Any) -> str:
         return "-"
     if column.endswith("_ms"):
         return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return {"peak_bytes": f"{value / 2**20:.0f}", "error": f"{value:.1e}"}.get(column, f"{value:.2f}")
+    return {"peak_bytes": f"{value / 2**20:.0f}", "error": f"{value:.1e}"}.get(
+        column, f"{value:.2f}"
+    )
 
 
 def title(record: dict[str, Any]) -> str:
     """The case of a record in words."""
     words = (record[key] for key in ("op", "case", "sizes", "dtype"))
-    return " ".join(word for word in words if word) + (f", malloc {record['malloc']}" if record["malloc"] else "")
+    return " ".join(word for word in words if word) + (
+        f", malloc {record['malloc']}" if record["malloc"] else ""
+    )
 
 
 def grouped(document: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -88,7 +108,8 @@ def shown(record: dict[str, Any]) -> list[str]:
 
 
 def as_markdown(document: dict[str, Any]) -> str:
-    """One table a case, its FLOPs and least bytes above it, the reasons of those who could not run below it."""
+    """One table a case, its FLOPs and least bytes above it, the reasons of those who could not run
+    below it."""
     lines = ["# Benchmark", "", f"Machine: {machine_line(document['machine'])}.", ""]
     for name, rows in grouped(document).items():
         lines += [f"## {name}", "", *work(rows[0]), markdown(HEADER, map(shown, rows)), ""]

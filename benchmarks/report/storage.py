@@ -51,7 +51,9 @@ def read(path: Path, fake: bool = False) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
         if isinstance(document, dict) and "machine" in document:
             if document.get("fake", False) != fake:
-                raise DamagedResults(f"{path}: {'no dry run' if fake else 'a dry run, nothing was measured'}")
+                raise DamagedResults(
+                    f"{path}: {'no dry run' if fake else 'a dry run, nothing was measured'}"
+                )
             return document
         reason = "no object with a machine"
     except ValueError as error:
@@ -61,5 +63,7 @@ def read(path: Path, fake: bool = False) -> dict[str, Any]:
 
 def newest(kind: str) -> Path | None:
     """The kept results of this kind ("-quick", "-scaling") that were measured last."""
-    found = [(read(path)["machine"].get("date", ""), path) for path in RESULTS.glob(f"*/*{kind}.json")]
+    found = [
+        (read(path)["machine"].get("date", ""), path) for path in RESULTS.glob(f"*/*{kind}.json")
+    ]
     return max(found)[1] if found else None

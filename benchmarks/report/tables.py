@@ -30,7 +30,9 @@ class Table:
         return f"**{self.title}**\n\n{markdown(self.header, self.rows, self.numeric)}"
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[bool] | None = None) -> str:
+def markdown(
+    header: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[bool] | None = None
+) -> str:
     """A table; a bar inside a cell is escaped, columns of numbers stand to the right."""
     ruler = ["---:" if right else "---" for right in numeric or [False] * len(header)]
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
@@ -46,4 +48,6 @@ def plain(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
         return "  ".join([line[0].ljust(widths[0]), *cells]).rstrip()
 
-    return "\n".join([padded(lines[0]), "  ".join("-" * width for width in widths), *map(padded, lines[1:])])
+    return "\n".join(
+        [padded(lines[0]), "  ".join("-" * width for width in widths), *map(padded, lines[1:])]
+    )

@@ -1,9 +1,10 @@
 """`--base REV`: ours at another revision and here, one process each, in turns.
 
-The revision is checked out into a temporary git worktree. Its compiled library is built there, or copied from here if
-csrc/, setup.py and pyproject.toml are the same in both. Either process is this checkout's `worker` and cases; only the
-package `nitp_ops` that it imports differs. A round is a step of one and a step of the other, and every other round
-begins with the other; the ratio of a round lets a drift of the machine cancel.
+The revision is checked out into a temporary git worktree. Its compiled library is built there, or
+copied from here if csrc/, setup.py and pyproject.toml are the same in both. Either process is this
+checkout's `worker` and cases; only the package `nitp_ops` that it imports differs. A round is a
+step of one and a step of the other, and every other round begins with the other; the ratio of a
+round lets a drift of the machine cancel.
 """
 
 from __future__ import annotations
@@ -29,7 +30,17 @@ ROUNDS, QUICK_ROUNDS = 30, 12
 NAMES = ("base", "here")
 #: What the compiled library is made of.
 BUILT_FROM = ("csrc", "setup.py", "pyproject.toml")
-HEADER = ("", "base ms", "here ms", "here / base", "quartiles", "base MiB", "here MiB", "bits", "verdict")
+HEADER = (
+    "",
+    "base ms",
+    "here ms",
+    "here / base",
+    "quartiles",
+    "base MiB",
+    "here MiB",
+    "bits",
+    "verdict",
+)
 
 
 class BaseError(OSError):
@@ -39,13 +50,16 @@ class BaseError(OSError):
 def git(*arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=environment.ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise BaseError(f"git {' '.join(arguments)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        raise BaseError(
+            f"git {' '.join(arguments)}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}"
+        )
     return done.stdout.strip()
 
 
 @contextmanager
 def checkout(revision: str) -> Iterator[Path]:
-    """A folder that holds the package `nitp_ops` of the revision, with its compiled library; removed afterwards.
+    """A folder that holds the package `nitp_ops` of the revision, with its compiled library;
+    removed afterwards.
 
     Raises:
         BaseError: no such revision, or it does not build.
@@ -74,11 +88,15 @@ def _library(tree: Path, commit: str) -> None:
     build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
     if done.returncode or not list((tree / "nitp_ops").glob("*.so")):
-        raise BaseError(f"{commit[:12]} does not build: {(done.stderr.strip().splitlines() or ['no library'])[-1]}")
+        raise BaseError(
+            f"{commit[:12]} does not build: "
+            f"{(done.stderr.strip().splitlines() or ['no library'])[-1]}"
+        )
 
 
 def compared(workers: dict[str, Worker], case: dict[str, Any], rounds: int) -> dict[str, Any]:
-    """A row a revision: milliseconds, peak memory; the ratio within rounds, and whether the results have equal bits."""
+    """A row a revision: milliseconds, peak memory; the ratio within rounds, and whether the results
+    have equal bits."""
     found = {name: worker.prepare(case) for name, worker in workers.items()}
     times = timing.interleave(
         {name: worker.step for name, worker in workers.items()},
@@ -89,7 +107,10 @@ def compared(workers: dict[str, Worker], case: dict[str, Any], rounds: int) -> d
     )
     rows: dict[str, dict[str, Any]] = {}
     for name, values in times.items():
-        rows[name] = {"milliseconds": timing.quartiles([1e3 * value for value in values]), "rounds": len(values)}
+        rows[name] = {
+            "milliseconds": timing.quartiles([1e3 * value for value in values]),
+            "rounds": len(values),
+        }
         rows[name] |= {"peak_bytes": workers[name].peak()}
     ratio = timing.ratios(times["here"], times["base"])
     same = found["base"]["bits"] == found["here"]["bits"]
@@ -97,7 +118,8 @@ def compared(workers: dict[str, Worker], case: dict[str, Any], rounds: int) -> d
 
 
 class _Clock:
-    """Reads the seconds that the workers themselves have spent in steps: the pipe between us is no part of them."""
+    """Reads the seconds that the workers themselves have spent in steps: the pipe between us is no
+    part of them."""
 
     def __init__(self, workers: dict[str, Worker]) -> None:
         self.workers = workers
@@ -124,7 +146,9 @@ def table(cases: list[dict[str, Any]]) -> str:
         spread = f"{ratio['q25']:.3f}-{ratio['q75']:.3f}"
         bits = "equal" if case["same_bits"] else "differ"
         where = f"{case['op']} {sizes} {case['dtype']}"
-        lines.append([where, *milliseconds, f"{ratio['median']:.3f}", spread, *memory, bits, verdict(ratio)])
+        lines.append(
+            [where, *milliseconds, f"{ratio['median']:.3f}", spread, *memory, bits, verdict(ratio)]
+        )
     return tables.plain(HEADER, lines)
 
 
@@ -160,7 +184,10 @@ def run_against(options: argparse.Namespace) -> int:
     if gate.refused(ops):
         return 1
     document = run_base(options)
-    print(f"\n{table(document['cases'])}\n\nhere / base: median and quartiles of the ratio within a round")
+    print(
+        f"\n{table(document['cases'])}\n\nhere / base: median and quartiles of the ratio within "
+        "a round"
+    )
     print(f"{environment.machine_line(document['machine'])}, base {document['machine']['base']}")
     if options.json:
         storage.write_json(options.json, document)

@@ -51,7 +51,14 @@ def selected(options: argparse.Namespace) -> Iterator[tuple[Op, str, Sizes]]:
 
 
 def measure_case(
-    op: Op, name: str, sizes: Sizes, dtype: str, names: list[str], threads: int, mallocs: Sequence[str], effort: Effort
+    op: Op,
+    name: str,
+    sizes: Sizes,
+    dtype: str,
+    names: list[str],
+    threads: int,
+    mallocs: Sequence[str],
+    effort: Effort,
 ) -> list[dict[str, Any]]:
     """One case a malloc setting; peak memory and errors do not depend on it and are measured once."""
     where = (op, sizes, DTYPES[dtype])
@@ -74,10 +81,13 @@ def measure_case(
     return cases
 
 
-def extras(where: tuple[Op, Sizes, torch.dtype], names: list[str], threads: int) -> dict[str, dict[str, Any]]:
+def extras(
+    where: tuple[Op, Sizes, torch.dtype], names: list[str], threads: int
+) -> dict[str, dict[str, Any]]:
     """Error against float64 and peak memory of those who ran, each in a process of its own."""
     extra: dict[str, dict[str, Any]] = {name: {} for name in names}
-    checked = [name for name in names if name != "compile"]  # the same formula, and another compilation
+    # the same formula, and another compilation
+    checked = [name for name in names if name != "compile"]
     try:
         for name, error in in_child(partial(cpu.errors, *where, checked), threads).items():
             extra[name]["error"] = error
@@ -103,14 +113,29 @@ def run(options: argparse.Namespace) -> int:
         return 1
     malloc = options.malloc or ("default" if options.quick else "both")
     mallocs = list(children.MALLOC) if malloc == "both" else [malloc]
-    left_out = {name: f"left out of --quick: {why}" for name, why in SLOW.items()} if options.quick else {}
+    left_out = (
+        {name: f"left out of --quick: {why}" for name, why in SLOW.items()} if options.quick else {}
+    )
     cases: list[dict[str, Any]] = []
     for op, name, sizes in wanted:
         names = [each for each in names_for(op.name) if each in (options.implementation or NAMES)]
-        slow = {each: {"skipped": left_out[each]} for each in names if each in left_out and not options.implementation}
+        slow = {
+            each: {"skipped": left_out[each]}
+            for each in names
+            if each in left_out and not options.implementation
+        }
         for dtype in options.dtype or DTYPES:
             own = [each for each in names if each not in slow]
-            done = measure_case(op, name, sizes, dtype, own, options.threads, mallocs, QUICK if options.quick else FULL)
+            done = measure_case(
+                op,
+                name,
+                sizes,
+                dtype,
+                own,
+                options.threads,
+                mallocs,
+                QUICK if options.quick else FULL,
+            )
             for case in done:
                 rows = case["rows"] | slow
                 case["rows"] = {each: rows[each] for each in (cpu.FLOOR, *names) if each in rows}

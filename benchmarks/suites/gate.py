@@ -34,7 +34,16 @@ def failed_tests(ops: Sequence[str]) -> str | None:
 
 def pytest_failure(files: Sequence[Path]) -> str | None:
     """None when these tests are green, else how pytest ended."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *map(str, files)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *map(str, files),
+    ]
     run = subprocess.run(command, cwd=environment.ROOT, capture_output=True, text=True)
     if run.returncode == 0:
         return None

@@ -1,5 +1,5 @@
-"""The cross-entropy's row kernel by blocks of a cluster and threads of a block: whether the plan that is built in is
-the fastest on this GPU."""
+"""The cross-entropy's row kernel by blocks of a cluster and threads of a block: whether the plan
+that is built in is the fastest on this GPU."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ LIBRARY = SOURCE.parents[1] / "build/geometry.so"
 #: Of the plan that is built in.
 CHOSEN = "chosen"
 #: Blocks x threads.
-NAMES = (CHOSEN, *(f"{blocks}x{threads}" for blocks in (1, 2, 4, 8) for threads in (128, 256, 512, 1024)))
+NAMES = (
+    CHOSEN,
+    *(f"{blocks}x{threads}" for blocks in (1, 2, 4, 8) for threads in (128, 256, 512, 1024)),
+)
 KERNEL = "cross_entropy_rows_"
 
 
-def sweep(at: At, names: list[str], *, sizes: dict[str, int], rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
-    """Milliseconds by geometry, and over a copy of the same bytes; {"skipped": reason} where it does not run."""
+def sweep(
+    at: At, names: list[str], *, sizes: dict[str, int], rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """Milliseconds by geometry, and over a copy of the same bytes; {"skipped": reason} where it
+    does not run."""
     at(None)
     launched = launcher(built())
     make = table.all_kernels()[KERNEL].sample
@@ -69,8 +75,19 @@ def built() -> Path:
         raise ImportError("there is no nvcc on the PATH")
     LIBRARY.parent.mkdir(exist_ok=True)
     code = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    command = [nvcc, "-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC", f"-arch={code}", str(SOURCE)]
-    done = subprocess.run([*command, "-o", str(LIBRARY)], capture_output=True, text=True, check=False)
+    command = [
+        nvcc,
+        "-std=c++20",
+        "-O3",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+        f"-arch={code}",
+        str(SOURCE),
+    ]
+    done = subprocess.run(
+        [*command, "-o", str(LIBRARY)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise ImportError(f"nvcc: {(done.stderr.strip().splitlines() or ['failed'])[0]}")
     return LIBRARY

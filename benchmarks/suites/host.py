@@ -1,7 +1,9 @@
-"""`python -m benchmarks --case host`: what a call costs the host, at sizes whose arithmetic costs nothing.
+"""`python -m benchmarks --case host`: what a call costs the host, at sizes whose arithmetic costs
+nothing.
 
-Forward and backward beside the eager formula, one thread; all calls of a round run in turns, a round's time is that of
-`CALLS` calls. On a GPU this is the time in which a small step waits for Python.
+Forward and backward beside the eager formula, one thread; all calls of a round run in turns, a
+round's time is that of `CALLS` calls. On a GPU this is the time in which a small step waits for
+Python.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ def steps() -> dict[str, tuple[Step, Step]]:
     target, labels = torch.randn(1, ROWS, WIDTH), torch.randint(VOCABULARY, (1, ROWS))
     head = torch.nn.Linear(WIDTH, VOCABULARY, bias=False)
     gate_, up, down = (
-        torch.randn(shape, requires_grad=True) for shape in ((INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
+        torch.randn(shape, requires_grad=True)
+        for shape in ((INNER, WIDTH), (INNER, WIDTH), (WIDTH, INNER))
     )
 
     def eager_tokens(shifted: int = 0) -> torch.Tensor:
@@ -60,7 +63,10 @@ def steps() -> dict[str, tuple[Step, Step]]:
     return {
         "linear_cross_entropy": (lambda: tokens().backward(), lambda: eager_tokens().backward()),
         "implicit_token_loss": (lambda: latents().backward(), lambda: eager_latents().backward()),
-        'objective "ntp"': (lambda: ntp(streams()).loss.backward(), lambda: eager_tokens(1).backward()),
+        'objective "ntp"': (
+            lambda: ntp(streams()).loss.backward(),
+            lambda: eager_tokens(1).backward(),
+        ),
         'objective "ntp + nitp"': (
             lambda: both(streams()).loss.backward(),
             lambda: (eager_tokens(1) + 0.8 * eager_latents()).backward(),
@@ -73,7 +79,11 @@ def attached() -> tuple[Step, Step]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=1
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=INNER,
+        num_hidden_layers=1,
+        num_attention_heads=1,
     )
     ours, plain = (LlamaForCausalLM(config).train() for _ in range(2))
     nitp_ops.attach(ours, "ntp")
@@ -103,7 +113,11 @@ def measured(ours: Step, eager: Step, rounds: int, calls: int) -> dict[str, dict
 
 def table(cases: dict[str, dict[str, dict[str, float]]]) -> str:
     lines = [
-        [name, *(f"{rows[each]['median']:.0f}" for each in ("ours", "eager")), f"{rows['ratio']['median']:.2f}"]
+        [
+            name,
+            *(f"{rows[each]['median']:.0f}" for each in ("ours", "eager")),
+            f"{rows['ratio']['median']:.2f}",
+        ]
         for name, rows in cases.items()
     ]
     return tables.markdown(["forward + backward", "ours, us", "eager, us", "ratio"], lines)

@@ -23,13 +23,18 @@ NITP = ("hidden", "target", "gate", "up", "down")
 
 def prediction(sizes: Sizes) -> float:
     """1 + 72 d^2 / (6 d V): the FLOPs of both losses over those of the first."""
-    ntp = nitp_ops.explain("linear_cross_entropy", rows=1, width=sizes["d"], vocabulary=sizes["V"]).flops
+    ntp = nitp_ops.explain(
+        "linear_cross_entropy", rows=1, width=sizes["d"], vocabulary=sizes["V"]
+    ).flops
     return 1 + nitp_ops.explain("implicit_token_loss", rows=1, width=sizes["d"]).flops / ntp
 
 
 def inputs_of(sizes: Sizes, dtype: str) -> Inputs:
     """One hidden state for both losses."""
-    ntp, nitp = (OPS[op].inputs(sizes, cuda.DTYPES[dtype]) for op in ("linear_cross_entropy", "implicit_token_loss"))
+    ntp, nitp = (
+        OPS[op].inputs(sizes, cuda.DTYPES[dtype])
+        for op in ("linear_cross_entropy", "implicit_token_loss")
+    )
     return Inputs({**nitp.arguments, **ntp.arguments})
 
 
@@ -43,7 +48,9 @@ def measure_overhead(
     runs: dict[str, Callable[[], object]] = {}
     for name in names:
         at(name)
-        token, latent = (cuda.function_of(op, name) for op in ("linear_cross_entropy", "implicit_token_loss"))
+        token, latent = (
+            cuda.function_of(op, name) for op in ("linear_cross_entropy", "implicit_token_loss")
+        )
 
         def ntp(token: Callable[..., Tensor] = token) -> Tensor:
             return token(*(inputs.arguments[each] for each in NTP))

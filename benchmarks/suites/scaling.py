@@ -1,5 +1,6 @@
-"""`python -m benchmarks --case scaling`: growth of time and memory with N, V, d and the number of heads, error against
-the number of chunks, roofline. `python -m benchmarks plot` draws what `--save` kept.
+"""`python -m benchmarks --case scaling`: growth of time and memory with N, V, d and the number of
+heads, error against the number of chunks, roofline. `python -m benchmarks plot` draws what `--save`
+kept.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .numerics.token_loss import gemms as gemms_of
 
 WHO = ("ours", "eager", "torch-best")
 DTYPE = "bfloat16"
-#: Axis -> what stays, and the sizes along it. "heads" is the number of head terms that share one unembedding.
+#: Axis -> what stays, and the sizes along it. "heads" is the number of head terms that share one
+#: unembedding.
 FULL: dict[str, tuple[Sizes, tuple[int, ...]]] = {
     "N": ({"d": 512, "V": 32768}, (128, 256, 512, 1024, 2048)),
     "V": ({"N": 512, "d": 256}, (8192, 16384, 32768, 65536, 131072)),
@@ -48,8 +50,11 @@ ROUNDS, QUICK_ROUNDS = 5, 2
 LENGTH = 128
 
 
-def sweep(axis: str, fixed: Sizes, sizes: Sequence[int], rounds: int, threads: int) -> dict[str, Any]:
-    """Median milliseconds and extra bytes (gradients apart) of each size, and the exponents fitted to them."""
+def sweep(
+    axis: str, fixed: Sizes, sizes: Sequence[int], rounds: int, threads: int
+) -> dict[str, Any]:
+    """Median milliseconds and extra bytes (gradients apart) of each size, and the exponents fitted
+    to them."""
     names, make = (("ours", "eager"), _plan) if axis == "heads" else (WHO, _alone)
     times = in_child(partial(_times, axis, fixed, sizes, names, make, rounds), threads, "raised")
     points = []
@@ -60,19 +65,35 @@ def sweep(axis: str, fixed: Sizes, sizes: Sequence[int], rounds: int, threads: i
                 rows[name] = {"skipped": times[name]}
                 continue
             extra = in_child(partial(_extra_bytes, make, axis, fixed, size, name), threads)
-            rows[name] = {"milliseconds": 1e3 * statistics.median(times[name, size]), "extra_bytes": extra}
+            rows[name] = {
+                "milliseconds": 1e3 * statistics.median(times[name, size]),
+                "extra_bytes": extra,
+            }
         points.append({"size": size, "rows": rows})
-    return {"axis": axis, "fixed": fixed, "dtype": DTYPE, "points": points, "exponents": exponents(points)}
+    return {
+        "axis": axis,
+        "fixed": fixed,
+        "dtype": DTYPE,
+        "points": points,
+        "exponents": exponents(points),
+    }
 
 
 def exponents(points: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Slopes of log time and log extra memory over log size, least squares, of each who ran everywhere."""
-    names = [name for name in points[0]["rows"] if all("skipped" not in point["rows"][name] for point in points)]
+    """Slopes of log time and log extra memory over log size, least squares, of each who ran
+    everywhere."""
+    names = [
+        name
+        for name in points[0]["rows"]
+        if all("skipped" not in point["rows"][name] for point in points)
+    ]
     sizes = [point["size"] for point in points]
     return {
         name: {
             "time": exponent(sizes, [point["rows"][name]["milliseconds"] for point in points]),
-            "memory": exponent(sizes, [max(1, point["rows"][name]["extra_bytes"]) for point in points]),
+            "memory": exponent(
+                sizes, [max(1, point["rows"][name]["extra_bytes"]) for point in points]
+            ),
         }
         for name in names
     }
@@ -96,13 +117,23 @@ def _plan(axis: str, fixed: Sizes, size: int, name: str) -> Made:
     sizes = fixed["N"], fixed["d"], fixed["V"]
     setting = Setting(spec, sizes, length, getattr(torch, DTYPE), offsets)
     leaves = [setting.hidden, *setting.head.parameters(), *setting.objective.parameters()]
-    return setting.step("plan" if name == "ours" else name), setting.clear, sum(leaf.nbytes for leaf in leaves)
+    return (
+        setting.step("plan" if name == "ours" else name),
+        setting.clear,
+        sum(leaf.nbytes for leaf in leaves),
+    )
 
 
 def _times(
-    axis: str, fixed: Sizes, sizes: Sequence[int], names: Sequence[str], make: Callable[..., Made], rounds: int
+    axis: str,
+    fixed: Sizes,
+    sizes: Sequence[int],
+    names: Sequence[str],
+    make: Callable[..., Made],
+    rounds: int,
 ) -> Any:
-    """Seconds by (name, size) in rounds that interleave all of them; by name the reason of one that cannot run."""
+    """Seconds by (name, size) in rounds that interleave all of them; by name the reason of one that
+    cannot run."""
     runs: dict[Any, Callable[[], object]] = {}
     reasons: dict[Any, Any] = {}
     for name in names:
@@ -130,8 +161,11 @@ def _extra_bytes(make: Callable[..., Made], axis: str, fixed: Sizes, size: int, 
     return max(0, process_memory.peak_of(run, clear) - gradients)
 
 
-def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers: int) -> dict[str, Any]:
-    """Bandwidth of a copy, the best rate of the GEMMs, and GFLOP/s of the whole op at each arithmetic intensity."""
+def roofline(
+    d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers: int
+) -> dict[str, Any]:
+    """Bandwidth of a copy, the best rate of the GEMMs, and GFLOP/s of the whole op at each
+    arithmetic intensity."""
     op, dtype = OPS["linear_cross_entropy"], getattr(torch, DTYPE)
     source = torch.ones(numbers, dtype=dtype)
     into = torch.zeros_like(source)
@@ -145,11 +179,28 @@ def roofline(d: int, vocabulary: int, rows: Sequence[int], rounds: int, numbers:
         h, w, _ = problem(n, d, vocabulary, dtype)
         times = interleaved(runs | gemms_of(h, w, multiplied, own), rounds)
         rates = {name: 1e-9 * op.flops(sizes) / statistics.median(times[name]) for name in runs}
-        single = [2e-9 * n * d * vocabulary / statistics.median(times[name]) for name in times if name not in runs]
+        single = [
+            2e-9 * n * d * vocabulary / statistics.median(times[name])
+            for name in times
+            if name not in runs
+        ]
         best = max(best, *single)
-        points.append({"N": n, "intensity": op.flops(sizes) / op.least_bytes(sizes, dtype), "gflop_per_s": rates})
+        points.append(
+            {
+                "N": n,
+                "intensity": op.flops(sizes) / op.least_bytes(sizes, dtype),
+                "gflop_per_s": rates,
+            }
+        )
     bandwidth = 2e-9 * source.nbytes / statistics.median(copy)
-    return {"d": d, "V": vocabulary, "dtype": DTYPE, "gb_per_s": bandwidth, "gflop_per_s": best, "points": points}
+    return {
+        "d": d,
+        "V": vocabulary,
+        "dtype": DTYPE,
+        "gb_per_s": bandwidth,
+        "gflop_per_s": best,
+        "points": points,
+    }
 
 
 def study(quick: bool, threads: int) -> dict[str, Any]:
@@ -167,7 +218,11 @@ def study(quick: bool, threads: int) -> dict[str, Any]:
         "quick": quick,
         "study": "scaling",
         "sweeps": sweeps,
-        "errors": {**dict(zip("NdV", errors[:3], strict=True)), "chunks": list(errors[3]), "lines": lines},
+        "errors": {
+            **dict(zip("NdV", errors[:3], strict=True)),
+            "chunks": list(errors[3]),
+            "lines": lines,
+        },
         "roofline": roof,
     }
 
@@ -176,7 +231,8 @@ def sentence(found: dict[str, Any]) -> str:
     """The exponents of one sweep."""
     fixed = ", ".join(f"{key} = {value}" for key, value in found["fixed"].items())
     parts = [
-        f"{name} time {found['axis']}^{each['time']:.2f}, memory {found['axis']}^{each['memory']:.2f}"
+        f"{name} time {found['axis']}^{each['time']:.2f}, memory "
+        f"{found['axis']}^{each['memory']:.2f}"
         for name, each in found["exponents"].items()
     ]
     return f"{found['axis']} ({fixed}): {'; '.join(parts)}"
@@ -185,7 +241,10 @@ def sentence(found: dict[str, Any]) -> str:
 def run(options: argparse.Namespace) -> int:
     """Measure, print, write; 1 when the tests of the op are red."""
     if options.csv or options.markdown or options.html:
-        print("benchmarks: --case scaling writes --json and --save; `plot` makes the page", file=sys.stderr)
+        print(
+            "benchmarks: --case scaling writes --json and --save; `plot` makes the page",
+            file=sys.stderr,
+        )
         return 2
     info = environment.machine(options.threads)
     print(environment.machine_line(info), flush=True)

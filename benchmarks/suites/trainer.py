@@ -1,7 +1,8 @@
 """`python -m benchmarks --case trainer`: attaching costs nothing but the objective.
 
-A training step (forward and backward) of a random Llama with its own loss, and of the same model with "ntp" and with
-"ntp + nitp" attached: seconds as ratios of interleaved rounds in one process, peak memory in a fresh process each.
+A training step (forward and backward) of a random Llama with its own loss, and of the same model
+with "ntp" and with "ntp + nitp" attached: seconds as ratios of interleaved rounds in one process,
+peak memory in a fresh process each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from benchmarks.report import environment, storage, tables
 PLAIN = "the model's own loss"
 SPECS = {PLAIN: None, "ntp": "ntp", "ntp + nitp": "ntp + 0.8*nitp"}
 #: rows, tokens a row, width, blocks, vocabulary
-FULL = ({"B": 4, "T": 256, "d": 512, "L": 4, "V": 32768}, {"B": 2, "T": 256, "d": 512, "L": 4, "V": 131072})
+FULL = (
+    {"B": 4, "T": 256, "d": 512, "L": 4, "V": 32768},
+    {"B": 2, "T": 256, "d": 512, "L": 4, "V": 131072},
+)
 QUICK = ({"B": 2, "T": 64, "d": 128, "L": 2, "V": 32768},)
 DTYPES = ("bfloat16", "float32")
 ROUNDS, QUICK_ROUNDS, SECONDS = 9, 5, 60.0
@@ -83,7 +87,9 @@ def times(sizes: dict[str, int], dtype: str, rounds: int) -> dict[str, dict[str,
         clear()
     own = steps[PLAIN].loss
     for name, step in steps.items():
-        assert abs(step.loss - own) <= TOLERANCE[dtype] * own, f"{name}: NTP is {step.loss}, expected {own}"
+        assert abs(step.loss - own) <= TOLERANCE[dtype] * own, (
+            f"{name}: NTP is {step.loss}, expected {own}"
+        )
     gc.collect()
     gc.disable()
     runs: dict[str, Callable[[], object]] = dict(steps)
@@ -126,9 +132,20 @@ def table(case: dict[str, Any]) -> str:
     for name, row in case["rows"].items():
         ratio = row["times_plain"]
         spread = f"{ratio['median']:.2f} ({ratio['q25']:.2f} to {ratio['q75']:.2f})"
-        rows.append((name, f"{row['milliseconds']['median']:.0f}", spread, f"{row['peak_bytes'] / 2**20:.0f}"))
-    title = f"{case['dtype']}, " + " ".join(f"{key}={value}" for key, value in case["sizes"].items())
-    return f"\n{title}\n" + tables.plain(("", "ms a step", "times the model's own loss", "peak MiB"), rows)
+        rows.append(
+            (
+                name,
+                f"{row['milliseconds']['median']:.0f}",
+                spread,
+                f"{row['peak_bytes'] / 2**20:.0f}",
+            )
+        )
+    title = f"{case['dtype']}, " + " ".join(
+        f"{key}={value}" for key, value in case["sizes"].items()
+    )
+    return f"\n{title}\n" + tables.plain(
+        ("", "ms a step", "times the model's own loss", "peak MiB"), rows
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -142,13 +159,20 @@ def run(options: argparse.Namespace) -> int:
     for sizes in QUICK if options.quick else FULL:
         for dtype in options.dtype or DTYPES:
             try:
-                cases.append(measure_case(sizes, dtype, options.threads, QUICK_ROUNDS if options.quick else ROUNDS))
+                cases.append(
+                    measure_case(
+                        sizes, dtype, options.threads, QUICK_ROUNDS if options.quick else ROUNDS
+                    )
+                )
             except MeasurementError as error:
                 print(f"benchmarks: trainer, {dtype}, {sizes}: {error}", file=sys.stderr)
                 return 1
             print(table(cases[-1]), flush=True)
     document = {"machine": info, "quick": options.quick, "study": "trainer", "cases": cases}
-    for path in (options.json, storage.results_path(info, kind="-trainer") if options.save else None):
+    for path in (
+        options.json,
+        storage.results_path(info, kind="-trainer") if options.save else None,
+    ):
         if path:
             storage.write_json(path, document)
             print(f"written to {path}")

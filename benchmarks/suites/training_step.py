@@ -1,8 +1,10 @@
-"""One whole training step of a Qwen2-0.5B-shaped model: forward, backward, AdamW, at a context of 8192 tokens.
+"""One whole training step of a Qwen2-0.5B-shaped model: forward, backward, AdamW, at a context of
+8192 tokens.
 
-The number by which somebody who pre-trains decides: tokens per second and peak GiB of the model with its own loss, with
-"ntp" and with "ntp + nitp" attached. The weights are random (a configuration of transformers, nothing is downloaded);
-parameters, gradients and AdamW's state are in the dtype of the case; the batch is one row of random tokens.
+The number by which somebody who pre-trains decides: tokens per second and peak GiB of the model
+with its own loss, with "ntp" and with "ntp + nitp" attached. The weights are random (a
+configuration of transformers, nothing is downloaded); parameters, gradients and AdamW's state are
+in the dtype of the case; the batch is one row of random tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from benchmarks.measure.timing import quartiles
 #: Objective -> what it is.
 OBJECTIVES = {
     "plain": "the model's own loss: its logits in float32, F.cross_entropy",
-    "plain, liger head": "the model with Liger-Kernel's fused linear cross-entropy, and nothing else of it",
+    "plain, liger head": "the model with Liger-Kernel's fused linear cross-entropy, and nothing "
+    "else of it",
     "ntp": 'nitp_ops.attach(model, "ntp")',
     "ntp + nitp": 'nitp_ops.attach(model, "ntp + 0.8*nitp")',
 }
@@ -45,7 +48,9 @@ class Sizes:
     vocabulary: int = 151936
 
 
-def build(device: torch.device, objective: str, sizes: Sizes, dtype: torch.dtype, checkpointing: bool) -> Any:
+def build(
+    device: torch.device, objective: str, sizes: Sizes, dtype: torch.dtype, checkpointing: bool
+) -> Any:
     """(model, handle or None): the same random weights for every objective.
 
     Raises:
@@ -89,11 +94,13 @@ def measure(
     warmup: int = 3,
     **sizes: int,
 ) -> dict[str, Any]:
-    """One record: what ran, milliseconds a step, tokens per second, peak GiB, the losses of the first step.
+    """One record: what ran, milliseconds a step, tokens per second, peak GiB, the losses of the
+    first step.
 
-    Peak: on a GPU the most that the allocator held in a step after the warm-up, on a CPU the most that was resident;
-    model, gradients and optimizer are in it. Losses: of the first step, before any weight has changed, so that those
-    of "plain" and "ntp" agree; ntp_loss is the NTP part of an objective.
+    Peak: on a GPU the most that the allocator held in a step after the warm-up, on a CPU the most
+        that was resident;
+    model, gradients and optimizer are in it. Losses: of the first step, before any weight has
+    changed, so that those of "plain" and "ntp" agree; ntp_loss is the NTP part of an objective.
 
     Raises:
         ValueError: no such objective.
@@ -101,7 +108,9 @@ def measure(
         ImportError: see `build`.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"training_step: objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}")
+        raise ValueError(
+            f"training_step: objective is {objective!r}, expected one of {', '.join(OBJECTIVES)}"
+        )
     device, chosen = torch.device(device), Sizes(**sizes)
     model, handle = build(device, objective, chosen, getattr(torch, dtype), gradient_checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -146,7 +155,8 @@ def measure(
 
 
 def meters(device: torch.device) -> tuple[Callable[[], Any], Callable[[], int]]:
-    """(clock, peak bytes since this call) of a device; what nobody holds any more is given back first."""
+    """(clock, peak bytes since this call) of a device; what nobody holds any more is given back
+    first."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

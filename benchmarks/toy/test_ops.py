@@ -1,4 +1,5 @@
-"""`pytest benchmarks --benchmark-only`: one forward and backward of every op at toy sizes, for a quick comparison.
+"""`pytest benchmarks --benchmark-only`: one forward and backward of every op at toy sizes, for a
+quick comparison.
 
 The sizes are far too small to judge speed; `python -m benchmarks` is for that.
 """

@@ -1,4 +1,5 @@
-"""`pytest benchmarks --benchmark-only`: every row kernel alone on CPU at toy sizes, beside a copy of the same bytes."""
+"""`pytest benchmarks --benchmark-only`: every row kernel alone on CPU at toy sizes, beside a copy
+of the same bytes."""
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ from nitp_ops.kernels.table import all_kernels
 #: Sizes at which calling costs more than computing.
 TOY = 8, 32
 #: Kernels that a CPU has.
-SERVED = [name for name in all_kernels() if select.load_error is None and hasattr(torch.ops.nitp_ops, name)]
+SERVED = [
+    name
+    for name in all_kernels()
+    if select.load_error is None and hasattr(torch.ops.nitp_ops, name)
+]
 CASES = [(kernel, dtype) for kernel in SERVED for dtype in dtypes_of(kernel)]
 
 

@@ -1,10 +1,11 @@
-"""A plain loop with Accelerate and an objective: a tiny Llama on a standard module, seconds on a CPU.
+"""A plain loop with Accelerate and an objective: a tiny Llama on a standard module, seconds on a
+CPU.
 
     python examples/trainers/accelerate_loop.py
     accelerate launch --cpu examples/trainers/accelerate_loop.py
 
-Three lines differ from a loop without it: the attached objective, the loop over its windows, and its `backward`.
-Needs what `pip install accelerate transformers` brings.
+Three lines differ from a loop without it: the attached objective, the loop over its windows, and
+its `backward`. Needs what `pip install accelerate transformers` brings.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from nitp_ops.trainers.accelerate import Accumulation
 
 def byte_rows(length: int = 64, count: int = 160) -> Any:
     """Rows of bytes with their labels; the first bytes of some rows are no targets."""
-    text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: count * length])).view(count, length)
+    text = torch.tensor(list(Path(argparse.__file__).read_bytes()[: count * length])).view(
+        count, length
+    )
     prompt = torch.arange(length) < torch.arange(count).unsqueeze(1) % 9
     labels = text.masked_fill(prompt, -100)
-    return [{"input_ids": ids, "labels": targets} for ids, targets in zip(text, labels, strict=True)]
+    return [
+        {"input_ids": ids, "labels": targets} for ids, targets in zip(text, labels, strict=True)
+    ]
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""Lightning with an objective: a tiny Llama on the source of a module of the standard library, seconds on a CPU.
+"""Lightning with an objective: a tiny Llama on the source of a module of the standard library,
+seconds on a CPU.
 
     python examples/trainers/lightning_fit.py
 
-The module knows nothing of objectives: the callback attaches one, counts the rows of the four batches of a step, logs
-the parts of the loss and keeps the own parameters in the checkpoint.
-Needs what `pip install lightning transformers` brings.
+The module knows nothing of objectives: the callback attaches one, counts the rows of the four
+batches of a step, logs the parts of the loss and keeps the own parameters in the checkpoint. Needs
+what `pip install lightning transformers` brings.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from nitp_ops.trainers.lightning import ObjectiveCallback
 class LanguageModel(L.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        sizes: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5}
+        sizes: dict[str, Any] = {
+            "vocab_size": 256,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 5,
+        }
         self.model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -74,7 +80,11 @@ def main() -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(rows[:120], batch_size=4, shuffle=True), DataLoader(rows[120:], batch_size=8))
+    trainer.fit(
+        module,
+        DataLoader(rows[:120], batch_size=4, shuffle=True),
+        DataLoader(rows[120:], batch_size=8),
+    )
     print(f"steps {trainer.global_step}  validation {trainer.callback_metrics['validation']:.4f}")
     for name in ("loss", "loss/ntp", "loss/nitp", "nitp/skill"):
         print(f"{name} {trainer.logged_metrics[f'objective/{name}']:.4f}")

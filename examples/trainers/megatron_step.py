@@ -1,11 +1,12 @@
-"""Megatron-Core with an objective: a tiny GPTModel on the source of a module of the standard library, on the CPU.
+"""Megatron-Core with an objective: a tiny GPTModel on the source of a module of the standard
+library, on the CPU.
 
     python examples/trainers/megatron_step.py
 
-`model_provider` and `forward_step` are what a training script of Megatron's hands to ``pretrain``. Its schedules and
-its DistributedDataParallel need a GPU: here a short loop does their part, with its own `forward_step_calc_loss`, and an
-attention in plain PyTorch stands in the layer spec, because Megatron's asks for a GPU.
-Needs what `pip install megatron-core` brings.
+`model_provider` and `forward_step` are what a training script of Megatron's hands to ``pretrain``.
+Its schedules and its DistributedDataParallel need a GPU: here a short loop does their part, with
+its own `forward_step_calc_loss`, and an attention in plain PyTorch stands in the layer spec,
+because Megatron's asks for a GPU. Needs what `pip install megatron-core` brings.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ LENGTH, MICROBATCHES = 64, 2
 
 
 class PlainAttention(nn.Module):
-    """Causal attention in plain PyTorch on Megatron's layout: [T, B, heads, width] to [T, B, heads * width]."""
+    """Causal attention in plain PyTorch on Megatron's layout: [T, B, heads, width] to [T, B, heads
+    * width]."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
@@ -71,24 +73,36 @@ def model_provider() -> GPTModel:
 
 
 def batches(rows: int = 4) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """tokens, labels (pre-shifted), loss_mask, position_ids: random windows of bytes, spaces not asked for."""
-    text = torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
+    """tokens, labels (pre-shifted), loss_mask, position_ids: random windows of bytes, spaces not
+    asked for."""
+    text = torch.frombuffer(
+        bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8
+    ).long()
     draw = torch.Generator().manual_seed(0)
     while True:
         starts = torch.randint(len(text) - LENGTH, (rows,), generator=draw)
         window = torch.stack([text[start : start + LENGTH + 1] for start in starts])
         labels = window[:, 1:].contiguous()
-        yield window[:, :-1].contiguous(), labels, (labels != ord(" ")).float(), torch.arange(LENGTH).repeat(rows, 1)
+        yield (
+            window[:, :-1].contiguous(),
+            labels,
+            (labels != ord(" ")).float(),
+            torch.arange(LENGTH).repeat(rows, 1),
+        )
 
 
-def forward_step(data_iterator: Iterator[tuple[Tensor, ...]], model: nn.Module) -> tuple[Tensor, Any]:
+def forward_step(
+    data_iterator: Iterator[tuple[Tensor, ...]], model: nn.Module
+) -> tuple[Tensor, Any]:
     tokens, labels, loss_mask, position_ids = next(data_iterator)
     return objective_step(model, tokens, position_ids, None, labels, loss_mask)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel()
     model = model_provider()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -98,7 +112,9 @@ def main() -> None:
         tokens = torch.zeros((), dtype=torch.int)
         for _ in range(MICROBATCHES):
             output, loss_func = forward_step(data, model)
-            loss, n = forward_step_calc_loss(model, output, loss_func, model.config, None, False, MICROBATCHES, reports)
+            loss, n = forward_step_calc_loss(
+                model, output, loss_func, model.config, None, False, MICROBATCHES, reports
+            )
             loss.backward()
             tokens += n
         for parameter in model.parameters():
@@ -107,7 +123,8 @@ def main() -> None:
         optimizer.zero_grad()
         if step % 5 == 4:
             means = {name: sum(report[name] for report in reports) for name in reports[0]}
-            print(f"step {step}  " + "  ".join(f"{name} {total / n:.4f}" for name, (total, n) in means.items()))  # type: ignore[misc]
+            shown = [f"{name} {total / n:.4f}" for name, (total, n) in means.items()]  # type: ignore[misc]
+            print(f"step {step}  " + "  ".join(shown))
     dist.destroy_process_group()
 
 

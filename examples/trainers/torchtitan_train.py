@@ -1,9 +1,8 @@
 """torchtitan with an objective: a tiny llama3 on the source of a module of the standard library.
 
-    # with a GPU
-    torchrun --nproc_per_node=1 -m torchtitan.train --module examples.trainers.torchtitan_train --config tiny
-    # its model and its objective in a plain loop, on the CPU
-    python examples/trainers/torchtitan_train.py
+    # with a GPU torchrun --nproc_per_node=1 -m torchtitan.train --module
+    examples.trainers.torchtitan_train --config tiny # its model and its objective in a plain loop,
+    on the CPU python examples/trainers/torchtitan_train.py
 
 ``--objective "ntp"`` on the command line of the first takes the place of the one below.
 Needs what `pip install torchtitan` brings.
@@ -44,10 +43,25 @@ class Bytes(BaseDataLoader):
         dataset_path: str = argparse.__file__
 
     def __init__(
-        self, config: Config, *, seq_len: int, local_batch_size: int, dp_rank: int = 0, dp_world_size: int = 1, **_: Any
+        self,
+        config: Config,
+        *,
+        seq_len: int,
+        local_batch_size: int,
+        dp_rank: int = 0,
+        dp_world_size: int = 1,
+        **_: Any,
     ) -> None:
-        self.text = torch.frombuffer(bytearray(Path(config.dataset_path).read_bytes()), dtype=torch.uint8).long()
-        self.length, self.rows, self.rank, self.ranks, self.batch = seq_len, local_batch_size, dp_rank, dp_world_size, 0
+        self.text = torch.frombuffer(
+            bytearray(Path(config.dataset_path).read_bytes()), dtype=torch.uint8
+        ).long()
+        self.length, self.rows, self.rank, self.ranks, self.batch = (
+            seq_len,
+            local_batch_size,
+            dp_rank,
+            dp_world_size,
+            0,
+        )
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         while True:
@@ -90,7 +104,8 @@ def tiny() -> ObjectiveTrainer.Config:
     config = llama3_debugmodel()
     assert config.model_spec is not None
     for layer in config.model_spec.model.layers:  # type: ignore[attr-defined]
-        layer.attention.inner_attention = ScaledDotProductAttention.Config()  # one document a row: causal alone will do
+        # one document a row: causal alone will do
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
     config.dataloader, config.tokenizer = Bytes.Config(), ByteTokenizer.Config()
     config.training.local_batch_size, config.training.seq_len, config.training.steps = 4, 64, 10
     config.training.global_batch_size = 8  # two microbatches a step on one GPU
@@ -113,12 +128,17 @@ def main() -> None:
     print(objective.explain())
     for step in range(config.training.steps):
         inputs, labels = next(batches)
-        out = objective_loss(model, tapped, inputs["input"], labels, step=step, positions=inputs["positions"])
+        out = objective_loss(
+            model, tapped, inputs["input"], labels, step=step, positions=inputs["positions"]
+        )
         out.loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         values = out.metrics.compute()
-        print(f"step {step}  " + "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "loss/ntp", "loss/nitp")))
+        print(
+            f"step {step}  "
+            + "  ".join(f"{name} {values[name]:.4f}" for name in ("loss", "loss/ntp", "loss/nitp"))
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The Hugging Face Trainer with an objective: a tiny Llama on the source of a standard module, seconds on a CPU.
+"""The Hugging Face Trainer with an objective: a tiny Llama on the source of a standard module,
+seconds on a CPU.
 
     python examples/trainers/transformers_trainer.py
 
@@ -23,7 +24,10 @@ from nitp_ops.trainers.transformers import NitpTrainer
 def byte_rows(length: int = 64, count: int = 200) -> Any:
     """Rows of bytes, some shorter than others."""
     text = Path(argparse.__file__).read_bytes()
-    rows = [text[start : start + length - start // length % 7] for start in range(0, count * length, length)]
+    rows = [
+        text[start : start + length - start // length % 7]
+        for start in range(0, count * length, length)
+    ]
     return [{"input_ids": torch.tensor(list(row))} for row in rows]
 
 
@@ -74,11 +78,16 @@ def main() -> None:
     for entry in trainer.state.log_history:
         if "loss" in entry:
             names = ("loss", "loss/ntp", "loss/nitp", "ntp/accuracy", "nitp/skill")
-            print(f"step {entry['step']}: " + "  ".join(f"{name} {entry[name]:.4f}" for name in names))
+            print(
+                f"step {entry['step']}: " + "  ".join(f"{name} {entry[name]:.4f}" for name in names)
+            )
     print(f"the plain model on other rows: {trainer.evaluate()['eval_loss']:.4f}")
     trainer.save_model(f"{folder}/export")
     reloaded = LlamaForCausalLM.from_pretrained(f"{folder}/export")
-    print(f"exported without the projector: {reloaded.num_parameters():,} of {model.num_parameters():,} parameters")
+    print(
+        f"exported without the projector: {reloaded.num_parameters():,} of "
+        f"{model.num_parameters():,} parameters"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""TRL's SFTTrainer with an objective on packed rows: a tiny Llama on a standard module, seconds on a CPU.
+"""TRL's SFTTrainer with an objective on packed rows: a tiny Llama on a standard module, seconds on
+a CPU.
 
     python examples/trainers/trl_sft.py
 
-Lines of the source are the documents; several of them are packed into a row, and neither attention nor any term of the
-objective looks across their boundaries.
-Needs what `pip install trl` brings.
+Lines of the source are the documents; several of them are packed into a row, and neither attention
+nor any term of the objective looks across their boundaries. Needs what `pip install trl` brings.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def main() -> None:
     for entry in trainer.state.log_history:
         if "loss" in entry:
             names = ("loss", "loss/ntp", "loss/nitp", "ntp/accuracy", "nitp/skill")
-            print(f"step {entry['step']}: " + "  ".join(f"{name} {entry[name]:.4f}" for name in names))
+            print(
+                f"step {entry['step']}: " + "  ".join(f"{name} {entry[name]:.4f}" for name in names)
+            )
     print(f"the plain model on other lines: {trainer.evaluate()['eval_loss']:.4f}")
 
 

@@ -1,4 +1,5 @@
-"""What is compared: the objectives that the user wrote, and the paper's control arms as one table of specs."""
+"""What is compared: the objectives that the user wrote, and the paper's control arms as one table
+of specs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ DEFAULT_OBJECTIVES = ["ntp", "ntp + nitp"]
 class Control:
     """One row of the paper's ablations.
 
-    `expression` may hold {layer} or {begin}: the paper's depth and start, scaled to the model and the run at hand.
+    `expression` may hold {layer} or {begin}: the paper's depth and start, scaled to the model and
+    the run at hand.
     """
 
     name: str
@@ -45,19 +47,38 @@ AT_LAYER = "ntp + nitp(target_layer={layer})"
 FROM_STEP = "ntp + schedule(to=1.0, begin={begin})*nitp"
 CONTROLS = (
     Control(BASELINE, "ntp", 21.10, "the baseline, next tokens alone"),
-    Control(DEFAULT, "ntp + nitp", 23.58, "the default: cosine, target after a fifth of the blocks"),
+    Control(
+        DEFAULT, "ntp + nitp", 23.58, "the default: cosine, target after a fifth of the blocks"
+    ),
     Control(SWEEP, AT_LAYER, 20.72, "the embedding as target", depth=0 / 17),
     Control(SWEEP, AT_LAYER, 22.01, "a target below the default", depth=2 / 17),
     Control(SWEEP, AT_LAYER, 22.12, "a target above the default", depth=6 / 17),
     Control(SWEEP, AT_LAYER, 21.22, "a target near the middle", depth=8 / 17),
     Control(SWEEP, AT_LAYER, 22.16, "a target near the end", depth=14 / 17),
-    Control("same position", "ntp + nitp(shift=0)", 18.75, "nothing to predict: the target is the token just read"),
+    Control(
+        "same position",
+        "ntp + nitp(shift=0)",
+        18.75,
+        "nothing to predict: the target is the token just read",
+    ),
     Control("mse", "ntp + nitp(distance=mse)", 19.38, "lengths count, large ones most"),
     Control("smooth-L1", "ntp + nitp(distance=smooth_l1)", 23.24, "lengths count, large ones less"),
     Control("kl", "ntp + nitp(distance=kl)", 22.88, "features as a distribution"),
-    Control("no stop-gradient", "ntp + nitp(stop_gradient=False)", 18.23, "the target may move to the prediction"),
-    Control("no projector", "ntp + nitp(projector=none)", 20.64, "the hidden state itself must match"),
-    Control("linear projector", "ntp + nitp(projector=linear)", None, "a projector without a nonlinearity"),
+    Control(
+        "no stop-gradient",
+        "ntp + nitp(stop_gradient=False)",
+        18.23,
+        "the target may move to the prediction",
+    ),
+    Control(
+        "no projector", "ntp + nitp(projector=none)", 20.64, "the hidden state itself must match"
+    ),
+    Control(
+        "linear projector",
+        "ntp + nitp(projector=linear)",
+        None,
+        "a projector without a nonlinearity",
+    ),
     Control(LATE, FROM_STEP, 21.22, "the first steps without", start=1 / 8),
     Control(LATE, FROM_STEP, 21.40, "the first steps without", start=1 / 4),
     Control(LATE, FROM_STEP, 20.17, "the first steps without", start=3 / 8),
@@ -88,7 +109,8 @@ class Arm:
         return Run(name, self.spec, options, corpus, self.run_folder(options))
 
     def run_folder(self, options: Options) -> Path:
-        """Where the run with the seed of the options goes: one level deeper where there are several seeds."""
+        """Where the run with the seed of the options goes: one level deeper where there are several
+        seeds."""
         folder = options.out / self.folder
         return folder if len(options.seeds) == 1 else folder / f"seed-{options.seed}"
 
@@ -96,17 +118,28 @@ class Arm:
 def control_arms(info: ModelInfo, steps: int) -> list[Arm]:
     """The control table for a model of that depth and a run of that length.
 
-    Rows that fall on one block, or on one step, are one arm with the score of the last, whose depth is the nearest; the
-    default's own block and start are left to the default. Rows whose objective is not registered are left out.
+    Rows that fall on one block, or on one step, are one arm with the score of the last, whose depth
+    is the nearest; the default's own block and start are left to the default. Rows whose objective
+    is not registered are left out.
     """
     default = NITP().layer(info)
     arms: dict[str, Arm] = {}
     for row in CONTROLS:
-        layer = default if row.depth is None else (NITP(target_layer=row.depth).layer(info) if row.depth else 0)
+        layer = (
+            default
+            if row.depth is None
+            else (NITP(target_layer=row.depth).layer(info) if row.depth else 0)
+        )
         begin = round((row.start or 0) * steps)
-        if row.needs not in available() or (row.depth is not None and layer == default) or (row.start and not begin):
+        if (
+            row.needs not in available()
+            or (row.depth is not None and layer == default)
+            or (row.start and not begin)
+        ):
             continue
-        name, expression = (text.format(layer=layer, begin=begin) for text in (row.name, row.expression))
+        name, expression = (
+            text.format(layer=layer, begin=begin) for text in (row.name, row.expression)
+        )
         arms[name] = Arm(name, expression, parse_spec(expression), slug(name), row.tests, row.paper)
     return list(arms.values())
 
@@ -115,7 +148,8 @@ def arms_of(options: Options) -> list[Arm]:
     """The control table if asked for, then the objectives that it does not hold already.
 
     Raises:
-        SpecError: what this model cannot serve, with the expression before each problem, all of them.
+        SpecError: what this model cannot serve, with the expression before each problem, all of
+            them.
     """
     arms = control_arms(model_info(options.model), options.steps) if options.controls else []
     expressions = options.objectives or ([] if options.controls else DEFAULT_OBJECTIVES)
@@ -127,7 +161,9 @@ def arms_of(options: Options) -> list[Arm]:
             found += [f'--objectives "{expression}": {problem}' for problem in error.problems]
             continue
         if not options.controls or all(arm.spec != spec for arm in arms):
-            arms.append(Arm(expression, expression, spec, folder_of(spec, {arm.folder for arm in arms})))
+            arms.append(
+                Arm(expression, expression, spec, folder_of(spec, {arm.folder for arm in arms}))
+            )
     if found:
         raise SpecError(found)
     return arms

@@ -40,30 +40,47 @@ class HeadCost:
     loss: float
 
 
-def compare(rows: int, dim: int, vocab: int, dtype: str, device: str, threads: int) -> list[HeadCost]:
+def compare(
+    rows: int, dim: int, vocab: int, dtype: str, device: str, threads: int
+) -> list[HeadCost]:
     """The cost of each implementation on equal inputs, measured one after the other.
 
     Raises:
         RuntimeError: a measurement failed; the message is the last line that it printed.
     """
-    return [_measure_afresh(name, rows, dim, vocab, dtype, device, threads) for name in IMPLEMENTATIONS]
+    return [
+        _measure_afresh(name, rows, dim, vocab, dtype, device, threads) for name in IMPLEMENTATIONS
+    ]
 
 
 def _measure_afresh(name: str, *shape: int | str) -> HeadCost:
     command = [sys.executable, "-m", "experiments.analysis.fused_head", name, *map(str, shape)]
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise RuntimeError(f"the {name} head at {' x '.join(map(str, shape[:3]))} failed: {lines[-1]}")
+        raise RuntimeError(
+            f"the {name} head at {' x '.join(map(str, shape[:3]))} failed: {lines[-1]}"
+        )
     return HeadCost(**json.loads(done.stdout))
 
 
 def measure(name: str, rows: int, dim: int, vocab: int, dtype: str, device: str) -> HeadCost:
-    """Run `name` here; the peak counts from the moment the inputs exist, so call it in a fresh process."""
+    """Run `name` here; the peak counts from the moment the inputs exist, so call it in a fresh
+    process."""
     torch.manual_seed(0)
     working = getattr(torch, dtype)
     hidden = torch.empty(rows, dim, dtype=working, device=device).normal_().requires_grad_()
-    matrix = torch.empty(vocab, dim, dtype=working, device=device).normal_(std=dim**-0.5).requires_grad_()
+    matrix = (
+        torch.empty(vocab, dim, dtype=working, device=device)
+        .normal_(std=dim**-0.5)
+        .requires_grad_()
+    )
     labels = torch.randint(vocab, (rows,), device=device)
     before = peak_bytes(device)
     seconds, loss = [], torch.zeros(())
@@ -91,7 +108,9 @@ def peak_bytes(device: str) -> int:
     if sys.platform == "linux":
         # getrusage's ru_maxrss keeps the peak of the parent across exec; VmHWM starts afresh.
         return resident_bytes("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -24,7 +24,8 @@ EXPRESSIONS = ("ntp", "ntp + nitp")
 
 @dataclass(frozen=True)
 class Overhead:
-    """Step times at one width and backend, in seconds; the lists are rounds, interleaved in one process."""
+    """Step times at one width and backend, in seconds; the lists are rounds, interleaved in one
+    process."""
 
     dim: int
     backend: str
@@ -51,12 +52,20 @@ class Overhead:
 
 
 def measure(
-    dim: int, options: Options, corpus: Corpus, rounds: int, backends: list[str], show: Callable[[str], None]
+    dim: int,
+    options: Options,
+    corpus: Corpus,
+    rounds: int,
+    backends: list[str],
+    show: Callable[[str], None],
 ) -> list[Overhead]:
-    """Steps of both objectives on each backend in turns, in one process; the first round is not counted."""
+    """Steps of both objectives on each backend in turns, in one process; the first round is not
+    counted."""
     options = replace(options, dim=dim, steps=rounds + 1)
     runs = {
-        (backend, expression): Run(expression, parse(expression), options, corpus, options.out, backend)
+        (backend, expression): Run(
+            expression, parse(expression), options, corpus, options.out, backend
+        )
         for backend in backends
         for expression in EXPRESSIONS
     }
@@ -68,8 +77,13 @@ def measure(
     found = []
     for backend in backends:
         plain, added = (seconds[backend, expression][1:] for expression in EXPRESSIONS)
-        result = Overhead(dim, backend, shapes.layers, shapes.vocab_size, options.tokens_per_step, plain, added)
-        show(f"d = {dim}, {BACKENDS[backend]}: {result.measured:+.1%}, predicted {result.predicted:+.1%}")
+        result = Overhead(
+            dim, backend, shapes.layers, shapes.vocab_size, options.tokens_per_step, plain, added
+        )
+        show(
+            f"d = {dim}, {BACKENDS[backend]}: {result.measured:+.1%}, predicted "
+            f"{result.predicted:+.1%}"
+        )
         found.append(result)
     return found
 

@@ -20,10 +20,11 @@ CHECKSUM = "sha256"
 
 
 class Records:
-    """A file of JSON lines: the settings that all lines share, then a line for each finished measurement.
+    """A file of JSON lines: the settings that all lines share, then a line for each finished
+    measurement.
 
-    A last line that a crash cut short is dropped. NaN and infinity are written as null and read as NaN. Each line ends
-    with a checksum of what stands before it.
+    A last line that a crash cut short is dropped. NaN and infinity are written as null and read as
+    NaN. Each line ends with a checksum of what stands before it.
 
     Raises:
         BadInput: the file was written with other settings, or a line is damaged or no record.
@@ -52,19 +53,26 @@ class Records:
 
     def _read(self) -> list[dict[str, Any]]:
         whole, _, _ = self.path.read_bytes().rpartition(b"\n")
-        return [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), start=1)]
+        return [
+            self._parsed(number, line) for number, line in enumerate(whole.splitlines(), start=1)
+        ]
 
     def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record = json.loads(line)
-            if record.pop(CHECKSUM, None) in (_checksum(record), None):  # lines of an earlier version have none
+            # lines of an earlier version have none
+            if record.pop(CHECKSUM, None) in (_checksum(record), None):
                 return record
             reason = "its checksum does not match"
         except (ValueError, TypeError, AttributeError):
             reason = "not a record"
         if number == 1:
-            raise BadInput(f"{self.path}: not a file of records (line 1: {reason}); choose another --out")
-        raise BadInput(f"{self.path}: line {number} is damaged ({reason}); remove it to measure that once more")
+            raise BadInput(
+                f"{self.path}: not a file of records (line 1: {reason}); choose another --out"
+            )
+        raise BadInput(
+            f"{self.path}: line {number} is damaged ({reason}); remove it to measure that once more"
+        )
 
 
 def result_record(result: Result) -> dict[str, Any]:
@@ -74,7 +82,9 @@ def result_record(result: Result) -> dict[str, Any]:
 
 def result_of(record: dict[str, Any], arm: Arm, options: Options) -> Result:
     """The run that a record describes."""
-    numbers = {name: math.nan if value is None else value for name, value in record["numbers"].items()}
+    numbers = {
+        name: math.nan if value is None else value for name, value in record["numbers"].items()
+    }
     folder = arm.run_folder(options.of_seed(record["seed"]))
     steps, looks = read_table(folder / "steps.csv"), read_table(folder / "validation.csv")
     return Result(arm, record["seed"], numbers, record["batches"], steps, looks, record["sample"])
@@ -83,7 +93,10 @@ def result_of(record: dict[str, Any], arm: Arm, options: Options) -> Result:
 def _refuse_other_settings(path: Path, stored: dict[str, Any], settings: dict[str, Any]) -> None:
     for name in [*settings, *stored]:
         if (before := stored.get(name, "absent")) != (now := settings.get(name, "absent")):
-            raise BadInput(f"{path}: measured with {name} {before}, this run has {name} {now}; choose another --out")
+            raise BadInput(
+                f"{path}: measured with {name} {before}, this run has {name} {now}; "
+                "choose another --out"
+            )
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -45,7 +45,11 @@ class Result:
         times = [float(row["seconds"]) for row in steps] or [math.nan]
         seconds = torch.tensor(times, dtype=torch.float64)
         quartiles = seconds.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
-        latent = {f"{label}/{name}": x for label, y in final.latent.items() for name, x in y._asdict().items()}
+        latent = {
+            f"{label}/{name}": x
+            for label, y in final.latent.items()
+            for name, x in y._asdict().items()
+        }
         norms = {name: x for name, x in final.metrics.items() if name.endswith("_norm")}
         numbers = {
             "cross_entropy": final.cross_entropy,
@@ -86,7 +90,9 @@ def number(title: str, form: str, key: str) -> Measure:
 
 def latent(title: str, form: str, key: str) -> Measure:
     """A number of each latent term."""
-    return Measure(title, form, lambda o: [o.numbers.get(f"{label}/{key}", float("nan")) for label in o.labels])
+    return Measure(
+        title, form, lambda o: [o.numbers.get(f"{label}/{key}", float("nan")) for label in o.labels]
+    )
 
 
 CROSS_ENTROPY = number("cross-entropy, nats a byte", ".4f", "cross_entropy")
@@ -100,7 +106,9 @@ COSINE = number("mean pairwise cosine", ".4f", "mean_cosine")
 PARAMETERS = number("parameters, exported", ",.0f", "parameters")
 OWN_PARAMETERS = number("parameters, training only", ",.0f", "own_parameters")
 STEP = Measure("median step, ms", ".1f", lambda result: [result.numbers["step_seconds"] * 1e3])
-SPEED = Measure("tokens a second", ",.0f", lambda o: [o.numbers["tokens_per_step"] / o.numbers["step_seconds"]])
+SPEED = Measure(
+    "tokens a second", ",.0f", lambda o: [o.numbers["tokens_per_step"] / o.numbers["step_seconds"]]
+)
 QUALITY = (CROSS_ENTROPY, LOSS, FLOOR, SKILL, PREDICTION_NORM, TARGET_NORM, RANK, COSINE)
 BRIEF = (CROSS_ENTROPY, LOSS, FLOOR, SKILL, RANK, COSINE)
 COST = (PARAMETERS, OWN_PARAMETERS, STEP, SPEED)
@@ -113,7 +121,9 @@ def pairs(first: Sequence[Result], other: Sequence[Result]) -> list[tuple[Result
 
 def difference(measure: Measure, paired: Sequence[tuple[Result, Result]]) -> Difference:
     """Of a measure that every run has one of: second less first."""
-    return Difference.between([measure.values(a)[0] for a, _ in paired], [measure.values(b)[0] for _, b in paired])
+    return Difference.between(
+        [measure.values(a)[0] for a, _ in paired], [measure.values(b)[0] for _, b in paired]
+    )
 
 
 def sample(run: Run) -> str:
@@ -122,4 +132,7 @@ def sample(run: Run) -> str:
     tokens = run.model.sample(prompt, SAMPLE_BYTES, temperature=0.8, seed=run.options.seed)
     text = bytes(tokens.tolist()).decode("utf-8", errors="replace")
     # A young model emits escape sequences too: none of them may reach the terminal.
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join(
+        letter if letter.isprintable() or letter == "\n" else "\N{REPLACEMENT CHARACTER}"
+        for letter in text
+    )

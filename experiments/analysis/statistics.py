@@ -19,12 +19,17 @@ def mean(values: Sequence[float]) -> float:
 
 def deviation(values: Sequence[float]) -> float:
     """The sample standard deviation; NaN below two values."""
-    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+    return (
+        statistics.stdev(values)
+        if len(values) > 1 and all(map(math.isfinite, values))
+        else math.nan
+    )
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two arms, paired: the same seed, so the same first weights and the same data order, in both."""
+    """Of two arms, paired: the same seed, so the same first weights and the same data order, in
+    both."""
 
     mean: float
     deviation: float
@@ -39,7 +44,8 @@ class Difference:
 
     @property
     def half_width(self) -> float:
-        """Of the 95 % interval by Student's t; two standard errors below `ENOUGH` pairs, NaN for one pair."""
+        """Of the 95 % interval by Student's t; two standard errors below `ENOUGH` pairs, NaN for
+        one pair."""
         return errors_shown(self.pairs) * self.deviation / math.sqrt(self.pairs)
 
     def formatted(self, form: str) -> str:
@@ -74,8 +80,8 @@ def no_verdict(pairs: int) -> str:
     why = "one seed has no spread"
     if pairs > 1:
         why = (
-            f"with {pairs} a 95 % interval (Student's t) is ± {ninety_five(pairs):.1f} standard errors, and chance "
-            f"alone puts {chance(pairs):.0%} of the differences outside two"
+            f"with {pairs} a 95 % interval (Student's t) is ± {ninety_five(pairs):.1f} standard "
+            f"errors, and chance alone puts {chance(pairs):.0%} of the differences outside two"
         )
     return f"No verdict below five seeds: {why}."
 
@@ -96,7 +102,8 @@ def ninety_five(pairs: int) -> float:
 
 
 def chance(pairs: int, errors: float = 2.0) -> float:
-    """``P(|t| > errors)`` of Student's t with ``pairs - 1`` degrees of freedom: how often chance alone goes that far.
+    """``P(|t| > errors)`` of Student's t with ``pairs - 1`` degrees of freedom: how often chance
+    alone goes that far.
 
     By Simpson's rule over the density of ``t = errors + u / (1 - u)``.
 
@@ -107,7 +114,9 @@ def chance(pairs: int, errors: float = 2.0) -> float:
     degrees = pairs - 1
     if degrees < 1:
         return math.nan
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(
+        degrees * math.pi
+    )
 
     def density(u: float) -> float:
         if u == 1:

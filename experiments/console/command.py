@@ -50,13 +50,19 @@ def guarded(program: str, work: Callable[[], None], resume: str | None) -> int:
     except BackendError as error:
         return complain(" ".join(str(error).split()), code=Failure.exit_code)
     except OSError as error:
-        reason = f"{error.filename}: {error.strerror}; choose another --out" if error.filename else str(error)
+        reason = (
+            f"{error.filename}: {error.strerror}; choose another --out"
+            if error.filename
+            else str(error)
+        )
         return complain(reason, code=Failure.exit_code)
     except StoppedAtOnce as error:
         again = f"stopped at once; the last checkpoint continues with: {_again(resume)}"
         return complain(again, code=128 + error.number)
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ALLOCATOR in str(error)):
+        if not (
+            isinstance(error, (MemoryError, torch.OutOfMemoryError)) or ALLOCATOR in str(error)
+        ):
             raise
         return complain("out of memory; lower --batch, --context or --dim", code=Failure.exit_code)
     if output.failure is not None:

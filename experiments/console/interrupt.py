@@ -1,4 +1,5 @@
-"""Signals that end a program: Ctrl-C, SIGTERM, SIGHUP. Standard library only: it must be there before torch is."""
+"""Signals that end a program: Ctrl-C, SIGTERM, SIGHUP. Standard library only: it must be there
+before torch is."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def stop_at_once(number: int, _: FrameType | None) -> NoReturn:
 
 @contextmanager
 def on_signals(handler: Handler) -> Iterator[None]:
-    """Inside the context `handler` gets the signals. Ignored ones stay ignored: nohup and shells ask for that."""
+    """Inside the context `handler` gets the signals. Ignored ones stay ignored: nohup and shells
+    ask for that."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     heeded = {number: old for number, old in before.items() if old not in (signal.SIG_IGN, None)}
     for number in heeded:
@@ -64,11 +66,12 @@ class Stop:
 def until_loaded(program: str) -> Iterator[None]:
     """Inside the context, in which a program imports what it needs, what goes wrong is one line.
 
-    The import of torch takes seconds: a signal ends the process with code 128 + its number. A package that is not
-    installed ends it with 1, and what to install."""
+    The import of torch takes seconds: a signal ends the process with code 128 + its number. A
+    package that is not installed ends it with 1, and what to install."""
 
     def stop(number: int, _: FrameType | None) -> None:
-        # Not an exception: half-imported extension modules turn a KeyboardInterrupt into errors of their own.
+        # Not an exception: half-imported extension modules turn a KeyboardInterrupt into errors of
+        # their own.
         try:
             os.write(sys.stderr.fileno(), f"{program}: stopped before anything began\n".encode())
         finally:

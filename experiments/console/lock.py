@@ -14,7 +14,8 @@ from .failure import BadInput
 def alone_in(folder: Path) -> Iterator[None]:
     """Inside the context no other process passes here with the same folder.
 
-    The lock is the operating system's: it ends with the process, however that ends; the empty file stays.
+    The lock is the operating system's: it ends with the process, however that ends; the empty file
+    stays.
 
     Raises:
         BadInput: another process is inside.
@@ -25,5 +26,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise BadInput(f"{folder}: another process works there; wait for it or choose another --out") from error
+            raise BadInput(
+                f"{folder}: another process works there; wait for it or choose another --out"
+            ) from error
         yield

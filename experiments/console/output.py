@@ -9,7 +9,8 @@ from typing import TextIO
 
 
 class Output(io.TextIOBase):
-    """Writes to a stream: letters that it cannot encode become "?"; its first failure is kept, the rest dropped.
+    """Writes to a stream: letters that it cannot encode become "?"; its first failure is kept, the
+    rest dropped.
 
     Args:
         stream: usually sys.stdout, which is None where the process was started without one.

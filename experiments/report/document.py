@@ -42,23 +42,28 @@ def write(
     """Write the document and, beside it, its figure.
 
     Args:
-        arms: all that were to run; results: those that finished; failures: the records of those that could not.
+        arms: all that were to run; results: those that finished; failures: the records of those
+            that could not.
         facts: command line, machine and time, one each.
 
     Raises:
         OSError: the disk refused; an older document is intact.
     """
     budget = (
-        f"{len(arms)} arms x {len(options.seeds)} seeds x {options.steps:,} steps x {options.tokens_per_step:,} "
-        f"tokens; width {options.dim}, {options.layers} blocks, {options.heads} heads, context {options.context}, "
-        f"learning rate {options.lr:g}, {options.dtype}"
+        f"{len(arms)} arms x {len(options.seeds)} seeds x {options.steps:,} steps x "
+        f"{options.tokens_per_step:,} tokens; width {options.dim}, {options.layers} blocks, "
+        f"{options.heads} heads, context {options.context}, learning rate {options.lr:g}, "
+        f"{options.dtype}"
     )
     lines = ["# Experiments", "", INTRODUCTION, ""]
     lines += [f"* {fact}" for fact in (*facts, f"budget: {budget}", f"text: {corpus.description}")]
     lines += ["", "## The arms", "", hypotheses.NOT_MEASURED, "", table.plan(arms).as_markdown()]
     done = len(results) + len(failures)
     if done < len(arms) * len(options.seeds):
-        lines += ["", f"**Incomplete: {done} of {len(arms) * len(options.seeds)} runs are finished.**"]
+        lines += [
+            "",
+            f"**Incomplete: {done} of {len(arms) * len(options.seeds)} runs are finished.**",
+        ]
     lines += [f"* {record['failure']}" for record in failures]
     if results:
         lines += _results(path, table.by_arm(results))
@@ -68,11 +73,23 @@ def write(
 
 
 def _results(path: Path, arms: list[list[Result]]) -> list[str]:
-    lines = ["", "## Results", "", READING, "", table.measured(arms, QUALITY, wide=True).as_markdown()]
+    lines = [
+        "",
+        "## Results",
+        "",
+        READING,
+        "",
+        table.measured(arms, QUALITY, wide=True).as_markdown(),
+    ]
     if len(arms) > 1:
         image = path.with_suffix(".png")
         figures.differences(image, arms)
-        lines += ["", hypotheses.differences(arms, wide=True).as_markdown(), "", *_why_no_verdict(arms)]
+        lines += [
+            "",
+            hypotheses.differences(arms, wide=True).as_markdown(),
+            "",
+            *_why_no_verdict(arms),
+        ]
         lines += [f"![differences from the first arm]({image.name})"]
     lines += ["", table.probes(arms, wide=True).as_markdown()]
     if measured := hypotheses.found(arms):
@@ -93,8 +110,9 @@ def _why_no_verdict(arms: list[list[Result]]) -> list[str]:
 def _overhead(overheads: list[Overhead]) -> list[str]:
     one = overheads[0]
     setting = (
-        f"{len(one.plain)} rounds in one process, each round a step of every run, {one.layers} blocks, "
-        f"V = {one.vocab}, {one.tokens:,} tokens a step; forward, backward, clipping and optimizer included."
+        f"{len(one.plain)} rounds in one process, each round a step of every run, {one.layers} "
+        f"blocks, V = {one.vocab}, {one.tokens:,} tokens a step; forward, backward, clipping and "
+        "optimizer included."
     )
     return [
         "",

@@ -50,7 +50,14 @@ def write(path: Path, found: dict[str, list[dict[str, Any]]], facts: Sequence[st
         name = f"{path.stem}-{place + 1}"
         for theme, (ink, colours) in THEMES.items():
             storage.write(path.with_name(f"{name}-{theme}.svg"), _figure(runs, ink, colours))
-        lines += ["", f"## {text}", "", table(runs).as_markdown(), "", picture(name, "held-out cross-entropy")]
+        lines += [
+            "",
+            f"## {text}",
+            "",
+            table(runs).as_markdown(),
+            "",
+            picture(name, "held-out cross-entropy"),
+        ]
     storage.write(path, "\n".join(lines) + "\n")
 
 
@@ -65,7 +72,9 @@ def groups(runs: Lines) -> dict[tuple[str, str], list[dict[str, Any]]]:
 def difference(first: Lines, other: Lines) -> Difference:
     """In held-out cross-entropy, paired by seed."""
     pairs = [(a, b) for a in first for b in other if a["seed"] == b["seed"]]
-    return Difference.between([a["cross_entropy"] for a, _ in pairs], [b["cross_entropy"] for _, b in pairs])
+    return Difference.between(
+        [a["cross_entropy"] for a, _ in pairs], [b["cross_entropy"] for _, b in pairs]
+    )
 
 
 def _baseline(found: dict[tuple[str, str], Any]) -> Any:
@@ -83,7 +92,11 @@ def table(runs: Lines) -> Table:
         less = "-" if group is base else difference(base, group).formatted(".4f")
         numbers = [
             formatted([run[key] for run in group], form)
-            for key, form in (("cross_entropy", ".4f"), ("effective_rank", ".1f"), ("mean_cosine", ".3f"))
+            for key, form in (
+                ("cross_entropy", ".4f"),
+                ("effective_rank", ".1f"),
+                ("mean_cosine", ".3f"),
+            )
         ]
         seconds = formatted([run["seconds"] for run in group], ".1f")
         rows.append(
@@ -97,23 +110,44 @@ def table(runs: Lines) -> Table:
                 *numbers[1:],
             ]
         )
-    header = ["", "objective", "tokens", "training, s", "cross-entropy", "less ntp", "effective rank", "mean cosine"]
-    return Table(f"held-out text, {len(base)} seeds" if len(base) > 1 else "held-out text, one seed", header, rows)
+    header = [
+        "",
+        "objective",
+        "tokens",
+        "training, s",
+        "cross-entropy",
+        "less ntp",
+        "effective rank",
+        "mean cosine",
+    ]
+    return Table(
+        f"held-out text, {len(base)} seeds" if len(base) > 1 else "held-out text, one seed",
+        header,
+        rows,
+    )
 
 
 def _figure(runs: Lines, ink: str, colours: Sequence[str]) -> str:
-    """Held-out cross-entropy against tokens (equal tokens) and against seconds of training (equal time), as SVG."""
+    """Held-out cross-entropy against tokens (equal tokens) and against seconds of training (equal
+    time), as SVG."""
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     arms = list(dict.fromkeys(run["arm"] for run in runs))
     panels = (("equal tokens", 0, "tokens"), ("equal time", 1, "seconds of training"))
-    for axis, (budget, column, label) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+    for axis, (budget, column, label) in zip(
+        figure.subplots(1, 2, sharey=True), panels, strict=True
+    ):
         for run in runs:
             if run["budget"] != budget and run["arm"] != "ntp":
                 continue
             points = [(point[column], point[2]) for point in run["curve"]]
             first = run["seed"] == runs[0]["seed"]
             colour = colours[arms.index(run["arm"]) % len(colours)]
-            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1, label=run["arm"] if first else None)
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                linewidth=1,
+                label=run["arm"] if first else None,
+            )
         axis.set_title(budget, fontsize=9)
         axis.set_xlabel(label)
         frame(axis, ink)

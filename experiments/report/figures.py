@@ -1,4 +1,5 @@
-"""One figure of a comparison: what each run did to held-out text, to its hidden states, to the clock."""
+"""One figure of a comparison: what each run did to held-out text, to its hidden states, to the
+clock."""
 
 from __future__ import annotations
 
@@ -24,11 +25,14 @@ SMOOTH = 20
 """Steps in the running median of the step time."""
 POINTS = 400
 """The most points of a curve: a long run needs no more."""
-COLOURS = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+COLOURS = dict.fromkeys(
+    ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
+)
 
 
 def draw(path: Path, arms: Arms, costs: Sequence[HeadCost]) -> str:
-    """Write the curves as PNG; return them as an SVG element, its text and frames in the colour of the page's text.
+    """Write the curves as PNG; return them as an SVG element, its text and frames in the colour of
+    the page's text.
 
     Raises:
         OSError: the disk refused; an older figure is intact.
@@ -50,17 +54,26 @@ def differences(path: Path, arms: Arms) -> None:
     first, *others = arms
     names = [group[0].arm.name for group in others]
     figure = Figure(figsize=(13, 1.5 + 0.3 * len(others)), layout="constrained")
-    for axis, measure in zip(figure.subplots(1, 3, sharey=True), (CROSS_ENTROPY, RANK, COSINE), strict=True):
+    for axis, measure in zip(
+        figure.subplots(1, 3, sharey=True), (CROSS_ENTROPY, RANK, COSINE), strict=True
+    ):
         for place, group in enumerate(others):
             if not (paired := pairs(first, group)):
                 continue
             found = difference(measure, paired)
-            axis.errorbar(found.mean, place, xerr=0 if math.isnan(found.half_width) else found.half_width, fmt="oC0")
+            axis.errorbar(
+                found.mean,
+                place,
+                xerr=0 if math.isnan(found.half_width) else found.half_width,
+                fmt="oC0",
+            )
         axis.axvline(0, color="gray", linewidth=1)
         axis.set(xlabel=measure.title, yticks=range(len(names)), yticklabels=names)
         axis.grid(alpha=0.3)
     figure.axes[0].invert_yaxis()
-    figure.suptitle(f'difference from "{first[0].arm.name}", paired by seed, ± {shown_as(min(map(len, arms)))}')
+    figure.suptitle(
+        f'difference from "{first[0].arm.name}", paired by seed, ± {shown_as(min(map(len, arms)))}'
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=110, format="png")
     write_whole(path, buffer.getvalue())
@@ -72,7 +85,11 @@ def _figure(arms: Arms, costs: Sequence[HeadCost]) -> Figure:
     figure.subplots_adjust(left=0.05, right=0.99, bottom=0.07, top=0.95, wspace=0.22, hspace=0.28)
     axes = figure.subplots(2, 3).ravel()
     for index, group in enumerate(arms):
-        color = f"C{index}" if len(arms) <= 10 else matplotlib.colormaps["turbo"](index / (len(arms) - 1))
+        color = (
+            f"C{index}"
+            if len(arms) <= 10
+            else matplotlib.colormaps["turbo"](index / (len(arms) - 1))
+        )
         for result in group:
             _curves(axes, result, color, first=result is group[0])
     titles = {
@@ -88,7 +105,9 @@ def _figure(arms: Arms, costs: Sequence[HeadCost]) -> Figure:
     axes[4].set_ylim(bottom=0)
     if len(arms) > WIDE:  # the legend takes the last place
         axes[5].set_axis_off()
-        axes[5].legend(*axes[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize="small")
+        axes[5].legend(
+            *axes[0].get_legend_handles_labels(), loc="center", ncols=2, fontsize="small"
+        )
         return figure
     for axis in axes[:2]:
         if axis.has_data():
@@ -115,7 +134,10 @@ def _curves(axes: Sequence[Axes], result: Result, color: object, first: bool) ->
     plot(axes[2], "effective_rank", result.arm.name)
     plot(axes[3], "mean_pairwise_cosine", result.arm.name)
     seconds = [float(row["seconds"]) for row in result.steps]
-    smooth = [(i, 1e3 * statistics.median(seconds[max(0, i - SMOOTH + 1) : i + 1])) for i in range(len(seconds))]
+    smooth = [
+        (i, 1e3 * statistics.median(seconds[max(0, i - SMOOTH + 1) : i + 1]))
+        for i in range(len(seconds))
+    ]
     if smooth:
         axes[4].plot(*zip(*_thinned(smooth), strict=True), color=color)
 
@@ -129,8 +151,14 @@ def _head(axis: Axes, costs: Sequence[HeadCost]) -> None:
     if not costs:
         axis.set_axis_off()
         return
-    axis.bar([cost.implementation for cost in costs], [cost.peak_bytes / 2**20 for cost in costs], width=0.5)
+    axis.bar(
+        [cost.implementation for cost in costs],
+        [cost.peak_bytes / 2**20 for cost in costs],
+        width=0.5,
+    )
     for index, cost in enumerate(costs):
-        axis.annotate(f"{cost.seconds:.2f} s", (index, cost.peak_bytes / 2**20), ha="center", va="bottom")
+        axis.annotate(
+            f"{cost.seconds:.2f} s", (index, cost.peak_bytes / 2**20), ha="center", va="bottom"
+        )
     axis.set(title=f"output head, V = {costs[0].vocab:,}", ylabel="peak memory, MiB")
     axis.margins(y=0.15)

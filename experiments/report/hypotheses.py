@@ -9,14 +9,24 @@ from dataclasses import dataclass
 from benchmarks.report.tables import Table
 from experiments.analysis.arms import BASELINE, DEFAULT
 from experiments.analysis.probing import LINEAR, NEAREST
-from experiments.analysis.results import COSINE, CROSS_ENTROPY, FLOOR, LOSS, RANK, Measure, difference, pairs
+from experiments.analysis.results import (
+    COSINE,
+    CROSS_ENTROPY,
+    FLOOR,
+    LOSS,
+    RANK,
+    Measure,
+    difference,
+    pairs,
+)
 from experiments.analysis.statistics import Difference, shown_as
 
 from .table import WIDE, Arms
 
 NOT_MEASURED = (
-    "The paper's scores are means over five downstream benchmarks of a 3B-parameter mixture of experts, one seed each. "
-    "No benchmark is measured here: they stand beside the arms to name what each one controls for, not to be compared."
+    "The paper's scores are means over five downstream benchmarks of a 3B-parameter mixture of "
+    "experts, one seed each. No benchmark is measured here: they stand beside the arms to name "
+    "what each one controls for, not to be compared."
 )
 GAIN = Measure(
     "constant-predictor loss less loss",
@@ -41,22 +51,42 @@ HYPOTHESES = (
     Hypothesis("nitp leaves the cross-entropy as it is", "paper", DEFAULT, BASELINE, CROSS_ENTROPY),
     Hypothesis("nitp raises the effective rank", "paper", DEFAULT, BASELINE, RANK),
     Hypothesis("nitp lowers the mean pairwise cosine", "paper", DEFAULT, BASELINE, COSINE),
-    Hypothesis("nitp learns more than the mean direction", "definition of skill", DEFAULT, None, GAIN),
-    Hypothesis("at the same position the task is easy", "first trial", "same position", DEFAULT, LOSS),
-    Hypothesis("without stop-gradient the target collapses", "first trial", "no stop-gradient", DEFAULT, FLOOR),
     Hypothesis(
-        "without stop-gradient the cross-entropy rises", "first trial", "no stop-gradient", DEFAULT, CROSS_ENTROPY
+        "nitp learns more than the mean direction", "definition of skill", DEFAULT, None, GAIN
     ),
-    Hypothesis("without a projector hidden states align", "first trial", "no projector", DEFAULT, COSINE),
+    Hypothesis(
+        "at the same position the task is easy", "first trial", "same position", DEFAULT, LOSS
+    ),
+    Hypothesis(
+        "without stop-gradient the target collapses",
+        "first trial",
+        "no stop-gradient",
+        DEFAULT,
+        FLOOR,
+    ),
+    Hypothesis(
+        "without stop-gradient the cross-entropy rises",
+        "first trial",
+        "no stop-gradient",
+        DEFAULT,
+        CROSS_ENTROPY,
+    ),
+    Hypothesis(
+        "without a projector hidden states align", "first trial", "no projector", DEFAULT, COSINE
+    ),
 )
 
 
 def found(arms: Arms) -> list[tuple[Hypothesis, Difference]]:
-    """Every hypothesis whose arms were run, with its difference; a measure that is NaN in one of them leaves it out."""
+    """Every hypothesis whose arms were run, with its difference; a measure that is NaN in one of
+    them leaves it out."""
     by_name = {group[0].arm.name: group for group in arms}
     measured = []
     for hypothesis in HYPOTHESES:
-        own, base = by_name.get(hypothesis.arm, []), by_name.get(hypothesis.against or hypothesis.arm, [])
+        own, base = (
+            by_name.get(hypothesis.arm, []),
+            by_name.get(hypothesis.against or hypothesis.arm, []),
+        )
         matched = pairs(base, own)
         other = [hypothesis.measure.values(b)[0] for _, b in matched]
         one = [hypothesis.measure.values(a)[0] if hypothesis.against else 0.0 for a, _ in matched]
@@ -86,7 +116,9 @@ def table_of(measured: Sequence[tuple[Hypothesis, Difference]]) -> Table:
 def probe_measure(kind: str, offset: int) -> Measure:
     """The accuracy of a probe as a measure."""
     name = {LINEAR: "linear", NEAREST: "k-NN"}[kind]
-    return Measure(f"{name}, j = {offset}", ".4f", lambda result: [result.numbers[f"{kind}/{offset}"]])
+    return Measure(
+        f"{name}, j = {offset}", ".4f", lambda result: [result.numbers[f"{kind}/{offset}"]]
+    )
 
 
 COMPARED = (

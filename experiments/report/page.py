@@ -22,33 +22,57 @@ from nitp_ops.objectives import build
 from . import hypotheses, table
 
 DEFINITIONS = (
-    ("cross-entropy", "nats a byte, next byte, mean over the held-out windows; never smoothed or weighted"),
-    ("latent-term loss", "mean over held-out pairs, in the term's own distance; 1 - cos for the default"),
-    ("constant-predictor loss", "1 - |mean of the unit targets|: of the best constant under the cosine distance"),
-    ("skill", "1 - loss / constant-predictor loss, - where that is below 1e-4 or the distance is not the cosine"),
+    (
+        "cross-entropy",
+        "nats a byte, next byte, mean over the held-out windows; never smoothed or weighted",
+    ),
+    (
+        "latent-term loss",
+        "mean over held-out pairs, in the term's own distance; 1 - cos for the default",
+    ),
+    (
+        "constant-predictor loss",
+        "1 - |mean of the unit targets|: of the best constant under the cosine distance",
+    ),
+    (
+        "skill",
+        "1 - loss / constant-predictor loss, - where that is below 1e-4 or the distance is not "
+        "the cosine",
+    ),
     ("|P(h)|, |z|", "mean length of the projected prediction and of its target"),
-    ("effective rank", "exp(-sum p ln p), p = eigenvalues of the mean-centred covariance of the last hidden states"),
+    (
+        "effective rank",
+        "exp(-sum p ln p), p = eigenvalues of the mean-centred covariance of the last hidden "
+        "states",
+    ),
     ("mean pairwise cosine", "mean of cos(h_i, h_j) over all pairs of last hidden states"),
-    ("linear probe", "ridge regression of one-hot x[t+j] on the frozen last hidden state h_t; accuracy of its argmax"),
+    (
+        "linear probe",
+        "ridge regression of one-hot x[t+j] on the frozen last hidden state h_t; accuracy of its "
+        "argmax",
+    ),
     ("nearest neighbours", "vote of the 16 nearest training states (Euclidean) on x[t+j]"),
     ("probes, both", "fitted and tested on different windows of the text that training never saw"),
 )
 
 
 def write(
-    path: Path, options: Options, corpus: Corpus, arms: table.Arms, costs: Sequence[HeadCost], curves: str
+    path: Path,
+    options: Options,
+    corpus: Corpus,
+    arms: table.Arms,
+    costs: Sequence[HeadCost],
+    curves: str,
 ) -> None:
     """Write the page; whatever came from a user or a model is escaped. `curves` is an SVG element.
 
     Raises:
         OSError: the disk refused; an older page is intact.
     """
-    trained = (
-        f"{options.steps:,} steps of {options.tokens_per_step:,} tokens, seeds {', '.join(map(str, options.seeds))}"
-    )
+    trained = f"{options.steps:,} steps of {options.tokens_per_step:,} tokens, seeds {', '.join(map(str, options.seeds))}"
     shapes = (
-        f"width {options.dim}, {options.layers} blocks, {options.heads} heads, context {options.context}, "
-        f"{options.dtype}, learning rate {options.lr:g}"
+        f"width {options.dim}, {options.layers} blocks, {options.heads} heads, context "
+        f"{options.context}, {options.dtype}, learning rate {options.lr:g}"
     )
     facts = [
         ("command", command_line()),
@@ -68,7 +92,8 @@ def write(
     content = pages.render(
         "comparison.html",
         Path(__file__).parent,
-        title=f"{len(arms)} objectives compared on {arms[0][0].numbers['rows']:,.0f} held-out bytes",
+        title=f"{len(arms)} objectives compared on {arms[0][0].numbers['rows']:,.0f} held-out "
+        "bytes",
         facts=facts,
         notes=[hypotheses.NOT_MEASURED, *filter(None, [no_verdict(min(map(len, arms)))])],
         tables=tables,

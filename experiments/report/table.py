@@ -46,7 +46,11 @@ def formatted(values: Sequence[float], form: str) -> str:
     """``mean ± standard deviation`` over seeds; the number alone where all agree; "-" for NaN."""
     if math.isnan(centre := mean(values)):
         return "-"
-    return f"{centre:{form}}" if len(set(values)) == 1 else f"{centre:{form}} ± {deviation(values):{form}}"
+    return (
+        f"{centre:{form}}"
+        if len(set(values)) == 1
+        else f"{centre:{form}} ± {deviation(values):{form}}"
+    )
 
 
 def cell(measure: Measure, group: Sequence[Result]) -> str:
@@ -58,18 +62,26 @@ def cell(measure: Measure, group: Sequence[Result]) -> str:
 def measured(arms: Arms, measures: Sequence[Measure], *, wide: bool = False) -> Table:
     """The measures of each arm: a column an arm where they are few, else (or if `wide`) a row."""
     rows = [[group[0].arm.name, *(cell(measure, group) for measure in measures)] for group in arms]
-    table = Table(f"held-out text, after the last step{seeds(arms)}", ["", *(m.title for m in measures)], rows)
+    table = Table(
+        f"held-out text, after the last step{seeds(arms)}", ["", *(m.title for m in measures)], rows
+    )
     return table if wide or len(arms) > WIDE else table.transposed()
 
 
 def plan(arms: Sequence[Arm]) -> Table:
     """What each arm is for."""
-    rows = [[a.name, a.expression, a.tests or "-", "-" if a.paper is None else f"{a.paper:.2f}"] for a in arms]
-    return Table("arms", ["", "objective", "what it tests", "paper's score, not measured here"], rows)
+    rows = [
+        [a.name, a.expression, a.tests or "-", "-" if a.paper is None else f"{a.paper:.2f}"]
+        for a in arms
+    ]
+    return Table(
+        "arms", ["", "objective", "what it tests", "paper's score, not measured here"], rows
+    )
 
 
 def probes(arms: Arms, *, wide: bool = False) -> Table:
-    """The accuracy of both probes at each offset, the majority class first: columns where arms are few, else rows."""
+    """The accuracy of both probes at each offset, the majority class first: columns where arms are
+    few, else rows."""
 
     def row(name: str, key: str, group: Sequence[Result]) -> list[str]:
         accuracies = ([result.numbers[f"{key}/{offset}"] for result in group] for offset in OFFSETS)
@@ -105,5 +117,12 @@ def head_table(costs: Sequence[HeadCost]) -> Table:
         ]
         for cost in costs
     ]
-    header = ["", "peak memory, MiB", f"/ {one.implementation}", "seconds", f"/ {one.implementation}", "loss"]
+    header = [
+        "",
+        "peak memory, MiB",
+        f"/ {one.implementation}",
+        "seconds",
+        f"/ {one.implementation}",
+        "loss",
+    ]
     return Table(title, header, rows)

@@ -21,13 +21,25 @@ from nitp_ops.core.files import checksum, write_whole
 
 from .model import Decoder, ModelConfig
 
-STATE_KEYS = {"step", "position", "spec", "options", "corpus", "tables", "model", "objective", "optimizer", "rng"}
+STATE_KEYS = {
+    "step",
+    "position",
+    "spec",
+    "options",
+    "corpus",
+    "tables",
+    "model",
+    "objective",
+    "optimizer",
+    "rng",
+}
 SEAL = b"sha256:"
 METADATA = "nitp_ops"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Store tensors and plain containers with a checksum; the checkpoint before it stays as `previous_of(path)`."""
+    """Store tensors and plain containers with a checksum; the checkpoint before it stays as
+    `previous_of(path)`."""
     # In memory first: torch's zip writer turns a full disk into a RuntimeError that names no file.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -36,7 +48,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def _sealed(archive: bytes) -> bytes:
-    """With a checksum, since torch.load checks none: as the comment of the zip archive, which is its end."""
+    """With a checksum, since torch.load checks none: as the comment of the zip archive, which is
+    its end."""
     seal = SEAL + hashlib.sha256(archive).hexdigest().encode()
     return archive[:-2] + len(seal).to_bytes(2, "little") + seal
 
@@ -47,7 +60,8 @@ def previous_of(path: Path) -> Path:
 
 
 def stored_checkpoint(path: Path) -> Path | None:
-    """The last checkpoint, or the one before it where only that is there; None where there is neither."""
+    """The last checkpoint, or the one before it where only that is there; None where there is
+    neither."""
     return next((each for each in (path, previous_of(path)) if each.exists()), None)
 
 
@@ -61,7 +75,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state that `save_checkpoint` stored, on the CPU.
 
     Raises:
-        BadInput: the file is damaged or is no checkpoint; names the checkpoint before it, where that is whole.
+        BadInput: the file is damaged or is no checkpoint; names the checkpoint before it, where
+            that is whole.
     """
     try:
         return _unsealed(path)
@@ -71,7 +86,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             step = _unsealed(previous)["step"]
         except BadInput:
             raise BadInput(f"{error}; remove it or choose another --out") from error
-        raise BadInput(f"{error}; {previous} is whole: remove the damaged file to go on from step {step}") from error
+        raise BadInput(
+            f"{error}; {previous} is whole: remove the damaged file to go on from step {step}"
+        ) from error
 
 
 def _unsealed(path: Path) -> dict[str, Any]:
@@ -113,16 +130,21 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             stamped = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError, ValueError) as error:
-        raise BadInput(f"{path}: not readable ({' '.join(str(error).split())}); export it again") from error
+        raise BadInput(
+            f"{path}: not readable ({' '.join(str(error).split())}); export it again"
+        ) from error
     if not {"about", "sha256"} <= stamped.keys():
-        raise BadInput(f"{path}: not exported by this version of examples/pretrain.py; export it again")
+        raise BadInput(
+            f"{path}: not exported by this version of examples/pretrain.py; export it again"
+        )
     if checksum(tensors, json.dumps(stamped["about"])) != stamped["sha256"]:
         raise BadInput(f"{path}: damaged, its checksum does not match; export it again")
     return tensors, stamped["about"]
 
 
 def export_weights(path: Path, model: Decoder) -> None:
-    """The plain model as safetensors, its shapes in the metadata; nothing of the objective is in it."""
+    """The plain model as safetensors, its shapes in the metadata; nothing of the objective is in
+    it."""
     write_tensors(path, model.state_dict(), {"config": asdict(model.config)})
 
 
@@ -135,12 +157,14 @@ def load_weights(path: Path) -> Decoder:
 
 
 class Table:
-    """A CSV file that grows by a row; the header is the first row's keys, the first column is the step.
+    """A CSV file that grows by a row; the header is the first row's keys, the first column is the
+    step.
 
     Args:
         path: the file.
         first_step: rows of this step and later ones, left by an interrupted process, are dropped.
-        digest: of the rows before `first_step`, as the checkpoint has it; None where there is no checkpoint.
+        digest: of the rows before `first_step`, as the checkpoint has it; None where there is no
+            checkpoint.
 
     Raises:
         BadInput: the file is damaged. One that is missing is begun anew.
@@ -160,7 +184,9 @@ class Table:
         self._sha256 = hashlib.sha256(self._kept)
         begun_anew = not path.exists() or (rows and not kept)
         if digest not in (None, self.digest) and not begun_anew:
-            raise damaged(path, f"its rows before step {first_step} are not those of the checkpoint")
+            raise damaged(
+                path, f"its rows before step {first_step} are not those of the checkpoint"
+            )
 
     def begin(self) -> None:
         """Drop the later rows from the file."""
@@ -213,4 +239,6 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def damaged(path: Path, reason: str) -> BadInput:
     """Says what is wrong with a table, and that the run can do without it."""
-    return BadInput(f"{path}: damaged ({reason}); move it away to go on without the rows that it has")
+    return BadInput(
+        f"{path}: damaged ({reason}); move it away to go on without the rows that it has"
+    )

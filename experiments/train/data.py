@@ -36,7 +36,8 @@ class Documents:
 class Windows:
     """A token stream cut into windows of `context` tokens.
 
-    Left out: the tail that fills no window, and windows of one-byte documents alone, which have no next token.
+    Left out: the tail that fills no window, and windows of one-byte documents alone, which have no
+    next token.
     """
 
     tokens: torch.Tensor
@@ -54,7 +55,9 @@ class Windows:
         ends = lengths.cumsum(0)
         starts = torch.arange(int(lengths.sum()) // context) * context
         # A document that ends inside a window takes one of its context - 1 pairs of neighbours.
-        inner = torch.searchsorted(ends, starts + context, right=False) - torch.searchsorted(ends, starts, right=True)
+        inner = torch.searchsorted(ends, starts + context, right=False) - torch.searchsorted(
+            ends, starts, right=True
+        )
         return cls(tokens[: int(lengths.sum())], ends, context, starts[inner < context - 1])
 
     def __len__(self) -> int:
@@ -67,7 +70,8 @@ class Windows:
 
 
 class Order:
-    """Which window comes at which position of training: a new permutation each epoch, from the seed alone."""
+    """Which window comes at which position of training: a new permutation each epoch, from the seed
+    alone."""
 
     def __init__(self, windows: int, seed: int) -> None:
         self.windows, self.seed = windows, seed
@@ -80,7 +84,10 @@ class Order:
             epoch, place = divmod(position + index, self.windows)
             if epoch != self._epoch:
                 generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                self._epoch, self._permutation = epoch, torch.randperm(self.windows, generator=generator)
+                self._epoch, self._permutation = (
+                    epoch,
+                    torch.randperm(self.windows, generator=generator),
+                )
             chosen[index] = self._permutation[place]
         return chosen
 
@@ -97,7 +104,8 @@ class Corpus:
 
 
 def load_corpus(path: Path | None, context: int, needed: int) -> Corpus:
-    """Read `path` (a file, a directory; None: the sources of Python's standard library) and split it.
+    """Read `path` (a file, a directory; None: the sources of Python's standard library) and split
+    it.
 
     With at least 20 documents every 20th is held out, else the last twentieth of each.
 
@@ -107,13 +115,16 @@ def load_corpus(path: Path | None, context: int, needed: int) -> Corpus:
         needed: training windows that one step takes.
 
     Raises:
-        BadInput: no text there, text that is not UTF-8, too little of it, or more than memory holds.
+        BadInput: no text there, text that is not UTF-8, too little of it, or more than memory
+            holds.
     """
     try:
         return _load(path, context, needed)
     except MemoryError as error:
         where = path or "Python's standard library"
-        raise BadInput(f"{where}: the text does not fit into memory; --data takes less text") from error
+        raise BadInput(
+            f"{where}: the text does not fit into memory; --data takes less text"
+        ) from error
 
 
 def _load(path: Path | None, context: int, needed: int) -> Corpus:
@@ -123,20 +134,21 @@ def _load(path: Path | None, context: int, needed: int) -> Corpus:
     windows, validation = Windows.of(train, context), Windows.of(held_out, context)
     if len(documents.texts) == sum(map(len, documents.texts)):
         raise BadInput(
-            f"{documents.origin}: every file is one byte, none has a next byte to predict; --data takes text"
+            f"{documents.origin}: every file is one byte, none has a next byte to predict; --data "
+            "takes text"
         )
     if len(windows) < needed or len(validation) < 2:
         raise BadInput(
             f"{documents.origin}: {corpus_bytes} bytes are too short: {len(windows)} training and "
-            f"{len(validation)} held-out windows of --context {context}, expected at least {needed} and 2; "
-            "give more text or lower --context, --batch or --accumulate"
+            f"{len(validation)} held-out windows of --context {context}, expected at least "
+            f"{needed} and 2; give more text or lower --context, --batch or --accumulate"
         )
     digest = hashlib.sha256(b"".join(len(t).to_bytes(8, "little") + t for t in documents.texts))
     plural = "" if len(documents.texts) == 1 else "s"
     skipped = f", {_listed(documents.skipped)}" if documents.skipped else ""
     description = (
-        f"{documents.origin}: {len(documents.texts):,} file{plural}, {corpus_bytes / 1e6:.2f} MB{skipped}; "
-        f"held out {len(validation.tokens) / 1e6:.2f} MB"
+        f"{documents.origin}: {len(documents.texts):,} file{plural}, {corpus_bytes / 1e6:.2f} "
+        f"MB{skipped}; held out {len(validation.tokens) / 1e6:.2f} MB"
     )
     return Corpus(windows, validation, description, digest.hexdigest()[:16])
 
@@ -161,7 +173,9 @@ def read_documents(path: Path | None) -> Documents:
     if path.is_dir():
         return _read_directory(path, str(path), lambda relative: True)
     if not path.exists():
-        raise BadInput(f"{path}: no such file or directory; --data takes a text file or a directory of them")
+        raise BadInput(
+            f"{path}: no such file or directory; --data takes a text file or a directory of them"
+        )
     if not path.is_file():
         raise BadInput(f"{path}: neither a file nor a directory; --data takes text files")
     try:
@@ -169,7 +183,9 @@ def read_documents(path: Path | None) -> Documents:
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
     if not text:
-        raise BadInput(f"{path}: the file is empty; --data takes a text file or a directory of them")
+        raise BadInput(
+            f"{path}: the file is empty; --data takes a text file or a directory of them"
+        )
     if (flaw := not_text(text)) is not None:
         raise BadInput(f"{path}: {flaw}; --data takes UTF-8 text")
     return Documents([text], str(path), [])
@@ -216,7 +232,9 @@ def _read_directory(folder: Path, origin: str, wanted: Callable[[Path], bool]) -
     if not texts:
         found = f"{len(files)} files, none of them non-empty UTF-8 text" if files else "no files"
         left_out = f"; {_listed(reasons)}" if reasons else ""
-        raise BadInput(f"{folder}: {found}{left_out}; --data takes a text file or a directory of them")
+        raise BadInput(
+            f"{folder}: {found}{left_out}; --data takes a text file or a directory of them"
+        )
     return Documents(texts, origin, reasons)
 
 
@@ -224,7 +242,8 @@ def _content(file: Path) -> bytes:
     """All of a file.
 
     Raises:
-        OSError: it is gone, not readable or not a regular file: to open a pipe would wait for its writer.
+        OSError: it is gone, not readable or not a regular file: to open a pipe would wait for its
+            writer.
     """
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError(0, "not a regular file")

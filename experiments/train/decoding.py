@@ -15,7 +15,8 @@ from .model import Decoder
 
 
 class Cached:
-    """The decoder as `CompositeObjective.draft` reads it: a trunk that keeps the keys and values of its blocks."""
+    """The decoder as `CompositeObjective.draft` reads it: a trunk that keeps the keys and values of
+    its blocks."""
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
@@ -40,7 +41,8 @@ class Cached:
 
 @torch.no_grad()
 def greedy(model: Decoder, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """prompt[1, T] and its most probable continuation, a token at a time with the cache: [1, T + new_tokens]."""
+    """prompt[1, T] and its most probable continuation, a token at a time with the cache: [1, T +
+    new_tokens]."""
     past, tokens = [KeyValues() for _ in model.blocks], prompt
     for _ in range(new_tokens):
         hidden = model(tokens[:, past[0].length :], past=past).last_hidden
@@ -75,7 +77,9 @@ class Comparison:
     @property
     def accepted(self) -> float:
         """Share of all drafts that came true."""
-        return sum(sum(x.accepted) for x in self.drafts) / max(1, sum(sum(x.drafted) for x in self.drafts))
+        return sum(sum(x.accepted) for x in self.drafts) / max(
+            1, sum(sum(x.drafted) for x in self.drafts)
+        )
 
     @property
     def tokens_per_call(self) -> float:
@@ -89,9 +93,14 @@ class Comparison:
 
 
 def compare(
-    name: str, model: Decoder, objective: CompositeObjective, prompts: Sequence[torch.Tensor], new_tokens: int
+    name: str,
+    model: Decoder,
+    objective: CompositeObjective,
+    prompts: Sequence[torch.Tensor],
+    new_tokens: int,
 ) -> Comparison:
-    """Decode each prompt[1, T] plain and drafted, in turns, the first prompt once more before to warm up."""
+    """Decode each prompt[1, T] plain and drafted, in turns, the first prompt once more before to
+    warm up."""
     drafts, plain, drafted, parted = [], [], [], []
     for number, prompt in enumerate([prompts[0], *prompts]):
         start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""A look at held-out text: cross-entropy a batch, the objective's own numbers, the geometry of the states."""
+"""A look at held-out text: cross-entropy a batch, the objective's own numbers, the geometry of the
+states."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def evaluate(run: Run) -> HeldOut:
     chosen = torch.linspace(0, len(text) - 1, min(run.options.eval_windows, len(text))).long()
     # At least two batches, so that the deviation between batches is a number.
     size = max(1, min(run.options.batch, len(chosen) // 2))
-    geometry_of_states = geometry.Accumulator(run.options.dim, source="last hidden state, after the final norm")
+    geometry_of_states = geometry.Accumulator(
+        run.options.dim, source="last hidden state, after the final norm"
+    )
     sums, counts, metrics = [], [], []
     for indices in chosen.split(size):
         tokens = run.tokens(*text.take(indices))
@@ -82,7 +85,9 @@ def evaluate(run: Run) -> HeldOut:
         counts.append(count)
         metrics.append(out.metrics)
         if not torch.isfinite(streams.last_hidden).all():
-            raise Diverged(f"{run.name}: at step {run.done} a hidden state is not finite; lower --lr")
+            raise Diverged(
+                f"{run.name}: at step {run.done} a hidden state is not finite; lower --lr"
+            )
         geometry_of_states.update(streams.last_hidden)
     values = reduce(add, metrics).compute()
     shape = geometry_of_states.compute()
@@ -101,7 +106,9 @@ def evaluate(run: Run) -> HeldOut:
     )
 
 
-def _cross_entropy(run: Run, hidden: torch.Tensor, ids: torch.Tensor, documents: torch.Tensor) -> tuple[float, int]:
+def _cross_entropy(
+    run: Run, hidden: torch.Tensor, ids: torch.Tensor, documents: torch.Tensor
+) -> tuple[float, int]:
     labels = torch.where(documents[:, 1:] == documents[:, :-1], ids[:, 1:], -100).to(run.device)
     loss = nitp_ops.linear_cross_entropy(
         hidden[:, :-1], run.model.lm_head.weight, labels, reduction="sum", backend=run.backend

@@ -1,4 +1,5 @@
-"""The weights that an objective trained beside the model, as a file of their own: written on request only."""
+"""The weights that an objective trained beside the model, as a file of their own: written on
+request only."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from .run import model_info
 
 
 def export_heads(path: Path, objective: CompositeObjective) -> None:
-    """The objective's own weights as safetensors, its spec in the metadata; nothing of the model is in it."""
+    """The objective's own weights as safetensors, its spec in the metadata; nothing of the model is
+    in it."""
     write_tensors(path, objective.state_dict(), {"spec": objective.spec.to_dict()})
 
 
@@ -25,7 +27,9 @@ def load_exported(folder: Path) -> tuple[Decoder, CompositeObjective]:
     """
     for name in ("model.safetensors", "heads.safetensors"):
         if not (folder / name).is_file():
-            raise BadInput(f"{folder / name}: no such file; train with examples/pretrain.py --keep-heads")
+            raise BadInput(
+                f"{folder / name}: no such file; train with examples/pretrain.py --keep-heads"
+            )
     try:
         model = load_weights(folder / "model.safetensors")
         weights, about = read_tensors(folder / "heads.safetensors")
@@ -34,5 +38,7 @@ def load_exported(folder: Path) -> tuple[Decoder, CompositeObjective]:
     except SpecError:
         raise
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{folder}: its exported weights do not fit: {' '.join(str(error).split())}") from error
+        raise BadInput(
+            f"{folder}: its exported weights do not fit: {' '.join(str(error).split())}"
+        ) from error
     return model, objective

@@ -37,7 +37,9 @@ def prepare(run: Run, resume: bool) -> str:
     return f"{run.name}: starts in {run.folder}{note}"
 
 
-def train(run: Run, on_step: Callable[[dict[str, float]], None], on_look: Callable[[HeldOut], None]) -> HeldOut:
+def train(
+    run: Run, on_step: Callable[[dict[str, float]], None], on_look: Callable[[HeldOut], None]
+) -> HeldOut:
     """Take the steps that remain; the last look at held-out text.
 
     Raises:
@@ -48,7 +50,8 @@ def train(run: Run, on_step: Callable[[dict[str, float]], None], on_look: Callab
     saved = run.done
     try:
         steps, looks = tables = [
-            Table(run.folder / name, run.done, run.tables.get(name)) for name in ("steps.csv", "validation.csv")
+            Table(run.folder / name, run.done, run.tables.get(name))
+            for name in ("steps.csv", "validation.csv")
         ]
         for table in tables:
             table.begin()
@@ -78,9 +81,14 @@ def train(run: Run, on_step: Callable[[dict[str, float]], None], on_look: Callab
                 raise _interrupted(run, stop.number)
         return final
     except OSError as error:
-        kept = f"the checkpoint of step {saved} is intact" if saved else "no checkpoint was written yet"
+        kept = (
+            f"the checkpoint of step {saved} is intact"
+            if saved
+            else "no checkpoint was written yet"
+        )
         raise Failure(
-            f"{error.filename or run.folder}: {error.strerror or error}; {kept}; make it writable, then use --resume"
+            f"{error.filename or run.folder}: {error.strerror or error}; {kept}; make it "
+            "writable, then use --resume"
         ) from error
 
 

@@ -31,11 +31,19 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "layers", "heads", "kv_heads", "context"):
             if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig: {name} is {getattr(self, name)}, expected at least 1")
+                raise ValueError(
+                    f"ModelConfig: {name} is {getattr(self, name)}, expected at least 1"
+                )
         if self.dim % (2 * self.heads):
-            raise ValueError(f"ModelConfig: dim is {self.dim}, expected a multiple of 2 x heads = {2 * self.heads}")
+            raise ValueError(
+                f"ModelConfig: dim is {self.dim}, expected a multiple of 2 x heads = "
+                f"{2 * self.heads}"
+            )
         if self.heads % self.kv_heads:
-            raise ValueError(f"ModelConfig: kv_heads is {self.kv_heads}, expected a divisor of heads = {self.heads}")
+            raise ValueError(
+                f"ModelConfig: kv_heads is {self.kv_heads}, expected a divisor of heads = "
+                f"{self.heads}"
+            )
 
     @property
     def intermediate_size(self) -> int:
@@ -64,7 +72,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps).to(x.dtype)
+        return F.rms_norm(x.to(self.weight.dtype), (x.shape[-1],), self.weight, self.eps).to(
+            x.dtype
+        )
 
 
 class Attention(nn.Module):
@@ -80,7 +90,10 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.heads * self.head_dim, config.dim, bias=False)
 
     def forward(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], past: KeyValues | None = None
+        self,
+        x: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        past: KeyValues | None = None,
     ) -> torch.Tensor:
         batch, time, _ = x.shape
         q = self.q_proj(x).view(batch, time, self.heads, self.head_dim).transpose(1, 2)
@@ -119,7 +132,10 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], past: KeyValues | None = None
+        self,
+        x: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        past: KeyValues | None = None,
     ) -> torch.Tensor:
         x = x + self.attention(self.attention_norm(x), rotation, past)
         return x + self.mlp(self.mlp_norm(x))
@@ -130,8 +146,8 @@ class Decoder(nn.Module):
 
     Args:
         config: shapes.
-        seed: seed of the initial weights, drawn with a generator of its own: two decoders of one seed are
-            equal whatever else was drawn before them.
+        seed: seed of the initial weights, drawn with a generator of its own: two decoders of one
+            seed are equal whatever else was drawn before them.
     """
 
     cosine: torch.Tensor
@@ -153,7 +169,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Matrices from N(0, initializer_range), those that write to the residual stream / sqrt(2 layers)."""
+        """Matrices from N(0, initializer_range), those that write to the residual stream / sqrt(2
+        layers)."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
@@ -165,16 +182,22 @@ class Decoder(nn.Module):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
     def forward(
-        self, token_ids: torch.Tensor, keep: Collection[int] = (), past: Sequence[KeyValues] | None = None
+        self,
+        token_ids: torch.Tensor,
+        keep: Collection[int] = (),
+        past: Sequence[KeyValues] | None = None,
     ) -> Hidden:
-        """Hidden states of token_ids[B, T]; `keep` names the numbers of blocks whose output is returned.
+        """Hidden states of token_ids[B, T]; `keep` names the numbers of blocks whose output is
+        returned.
 
         With `past`, one a block, the tokens follow those that it holds, and it then holds them too.
         """
         start = past[0].length if past else 0
         stop = start + token_ids.shape[-1]
         if stop > self.config.context:
-            raise ValueError(f"Decoder: {stop} tokens came, expected at most context = {self.config.context}")
+            raise ValueError(
+                f"Decoder: {stop} tokens came, expected at most context = {self.config.context}"
+            )
         rotation = self.cosine[start:stop], self.sine[start:stop]
         x = self.embed(token_ids)
         kept = {0: x} if 0 in keep else {}
@@ -185,14 +208,19 @@ class Decoder(nn.Module):
         return Hidden(last_hidden=self.norm(x), last_residual=x, hidden_states=kept)
 
     @torch.no_grad()
-    def sample(self, prompt: torch.Tensor, length: int, temperature: float, seed: int) -> torch.Tensor:
-        """`length` tokens that continue prompt[T], each from softmax(logits / temperature); no cache."""
+    def sample(
+        self, prompt: torch.Tensor, length: int, temperature: float, seed: int
+    ) -> torch.Tensor:
+        """`length` tokens that continue prompt[T], each from softmax(logits / temperature); no
+        cache."""
         generator = torch.Generator().manual_seed(seed)
         tokens = prompt.clone()
         for _ in range(length):
             hidden = self(tokens[None, -self.config.context :]).last_hidden[0, -1]
             weights = torch.softmax(self.lm_head(hidden).float().cpu() / temperature, dim=-1)
-            tokens = torch.cat([tokens, torch.multinomial(weights, 1, generator=generator).to(tokens.device)])
+            tokens = torch.cat(
+                [tokens, torch.multinomial(weights, 1, generator=generator).to(tokens.device)]
+            )
         return tokens[prompt.shape[0] :]
 
 
@@ -204,7 +232,8 @@ def rotary_table(context: int, head_dim: int, base: float) -> tuple[torch.Tensor
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Turn the pairs (x_i, x_{i + head_dim / 2}) of x[B, H, T, head_dim] by the angles of their position."""
+    """Turn the pairs (x_i, x_{i + head_dim / 2}) of x[B, H, T, head_dim] by the angles of their
+    position."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
     return turned.to(x.dtype)

@@ -148,7 +148,12 @@ def training_parser(prog: str, description: str, out: str) -> Parser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--data", type=Path, metavar="FILE|DIR", help="text; without it, the sources of Python's library")
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE|DIR",
+        help="text; without it, the sources of Python's library",
+    )
     add("--out", type=Path, default=Path(out), metavar="DIR", help="checkpoints, tables, figures")
     add("--dim", type=whole(1), default=128, help="width of the residual stream")
     add("--layers", type=whole(1), default=5, help="transformer blocks")
@@ -165,13 +170,31 @@ def training_parser(prog: str, description: str, out: str) -> Parser:
     )
     add("--lr", type=_real(0), default=3e-3, help="learning rate of the stable phase")
     add("--warmup", type=_real(0, 1), default=0.05, help="fraction of the steps that warms up")
-    add("--decay", type=_real(0, 1), default=0.2, help="fraction of the steps that decays, at the end")
+    add(
+        "--decay",
+        type=_real(0, 1),
+        default=0.2,
+        help="fraction of the steps that decays, at the end",
+    )
     add("--weight-decay", type=_real(0), default=0.1, help="AdamW, on matrices only")
     add("--clip", type=_real(0), default=1.0, help="largest gradient norm; 0 does not clip")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16 is autocast")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: CUDA when there is one")
+    add(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: CUDA when there is one",
+    )
     add("--threads", type=whole(1, 1024), help="CPU threads (default: PyTorch's choice)")
-    add("--seed", "--seeds", dest="seeds", nargs="+", type=whole(0), default=[0], help="of weights and data order")
+    add(
+        "--seed",
+        "--seeds",
+        dest="seeds",
+        nargs="+",
+        type=whole(0),
+        default=[0],
+        help="of weights and data order",
+    )
     add("--eval-every", type=whole(1), default=50, help="steps between looks at held-out text")
     add("--eval-windows", type=whole(2), default=128, help="held-out windows looked at")
     add("--checkpoint-every", type=whole(1), default=100, help="steps between checkpoints")
@@ -185,13 +208,24 @@ def parse(arguments: list[str] | None) -> Options:
         BadInput: an unknown option, a value out of range, shapes that do not fit, no CUDA device.
     """
     parser = training_parser(
-        "pretrain", "Train one small byte-level language model per objective and compare them.", "runs/pretrain"
+        "pretrain",
+        "Train one small byte-level language model per objective and compare them.",
+        "runs/pretrain",
     )
     add = parser.add_argument
-    add("--objectives", nargs="+", metavar="EXPRESSION", help='a run each (default: "ntp" "ntp + nitp")')
+    add(
+        "--objectives",
+        nargs="+",
+        metavar="EXPRESSION",
+        help='a run each (default: "ntp" "ntp + nitp")',
+    )
     add("--controls", action="store_true", help="one run for each of the paper's control arms")
     add("--resume", action="store_true", help="continue the runs in --out from their checkpoints")
-    add("--keep-heads", action="store_true", help="export the objective's own weights too, beside the plain model")
+    add(
+        "--keep-heads",
+        action="store_true",
+        help="export the objective's own weights too, beside the plain model",
+    )
     add(
         "--fused-head",
         action=argparse.BooleanOptionalAction,
@@ -216,7 +250,9 @@ def options_of(values: dict[str, Any]) -> Options:
         values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     seeds = values["seeds"]
     if len(set(seeds)) < len(seeds):
-        raise BadInput(f"--seeds {' '.join(map(str, seeds))}: a seed is given twice, expected distinct seeds")
+        raise BadInput(
+            f"--seeds {' '.join(map(str, seeds))}: a seed is given twice, expected distinct seeds"
+        )
     options = Options(**values, seed=seeds[0])
     try:
         _ = options.model

@@ -22,7 +22,15 @@ from .model import Decoder, ModelConfig
 from .options import Options
 from .schedule import warmup_stable_decay
 
-PROVIDED = {"token_ids", "document_ids", "last_hidden", "last_residual", "hidden_states", "head", "embed"}
+PROVIDED = {
+    "token_ids",
+    "document_ids",
+    "last_hidden",
+    "last_residual",
+    "hidden_states",
+    "head",
+    "embed",
+}
 
 
 def model_info(shapes: ModelConfig) -> ModelInfo:
@@ -62,17 +70,28 @@ class Run:
         folder: Path,
         backend: str | None = None,
     ) -> None:
-        self.name, self.spec, self.options, self.corpus, self.folder = name, spec, options, corpus, folder
+        self.name, self.spec, self.options, self.corpus, self.folder = (
+            name,
+            spec,
+            options,
+            corpus,
+            folder,
+        )
         self.device = torch.device(options.device)
         self.model = Decoder(options.model, seed=options.seed).to(self.device)
         self.backend = backend or backend_for(options.device)
-        objective = build(spec, model=model_info(options.model), seed=options.seed, backend=self.backend)
+        objective = build(
+            spec, model=model_info(options.model), seed=options.seed, backend=self.backend
+        )
         self.objective = objective.to(self.device)
         self.keep = sorted(need.layer for need in self.objective.requires if need.layer is not None)
         parameters = [*self.model.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": options.weight_decay},
+                {
+                    "params": [p for p in parameters if p.dim() >= 2],
+                    "weight_decay": options.weight_decay,
+                },
                 {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
             ],
             lr=options.lr,
@@ -92,7 +111,9 @@ class Run:
 
     def autocast(self) -> AbstractContextManager:
         """The context of forward passes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16")
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.options.dtype == "bfloat16"
+        )
 
     def tokens(self, ids: torch.Tensor, documents: torch.Tensor) -> Streams:
         """The streams that are known before the forward pass."""
@@ -121,7 +142,9 @@ class Run:
             Diverged: the gradient is not finite; the weights are those before the step.
         """
         options = self.options
-        rate = warmup_stable_decay(self.done, options.steps, options.lr, options.warmup, options.decay)
+        rate = warmup_stable_decay(
+            self.done, options.steps, options.lr, options.warmup, options.decay
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         window = []
@@ -141,8 +164,8 @@ class Run:
         values = reduce(add, metrics).compute()
         if not torch.isfinite(norm):
             raise Diverged(
-                f"{self.name}: at step {self.done} the loss is {values['loss']:g} and the gradient norm "
-                f"{norm.item():g}; lower --lr or lengthen --warmup"
+                f"{self.name}: at step {self.done} the loss is {values['loss']:g} and the gradient "
+                f"norm {norm.item():g}; lower --lr or lengthen --warmup"
             )
         self.optimizer.step()
         row = {"step": self.done, "lr": rate, "gradient_norm": norm.item(), **values}
@@ -190,19 +213,25 @@ class Run:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def refuse_another_run(path: Path, state: dict[str, Any], spec: Spec, options: Options, corpus: Corpus) -> None:
+def refuse_another_run(
+    path: Path, state: dict[str, Any], spec: Spec, options: Options, corpus: Corpus
+) -> None:
     """Refuse a checkpoint that another objective, other options or another text wrote.
 
     Raises:
         BadInput: names the first difference.
     """
     stored = {**_flat(state["spec"]), **_flags(state["options"]), "the text": state.get("corpus")}
-    wanted = {**_flat(spec.to_dict()), **_flags(options.trajectory()), "the text": corpus.fingerprint}
+    wanted = {
+        **_flat(spec.to_dict()),
+        **_flags(options.trajectory()),
+        "the text": corpus.fingerprint,
+    }
     for name in [*wanted, *stored]:
         if (before := stored.get(name, "absent")) != (now := wanted.get(name, "absent")):
             raise BadInput(
-                f"{path}: written with {name} {before}, this run has {name} {now}; "
-                "resume with the same options or choose another --out"
+                f"{path}: written with {name} {before}, this run has {name} {now}; resume with the "
+                "same options or choose another --out"
             )
 
 

@@ -30,7 +30,7 @@ from torchtitan.trainer import Trainer  # noqa: E402
 
 from nitp_ops.attaching.tapping import Tap, tap  # noqa: E402
 from nitp_ops.engine.parsing import SpecLike  # noqa: E402
-from nitp_ops.objectives import (
+from nitp_ops.objectives import (  # noqa: E402
     CompositeObjective,
     Counts,
     Metrics,
@@ -38,7 +38,7 @@ from nitp_ops.objectives import (
     Output,
     Streams,
     build,
-)  # noqa: E402
+)
 
 OBJECTIVE = "nitp_objective"
 _Batch = tuple[dict[str, Tensor], Tensor]

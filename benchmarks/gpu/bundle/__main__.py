@@ -1,7 +1,8 @@
 """`benchmarks/gpu.sh bundle`: peers' wheels and the built library in parts of at most so many MiB.
 
-Run it where there is a network, for a machine that has none: each part is a folder to copy there. Where one is not
-enough, what is left of a wheel is in the next, and both must reach the same machine.
+Run it where there is a network, for a machine that has none: each part is a folder to copy there.
+Where one is not enough, what is left of a wheel is in the next, and both must reach the same
+machine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from .unpack import LIBRARY, MANIFEST, MIB, amount
 ROOT = Path(__file__).resolve().parents[3]
 #: Packed wheels of earlier bundles; ignored by git.
 PACKED = "build/packed"
-#: In the order of their worth; what each needs that a machine with torch and Triton lacks stands with it.
+#: In the order of their worth; what each needs that a machine with torch and Triton lacks stands
+#: with it.
 PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
@@ -40,7 +42,10 @@ PACKAGES = (
 #: pip takes no newer system for an older one: each is named.
 PLATFORMS = ("any", *(f"manylinux_2_{n}_x86_64" for n in range(39, 16, -1)), "manylinux2014_x86_64")
 #: A wheel's own packing is up to twice as large.
-XZ = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * MIB}]
+XZ = [
+    {"id": lzma.FILTER_X86},
+    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 256 * MIB},
+]
 
 
 class BundleError(OSError):
@@ -55,9 +60,29 @@ def download(folder: Path, packages: Sequence[str], python: str) -> list[Path]:
     """
     wheels: list[Path] = []
     for package in packages:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:"]
-        command += ["--python-version", python, "--implementation", "cp", "-d", str(folder), package]
-        command += [word for tag in (f"cp{python.replace('.', '')}", "abi3", "none") for word in ("--abi", tag)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary=:all:",
+        ]
+        command += [
+            "--python-version",
+            python,
+            "--implementation",
+            "cp",
+            "-d",
+            str(folder),
+            package,
+        ]
+        command += [
+            word
+            for tag in (f"cp{python.replace('.', '')}", "abi3", "none")
+            for word in ("--abi", tag)
+        ]
         command += [word for name in PLATFORMS for word in ("--platform", name)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = sorted(set(folder.glob("*.whl")) - set(wheels))
@@ -77,12 +102,17 @@ def packed(wheel: Path, folder: Path) -> Path:
     unfinished = target.with_suffix(".partial")
     with tempfile.TemporaryDirectory(dir=wheel.parent) as files, zipfile.ZipFile(wheel) as archive:
         archive.extractall(files)
-        with lzma.open(unfinished, "wb", filters=XZ) as file, tarfile.open(fileobj=file, mode="w|") as tar:
+        with (
+            lzma.open(unfinished, "wb", filters=XZ) as file,
+            tarfile.open(fileobj=file, mode="w|") as tar,
+        ):
             tar.add(files, arcname=".")
     return unfinished.rename(target)
 
 
-def parts(library: int, files: Sequence[tuple[str, int]], most: int) -> list[list[tuple[str, int, int]]]:
+def parts(
+    library: int, files: Sequence[tuple[str, int]], most: int
+) -> list[list[tuple[str, int, int]]]:
     """[(file, first byte, end)] of each part, which has the library too and at most `most` bytes.
 
     Raises:
@@ -90,7 +120,9 @@ def parts(library: int, files: Sequence[tuple[str, int]], most: int) -> list[lis
     """
     room = most - library
     if room <= 0:
-        raise BundleError(f"the library has {library / MIB:.1f} MiB, the limit of a part is {most / MIB:.1f} MiB")
+        raise BundleError(
+            f"the library has {library / MIB:.1f} MiB, the limit of a part is {most / MIB:.1f} MiB"
+        )
     filled: list[list[tuple[str, int, int]]] = [[]]
     free = room
     for name, size in files:
@@ -111,9 +143,14 @@ def write(out: Path, library: Path, files: Sequence[Path], most: int) -> list[Pa
     small = lzma.compress(library.read_bytes(), filters=XZ)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     manifest = json.dumps({"packed": digests}, indent=1).encode()
-    planned = parts(len(small) + len(manifest), [(name, len(content)) for name, content in contents.items()], most)
+    planned = parts(
+        len(small) + len(manifest),
+        [(name, len(content)) for name, content in contents.items()],
+        most,
+    )
     holders = {
-        name: [n for n, part in enumerate(planned) if any(each[0] == name for each in part)] for name in contents
+        name: [n for n, part in enumerate(planned) if any(each[0] == name for each in part)]
+        for name in contents
     }
     made = []
     for number, entries in enumerate(planned):
@@ -133,10 +170,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh bundle", description=__doc__)
     parser.add_argument("--bundle-mib", type=amount, required=True, help="most MiB of a part")
     parser.add_argument(
-        "--out", type=Path, required=True, help="a folder that does not exist: part-1, ... are put in it"
+        "--out",
+        type=Path,
+        required=True,
+        help="a folder that does not exist: part-1, ... are put in it",
     )
-    parser.add_argument("--python-version", default="3.12", help="of the other machine (default 3.12)")
-    parser.add_argument("--package", action="append", help="only this one, as pip names it (repeatable)")
+    parser.add_argument(
+        "--python-version", default="3.12", help="of the other machine (default 3.12)"
+    )
+    parser.add_argument(
+        "--package", action="append", help="only this one, as pip names it (repeatable)"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.out.exists():
@@ -152,7 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 int(options.bundle_mib * MIB),
             ):
                 size = sum(path.stat().st_size for path in part.iterdir()) / MIB
-                print(f"{part}: {size:.1f} MiB, {', '.join(sorted(path.name for path in part.iterdir()))}")
+                print(
+                    f"{part}: {size:.1f} MiB, "
+                    f"{', '.join(sorted(path.name for path in part.iterdir()))}"
+                )
     except OSError as error:
         print(f"benchmarks/gpu.sh: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,5 @@
-"""A source tree that was copied to a machine without a network, with its library built elsewhere or not."""
+"""A source tree that was copied to a machine without a network, with its library built elsewhere or
+not."""
 
 from __future__ import annotations
 
@@ -16,11 +17,13 @@ from pathlib import Path
 def importable(root: Path) -> Iterator[None]:
     """Inside the context `nitp_ops` is imported from the tree, also by processes that are started.
 
-    objectives/ lies beside nitp_ops/, where only an installation finds it: a link stands in for one that takes longer.
+    objectives/ lies beside nitp_ops/, where only an installation finds it: a link stands in for one
+    that takes longer.
     """
     link = root / "nitp_ops/objectives"
     installed = any(name.startswith("__editable___nitp_ops") for name in sys.modules)
-    needed = not installed and (link.is_symlink() or not link.exists())  # a call that was killed leaves its link
+    # a call that was killed leaves its link
+    needed = not installed and (link.is_symlink() or not link.exists())
     before = os.environ.get("PYTHONPATH")
     if needed:
         link.unlink(missing_ok=True)
@@ -36,7 +39,8 @@ def importable(root: Path) -> Iterator[None]:
 
 
 def built(root: Path, capability: str, seconds: float) -> str | None:
-    """Build the library in the tree, CUDA kernels for one architecture only; why that failed, or None."""
+    """Build the library in the tree, CUDA kernels for one architecture only; why that failed, or
+    None."""
     architecture = f"sm_{capability.partition('.')[0]}0"
     if architecture not in runpy.run_path(str(root / "csrc/tools/build_cuda.py"))["ARCHITECTURES"]:
         return f"there are no CUDA kernels for compute capability {capability}"
@@ -46,9 +50,19 @@ def built(root: Path, capability: str, seconds: float) -> str | None:
     environment = os.environ | {"NITP_CUDA_ARCHITECTURES": architecture}
     try:
         done = subprocess.run(
-            command, cwd=root, env=environment, capture_output=True, text=True, timeout=seconds, check=False
+            command,
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return f"the build took more than {seconds:.0f} s"
     lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-    return (lines[-1].strip() if lines else f"exit code {done.returncode}") if done.returncode else None
+    return (
+        (lines[-1].strip() if lines else f"exit code {done.returncode}")
+        if done.returncode
+        else None
+    )

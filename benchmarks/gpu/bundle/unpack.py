@@ -1,7 +1,9 @@
-"""What a part of a bundle (`bundle`) holds, put where it belongs: the library into the package, wheels into one folder.
+"""What a part of a bundle (`bundle`) holds, put where it belongs: the library into the package,
+wheels into one folder.
 
-A part is a folder of xz-packed wheels or pieces of them (NAME.tar.xz.1-of-2) and of libnitp_ops.so.xz. The pieces of
-the parts meet in the folder, which outlives a call; a wheel is there once all of its pieces are.
+A part is a folder of xz-packed wheels or pieces of them (NAME.tar.xz.1-of-2) and of
+libnitp_ops.so.xz. The pieces of the parts meet in the folder, which outlives a call; a wheel is
+there once all of its pieces are.
 """
 
 from __future__ import annotations
@@ -47,10 +49,14 @@ def checked(part: Path, most_mib: float) -> Path:
         ValueError: the part is above its limit: nothing of it is used.
     """
     if not (part / MANIFEST).is_file():
-        raise FileNotFoundError(f"{part} holds no {MANIFEST}: benchmarks/gpu.sh bundle makes such a folder")
+        raise FileNotFoundError(
+            f"{part} holds no {MANIFEST}: benchmarks/gpu.sh bundle makes such a folder"
+        )
     size = sum(path.stat().st_size for path in part.iterdir()) / MIB
     if size > most_mib:
-        raise ValueError(f"{part} has {size:.1f} MiB, above its limit of {most_mib:g} MiB: nothing of it is used")
+        raise ValueError(
+            f"{part} has {size:.1f} MiB, above its limit of {most_mib:g} MiB: nothing of it is used"
+        )
     return part
 
 
@@ -76,7 +82,8 @@ def library(part: Path, root: Path) -> str:
 
 
 def wheels(part: Path, root: Path) -> str:
-    """Unpack what is whole; which wheels are new. One that is damaged loses itself alone, and is told in its place.
+    """Unpack what is whole; which wheels are new. One that is damaged loses itself alone, and is
+    told in its place.
 
     Raises:
         OSError: the manifest is damaged, or the disk is full.
@@ -96,7 +103,8 @@ def wheels(part: Path, root: Path) -> str:
 
 def _joined(target: Path, name: str, digest: str) -> list[str]:
     """Unpack one archive if all of its pieces have come; what is said of it."""
-    pieces: dict[int, dict[int, Path]] = {}  # by their count: those of another bundle may lie there too
+    # by their count: those of another bundle may lie there too
+    pieces: dict[int, dict[int, Path]] = {}
     for path in target.glob(f"{glob.escape(name)}.*"):
         if numbers := re.fullmatch(r"\.(\d+)-of-(\d+)", path.name.removeprefix(name)):
             pieces.setdefault(int(numbers[2]), {})[int(numbers[1])] = path
@@ -104,7 +112,8 @@ def _joined(target: Path, name: str, digest: str) -> list[str]:
     for each in whole:
         content = b"".join(each[number].read_bytes() for number in sorted(each))
         if hashlib.sha256(content).hexdigest() == digest:
-            with tarfile.open(fileobj=io.BytesIO(content)) as archive:  # its bytes are those that were packed
+            # its bytes are those that were packed
+            with tarfile.open(fileobj=io.BytesIO(content)) as archive:
                 archive.extractall(target, filter="data")
             for path in (path for each in pieces.values() for path in each.values()):
                 path.unlink()

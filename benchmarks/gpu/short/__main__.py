@@ -1,7 +1,9 @@
-"""`benchmarks/gpu.sh short`: what is worth most first, within a budget of seconds, kept after every case.
+"""`benchmarks/gpu.sh short`: what is worth most first, within a budget of seconds, kept after every
+case.
 
-Every piece says what it takes on a GPU. One that does not fit into what is left is skipped, and so is one whose results
-are kept already: a second call goes on where the first ended, and begins with what did not fit.
+Every piece says what it takes on a GPU. One that does not fit into what is left is skipped, and so
+is one whose results are kept already: a second call goes on where the first ended, and begins with
+what did not fit.
 """
 
 from __future__ import annotations
@@ -28,10 +30,25 @@ DRY_SECONDS = 100.0
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="benchmarks/gpu.sh short", description=__doc__)
     add = result.add_argument
-    add("--budget-s", type=unpack.amount, required=True, help="seconds that this call may take, from its start")
-    add("--bundle-mib", type=unpack.amount, required=True, help="most MiB that a part of a bundle may have")
+    add(
+        "--budget-s",
+        type=unpack.amount,
+        required=True,
+        help="seconds that this call may take, from its start",
+    )
+    add(
+        "--bundle-mib",
+        type=unpack.amount,
+        required=True,
+        help="most MiB that a part of a bundle may have",
+    )
     add("--bundle", type=Path, help="folder with a part that `benchmarks/gpu.sh bundle` made")
-    add("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of <GPU>/<commit>.json")
+    add(
+        "--out",
+        type=Path,
+        default=ROOT / "benchmarks/results",
+        help="folder of <GPU>/<commit>.json",
+    )
     add("--commit", help="the commit of a tree that came without its history")
     add(
         "--dry-run",
@@ -42,12 +59,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; 1 where something of ours failed, 2 where nothing could be measured, 130 where somebody ended it."""
+    """Measure; 1 where something of ours failed, 2 where nothing could be measured, 130 where
+    somebody ended it."""
     start = time.monotonic()
     options = parser().parse_args(arguments)
     try:
         with carried.importable(ROOT), ExitStack() as stack:
-            stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+            stack.callback(
+                signal.signal,
+                signal.SIGTERM,
+                signal.signal(signal.SIGTERM, signal.default_int_handler),
+            )
             processes = {name: stack.enter_context(Isolated()) for name in PROCESSES}
             _begin(options, processes["ours"])
             return _run(options, processes, start)
@@ -60,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _begin(options: argparse.Namespace, ours: Isolated) -> None:
-    """Unpack a part of a bundle, for this process and those that it starts; torch is imported meanwhile in another."""
+    """Unpack a part of a bundle, for this process and those that it starts; torch is imported
+    meanwhile in another."""
     part = None
     try:
         if options.bundle:
@@ -68,7 +91,8 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
             print(f"bundle: {unpack.library(part, ROOT)}", flush=True)
     except (OSError, ValueError) as error:
         print(f"bundle: {error}", flush=True)
-    (ROOT / unpack.SITE).mkdir(parents=True, exist_ok=True)  # a folder that is not there is never looked at again
+    # a folder that is not there is never looked at again
+    (ROOT / unpack.SITE).mkdir(parents=True, exist_ok=True)
     sys.path[:0] = [str(ROOT / unpack.SITE)]
     if not options.dry_run:
         ours.start()
@@ -79,7 +103,9 @@ def _begin(options: argparse.Namespace, ours: Isolated) -> None:
         print(f"bundle: {error}", flush=True)
     folders = unpack.search_path(ROOT / unpack.SITE)  # also of what an earlier call has unpacked
     sys.path[:1] = folders
-    os.environ["PYTHONPATH"] = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [*folders, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
 
 
 def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: float) -> int:
@@ -95,7 +121,9 @@ def _run(options: argparse.Namespace, processes: dict[str, Isolated], start: flo
     else:
         info = device.about(processes["ours"], options.commit, ROOT, deadline)
         pieces = order.pieces(info["capability"])
-    runner = timed_run.Runner(info, options.out.resolve(), processes, deadline, scale, fake=options.dry_run)
+    runner = timed_run.Runner(
+        info, options.out.resolve(), processes, deadline, scale, fake=options.dry_run
+    )
     return runner.run(pieces)
 
 

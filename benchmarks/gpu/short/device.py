@@ -1,4 +1,5 @@
-"""The machine of a short run, and its library: the one that was carried, else one built for this GPU alone."""
+"""The machine of a short run, and its library: the one that was carried, else one built for this
+GPU alone."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ def about(ours: Isolated, commit: str | None, root: Path, deadline: float) -> di
     told = _ask(ours, commit, deadline)
     info = told["machine"]
     if told["native"] is not None:
-        print(f"library: {told['native']}; it is built for compute capability {info['capability']}", flush=True)
+        print(
+            f"library: {told['native']}; it is built for compute capability {info['capability']}",
+            flush=True,
+        )
         ours.close()  # it has loaded the old one
         reason = carried.built(root, info["capability"], max(1.0, deadline - time.monotonic()))
         told = told if reason else _ask(ours, commit, deadline)
@@ -35,7 +39,9 @@ def about(ours: Isolated, commit: str | None, root: Path, deadline: float) -> di
 
 
 def _ask(ours: Isolated, commit: str | None, deadline: float) -> dict[str, Any]:
-    told, _ = ours.run(partial(tasks.about, commit=commit), [], patience=PATIENCE, deadline=deadline)
+    told, _ = ours.run(
+        partial(tasks.about, commit=commit), [], patience=PATIENCE, deadline=deadline
+    )
     if "refusal" in told:
         raise MeasurementError(told["refusal"])
     return told

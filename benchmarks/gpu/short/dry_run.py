@@ -1,4 +1,5 @@
-"""A short run without a GPU: the same pieces, processes and files over cases that only wait. What it writes is fake."""
+"""A short run without a GPU: the same pieces, processes and files over cases that only wait. What
+it writes is fake."""
 
 from __future__ import annotations
 
@@ -16,14 +17,22 @@ if TYPE_CHECKING:  # torch is not imported where only these functions run
 
 def machine(commit: str | None) -> dict[str, Any]:
     """What stands for the GPU."""
-    nothing = {"multiprocessors": 0, "memory_gib": 0.0, "capability": "0.0", "torch": "none", "cuda": "none"}
+    nothing = {
+        "multiprocessors": 0,
+        "memory_gib": 0.0,
+        "capability": "0.0",
+        "torch": "none",
+        "cuda": "none",
+    }
     return {"gpu": "dry run", **nothing, "triton": "none", "commit": commit or "unknown"}
 
 
 def ready(*processes: Isolated) -> None:
     """Wait until they have started."""
     for process in processes:
-        process.run(partial(records, wait=0.0), [], patience=START, deadline=time.monotonic() + START)
+        process.run(
+            partial(records, wait=0.0), [], patience=START, deadline=time.monotonic() + START
+        )
 
 
 def pieces(scale: float) -> Iterator[Piece]:
@@ -36,7 +45,9 @@ def pieces(scale: float) -> Iterator[Piece]:
     for piece in order.pieces("9.0"):
         wait = piece.seconds / scale
         if isinstance(piece, Rows):
-            yield replace(piece, case=replace(piece.case, measure=partial(rows, wait=wait)), unavailable=None)
+            yield replace(
+                piece, case=replace(piece.case, measure=partial(rows, wait=wait)), unavailable=None
+            )
         elif isinstance(piece, Records):
             yield replace(piece, task=partial(records, wait=wait), unavailable=None)
         elif isinstance(piece, Stage):
@@ -44,7 +55,9 @@ def pieces(scale: float) -> Iterator[Piece]:
             yield replace(piece, steps=(step,), beside=())
 
 
-def rows(at: At, names: list[str], *, sizes: Any, dtype: str, rounds: int, seconds: float, wait: float) -> Any:
+def rows(
+    at: At, names: list[str], *, sizes: Any, dtype: str, rounds: int, seconds: float, wait: float
+) -> Any:
     """A row of each name, and of a floor, that says nothing."""
     del sizes, dtype, rounds, seconds
     found = records(at, names, wait=wait)

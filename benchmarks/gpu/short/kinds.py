@@ -1,4 +1,5 @@
-"""The three kinds of pieces of a short run: rows of a case, records, processes that are green or red."""
+"""The three kinds of pieces of a short run: rows of a case, records, processes that are green or
+red."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ ABSENT = ("ImportError", "ModuleNotFoundError", "BackendError")
 
 @dataclass
 class Bench:
-    """What pieces run with: processes by name, when they must have ended (`time.monotonic`), what is kept so far."""
+    """What pieces run with: processes by name, when they must have ended (`time.monotonic`), what
+    is kept so far."""
 
     processes: dict[str, Isolated]
     deadline: float
@@ -36,11 +38,16 @@ class Bench:
 
 def still_open(names: tuple[str, ...], kept: Mapping[str, Any]) -> list[str]:
     """The names of which nothing is kept but that they were not there."""
-    return [name for name in names if name not in kept or kept[name].get("skipped", "").startswith(ABSENT)]
+    return [
+        name
+        for name in names
+        if name not in kept or kept[name].get("skipped", "").startswith(ABSENT)
+    ]
 
 
 class Piece(Protocol):
-    """What takes how many seconds on a GPU, and yields what; `unavailable`: why no process is asked."""
+    """What takes how many seconds on a GPU, and yields what; `unavailable`: why no process is
+    asked."""
 
     @property
     def name(self) -> str: ...
@@ -76,15 +83,20 @@ class Rows:
     def kept(self, document: Document) -> dict[str, Any]:
         """The rows of this case so far."""
         here = self.case.op, tuple(self.case.sizes.items()), self.case.dtype
-        return next((case["rows"] for case in document["cases"] if run_report.identity(case) == here), {})
+        return next(
+            (case["rows"] for case in document["cases"] if run_report.identity(case) == here), {}
+        )
 
     def left(self, document: Document) -> list[str]:
         return still_open(self.names, self.kept(document))
 
     def run(self, left: list[str], bench: Bench) -> Document:
-        case = cuda_run.measured(self.case, left, {}, bench.deadline, bench.processes[self.process], PATIENCE)
+        case = cuda_run.measured(
+            self.case, left, {}, bench.deadline, bench.processes[self.process], PATIENCE
+        )
         rows, floor = case["rows"], case["rows"].get(FLOOR, {})
-        if FLOOR in self.kept(bench.document):  # of another process than the one that is kept: the row's own
+        # of another process than the one that is kept: the row's own
+        if FLOOR in self.kept(bench.document):
             rows.pop(FLOOR, None)
             for row in rows.values():
                 row |= {"floor_ms": floor["milliseconds"]} if "milliseconds" in row else {}
@@ -93,7 +105,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Records:
-    """What has no floor: one record an implementation. task(at, names) -> {name: what is known of it}."""
+    """What has no floor: one record an implementation. task(at, names) -> {name: what is known of
+    it}."""
 
     op: str
     case: str
@@ -108,23 +121,32 @@ class Records:
 
     def left(self, document: Document) -> list[str]:
         records = document.get("records", [])
-        found = {each["implementation"]: each for each in records if (each["op"], each["case"]) == (self.op, self.case)}
+        found = {
+            each["implementation"]: each
+            for each in records
+            if (each["op"], each["case"]) == (self.op, self.case)
+        }
         return still_open(self.names, found)
 
     def run(self, left: list[str], bench: Bench) -> Document:
         try:
-            found, reasons = bench.processes["ours"].run(self.task, left, patience=PATIENCE, deadline=bench.deadline)
+            found, reasons = bench.processes["ours"].run(
+                self.task, left, patience=PATIENCE, deadline=bench.deadline
+            )
         except MeasurementError as error:
             found, reasons = {}, dict.fromkeys(left, str(error))
         found |= {name: {"skipped": reason} for name, reason in reasons.items()}
-        records = [{**row, "op": self.op, "case": self.case, "implementation": name} for name, row in found.items()]
+        records = [
+            {**row, "op": self.op, "case": self.case, "implementation": name}
+            for name, row in found.items()
+        ]
         return {"stages": {}, "cases": [], "records": records}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Processes, green or red. beside: (process, task, names) that run while they do, and may fail; the tasks get the
-    path `stop`, where a file is made when they should end."""
+    """Processes, green or red. beside: (process, task, names) that run while they do, and may fail;
+    the tasks get the path `stop`, where a file is made when they should end."""
 
     name: str
     seconds: float
@@ -146,15 +168,22 @@ class Stage:
             def warm(process: str, task: Callable[..., Any], names: tuple[str, ...]) -> None:
                 try:
                     given = partial(task, stop=stop)
-                    bench.processes[process].run(given, names, patience=PATIENCE, deadline=bench.deadline)
+                    bench.processes[process].run(
+                        given, names, patience=PATIENCE, deadline=bench.deadline
+                    )
                 except MeasurementError as error:
                     print(f"{self.name}, beside it: {error}", flush=True)
 
-            threads = [threading.Thread(target=warm, args=each, daemon=True) for each in self.beside]
+            threads = [
+                threading.Thread(target=warm, args=each, daemon=True) for each in self.beside
+            ]
             for thread in threads:
                 thread.start()
             code, seconds, said = stages.run(self.steps, bench.left())
             stop.touch()
             for thread in threads:
                 thread.join()
-        return {"stages": {self.name: {"code": code, "seconds": seconds, "said": said}}, "cases": []}
+        return {
+            "stages": {self.name: {"code": code, "seconds": seconds, "said": said}},
+            "cases": [],
+        }

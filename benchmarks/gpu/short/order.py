@@ -1,4 +1,5 @@
-"""What a short run measures, in the order of its worth, with the seconds that each takes on a large GPU."""
+"""What a short run measures, in the order of its worth, with the seconds that each takes on a large
+GPU."""
 
 from __future__ import annotations
 
@@ -26,15 +27,21 @@ LEFT_OUT = ("ours-reference",)
 HEADS = ((4096, 4096, 128256), (16384, 2048, 151936), (8192, 4096, 128256), (16384, 1280, 152064))
 OBJECTIVES = ("plain", "ntp", "ntp + nitp", "plain, liger head")
 CHUNK_ROWS = ("2048", "4096", "8192", "16384")
-CHUNKED: tuple[Sizes, ...] = ({"N": 16384, "d": 2048, "V": 151936}, {"N": 16384, "d": 4096, "V": 128256})
+CHUNKED: tuple[Sizes, ...] = (
+    {"N": 16384, "d": 2048, "V": 151936},
+    {"N": 16384, "d": 4096, "V": 128256},
+)
 GEOMETRIES: tuple[Sizes, ...] = ({"N": 4096, "D": 128256}, {"N": 4096, "D": 151936})
 #: Seconds of the tests, in which compilers run in the processes beside them.
 TESTS = 80.0
 
 
 def pieces(capability: str) -> Iterator[Piece]:
-    """All of them on a GPU of this compute capability; what is kept already and what does not fit is the runner's."""
-    token, latent = (list(cuda_run.cases([op], None)) for op in ("linear_cross_entropy", "implicit_token_loss"))
+    """All of them on a GPU of this compute capability; what is kept already and what does not fit
+    is the runner's."""
+    token, latent = (
+        list(cuda_run.cases([op], None)) for op in ("linear_cross_entropy", "implicit_token_loss")
+    )
     token.sort(key=lambda case: place(tuple(case.sizes.values()), HEADS))
     yield Records("ceiling", "copy, GEMM", ("copy", "gemm"), 6, tasks.ceilings)
     yield Stage("doctor", 15, (stages.python("-m", "nitp_ops", "doctor"),))
@@ -54,7 +61,9 @@ def pieces(capability: str) -> Iterator[Piece]:
     for kernel in profiled.KERNELS:
         yield Records("counters", kernel, ("ours",), 25, partial(profiled.counters, kernel=kernel))
     for sizes in GEOMETRIES:
-        task = partial(geometry.sweep, sizes=sizes, rounds=cuda_run.ROUNDS, seconds=cuda_run.SECONDS)
+        task = partial(
+            geometry.sweep, sizes=sizes, rounds=cuda_run.ROUNDS, seconds=cuda_run.SECONDS
+        )
         yield Records("geometry", "x".join(map(str, sizes.values())), geometry.NAMES, 25, task)
     for sizes in CHUNKED:
         name = "x".join(str(size) for size in sizes.values())
@@ -72,7 +81,9 @@ def own(case: cuda_run.Case) -> list[str]:
 
 def by_peers(case: cuda_run.Case, capability: str, fast: bool) -> Iterator[Rows]:
     """One piece a peer: those of FAST, or the others."""
-    for name in sorted((name for name in case.names if name in peers.PEERS), key=lambda name: place(name, FAST)):
+    for name in sorted(
+        (name for name in case.names if name in peers.PEERS), key=lambda name: place(name, FAST)
+    ):
         if (name in FAST) is fast:
             major, minor = map(int, capability.split("."))
             reason = peers.unavailable(name, case.sizes, cuda.DTYPES[case.dtype], (major, minor))
@@ -91,7 +102,10 @@ def memory_bound() -> Iterator[Piece]:
 
 def tests(cases: list[cuda_run.Case], capability: str) -> Stage:
     """The tests on a GPU, few examples each; beside them, what is compiled later is compiled."""
-    files = [str(path.relative_to(stages.ROOT)) for path in sorted((stages.ROOT / "tests/gpu").glob("test_*.py"))]
+    files = [
+        str(path.relative_to(stages.ROOT))
+        for path in sorted((stages.ROOT / "tests/gpu").glob("test_*.py"))
+    ]
     options = ["-n", "16", "--hypothesis-profile", "few", "-m", "gpu and not large"]
     step = stages.python("-m", "pytest", *options, *files)
     known = [(case.op, case.sizes, case.dtype) for case in cases]
@@ -100,7 +114,10 @@ def tests(cases: list[cuda_run.Case], capability: str) -> Stage:
     head = next(case for case in cases if case.op == "linear_cross_entropy")
     found = [piece for fast in (True, False) for piece in by_peers(head, capability, fast)]
     present = tuple(
-        name for piece in found if piece.process == "peers" and not piece.unavailable for name in piece.names
+        name
+        for piece in found
+        if piece.process == "peers" and not piece.unavailable
+        for name in piece.names
     )
     if present:
         heads = [each for each in known if each[0] == head.op]

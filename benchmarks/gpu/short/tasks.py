@@ -1,4 +1,5 @@
-"""What a short run does on a GPU beside the cases: the machine, its ceilings, training steps, chunks, warm caches."""
+"""What a short run does on a GPU beside the cases: the machine, its ceilings, training steps,
+chunks, warm caches."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ GEMM = torch.bfloat16
 
 
 def about(at: At, names: list[str], *, commit: str | None) -> dict[str, Any]:
-    """The machine, and why the CUDA C++ kernels do not run there (None: they do); "refusal": there is no GPU."""
+    """The machine, and why the CUDA C++ kernels do not run there (None: they do); "refusal": there
+    is no GPU."""
     at(None)
     if not torch.cuda.is_available():
         return {"refusal": "torch sees no GPU (torch.cuda.is_available() is False)"}
@@ -38,7 +40,8 @@ def about(at: At, names: list[str], *, commit: str | None) -> dict[str, Any]:
 
 
 def ceilings(at: At, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Bytes per second of a copy (read and written), FLOP/s of a square GEMM: what every floor comes from."""
+    """Bytes per second of a copy (read and written), FLOP/s of a square GEMM: what every floor
+    comes from."""
     found = {}
     for name, make in (("copy", _copy), ("gemm", _gemm)):
         if name in names:
@@ -72,7 +75,9 @@ def training(at: At, names: list[str], **options: Any) -> dict[str, dict[str, An
     return found
 
 
-def chunks(at: At, names: list[str], *, sizes: Sizes, rounds: int, seconds: float) -> dict[str, dict[str, Any]]:
+def chunks(
+    at: At, names: list[str], *, sizes: Sizes, rounds: int, seconds: float
+) -> dict[str, dict[str, Any]]:
     """linear_cross_entropy by rows of a chunk, which are the names, beside its GEMMs."""
     op = OPS["linear_cross_entropy"]
     with cuda.DEVICE:
@@ -82,7 +87,9 @@ def chunks(at: At, names: list[str], *, sizes: Sizes, rounds: int, seconds: floa
     for name in names:
         at(name)
         function = partial(
-            nitp_ops.linear_cross_entropy, chunk_bytes=int(name) * sizes["V"] * GEMM.itemsize, backend=BACKENDS["ours"]
+            nitp_ops.linear_cross_entropy,
+            chunk_bytes=int(name) * sizes["V"] * GEMM.itemsize,
+            backend=BACKENDS["ours"],
         )
         runs[name] = partial(step, function, inputs)
         found[name] = cuda.attempt(name, lambda run=runs[name]: (run(), {})[1])
@@ -101,8 +108,9 @@ def chunks(at: At, names: list[str], *, sizes: Sizes, rounds: int, seconds: floa
 
 
 def warm(at: At, names: list[str], *, cases: list[tuple[str, Sizes, str]], stop: Path) -> None:
-    """One step of each implementation in each case until a file `stop` is there, so that compilers have run before
-    anything is timed. What fails here fails again in its own case, where it is told."""
+    """One step of each implementation in each case until a file `stop` is there, so that compilers
+    have run before anything is timed. What fails here fails again in its own case, where it is
+    told."""
     for op, sizes, dtype in cases:
         with cuda.DEVICE:
             inputs = OPS[op].inputs(sizes, cuda.DTYPES[dtype])

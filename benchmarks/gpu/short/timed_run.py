@@ -1,4 +1,5 @@
-"""How a short run goes on: what fits into the time that is left, what is kept already, one JSON after every piece."""
+"""How a short run goes on: what fits into the time that is left, what is kept already, one JSON
+after every piece."""
 
 from __future__ import annotations
 
@@ -36,15 +37,24 @@ class Runner:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path, self.scale, self.clock = storage.results_path(info, out), scale, clock
-        self.empty: Document = {"machine": info, "stages": {}, "cases": [], **({"fake": True} if fake else {})}
+        self.empty: Document = {
+            "machine": info,
+            "stages": {},
+            "cases": [],
+            **({"fake": True} if fake else {}),
+        }
         self.bench = Bench(processes, deadline - RESERVE / scale, self._kept(info))
-        # of a tree that has no commit nobody knows what it was then: its results are added to, and measured again
-        self.resumes = not any(word in info["commit"] for word in ("dirty", "unknown", "uncommitted"))
+        # of a tree that has no commit nobody knows what it was then: its results are added to, and
+        # measured again
+        self.resumes = not any(
+            word in info["commit"] for word in ("dirty", "unknown", "uncommitted")
+        )
         self.given_up: dict[str, str] = {}
         self.broken: list[str] = []
 
     def _kept(self, info: dict[str, Any]) -> Document:
-        """What earlier calls on this machine and commit left under --out, or brought back to the results.
+        """What earlier calls on this machine and commit left under --out, or brought back to the
+        results.
 
         Raises:
             ValueError: it is of another machine.
@@ -55,7 +65,8 @@ class Runner:
         return whole
 
     def run(self, pieces: Iterable[Piece]) -> int:
-        """Every piece that fits, in their order; 1 where something of ours failed, 2 where none fits."""
+        """Every piece that fits, in their order; 1 where something of ours failed, 2 where none
+        fits."""
         late: list[tuple[Piece, float]] = []
         ran = 0
         for piece in pieces:
@@ -70,7 +81,9 @@ class Runner:
                 late.append((piece, needed))
                 if self._remaining() >= TOLD:
                     print(
-                        f"{piece.name}: skipped, takes {needed:.0f} s, {self._remaining():.0f} s are left", flush=True
+                        f"{piece.name}: skipped, takes {needed:.0f} s, {self._remaining():.0f} s "
+                        "are left",
+                        flush=True,
                     )
             elif left:
                 ran += 1
@@ -91,7 +104,8 @@ class Runner:
         try:
             found = piece.run(left, self.bench)
             storage.as_json(found)
-        except Exception as error:  # whatever it is: one piece is lost, and the others have the time that is left
+        # whatever it is: one piece is lost, and the others have the time that is left
+        except Exception as error:
             self.broken.append(piece.name)
             print(f"{piece.name}: {one_line(error)}", flush=True)
             return
@@ -112,26 +126,39 @@ class Runner:
         for case in found["cases"]:
             print(run_report.shown(case), flush=True)
         for record in found.get("records", []):
-            print("  " + ", ".join(f"{key} {shown(value)}" for key, value in record.items()), flush=True)
+            print(
+                "  " + ", ".join(f"{key} {shown(value)}" for key, value in record.items()),
+                flush=True,
+            )
 
     def _end(self, late: list[tuple[Piece, float]], ran: int) -> int:
         document = self.bench.document
         if late and not ran:
             least = min(needed for _, needed in late)
             print(
-                f"benchmarks/gpu.sh: the budget is too short: no piece takes less than {least:.0f} s", file=sys.stderr
+                "benchmarks/gpu.sh: the budget is too short: no piece takes less than "
+                f"{least:.0f} s",
+                file=sys.stderr,
             )
         if late:
             first, needed = late[0]
-            print(f"\n{len(late)} pieces are left for the next call, first {first.name}: {needed:.0f} s", flush=True)
+            print(
+                f"\n{len(late)} pieces are left for the next call, first {first.name}: "
+                f"{needed:.0f} s",
+                flush=True,
+            )
         if document.get("fake"):
             print(f"\ndry run: {ran} pieces")
         else:
             print(f"\n{run_report.summary(document)}")
-        kept = "not all is kept" if "keeping the results" in self.broken else f"written to {self.path}"
+        kept = (
+            "not all is kept" if "keeping the results" in self.broken else f"written to {self.path}"
+        )
         print(kept if ran else "nothing new was measured", flush=True)
         red = [name for name, stage in document["stages"].items() if stage["code"]]
-        lost = [case["op"] for case in document["cases"] if "skipped" in case["rows"].get("ours", {})]
+        lost = [
+            case["op"] for case in document["cases"] if "skipped" in case["rows"].get("ours", {})
+        ]
         for name in dict.fromkeys([*red, *lost, *self.broken]):
             print(f"benchmarks/gpu.sh: {name} failed, see above", file=sys.stderr)
         return 2 if late and not ran else int(bool(red or lost or self.broken))
@@ -145,7 +172,9 @@ def stopped(found: Document) -> dict[str, str]:
     """Who hung in these rows and records, and what is said of it."""
     rows = [pair for case in found["cases"] for pair in case["rows"].items()]
     rows += [(record["implementation"], record) for record in found.get("records", [])]
-    return {name: row["skipped"] for name, row in rows if row.get("skipped", "").startswith("stopped")}
+    return {
+        name: row["skipped"] for name, row in rows if row.get("skipped", "").startswith("stopped")
+    }
 
 
 def without_the_stopped(found: Document) -> Document:

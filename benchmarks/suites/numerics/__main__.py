@@ -1,7 +1,9 @@
-"""`python -m benchmarks.suites.numerics`: measures the fused losses and the plan, writes their pages under docs/.
+"""`python -m benchmarks.suites.numerics`: measures the fused losses and the plan, writes their
+pages under docs/.
 
-Time against the GEMMs that each must form, memory, the cost of a chunk's size, and the row kernels. Every number of
-those pages comes from here; growth, and the error against the number of chunks: `python -m benchmarks --case scaling`.
+Time against the GEMMs that each must form, memory, the cost of a chunk's size, and the row kernels.
+Every number of those pages comes from here; growth, and the error against the number of chunks:
+`python -m benchmarks --case scaling`.
 """
 
 from __future__ import annotations
@@ -38,8 +40,9 @@ def page(sizes: Sizes, threads: int) -> str:
     row_table, rate_table, roof = parts(sizes, threads)
     excess = {name: roof[name]["kernel"] * roof[name]["rate"] / 6 for name in DTYPES}
     shares = "; ".join(
-        f"{name}: {roof[name]['kernel']:.2f} ns and {roof[name]['rate']:.0f} GFLOP/s, so 1 + {excess[name]:.1f} / d, "
-        f"{1 + excess[name] / 512:.3f} at d = 512 and {1 + excess[name] / 1024:.3f} at d = 1024"
+        f"{name}: {roof[name]['kernel']:.2f} ns and {roof[name]['rate']:.0f} GFLOP/s, so 1 + "
+        f"{excess[name]:.1f} / d, {1 + excess[name] / 512:.3f} at d = 512 and "
+        f"{1 + excess[name] / 1024:.3f} at d = 1024"
         for name in DTYPES
     )
     at = " x ".join(str(each) for each in sizes["chunk"][:3])
@@ -90,16 +93,24 @@ below it a ratio to libraries can lie whose GEMMs are slower than those of nitp_
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.suites.numerics", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.suites.numerics", description=__doc__
+    )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument(
-        "--out", type=Path, default=environment.ROOT / "docs", help="folder of the page (default docs/)"
+        "--out",
+        type=Path,
+        default=environment.ROOT / "docs",
+        help="folder of the page (default docs/)",
     )
     parser.add_argument("--only", choices=("token", "latent", "plan"), help="one page")
     parser.add_argument("--toy", action="store_true", help="toy sizes, to see that it runs")
     options = parser.parse_args(arguments)
     if not options.out.is_dir():
-        print(f"benchmarks.suites.numerics: --out is {options.out}, expected an existing folder", file=sys.stderr)
+        print(
+            f"benchmarks.suites.numerics: --out is {options.out}, expected an existing folder",
+            file=sys.stderr,
+        )
         return 2
     if options.only in (None, "token"):
         text = page(TOY if options.toy else FULL, options.threads)

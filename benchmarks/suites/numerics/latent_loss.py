@@ -1,4 +1,5 @@
-"""What docs/implicit-numerics.md is made of: implicit_token_loss against its GEMMs, its memory, its row kernels."""
+"""What docs/implicit-numerics.md is made of: implicit_token_loss against its GEMMs, its memory, its
+row kernels."""
 
 from __future__ import annotations
 
@@ -79,16 +80,24 @@ float32 to bfloat16 the kernel is bound by exponentials, divisions and roundings
 
 
 def time_shape(shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds in each round: the nine GEMMs by the faster library, ours, eager, torch.compile; those last two not
-    where torch.mm would multiply one by one, for minutes."""
+    """Seconds in each round: the nine GEMMs by the faster library, ours, eager, torch.compile;
+    those last two not where torch.mm would multiply one by one, for minutes."""
     n, d = shape
     op = OPS["implicit_token_loss"]
     inputs = op.inputs({"N": n, "d": d}, dtype)
     floors: dict[str, Callable[[], object]] = {}
     for name, rows, k, m in (("gate", n, d, 4 * d), ("up", n, d, 4 * d), ("down", n, 4 * d, d)):
         x, weight = torch.randn(rows, k).to(dtype), torch.randn(m, k).mul_(k**-0.5).to(dtype)
-        out, d_x, d_w = torch.empty(rows, m, dtype=dtype), torch.empty_like(x), torch.empty_like(weight)
-        for part, call in (("y", (x, weight.t(), out)), ("dx", (out, weight, d_x)), ("dW", (out.t(), x, d_w))):
+        out, d_x, d_w = (
+            torch.empty(rows, m, dtype=dtype),
+            torch.empty_like(x),
+            torch.empty_like(weight),
+        )
+        for part, call in (
+            ("y", (x, weight.t(), out)),
+            ("dx", (out, weight, d_x)),
+            ("dW", (out.t(), x, d_w)),
+        ):
             floors |= multiplied(f"{name} {part}", *call)
 
     def run(name: str) -> Callable[[], object]:
@@ -112,7 +121,14 @@ def reach(sizes: Sizes, threads: int) -> str:
             t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, "raised")
             whose = ("ours", "eager", "compile")
             ratios = [f"{ratio(t[who], t['gemms']):.2f}" if who in t else "-" for who in whose]
-            rows.append([f"{shape[0]} x {shape[1]}", name, f"{1e3 * statistics.median(t['ours']):.0f}", *ratios])
+            rows.append(
+                [
+                    f"{shape[0]} x {shape[1]}",
+                    name,
+                    f"{1e3 * statistics.median(t['ours']):.0f}",
+                    *ratios,
+                ]
+            )
             print(rows[-1], flush=True)
     header = ["N x d", "dtype", "ours, ms", "ours / GEMMs", "eager / GEMMs", "compile / GEMMs"]
     return markdown(header, rows)
@@ -123,13 +139,21 @@ def peaks(sizes: Sizes, threads: int) -> tuple[str, str]:
     d, counts = sizes["memory"]
     extra: dict[str, dict[str, list[float]]] = {}
     for name, dtype in DTYPES.items():
-        plan = nitp_ops.explain("implicit_token_loss", rows=counts[-1], width=d, inner=4 * d, dtype=dtype)
+        plan = nitp_ops.explain(
+            "implicit_token_loss", rows=counts[-1], width=d, inner=4 * d, dtype=dtype
+        )
         extra[name] = {"ours": [], "eager": []} if served(dtype) else {"ours": []}
         for n in counts:
             for who in extra[name]:
-                task = partial(cpu.peak_memory, OPS["implicit_token_loss"], {"N": n, "d": d}, dtype, who)
+                task = partial(
+                    cpu.peak_memory, OPS["implicit_token_loss"], {"N": n, "d": d}, dtype, who
+                )
                 found = in_child(task, threads)
-                own = found["peak_bytes"] - found["gradient_bytes"] - (plan.accumulator_bytes if who == "ours" else 0)
+                own = (
+                    found["peak_bytes"]
+                    - found["gradient_bytes"]
+                    - (plan.accumulator_bytes if who == "ours" else 0)
+                )
                 extra[name][who].append(max(own, 2**20) / 2**20)
     rows = [
         [n, *(f"{values[place]:.0f}" for each in extra.values() for values in each.values())]
@@ -137,7 +161,8 @@ def peaks(sizes: Sizes, threads: int) -> tuple[str, str]:
     ]
     header = ["N", *(f"{name}, {who}" for name, each in extra.items() for who in each)]
     slopes = [
-        f"{who} N^{math.log(values[-1] / values[0]) / math.log(counts[-1] / counts[0]):.2f} in {name}"
+        f"{who} N^{math.log(values[-1] / values[0]) / math.log(counts[-1] / counts[0]):.2f} in "
+        f"{name}"
         for name, each in extra.items()
         for who, values in each.items()
     ]
@@ -165,17 +190,28 @@ def row_kernels(sizes: Sizes, threads: int) -> str:
 
         return against_copy(run, 8 * n * width, dtype)
 
-    def against_copy(run: Callable[[], object], numbers: int, dtype: torch.dtype) -> dict[str, float]:
+    def against_copy(
+        run: Callable[[], object], numbers: int, dtype: torch.dtype
+    ) -> dict[str, float]:
         source: Tensor = torch.ones(numbers // 2, dtype=dtype)
         into = torch.zeros_like(source)
-        times = interleaved({"copy": lambda: into.copy_(source), "kernel": run}, 2 * sizes["rounds"])
-        return {"ms": 1e3 * statistics.median(times["kernel"]), "ratio": ratio(times["kernel"], times["copy"])}
+        times = interleaved(
+            {"copy": lambda: into.copy_(source), "kernel": run}, 2 * sizes["rounds"]
+        )
+        return {
+            "ms": 1e3 * statistics.median(times["kernel"]),
+            "ratio": ratio(times["kernel"], times["copy"]),
+        }
 
-    cases = [("alignment", alignment, shape) for shape in sizes["alignment"]] + [("swiglu", swiglu, sizes["swiglu"])]
+    cases = [("alignment", alignment, shape) for shape in sizes["alignment"]] + [
+        ("swiglu", swiglu, sizes["swiglu"])
+    ]
     rows = []
     for name, task, shape in cases:
         found = [in_child(partial(task, *shape, dtype), threads) for dtype in DTYPES.values()]
         cells = [cell for x in found for cell in (f"{x['ms']:.1f}", f"{x['ratio']:.2f}")]
         rows.append([f"{name} {shape[0]} x {shape[1]}", *cells])
         print(rows[-1], flush=True)
-    return markdown(["kernel", *(cell for name in DTYPES for cell in (f"{name}, ms", "of a copy"))], rows)
+    return markdown(
+        ["kernel", *(cell for name in DTYPES for cell in (f"{name}, ms", "of a copy"))], rows
+    )

@@ -1,4 +1,5 @@
-"""What docs/plan-numerics.md is made of: several head terms through one pass, against a call for each of them."""
+"""What docs/plan-numerics.md is made of: several head terms through one pass, against a call for
+each of them."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ FULL: Sizes = {
     "length": 512,
     "rounds": 7,
 }
-#: One way leaves the rounds after so many: PyTorch's op takes up to six times as long as the others.
+#: One way leaves the rounds after so many: PyTorch's op takes up to six times as long as the
+#: others.
 SECONDS = 20.0
 TOY: Sizes = {"heads": [("residual", 8, 4, 20)], "terms": [(8, 4, 20)], "length": 8, "rounds": 1}
 
@@ -70,7 +72,13 @@ class Setting:
         losses = []
         for k, hidden in zip((1, *self.offsets), states, strict=True):
             labels = F.pad(self.ids[:, k:], (0, k), value=-100)
-            losses.append(loss(hidden=hidden.flatten(0, 1), unembedding=self.head.weight, labels=labels.flatten()))
+            losses.append(
+                loss(
+                    hidden=hidden.flatten(0, 1),
+                    unembedding=self.head.weight,
+                    labels=labels.flatten(),
+                )
+            )
         return torch.stack([each.float() for each in losses]).sum()
 
     def clear(self) -> None:
@@ -130,15 +138,25 @@ def heads(sizes: Sizes, threads: int) -> str:
             alone = in_child(partial(_heads_alone, setting), threads)
             peaks = {way: in_child(partial(_peak, setting, way), threads) for way in ways}
             beyond = {way: max(1, peak - alone) for way, peak in peaks.items()}
-            memory = [f"{beyond['plan'] / beyond[way]:.2f}" if way in ways else "-" for way in others]
+            memory = [
+                f"{beyond['plan'] / beyond[way]:.2f}" if way in ways else "-" for way in others
+            ]
             for malloc, t in times.items():
                 first = [f"{kind} {' x '.join(map(str, shape))}", name, malloc]
                 milliseconds = f"{1e3 * statistics.median(t['plan']):.0f}"
-                seconds = [f"{ratio(t['plan'], t[way]):.2f}" if way in ways else "-" for way in others]
+                seconds = [
+                    f"{ratio(t['plan'], t[way]):.2f}" if way in ways else "-" for way in others
+                ]
                 mebibytes = [f"{each / 2**20:.0f}" for each in (alone, peaks["plan"])]
                 rows.append([*first, milliseconds, *seconds, *mebibytes, *memory])
                 print(rows[-1], flush=True)
-    header = ["heads, N x d x V", "dtype", "malloc", "plan, ms", *(f"time / {way}" for way in others)]
+    header = [
+        "heads, N x d x V",
+        "dtype",
+        "malloc",
+        "plan, ms",
+        *(f"time / {way}" for way in others),
+    ]
     memory_header = ["heads alone, MiB", "plan, MiB", *(f"memory beyond / {way}" for way in others)]
     return markdown([*header, *memory_header], rows)
 
@@ -177,9 +195,15 @@ def terms(sizes: Sizes, threads: int) -> str:
     for shape in sizes["terms"]:
         for name, dtype in DTYPES.items():
 
-            def timed(shape: tuple[int, int, int] = shape, dtype: torch.dtype = dtype) -> dict[str, list[float]]:
-                made = {key: Setting(spec, shape, sizes["length"], dtype) for key, spec in specs.items()}
-                return interleaved({key: each.step("plan") for key, each in made.items()}, sizes["rounds"])
+            def timed(
+                shape: tuple[int, int, int] = shape, dtype: torch.dtype = dtype
+            ) -> dict[str, list[float]]:
+                made = {
+                    key: Setting(spec, shape, sizes["length"], dtype) for key, spec in specs.items()
+                }
+                return interleaved(
+                    {key: each.step("plan") for key, each in made.items()}, sizes["rounds"]
+                )
 
             t = in_child(timed, threads, "raised")
             milliseconds = f"{1e3 * statistics.median(t['ntp']):.0f}"

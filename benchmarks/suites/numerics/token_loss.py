@@ -1,4 +1,5 @@
-"""What docs/numerics.md is made of: time against the GEMMs, error against chunks, chunk sizes, growth, roofline."""
+"""What docs/numerics.md is made of: time against the GEMMs, error against chunks, chunk sizes,
+growth, roofline."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def step(loss: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
     loss().backward()
 
 
-def gemms(h: Tensor, w: Tensor, library: Library, *others: Library) -> dict[str, Callable[[], object]]:
+def gemms(
+    h: Tensor, w: Tensor, library: Library, *others: Library
+) -> dict[str, Callable[[], object]]:
     """The three GEMMs alone, by each of the libraries, into outputs that exist already."""
     h, w = h.detach(), w.detach()
     logits, d_h, d_w = h.new_empty(len(h), len(w)), torch.empty_like(h), torch.empty_like(w)
@@ -54,11 +57,16 @@ def gemms(h: Tensor, w: Tensor, library: Library, *others: Library) -> dict[str,
     return {name: run for runs in made for name, run in runs.items()}
 
 
-def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
-    """Seconds in each round: the GEMMs (faster library; torch.mm), ours, ours with half the rows ignored, eager."""
+def time_shape(
+    shape: tuple[int, int, int], dtype: torch.dtype, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds in each round: the GEMMs (faster library; torch.mm), ours, ours with half the rows
+    ignored, eager."""
     h, w, labels = problem(*shape, dtype)
     half = labels.clone()
-    half[torch.randperm(len(half), generator=torch.Generator().manual_seed(3))[: len(half) // 2]] = -100
+    half[
+        torch.randperm(len(half), generator=torch.Generator().manual_seed(3))[: len(half) // 2]
+    ] = -100
     runs = gemms(h, w, multiplied)
     transposed, hidden = runs["mm dW"].args  # type: ignore[attr-defined]
     runs["fresh dW"] = lambda: torch.mm(transposed, hidden)
@@ -67,7 +75,9 @@ def time_shape(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int) -> 
     eager = widened(h, w)
     runs["eager"] = partial(step, lambda: F.cross_entropy(F.linear(*eager), labels), eager)
     times = interleaved(runs, rounds)
-    mm = [sum(each) for each in zip(*(times[f"mm {k}"] for k in ("logits", "dh", "dW")), strict=True)]
+    mm = [
+        sum(each) for each in zip(*(times[f"mm {k}"] for k in ("logits", "dh", "dW")), strict=True)
+    ]
     # what the op cannot spare: the gradient that it returns is new memory
     new = max(0.0, statistics.median(times["fresh dW"]) - statistics.median(times["mm dW"]))
     fast = faster(times)
@@ -81,14 +91,25 @@ def reach(sizes: Sizes, threads: int) -> str:
         n, d, v = shape
         for name, dtype in DTYPES.items():
             op, where = OPS["linear_cross_entropy"], {"N": n, "d": d, "V": v}
-            who = ("ours", "eager") if served(dtype) else ("ours",)  # eager would multiply one by one, for minutes
-            peak = {k: in_child(partial(cpu.peak_memory, op, where, dtype, k), threads) for k in who}
-            plan = nitp_ops.explain("linear_cross_entropy", rows=n, width=d, vocabulary=v, dtype=dtype)
+            # eager would multiply one by one, for minutes
+            who = ("ours", "eager") if served(dtype) else ("ours",)
+            peak = {
+                k: in_child(partial(cpu.peak_memory, op, where, dtype, k), threads) for k in who
+            }
+            plan = nitp_ops.explain(
+                "linear_cross_entropy", rows=n, width=d, vocabulary=v, dtype=dtype
+            )
             extra = {k: (p["peak_bytes"] - p["gradient_bytes"]) / 2**20 for k, p in peak.items()}
             extra["ours"] -= plan.accumulator_bytes / 2**20
             for malloc in children.MALLOC:
                 t = in_child(partial(time_shape, shape, dtype, sizes["rounds"]), threads, malloc)
-                pairs = ("ours", "gemms"), ("ours", "new"), ("ours", "mm"), ("eager", "gemms"), ("half", "ours")
+                pairs = (
+                    ("ours", "gemms"),
+                    ("ours", "new"),
+                    ("ours", "mm"),
+                    ("eager", "gemms"),
+                    ("half", "ours"),
+                )
                 ratios = [f"{ratio(t[a], t[b]):.2f}" for a, b in pairs]
                 memory = [f"{extra[k]:.0f}" if k in extra else "-" for k in ("ours", "eager")]
                 milliseconds = f"{1e3 * statistics.median(t['ours']):.0f}"
@@ -107,14 +128,19 @@ def reach(sizes: Sizes, threads: int) -> str:
     return markdown([*header, "half ignored / all", "extra MiB", "eager's"], rows)
 
 
-def error_against_chunks(n: int, d: int, v: int, counts: Sequence[int], threads: int) -> dict[str, list[list[float]]]:
-    """Relative errors of loss, dh and dW in bfloat16 against float64, a line for each number of chunks."""
+def error_against_chunks(
+    n: int, d: int, v: int, counts: Sequence[int], threads: int
+) -> dict[str, list[list[float]]]:
+    """Relative errors of loss, dh and dW in bfloat16 against float64, a line for each number of
+    chunks."""
 
     def task() -> dict[str, list[list[float]]]:
         h, w, labels = problem(n, d, v, torch.bfloat16)
         wide = [x.detach().double().requires_grad_() for x in (h, w)]
 
-        def values(loss: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+        def values(
+            loss: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]
+        ) -> list[Tensor]:
             value = loss(*leaves)
             return [x.detach().double() for x in (value, *torch.autograd.grad(value, leaves))]
 
@@ -128,13 +154,17 @@ def error_against_chunks(n: int, d: int, v: int, counts: Sequence[int], threads:
             return nitp_ops.linear_cross_entropy(h, w, labels, chunk_bytes=n // chunks * v * 2)
 
         def torchs(h: Tensor, w: Tensor, chunks: int) -> Tensor:
-            options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=n // chunks, chunking_method=None)
+            options = torch.nn.LinearCrossEntropyOptions(
+                batch_chunk_size=n // chunks, chunking_method=None
+            )
             return F.linear_cross_entropy(h, w, labels, options=options)
 
         found = {"nitp_ops": [errors(partial(ours, chunks=c)) for c in counts]}
         if hasattr(F, "linear_cross_entropy"):
             found["F.linear_cross_entropy"] = [errors(partial(torchs, chunks=c)) for c in counts]
-        return found | {"eager": [errors(lambda h, w: F.cross_entropy(F.linear(h, w), labels))] * len(counts)}
+        return found | {
+            "eager": [errors(lambda h, w: F.cross_entropy(F.linear(h, w), labels))] * len(counts)
+        }
 
     return in_child(task, threads)
 
@@ -153,7 +183,9 @@ def chunk_sizes(sizes: Sizes, threads: int) -> str:
         runs["default"] = run(None)
         return medians(runs, min(2, sizes["rounds"]))
 
-    times = {name: in_child(partial(task, dtype), threads, "raised") for name, dtype in DTYPES.items()}
+    times = {
+        name: in_child(partial(task, dtype), threads, "raised") for name, dtype in DTYPES.items()
+    }
     rows = [
         [name, *(f"{times[dtype][name] / times[dtype]['default']:.2f}" for dtype in DTYPES)]
         for name in times["float32"]
@@ -170,14 +202,36 @@ def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, flo
         found = {}
         for vocabulary in vocabularies:
             n = max(1, numbers // vocabulary)
-            logits, labels = torch.randn(n, vocabulary).to(dtype), torch.zeros(n, 1, dtype=torch.int64)
-            stats, target, best = torch.empty(2, n), torch.empty(n, 1), torch.empty(n, dtype=torch.int64)
+            logits, labels = (
+                torch.randn(n, vocabulary).to(dtype),
+                torch.zeros(n, 1, dtype=torch.int64),
+            )
+            stats, target, best = (
+                torch.empty(2, n),
+                torch.empty(n, 1),
+                torch.empty(n, dtype=torch.int64),
+            )
             times = []
             for _ in range(9):
                 rows = logits.clone()
                 start = time.perf_counter()
                 torch.ops.nitp_ops.cross_entropy_rows_(
-                    rows, labels, None, None, None, None, stats, target, best, -100, False, 0.0, 0.0, 0.0, 1.0, True
+                    rows,
+                    labels,
+                    None,
+                    None,
+                    None,
+                    None,
+                    stats,
+                    target,
+                    best,
+                    -100,
+                    False,
+                    0.0,
+                    0.0,
+                    0.0,
+                    1.0,
+                    True,
                 )
                 times.append(time.perf_counter() - start)
             found[vocabulary] = 1e9 * statistics.median(times) / (n * vocabulary)
@@ -192,8 +246,12 @@ def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, flo
         return found
 
     kernels = {name: in_child(partial(kernel, dtype), threads) for name, dtype in DTYPES.items()}
-    rates = {name: in_child(partial(rate, dtype), threads, "raised") for name, dtype in DTYPES.items()}
-    columns = list(dict.fromkeys(k for by_n in rates.values() for each in by_n.values() for k in each))
+    rates = {
+        name: in_child(partial(rate, dtype), threads, "raised") for name, dtype in DTYPES.items()
+    }
+    columns = list(
+        dict.fromkeys(k for by_n in rates.values() for each in by_n.values() for k in each)
+    )
     rows = [
         [name, n, *(f"{each[k]:.0f}" if k in each else "-" for k in columns)]
         for name, by_n in rates.items()
@@ -210,4 +268,8 @@ def parts(sizes: Sizes, threads: int) -> tuple[str, str, dict[str, dict[str, flo
         ["V", *(f"{name}, ns a logit" for name in DTYPES)],
         [[x, *(f"{kernels[name][x]:.2f}" for name in DTYPES)] for x in vocabularies],
     )
-    return row_table, markdown(["dtype", "rows a chunk", *(f"{k}, GFLOP/s" for k in columns)], rows), roof
+    return (
+        row_table,
+        markdown(["dtype", "rows a chunk", *(f"{k}, GFLOP/s" for k in columns)], rows),
+        roof,
+    )

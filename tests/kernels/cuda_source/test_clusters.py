@@ -24,7 +24,7 @@ from tests.kernels.cuda_source.test_operators import (
     cross_entropy,
     ours_and_exact,
     same,
-)  # noqa: F401
+)
 
 pytestmark = pytest.mark.gpu_source
 

@@ -12,7 +12,7 @@ from tests.kernels.cuda_source.test_operators import (
     NARROW,
     ours_and_exact,
     same,
-)  # noqa: F401
+)
 from tests.support.budget import EPS
 
 pytestmark = pytest.mark.gpu_source
