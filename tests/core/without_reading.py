@@ -67,5 +67,5 @@ def without_reading(kernels: Any = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(checks, "host_reads", lambda device: False))
         if kernels is not None:
-            stack.enter_context(mock.patch.object(select, "kernels", lambda backend: kernels))
+            stack.enter_context(mock.patch.object(select, "row_kernels", lambda backend: kernels))
         yield

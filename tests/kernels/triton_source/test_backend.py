@@ -46,7 +46,7 @@ import torch, warnings
 warnings.simplefilter("ignore")
 def no_library(path): raise OSError("no library for this test")
 {hide}
-import nitp_ops, nitp_ops.kernels.triton
+import nitp_ops, nitp_ops.kernels.select, nitp_ops.kernels.triton
 assert (nitp_ops.kernels.select.load_error is None) == {library}
 gate = torch.randn(3, 7); up, out = torch.randn(3, 7), torch.zeros(3, 7)
 operator = torch.ops.nitp_ops.swiglu_rows.default
@@ -99,7 +99,7 @@ def test_importing_nitp_ops_imports_no_triton_and_needs_none():
         "sys.modules"
     )
     reason = python(
-        "import sys; sys.modules['triton'] = None; import nitp_ops, "
+        "import sys; sys.modules['triton'] = None; import nitp_ops.kernels.select, "
         "torch;print(nitp_ops.kernels.select.triton_unavailable_reason())"
     )
     assert reason.strip() == "triton is not installed"

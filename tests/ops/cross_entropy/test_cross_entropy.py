@@ -267,7 +267,7 @@ class Unseen:
 
 
 def test_whoever_needs_overwritten_logits_is_told(monkeypatch):
-    monkeypatch.setattr(nitp_ops.kernels.select, "kernels", lambda backend: Unseen)
+    monkeypatch.setattr(nitp_ops.kernels.select, "row_kernels", lambda backend: Unseen)
     leaf, labels = make()
     logits = leaf * 1
     loss = nitp_ops.cross_entropy(logits, labels, inplace_gradient=True)
