@@ -13,12 +13,13 @@ export OMP_WAIT_POLICY := PASSIVE
 NATIVE := pyproject.toml setup.py $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.py')
 CPP := $(shell find csrc benchmarks tests -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: help install demo test test-programs test-trainers test-ranks test-gpu-source test-package test-versions mutants lint
+.PHONY: help install demo test test-times test-programs test-trainers test-ranks test-gpu-source test-package test-versions mutants lint
 .PHONY: format bench plots evidence wheel wheels doctor cuda-check clean
 help:
 	@echo "make demo    train a small model with 'ntp' and with 'ntp + nitp' and compare (about five minutes)"
 	@echo "make test    the test suite          make lint    ruff, pyright, clang-format"
 	@echo "make bench   the quick benchmark     make doctor  a check of every backend"
+	@echo "make test-times  the same, with the twenty slowest tests"
 	@echo "make test-programs  benchmarks and long examples at toy sizes"
 	@echo "make test-package  archives and wheels, built and installed into real environments"
 	@echo "make test-versions  one wheel under the oldest and the newest torch (downloads both)"
@@ -55,6 +56,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not (gpu_source or package or programs or trainers or ranks)"
+
+test-times: $(STAMP)
+	$(PYTHON) -m pytest -n 2 --dist worksteal --durations=20 -m "not (gpu_source or package or programs or trainers or ranks)"
 
 test-programs: $(TRAINERS)  # models and peers that benchmarks compare with
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m programs
