@@ -86,7 +86,7 @@ lint: $(TRAINERS)  # pyright reads the adapters beside the packages that they ad
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m pyright --pythonpath $(PYTHON)
 	rm -rf build/layers && NITP_OPS_PURE=1 $(PYTHON) -m pip install -q --no-deps --no-build-isolation --target build/layers .
-	cd build/layers && PYTHONPATH="$(CURDIR)" $(abspath $(BIN))/lint-imports --no-cache --config "$(CURDIR)/pyproject.toml"
+	cd build/layers && PYTHONPATH="$(CURDIR)" $(abspath $(BIN))/lint-imports --no-cache "$(CURDIR)/pyproject.toml"
 	"$(BIN)/clang-format" --dry-run --Werror $(CPP)
 
 format: $(STAMP)
