@@ -8,70 +8,29 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu import cuda_run, run_report
+from benchmarks.gpu import run_report
 from benchmarks.gpu.short import __main__ as short
 from benchmarks.gpu.short import device, dry_run, order, timed_run
 from benchmarks.gpu.short.kinds import Records, Rows, Stage
 from benchmarks.measure.isolated import Isolated, MeasurementError
 from benchmarks.report import storage
+from tests.benchmarks.gpu.short_cases import (
+    INFO,
+    ROOT,
+    Clock,
+    Fake,
+    case,
+    dry,
+    kept,
+    nothing,
+    runner,
+)
 
 pytestmark = pytest.mark.programs
-
-ROOT = Path(__file__).resolve().parents[3]
-INFO = dry_run.machine("abc")
-
-
-def nothing(*_, **__):
-    return {}
-
-
-class Clock:
-    """Seconds that pass where somebody says so."""
-
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-class Fake(Isolated):
-    """Runs no task: `seconds` pass, names of `hang` do not answer, and what ran is noted."""
-
-    def __init__(self, clock, seconds, hang=()):
-        super().__init__()
-        self.clock, self.seconds, self.hang, self.asked = clock, seconds, hang, []
-
-    def run(self, task, names, *, patience, deadline):
-        del task, patience, deadline
-        self.clock.now += self.seconds
-        self.asked.append(list(names))
-        row = {"milliseconds": {"median": 1.0, "q25": 1.0, "q75": 1.0}}
-        found = {name: dict(row) for name in names if name not in self.hang}
-        floor = {"milliseconds": {"median": self.clock.now, "q25": 1.0, "q75": 1.0}}
-        return {"floor": floor, **found}, {
-            name: "stopped: no answer within 60 s" for name in names if name in self.hang
-        }
-
-
-def case(size, names=("ours", "eager")):
-    return cuda_run.Case("swiglu", {"N": size, "m": 3}, "bfloat16", list(names), nothing)
-
-
-def runner(tmp_path, budget, clock, seconds, hang=(), info=INFO):
-    processes = {name: Fake(clock, seconds, hang) for name in ("ours", "peers")}
-    made = timed_run.Runner(
-        info, tmp_path, dict(processes), budget + timed_run.RESERVE, fake=True, clock=clock
-    )
-    return made, processes
-
-
-def kept(tmp_path):
-    return storage.read(storage.results_path(INFO, tmp_path), fake=True)
 
 
 def test_what_does_not_fit_is_told_and_first_in_the_next_call(tmp_path, capsys):
@@ -217,26 +176,6 @@ def test_the_order_is_by_worth():
         )
     ]
     assert places == sorted(places) and places[-1] == len(names) - 1
-
-
-def dry(tmp_path, budget, **options):
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu.short",
-        "--dry-run",
-        "--bundle-mib",
-        "9",
-        "--commit",
-        "abc",
-    ]
-    return subprocess.Popen(
-        [*command, "--budget-s", str(budget), "--out", str(tmp_path)],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        **options,
-    )
 
 
 def test_two_calls_hold_their_budgets_and_a_killed_one_keeps_what_it_measured(tmp_path):

@@ -15,7 +15,7 @@ from benchmarks.gpu import run_report, stages
 from benchmarks.gpu.short.kinds import Rows
 from benchmarks.measure.isolated import Isolated, MeasurementError
 from benchmarks.report import storage
-from tests.benchmarks.gpu.test_short import INFO, Clock, case, dry, kept, runner
+from tests.benchmarks.gpu.short_cases import INFO, Clock, case, dry, kept, runner
 
 pytestmark = pytest.mark.programs
 
