@@ -168,8 +168,8 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
     labels = torch.randint(0, columns, (n, 1))
     with _Largest() as seen:
         torch_rows.cross_entropy_rows_(
-            logits, labels, None, None, None, None, stats, torch.empty(n, 1), prediction, -100, False, 0.1, 1e-3, 20.0,
-            1.0, True,
+            logits, labels, None, None, None, None, stats, torch.empty(n, 1), prediction, -100,
+            False, 0.1, 1e-3, 20.0, 1.0, True,
         )  # fmt: skip
     assert seen.bytes <= logits.nbytes
 

@@ -167,14 +167,14 @@ def test_what_an_objective_refuses_has_the_form(wrong: Callable[[], object]):
 
 
 SPECS = (
-    ("nitpp", '"nitp"'), ("ntp + nitp(sorce=last_hidden)", '"source"'), ("nitp(distance=cosin)", '"cosine"'),
-    ("mtp_parallel(heads=blok)", '"block"'), ("nitp(projector=swigly)", '"swiglu"'),
-    ("nitp(target_layer=99)", ""), ("ntp(z_loss=-1)", ""), ("ntp(label_smoothing=2)", ""),
-    ("mtp_shared(offsets=[0])", ""),
+    ("nitpp", '"nitp"'), ("ntp + nitp(sorce=last_hidden)", '"source"'),
+    ("nitp(distance=cosin)", '"cosine"'), ("mtp_parallel(heads=blok)", '"block"'),
+    ("nitp(projector=swigly)", '"swiglu"'), ("nitp(target_layer=99)", ""), ("ntp(z_loss=-1)", ""),
+    ("ntp(label_smoothing=2)", ""), ("mtp_shared(offsets=[0])", ""),
     ("mtp_shared(weights=[1])", ""), ("nitp(target_layer=1.5, "
                                       "eps=0)", ""), ("ntp + ntp", ""), ("ntp(weight=-1)", ""),
-    ("ntp(weight=x)", ""), ("ntp(", ""), ("ntp +", ""), ("", ""), ("ntp*", ""), ("top(window=0)", ""),
-    ("a: a: ntp", ""),
+    ("ntp(weight=x)", ""),
+    ("ntp(", ""), ("ntp +", ""), ("", ""), ("ntp*", ""), ("top(window=0)", ""), ("a: a: ntp", ""),
     ("nitp(intermediate_size=99999)", ""), ("nitp(projector=none, "
                                             "intermediate_size=4)", ""), ("ntp ntp", ""),
 )  # fmt: skip

@@ -81,8 +81,9 @@ def tensors_of(term: CrossEntropyTerm) -> tuple[Tensor | None, ...]:
 
 
 def checked_unembedding(
-    op: str, weight: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None, logit_scale: float,
-    chunk_bytes: int | None, weight_grad_out: Tensor | None, shard: VocabShard | None = None,
+    op: str, weight: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None,
+    logit_scale: float, chunk_bytes: int | None, weight_grad_out: Tensor | None,
+    shard: VocabShard | None = None,
 ) -> Unembedding:  # fmt: skip
     """The arguments that all terms share; of a sharded vocabulary they are the part of this rank."""
     checks.is_plain(op, "unembedding", weight)
@@ -104,8 +105,8 @@ def checked_unembedding(
 
 
 def checked_transform(
-    op: str, like: str, logits: Tensor, columns: int, bias: Tensor | None, ignore_index: int, softcap: float | None,
-    logit_scale: float,
+    op: str, like: str, logits: Tensor, columns: int, bias: Tensor | None, ignore_index: int,
+    softcap: float | None, logit_scale: float,
 ) -> tuple[float, float]:  # fmt: skip
     """(softcap, scale) of the logits, a softcap of 0 for none.
 
