@@ -41,7 +41,8 @@ class LinearCrossEntropy(nn.Module):
         >>> loss = nitp_ops.LinearCrossEntropy(z_loss=1e-4, reduction="sum")
         >>> loss
         LinearCrossEntropy(z_loss=0.0001, reduction='sum')
-        >>> hidden, unembedding, labels = torch.zeros(2, 8), torch.zeros(16, 8), torch.tensor([1, 2])
+        >>> hidden, unembedding = torch.zeros(2, 8), torch.zeros(16, 8)
+        >>> labels = torch.tensor([1, 2])
         >>> round(loss(hidden, unembedding, labels, z_loss=0.0).item(), 4)  # 2 ln 16
         5.5452
     """
@@ -85,7 +86,8 @@ class ForCausalLMLoss(nn.Module):
     Example:
         >>> import torch, nitp_ops
         >>> loss = nitp_ops.layers.ForCausalLMLoss()
-        >>> round(loss(torch.zeros(1, 3, 16), torch.tensor([[1, 2, 3]]), vocab_size=16).item(), 4)  # ln 16
+        >>> logits, labels = torch.zeros(1, 3, 16), torch.tensor([[1, 2, 3]])
+        >>> round(loss(logits, labels, vocab_size=16).item(), 4)  # ln 16
         2.7726
     """
 

@@ -1,4 +1,4 @@
-"""Argument checks. One form of message: `op: argument has|is <value>, expected <what is allowed>`."""
+"""Argument checks. One form of message: `op: argument has|is <value>, expected <the allowed>`."""
 
 from __future__ import annotations
 

@@ -123,8 +123,8 @@ class Rows:
         return self.tensor[torch.unravel_index(rows, self.shape)]
 
     def dense(self, rows: Tensor | slice) -> Tensor:
-        """`of_chunk` with a dense last axis, which the row kernels need; copies (a chunk) only where it
-        is not."""
+        """`of_chunk` with a dense last axis, which the row kernels need: copies (a chunk) only
+        where it is not."""
         part = self.of_chunk(rows)
         return part if part.shape[-1] < 2 or part.stride(-1) == 1 else part.contiguous()
 

@@ -87,7 +87,7 @@ def _damage(library: Path) -> str | None:
 
 
 def source_tree() -> str | None:
-    """Says that this is a clone, which shadows an installed package or is not installed, or None."""
+    """Says that this is a clone, shadowing an installed package or not installed; or None."""
     root = _PACKAGE.parent
     if not (root / "csrc").is_dir():
         return None

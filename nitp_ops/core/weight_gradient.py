@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import library
+from . import gemm, library
 from .chunking import workspace
-from .gemm import NARROW, GemmPolicy, block_rows, matmul, writes_float32
 
 #: A float32 sum that is rounded at the end consists of parts of so many bytes or more, each freed
 #: once it is rounded: glibc maps blocks over 32 MiB one by one.
@@ -24,15 +23,15 @@ class WeightGradient:
     bfloat16 before it is added, one block of rows at a time. A single chunk needs no float32 sum,
     nor do two on CPU: the second GEMM is added to the first before its own rounding."""
 
-    def __init__(self, shape: torch.Size, policy: GemmPolicy, dtype: torch.dtype, chunks: int):
+    def __init__(self, shape: torch.Size, policy: gemm.GemmPolicy, dtype: torch.dtype, chunks: int):
         self.dtype, self.empty, self.shape = dtype, True, shape
         device, gemm_dtype = policy.device, policy.dtype
         on_cpu = device.type == "cpu"
         few = chunks <= (2 if on_cpu else 1)
-        same = gemm_dtype not in NARROW or (dtype == gemm_dtype and few)
-        self.in_gemm = same or writes_float32(device, gemm_dtype)
+        same = gemm_dtype not in gemm.NARROW or (dtype == gemm_dtype and few)
+        self.in_gemm = same or gemm.writes_float32(device, gemm_dtype)
         sum_dtype = gemm_dtype if same else torch.float32
-        self.block_rows = block_rows(shape[1], gemm_dtype, device.type)
+        self.block_rows = gemm.block_rows(shape[1], gemm_dtype, device.type)
         parts = 1
         if on_cpu and sum_dtype != dtype:
             parts = max(1, 4 * shape.numel() // _PART_BYTES)
@@ -45,7 +44,7 @@ class WeightGradient:
         for part in self.sums:
             of_part = a[:, first : first + len(part)].t()
             if self.in_gemm:
-                matmul(of_part, b, part, add=not self.empty)
+                gemm.matmul(of_part, b, part, add=not self.empty)
             else:
                 self._add_rounded(of_part, b, part)
             first += len(part)
@@ -55,7 +54,7 @@ class WeightGradient:
         block = b.new_empty((min(self.block_rows, len(sum_)), self.shape[1]))
         sums = sum_.split(self.block_rows)
         for of_block, into in zip(a.split(self.block_rows), sums, strict=True):
-            rounded = matmul(of_block, b, block[: len(into)])
+            rounded = gemm.matmul(of_block, b, block[: len(into)])
             if self.empty:
                 into.copy_(rounded)
             elif into.device.type == "cpu" and library.load_error is None:
@@ -103,4 +102,4 @@ class WeightGemm:
             # one costs nothing, zero leaves no NaN
             kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype), a)
             b = torch.where(upstream == 0, 0, b * upstream).to(b.dtype)
-        matmul(a.t(), b, self.buffer, add=True)
+        gemm.matmul(a.t(), b, self.buffer, add=True)

@@ -86,7 +86,7 @@ def _modules(package: str) -> list[ModuleType]:
 
 @functools.cache
 def all_kernels() -> Mapping[str, RowKernel]:
-    """Row kernels by name, in alphabetical order, whichever module of torch_rows is imported first."""
+    """Row kernels by name, in alphabetical order, not in that of the imports."""
     _modules("torch_rows")
     return dict(sorted(_declared.items()))
 

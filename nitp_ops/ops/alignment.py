@@ -47,7 +47,7 @@ def alignment(
 
     | distance | loss of a row |
     | --- | --- |
-    | cosine | ``1 - p.z / (|p| |z|)``, each norm clamped at eps; zero gradient to a side whose norm is below eps |
+    | cosine | ``1 - p.z / (|p| |z|)``, each norm clamped at eps; no gradient to a clamped side |
     | mse | ``mean (p - z)^2`` |
     | smooth_l1 | ``mean h(p - z)``, ``h(x) = x^2/2`` where ``|x| < 1``, else ``|x| - 1/2`` |
     | kl | ``sum softmax(z) (log softmax(z) - log softmax(p))`` |

@@ -175,7 +175,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
 
 
 def test_devices_without_kernels_are_served_after_one_warning(monkeypatch):
-    select._warn_of_torch.cache_clear()
+    select._warn_once.cache_clear()
     device = torch.device("mps")
     with pytest.warns(
         RuntimeWarning,

@@ -1,9 +1,8 @@
-"""Cross-entropy over rows of logits: csrc/formulas/cross_entropy.h holds the equations,
-csrc/schemas.cpp the arguments.
+"""Cross-entropy over rows of logits (csrc/formulas/cross_entropy.h).
 
 One program per row. A row that fits into its registers is read once; of a longer one the first pass
-forms every sum online, lane by lane, and the second reads it again. No store is read back. Scalars
-of a row are float64: few, and differences of large numbers.
+computes every sum online, lane by lane, and the second reads it again. No store is read back.
+Scalars of a row are float64: few, and differences of large numbers.
 """
 
 # The body of a @triton.jit function is Triton's language, which only looks like Python to a type
@@ -157,11 +156,10 @@ def _rows(
         if ENTROPY:
             of_row = fraction * (lane_entropy + (maximum - most) * total)
             entropy_sum = tl.sum(tl.where(fraction > 0, of_row, 0.0).to(tl.float64))
-    wide_maximum = maximum.to(tl.float64)
-    log_sum = tl.log(exp_sum)
+    wide_maximum, log_sum = maximum.to(tl.float64), tl.log(exp_sum)
     lse = wide_maximum + log_sum
 
-    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), formed from differences. A label
+    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), from differences. A label
     # outside [0, V) weighs NaN, which poisons the loss and the gradient of its row.
     weight_sum = tl.zeros([], tl.float64)
     target_gap = tl.zeros([], tl.float64)

@@ -1,4 +1,4 @@
-"""Row weights, the count and empty values from the labels of a token loss; its loss from the rows."""
+"""The labels of a token loss before its chunks, and the loss of its rows after them."""
 
 from __future__ import annotations
 

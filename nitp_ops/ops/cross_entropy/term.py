@@ -22,7 +22,8 @@ class CrossEntropyTerm:
 
     Example:
         >>> import torch, nitp_ops
-        >>> term = nitp_ops.CrossEntropyTerm(torch.zeros(3, 8), torch.tensor([1, 2, 3]), z_loss=1e-4)
+        >>> hidden, labels = torch.zeros(3, 8), torch.tensor([1, 2, 3])
+        >>> term = nitp_ops.CrossEntropyTerm(hidden, labels, z_loss=1e-4)
         >>> term.z_loss
         0.0001
     """
@@ -85,7 +86,7 @@ def checked_unembedding(
     logit_scale: float, chunk_bytes: int | None, weight_grad_out: Tensor | None,
     shard: VocabShard | None = None,
 ) -> Unembedding:  # fmt: skip
-    """The arguments that all terms share; of a sharded vocabulary they are the part of this rank."""
+    """The arguments that all terms share; of a sharded vocabulary, this rank's part."""
     checks.is_plain(op, "unembedding", weight)
     checks.is_float(op, "unembedding", weight)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shard is None):

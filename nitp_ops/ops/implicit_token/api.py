@@ -53,8 +53,8 @@ def implicit_token_loss(
     - cos p^) / |p|``.
 
     Rows go through in chunks; for scalar reductions gradients are computed in the forward pass
-    (nine GEMMs, nothing recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients
-    are summed in float32.
+    (nine GEMMs, nothing recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight
+    gradients are summed in float32.
 
     Under torch.compile each new value of eps compiles anew, and past
     ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see

@@ -218,7 +218,7 @@ def _add_all(
 def _partners(
     latent: Rows, part: Tensor | slice, shift: int, by_index: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The target rows of a chunk: (rows, None), or (all rows, indices) where that saves the copy."""
+    """The target rows of a chunk: (rows, None), or (all rows, indices) to save the copy."""
     if isinstance(part, slice):
         return latent.dense(slice(part.start + shift, part.stop + shift)), None
     # of pairs that take part without being valid

@@ -1,4 +1,4 @@
-"""The arguments of implicit_token_loss after its checks: pairs, projector, and how to compute them."""
+"""The checked arguments of implicit_token_loss: pairs, projector, and how to compute them."""
 
 from __future__ import annotations
 
