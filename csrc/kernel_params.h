@@ -120,12 +120,11 @@ struct FinishRows {
 //
 // `x_` overwrites its (a!) arguments; strided rows are accepted, the last axis must be dense. A
 // gradient argument that is None means in place. stats tensors are [fields, rows] in the working
-// precision (float64 for float64, else float32). parts [4, rows] (softmax_partials) are the sums
-// over the columns of this device of a row that is sharded: max z, sum exp(z - max), sum u (z -
-// max), sum exp(z - max) (max - z), whether or not a target is present. With them, prediction is
-// that of the row also without a target, else -1 there. factors [3, rows] (grad_coeffs) are the
-// coefficients of the gradient of the whole row: max, softmax_coeff, uniform_coeff
-// (cross_entropy.h).
+// precision (float64 for float64, else float32). softmax_partials [4, rows] are the sums over the
+// columns of this device of a row that is sharded: max z, sum exp(z - max), sum u (z - max), sum
+// exp(z - max) (max - z), whether or not a target is present. With them, prediction is that of the
+// row also without a target, else -1 there. grad_coeffs [3, rows] are the coefficients of the
+// gradient of the whole row: max, softmax_coeff, uniform_coeff (cross_entropy.h).
 #define NITP_ROW_KERNELS(ROW)                                                                    \
   ROW(swiglu_rows, SwigluRows, (class T), (T), "(Tensor gate, Tensor up, Tensor(a!) out) -> ()") \
   ROW(swiglu_rows_backward_, SwigluRowsBackward, (class T), (T),                                 \
@@ -140,10 +139,10 @@ struct FinishRows {
       "Tensor? class_weight, Tensor? row_scale, Tensor(b!) stats, Tensor(c!) target_logit, "     \
       "Tensor(d!) prediction, int ignore_index, bool negative_is_absent, "                       \
       "float label_smoothing, float z_loss, float softcap, float logit_scale, bool gradient, "   \
-      "Tensor(e!)? parts=None) -> ()")                                                           \
+      "Tensor(e!)? softmax_partials=None) -> ()")                                                \
   ROW(cross_entropy_gradient_rows_, CrossEntropyGradientRows, (class T, class A), (T, A),        \
       "(Tensor(a!) logits, Tensor labels, Tensor target_scale, Tensor target_logit, "            \
-      "Tensor? bias, Tensor? class_weight, Tensor factors, float softcap, "                      \
+      "Tensor? bias, Tensor? class_weight, Tensor grad_coeffs, float softcap, "                  \
       "float logit_scale) -> ()")                                                                \
   ROW(accumulate_rows_, AccumulateRows, (class T, class A), (T, A),                              \
       "(Tensor(a!) sum, Tensor addend, Tensor? factor=None) -> ()")                              \

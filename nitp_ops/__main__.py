@@ -94,13 +94,14 @@ def doctor() -> int:
     broken = False
     other = torch.accelerator.current_accelerator()
     checks = [("native", "native", "cpu")]
-    checks += [("cuda", "native", "cuda")] if torch.cuda.is_available() else []
+    if torch.cuda.is_available():
+        checks.append(("cuda", "native", "cuda"))
     checks += [("triton", "triton", "cuda"), ("torch", "torch", "cpu")]
-    checks += (
-        [(other.type, "torch", other.type)] if other is not None and other.type != "cuda" else []
-    )
-    for name, backend, place in [*checks, ("reference", "reference", "cpu")]:
-        device = torch.device(place)
+    if other is not None and other.type != "cuda":
+        checks.append((other.type, "torch", other.type))
+    checks.append(("reference", "reference", "cpu"))
+    for name, backend, kind in checks:
+        device = torch.device(kind)
         reason = None if backend == "reference" else select.unavailable_reason(device, backend)
         if reason is not None:
             # CUDA kernels are built only where nvcc is
@@ -111,8 +112,10 @@ def doctor() -> int:
         start = time.perf_counter()
         error, dtype = gradient_error(backend, device), sum_dtype(device)
         ok = error < (1e-10 if dtype == torch.float64 else 1e-4)
-        told = f"largest gradient error {error:.1e} in {str(dtype).removeprefix('torch.')}"
-        print(f"{name:10} {'ok' if ok else 'BROKEN'}: {told}, {time.perf_counter() - start:.2f} s")
+        result = f"largest gradient error {error:.1e} in {str(dtype).removeprefix('torch.')}"
+        print(
+            f"{name:10} {'ok' if ok else 'BROKEN'}: {result}, {time.perf_counter() - start:.2f} s"
+        )
         broken |= not ok
     return int(broken)
 

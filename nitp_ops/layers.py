@@ -29,8 +29,8 @@ class LinearCrossEntropy(nn.Module):
     **options, **more)``
 
     Args:
-        options: any option of `linear_cross_entropy`; one that is given to a call takes the place
-            of the module's.
+        options: any option of `linear_cross_entropy`; one that is given to a call overrides the
+            module's.
         hidden: ``[..., d]``, unembedding: ``[V, d]``, labels: ``[...]``, of a call.
 
     Raises:
@@ -41,7 +41,9 @@ class LinearCrossEntropy(nn.Module):
         >>> loss = nitp_ops.LinearCrossEntropy(z_loss=1e-4, reduction="sum")
         >>> loss
         LinearCrossEntropy(z_loss=0.0001, reduction='sum')
-        >>> round(loss(torch.zeros(2, 8), torch.zeros(16, 8), torch.tensor([1, 2]), z_loss=0.0).item(), 4)  # 2 ln 16
+        >>> hidden, unembedding = torch.zeros(2, 8), torch.zeros(16, 8)
+        >>> labels = torch.tensor([1, 2])
+        >>> round(loss(hidden, unembedding, labels, z_loss=0.0).item(), 4)  # 2 ln 16
         5.5452
     """
 
@@ -84,7 +86,8 @@ class ForCausalLMLoss(nn.Module):
     Example:
         >>> import torch, nitp_ops
         >>> loss = nitp_ops.layers.ForCausalLMLoss()
-        >>> round(loss(torch.zeros(1, 3, 16), torch.tensor([[1, 2, 3]]), vocab_size=16).item(), 4)  # ln 16
+        >>> logits, labels = torch.zeros(1, 3, 16), torch.tensor([[1, 2, 3]])
+        >>> round(loss(logits, labels, vocab_size=16).item(), 4)  # ln 16
         2.7726
     """
 

@@ -1,5 +1,4 @@
-"""Checks at the door. One message form: `op: argument has|is <what came>, expected <what was
-expected>`."""
+"""Argument checks. One form of message: `op: argument has|is <value>, expected <the allowed>`."""
 
 from __future__ import annotations
 
@@ -77,9 +76,9 @@ def has_shape(
         )
 
 
-def has_dim(op: str, argument: str, tensor: Tensor, least: int, form: str) -> None:
+def has_dim(op: str, argument: str, tensor: Tensor, least: int, expected: str) -> None:
     if tensor.dim() < least:
-        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {form}")
+        raise ValueError(f"{op}: {argument} has shape {tuple(tensor.shape)}, expected {expected}")
 
 
 def same_device(op: str, argument: str, tensor: Tensor, like: str, other: Tensor) -> None:
@@ -119,9 +118,8 @@ def number(
 ) -> float:
     """A finite real number `>= least` (`> least` with open_end), as float, a `constant`.
 
-    dtype: of the arithmetic that takes it; there it must not be infinite, nor zero with open_end (a
-        softcap of zero
-    means none)."""
+    dtype: of the arithmetic with it; there it must not be infinite, nor zero with open_end (a
+    softcap of zero means none)."""
     return constant(_number(op, argument, value, least, open_end, dtype))
 
 
@@ -187,9 +185,8 @@ def labels_inside(
     wrong = wrong & (labels != ignore_index)  # out of place: functionalize follows that
     if bool(wrong.any()):
         where = tuple(int(i) for i in wrong.nonzero()[0])
-        expected = (
-            f"[0, {classes}) or {'absent: negative or ' if many else ''}ignore_index={ignore_index}"
-        )
+        absent = "absent: negative or " if many else ""
+        expected = f"[0, {classes}) or {absent}ignore_index={ignore_index}"
         raise IndexError(
             f"{op}: {argument}{list(where)} is {int(labels[where])}, expected a value in {expected}"
         )
@@ -201,9 +198,8 @@ def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) 
     is_plain(op, argument, value)
     is_tensor(op, argument, value)
     assert isinstance(value, Tensor)
-    has_dtype(
-        op, argument, value, (torch.float64 if tensor.dtype == torch.float64 else torch.float32,)
-    )
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    has_dtype(op, argument, value, (wide,))
     has_shape(op, argument, value, tensor.shape, f"{like}'s")
     same_device(op, argument, value, like, tensor)
     no_gradient(op, argument, value)
@@ -213,8 +209,8 @@ def is_buffer(op: str, argument: str, value: object, like: str, tensor: Tensor) 
         )
     if torch.is_grad_enabled() and not tensor.requires_grad:
         raise ValueError(
-            f"{op}: {argument} came, but {like} requires no gradient; expected one that does, or "
-            "no buffer"
+            f"{op}: {argument} is given, but {like} requires no gradient; expected one that does, "
+            "or no buffer"
         )
 
 
@@ -236,23 +232,24 @@ def plain(tensor: Tensor) -> bool:
 
 
 def plain_autograd(op: str, *tensors: Tensor | None) -> None:
-    """Refuses by name what a custom op cannot follow: forward mode would lose its tangent without a
-    word."""
+    """Refuses by name what a custom op cannot follow: forward mode would silently lose its
+    tangent."""
     if torch.compiler.is_compiling():
         return
     dual = forward_ad._current_level >= 0
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
+    stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    transformed = stack is not None
     if not dual and not transformed:
         return
     for tensor in tensors:
         if tensor is None:
             continue
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
-            came = "a torch.func transform (vmap, grad, vjp, jvp, functionalize)"
+            refused = "a torch.func transform (vmap, grad, vjp, jvp, functionalize)"
         elif forward_ad.unpack_dual(tensor).tangent is not None:
-            came = "forward-mode differentiation"
+            refused = "forward-mode differentiation"
         else:
             continue
         raise NotImplementedError(
-            f"{op}: {came} came, expected plain reverse mode (or backend='reference')"
+            f"{op}: {refused} is not supported, expected reverse mode (or backend='reference')"
         )

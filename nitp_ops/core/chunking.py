@@ -16,7 +16,8 @@ LEAST_BYTES = 32 * 2**20
 #: Every chunk reads and writes the whole weight gradient, so a workspace may be as large as that in
 #: float32, up to:
 MOST_BYTES = 120 * 2**20
-#: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007, docs/numerics.md).
+#: ... or this many rows of a large vocabulary, up to twice the bytes (docs/decisions/0007,
+#: docs/numerics.md).
 ENOUGH_ROWS = 512
 #: Several terms share a pass to save memory: their chunk is at most this share of the gradient, or
 #: has so many rows.
@@ -50,25 +51,22 @@ def rows_per_chunk(
     """Rows that fit into `chunk_bytes` (at least one), evened out so that the last chunk is not a
     sliver.
 
-    weights: numbers in the weight gradient that the chunks share. least: the default is no smaller.
-        longest: rows of
-    the longest of several terms that these are. itemsize: of a number of the GEMMs, or of the
-    gradient where that is wider. Chunks of several rows have a multiple of 8, which the GEMMs of a
-    CPU are fastest at."""
+    weights: numbers in the weight gradient that the chunks share. least: bytes of the smallest
+    default. longest: rows of the longest term, where there are several. itemsize: of a number of
+    the GEMMs, or of the gradient where that is wider. Chunks of several rows have a multiple of 8,
+    which the GEMMs of a CPU are fastest at."""
     if device == "cpu":
-        part, enough = (1.0, ENOUGH_ROWS) if longest is None else (SHARED_PART, ENOUGH_SHARED_ROWS)
-        default = max(
-            min(int(part * 4 * weights), MOST_BYTES), min(enough * row_bytes, 2 * MOST_BYTES)
-        )
+        share, enough = (1.0, ENOUGH_ROWS) if longest is None else (SHARED_PART, ENOUGH_SHARED_ROWS)
+        of_gradient = min(int(share * 4 * weights), MOST_BYTES)
+        of_rows = min(enough * row_bytes, 2 * MOST_BYTES)
+        default = max(of_gradient, of_rows)
         if longest is not None:  # no more than a call for that term would need
             default = min(default, -(-longest // EVEN_ROWS) * EVEN_ROWS * row_bytes)
         default = max(least, default)
     else:
         default = max(least, ROWS_ON_GPU * row_bytes)
-        whole, spared = (
-            -(-rows // EVEN_ROWS) * EVEN_ROWS * row_bytes,
-            max(0, 4 - itemsize) * weights,
-        )
+        whole = -(-rows // EVEN_ROWS) * EVEN_ROWS * row_bytes
+        spared = max(0, 4 - itemsize) * weights
         # one chunk needs no float32 sum of a narrow gradient; with it, the largest chunk would take
         # as much
         if longest is None and default < whole <= default + spared:
@@ -116,7 +114,7 @@ class Rows:
         except RuntimeError:
             self.tensor, self.flat = tensor, False
 
-    def take(self, rows: Tensor | slice) -> Tensor:
+    def of_chunk(self, rows: Tensor | slice) -> Tensor:
         """The rows of one chunk: [n, d]."""
         if self.flat:
             return rows_of(self.tensor, rows)
@@ -125,9 +123,9 @@ class Rows:
         return self.tensor[torch.unravel_index(rows, self.shape)]
 
     def dense(self, rows: Tensor | slice) -> Tensor:
-        """`take` with a dense last axis, which the row kernels need; copies (a chunk) only where it
-        is not."""
-        part = self.take(rows)
+        """`of_chunk` with a dense last axis, which the row kernels need: copies (a chunk) only
+        where it is not."""
+        part = self.of_chunk(rows)
         return part if part.shape[-1] < 2 or part.stride(-1) == 1 else part.contiguous()
 
 
@@ -180,8 +178,8 @@ def length_of(rows: Tensor | slice) -> int:
 
 def chunks(selected: Tensor | slice, step: int) -> Iterator[Tensor | slice]:
     """The selected rows, at most `step` at a time."""
-    for (piece,) in packed([selected], step):
-        yield piece.rows
+    for (part,) in packed([selected], step):
+        yield part.rows
 
 
 class RowRange(NamedTuple):
@@ -195,34 +193,32 @@ def packed(
     selected: Sequence[Tensor | slice], step: int, terms: Sequence[int] | None = None
 ) -> Iterator[list[RowRange]]:
     """The selected rows of each term, one term after the other, at most `step` of them a chunk."""
-    chunk, room = list[RowRange](), step
+    chunk, left = list[RowRange](), step
     for term in range(len(selected)) if terms is None else terms:
         rows, first = selected[term], 0
         while first < length_of(rows):
-            last = min(first + room, length_of(rows))
+            last = min(first + left, length_of(rows))
             chunk.append(RowRange(term, _between(rows, first, last)))
-            room -= last - first
+            left -= last - first
             first = last
-            if room == 0:
+            if left == 0:
                 yield chunk
-                chunk, room = [], step
+                chunk, left = [], step
     if chunk:
         yield chunk
 
 
 def _between(rows: Tensor | slice, first: int, last: int) -> Tensor | slice:
-    return (
-        slice(rows.start + first, rows.start + last)
-        if isinstance(rows, slice)
-        else rows[first:last]
-    )
+    if isinstance(rows, slice):
+        return slice(rows.start + first, rows.start + last)
+    return rows[first:last]
 
 
 def with_zeros(chunk: Tensor, rows: int) -> Tensor:
     """The chunk [n, d], followed by zeros where it has less than `rows` rows."""
-    return (
-        chunk if len(chunk) == rows else torch.constant_pad_nd(chunk, (0, 0, 0, rows - len(chunk)))
-    )
+    if len(chunk) == rows:
+        return chunk
+    return torch.constant_pad_nd(chunk, (0, 0, 0, rows - len(chunk)))
 
 
 def clear(out: Tensor, rows: Tensor | slice) -> None:
@@ -233,7 +229,7 @@ def clear(out: Tensor, rows: Tensor | slice) -> None:
         out.index_fill_(0, rows, 0)
 
 
-def place(out: Tensor, dim: int, rows: Tensor | slice, values: Tensor) -> None:
+def scatter_rows_(out: Tensor, dim: int, rows: Tensor | slice, values: Tensor) -> None:
     """out[rows along dim] = values, cast to out's dtype."""
     if isinstance(rows, slice):
         out.narrow(dim, rows.start, rows.stop - rows.start).copy_(values)

@@ -1,4 +1,4 @@
-"""Which dtype sums over many rows are formed in, on devices with and without float64."""
+"""Which dtype sums over many rows run in, on devices with and without float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever a process ends and whoever else writes; checksums of
+"""Files that are whole or absent, whenever a process ends and whatever else writes; checksums of
 tensors."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-#: Of the neighbour that is written first; one that a killed process left behind belongs to nobody.
+#: Of the neighbour that is written first; one that a killed process left behind is stale.
 UNFINISHED = ".partial"
 
 

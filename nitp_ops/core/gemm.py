@@ -1,38 +1,34 @@
-"""GEMMs: in which dtype, by which library, and the sum of a weight gradient over chunks."""
+"""GEMMs: in which dtype, and by which library."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import checks, library
-from .chunking import EVEN_ROWS, rows_of, workspace
+from .chunking import EVEN_ROWS, rows_of
 
 #: A block of a weight that is cast, or of a GEMM that is summed, at a time: it stays in the
 #: second-level cache.
 BLOCK_BYTES = 2 * 2**20
 #: The same on a GPU, which needs large GEMMs to be busy.
 BLOCK_BYTES_ON_GPU = 128 * 2**20
-#: A float32 sum that is rounded at the end stands in pieces of so many bytes or more, each given
-#: back once it is
-#: rounded: glibc maps blocks over 32 MiB one by one.
-_PIECE_BYTES = 40 * 2**20
 #: A GEMM that writes fewer numbers has less than two tiles of 128 x 256 for each multiprocessor of
 #: a large GPU, which a split of its sum would keep busy.
 SPLIT_NUMBERS = 2**23
 #: Dtypes narrower than the arithmetic on them.
-_NARROW = (torch.bfloat16, torch.float16)
+NARROW = (torch.bfloat16, torch.float16)
 #: A GEMM by a library takes up to 1.3 times as long where its rows are no multiple of 8, to 1.06
 #: where they are many and no multiple of 16; a bfloat16 weight gradient up to 1.15 times: there the
 #: rest goes apart (docs/log.md).
-_EVEN_ROWS, _MANY_ROWS = 16, 2048
+ALIGNED_ROWS, _MANY_ROWS = 16, 2048
 #: Where a GEMM writes columns of a wider matrix; on MPS it left them unwritten (pytorch issue
 #: 104832).
 _STRIDED_OUT = frozenset({"cpu", "cuda"})
-#: Asked once: torch 2.11 cannot trace the question.
+#: Found at import: torch 2.11 cannot trace the query.
 _AUTOCAST = frozenset(
     device for device in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(device)
 )
@@ -57,11 +53,10 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
     if logits_dtype != "auto":
         allowed = {dtype, torch.promote_types(dtype, torch.float32)}
         if logits_dtype not in allowed:
-            names = " or ".join(
-                ["'auto'", *sorted(f"torch.{checks.name_of(each)}" for each in allowed)]
-            )
+            names = ["'auto'", *sorted(f"torch.{checks.name_of(each)}" for each in allowed)]
             raise ValueError(
-                f"{op}: logits_dtype is {logits_dtype}, expected {names} (the GEMM is {dtype})"
+                f"{op}: logits_dtype is {logits_dtype}, expected {' or '.join(names)} (the GEMM is "
+                f"{dtype})"
             )
         assert isinstance(logits_dtype, torch.dtype)
         dtype = logits_dtype
@@ -71,13 +66,13 @@ def gemm_dtype(op: str, weight: Tensor, logits_dtype: torch.dtype | str = "auto"
 def operand_dtype(
     device: str, weight: torch.dtype, hidden: Sequence[torch.dtype], logits: torch.dtype
 ) -> torch.dtype:
-    """In which dtype the GEMMs take their operands, where `logits` is the dtype of logits that was
-    asked for.
+    """In which dtype the GEMMs take their operands, where `logits` is the requested dtype of the
+    logits.
 
     On CUDA a GEMM of narrow operands can write float32: the logits of widened operands at the speed
     of narrow ones. Elsewhere, and beside float32 hidden states, which must not be rounded, the
     operands are as wide as the logits."""
-    narrow = device == "cuda" and weight in _NARROW and all(each == weight for each in hidden)
+    narrow = device == "cuda" and weight in NARROW and all(each == weight for each in hidden)
     return weight if narrow and logits == torch.float32 else logits
 
 
@@ -85,7 +80,7 @@ def sums_in_float32(device: str, dtype: torch.dtype, numbers: int) -> bool:
     """Whether a GEMM that writes so many numbers of `dtype` goes through float32: it may split its
     sum, and cuBLAS adds the parts in the dtype of the result unless a global setting forbids it
     (docs/decisions/0037)."""
-    return device == "cuda" and dtype in _NARROW and numbers < SPLIT_NUMBERS
+    return device == "cuda" and dtype in NARROW and numbers < SPLIT_NUMBERS
 
 
 def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
@@ -103,7 +98,7 @@ def torch_has_bfloat16() -> bool:
     return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-#: On CPU, fast ones by anybody.
+#: Dtypes that no library multiplies fast on CPU.
 _WITHOUT_GEMM = frozenset(
     {torch.float16}
     if has_native_gemm("cpu", torch.bfloat16) or torch_has_bfloat16()
@@ -121,16 +116,15 @@ def pad_to_alignment(rows: int, device: torch.device, dtype: torch.dtype) -> int
 
 
 def writes_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a GEMM of bfloat16 or float16 numbers can write, and add, float32 without a rounding."""
-    return dtype in _NARROW and (device.type == "cuda" or has_native_gemm(device.type, dtype))
+    """Whether a GEMM of bfloat16 or float16 numbers can write, and add, unrounded float32."""
+    return dtype in NARROW and (device.type == "cuda" or has_native_gemm(device.type, dtype))
 
 
 class GemmPolicy(NamedTuple):
-    """How the GEMMs of one call run; asked once.
+    """How the GEMMs of one call run, decided once.
 
-    dtype: of the operands. logits: of the logits, narrower than it never. out_dtype: what a GEMM
-        can write, float32
-    where that spares narrow numbers a rounding."""
+    dtype: of the operands. logits: of the logits, never narrower. out_dtype: what a GEMM can write,
+    float32 where that spares narrow numbers a rounding."""
 
     device: torch.device
     dtype: torch.dtype
@@ -154,13 +148,11 @@ class GemmPolicy(NamedTuple):
         """As many rows as the GEMMs should have."""
         return pad_to_alignment(rows, self.device, self.dtype)
 
-    def out_view(self, out: Tensor | None, rows: Tensor | slice) -> Tensor | None:
-        """The rows of `out` as a view that a GEMM can write into, or None: then `place` them."""
-        if (
-            out is None
-            or not isinstance(rows, slice)
-            or out.dtype not in (self.dtype, self.out_dtype)
-        ):
+    def gemm_out_view(self, out: Tensor | None, rows: Tensor | slice) -> Tensor | None:
+        """The rows of `out` as a view that a GEMM can write into, or None: use `scatter_rows_`."""
+        if out is None or not isinstance(rows, slice):
+            return None
+        if out.dtype not in (self.dtype, self.out_dtype):
             return None
         return rows_of(out, rows)
 
@@ -192,8 +184,8 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
         if add:
             return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    whole = a.shape[0] // _EVEN_ROWS * _EVEN_ROWS
-    if device == "cpu" and dtype in _NARROW and _MANY_ROWS <= whole < a.shape[0]:
+    whole = a.shape[0] // ALIGNED_ROWS * ALIGNED_ROWS
+    if device == "cpu" and dtype in NARROW and _MANY_ROWS <= whole < a.shape[0]:
         matmul(a[:whole], b, out[:whole], add=add)
         matmul(a[whole:], b, out[whole:], add=add)
         return out
@@ -203,6 +195,13 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
 def _dense(matrix: Tensor) -> Tensor:
     """With dense rows or dense columns."""
     return matrix if 1 in matrix.stride() or 1 in matrix.shape else matrix.contiguous()
+
+
+def block_rows(columns: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a weight that are handled at a time."""
+    size = BLOCK_BYTES if device == "cpu" else BLOCK_BYTES_ON_GPU
+    fitting = size // max(1, columns * dtype.itemsize)
+    return max(ALIGNED_ROWS, fitting // ALIGNED_ROWS * ALIGNED_ROWS)
 
 
 class Weight:
@@ -218,12 +217,9 @@ class Weight:
         self.blocks: list[slice] = []
         if not widened:
             return
-        block = BLOCK_BYTES if matrix.device.type == "cpu" else BLOCK_BYTES_ON_GPU
-        fitting = block // max(1, matrix.shape[1] * dtype.itemsize)
-        rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
-        self.blocks = [
-            slice(first, first + rows) for first in range(0, max(1, matrix.shape[0]), rows)
-        ]
+        rows = block_rows(matrix.shape[1], dtype, matrix.device.type)
+        firsts = range(0, max(1, matrix.shape[0]), rows)
+        self.blocks = [slice(first, first + rows) for first in firsts]
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         """out = x W^T."""
@@ -248,93 +244,3 @@ def _into(a: Tensor, b: Tensor, out: Tensor) -> None:
         matmul(a, b, out)
     else:
         out.copy_(matmul(a, b, torch.empty_like(out, memory_format=torch.contiguous_format)))
-
-
-class WeightGradient:
-    """Sum over chunks of a^T b, in float32 (float64 for float64), rounded once at the end to
-    `dtype`.
-
-    On CUDA, and where GEMMs on CPU are this library's own, the GEMM itself adds to the float32 sum.
-    ATen has no bfloat16 x bfloat16 -> float32 GEMM on CPU: elsewhere a chunk's GEMM rounds to
-    bfloat16 before it is added, one block of rows at a time. A single chunk needs no float32 sum,
-    nor do two on CPU: the second GEMM is added to the first before its own rounding."""
-
-    def __init__(self, shape: torch.Size, policy: GemmPolicy, dtype: torch.dtype, chunks: int):
-        self.dtype, self.empty, self.shape = dtype, True, shape
-        device, gemm_dtype = policy.device, policy.dtype
-        on_cpu = device.type == "cpu"
-        same = gemm_dtype not in _NARROW or (dtype == gemm_dtype and chunks <= (2 if on_cpu else 1))
-        self.in_gemm = same or writes_float32(device, gemm_dtype)
-        sum_dtype = gemm_dtype if same else torch.float32
-        fitting = (BLOCK_BYTES if on_cpu else BLOCK_BYTES_ON_GPU) // max(
-            1, shape[1] * gemm_dtype.itemsize
-        )
-        self.block_rows = max(_EVEN_ROWS, fitting // _EVEN_ROWS * _EVEN_ROWS)
-        pieces = max(1, 4 * shape.numel() // _PIECE_BYTES) if on_cpu and sum_dtype != dtype else 1
-        rows = -(-max(1, shape[0]) // (pieces * self.block_rows)) * self.block_rows
-        heights = [min(rows, shape[0] - first) for first in range(0, max(1, shape[0]), rows)]
-        self.sums = [workspace((height, shape[1]), sum_dtype, device) for height in heights]
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        first = 0
-        for piece in self.sums:
-            of_piece = a[:, first : first + len(piece)].t()
-            if self.in_gemm:
-                matmul(of_piece, b, piece, add=not self.empty)
-            else:
-                self._add_rounded(of_piece, b, piece)
-            first += len(piece)
-        self.empty = False
-
-    def _add_rounded(self, a: Tensor, b: Tensor, sum_: Tensor) -> None:
-        block = b.new_empty((min(self.block_rows, len(sum_)), self.shape[1]))
-        for part, into in zip(a.split(self.block_rows), sum_.split(self.block_rows), strict=True):
-            rounded = matmul(part, b, block[: len(into)])
-            if self.empty:
-                into.copy_(rounded)
-            elif into.device.type == "cpu" and library.load_error is None:
-                torch.ops.nitp_ops.accumulate_rows_(into, rounded)
-            else:
-                into += rounded
-
-    def result(self) -> Tensor:
-        """The gradient; the sum is gone."""
-        if self.empty:
-            for piece in self.sums:
-                piece.zero_()
-        if len(self.sums) == 1:
-            return self.sums.pop().to(self.dtype)
-        gradient, end = self.sums[0].new_empty(self.shape, dtype=self.dtype), self.shape[0]
-        while self.sums:
-            piece = self.sums.pop()
-            gradient[end - len(piece) : end] = piece
-            end -= len(piece)
-        return gradient
-
-
-class WeightGemm:
-    """buffer += a^T b, which waits for the upstream gradient: none of the weight's is written, read
-    and added."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self.buffer = buffer
-        self.operands: tuple[Tensor, Tensor] | None = None
-
-    def add(self, a: Tensor, b: Tensor) -> None:
-        assert self.operands is None, "several chunks need a sum"
-        self.operands = a, b
-
-    def result(self) -> WeightGemm:
-        return self
-
-    def run(self, upstream: Tensor | None, kernels: Any) -> None:
-        """With b times the upstream gradient (None: one); where that is zero nothing is added,
-        whatever it meets."""
-        if self.operands is None:
-            return
-        a, b = self.operands
-        if upstream is not None:
-            # one costs nothing, zero leaves no NaN
-            kernels.scale_rows_(a, (upstream != 0).to(self.buffer.dtype), a)
-            b = torch.where(upstream == 0, 0, b * upstream).to(b.dtype)
-        matmul(a.t(), b, self.buffer, add=True)

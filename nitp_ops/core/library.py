@@ -62,16 +62,14 @@ def _load() -> str | None:
     if not hasattr(_functions(), "nitp_ops_registration_error"):
         return f"{LIBRARY} does not load: it is not of this version of nitp_ops, build it again"
     failed = _call("nitp_ops_registration_error")
-    return (
-        f"{LIBRARY} does not register: {failed} (is another copy of nitp_ops loaded?)"
-        if failed
-        else None
-    )
+    if not failed:
+        return None
+    return f"{LIBRARY} does not register: {failed} (is another copy of nitp_ops loaded?)"
 
 
 def _damage(library: Path) -> str | None:
-    """What the ELF header tells that the loader does not: it crashes on a file that is cut short,
-    and calls one for another machine absent. None where the loader is to be asked."""
+    """A fault that the ELF header shows and the loader does not: it crashes on a file that is cut
+    short, and calls one for another machine absent. None: the loader reports the fault itself."""
     if not library.is_file():
         return None
     with library.open("rb") as file:
@@ -81,23 +79,22 @@ def _damage(library: Path) -> str | None:
     machine = _MACHINES.get(int.from_bytes(header[18:20], "little"), "another machine")
     if platform.machine() in _MACHINES.values() and machine != platform.machine():
         return f"is for {machine}, this is {platform.machine()}"
-    sections, size, count = (
-        int.from_bytes(header[a:b], "little") for a, b in ((40, 48), (58, 60), (60, 62))
-    )
+    sections = int.from_bytes(header[40:48], "little")
+    size = int.from_bytes(header[58:60], "little")
+    count = int.from_bytes(header[60:62], "little")
     expected, found = sections + size * count, library.stat().st_size
     return f"is cut short, {found} of {expected} bytes" if found < expected else None
 
 
 def source_tree() -> str | None:
-    """That this is a clone, which shadows an installed package or is not installed; None elsewhere."""
+    """Says that this is a clone, shadowing an installed package or not installed; or None."""
     root = _PACKAGE.parent
     if not (root / "csrc").is_dir():
         return None
     # a build leaves its metadata in the clone (*.egg-info), and Python started there finds those
     # first
-    roots = {
-        Path(str(d.locate_file(""))).resolve() for d in metadata.distributions(name="nitp_ops")
-    }
+    distributions = metadata.distributions(name="nitp_ops")
+    roots = {Path(str(each.locate_file(""))).resolve() for each in distributions}
     roots.discard(root.resolve())
     if not roots:
         return f"this is the source tree at {root}, nothing is installed: run pip install {root}"
@@ -114,7 +111,10 @@ def _absent() -> str:
     if tree is not None:
         return tree
     if __package__ != "nitp_ops.core":
-        return f"{_PACKAGE} holds Python only, as the package `kernels` loads it: pip install nitp_ops has compiled kernels"
+        return (
+            f"{_PACKAGE} holds Python only, as the package `kernels` loads it: pip install "
+            "nitp_ops has compiled kernels"
+        )
     return (
         "it was installed without its compiled library (NITP_OPS_PURE=1, or a wheel for any "
         "platform): install g++ and run pip install --force-reinstall --no-cache-dir --no-deps "
@@ -128,10 +128,11 @@ def _source() -> str:
         found = metadata.distribution("nitp_ops")
     except metadata.PackageNotFoundError:  # a copy of the folder
         return "CLONE, a clone of the sources"
-    told = json.loads(found.read_text("direct_url.json") or "{}")
+    origin = json.loads(found.read_text("direct_url.json") or "{}")
     # pip keeps a space of a folder as it is, and takes none
-    url = quote(told.get("url", ""), safe=":/@+%")
-    vcs, editable = told.get("vcs_info"), told.get("dir_info", {}).get("editable")
+    url = quote(origin.get("url", ""), safe=":/@+%")
+    vcs = origin.get("vcs_info")
+    editable = origin.get("dir_info", {}).get("editable")
     if vcs:
         return f"{vcs['vcs']}+{url}@{vcs['commit_id']}"
     if url.endswith(".whl"):
@@ -183,7 +184,7 @@ def has_gemm() -> bool:
 
 @functools.cache
 def _has_gemm() -> bool:
-    """Of the instruction set that is chosen."""
+    """Of the current instruction set."""
     if load_error is not None:
         return False
     function = _functions().nitp_ops_has_gemm
@@ -191,12 +192,13 @@ def _has_gemm() -> bool:
     return function()
 
 
-has_gemm._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
+# what torch.compiler.assume_constant_result sets; the function itself would import torch._dynamo
+has_gemm._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def cuda_refusal(index: int) -> str | None:
-    """Why the CUDA kernels cannot run on device `index` (an old driver, no code for it), asked
-    once; None: they can."""
+    """Why the CUDA kernels cannot run on device `index` (an old driver, no code for it), cached;
+    None: they can."""
     return _cuda_refusal(index)
 
 
@@ -209,15 +211,13 @@ def _cuda_refusal(index: int) -> str | None:
     function = _functions().nitp_ops_cuda_refusal
     function.restype = ctypes.c_char_p
     reason: bytes | None = function(ctypes.c_int(index))
-    return (
-        None
-        if reason is None
-        else f"the compiled kernels cannot run on cuda:{index}: {reason.decode()}"
-    )
+    if reason is None:
+        return None
+    return f"the compiled kernels cannot run on cuda:{index}: {reason.decode()}"
 
 
 def build_info() -> dict[str, Any]:
-    """What the library was built with: cuda, cuda_architectures, compiler, flags, commit; kernels,
+    """How the library was built: cuda, cuda_architectures, compiler, flags, commit; kernels,
     the assembler's report of every CUDA kernel (registers per thread; bytes of shared memory, stack
     and spills)."""
     return json.loads(_call("nitp_ops_build_info"))

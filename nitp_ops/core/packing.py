@@ -1,4 +1,4 @@
-"""The schema and the flat arguments of a custom op, derived from the types that its function takes."""
+"""The schema and flat arguments of a custom op, derived from the types of its function."""
 
 from __future__ import annotations
 
@@ -34,38 +34,34 @@ class Packing:
 
     def __init__(self, several: type | None, *ones: Any):
         self.several, self.ones = several, ones
-        hints = [hint for kind in ones for hint in get_type_hints(kind).items()]
-        nested = {
-            name: [each for each in get_args(hint) if hasattr(each, "_fields")]
-            for name, hint in hints
-        }
-        self.nested: dict[str, Any] = {name: found[0] for name, found in nested.items() if found}
+        self.nested: dict[str, Any] = {}
+        for kind in ones:
+            for name, hint in get_type_hints(kind).items():
+                found = [each for each in get_args(hint) if hasattr(each, "_fields")]
+                if found:
+                    self.nested[name] = found[0]
         self.names = () if several is None else names_of(several)
 
     def schema(self, returns: str) -> str:
-        declared = (
-            []
-            if self.several is None
-            else [f"{kind}[] each_{name}" for name, kind in _declared(self.several)]
-        )
+        declared = []
+        if self.several is not None:
+            declared = [f"{kind}[] each_{name}" for name, kind in _declared(self.several)]
         for one in self.ones:
             for name, hint in _hints(one):
                 if name in self.nested:
-                    declared += [
-                        f"{kind}? {name}_{inner}" for inner, kind in _declared(self.nested[name])
-                    ]
+                    inner = _declared(self.nested[name])
+                    declared += [f"{kind}? {name}_{field}" for field, kind in inner]
                 else:
                     declared.append(f"{_TYPES[hint]} {name}")
         return f"({', '.join(declared)}) -> {returns}"
 
-    def place(self, name: str) -> int:
-        """Of the field among the arguments."""
+    def index_of(self, name: str) -> int:
+        """The position of the field among the arguments."""
         before = list(self.names)
         for one in self.ones:
             for field in one._fields:
-                before += (
-                    [field] if field not in self.nested else [""] * len(self.nested[field]._fields)
-                )
+                inner = self.nested.get(field)
+                before += [field] if inner is None else [""] * len(inner._fields)
         return before.index(name)
 
     def pack(self, *values: Any) -> list[Any]:
@@ -82,7 +78,7 @@ class Packing:
         return packed
 
     def unpack(self, packed: Sequence[Any]) -> tuple[Any, ...]:
-        """What `pack` was given."""
+        """The values that `pack` was given."""
         rest = iter(packed)
         columns = [next(rest) for _ in self.names]
         rows = [dict(zip(self.names, row, strict=True)) for row in zip(*columns, strict=True)]

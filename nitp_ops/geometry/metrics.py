@@ -92,7 +92,8 @@ def top_component_share(x: torch.Tensor) -> float:
 
     Example:
         >>> import torch
-        >>> round(top_component_share(torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 6)
+        >>> x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+        >>> round(top_component_share(x), 6)
         0.8
 
     Source: principal component analysis; reported beside effective rank in NITP, arXiv 2605.24956.

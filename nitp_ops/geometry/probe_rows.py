@@ -23,9 +23,9 @@ class Probe:
     """What a probe measured, with its definition beside it."""
 
     accuracy: float
-    """Share of the held-out rows whose token the probe names; NaN without training or held-out rows."""
+    """Share of the held-out rows that the probe names; NaN without training or held-out rows."""
     baseline: float
-    """The same for the classifier that always names the most frequent token of the training rows."""
+    """The same of a classifier that always names the most frequent token of the training rows."""
     offset: int
     train_rows: int
     held_out_rows: int
@@ -57,7 +57,7 @@ class Split:
     train: Rows
     held_out: Rows
     classes: Tensor
-    """The distinct tokens of the training rows, rising; `train.tokens` holds their positions here."""
+    """The distinct tokens of the training rows, rising; `train.tokens` indexes them."""
     mean: Tensor
     """Of the training rows, [d] float64."""
     scatter: Tensor

@@ -38,7 +38,7 @@ def linear_probe(
     Args:
         hidden: ``[..., T, d]``, floating point; the leading axes are sequences, at least two.
         token_ids: ``[..., T]``, int64.
-        offset: j >= 0; 0 asks for the token that h_t has read.
+        offset: j >= 0; 0 is the token that h_t has read.
         document_ids: ``[..., T]`` integers, negative = padding; without them a sequence is one
             document.
         target_mask: ``[..., T]`` bool: token t may be a target.
@@ -57,7 +57,8 @@ def linear_probe(
     Example:
         >>> import torch
         >>> ids = torch.randint(5, (40, 12), generator=torch.Generator().manual_seed(0))
-        >>> hidden = torch.nn.functional.one_hot(ids.roll(-2, dims=1), 5).float()  # h_t holds x_{t+2}
+        >>> ahead = ids.roll(-2, dims=1)  # h_t holds x_{t+2}
+        >>> hidden = torch.nn.functional.one_hot(ahead, 5).float()
         >>> linear_probe(hidden, ids, offset=2).accuracy
         1.0
         >>> linear_probe(hidden, ids, offset=1).accuracy < 0.5
@@ -115,7 +116,7 @@ def knn_probe(
     Args:
         hidden: ``[..., T, d]``, floating point; the leading axes are sequences, at least two.
         token_ids: ``[..., T]``, int64.
-        offset: j >= 0; 0 asks for the token that h_t has read.
+        offset: j >= 0; 0 is the token that h_t has read.
         k: neighbours that vote, at least 1.
         document_ids: ``[..., T]`` integers, negative = padding; without them a sequence is one
             document.
@@ -134,7 +135,8 @@ def knn_probe(
     Example:
         >>> import torch
         >>> ids = torch.randint(5, (40, 12), generator=torch.Generator().manual_seed(0))
-        >>> hidden = torch.nn.functional.one_hot(ids.roll(-2, dims=1), 5).float()  # h_t holds x_{t+2}
+        >>> ahead = ids.roll(-2, dims=1)  # h_t holds x_{t+2}
+        >>> hidden = torch.nn.functional.one_hot(ahead, 5).float()
         >>> knn_probe(hidden, ids, offset=2).accuracy
         1.0
 
@@ -145,7 +147,10 @@ def knn_probe(
     op = "knn_probe"
     k = checks.integer(op, "k", k, least=1)
     split = split_rows(op, hidden, token_ids, offset, document_ids, target_mask, held_out, seed)
-    definition = f"held-out accuracy for x[t+{offset}] of the vote of the {k} nearest training rows (Euclidean)"
+    definition = (
+        f"held-out accuracy for x[t+{offset}] of the vote of the {k} nearest training rows "
+        "(Euclidean)"
+    )
     if split.empty:
         return split.measured(0, offset, definition)
 

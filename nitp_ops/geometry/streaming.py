@@ -72,7 +72,7 @@ def pairwise_cosine(unit_sum: torch.Tensor, squares: torch.Tensor, n: int) -> fl
 
 
 class UniformSample:
-    """A uniform sample without replacement: every row draws a random key, the smallest keys stay."""
+    """A uniform sample without replacement: each row draws a random key, the smallest stay."""
 
     def __init__(self, max_rows: int, seed: int, function: str) -> None:
         if max_rows < 2:

@@ -1,10 +1,10 @@
-"""Who serves the row kernels: the tensor's device decides, through PyTorch's dispatcher.
+"""Which backend serves the row kernels: the tensor's device decides, by PyTorch's dispatcher.
 
 `table.py` holds the table of them; the library registers its kernels for CPU and, where a CUDA
 compiler built them, for CUDA. Where it did not, `nitp_ops.kernels.triton` registers its own for
 CUDA tensors, on the first of them. Every other device, and a CPU without the library, is served by
-`torch_rows`: the same algorithm, row kernels of torch operations. A public function asks
-`select_backend` once and takes the row kernels by name from `row_kernels`.
+`torch_rows`: the same algorithm, row kernels of torch operations. A public function calls
+`select_backend` once and gets the row kernels by name from `row_kernels`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _compiled_for_cuda() -> bool:
     )
 
 
-# Asked before Triton registers its own.
+# Read before Triton registers its own.
 _COMPILED_FOR = {"cpu", "meta", "cuda"} if _compiled_for_cuda() else {"cpu", "meta"}
 
 
@@ -70,11 +70,9 @@ def unavailable_reason(device: torch.device, backend: str = "native") -> str | N
     if backend == "torch":
         return None
     if backend == "triton":
-        return (
-            triton_unavailable_reason()
-            if device.type == "cuda"
-            else "its row kernels serve cuda tensors only"
-        )
+        if device.type != "cuda":
+            return "its row kernels serve cuda tensors only"
+        return triton_unavailable_reason()
     if load_error is not None:
         return load_error
     if device.type not in _COMPILED_FOR:
@@ -90,14 +88,14 @@ def select_backend(op: str, device: torch.device, backend: str | None) -> str:
 
     Raises:
         ValueError: an unknown backend.
-        BackendError: the one asked for does not serve the device; the message lists every reason.
+        BackendError: the requested one does not serve the device; the message lists every reason.
     """
     if backend is None:
         for name in ("native", "triton"):
             if unavailable_reason(device, name) is None:
                 return name
-        if device.type != "cpu":  # of CPU tensors the import has told
-            _say_torch_serves(device.type)
+        if device.type != "cpu":  # of CPU tensors the import has warned
+            _warn_that_torch_serves(device.type)
         return "torch"
     checks.one_of(op, "backend", backend, BACKENDS)
     if backend == "reference" or unavailable_reason(device, backend) is None:
@@ -112,22 +110,21 @@ def select_backend(op: str, device: torch.device, backend: str | None) -> str:
     )
 
 
-def _say_torch_serves(kind: str) -> None:
-    _warn_of_torch(kind)
+def _warn_that_torch_serves(kind: str) -> None:
+    _warn_once(kind)
 
 
 # As triton_unavailable_reason: nothing of it is traced.
-_say_torch_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn_that_torch_serves._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _warn_of_torch(kind: str) -> None:
-    reasons = "; ".join(
-        f"{name}: {unavailable_reason(torch.device(kind), name)}" for name in ("native", "triton")
-    )
+def _warn_once(kind: str) -> None:
+    device = torch.device(kind)
+    reasons = [f"{name}: {unavailable_reason(device, name)}" for name in ("native", "triton")]
     warnings.warn(
         f"nitp_ops: {kind} tensors are served by backend='torch', same memory bound but slower "
-        f"({reasons})",
+        f"({'; '.join(reasons)})",
         RuntimeWarning,
         stacklevel=users_stacklevel(),
     )
@@ -137,8 +134,7 @@ def row_kernels(backend: str) -> Any:
     """The row kernels by the names of the table, for a backend that `select_backend` returned.
 
     "native": the dispatcher's, which go by the tensor's device; "triton" and "torch": their own,
-        also where compiled
-    ones exist.
+    also where compiled ones exist.
     """
     if backend == "native":
         return torch.ops.nitp_ops

@@ -86,8 +86,7 @@ def _modules(package: str) -> list[ModuleType]:
 
 @functools.cache
 def all_kernels() -> Mapping[str, RowKernel]:
-    """Row kernels by name, in its order: who imports one module of torch_rows before the others
-    changes nothing."""
+    """Row kernels by name, in alphabetical order, not in that of the imports."""
     _modules("torch_rows")
     return dict(sorted(_declared.items()))
 
@@ -107,7 +106,7 @@ def attributes(package: str) -> Callable[[str], Callable[..., None]]:
     """A `__getattr__` by which the package has its row kernels as attributes."""
 
     def look_up(name: str) -> Callable[..., None]:
-        # dunders are what the import system asks for while the package is loading
+        # the import system looks dunders up while the package is loading
         if name.startswith("__") or name not in implementations(package):
             raise AttributeError(f"module 'nitp_ops.kernels.{package}' has no attribute {name!r}")
         return implementations(package)[name]

@@ -17,7 +17,7 @@ from ..core.chunking import Rows, chunks, whole_or_chunk
 from ..core.dispatch import needs_dispatcher, plain_function
 from ..kernels import select
 from .gradients import refuse_double_backward, refuse_vmap
-from .reference_rows import of_live_rows
+from .reference_rows import of_active_rows
 
 _OP = "alignment"
 
@@ -47,7 +47,7 @@ def alignment(
 
     | distance | loss of a row |
     | --- | --- |
-    | cosine | ``1 - p.z / (|p| |z|)``, each norm clamped at eps; zero gradient to a side whose norm is below eps |
+    | cosine | ``1 - p.z / (|p| |z|)``, each norm clamped at eps; no gradient to a clamped side |
     | mse | ``mean (p - z)^2`` |
     | smooth_l1 | ``mean h(p - z)``, ``h(x) = x^2/2`` where ``|x| < 1``, else ``|x| - 1/2`` |
     | kl | ``sum softmax(z) (log softmax(z) - log softmax(p))`` |
@@ -72,7 +72,7 @@ def alignment(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device, or an unknown
             distance.
-        BackendError: the backend that was asked for does not serve this device.
+        BackendError: the requested backend does not serve this device.
 
     Example:
         >>> import torch, nitp_ops
@@ -93,13 +93,13 @@ def alignment(
     chosen = select.select_backend(_OP, prediction.device, backend)
     if chosen == "reference":
 
-        def formula(live: Tensor | None, p: Tensor, z: Tensor) -> Tensor:
-            if live is None:
+        def formula(active: Tensor | None, p: Tensor, z: Tensor) -> Tensor:
+            if active is None:
                 return reference.alignment(p, z, distance=distance, eps=eps)
-            found = reference.alignment(p[live], z[live], distance=distance, eps=eps)
-            return found.new_zeros(live.shape).masked_scatter(live, found)
+            found = reference.alignment(p[active], z[active], distance=distance, eps=eps)
+            return found.new_zeros(active.shape).masked_scatter(active, found)
 
-        return of_live_rows(formula, prediction, target)
+        return of_active_rows(formula, prediction, target)
     checks.plain_autograd(_OP, prediction, target)
     run: Callable[..., Tensor] = _forward if needs_dispatcher((prediction, target)) else _plain
     return run(prediction, target, DISTANCES[distance], eps, chosen)

@@ -9,7 +9,7 @@ import torch
 from ..core import checks
 from ..core.chunking import row_stride, rows_per_chunk
 from ..core.gemm import pad_to_alignment
-from .implicit_token import chunked
+from .implicit_token import chunk_rows
 
 _OP = "explain"
 
@@ -19,9 +19,9 @@ class ChunkPlan:
     """The plan of one call, forward and backward.
 
     terms: sets of rows; rows of each; chunk_rows: rows per chunk; chunks of all terms;
-        workspace_bytes: the reused
-    buffers of one chunk; accumulator_bytes: the float32 sum of weight gradients that are returned
-    in a narrower dtype, 0 where none is needed; flops: of all GEMMs, two per multiply-add."""
+    workspace_bytes: the reused buffers of one chunk; accumulator_bytes: the float32 sum of weight
+    gradients that are returned in a narrower dtype, 0 where none is needed; flops: of all GEMMs,
+    two per multiply-add."""
 
     op: str
     rows: int
@@ -67,8 +67,7 @@ def explain(
     of its operands, up to 6.4 MiB a thread and 4 MiB for all.
 
     linear_cross_entropy: ``6 N d V`` FLOPs (three GEMMs). implicit_token_loss with a SwiGLU
-        projector:
-    ``6 N (2 d m + m D)`` (nine GEMMs), ``72 d^2`` a row for ``m = 4d, D = d``.
+    projector: ``6 N (2 d m + m D)`` (nine GEMMs), ``72 d^2`` a row for ``m = 4d, D = d``.
 
     Args:
         op: "linear_cross_entropy" or "implicit_token_loss".
@@ -107,7 +106,7 @@ def explain(
     checks.integer(_OP, "rows", rows, least=0)
     place = torch.device(device).type
     checks.integer(_OP, "width", width, least=1)
-    # of a gradient before its upstream (`formed_dtype`)
+    # of a gradient before its upstream (`pending_dtype`)
     itemsize = 4 if dtype == torch.float16 else dtype.itemsize
     if op == "linear_cross_entropy":
         vocabulary = checks.integer(_OP, "vocabulary", vocabulary, least=1)
@@ -127,21 +126,21 @@ def explain(
         out_width = (
             width if out_width is None else checks.integer(_OP, "out_width", out_width, least=1)
         )
-        row_bytes = chunked.row_bytes(width, inner, out_width, dtype)
+        row_bytes = chunk_rows.row_bytes(width, inner, out_width, dtype)
         weights, cuts, together = 2 * inner * width + out_width * inner, 1, rows
         sizes = width, inner, out_width, dtype, chunk_bytes, weights, itemsize
-        step = chunked.latent_rows(rows, *sizes, device=place)
+        step = chunk_rows.latent_rows(rows, *sizes, device=place)
     # chunks whose sum needs no buffer beside the returned gradient
     few = 2 if place == "cpu" else 1
     chunks = cuts * -(-together // step)
     rounded = dtype.itemsize < 4 and chunks > few
+    rows_of_workspace = pad_to_alignment(min(together, step), torch.device(device), dtype)
     return ChunkPlan(
         op=op,
         rows=rows,
         chunk_rows=step,
         chunks=chunks,
-        workspace_bytes=pad_to_alignment(min(together, step), torch.device(device), dtype)
-        * row_bytes,
+        workspace_bytes=rows_of_workspace * row_bytes,
         accumulator_bytes=4 * weights if rounded else 0,
         flops=6 * terms * rows * weights,
         terms=terms,

@@ -1,4 +1,4 @@
-"""What ops with gradients formed in the forward pass share: a backward pass that only multiplies by
+"""For ops whose forward pass computes the gradients: a backward pass that only multiplies them by
 the upstream."""
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ..kernels import select
 
 @torch.library.custom_op("nitp_ops::scale_gradients", mutates_args=())
 def scale_gradients(
-    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor], double_backward_inputs: list[Tensor], backend: str,
-    op: str,
+    gradients: list[Tensor], upstream: Tensor, inputs: list[Tensor],
+    double_backward_inputs: list[Tensor], backend: str, op: str,
 ) -> list[Tensor]:  # fmt: skip
-    """upstream * gradient for each in its input's dtype, formed in float32 and rounded once, in one
-    pass; an upstream of zero writes zeros, so that a NaN under it stays out.
+    """upstream * gradient for each in its input's dtype, computed in float32 and rounded once, in
+    one pass; an upstream of zero writes zeros, so that a NaN under it stays out.
 
-    The double_backward_inputs (what the gradients depend on) are not read: through them a double
-    backward finds its way here and is refused, where constants would be silently wrong."""
+    The double_backward_inputs (what the gradients depend on) are not read: they connect the graph,
+    so that a double backward is refused here, where constants would be silently wrong."""
     scaled = []
     for gradient, like in zip(gradients, inputs, strict=True):
         out = torch.empty_like(gradient, dtype=like.dtype)
@@ -39,8 +39,8 @@ def _rows(dense: Tensor) -> Tensor:
 
 
 def power_of_two(scale: Tensor) -> Tensor:
-    """0-d, near the largest weight of a row: float16 gradients are formed without it, else they
-    would underflow."""
+    """0-d, near the largest weight of a row: float16 gradients are computed without it, else
+    they would underflow."""
     return reference.power_of_two(torch.cat([scale, scale.new_zeros(1)]).abs().amax(0))
 
 
@@ -65,7 +65,7 @@ def add_gradients(
     buffers: list[Tensor], gradients: list[Tensor], upstream: Tensor, backend: str
 ) -> None:
     """buffer += upstream * gradient for each, in one pass; the gradients have the buffers' dtypes.
-    An upstream of zero adds nothing, whatever it meets."""
+    An upstream of zero adds nothing, not even a NaN."""
     for buffer, gradient in zip(buffers, gradients, strict=True):
         if buffer.numel() > 0:
             of_rows = _rows(buffer), _rows(gradient), upstream.to(buffer.dtype)
@@ -77,21 +77,21 @@ def refuse_double_backward(op: str) -> Callable[..., None]:
 
     def refuse(ctx, *upstream) -> None:
         raise NotImplementedError(
-            f"{getattr(ctx, 'op', op)}: double backward came, expected first derivatives only "
-            "(backend='reference' has them all)"
+            f"{getattr(ctx, 'op', op)}: double backward is not supported, expected first "
+            "derivatives only (backend='reference' has them all)"
         )
 
     return refuse
 
 
 def refuse_vmap(op: str | int) -> Callable[..., None]:
-    """The batching rule of an op: a refusal by name; a number is the place of the argument that is
-    the name."""
+    """The batching rule of an op: a refusal by name; a number is the position of the argument that
+    holds the name."""
 
     def refuse(info, in_dims, *arguments) -> None:
         name = arguments[op] if isinstance(op, int) else op
         raise NotImplementedError(
-            f"{name}: vmap came, expected a batched call (or backend='reference')"
+            f"{name}: torch.vmap is not supported, expected a batched call (or backend='reference')"
         )
 
     return refuse
@@ -104,31 +104,30 @@ def _keep_name(ctx, inputs, output) -> None:
 scale_gradients.register_autograd(refuse_double_backward("fused loss"), setup_context=_keep_name)
 
 
-def formed_dtype(tensor: Tensor, buffer: Tensor | None) -> torch.dtype:
+def pending_dtype(tensor: Tensor, buffer: Tensor | None) -> torch.dtype:
     """In which dtype a gradient waits for its upstream: float16 would underflow, a buffer takes
-    what it holds."""
+    its own dtype."""
     if buffer is not None:
         return buffer.dtype
     return torch.float32 if tensor.dtype == torch.float16 else tensor.dtype
 
 
 def _is_value(tensor: Tensor) -> bool:
-    """Whether a backward pass computes with it now; tracing runs one for many, and a subclass may
-    be of a trace."""
+    """Whether a backward pass computes with it now: not while tracing, whose tensors may be of a
+    subclass."""
     return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
 
 
-class FormedGradients:
-    """Gradients that the forward pass formed, for the backward pass to hand out, times the
-    upstream.
+class PendingGradients:
+    """Gradients of the forward pass that wait for the upstream of the backward pass.
 
-    They are handed out once and then forgotten, so that no second copy of a weight gradient lives;
-    a second backward pass recomputes them."""
+    They are returned once and then dropped, so that memory holds no second copy of a weight
+    gradient; a second backward pass recomputes them."""
 
     def __init__(self, gradients: Sequence[Any]):
         self.gradients: list[Any] | None = list(gradients)
 
-    def take(self, upstream: Tensor, recompute: Callable[[], list[Any]]) -> list[Any]:
+    def pop(self, upstream: Tensor, recompute: Callable[[], list[Any]]) -> list[Any]:
         gradients = recompute() if self.gradients is None else self.gradients
         if _is_value(upstream):
             self.gradients = None
@@ -137,33 +136,29 @@ class FormedGradients:
 
 def scaled_gradients(
     double_backward_inputs: list[Tensor], op: str, backend: str,
-    formed: Sequence[tuple[Tensor, Tensor, Tensor | None]], upstream: Tensor | None,
+    pending: Sequence[tuple[Tensor, Tensor, Tensor | None]], upstream: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
-    """upstream * gradient in its input's dtype for each (gradient, input, buffer); None where a
-    buffer took it.
+    """upstream * gradient in its input's dtype for each (gradient, input, buffer); None where the
+    buffer gets it.
 
     upstream=None: it is in the gradients already. An eager upstream of exactly 1 costs nothing,
-    another one a pass in
-    place: nobody else holds the gradients. Under create_graph they are tied to the
-        double_backward_inputs, so that a
-    double backward is refused by name."""
-    if not formed:
+    another one a pass in place: nothing else refers to the gradients. Under create_graph they are
+    tied to the double_backward_inputs, so that a double backward is refused by name."""
+    if not pending:
         return []
-    gradients, inputs, buffers = zip(*formed, strict=True)
-    one, eager = (
-        upstream is None,
-        _is_value(gradients[0]) and (upstream is None or _is_value(upstream)),
-    )
+    gradients, inputs, buffers = zip(*pending, strict=True)
+    one = upstream is None
+    eager = _is_value(gradients[0]) and (upstream is None or _is_value(upstream))
     if upstream is None:
         work = torch.promote_types(gradients[0].dtype, torch.float32)
         upstream = torch.ones((), dtype=work, device=gradients[0].device)
-    taken = [(buffer, gradient) for gradient, _, buffer in formed if buffer is not None]
-    if taken:
-        add_gradients(
-            [buffer for buffer, _ in taken], [gradient for _, gradient in taken], upstream, backend
-        )
-    free = [place for place, buffer in enumerate(buffers) if buffer is None]
-    values, leaves = [gradients[place] for place in free], [inputs[place] for place in free]
+    given = [buffer for buffer in buffers if buffer is not None]
+    if given:
+        added = [gradient for gradient, _, buffer in pending if buffer is not None]
+        add_gradients(given, added, upstream, backend)
+    returned = [place for place, buffer in enumerate(buffers) if buffer is None]
+    values = [gradients[place] for place in returned]
+    leaves = [inputs[place] for place in returned]
     if torch.is_grad_enabled():
         values = scale_gradients(values, upstream, leaves, double_backward_inputs, backend, op)
     elif not one and eager:
@@ -171,7 +166,7 @@ def scaled_gradients(
     elif not one:
         values = scale_gradients(values, upstream, leaves, [], backend, op)
     result: list[Tensor | None] = [None] * len(gradients)
-    for place, value, leaf in zip(free, values, leaves, strict=True):
+    for place, value, leaf in zip(returned, values, leaves, strict=True):
         result[place] = value if value.dtype == leaf.dtype else value.to(leaf.dtype)
     return result
 

@@ -17,19 +17,19 @@ from torch import Tensor
 _Formula = Callable[..., Tensor]
 
 
-def of_live_rows(formula: _Formula, *tensors: Tensor | None) -> Tensor:
+def of_active_rows(formula: _Formula, *tensors: Tensor | None) -> Tensor:
     """``formula(None, *tensors)``; its gradients are those of ``formula(upstream != 0, *tensors)``.
 
     formula: gives rows that are not wanted the loss 0, and reads nothing of them. tensors: all that
         get a gradient.
     """
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[attr-defined]
-    if transformed or torch.compiler.is_compiling():
+    stack = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    if stack is not None or torch.compiler.is_compiling():
         return formula(None, *tensors)
-    return _LiveRows.apply(formula, *tensors)  # type: ignore[return-value]
+    return _ActiveRows.apply(formula, *tensors)  # type: ignore[return-value]
 
 
-class _LiveRows(torch.autograd.Function):
+class _ActiveRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, formula: _Formula, *tensors: Tensor | None) -> Tensor:
         ctx.formula = formula
@@ -38,9 +38,10 @@ class _LiveRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor) -> tuple[Tensor | None, ...]:
-        (upstream,), again = upstreams, torch.is_grad_enabled()
+        (upstream,) = upstreams
+        again = torch.is_grad_enabled()
         with torch.enable_grad():
-            # views: one tensor may have come twice, and gets a gradient for each
+            # views: one tensor may be given twice, and gets a gradient for each
             tensors = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
             needed = ctx.needs_input_grad[1:]
             wanted = [x for x, flag in zip(tensors, needed, strict=True) if flag and x is not None]

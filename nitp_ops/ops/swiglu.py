@@ -35,7 +35,7 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str | None = None) -> Tensor:
     Raises:
         TypeError: not a tensor, or an unserved or different dtype.
         ValueError: different shapes or devices, or an unknown backend.
-        BackendError: the backend that was asked for does not serve this device.
+        BackendError: the requested backend does not serve this device.
 
     Example:
         >>> import torch, nitp_ops

@@ -57,6 +57,6 @@ def test_every_field_is_an_argument_of_the_op():
     of_shard = [f"shard_{name}" for name in VocabShard._fields]
     of_terms = [f"each_{name}" for name in names_of(CrossEntropyTerm)]
     assert names == [*of_terms, *of_head, *of_shard, *Call._fields]
-    assert [PACKING.place(name) for name in ("hidden", "weight", "backend")] == [
+    assert [PACKING.index_of(name) for name in ("hidden", "weight", "backend")] == [
         names.index(name) for name in ("each_hidden", "weight", "backend")
     ]

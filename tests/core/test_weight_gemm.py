@@ -9,7 +9,7 @@ from torch._dynamo import compiled_autograd
 
 import nitp_ops
 from nitp_ops import reference
-from nitp_ops.core import gemm
+from nitp_ops.core import gemm, weight_gradient
 from nitp_ops.ops import gradients
 from tests.support.budget import EPS
 
@@ -22,13 +22,13 @@ NAN = float("nan")
 def ran(monkeypatch):
     """The operands of every such GEMM; other sums of a weight gradient are an error."""
     seen = []
-    run = gemm.WeightGemm.run
+    run = weight_gradient.WeightGemm.run
 
     def noted(self, upstream, kernels):
         seen.append(self.operands)
         run(self, upstream, kernels)
 
-    monkeypatch.setattr(gemm.WeightGemm, "run", noted)
+    monkeypatch.setattr(weight_gradient.WeightGemm, "run", noted)
     return seen
 
 
@@ -122,7 +122,7 @@ def test_no_gradient_of_the_weight_is_formed(ran, monkeypatch):
     def refuse(*given, **options):
         raise AssertionError("a weight gradient was formed or added")
 
-    monkeypatch.setattr(gemm.WeightGradient, "__init__", refuse)
+    monkeypatch.setattr(weight_gradient.WeightGradient, "__init__", refuse)
     monkeypatch.setattr(gradients, "add_gradients", refuse)
     hidden, weight, labels, buffer = case(torch.float32)
     nitp_ops.linear_cross_entropy(hidden, weight, labels, weight_grad_out=buffer).backward()

@@ -121,7 +121,7 @@ def test_a_second_derivative_is_refused():
     (first,) = torch.autograd.grad(
         sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)[0], hidden, create_graph=True
     )
-    with pytest.raises(NotImplementedError, match="double backward came"):
+    with pytest.raises(NotImplementedError, match="got a double backward"):
         first.sum().backward()
 
 

@@ -225,14 +225,14 @@ def check_predictions(run: Run, dtype: torch.dtype) -> None:
         weight = None if targets == 1 else torch.ones(4, targets, dtype=work)
         if targets == 1:
             labels[3] = -100
-        for parts in (None, torch.zeros(4, 4, dtype=work)):
+        for softmax_partials in (None, torch.zeros(4, 4, dtype=work)):
             for gradient in (False, True):
                 found = run(
                     "cross_entropy_rows_", logits.clone(), labels, weight, None, None, None,
-                    torch.zeros(2, 4, dtype=work), torch.zeros(4, targets, dtype=work), torch.zeros(4).long(), -100,
-                    targets > 1, 0.0, 0.0, 0.0, 1.0, gradient, parts,
+                    torch.zeros(2, 4, dtype=work), torch.zeros(4, targets, dtype=work),
+                    torch.zeros(4).long(), -100, targets > 1, 0.0, 0.0, 0.0, 1.0, gradient,
+                    softmax_partials,
                 )[8]  # fmt: skip
                 given = torch.tensor([True, False, True, False])
-                assert torch.equal(
-                    found, best if parts is not None else torch.where(given, best, -1)
-                )
+                of_shard = softmax_partials is not None
+                assert torch.equal(found, best if of_shard else torch.where(given, best, -1))

@@ -1,4 +1,4 @@
-"""Rows of logits whose columns are cut in two: their parts, and the gradient of one half, by
+"""Rows of logits whose columns are cut in two: their softmax partials, and the gradient of one half, by
 formulas in float64."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 NAN = float("nan")
-PARTS = ("max", "sum", "below", "spread")
+PARTIALS = ("max", "sum", "shifted_logit_sum", "entropy_sum")
 
 
 def work(dtype: torch.dtype) -> torch.dtype:
@@ -27,39 +27,39 @@ def transformed(
     return z, scale * (1 - (z / softcap) ** 2)
 
 
-def parts_arguments(
+def partials_arguments(
     logits: Tensor, *, bias, class_weight, smoothing, softcap, scale, entropy
 ) -> list[Any]:
-    """Of cross_entropy_rows_ with parts, without a gradient and without any target."""
+    """Of cross_entropy_rows_ with softmax_partials, without a gradient and without any target."""
     rows, dtype = len(logits), work(logits.dtype)
-    stats, parts = (
-        torch.full((3 if entropy else 2, rows), NAN, dtype=dtype),
-        torch.full((4, rows), NAN, dtype=dtype),
-    )
+    stats = torch.full((3 if entropy else 2, rows), NAN, dtype=dtype)
+    softmax_partials = torch.full((4, rows), NAN, dtype=dtype)
     outputs = stats, torch.full((rows, 1), NAN, dtype=dtype), torch.full((rows,), -7)
     labels = torch.full((rows, 1), -1)
     options = -1, True, smoothing, 0.0, softcap, scale, False
-    return [logits, labels, None, bias, class_weight, None, *outputs, *options, parts]
+    return [logits, labels, None, bias, class_weight, None, *outputs, *options, softmax_partials]
 
 
-def parts_by_formula(
+def partials_by_formula(
     logits: Tensor, *, bias, class_weight, smoothing, softcap, scale, entropy
 ) -> Tensor:
     z, _ = transformed(logits, bias, softcap, scale)
     top = z.amax(1, keepdim=True)
-    below, e = z - top, (z - top).exp()
-    weighed = below if class_weight is None else below * class_weight.double()
-    none = torch.zeros(len(z), dtype=torch.float64)
-    spread = -(e * below.masked_fill(e == 0, 0)).sum(1)
-    return torch.stack(
-        [top[:, 0], e.sum(1), weighed.sum(1) if smoothing else none, spread if entropy else none]
-    )
+    shifted = z - top
+    e = shifted.exp()
+    shifted_logit_sum = entropy_sum = torch.zeros(len(z), dtype=torch.float64)
+    if smoothing:
+        weighed = shifted if class_weight is None else shifted * class_weight.double()
+        shifted_logit_sum = weighed.sum(1)
+    if entropy:
+        entropy_sum = -(e * shifted.masked_fill(e == 0, 0)).sum(1)
+    return torch.stack([top[:, 0], e.sum(1), shifted_logit_sum, entropy_sum])
 
 
 def gradient_arguments(
     logits: Tensor, *, bias, class_weight, softcap, scale, targets: int
 ) -> list[Any]:
-    """Of cross_entropy_gradient_rows_: three rows, the second of zero factors and full of NaN;
+    """Of cross_entropy_gradient_rows_: three rows, the second of zero coefficients and full of NaN;
     labels also outside."""
     columns, dtype = logits.shape[1], work(logits.dtype)
     logits[1] = NAN
@@ -70,26 +70,26 @@ def gradient_arguments(
     target_scale = torch.rand(3, targets, dtype=dtype)
     target_scale[1], target_scale[2, 0] = 0, 0
     top = z.nan_to_num(0).amax(1) + torch.tensor([0.0, 0.0, 1.5])
-    factors = torch.stack([top, torch.tensor([0.4, 0.0, 1.1]), torch.tensor([0.01, 0.0, 0.0])]).to(
-        dtype
-    )
-    return [logits, labels, target_scale, at, bias, class_weight, factors, softcap, scale]
+    softmax_coeff = torch.tensor([0.4, 0.0, 1.1])
+    uniform_coeff = torch.tensor([0.01, 0.0, 0.0])
+    grad_coeffs = torch.stack([top, softmax_coeff, uniform_coeff]).to(dtype)
+    return [logits, labels, target_scale, at, bias, class_weight, grad_coeffs, softcap, scale]
 
 
 def gradient_by_formula(arguments: list[Any]) -> Tensor:
-    logits, labels, target_scale, _, bias, class_weight, factors, softcap, scale = arguments
+    logits, labels, target_scale, _, bias, class_weight, grad_coeffs, softcap, scale = arguments
     z, slope = transformed(logits, bias, softcap, scale)
-    top, probability, off = factors.double().unsqueeze(2)
+    top, softmax_coeff, uniform_coeff = grad_coeffs.double().unsqueeze(2)
     weights = (
         torch.ones(z.shape[1], dtype=torch.float64)
         if class_weight is None
         else class_weight.double()
     )
-    g = probability * (z - top).exp() - off * weights
+    g = softmax_coeff * (z - top).exp() - uniform_coeff * weights
     inside = (labels >= 0) & (labels < z.shape[1])
     taken = target_scale.double().where(inside, 0)
     g = g.scatter_add(1, labels.where(inside, 0), -taken)
-    return (slope * g).where((probability != 0) | (off != 0), 0)
+    return (slope * g).where((softmax_coeff != 0) | (uniform_coeff != 0), 0)
 
 
 def options(columns: int, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def test_a_buffer_takes_its_gradient_in_one_pass():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_compiled_backward_reads_and_writes_each_gradient_once(dtype):
     like = torch.empty(V, D, dtype=dtype)
-    formed = like.new_zeros(V, D, dtype=gradients.formed_dtype(like, None))
+    formed = like.new_zeros(V, D, dtype=gradients.pending_dtype(like, None))
     with BytesMoved(N) as count:
         gradients.scale_gradients([formed], torch.tensor(0.5), [like], [], "native", "test")
     assert count.moved == {"scale_rows_": formed.nbytes + like.nbytes}

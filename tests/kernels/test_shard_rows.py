@@ -30,16 +30,16 @@ def kernels(request):
 
 @DTYPES
 @COLUMNS
-def test_the_parts_of_a_row(kernels, dtype, columns):
+def test_the_softmax_partials_of_a_row(kernels, dtype, columns):
     for given in cases.options(columns, dtype):
         for smoothing, entropy in ((0.0, False), (0.1, False), (0.0, True), (0.3, True)):
-            asked = {**given, "smoothing": smoothing, "entropy": entropy}
-            arguments = cases.parts_arguments((3 * torch.randn(3, columns)).to(dtype), **asked)
+            options = {**given, "smoothing": smoothing, "entropy": entropy}
+            arguments = cases.partials_arguments((3 * torch.randn(3, columns)).to(dtype), **options)
             kernels.cross_entropy_rows_(*arguments)
             near(
                 list(arguments[-1]),
-                list(cases.parts_by_formula(arguments[0], **asked)),
-                ["max", "sum", "below", "spread"],
+                list(cases.partials_by_formula(arguments[0], **options)),
+                list(cases.PARTIALS),
             )
 
 
@@ -59,7 +59,7 @@ def test_the_gradient_of_a_row(kernels, dtype, columns):
 
 def test_a_target_of_weight_zero_leaves_what_the_row_got():
     logits = torch.zeros(1, 4)
-    factors = torch.tensor([[0.0], [1.0], [0.0]])
+    grad_coeffs = torch.tensor([[0.0], [1.0], [0.0]])
     torch.ops.nitp_ops.cross_entropy_gradient_rows_(
         logits,
         torch.tensor([[2]]),
@@ -67,7 +67,7 @@ def test_a_target_of_weight_zero_leaves_what_the_row_got():
         torch.full((1, 1), float("nan")),
         None,
         None,
-        factors,
+        grad_coeffs,
         0.0,
         1.0,
     )

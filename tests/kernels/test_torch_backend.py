@@ -168,14 +168,14 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits():
     labels = torch.randint(0, columns, (n, 1))
     with _Largest() as seen:
         torch_rows.cross_entropy_rows_(
-            logits, labels, None, None, None, None, stats, torch.empty(n, 1), prediction, -100, False, 0.1, 1e-3, 20.0,
-            1.0, True,
+            logits, labels, None, None, None, None, stats, torch.empty(n, 1), prediction, -100,
+            False, 0.1, 1e-3, 20.0, 1.0, True,
         )  # fmt: skip
     assert seen.bytes <= logits.nbytes
 
 
 def test_devices_without_kernels_are_served_after_one_warning(monkeypatch):
-    select._warn_of_torch.cache_clear()
+    select._warn_once.cache_clear()
     device = torch.device("mps")
     with pytest.warns(
         RuntimeWarning,

@@ -140,7 +140,7 @@ MUTANTS = mutants(
                 "ops/cross_entropy/cross_entropy",
             ),
         ),
-        "nitp_ops/core/gemm.py": (
+        "nitp_ops/core/weight_gradient.py": (
             ("(upstream != 0).to(", "(upstream == upstream).to(", "core/weight_gemm"),
             ("torch.where(upstream == 0, 0, b * upstream)", "(b * upstream)", "core/weight_gemm"),
         ),

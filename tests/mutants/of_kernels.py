@@ -95,8 +95,8 @@ MUTANTS = mutants(
                 "ops/numerics",
             ),
             (
-                "if call.want_hidden[place] == wanted]",
-                "if wanted]",
+                "in active if call.want_hidden[place]]",
+                "in active]",
                 "ops/cross_entropy/shared_pass",
             ),
         ),
@@ -106,9 +106,11 @@ MUTANTS = mutants(
             ("-(-columns // _ALIGNED) * _ALIGNED", "columns", "core/gemm_policy"),
             ("rows - len(chunk)))", "rows - len(chunk)), 1)", "core/even_rows"),
         ),
+        "nitp_ops/core/weight_gradient.py": (
+            ("gradient[end - len(part) : end]", "gradient[: len(part)]", "ops/numerics"),
+            ("first += len(part)", "first += 0", "ops/numerics"),
+        ),
         "nitp_ops/core/gemm.py": (
-            ("gradient[end - len(piece) : end]", "gradient[: len(piece)]", "ops/numerics"),
-            ("first += len(piece)", "first += 0", "ops/numerics"),
             ("numbers < SPLIT_NUMBERS", "numbers < 0", "core/gemm_policy"),
             ("out.float() if add else", "out.float() if False else", "core/gemm_policy"),
         ),
@@ -116,8 +118,8 @@ MUTANTS = mutants(
             ("async_op=self.overlap", "async_op=True", "distributed/ops/vocab_parallel"),
             ('(fraction * fields["sum"])', 'fields["sum"]', "distributed/ops/vocab_parallel"),
             (
-                "apart = (top - peak) * fields",
-                "apart = 0 * fields",
+                "gap = (top - peak) * fields",
+                "gap = 0 * fields",
                 "distributed/ops/vocab_parallel",
             ),
             ("(best + self.first).to(bits)", "best.to(bits)", "distributed/ops/vocab_parallel"),
@@ -175,8 +177,8 @@ MUTANTS = mutants(
                 "kernels/triton_source/cross_entropy",
             ),
             (
-                "below -= tl.where(step > 0, weights * step, 0.0)",
-                "below -= 0.0",
+                "lane_shifted -= tl.where(step > 0, lane_weight * step, 0.0)",
+                "lane_shifted -= 0.0",
                 "kernels/triton_source/cross_entropy",
             ),
         ),

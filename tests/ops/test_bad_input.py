@@ -1,4 +1,4 @@
-"""Bad input is answered by one line: the argument, what came, what was expected."""
+"""Bad input raises an error of one line: the argument, what it is, what is expected."""
 
 from functools import partial
 from typing import Any
@@ -90,7 +90,7 @@ WRONG = [
                 "float32", lambda: lce(H, W, Y, weight_grad_out=W.bfloat16())),
     (ValueError, r"hidden_grad_out has shape \(9, 4\), expected \(3, "
                  r"4\)", lambda: lce(H, W, Y, hidden_grad_out=W)),
-    (ValueError, "hidden_grad_out came, but hidden requires "
+    (ValueError, "hidden_grad_out is given, but hidden requires "
                  "no", lambda: lce(H, W, Y, hidden_grad_out=H.clone())),
     (ValueError, "hidden_grad_out has "
                  "strides", lambda: lce(HL, W, Y, hidden_grad_out=torch.zeros(4, 3).t())),
@@ -100,7 +100,7 @@ WRONG = [
                  r"shape", lambda: shared([nitp_ops.CrossEntropyTerm(H, Y[:1])], W)),
     (ValueError, r"target has shape \(2, 4\), expected \(3, 4\)", lambda: itl(H, H[:2], G, U, D)),
     (ValueError, "up is None, expected gate and up together", lambda: itl(H, H, G, None, D)),
-    (ValueError, "gate_up came with gate and up, expected one of "
+    (ValueError, "gate_up is given beside gate and up, expected one of "
                  "them", lambda: itl(H, H, G, U, D, gate_up=G)),
     (ValueError, r"down is None, expected \[D, m\] beside gate_up", lambda: itl(H, H, gate_up=G)),
     (ValueError, r"gate_up has shape \(7, 4\), expected \(2 m, "

@@ -7,9 +7,9 @@ import torch
 
 import nitp_ops
 from nitp_ops import reference
-from nitp_ops.core import chunking, gemm
+from nitp_ops.core import chunking, gemm, weight_gradient
 from nitp_ops.ops.cross_entropy import chunked as token_chunks
-from nitp_ops.ops.implicit_token import chunked as latent_chunks
+from nitp_ops.ops.implicit_token import chunk_rows as latent_chunks
 from tests.support.budget import outputs, widened, within_budget
 
 
@@ -282,8 +282,10 @@ def test_a_sum_in_pieces_is_the_sum(monkeypatch, height):
     chunks = [(torch.randn(24, height).bfloat16(), torch.randn(24, 8).bfloat16()) for _ in range(3)]
     gradients, pieces, policy = [], [], gemm.GemmPolicy.of(torch.device("cpu"), torch.bfloat16)
     for bytes_of_one in (2**40, 1000):
-        monkeypatch.setattr(gemm, "_PIECE_BYTES", bytes_of_one)
-        sum_ = gemm.WeightGradient(torch.Size((height, 8)), policy, torch.bfloat16, chunks=3)
+        monkeypatch.setattr(weight_gradient, "_PART_BYTES", bytes_of_one)
+        sum_ = weight_gradient.WeightGradient(
+            torch.Size((height, 8)), policy, torch.bfloat16, chunks=3
+        )
         for a, b in chunks:
             sum_.add(a, b)
         pieces.append(len(sum_.sums))
@@ -314,9 +316,9 @@ def test_the_graph_keeps_no_copy_of_the_weight_gradient_after_backward():
     hidden, weight, labels = make()
     loss = nitp_ops.linear_cross_entropy(hidden, weight, labels)
     node = loss.grad_fn
-    assert node is not None and node.formed.gradients  # type: ignore[attr-defined]
+    assert node is not None and node.pending.gradients  # type: ignore[attr-defined]
     loss.backward()
-    assert node.formed.gradients is None  # type: ignore[attr-defined]
+    assert node.pending.gradients is None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("deviation", [1.0, 3.0, 14.0, 45.0])

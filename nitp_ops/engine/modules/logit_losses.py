@@ -118,5 +118,5 @@ class _Times(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         raise NotImplementedError(
-            "objective: double backward came, expected first derivatives only"
+            "objective: got a double backward, expected first derivatives only"
         )

@@ -46,7 +46,9 @@ def _whole_rows(n: int, columns: int, dtype: torch.dtype) -> Sample:
     return Sample(arguments, 2 * logits.nbytes, partial(logits.copy_, kept))
 
 
-@row_kernel(writes=("logits", "stats", "target_logit", "prediction", "parts"), sample=_whole_rows)
+@row_kernel(
+    writes=("logits", "stats", "target_logit", "prediction", "softmax_partials"), sample=_whole_rows
+)
 def cross_entropy_rows_(
     logits: Tensor,
     labels: Tensor,
@@ -64,22 +66,23 @@ def cross_entropy_rows_(
     softcap: float,
     logit_scale: float,
     gradient: bool,
-    parts: Tensor | None = None,
+    softmax_partials: Tensor | None = None,
 ) -> None:
     """Loss, log-sum-exp (and entropy, where stats has three rows) of each row; with `gradient` over
     the logits.
 
     logits [N, V]; labels, target_weight, target_logit [N, K]; bias, class_weight [V]; row_scale,
-    prediction [N]; parts [4, N]. Without parts the prediction of a row without a target is -1."""
+    prediction [N]; softmax_partials [4, N]. Without these the prediction of a row without a target
+    is -1."""
     columns, work, e = logits.shape[1], stats.dtype, label_smoothing
     unknown = float("nan")
     for part in blocks(logits):
         z = _transformed(logits[part], bias, softcap, logit_scale, work)
         most, best = z.amax(1, keepdim=True), z.argmax(1)
-        below = z - most
-        exponential = below.exp()
-        mass = exponential.sum(1)
-        log_sum = mass.log()
+        shifted = z - most
+        exponential = shifted.exp()
+        exp_sum = exponential.sum(1)
+        log_sum = exp_sum.log()
         lse = most.squeeze(1) + log_sum
 
         given = labels[part]
@@ -100,54 +103,56 @@ def cross_entropy_rows_(
         loss = (1 - e) * torch.where(weight == 0, 0, weight * gap).sum(1)
         weight_sum, active = weight.sum(1), (~absent).any(1)
 
-        smooth_sum, below_sum = weight_sum, torch.zeros_like(mass)
+        smooth_weight_sum, shifted_logit_sum = weight_sum, torch.zeros_like(exp_sum)
         if e > 0:
             if class_weight is None:
-                below_sum = below.sum(1)
-                loss = loss + e * weight_sum * (log_sum - below_sum / columns)
+                shifted_logit_sum = shifted.sum(1)
+                loss = loss + e * weight_sum * (log_sum - shifted_logit_sum / columns)
             else:
-                below_sum = torch.where(class_weight == 0, 0, class_weight * below).sum(1)
-                smooth_sum = class_weight.sum() / columns
-                loss = loss + e * (smooth_sum * log_sum - below_sum / columns)
+                weighed = torch.where(class_weight == 0, 0, class_weight * shifted)
+                shifted_logit_sum = weighed.sum(1)
+                smooth_weight_sum = class_weight.sum() / columns
+                loss = loss + e * (smooth_weight_sum * log_sum - shifted_logit_sum / columns)
         if z_loss > 0:
             loss = loss + z_loss * lse.square()
-        entropy_sum = torch.zeros_like(mass)
+        entropy_sum = torch.zeros_like(exp_sum)
         if len(stats) == 3:
-            # a probability of zero adds nothing, however far below its logit lies
-            entropy_sum = torch.where(exponential == 0, 0, exponential * -below).sum(1)
-            stats[2, part] = torch.where(active, log_sum + entropy_sum / mass, unknown)
+            # a probability of zero adds nothing, however small its logit is
+            entropy_sum = torch.where(exponential == 0, 0, exponential * -shifted).sum(1)
+            stats[2, part] = torch.where(active, log_sum + entropy_sum / exp_sum, unknown)
         stats[0, part] = torch.where(active, loss, 0)
         stats[1, part] = torch.where(active, lse, unknown)
-        prediction[part] = best if parts is not None else best.masked_fill(~active, -1)
+        prediction[part] = best if softmax_partials is not None else best.masked_fill(~active, -1)
         target_logit.view(labels.shape)[part] = at_target
-        if parts is not None:
-            parts[:, part] = torch.stack([most.squeeze(1), mass, below_sum, entropy_sum])
+        if softmax_partials is not None:
+            softmax_partials[:, part] = torch.stack(
+                [most.squeeze(1), exp_sum, shifted_logit_sum, entropy_sum]
+            )
         if not gradient:
             continue
-        scale = torch.ones_like(mass) if row_scale is None else row_scale[part]
-        probability = (
-            (1 - e) * weight_sum + e * smooth_sum + (2 * z_loss * lse if z_loss > 0 else 0)
-        )
-        g = exponential * (scale * probability / mass).unsqueeze(1)
+        scale = torch.ones_like(exp_sum) if row_scale is None else row_scale[part]
+        softmax_weight = (1 - e) * weight_sum + e * smooth_weight_sum
+        if z_loss > 0:
+            softmax_weight = softmax_weight + 2 * z_loss * lse
+        g = exponential * (scale * softmax_weight / exp_sum).unsqueeze(1)
         if e > 0:
-            uniform = scale * (e / columns) * (weight_sum if class_weight is None else 1)
-            g -= uniform.unsqueeze(1) * (1 if class_weight is None else class_weight)
-        _subtract_at(g, inside, torch.where(valid, (1 - e) * scale.unsqueeze(1) * weight, 0))
+            uniform_coeff = scale * (e / columns) * (weight_sum if class_weight is None else 1)
+            g -= uniform_coeff.unsqueeze(1) * (1 if class_weight is None else class_weight)
+        target_coeff = torch.where(valid, (1 - e) * scale.unsqueeze(1) * weight, 0)
+        _subtract_at(g, inside, target_coeff)
         _store(logits[part], g, z, softcap, logit_scale, (scale != 0) & active)
 
 
 def _known_rows(n: int, columns: int, dtype: torch.dtype) -> Sample:
     kept = normal(n, columns, dtype)
-    logits, labels, wide_logits = (
-        kept.clone(),
-        torch.randint(columns, (n, 1)),
-        kept.to(working(kept)),
-    )
-    picked, scale = wide_logits.gather(1, labels), torch.rand(n, 1, dtype=wide_logits.dtype)
+    logits, wide_logits = kept.clone(), kept.to(working(kept))
+    labels = torch.randint(columns, (n, 1))
+    picked = wide_logits.gather(1, labels)
+    scale = torch.rand(n, 1, dtype=wide_logits.dtype)
     top = wide_logits.amax(1)
-    probability = 1 / (wide_logits - top[:, None]).exp().sum(1)
-    factors = torch.stack([top, probability, torch.zeros_like(top)])
-    arguments = logits, labels, scale, picked, None, None, factors, 0.0, 1.0
+    softmax_coeff = 1 / (wide_logits - top[:, None]).exp().sum(1)
+    grad_coeffs = torch.stack([top, softmax_coeff, torch.zeros_like(top)])
+    arguments = logits, labels, scale, picked, None, None, grad_coeffs, 0.0, 1.0
     return Sample(arguments, 2 * logits.nbytes, partial(logits.copy_, kept))
 
 
@@ -159,20 +164,20 @@ def cross_entropy_gradient_rows_(
     target_logit: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
-    factors: Tensor,
+    grad_coeffs: Tensor,
     softcap: float,
     logit_scale: float,
 ) -> None:
-    """The gradient over the logits of rows whose maximum and sum are known: factors [3, N] max,
-    probability, off."""
+    """The gradient over the logits of rows whose maximum and sum are known: grad_coeffs [3, N] max,
+    softmax_coeff, uniform_coeff."""
     columns = logits.shape[1]
     for part in blocks(logits):
-        z = _transformed(logits[part], bias, softcap, logit_scale, factors.dtype)
-        most, probability, off = factors[:, part].unsqueeze(2).unbind(0)
-        g = probability * (z - most).exp() - off * (1 if class_weight is None else class_weight)
+        z = _transformed(logits[part], bias, softcap, logit_scale, grad_coeffs.dtype)
+        most, softmax_coeff, uniform_coeff = grad_coeffs[:, part].unsqueeze(2).unbind(0)
+        weight = 1 if class_weight is None else class_weight
+        g = softmax_coeff * (z - most).exp() - uniform_coeff * weight
         given, scale = labels[part], target_scale.view(labels.shape)[part]
         here = (given >= 0) & (given < columns) & (scale != 0)
         _subtract_at(g, given.masked_fill(~here, 0), torch.where(here, scale, 0))
-        _store(
-            logits[part], g, z, softcap, logit_scale, ((probability != 0) | (off != 0)).squeeze(1)
-        )
+        active = (softmax_coeff != 0) | (uniform_coeff != 0)
+        _store(logits[part], g, z, softcap, logit_scale, active.squeeze(1))

@@ -37,7 +37,8 @@ def swiglu_rows_backward_(
     d_gate: Tensor | None = None,
     d_up: Tensor | None = None,
 ) -> None:
-    """d_gate = upstream u s (1 + g (1 - s)), d_up = upstream g s, s = sigmoid(g); None: in place."""
+    """d_gate = upstream u s (1 + g (1 - s)), d_up = upstream g s with s = sigmoid(g); None: in
+    place."""
     work = working(gate)
     d_gate, d_up = gate if d_gate is None else d_gate, up if d_up is None else d_up
     for part in blocks(gate):

@@ -3,7 +3,7 @@ them.
 
 Importing this package, which needs triton, registers them with PyTorch's dispatcher for whatever
 row kernel has no compiled CUDA version, and defines the schemas first where the compiled library is
-absent. The functions themselves can be called too, whoever serves the dispatcher. `nitp_ops`
+absent. The functions themselves can be called too, whatever is registered. `nitp_ops`
 imports it on the first CUDA tensor (select.py).
 """
 

@@ -77,8 +77,8 @@ def _factor(square, eps, A: tl.constexpr):
 
 @triton.jit
 def _cosine(
-    prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm, z_norm, p_size, z_size,
-    cosine, by_p, by_z, A: tl.constexpr, BLOCK: tl.constexpr,
+    prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm, z_norm,
+    p_size, z_size, cosine, by_p, by_z, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Half the squared chord where the cosine exceeds 1/2, since 1 - c loses digits there
     (csrc/cpu/alignment.cpp)."""
@@ -133,7 +133,8 @@ def _difference(
 
 @triton.jit
 def _kl(
-    prediction, target, d_prediction, d_target, columns, known, written, scale, A: tl.constexpr, BLOCK: tl.constexpr
+    prediction, target, d_prediction, d_target, columns, known, written, scale, A: tl.constexpr,
+    BLOCK: tl.constexpr
 ):  # fmt: skip
     p_most, z_most = tl.full([BLOCK], LOWEST, A), tl.full([BLOCK], LOWEST, A)
     p_total, z_total = tl.zeros([BLOCK], A), tl.zeros([BLOCK], A)
@@ -171,8 +172,8 @@ def _kl(
 @triton.jit
 def _rows(
     prediction, target, target_rows, row_scale, stats, d_prediction, d_target, columns, targets,
-    prediction_stride: tl.int64, target_stride: tl.int64, stats_stride: tl.int64, d_prediction_stride: tl.int64,
-    d_target_stride: tl.int64, eps: tl.float64,
+    prediction_stride: tl.int64, target_stride: tl.int64, stats_stride: tl.int64,
+    d_prediction_stride: tl.int64, d_target_stride: tl.int64, eps: tl.float64,
     DISTANCE: tl.constexpr, GRADIENT: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # tl.full: under the interpreter a scalar is a Python number, which keeps its float64 digits
@@ -212,8 +213,8 @@ def _rows(
     cosine = pz / (p_size * z_size)
     if DISTANCE == _COSINE:
         loss = _cosine(
-            prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm, z_norm, p_size,
-            z_size, cosine, by_p, by_z, A, BLOCK,
+            prediction, target, d_prediction, d_target, columns, known, written, scale, eps, p_norm,
+            z_norm, p_size, z_size, cosine, by_p, by_z, A, BLOCK,
         )  # fmt: skip
     elif DISTANCE == _KL:
         loss = _kl(
@@ -221,7 +222,8 @@ def _rows(
         )
     else:
         loss = _difference(
-            prediction, target, d_prediction, d_target, columns, known, written, scale, DISTANCE, A, BLOCK
+            prediction, target, d_prediction, d_target, columns, known, written, scale, DISTANCE, A,
+            BLOCK
         )  # fmt: skip
     if GRADIENT and scale == 0:  # not 0 * gradient: a NaN under a zero weight stays out
         zeros = tl.zeros([BLOCK], A)
@@ -266,7 +268,8 @@ def alignment_rows_(
         raise ValueError(f"{_OP}: distance is {distance}, expected 0, 1, 2 or 3")
     launch(
         _rows, (rows,), prediction,
-        prediction, target, target_rows, row_scale, stats, into, d_target, columns, targets, prediction.stride(0),
-        target.stride(0), stats.stride(0), into.stride(0), 0 if d_target is None else d_target.stride(0), eps,
-        DISTANCE=distance, GRADIENT=gradient, A=work, **blocks(columns, _MOST, a_thread=8),
+        prediction, target, target_rows, row_scale, stats, into, d_target, columns, targets,
+        prediction.stride(0), target.stride(0), stats.stride(0), into.stride(0),
+        0 if d_target is None else d_target.stride(0), eps, DISTANCE=distance, GRADIENT=gradient,
+        A=work, **blocks(columns, _MOST, a_thread=8),
     )  # fmt: skip

@@ -1,9 +1,8 @@
-"""Cross-entropy over rows of logits: csrc/formulas/cross_entropy.h holds the equations,
-csrc/schemas.cpp the arguments.
+"""Cross-entropy over rows of logits (csrc/formulas/cross_entropy.h).
 
 One program per row. A row that fits into its registers is read once; of a longer one the first pass
-forms every sum online, lane by lane, and the second reads it again. No store is read back. Scalars
-of a row are float64: few, and differences of large numbers.
+computes every sum online, lane by lane, and the second reads it again. No store is read back.
+Scalars of a row are float64: few, and differences of large numbers.
 """
 
 # The body of a @triton.jit function is Triton's language, which only looks like Python to a type
@@ -16,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import blocks, check_rows, check_values, launch, size_of, working
+from .logits import read_logits
 from .softmax import LOWEST, absorb
 
 _OP = "cross_entropy_rows_"
@@ -24,34 +24,6 @@ _BYTES = 16384
 # A whole row in registers, 64 bytes of a thread: of 16384 float32 numbers every variant but the
 # plainest spills.
 _WHOLE_BYTES = 32 * 1024
-
-
-@triton.jit
-def _tanh(x):
-    # sinh / cosh by their series near zero, where (1 - e) / (1 + e) cancels; seven terms are exact
-    # in float64
-    t = x * x
-    sinh = 1 + t * (1 / 110) * (1 + t * (1 / 156) * (1 + t * (1 / 210)))
-    sinh = x * (
-        1 + t * (1 / 6) * (1 + t * (1 / 20) * (1 + t * (1 / 42) * (1 + t * (1 / 72) * sinh)))
-    )
-    e = tl.exp(-2 * tl.abs(x))
-    far = (1 - e) / (1 + e)
-    return tl.where(t < 0.25, sinh / tl.sqrt(1 + sinh * sinh), tl.where(x < 0, -far, far))
-
-
-@triton.jit
-def read_logits(
-    logits, bias, column, inside, logit_scale, softcap, CAPPED: tl.constexpr, A: tl.constexpr
-):
-    """z = cap tanh(scale (x + bias) / cap), or scale (x + bias)."""
-    x = tl.load(logits + column, mask=inside, other=0.0).to(A)
-    if bias is not None:
-        x += tl.load(bias + column, mask=inside, other=0.0)
-    x = logit_scale * x
-    if CAPPED:
-        x = softcap * _tanh(x / softcap)
-    return x
 
 
 @triton.jit
@@ -65,39 +37,42 @@ def _of_whole_row(
     best = tl.min(tl.where(reached == maximum, lane, columns))
     step = z - maximum
     e = tl.exp(step)
-    below, weights, spread = tl.zeros([], A), tl.zeros([], A), tl.zeros([], A)
+    shifted_logit_sum, weight_sum, entropy_sum = tl.zeros([], A), tl.zeros([], A), tl.zeros([], A)
     if SMOOTHED:
-        below = tl.sum(tl.where(inside & (weight != 0), weight * step, 0.0))
-        weights = tl.sum(weight)
-    if ENTROPY:  # a probability of zero adds nothing, however far below its logit lies
-        spread = -tl.sum(tl.where(e > 0, e * step, 0.0))
+        shifted_logit_sum = tl.sum(tl.where(inside & (weight != 0), weight * step, 0.0))
+        weight_sum = tl.sum(weight)
+    if ENTROPY:  # a probability of zero adds nothing, however small its logit is
+        entropy_sum = -tl.sum(tl.where(e > 0, e * step, 0.0))
     # beside the largest, which is 1, the others of a sure row would be lost in float32
-    mass = tl.sum(tl.where(lane == best, e, 0.0)).to(tl.float64) + tl.sum(
-        tl.where(lane == best, 0.0, e)
-    ).to(tl.float64)
-    return maximum, best, mass, below.to(tl.float64), weights.to(tl.float64), spread.to(tl.float64)
+    largest = tl.sum(tl.where(lane == best, e, 0.0)).to(tl.float64)
+    others = tl.sum(tl.where(lane == best, 0.0, e)).to(tl.float64)
+    exp_sum = largest + others
+    shifted_logit_sum = shifted_logit_sum.to(tl.float64)
+    weight_sum = weight_sum.to(tl.float64)
+    entropy_sum = entropy_sum.to(tl.float64)
+    return maximum, best, exp_sum, shifted_logit_sum, weight_sum, entropy_sum
 
 
 @triton.jit
 def _gradient(
-    z, maximum, factor, uniform, at_target, softcap, logit_scale, labels, target_weight, class_weight,
-    column, inside, first, row, targets, ignore_index,
+    z, maximum, softmax_coeff, uniform_coeff, target_coeff, softcap, logit_scale, labels,
+    target_weight, class_weight, column, inside, first, row, targets, ignore_index,
     SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    g = factor * tl.exp(z - maximum)
+    g = softmax_coeff * tl.exp(z - maximum)
     if SMOOTHED:
         if class_weight is not None:
-            g -= uniform * tl.load(class_weight + column, mask=inside, other=0.0)
+            g -= uniform_coeff * tl.load(class_weight + column, mask=inside, other=0.0)
         else:
-            g -= uniform
+            g -= uniform_coeff
     for k in range(targets):
         at = row * targets + k
         label = tl.load(labels + at)
         here = (label >= first) & (label < first + BLOCK) & (label != ignore_index)
         if here:
-            w = at_target
+            w = target_coeff
             if target_weight is not None:
-                w = at_target * tl.load(target_weight + at)
+                w = target_coeff * tl.load(target_weight + at)
             g -= tl.where(column == label, w, 0.0)
     if CAPPED:
         ratio = z / softcap
@@ -109,14 +84,15 @@ def _gradient(
 
 @triton.jit
 def _rows(
-    logits, labels, target_weight, bias, class_weight, row_scale, stats, target_logit, prediction, parts,
-    columns, targets, logits_stride: tl.int64, stats_stride: tl.int64, parts_stride: tl.int64, ignore_index: tl.int64,
-    label_smoothing: tl.float64, z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
-    NEGATIVE_IS_ABSENT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr,
-    GRADIENT: tl.constexpr, WHOLE: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    logits, labels, target_weight, bias, class_weight, row_scale, stats, target_logit, prediction,
+    softmax_partials, columns, targets, logits_stride: tl.int64, stats_stride: tl.int64,
+    softmax_partials_stride: tl.int64, ignore_index: tl.int64, label_smoothing: tl.float64,
+    z_loss: tl.float64, softcap: tl.float64, logit_scale: tl.float64,
+    NEGATIVE_IS_ABSENT: tl.constexpr, SMOOTHED: tl.constexpr, CAPPED: tl.constexpr,
+    ENTROPY: tl.constexpr, GRADIENT: tl.constexpr, WHOLE: tl.constexpr, A: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # tl.full: under the interpreter a scalar, a Python number, keeps its float64 digits only this
-    #     way
+    # under the interpreter a scalar is a Python number: tl.full keeps its float64 digits
     e, c = tl.full((), label_smoothing, tl.float64), tl.full((), z_loss, tl.float64)
     softcap, logit_scale = tl.full((), softcap, A), tl.full((), logit_scale, A)
     row = tl.program_id(0).to(tl.int64)
@@ -130,7 +106,7 @@ def _rows(
         weight = tl.where(inside, 1.0, 0.0).to(A)
         if class_weight is not None:  # only with smoothing
             weight = tl.load(class_weight + lane, mask=inside, other=0.0)
-        maximum, best, mass, all_below, all_weights, all_spread = _of_whole_row(
+        maximum, best, exp_sum, shifted_logit_sum, class_weight_sum, entropy_sum = _of_whole_row(
             z, weight, inside, lane, columns, SMOOTHED, ENTROPY, A
         )
     else:
@@ -140,9 +116,9 @@ def _rows(
         most = tl.full([BLOCK], LOWEST, A)
         found = tl.zeros([BLOCK], tl.int32)
         total = tl.zeros([BLOCK], A)
-        weights = tl.zeros([BLOCK], A)
-        below = tl.zeros([BLOCK], A)
-        spread = tl.zeros([BLOCK], A)
+        lane_weight = tl.zeros([BLOCK], A)
+        lane_shifted = tl.zeros([BLOCK], A)
+        lane_entropy = tl.zeros([BLOCK], A)
         for first in range(0, columns, BLOCK):
             column = first + lane
             inside = column < columns
@@ -153,40 +129,40 @@ def _rows(
                 weight = tl.where(inside, 1.0, 0.0).to(A)
                 if class_weight is not None:
                     weight = tl.load(class_weight + column, mask=inside, other=0.0)
-                below += tl.where(inside, weight * tl.minimum(step, 0.0), 0.0)
-                below -= tl.where(step > 0, weights * step, 0.0)
-                weights += weight
+                lane_shifted += tl.where(inside, weight * tl.minimum(step, 0.0), 0.0)
+                lane_shifted -= tl.where(step > 0, lane_weight * step, 0.0)
+                lane_weight += weight
             if ENTROPY:
                 shrink = tl.exp(-tl.abs(step))
-                spread = tl.where(step > 0, shrink * spread, spread)
-                # a probability of zero adds nothing, however far below its logit lies
-                spread += tl.where(
-                    shrink > 0, shrink * tl.where(step > 0, step * total, -step), 0.0
-                )
+                lane_entropy = tl.where(step > 0, shrink * lane_entropy, lane_entropy)
+                # a probability of zero adds nothing, however small its logit is
+                gained = shrink * tl.where(step > 0, step * total, -step)
+                lane_entropy += tl.where(shrink > 0, gained, 0.0)
             found = tl.where(step > 0, first, found)
             most, total = absorb(z, most, total)
 
         maximum = tl.max(most)
         best = tl.min(tl.where(most == maximum, found + lane, columns))
         fraction = tl.exp(most - maximum)
-        mass = tl.sum((total * fraction).to(tl.float64))
-        all_below = tl.zeros([], tl.float64)
-        all_weights = tl.zeros([], tl.float64)
+        exp_sum = tl.sum((total * fraction).to(tl.float64))
+        shifted_logit_sum = tl.zeros([], tl.float64)
+        class_weight_sum = tl.zeros([], tl.float64)
         if SMOOTHED:
-            behind = weights.to(tl.float64) * (maximum.to(tl.float64) - most.to(tl.float64))
-            all_below = tl.sum(tl.where(weights == 0, 0.0, below.to(tl.float64) - behind))
-            all_weights = tl.sum(weights.to(tl.float64))
-        all_spread = tl.zeros([], tl.float64)
+            gap = maximum.to(tl.float64) - most.to(tl.float64)
+            shifted = lane_shifted.to(tl.float64) - lane_weight.to(tl.float64) * gap
+            shifted_logit_sum = tl.sum(tl.where(lane_weight == 0, 0.0, shifted))
+            class_weight_sum = tl.sum(lane_weight.to(tl.float64))
+        entropy_sum = tl.zeros([], tl.float64)
         if ENTROPY:
-            spread = tl.where(fraction > 0, fraction * (spread + (maximum - most) * total), 0.0)
-            all_spread = tl.sum(spread.to(tl.float64))
-    wide_maximum, log_sum = maximum.to(tl.float64), tl.log(mass)
+            of_row = fraction * (lane_entropy + (maximum - most) * total)
+            entropy_sum = tl.sum(tl.where(fraction > 0, of_row, 0.0).to(tl.float64))
+    wide_maximum, log_sum = maximum.to(tl.float64), tl.log(exp_sum)
     lse = wide_maximum + log_sum
 
-    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), formed from differences. A label
+    # The targets: S = sum_k w_k and gap = sum_k w_k (lse - z_k), from differences. A label
     # outside [0, V) weighs NaN, which poisons the loss and the gradient of its row.
-    sum_of_weights = tl.zeros([], tl.float64)
-    gap = tl.zeros([], tl.float64)
+    weight_sum = tl.zeros([], tl.float64)
+    target_gap = tl.zeros([], tl.float64)
     present = tl.zeros([], tl.int32)
     for k in range(targets):
         at = row * targets + k
@@ -203,56 +179,55 @@ def _rows(
             w = tl.load(target_weight + at)
         w = tl.where(valid, w, float("nan")).to(tl.float64)
         # a weight of zero adds nothing, even to an infinite gap
-        gap += tl.where(
-            absent | (w == 0), 0.0, w * (log_sum + (wide_maximum - picked.to(tl.float64)))
-        )
-        sum_of_weights += tl.where(absent, 0.0, w)
+        weighed = w * (log_sum + (wide_maximum - picked.to(tl.float64)))
+        target_gap += tl.where(absent | (w == 0), 0.0, weighed)
+        weight_sum += tl.where(absent, 0.0, w)
         present += tl.where(absent, 0, 1)
 
-    loss = (1 - e) * gap
-    smooth_mass = sum_of_weights
+    loss = (1 - e) * target_gap
+    smooth_weight_sum = weight_sum
     if SMOOTHED:
-        mean_below = all_below / columns
+        shifted_mean = shifted_logit_sum / columns
         if class_weight is not None:
-            smooth_mass = all_weights / columns
-            loss += e * (smooth_mass * log_sum - mean_below)
+            smooth_weight_sum = class_weight_sum / columns
+            loss += e * (smooth_weight_sum * log_sum - shifted_mean)
         else:
-            loss += e * smooth_mass * (log_sum - mean_below)
+            loss += e * smooth_weight_sum * (log_sum - shifted_mean)
     loss += tl.where(c > 0, c * lse * lse, 0.0)
-    if parts is None:
+    if softmax_partials is None:
         best = tl.where(present > 0, best, -1)
     tl.store(prediction + row, best.to(tl.int64))
     tl.store(stats + row, tl.where(present > 0, loss, 0.0).to(A))
     tl.store(stats + stats_stride + row, tl.where(present > 0, lse, float("nan")).to(A))
     if ENTROPY:
-        entropy = log_sum + all_spread / mass
+        entropy = log_sum + entropy_sum / exp_sum
         tl.store(stats + 2 * stats_stride + row, tl.where(present > 0, entropy, float("nan")).to(A))
-    if parts is not None:  # a row of nothing but -inf keeps the finite LOWEST
-        tl.store(parts + row, tl.where(maximum > LOWEST, maximum, float("-inf")))
-        tl.store(parts + parts_stride + row, mass.to(A))
-        tl.store(parts + 2 * parts_stride + row, all_below.to(A))
-        tl.store(parts + 3 * parts_stride + row, all_spread.to(A))
+    if softmax_partials is not None:  # a row of nothing but -inf keeps the finite LOWEST
+        tl.store(softmax_partials + row, tl.where(maximum > LOWEST, maximum, float("-inf")))
+        tl.store(softmax_partials + softmax_partials_stride + row, exp_sum.to(A))
+        tl.store(softmax_partials + 2 * softmax_partials_stride + row, shifted_logit_sum.to(A))
+        tl.store(softmax_partials + 3 * softmax_partials_stride + row, entropy_sum.to(A))
 
     if GRADIENT:
         scale = tl.full((), 1.0, tl.float64)
         if row_scale is not None:
             scale = tl.load(row_scale + row).to(tl.float64)
-        live = (scale != 0) & (present > 0)
-        probability_factor = (
-            (1 - e) * sum_of_weights + e * smooth_mass + tl.where(c > 0, 2 * c * lse, 0.0)
-        )
-        factor = (scale * probability_factor / mass).to(A)
-        uniform = (scale * e / columns).to(A)
+        active = (scale != 0) & (present > 0)
+        softmax_weight = (1 - e) * weight_sum + e * smooth_weight_sum
+        softmax_weight += tl.where(c > 0, 2 * c * lse, 0.0)
+        softmax_coeff = (scale * softmax_weight / exp_sum).to(A)
+        uniform_coeff = (scale * e / columns).to(A)
         if class_weight is None:
-            uniform = (scale * e / columns * sum_of_weights).to(A)
-        at_target = (scale * (1 - e)).to(A)
+            uniform_coeff = (scale * e / columns * weight_sum).to(A)
+        target_coeff = (scale * (1 - e)).to(A)
         tl.debug_barrier()  # the logits of the targets are read: from here on they are overwritten
         if WHOLE:
             g = tl.zeros([BLOCK], A)
-            if live:  # else zeros, not 0 * gradient: a NaN under a zero weight stays out
+            if active:  # else zeros, not 0 * gradient: a NaN under a zero weight stays out
                 g = _gradient(
-                    z, maximum, factor, uniform, at_target, softcap, logit_scale, labels, target_weight, class_weight,
-                    lane, inside, 0, row, targets, ignore_index, SMOOTHED, CAPPED, BLOCK,
+                    z, maximum, softmax_coeff, uniform_coeff, target_coeff, softcap, logit_scale,
+                    labels, target_weight, class_weight, lane, inside, 0, row, targets,
+                    ignore_index, SMOOTHED, CAPPED, BLOCK,
                 )  # fmt: skip
             tl.store(logits + lane, g, mask=inside)
         else:
@@ -260,11 +235,12 @@ def _rows(
                 column = first + lane
                 inside = column < columns
                 g = tl.zeros([BLOCK], A)
-                if live:
+                if active:
                     z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
                     g = _gradient(
-                        z, maximum, factor, uniform, at_target, softcap, logit_scale, labels, target_weight,
-                        class_weight, column, inside, first, row, targets, ignore_index, SMOOTHED, CAPPED, BLOCK,
+                        z, maximum, softmax_coeff, uniform_coeff, target_coeff, softcap,
+                        logit_scale, labels, target_weight, class_weight, column, inside, first,
+                        row, targets, ignore_index, SMOOTHED, CAPPED, BLOCK,
                     )  # fmt: skip
                 tl.store(logits + column, g, mask=inside)
 
@@ -286,7 +262,7 @@ def cross_entropy_rows_(
     softcap: float,
     logit_scale: float,
     gradient: bool,
-    parts: Tensor | None = None,
+    softmax_partials: Tensor | None = None,
 ) -> None:
     """As torch_rows: loss, log-sum-exp (and entropy) of each row of logits [N, V]; with `gradient`
     over them."""
@@ -307,17 +283,18 @@ def cross_entropy_rows_(
     check_values(_OP, "target_logit", target_logit, logits, rows * targets, dtype)
     check_values(_OP, "prediction", prediction, logits, rows)
     check_rows(_OP, "stats", stats, logits, (fields, rows), (dtype,))
-    if parts is not None:
-        check_rows(_OP, "parts", parts, logits, (4, rows), (dtype,))
+    if softmax_partials is not None:
+        check_rows(_OP, "softmax_partials", softmax_partials, logits, (4, rows), (dtype,))
     smoothed = label_smoothing > 0
     whole = triton.next_power_of_2(columns) * dtype.itemsize <= _WHOLE_BYTES
     size, warps = (_WHOLE_BYTES, 16) if whole else (_BYTES, 8)
     launch(
         _rows, (rows,), logits,
-        logits, labels, target_weight, bias, class_weight if smoothed else None, row_scale, stats, target_logit,
-        prediction, parts, columns, targets, logits.stride(0), stats.stride(0),
-        0 if parts is None else parts.stride(0), ignore_index, label_smoothing, z_loss, softcap, logit_scale,
-        NEGATIVE_IS_ABSENT=negative_is_absent, SMOOTHED=smoothed, CAPPED=softcap > 0, ENTROPY=fields == 3,
-        GRADIENT=gradient, WHOLE=whole, A=work,
+        logits, labels, target_weight, bias, class_weight if smoothed else None, row_scale, stats,
+        target_logit, prediction, softmax_partials, columns, targets, logits.stride(0),
+        stats.stride(0), 0 if softmax_partials is None else softmax_partials.stride(0),
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+        NEGATIVE_IS_ABSENT=negative_is_absent, SMOOTHED=smoothed, CAPPED=softcap > 0,
+        ENTROPY=fields == 3, GRADIENT=gradient, WHOLE=whole, A=work,
         **blocks(columns, size // dtype.itemsize, 64 // dtype.itemsize, warps),
     )  # fmt: skip

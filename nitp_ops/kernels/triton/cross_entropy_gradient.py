@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_entropy import read_logits
 from .launch import blocks, check_rows, check_values, launch, size_of, working
+from .logits import read_logits
 
 _OP = "cross_entropy_gradient_rows_"
 _BYTES = 16384  # of one block in the working precision, as in cross_entropy.py
@@ -23,30 +23,30 @@ _BYTES = 16384  # of one block in the working precision, as in cross_entropy.py
 
 @triton.jit
 def _rows(
-    logits, labels, target_scale, target_logit, bias, class_weight, factors, columns, targets,
-    logits_stride: tl.int64, factors_stride: tl.int64, softcap: tl.float64, logit_scale: tl.float64,
-    CAPPED: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    logits, labels, target_scale, target_logit, bias, class_weight, grad_coeffs, columns, targets,
+    logits_stride: tl.int64, grad_coeffs_stride: tl.int64, softcap: tl.float64,
+    logit_scale: tl.float64, CAPPED: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     softcap, logit_scale = tl.full((), softcap, A), tl.full((), logit_scale, A)
     row = tl.program_id(0).to(tl.int64)
     logits += row * logits_stride
     lane = tl.arange(0, BLOCK)
-    maximum = tl.load(factors + row)
-    probability = tl.load(factors + factors_stride + row)
-    off = tl.load(factors + 2 * factors_stride + row)
-    something = (probability != 0) | (off != 0)
+    maximum = tl.load(grad_coeffs + row)
+    softmax_coeff = tl.load(grad_coeffs + grad_coeffs_stride + row)
+    uniform_coeff = tl.load(grad_coeffs + 2 * grad_coeffs_stride + row)
+    active = (softmax_coeff != 0) | (uniform_coeff != 0)
     for first in range(0, columns, BLOCK):
         column = first + lane
         inside = column < columns
         z = tl.zeros([BLOCK], A)
         g = tl.zeros([BLOCK], A)
-        if something:  # else zeros, not 0 * probability: a NaN under a zero weight stays out
+        if active:  # else zeros, not 0 * exp: a NaN under a zero weight stays out
             z = read_logits(logits, bias, column, inside, logit_scale, softcap, CAPPED, A)
-            g = probability * tl.exp(z - maximum)
+            g = softmax_coeff * tl.exp(z - maximum)
             if class_weight is not None:
-                g -= off * tl.load(class_weight + column, mask=inside, other=0.0)
+                g -= uniform_coeff * tl.load(class_weight + column, mask=inside, other=0.0)
             else:
-                g -= off
+                g -= uniform_coeff
         for k in range(targets):
             at = row * targets + k
             label = tl.load(labels + at)
@@ -69,14 +69,14 @@ def cross_entropy_gradient_rows_(
     target_logit: Tensor,
     bias: Tensor | None,
     class_weight: Tensor | None,
-    factors: Tensor,
+    grad_coeffs: Tensor,
     softcap: float,
     logit_scale: float,
 ) -> None:
     """The gradient of each row over its logits.
 
-    logits [N, V]; labels, target_scale, target_logit [N, K]; bias, class_weight [V]; factors [3,
-    N]."""
+    logits [N, V]; labels, target_scale, target_logit [N, K]; bias, class_weight [V];
+    grad_coeffs [3, N]."""
     rows, columns = size_of(_OP, "logits", logits)
     dtype, work = working(logits)
     if labels.dim() != 2:
@@ -87,12 +87,12 @@ def cross_entropy_gradient_rows_(
     check_values(_OP, "target_logit", target_logit, logits, rows * targets, dtype)
     check_values(_OP, "bias", bias, logits, columns, dtype)
     check_values(_OP, "class_weight", class_weight, logits, columns, dtype)
-    check_rows(_OP, "factors", factors, logits, (3, rows), (dtype,))
+    check_rows(_OP, "grad_coeffs", grad_coeffs, logits, (3, rows), (dtype,))
     if columns == 0:
         return
     launch(
         _rows, (rows,), logits,
-        logits, labels, target_scale, target_logit, bias, class_weight, factors, columns, targets, logits.stride(0),
-        factors.stride(0), softcap, logit_scale, CAPPED=softcap > 0, A=work,
-        **blocks(columns, _BYTES // dtype.itemsize, a_thread=64 // dtype.itemsize),
+        logits, labels, target_scale, target_logit, bias, class_weight, grad_coeffs, columns,
+        targets, logits.stride(0), grad_coeffs.stride(0), softcap, logit_scale, CAPPED=softcap > 0,
+        A=work, **blocks(columns, _BYTES // dtype.itemsize, a_thread=64 // dtype.itemsize),
     )  # fmt: skip

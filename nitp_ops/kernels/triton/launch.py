@@ -1,4 +1,4 @@
-"""What every launcher needs: checks of its arguments, working precision, block size, the launch
+"""For every launcher: checks of its arguments, working precision, block size, the launch
 itself.
 
 Nothing here reads a value of a tensor, so no launch waits for the device.
@@ -71,8 +71,8 @@ def check_values(
     checks.has_dtype(op, argument, tensor, (dtype,))
     checks.same_device(op, argument, tensor, "the first argument", like)
     if tensor.numel() != size or not tensor.is_contiguous():
-        came = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
-        raise ValueError(f"{op}: {argument} has {came}, expected {size} dense values")
+        got = f"shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        raise ValueError(f"{op}: {argument} has {got}, expected {size} dense values")
 
 
 def blocks(columns: int, most: int, a_thread: int = 16, warps: int = 8) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Row weights, the count and empty values from the labels of a token loss; its loss from the rows."""
+"""The labels of a token loss before its chunks, and the loss of its rows after them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _READERS, _ADDERS = 256, 4096
 
 @triton.jit
 def _read(
-    labels, target_weight, row_weight, scale, stats, target_logit, prediction, rows, targets, fields, stats_stride,
-    weight_stride, ignore_index, NEGATIVE_IS_ABSENT: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, A: tl.constexpr,
-    BLOCK: tl.constexpr,
+    labels, target_weight, row_weight, scale, stats, target_logit, prediction, rows, targets,
+    fields, stats_stride, weight_stride, ignore_index, NEGATIVE_IS_ABSENT: tl.constexpr,
+    NEEDS_WEIGHT: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Scale and values of each row; its prediction says to `_count` whether it has a target."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -49,8 +49,8 @@ def _read(
 
 @triton.jit
 def _count(
-    target_weight, normalizer, scale, totals, prediction, rows, max_rows, MEAN: tl.constexpr, BY_CLASS: tl.constexpr,
-    OTHERS: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+    target_weight, normalizer, scale, totals, prediction, rows, max_rows, MEAN: tl.constexpr,
+    BY_CLASS: tl.constexpr, OTHERS: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """By one program: the same order of additions on every device."""
     lane = tl.arange(0, BLOCK)
@@ -121,14 +121,17 @@ def prepare_rows_(
     check_rows(_OP, "stats", stats, labels, (fields, rows), (dtype,))
     launch(
         _read, (triton.cdiv(rows, _READERS),), labels,
-        labels, target_weight, row_weight, scale, stats, target_logit, prediction, rows, targets, fields,
-        stats.stride(0), 0 if one_weight else 1, ignore_index, NEGATIVE_IS_ABSENT=negative_is_absent,
-        NEEDS_WEIGHT=needs_target_weight and target_weight is not None, A=work, BLOCK=_READERS, num_warps=8,
+        labels, target_weight, row_weight, scale, stats, target_logit, prediction, rows, targets,
+        fields, stats.stride(0), 0 if one_weight else 1, ignore_index,
+        NEGATIVE_IS_ABSENT=negative_is_absent,
+        NEEDS_WEIGHT=needs_target_weight and target_weight is not None, A=work, BLOCK=_READERS,
+        num_warps=8,
     )  # fmt: skip
     launch(
         _count, (1,), labels,
         target_weight, normalizer, scale, totals, prediction, rows, max_rows, MEAN=mean,
-        BY_CLASS=target_weight is not None and not negative_is_absent, OTHERS=4, A=work, BLOCK=_ADDERS, num_warps=16,
+        BY_CLASS=target_weight is not None and not negative_is_absent, OTHERS=4, A=work,
+        BLOCK=_ADDERS, num_warps=16,
     )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    gate, up, upstream, d_gate, d_up, columns, gate_stride, up_stride, upstream_stride, d_gate_stride, d_up_stride,
-    A: tl.constexpr, BLOCK: tl.constexpr,
+    gate, up, upstream, d_gate, d_up, columns, gate_stride, up_stride, upstream_stride,
+    d_gate_stride, d_up_stride, A: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

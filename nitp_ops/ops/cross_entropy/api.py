@@ -128,7 +128,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not `ignore_index`.
-        BackendError: the backend that was asked for does not serve this device.
+        BackendError: the requested backend does not serve this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:

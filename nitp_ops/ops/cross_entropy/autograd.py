@@ -1,7 +1,7 @@
 """Autograd of the token losses: a plain autograd.Function, and the custom op that tracing needs
 around the same pass.
 
-The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass
+The gradients of a scalar loss are computed in the forward pass (`chunked.py`); the backward pass
 multiplies them by the upstream. Per-row losses are computed again under their upstream.
 """
 
@@ -17,25 +17,27 @@ from torch import Tensor
 
 from ... import reference
 from ...core.dispatch import needs_dispatcher
-from ...core.gemm import WeightGemm, gemm_policy
+from ...core.gemm import gemm_policy
 from ...core.packing import Packing, tensor_fields
+from ...core.weight_gradient import WeightGemm
 from ...kernels import select
-from ..gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
+from ..gradients import PendingGradients, pending_dtype, refuse_vmap, scaled_gradients
 from .chunked import Call, forward_and_gradients
 from .stats import RowValues
 from .term import CrossEntropyTerm, Unembedding
 
 
 def token_pass(
-    terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, backend: str, logits_dtype: torch.dtype | str, *,
-    reduction: str = "sum", normalizer: Any = None, entropy: bool = False, grouped: bool = False,
+    terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, backend: str,
+    logits_dtype: torch.dtype | str, *, reduction: str = "sum", normalizer: Any = None,
+    entropy: bool = False, grouped: bool = False,
 ) -> tuple[Tensor, RowValues]:  # fmt: skip
     """(loss, values); loss = sum over terms and rows of row weight * row loss, or of one term their
     mean, or each."""
     weight, bias = unembedding.weight, unembedding.bias
     hidden = [term.hidden for term in terms]
     policy = gemm_policy(unembedding.op, weight, hidden, logits_dtype)
-    forms = torch.is_grad_enabled() and reduction != "none"
+    differentiate = torch.is_grad_enabled() and reduction != "none"
     call = Call(
         backend=backend,
         dtype=policy.dtype,
@@ -44,9 +46,9 @@ def token_pass(
         normalizer=as_tensor(normalizer, weight),
         entropy=entropy,
         grouped=grouped,
-        want_hidden=tuple(forms and x.requires_grad for x in hidden),
-        want_weight=forms and weight.requires_grad,
-        want_bias=forms and bias is not None and bias.requires_grad,
+        want_hidden=tuple(differentiate and x.requires_grad for x in hidden),
+        want_weight=differentiate and weight.requires_grad,
+        want_bias=differentiate and bias is not None and bias.requires_grad,
     )
     if needs_dispatcher((*hidden, weight, bias, *(term.labels for term in terms))):
         loss, *values, _ = _token_pass(*PACKING.pack(terms, unembedding, call))
@@ -88,7 +90,7 @@ def _(*packed):
     count = sum(math.prod(term.leading) for term in terms)
     targets = sum(term.labels.numel() for term in terms)
     gradients = [
-        x.new_empty(x.shape, dtype=formed_dtype(x, buffer))
+        x.new_empty(x.shape, dtype=pending_dtype(x, buffer))
         for x, buffer in _leaves(terms, unembedding, call)
     ]
     loss = weight.new_empty(terms[0].leading if call.reduction == "none" else (), dtype=work)
@@ -122,10 +124,8 @@ def _leaves(terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: C
 
 #: What is saved. Not the buffers: each backward pass writes to them, which a saved tensor forbids.
 _BUFFERS = ("hidden_grad_out", "weight_grad_out")
-_OF_TERM, _OF_UNEMBEDDING = (
-    tuple(name for name in tensor_fields(kind) if name not in _BUFFERS)
-    for kind in (CrossEntropyTerm, Unembedding)
-)
+_OF_TERM = tuple(name for name in tensor_fields(CrossEntropyTerm) if name not in _BUFFERS)
+_OF_UNEMBEDDING = tuple(name for name in tensor_fields(Unembedding) if name not in _BUFFERS)
 _NOT_SAVED = tuple(field.name for field in fields(CrossEntropyTerm) if field.name not in _OF_TERM)
 
 
@@ -133,15 +133,14 @@ def _save(
     ctx, terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Call,
     gradients: Sequence[Tensor | WeightGemm],
 ) -> None:  # fmt: skip
-    saved = [getattr(term, name) for term in terms for name in _OF_TERM]
-    ctx.save_for_backward(
-        *saved, *(getattr(unembedding, name) for name in _OF_UNEMBEDDING), call.normalizer
-    )
+    of_terms = [getattr(term, name) for term in terms for name in _OF_TERM]
+    of_head = [getattr(unembedding, name) for name in _OF_UNEMBEDDING]
+    ctx.save_for_backward(*of_terms, *of_head, call.normalizer)
     ctx.set_materialize_grads(False)
     ctx.terms = [{name: getattr(term, name) for name in _NOT_SAVED} for term in terms]
     ctx.unembedding = unembedding._replace(weight=None, bias=None)
     ctx.call = call._replace(normalizer=None)
-    ctx.formed = FormedGradients(gradients)
+    ctx.pending = PendingGradients(gradients)
 
 
 def _saved(ctx) -> tuple[list[CrossEntropyTerm], Unembedding, Call, list[Tensor]]:
@@ -172,14 +171,13 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
         return [None] * len(needed)
     terms, unembedding, call, tensors = _saved(ctx)
     rest: Tensor | None = upstream
-    if call.reduction == "none":  # nothing was formed: the upstream enters the weights of the rows
+    if call.reduction == "none":  # the upstream enters the weights of the rows
         (term,), (want_hidden, want_weight, want_bias) = terms, needed
         given = term.token_weight
         weight = upstream
         if given is not None:  # a NaN beside a zero reaches no row
-            weight = torch.where(
-                (given == 0) | (upstream == 0), 0, given.to(upstream.dtype) * upstream
-            )
+            product = given.to(upstream.dtype) * upstream
+            weight = torch.where((given == 0) | (upstream == 0), 0, product)
         terms, rest = [replace(term, token_weight=weight)], None
         call = call._replace(
             reduction="sum",
@@ -189,27 +187,24 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> list[Ten
         )
         gradients = _recompute(terms, unembedding, call, tensors)
     else:
-        gradients = ctx.formed.take(upstream, lambda: _recompute(terms, unembedding, call, tensors))
-    leaves, formed = _leaves(terms, unembedding, call), list[Any]()
-    for gradient, leaf in zip(gradients, leaves, strict=True):
+        gradients = ctx.pending.pop(upstream, lambda: _recompute(terms, unembedding, call, tensors))
+    pending = list[Any]()
+    for gradient, leaf in zip(gradients, _leaves(terms, unembedding, call), strict=True):
         if isinstance(gradient, WeightGemm):
             with torch.no_grad():  # also under create_graph: a buffer has no graph
                 gradient.run(rest, select.row_kernels(call.backend))
             call = call._replace(want_weight=False)
         else:
-            formed.append((gradient, *leaf))
+            pending.append((gradient, *leaf))
     double_backward_inputs = [x for x in (*tensors, upstream) if x.requires_grad]
-    scaled = iter(
-        scaled_gradients(double_backward_inputs, unembedding.op, call.backend, formed, rest)
-    )
-    return [
-        next(scaled) if flag else None
-        for flag in (*call.want_hidden, call.want_weight, call.want_bias)
-    ]
+    scaled = scaled_gradients(double_backward_inputs, unembedding.op, call.backend, pending, rest)
+    rest_of = iter(scaled)
+    wanted = (*call.want_hidden, call.want_weight, call.want_bias)
+    return [next(rest_of) if flag else None for flag in wanted]
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """The pass where nothing but autograd watches."""
+    """The pass outside tracing, subclasses and dispatch modes."""
 
     @staticmethod
     def forward(
@@ -235,24 +230,25 @@ def _save_traced(ctx, inputs, output) -> None:
     _save(ctx, terms, unembedding, call, [gradient.detach() for gradient in output[-1]])
     ctx.mark_non_differentiable(*output[1:-1], *output[-1])
     # autograd expects a list of None for a list of tensors, and one None for anything else
-    tensors = [isinstance(x, list) and all(isinstance(each, Tensor) for each in x) for x in inputs]
-    ctx.without = [
-        [None] * len(x) if flag else None for x, flag in zip(inputs, tensors, strict=True)
-    ]
+    ctx.without = [[None] * len(x) if _is_tensor_list(x) else None for x in inputs]
+
+
+def _is_tensor_list(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(each, Tensor) for each in x)
 
 
 #: Where the op takes hidden..., unembedding and bias.
-_PLACES = tuple(PACKING.place(name) for name in ("hidden", "weight", "bias"))
+_POSITIONS = tuple(PACKING.index_of(name) for name in ("hidden", "weight", "bias"))
 
 
 def _differentiate_traced(ctx, upstream: Tensor | None, *_):
-    of_hidden, *of_head = (ctx.needs_input_grad[place] for place in _PLACES)
+    of_hidden, *of_head = (ctx.needs_input_grad[place] for place in _POSITIONS)
     *d_hidden, d_weight, d_bias = _gradients(ctx, [*of_hidden, *of_head], upstream)
     gradients = list(ctx.without)
-    for place, gradient in zip(_PLACES, (d_hidden, d_weight, d_bias), strict=True):
+    for place, gradient in zip(_POSITIONS, (d_hidden, d_weight, d_bias), strict=True):
         gradients[place] = gradient
     return tuple(gradients)
 
 
-_token_pass.register_vmap(refuse_vmap(PACKING.place("op")))
+_token_pass.register_vmap(refuse_vmap(PACKING.index_of("op")))
 _token_pass.register_autograd(_differentiate_traced, setup_context=_save_traced)

@@ -24,10 +24,19 @@ import torch
 from torch import Tensor
 
 from ...core import checks
-from ...core.chunking import RowRange, clear, length_of, packed, place, row_stride, rows_per_chunk
-from ...core.gemm import GemmPolicy, WeightGemm, WeightGradient
+from ...core.chunking import (
+    RowRange,
+    clear,
+    length_of,
+    packed,
+    row_stride,
+    rows_per_chunk,
+    scatter_rows_,
+)
+from ...core.gemm import GemmPolicy
+from ...core.weight_gradient import WeightGemm, WeightGradient
 from ...kernels import select
-from ..gradients import formed_dtype, power_of_two, scale_in_place
+from ..gradients import pending_dtype, power_of_two, scale_in_place
 from .head_pass import Chunk, HeadPass, MaterializedLogits
 from .labelled_rows import summed
 from .stats import RowValues
@@ -38,9 +47,9 @@ from .term_rows import TermRows, term_rows
 class Call(NamedTuple):
     """How the terms of one call are computed, and which gradients are wanted.
 
-    dtype: of the operands of the GEMMs. logits: of the logits, narrower than it never. reduction:
-        "sum", or of one term
-    "mean" (over normalizer, or what its rows count) or "none". grouped: errors name the term."""
+    dtype: of the operands of the GEMMs. logits: of the logits, never narrower. reduction: "sum", or
+    of one term "mean" (over normalizer, or what its rows count) or "none". grouped: errors name the
+    term."""
 
     backend: str
     dtype: torch.dtype
@@ -54,7 +63,7 @@ class Call(NamedTuple):
     want_bias: bool
 
 
-class Formed(NamedTuple):
+class ChunkedResult(NamedTuple):
     """loss: 0-d, or [...] of one term; gradients of hidden..., unembedding, bias, as far as they
     are wanted."""
 
@@ -65,9 +74,9 @@ class Formed(NamedTuple):
 
 def forward_and_gradients(
     terms: Sequence[CrossEntropyTerm], unembedding: Unembedding, call: Call, plain: bool
-) -> Formed:
-    """plain: nobody but autograd watches, so that the third GEMM may wait for the backward pass
-    (`WeightGemm`)."""
+) -> ChunkedResult:
+    """plain: outside tracing and dispatch modes, so that the third GEMM may wait for the backward
+    pass (`WeightGemm`)."""
     weight, kernels = unembedding.weight, select.row_kernels(call.backend)
     policy = GemmPolicy.of(weight.device, call.dtype, call.logits)
     given = term_rows(terms, unembedding, call, kernels)
@@ -79,7 +88,7 @@ def forward_and_gradients(
     gradients: list[Any] = [each.d_hidden for each in given.of_terms if each.d_hidden is not None]
     gradients += [each.result() for each in sums if isinstance(each, WeightGradient | WeightGemm)]
     if isinstance(sums.bias, Tensor) and unembedding.bias is not None:
-        gradients.append(sums.bias.to(formed_dtype(unembedding.bias, None)))
+        gradients.append(sums.bias.to(pending_dtype(unembedding.bias, None)))
     if unit is not None:
         for gradient in gradients:
             scale_in_place(kernels, gradient, unit)
@@ -90,7 +99,7 @@ def forward_and_gradients(
         # term by term: one whose weights are zero leaves the last bit of the others' sum alone
         first, *others = (summed(kernels, each.values.stats, each.scale) for each in given.of_terms)
         loss = sum(others, first).to(given.scale.dtype)
-    return Formed(loss, given.values, gradients)
+    return ChunkedResult(loss, given.values, gradients)
 
 
 class _Sums(NamedTuple):
@@ -101,8 +110,8 @@ class _Sums(NamedTuple):
 
 
 def _sums(
-    unembedding: Unembedding, call: Call, policy: GemmPolicy, chunks: list[list[RowRange]], of_terms: list[TermRows],
-    plain: bool,
+    unembedding: Unembedding, call: Call, policy: GemmPolicy, chunks: list[list[RowRange]],
+    of_terms: list[TermRows], plain: bool,
 ) -> _Sums:  # fmt: skip
     weight, of_weight = unembedding.weight, None
     if call.want_weight:
@@ -112,9 +121,9 @@ def _sums(
         else:
             # on CPU inactive terms count for nothing, so that they do not change how the others'
             # gradient is rounded
-            parts = sum(of_terms[chunk[0].term].may_be_active for chunk in chunks)
-            formed = formed_dtype(weight, unembedding.weight_grad_out)
-            of_weight = WeightGradient(weight.shape, policy, formed, parts)
+            chunk_count = sum(of_terms[chunk[0].term].may_be_active for chunk in chunks)
+            dtype = pending_dtype(weight, unembedding.weight_grad_out)
+            of_weight = WeightGradient(weight.shape, policy, dtype, chunk_count)
     of_bias = None
     if call.want_bias:
         of_bias = torch.zeros(weight.shape[0], dtype=of_terms[0].scale.dtype, device=weight.device)
@@ -137,23 +146,17 @@ def _waits(unembedding: Unembedding, policy: GemmPolicy, chunks: list[list[RowRa
 def _rows_per_chunk(
     unembedding: Unembedding, call: Call, policy: GemmPolicy, count: int, longest: int | None
 ) -> int:
-    # of the widest shard: all ranks must cut alike
+    # of the largest shard: all ranks must cut alike
     weight, columns = unembedding.weight, max(unembedding.sizes)
     device = weight.device.type
     row_bytes = row_stride(columns, device) * policy.logit_bytes
     numbers = columns * weight.shape[1] if call.want_weight else 0
-    itemsize = max(
-        policy.dtype.itemsize, formed_dtype(weight, unembedding.weight_grad_out).itemsize
-    )
+    gradient_dtype = pending_dtype(weight, unembedding.weight_grad_out)
+    itemsize = max(policy.dtype.itemsize, gradient_dtype.itemsize)
     return rows_per_chunk(
-        count,
-        row_bytes,
-        unembedding.chunk_bytes,
-        numbers,
-        longest=longest,
-        device=device,
-        itemsize=itemsize,
-    )
+        count, row_bytes, unembedding.chunk_bytes, numbers,
+        longest=longest, device=device, itemsize=itemsize,
+    )  # fmt: skip
 
 
 def _chunks(
@@ -164,33 +167,30 @@ def _chunks(
     groups = [[place] for place in range(len(of_terms))]
     if len(of_terms) > 1 and checks.host_reads(unembedding.weight.device):
         active = [place for place, each in enumerate(of_terms) if each.may_be_active]
-        alike = [
-            [place for place in active if call.want_hidden[place] == wanted]
-            for wanted in (True, False)
-        ]
-        groups = alike + [[place] for place, each in enumerate(of_terms) if not each.may_be_active]
+        inactive = [place for place, each in enumerate(of_terms) if not each.may_be_active]
+        with_hidden = [place for place in active if call.want_hidden[place]]
+        without_hidden = [place for place in active if not call.want_hidden[place]]
+        groups = [with_hidden, without_hidden, *([place] for place in inactive)]
     shared = sum(each.may_be_active for each in of_terms) > 1
     selected, cut = [each.selected for each in of_terms], list[list[RowRange]]()
     for group in groups:
         lengths = [length_of(selected[place]) for place in group]
         longest = max(lengths, default=0) if shared else None
-        cut += packed(
-            selected, _rows_per_chunk(unembedding, call, policy, sum(lengths), longest), group
-        )
+        step = _rows_per_chunk(unembedding, call, policy, sum(lengths), longest)
+        cut += packed(selected, step, group)
     return cut
 
 
 def _add_all(
-    chunks: list[list[RowRange]], of_terms: list[TermRows], unembedding: Unembedding, call: Call, policy: GemmPolicy,
-    sums: _Sums, unit: Tensor | None,
+    chunks: list[list[RowRange]], of_terms: list[TermRows], unembedding: Unembedding, call: Call,
+    policy: GemmPolicy, sums: _Sums, unit: Tensor | None,
 ) -> None:  # fmt: skip
-    """Every chunk; the workspace is gone when this returns, so that a cast of dW can take its
-    place."""
+    """Every chunk; the workspace is freed on return, so that a cast of dW can reuse its memory."""
     of_head = sums.weight is not None or sums.bias is not None
     longest = max(sum(length_of(part) for _, part in chunk) for chunk in chunks)
     head: HeadPass = MaterializedLogits(of_terms, unembedding, call, policy, longest, unit, of_head)
-    for pieces in chunks:
-        chunk = Chunk.of([(of_terms[place], part) for place, part in pieces], policy)
+    for ranges in chunks:
+        chunk = Chunk.of([(of_terms[place], part) for place, part in ranges], policy)
         wanted = chunk.terms[0].d_hidden is not None  # then all of the chunk have one
         differentiate = chunk.active and (of_head or wanted)
         head.forward(chunk, differentiate)
@@ -205,15 +205,14 @@ def _add_all(
         if sums.bias is not None:
             head.add_grad_bias(chunk, sums.bias)
         if d_hidden is not None:
-            _place(chunk, d_hidden())
+            _scatter(chunk, d_hidden())
 
 
-def _place(chunk: Chunk, d_hidden: Tensor | None) -> None:
-    """None: it is there already."""
+def _scatter(chunk: Chunk, d_hidden: Tensor | None) -> None:
+    """Into the gradients of the terms; None: they are written already."""
     if d_hidden is None:
         return
-    for term, part, rows_ in zip(
-        chunk.terms, chunk.parts, d_hidden.split(chunk.lengths), strict=True
-    ):
+    of_terms = d_hidden.split(chunk.lengths)
+    for term, part, rows_ in zip(chunk.terms, chunk.parts, of_terms, strict=True):
         if term.d_rows is not None:
-            place(term.d_rows, 0, part, rows_)
+            scatter_rows_(term.d_rows, 0, part, rows_)

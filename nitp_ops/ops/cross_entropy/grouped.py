@@ -1,4 +1,4 @@
-"""grouped_linear_cross_entropy: several sets of labelled rows against one unembedding, in one pass."""
+"""grouped_linear_cross_entropy: several sets of labelled rows, one unembedding, one pass."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def grouped_linear_cross_entropy(
 
     Example:
         >>> import torch, nitp_ops
-        >>> weight = torch.tensor(0.5)
-        >>> term = nitp_ops.CrossEntropyTerm(torch.zeros(3, 8), torch.tensor([1, 2, 3]), token_weight=weight)
+        >>> hidden, labels = torch.zeros(3, 8), torch.tensor([1, 2, 3])
+        >>> term = nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(0.5))
         >>> loss, stats = nitp_ops.grouped_linear_cross_entropy([term, term], torch.zeros(16, 8))
         >>> round(loss.item(), 4)  # 2 terms * 3 rows * 0.5 * ln 16
         8.3178

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...core import checks
 from ...core.chunking import length_of, row_stride, rows_of, with_zeros, workspace
-from ...core.gemm import GemmPolicy, Weight, WeightGemm, WeightGradient
+from ...core.gemm import GemmPolicy, Weight
+from ...core.weight_gradient import WeightGemm, WeightGradient
 from ...kernels import select
 from .term import Unembedding
 from .term_rows import TermRows, joined
@@ -22,8 +23,8 @@ class Chunk(NamedTuple):
     """Rows of one term or of several that want the same gradients.
 
     hidden: [n or more, d] in the dtype of the GEMMs, zeros after the n rows. inactive: bool [n, 1],
-        rows whose scale is
-    zero; None: there are none. active: whether a row has another scale, or may have one."""
+    rows whose scale is zero; None: there are none. active: whether a row has another scale, or may
+    have one."""
 
     terms: list[TermRows]
     parts: list[Tensor | slice]
@@ -33,16 +34,16 @@ class Chunk(NamedTuple):
     active: bool
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[TermRows, Tensor | slice]], policy: GemmPolicy) -> Chunk:
-        terms, parts = [term for term, _ in pieces], [part for _, part in pieces]
+    def of(cls, ranges: Sequence[tuple[TermRows, Tensor | slice]], policy: GemmPolicy) -> Chunk:
+        terms = [term for term, _ in ranges]
+        parts = [part for _, part in ranges]
         lengths = [length_of(part) for part in parts]
         padded = policy.pad(sum(lengths))
-        hidden = with_zeros(
-            joined([term.hidden.take(part).to(policy.dtype) for term, part in pieces]), padded
-        )
+        hidden = joined([term.hidden.of_chunk(part).to(policy.dtype) for term, part in ranges])
+        hidden = with_zeros(hidden, padded)
         if all(term.all_active for term in terms):
             return cls(terms, parts, lengths, hidden, None, True)
-        scale = joined([rows_of(term.scale, part) for term, part in pieces])
+        scale = joined([rows_of(term.scale, part) for term, part in ranges])
         inactive = (scale == 0).unsqueeze(1)
         if not checks.host_reads(scale.device):
             return cls(terms, parts, lengths, hidden, inactive, True)
@@ -62,11 +63,11 @@ class HeadPass(Protocol):
     """One chunk of rows against one unembedding."""
 
     def forward(self, chunk: Chunk, differentiate: bool) -> None:
-        """Values of the rows; what the gradients need, where they are asked for."""
+        """Values of the rows; with `differentiate` also what the gradients need."""
 
     def grad_hidden(self, chunk: Chunk) -> Callable[[], Tensor | None]:
-        """Begins the gradient of the hidden states; the result: [n, d], or None where it is in its
-        place."""
+        """Starts the gradient of the hidden states; the result: [n, d], or None where it is written
+        already."""
         ...
 
     def add_grad_weight(self, chunk: Chunk, accumulator: WeightGradient | WeightGemm) -> None: ...
@@ -81,8 +82,8 @@ class MaterializedLogits:
         is wanted."""
 
     def __init__(
-        self, terms: Sequence[TermRows], unembedding: Unembedding, call: Any, policy: GemmPolicy, longest: int,
-        unit: Tensor | None, with_head: bool,
+        self, terms: Sequence[TermRows], unembedding: Unembedding, call: Any, policy: GemmPolicy,
+        longest: int, unit: Tensor | None, with_head: bool,
     ) -> None:  # fmt: skip
         weight, bias = unembedding.weight, unembedding.bias
         columns, width = weight.shape
@@ -97,15 +98,15 @@ class MaterializedLogits:
         work = torch.promote_types(policy.logits, torch.float32)
         self.bias = None if bias is None else bias.to(work).contiguous()
         shard = unembedding.shard
-        self.of_shard, self.reduced = dict[TermRows, ShardRows](), None
+        self.of_shard = dict[TermRows, ShardRows]()
+        self.reduced: ReducedRows | None = None
         if shard is not None:
             self.of_shard = {
                 each: ShardRows(self.kernels, each.term, each.rows, unembedding, self.bias, work)
                 for each in terms
             }
-            self.reduced = (
-                ReducedRows(shard, self.weight, self.d_hidden, work) if shard.reduce else None
-            )
+            if shard.reduce:
+                self.reduced = ReducedRows(shard, self.weight, self.d_hidden, work)
         self.logits = self.d_logits = self.buffer
 
     def forward(self, chunk: Chunk, differentiate: bool) -> None:
@@ -124,7 +125,7 @@ class MaterializedLogits:
     def _rows(
         self, each: TermRows, part: Tensor | slice, logits: Tensor, differentiate: bool
     ) -> None:
-        """The row kernel over the logits of `part`: the gradient in their place."""
+        """The row kernel over the logits of `part`, overwritten with their gradient."""
         term, unembedding, values = each.term, self.unembedding, each.values_of(part)
         labels, weight = each.labels_of(part)
         scale = rows_of(each.scale, part)
@@ -134,20 +135,21 @@ class MaterializedLogits:
         else:
             self.kernels.cross_entropy_rows_(
                 logits, labels, weight, self.bias, each.rows.smoothing_weight, scale, values.stats,
-                values.target_logit, values.prediction, unembedding.ignore_index, term.several, term.label_smoothing,
-                term.z_loss, unembedding.softcap, unembedding.logit_scale, differentiate,
+                values.target_logit, values.prediction, unembedding.ignore_index, term.several,
+                term.label_smoothing, term.z_loss, unembedding.softcap, unembedding.logit_scale,
+                differentiate,
             )  # fmt: skip
-        each.place(part, values)
+        each.scatter_(part, values)
 
     def grad_hidden(self, chunk: Chunk) -> Callable[[], Tensor | None]:
         count, padded = chunk.rows, chunk.hidden.shape[0]
         if self.reduced is not None:
-            under_way = self.reduced.start(self.d_logits[:count])
-            return lambda: chunk.without_inactive(under_way())
+            summed = self.reduced.start(self.d_logits[:count])
+            return lambda: chunk.without_inactive(summed())
         if len(chunk.parts) == 1 and count == padded:
-            in_place = self.policy.out_view(chunk.terms[0].d_rows, chunk.parts[0])
-            if in_place is not None:
-                chunk.without_inactive(self.weight.grad_input(self.d_logits, in_place))  # GEMM 2
+            out = self.policy.gemm_out_view(chunk.terms[0].d_rows, chunk.parts[0])
+            if out is not None:
+                chunk.without_inactive(self.weight.grad_input(self.d_logits, out))  # GEMM 2
                 return lambda: None
         d_hidden = self.weight.grad_input(self.d_logits, self.d_hidden[:padded])[:count]  # GEMM 2
         chunk.without_inactive(d_hidden)
@@ -166,7 +168,7 @@ class MaterializedLogits:
 
 
 def _logits(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for [rows, columns], whose rows lie as far apart as the GEMMs want them."""
+    """Uninitialised [rows, columns], whose row stride the GEMMs want."""
     stride = row_stride(columns, device.type)
-    room = workspace((rows, stride), dtype, device)
-    return room if stride == columns else room[:, :columns]
+    buffer = workspace((rows, stride), dtype, device)
+    return buffer if stride == columns else buffer[:, :columns]

@@ -66,8 +66,9 @@ def row_weight(term: CrossEntropyTerm) -> Tensor | None:
 
 
 def prepare(
-    kernels: Any, op: str, term: CrossEntropyTerm, rows: FlatRows, ignore_index: int, vocabulary: int, *, mean: bool,
-    normalizer: Tensor | None, scale: Tensor, values: RowValues, prefix: str = "",
+    kernels: Any, op: str, term: CrossEntropyTerm, rows: FlatRows, ignore_index: int,
+    vocabulary: int, *, mean: bool, normalizer: Tensor | None, scale: Tensor, values: RowValues,
+    prefix: str = "",
 ) -> Totals:  # fmt: skip
     """Writes the scale of each row [N] and the values of a row that is not computed; refuses labels
     outside [0, V)."""

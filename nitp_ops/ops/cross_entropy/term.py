@@ -22,7 +22,8 @@ class CrossEntropyTerm:
 
     Example:
         >>> import torch, nitp_ops
-        >>> term = nitp_ops.CrossEntropyTerm(torch.zeros(3, 8), torch.tensor([1, 2, 3]), z_loss=1e-4)
+        >>> hidden, labels = torch.zeros(3, 8), torch.tensor([1, 2, 3])
+        >>> term = nitp_ops.CrossEntropyTerm(hidden, labels, z_loss=1e-4)
         >>> term.z_loss
         0.0001
     """
@@ -81,10 +82,11 @@ def tensors_of(term: CrossEntropyTerm) -> tuple[Tensor | None, ...]:
 
 
 def checked_unembedding(
-    op: str, weight: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None, logit_scale: float,
-    chunk_bytes: int | None, weight_grad_out: Tensor | None, shard: VocabShard | None = None,
+    op: str, weight: Tensor, bias: Tensor | None, ignore_index: int, softcap: float | None,
+    logit_scale: float, chunk_bytes: int | None, weight_grad_out: Tensor | None,
+    shard: VocabShard | None = None,
 ) -> Unembedding:  # fmt: skip
-    """The arguments that all terms share; of a sharded vocabulary they are the part of this rank."""
+    """The arguments that all terms share; of a sharded vocabulary, this rank's part."""
     checks.is_plain(op, "unembedding", weight)
     checks.is_float(op, "unembedding", weight)
     if weight.dim() != 2 or (weight.shape[0] == 0 and shard is None):
@@ -104,8 +106,8 @@ def checked_unembedding(
 
 
 def checked_transform(
-    op: str, like: str, logits: Tensor, columns: int, bias: Tensor | None, ignore_index: int, softcap: float | None,
-    logit_scale: float,
+    op: str, like: str, logits: Tensor, columns: int, bias: Tensor | None, ignore_index: int,
+    softcap: float | None, logit_scale: float,
 ) -> tuple[float, float]:  # fmt: skip
     """(softcap, scale) of the logits, a softcap of 0 for none.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import reference
 from ...core import checks
 from ...core.gemm import gemm_dtype
-from ..reference_rows import of_live_rows
+from ..reference_rows import of_active_rows
 from .stats import TokenEntropyStats, TokenStats
 from .term import CrossEntropyTerm, Unembedding, labels_inside
 
@@ -20,8 +20,8 @@ _OF_ROWS = ("token_weight", "target_weight", "class_weight", "z_loss", "label_sm
 
 
 def token_loss(
-    term: CrossEntropyTerm, unembedding: Unembedding, logits_dtype: torch.dtype | str, reduction: str, normalizer: Any,
-    return_stats: bool | str,
+    term: CrossEntropyTerm, unembedding: Unembedding, logits_dtype: torch.dtype | str,
+    reduction: str, normalizer: Any, return_stats: bool | str,
 ) -> Any:  # fmt: skip
     """As `linear_cross_entropy`."""
     _check_values([term], unembedding, [""])
@@ -46,40 +46,40 @@ def grouped_token_loss(
         return reference.grouped_linear_cross_entropy(given, weight, **options | {"bias": bias})
 
     hidden = [term.hidden for term, _ in widened]
-    loss = of_live_rows(formula, widened[0][1], unembedding.bias, *hidden)
+    loss = of_active_rows(formula, widened[0][1], unembedding.bias, *hidden)
     return loss, tuple(_stats(term, weight, False, options) for term, weight in widened)
 
 
 def loss_of_rows(
-    term: CrossEntropyTerm, weight: Tensor | None, reduction: str, normalizer: Any, return_stats: bool | str,
-    **options: Any,
+    term: CrossEntropyTerm, weight: Tensor | None, reduction: str, normalizer: Any,
+    return_stats: bool | str, **options: Any,
 ) -> Any:  # fmt: skip
     """The loss of one term; no weight: its rows are logits."""
-    of_rows = {name: getattr(term, name) for name in _OF_ROWS} | {
-        "reduction": reduction,
-        "normalizer": normalizer,
-    }
+    of_rows = {name: getattr(term, name) for name in _OF_ROWS}
+    of_rows |= {"reduction": reduction, "normalizer": normalizer}
     others = {name: value for name, value in options.items() if name != "bias"}
 
     def formula(
         active: Tensor | None, hidden: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
-        labels = (
-            term.labels if active is None else _labels_of(active, term, options["ignore_index"])
-        )
+        labels = term.labels
+        if active is not None:
+            labels = _labels_of(active, term, options["ignore_index"])
         return reference.linear_cross_entropy(
             hidden, weight, labels, bias=bias, **of_rows, **others
         )
 
-    loss = of_live_rows(formula, term.hidden, weight, options["bias"])
-    return (
-        (loss, _stats(term, weight, return_stats == "entropy", options)) if return_stats else loss
-    )
+    loss = of_active_rows(formula, term.hidden, weight, options["bias"])
+    if not return_stats:
+        return loss
+    return loss, _stats(term, weight, return_stats == "entropy", options)
 
 
 def _labels_of(active: Tensor, term: CrossEntropyTerm, ignore_index: int) -> Tensor:
     """The labels of the rows that are active, bool [...] or 0-d; those of the others are absent."""
-    absent = ~active if term.target_weight is None or active.dim() == 0 else ~active.unsqueeze(-1)
+    absent = ~active
+    if term.target_weight is not None and active.dim() > 0:
+        absent = absent.unsqueeze(-1)
     return term.labels.masked_fill(absent, ignore_index)
 
 
@@ -103,7 +103,7 @@ def _check_values(
 def _widened(
     term: CrossEntropyTerm, unembedding: Unembedding, logits_dtype: torch.dtype | str
 ) -> tuple[CrossEntropyTerm, Tensor]:
-    """The term and the weight as the reference takes them: widened where logits_dtype asks for it."""
+    """The term and the weight for the reference, widened to logits_dtype."""
     buffers = {
         "hidden_grad_out": term.hidden_grad_out,
         "weight_grad_out": unembedding.weight_grad_out,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ...core.chunking import Rows, clear, place, rows_of
-from ..gradients import formed_dtype
+from ...core.chunking import Rows, clear, rows_of, scatter_rows_
+from ..gradients import pending_dtype
 from .labelled_rows import Totals, flat_rows, prepare, selection
 from .stats import RowValues
 from .term import CrossEntropyTerm, Unembedding
@@ -33,19 +33,16 @@ class TermRows:
         self.hidden = Rows(term.hidden)
         self.d_hidden: Tensor | None = None
         if wanted:
-            dtype = formed_dtype(term.hidden, term.hidden_grad_out)
+            dtype = pending_dtype(term.hidden, term.hidden_grad_out)
             self.d_hidden = torch.empty(term.hidden.shape, dtype=dtype, device=term.hidden.device)
-        self.d_rows = (
-            None
-            if self.d_hidden is None
-            else self.d_hidden.view(self.hidden.count, self.hidden.width)
-        )
+        self.d_rows: Tensor | None = None
+        if self.d_hidden is not None:
+            self.d_rows = self.d_hidden.view(self.hidden.count, self.hidden.width)
         self.totals = Totals()
         self.selected: Tensor | slice = slice(0, 0)
 
     def select(self, unembedding: Unembedding) -> None:
-        """The rows that are computed; each chunk writes the gradient of its own, the others have
-        none."""
+        """Selects the rows that are computed; the gradient of the others is zero."""
         term = self.term
         self.selected, rest = selection(
             self.rows, self.totals, unembedding.ignore_index, term.max_rows, term.several
@@ -61,11 +58,11 @@ class TermRows:
 
     @property
     def all_active(self) -> bool:
-        """Whether the host knows that every row that is computed has a scale other than zero."""
+        """Whether every computed row has a scale other than zero, as far as the host can read."""
         return 0 <= self.totals.present == self.totals.active
 
     def values_of(self, part: Tensor | slice) -> RowValues:
-        """Room for the values of one chunk: where they stay, or for `place` to put them there."""
+        """The values of one chunk, uninitialised: a view, or a buffer for `scatter_`."""
         stats, prediction, target_logit = self.values
         if isinstance(part, slice):
             if part.stop - part.start == prediction.shape[0]:
@@ -78,12 +75,13 @@ class TermRows:
             stats.new_empty(count, targets),
         )
 
-    def place(self, part: Tensor | slice, values: RowValues) -> None:
+    def scatter_(self, part: Tensor | slice, values: RowValues) -> None:
+        """Writes the values of a chunk back, unless they are a view."""
         if isinstance(part, slice):
             return
-        place(self.values.stats, 1, part, values.stats)
-        place(self.values.prediction, 0, part, values.prediction)
-        place(self.values.target_logit, 0, part, values.target_logit)
+        scatter_rows_(self.values.stats, 1, part, values.stats)
+        scatter_rows_(self.values.prediction, 0, part, values.prediction)
+        scatter_rows_(self.values.target_logit, 0, part, values.target_logit)
 
     def labels_of(self, part: Tensor | slice) -> tuple[Tensor, Tensor | None]:
         """Labels and target weights of one chunk."""
@@ -133,8 +131,8 @@ def term_rows(
         )
         each = TermRows(term, unembedding, of_scale, of_term, call.want_hidden[index])
         each.totals = prepare(
-            kernels, op, term, each.rows, unembedding.ignore_index, unembedding.vocabulary, mean=mean,
-            normalizer=call.normalizer, scale=of_scale, values=of_term,
+            kernels, op, term, each.rows, unembedding.ignore_index, unembedding.vocabulary,
+            mean=mean, normalizer=call.normalizer, scale=of_scale, values=of_term,
             prefix=f"terms[{index}]." if call.grouped else "",
         )  # fmt: skip
         each.select(unembedding)

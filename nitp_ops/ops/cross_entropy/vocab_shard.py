@@ -1,5 +1,5 @@
-"""Rows of logits whose columns lie on several ranks: what each has, gathered once, and what follows
-from it.
+"""Rows of logits whose columns lie on several ranks: the sums of each, gathered once, and the loss
+and gradient that follow from them.
 
 Over the columns of rank r: m_r = max z, s_r = sum exp(z - m_r), b_r = sum u (z - m_r), h_r = sum
 exp(z - m_r) (m_r - z)
@@ -35,8 +35,7 @@ class VocabShard(NamedTuple):
     order.
 
     reduce: gradients of hidden states are summed over the ranks (else each keeps its part of the
-        sum).
-    overlap: that sum is under way while the chunk's weight gradient is formed."""
+    sum). overlap: that sum runs while the chunk's weight gradient is computed."""
 
     group: str
     sizes: tuple[int, ...]
@@ -67,25 +66,19 @@ class ShardRows:
     ):
         """term, rows: as the caller gave it, and its flat rows."""
         shard: VocabShard = unembedding.shard
-        self.kernels, self.term, self.head, self.bias, self.work = (
-            kernels,
-            term,
-            unembedding,
-            bias,
-            work,
-        )
-        self.group, self.sizes, rank = shard.process_group, shard.sizes, shard.rank
-        self.first, self.here = sum(shard.sizes[:rank]), shard.sizes[rank]
+        self.kernels, self.term, self.head = kernels, term, unembedding
+        self.bias, self.work = bias, work
+        self.group, self.sizes = shard.process_group, shard.sizes
+        self.first, self.here = sum(shard.sizes[: shard.rank]), shard.sizes[shard.rank]
         self.vocabulary = sum(shard.sizes)
         weights, dtype = rows.smoothing_weight, sum_dtype(rows.labels.device)
         self.class_weight = None if weights is None else weights.narrow(0, self.first, self.here)
         if weights is None:
-            masses = [
-                torch.full((), size, dtype=dtype, device=rows.labels.device) for size in self.sizes
-            ]
+            device = rows.labels.device
+            sums = [torch.full((), size, dtype=dtype, device=device) for size in self.sizes]
         else:
-            masses = [own.sum(dtype=dtype) for own in weights.split(self.sizes)]
-        self.masses = torch.stack(masses).unsqueeze(1)  # sum u of each rank
+            sums = [own.sum(dtype=dtype) for own in weights.split(self.sizes)]
+        self.weight_sums = torch.stack(sums).unsqueeze(1)  # sum u of each rank
 
     def __call__(
         self,
@@ -110,73 +103,77 @@ class ShardRows:
         w = torch.ones_like(values.target_logit) if weight is None else weight
         # a label outside [0, V) poisons its row
         w = for_sums(w).where(inside, float("nan")).where(present, 0)
-        mass, lse = w.sum(1), top + log_sum
+        weight_sum, lse = w.sum(1), top + log_sum
         # differences: the large common offset cancels before anything is rounded to it
         gaps = log_sum.unsqueeze(1) + (top.unsqueeze(1) - for_sums(values.target_logit))
         loss = (1 - e) * torch.where(w == 0, 0, w * gaps).sum(1)
-        factor, off = (1 - e) * mass, torch.zeros_like(mass)
+        softmax_weight, uniform_weight = (1 - e) * weight_sum, torch.zeros_like(weight_sum)
         if e > 0:
-            by_class = self.class_weight is not None
-            smooth_mass = self.masses.sum() / self.vocabulary if by_class else mass
-            off = e * (torch.ones_like(mass) if by_class else mass) / self.vocabulary
-            below = self._below(fields, top)
-            loss = loss + e * (
-                smooth_mass * log_sum - (below if by_class else mass * below) / self.vocabulary
-            )
-            factor = factor + e * smooth_mass
+            shifted = self._shifted_logit_sum(fields, top)
+            if self.class_weight is None:
+                smooth_weight_sum, each = weight_sum, weight_sum
+                shifted = weight_sum * shifted
+            else:
+                smooth_weight_sum = self.weight_sums.sum() / self.vocabulary
+                each = torch.ones_like(weight_sum)
+            uniform_weight = e * each / self.vocabulary
+            loss = loss + e * (smooth_weight_sum * log_sum - shifted / self.vocabulary)
+            softmax_weight = softmax_weight + e * smooth_weight_sum
         if c > 0:
-            loss, factor = loss + c * lse * lse, factor + 2 * c * lse
+            loss = loss + c * lse * lse
+            softmax_weight = softmax_weight + 2 * c * lse
         counted = present.any(1)
         values.stats[0].copy_(loss.where(counted, 0))
         values.stats[1].copy_(lse.where(counted, float("nan")))
         values.prediction.masked_fill_(~counted, -1)
         if not gradient or self.here == 0:
             return
-        live = counted & (scale != 0)
+        active = counted & (scale != 0)
         wide = for_sums(scale)
-        factors = [top, (wide * factor / total).where(live, 0), (wide * off).where(live, 0)]
-        at = (wide.unsqueeze(1) * (1 - e) * w).where(owned & live.unsqueeze(1), 0)
+        softmax_coeff = (wide * softmax_weight / total).where(active, 0)
+        uniform_coeff = (wide * uniform_weight).where(active, 0)
+        target_coeff = (wide.unsqueeze(1) * (1 - e) * w).where(owned & active.unsqueeze(1), 0)
         self.kernels.cross_entropy_gradient_rows_(
-            logits, local, at.to(self.work), values.target_logit, self.bias, self.class_weight,
-            torch.stack(factors).to(self.work), head.softcap, head.logit_scale,
+            logits, local, target_coeff.to(self.work), values.target_logit, self.bias,
+            self.class_weight, torch.stack([top, softmax_coeff, uniform_coeff]).to(self.work),
+            head.softcap, head.logit_scale,
         )  # fmt: skip
 
     def _gathered(
         self, logits: Tensor, local: Tensor, owned: Tensor, values: Any
     ) -> dict[str, Tensor]:
-        """One collective. {field: [ranks, rows]}, "targets" [ranks, K, rows], "best": column of
+        """One collective: {field: [ranks, rows]}; "targets" [ranks, K, rows]; "best": the column of
         m_r."""
         rows, targets = local.shape
-        parts, best = values.stats.new_zeros(4, rows), values.prediction.new_zeros(rows)
-        at = values.target_logit.new_zeros(rows, targets)
+        stats, work = values.stats, self.work
+        partials, best = stats.new_zeros(4, rows), values.prediction.new_zeros(rows)
+        target_logit = values.target_logit.new_zeros(rows, targets)
         if self.here > 0:
             self.kernels.cross_entropy_rows_(
-                logits, local, None, self.bias, self.class_weight, None, torch.empty_like(values.stats), at, best, -1,
-                True, self.term.label_smoothing, 0.0, self.head.softcap, self.head.logit_scale, False, parts,
+                logits, local, None, self.bias, self.class_weight, None, torch.empty_like(stats),
+                target_logit, best, -1, True, self.term.label_smoothing, 0.0, self.head.softcap,
+                self.head.logit_scale, False, partials,
             )  # fmt: skip
         else:
-            parts[0].fill_(-torch.inf)
-        bits = torch.int64 if self.work == torch.float64 else torch.int32
-        # carried as bits: float32 has no room for every column
-        best = (best + self.first).to(bits).view(self.work)
-        wanted = {
-            "max": True,
-            "sum": True,
-            "below": self.term.label_smoothing > 0,
-            "spread": len(values.stats) == 3,
-        }
-        kept = [part for part, flag in zip(parts, wanted.values(), strict=True) if flag]
-        packed = torch.cat([torch.stack([best, *kept]), at.where(owned, 0).t()])
+            partials[0].fill_(-torch.inf)
+        bits = torch.int64 if work == torch.float64 else torch.int32
+        # carried as bits: float32 does not hold every column
+        best = (best + self.first).to(bits).view(work)
+        largest, exp_sum, shifted_logit_sum, entropy_sum = partials
+        sent = {"max": largest, "sum": exp_sum}
+        if self.term.label_smoothing > 0:
+            sent["shifted_logit_sum"] = shifted_logit_sum
+        if len(stats) == 3:
+            sent["entropy_sum"] = entropy_sum
+        packed = torch.cat([torch.stack([best, *sent.values()]), target_logit.where(owned, 0).t()])
         ranks = len(self.sizes)
         gathered = packed.new_empty(ranks * len(packed), rows)
         all_gather(gathered, packed, group=self.group)
         gathered = gathered.view(ranks, len(packed), rows)
-        names = [name for name, flag in wanted.items() if flag]
-        found = {name: for_sums(gathered[:, 1 + place]) for place, name in enumerate(names)}
-        return found | {
-            "best": gathered[:, 0].contiguous().view(bits),
-            "targets": gathered[:, 1 + len(names) :],
-        }
+        fields = {name: for_sums(gathered[:, at]) for at, name in enumerate(sent, start=1)}
+        fields["best"] = gathered[:, 0].contiguous().view(bits)
+        fields["targets"] = gathered[:, 1 + len(sent) :]
+        return fields
 
     def _softmax(
         self, fields: dict[str, Tensor], values: Any, labels: Tensor
@@ -194,16 +191,18 @@ class ShardRows:
         # a target lies on one rank: the others add zeros
         values.target_logit.copy_(fields["targets"].sum(0).t().where(inside, float("nan")))
         if len(values.stats) == 3:
-            apart = (top - peak) * fields["sum"]
-            spread = torch.where(fraction > 0, fraction * (fields["spread"] + apart), 0).sum(0)
+            gap = (top - peak) * fields["sum"]
+            of_ranks = fraction * (fields["entropy_sum"] + gap)
+            entropy_sum = torch.where(fraction > 0, of_ranks, 0).sum(0)
             counted = (given & (labels >= 0) if self.term.several else given).any(1)
-            values.stats[2].copy_((log_sum + spread / total).where(counted, float("nan")))
+            values.stats[2].copy_((log_sum + entropy_sum / total).where(counted, float("nan")))
         return top, total, log_sum
 
-    def _below(self, fields: dict[str, Tensor], top: Tensor) -> Tensor:
+    def _shifted_logit_sum(self, fields: dict[str, Tensor], top: Tensor) -> Tensor:
         """sum_v u_v (z_v - m)."""
-        apart = torch.where(self.masses == 0, 0, self.masses * (fields["max"] - top))
-        return (fields["below"] + apart).sum(0)
+        gap = self.weight_sums * (fields["max"] - top)
+        gap = torch.where(self.weight_sums == 0, 0, gap)
+        return (fields["shifted_logit_sum"] + gap).sum(0)
 
 
 class ReducedRows:
@@ -213,10 +212,8 @@ class ReducedRows:
     def __init__(self, shard: VocabShard, weight: Weight, part: Tensor, work: torch.dtype):
         """part: room for dlogits_r W_r, in the dtype that the GEMM writes."""
         self.group, self.weight, self.overlap = shard.process_group, weight, shard.overlap
-        self.part, self.sum = (
-            part,
-            part if part.dtype == work else torch.empty_like(part, dtype=work),
-        )
+        self.part = part
+        self.sum = part if part.dtype == work else torch.empty_like(part, dtype=work)
 
     def start(self, d_logits: Tensor) -> Callable[[], Tensor]:
         """What waits for the sum of this chunk and returns it: the GEMM of the weight gradient can

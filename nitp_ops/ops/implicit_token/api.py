@@ -18,9 +18,9 @@ from ...core import checks
 from ...core.devices import sum_dtype
 from ...kernels import select
 from ..alignment import DISTANCES, AlignmentStats
-from ..reference_rows import of_live_rows
+from ..reference_rows import of_active_rows
 from .autograd import latent_pass
-from .chunked import Pairs, Projector
+from .inputs import Pairs, Projector
 
 _OP = "implicit_token_loss"
 
@@ -52,9 +52,9 @@ def implicit_token_loss(
     stopgrad(target_{t+shift}))``; for cosine ``loss_t = 1 - p.z / (|p| |z|)`` and ``dloss/dp = -(z^
     - cos p^) / |p|``.
 
-    Rows go through in chunks; for scalar reductions gradients are formed in the forward pass (nine
-    GEMMs, nothing recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight gradients
-    are summed in float32.
+    Rows go through in chunks; for scalar reductions gradients are computed in the forward pass
+    (nine GEMMs, nothing recomputed) and nothing of size ``[N, m]`` outlives its chunk. Weight
+    gradients are summed in float32.
 
     Under torch.compile each new value of eps compiles anew, and past
     ``torch._dynamo.config.recompile_limit`` values (8 unless set) runs eagerly, see
@@ -92,7 +92,7 @@ def implicit_token_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
-        BackendError: the backend that was asked for does not serve this device.
+        BackendError: the requested backend does not serve this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
@@ -138,12 +138,12 @@ def implicit_token_loss(
         gate, up = (gate, up) if gate_up is None else gate_up.chunk(2)
         weights = gate, up, down
 
-        def formula(live: Tensor | None, hidden: Tensor, *weights: Tensor | None) -> Tensor:
-            keep = valid if live is None else reference.pairs(hidden, valid, shift) & live
+        def formula(active: Tensor | None, hidden: Tensor, *weights: Tensor | None) -> Tensor:
+            keep = valid if active is None else reference.pairs(hidden, valid, shift) & active
             options = terms | {"valid": keep, "reduction": reduction, "normalizer": normalizer}
             return reference.implicit_token_loss(hidden, target, *weights, **options)
 
-        loss = of_live_rows(formula, hidden, *weights)
+        loss = of_active_rows(formula, hidden, *weights)
         if not return_stats:
             return loss
         return loss, AlignmentStats(*reference.alignment_stats(hidden, target, *weights, **terms))
@@ -167,9 +167,9 @@ def implicit_token_loss(
         per_row=reduction == "none",
     )
     loss = loss.view(keep.shape) if reduction == "none" else loss
-    return (
-        (loss, AlignmentStats(*(row.view(keep.shape) for row in stats))) if return_stats else loss
-    )
+    if not return_stats:
+        return loss
+    return loss, AlignmentStats(*(row.view(keep.shape) for row in stats))
 
 
 def _scale(
@@ -195,7 +195,7 @@ def _projector(
     up: Tensor | None,
     down: Tensor | None,
 ) -> Projector:
-    """Checks the tensors against each other; shapes first, so that the message names what is wrong."""
+    """Checks the tensors against each other, shapes first."""
     for name, tensor in (("hidden", hidden), ("target", target)):
         checks.is_float(_OP, name, tensor)
         checks.has_dim(_OP, name, tensor, 2, "[..., T, d]")
@@ -209,7 +209,7 @@ def _projector(
             "neither"
         )
     if gate_up is not None and gate is not None:
-        raise ValueError(f"{_OP}: gate_up came with gate and up, expected one of them")
+        raise ValueError(f"{_OP}: gate_up is given beside gate and up, expected one of them")
     if (gate is not None or gate_up is not None) and down is None:
         raise ValueError(
             f"{_OP}: down is None, expected [D, m] beside "
@@ -223,9 +223,9 @@ def _projector(
         checks.has_dtype(_OP, name, weight, (named[0][1].dtype,))
         checks.same_device(_OP, name, weight, "hidden", hidden)
         if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
-            came, expected = checks.name_of(weight.dtype), checks.name_of(hidden.dtype)
+            got, expected = checks.name_of(weight.dtype), checks.name_of(hidden.dtype)
             raise TypeError(
-                f"{_OP}: {name} is {came}, expected {expected} (float64 does not mix "
+                f"{_OP}: {name} is {got}, expected {expected} (float64 does not mix "
                 "with other dtypes)"
             )
     if gate is not None and up is not None:
@@ -234,9 +234,7 @@ def _projector(
                 f"{_OP}: gate has shape {tuple(gate.shape)}, expected (m, {width}), hidden's width"
             )
         checks.has_shape(_OP, "up", up, gate.shape, "gate's")
-    if gate_up is not None and (
-        gate_up.dim() != 2 or gate_up.shape[1] != width or len(gate_up) % 2
-    ):
+    if gate_up is not None and not _holds_two(gate_up, width):
         raise ValueError(
             f"{_OP}: gate_up has shape {tuple(gate_up.shape)}, expected (2 m, {width}), hidden's "
             "width"
@@ -250,3 +248,7 @@ def _projector(
             f"{_OP}: target has width {out}, expected {width} (hidden's, as there is no projector)"
         )
     return projector
+
+
+def _holds_two(gate_up: Tensor, width: int) -> bool:
+    return gate_up.dim() == 2 and gate_up.shape[1] == width and len(gate_up) % 2 == 0

@@ -1,7 +1,7 @@
 """Autograd of implicit_token_loss: a plain autograd.Function, and the custom op that tracing needs
 around its pass.
 
-The gradients of a scalar loss are formed in the forward pass (`chunked.py`); the backward pass
+The gradients of a scalar loss are computed in the forward pass (`chunked.py`); the backward pass
 multiplies them by the upstream. Per-row losses are computed again under their upstream.
 """
 
@@ -17,20 +17,21 @@ from ... import reference
 from ...core.dispatch import needs_dispatcher
 from ...core.gemm import gemm_dtype
 from ...core.packing import Packing
-from ..gradients import FormedGradients, formed_dtype, refuse_vmap, scaled_gradients
-from .chunked import Call, Pairs, Projector, forward_and_gradients
+from ..gradients import PendingGradients, pending_dtype, refuse_vmap, scaled_gradients
+from .chunked import forward_and_gradients
+from .inputs import Call, Pairs, Projector
 
 _OP = "implicit_token_loss"
 
 
 def latent_pass(
-    pairs: Pairs, projector: Projector, *, distance: int, eps: float, chunk_bytes: int | None, backend: str,
-    per_row: bool = False,
+    pairs: Pairs, projector: Projector, *, distance: int, eps: float, chunk_bytes: int | None,
+    backend: str, per_row: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(loss, stats [4, rows]) with loss = scale * sum of the kept pairs' losses; per_row: each of
     them, [rows]."""
     hidden, (gate, up, down) = pairs.hidden, projector
-    forms = torch.is_grad_enabled() and not per_row
+    differentiate = torch.is_grad_enabled() and not per_row
     dtype = gemm_dtype(_OP, hidden if down is None else down)
     if down is None and hidden.dtype != torch.float16:
         dtype = hidden.dtype  # there is no GEMM that autocast could cast
@@ -41,14 +42,13 @@ def latent_pass(
         eps=eps,
         chunk_bytes=chunk_bytes,
         per_row=per_row,
-        want_hidden=forms and hidden.requires_grad,
-        want_inner=forms and any(x is not None and x.requires_grad for x in (gate, up)),
-        want_down=forms and down is not None and down.requires_grad,
+        want_hidden=differentiate and hidden.requires_grad,
+        want_inner=differentiate and any(x is not None and x.requires_grad for x in (gate, up)),
+        want_down=differentiate and down is not None and down.requires_grad,
     )
     pairs = pairs._replace(target=pairs.target.detach())
-    if needs_dispatcher(
-        (hidden, *projector, pairs.target, pairs.keep, pairs.scale, pairs.hidden_grad_out)
-    ):
+    tensors = hidden, *projector, pairs.target, pairs.keep, pairs.scale, pairs.hidden_grad_out
+    if needs_dispatcher(tensors):
         loss, stats, _ = _latent_pass(*PACKING.pack(pairs, projector, call))
     else:
         loss, stats = ImplicitTokenLossFunction.apply(pairs, projector, call, hidden, *projector)
@@ -73,7 +73,7 @@ def _(*packed):
     hidden, rows = pairs.hidden, pairs.keep.numel()
     work = reference.working(hidden, pairs.target)
     gradients = [
-        x.new_empty(shape, dtype=formed_dtype(x, buffer))
+        x.new_empty(shape, dtype=pending_dtype(x, buffer))
         for x, shape, buffer in _leaves(pairs, projector, call)
     ]
     loss = hidden.new_empty((rows,) if call.per_row else (), dtype=work)
@@ -89,9 +89,8 @@ def _leaves(
     if call.want_hidden:
         leaves.append((hidden, hidden.shape, pairs.hidden_grad_out))
     if call.want_inner and gate is not None:
-        leaves.append(
-            (gate, gate.shape if up is None else (2 * gate.shape[0], gate.shape[1]), None)
-        )
+        both = gate.shape if up is None else (2 * gate.shape[0], gate.shape[1])
+        leaves.append((gate, both, None))
     if call.want_down and down is not None:
         leaves.append((down, down.shape, None))
     return leaves
@@ -102,7 +101,7 @@ def _save(ctx, pairs: Pairs, projector: Projector, call: Call, gradients: Sequen
     ctx.set_materialize_grads(False)
     # the buffer is not saved: each backward pass writes to it, which a saved tensor forbids
     ctx.pairs = pairs._replace(hidden=None, target=None, keep=None, scale=None)
-    ctx.call, ctx.formed = call, FormedGradients(gradients)
+    ctx.call, ctx.pending = call, PendingGradients(gradients)
 
 
 def _recompute(
@@ -131,22 +130,24 @@ def _gradients(ctx, needed: Sequence[bool], upstream: Tensor | None) -> tuple[Te
         active = pairs._replace(keep=keep & (upstream != 0), scale=upstream.contiguous(), gaps=True)
         gradients, rest = _recompute(active, projector, call, saved), None
     else:
-        gradients = ctx.formed.take(upstream, lambda: _recompute(pairs, projector, call, saved))
-    leaves = _leaves(pairs, projector, call)
-    formed = [
-        (gradient, x, buffer) for gradient, (x, _, buffer) in zip(gradients, leaves, strict=True)
-    ]
+        gradients = ctx.pending.pop(upstream, lambda: _recompute(pairs, projector, call, saved))
+    pending = []
+    for gradient, leaf in zip(gradients, _leaves(pairs, projector, call), strict=True):
+        x, _, buffer = leaf
+        pending.append((gradient, x, buffer))
     double_backward_inputs = [x for x in (*saved, upstream) if x is not None and x.requires_grad]
-    scaled = iter(scaled_gradients(double_backward_inputs, _OP, call.backend, formed, rest))
+    scaled = iter(scaled_gradients(double_backward_inputs, _OP, call.backend, pending, rest))
     d_hidden = next(scaled) if call.want_hidden else None
     both = next(scaled) if call.want_inner else None
     d_down = next(scaled) if call.want_down else None
-    d_gate, d_up = (both, None) if both is None or projector.up is None else both.chunk(2)
+    d_gate, d_up = both, None
+    if both is not None and projector.up is not None:
+        d_gate, d_up = both.chunk(2)
     return d_hidden, d_gate if needed[1] else None, d_up if needed[2] else None, d_down
 
 
 class ImplicitTokenLossFunction(torch.autograd.Function):
-    """The pass where nothing but autograd watches."""
+    """The pass outside tracing, subclasses and dispatch modes."""
 
     @staticmethod
     def forward(
@@ -171,13 +172,13 @@ def _save_traced(ctx, inputs, output) -> None:
 
 
 #: Where the op takes hidden, gate, up and down.
-_PLACES = tuple(PACKING.place(name) for name in ("hidden", "gate", "up", "down"))
+_POSITIONS = tuple(PACKING.index_of(name) for name in ("hidden", "gate", "up", "down"))
 
 
 def _differentiate_traced(ctx, upstream: Tensor | None, *_):
     gradients: list[Tensor | None] = [None] * ctx.count
-    needed = [ctx.needs_input_grad[place] for place in _PLACES]
-    for place, gradient in zip(_PLACES, _gradients(ctx, needed, upstream), strict=True):
+    needed = [ctx.needs_input_grad[place] for place in _POSITIONS]
+    for place, gradient in zip(_POSITIONS, _gradients(ctx, needed, upstream), strict=True):
         gradients[place] = gradient
     return tuple(gradients)
 

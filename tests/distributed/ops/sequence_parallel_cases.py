@@ -53,8 +53,8 @@ def compare(several: int = 0, upstream: Tensor | float = 0.37, **options: Any) -
         weight, bias = (own(x.detach(), cut).clone().requires_grad_() for x in inputs[1:])
         own_options = {name: mine(x) if name in rows_of else x for name, x in options.items()}
         own_loss, own_stats = over_ranks(
-            hidden, weight, mine(labels), bias=bias, sizes=cut, sequence_parallel=True, return_stats="entropy",
-            **own_options,
+            hidden, weight, mine(labels), bias=bias, sizes=cut, sequence_parallel=True,
+            return_stats="entropy", **own_options,
         )  # fmt: skip
         by_row = options.get("reduction") == "none"
         for again in (True, False):  # and a second backward pass
@@ -223,8 +223,9 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
                     own(inputs[1].detach(), cut).requires_grad_(),
                 )
                 loss, _ = over_ranks(
-                    hidden, shard, labels[take], sizes=cut, target_weight=None if weight is None else weight[take],
-                    sequence_parallel=True, **options,
+                    hidden, shard, labels[take], sizes=cut,
+                    target_weight=None if weight is None else weight[take], sequence_parallel=True,
+                    **options,
                 )  # fmt: skip
                 loss.backward()
             promised = bytes_per_pass(

@@ -70,7 +70,7 @@ def test_plain_rows_by_every_cluster_in_every_order(dtype, cluster, order):
     )
     same(
         *ours_and_exact(
-            placed(logits, 3, columns + 3), labels, smoothing=0.1, z_loss=0.01, parts=True
+            placed(logits, 3, columns + 3), labels, smoothing=0.1, z_loss=0.01, partials=True
         )
     )
     assert last_cluster() == cluster

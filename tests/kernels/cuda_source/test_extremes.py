@@ -42,7 +42,7 @@ def wide_or_not(columns, dtype):
             {},
             {"smoothing": 0.1},
             {"smoothing": 0.1, "z_loss": 0.01, "gradient": False},
-            {"parts": True},
+            {"partials": True},
         ]
     ),
     st.sampled_from([1.0, 0.6]),
@@ -114,7 +114,7 @@ def test_a_far_offset_costs_no_digit(offset, scale, where):
     labels = torch.tensor([[1], [2000], [2999]])
     for options in ({}, {"entropy": True}, {"smoothing": 0.1}):
         same_row, _ = ours_and_exact(logits.clone(), labels, scale=scale, **options)
-        ours, exact = ours_and_exact(logits + offset, labels, scale=scale, parts=True, **options)
+        ours, exact = ours_and_exact(logits + offset, labels, scale=scale, partials=True, **options)
         assert (ours[1][0] - exact[1][0]).abs().max() < 1e-5
         assert (ours[4][1] / exact[4][1] - 1).abs().max() < 3e-6
         assert (ours[0] - same_row[0]).abs().max() < 2e-6

@@ -48,15 +48,15 @@ def cross_entropy(
     scale=1.0,
     entropy=False,
     gradient=True,
-    parts=False,
+    partials=False,
 ):
-    """[gradient, stats, target logits, predictions], with parts=True also the sums, in the dtype of
-    the kernel."""
+    """[gradient, stats, target logits, predictions], with partials=True also softmax_partials,
+    in the dtype of the kernel."""
     work, count = working(logits.dtype), len(logits)
     stats = torch.full((3 if entropy else 2, count), NAN, dtype=work)
     target_logit = torch.full(labels.shape, 7.0, dtype=work)
     prediction = torch.full((count,), -7)
-    sums = torch.full((4, count), NAN, dtype=work)
+    softmax_partials = torch.full((4, count), NAN, dtype=work)
     listed = [
         None if x is None else x.to(work) for x in (target_weight, bias, class_weight, row_scale)
     ]
@@ -74,9 +74,9 @@ def cross_entropy(
         softcap,
         scale,
         gradient,
-        sums if parts else None,
+        softmax_partials if partials else None,
     )
-    return [logits, stats, target_logit, prediction, *([sums] if parts else [])]
+    return [logits, stats, target_logit, prediction, *([softmax_partials] if partials else [])]
 
 
 def ours_and_exact(logits, labels, **options):
@@ -88,7 +88,7 @@ def ours_and_exact(logits, labels, **options):
 def same(ours, exact):
     """Equal up to rounding, NaN where the other is NaN; the predictions are the same columns."""
     assert torch.equal(ours[3], exact[3])
-    names = ("gradient", "stats", "target_logit", "parts")
+    names = ("gradient", "stats", "target_logit", "softmax_partials")
     for name, a, b in zip(names, ours[:3] + ours[4:], exact[:3] + exact[4:], strict=False):
         assert torch.equal(a.isnan(), b.isnan()), name
         near([a.nan_to_num(0, 0, 0)], [b.nan_to_num(0, 0, 0)], [name])
@@ -115,7 +115,7 @@ def case(draw, sizes=COLUMNS):
         "entropy": draw(st.booleans()),
         "negative_is_absent": draw(st.booleans()),
         "gradient": draw(st.sampled_from([True, True, False])),
-        "parts": draw(st.booleans()),
+        "partials": draw(st.booleans()),
     }
     place = draw(st.integers(0, 9)), columns + draw(st.sampled_from([0, 1, 8]))
     return logits, labels, options, place

@@ -18,18 +18,18 @@ ORDERS = ("forward", "backward", "shuffled")
 
 @DTYPES
 @pytest.mark.parametrize("columns", [1, 7, 33, 1000])
-def test_cuda_parts_and_gradient(dtype, columns):
+def test_cuda_partials_and_gradient(dtype, columns):
     simt()
     for place, given in enumerate(cases.options(columns, dtype)):
         choose(ORDERS[place % 3])
         for smoothing, entropy in ((0.0, False), (0.3, True)):
-            asked = {**given, "smoothing": smoothing, "entropy": entropy}
-            arguments = cases.parts_arguments((3 * torch.randn(3, columns)).to(dtype), **asked)
+            options = {**given, "smoothing": smoothing, "entropy": entropy}
+            arguments = cases.partials_arguments((3 * torch.randn(3, columns)).to(dtype), **options)
             torch.ops.nitp_simt.cross_entropy_rows_(*arguments)
             near(
                 list(arguments[-1]),
-                list(cases.parts_by_formula(arguments[0], **asked)),
-                ["max", "sum", "below", "spread"],
+                list(cases.partials_by_formula(arguments[0], **options)),
+                list(cases.PARTIALS),
             )
         for targets in (1, 40):
             logits = placed((2 * torch.randn(3, columns)).to(dtype), place, columns + 3)
@@ -44,13 +44,15 @@ def test_cuda_parts_and_gradient(dtype, columns):
 @pytest.mark.skipif(util.find_spec("triton") is None, reason="triton is not installed")
 @DTYPES
 @pytest.mark.parametrize("columns", COLUMNS)
-def test_triton_parts_and_gradient(dtype, columns):
+def test_triton_partials_and_gradient(dtype, columns):
     for given in cases.options(columns, dtype):
         for smoothing, entropy in ((0.0, False), (0.3, True)):
-            asked = {**given, "smoothing": smoothing, "entropy": entropy}
+            options = {**given, "smoothing": smoothing, "entropy": entropy}
             equal(
                 "cross_entropy_rows_",
-                *cases.parts_arguments(apart((3 * torch.randn(3, columns)).to(dtype)), **asked),
+                *cases.partials_arguments(
+                    apart((3 * torch.randn(3, columns)).to(dtype)), **options
+                ),
             )
         logits = apart((2 * torch.randn(3, columns)).to(dtype))
         equal("cross_entropy_gradient_rows_", *cases.gradient_arguments(logits, **given, targets=4))

@@ -108,8 +108,8 @@ def launch(name: str, dtype: torch.dtype) -> None:
             of_class, weight = values(columns), values(ROWS, 4)
             outputs = values(3, ROWS), values(ROWS, 4), best
             rows.cross_entropy_rows_(
-                matrix(columns), labels.expand(ROWS, 4).contiguous(), weight, of_class, of_class, scale, *outputs,
-                -100, True, 0.1, 0.1, 30.0, 0.5, True,
+                matrix(columns), labels.expand(ROWS, 4).contiguous(), weight, of_class, of_class,
+                scale, *outputs, -100, True, 0.1, 0.1, 30.0, 0.5, True,
             )  # fmt: skip
         case "labels" | "labels of classes":
             of_row, of_target, one = (values(shape, of=dtype) for shape in ((ROWS,), (ROWS, 4), ()))

@@ -266,7 +266,7 @@ class Unseen:
         torch.ops.nitp_ops.cross_entropy_rows_(logits.data, *rest)
 
 
-def test_whoever_needs_overwritten_logits_is_told(monkeypatch):
+def test_a_later_use_of_overwritten_logits_raises(monkeypatch):
     monkeypatch.setattr(nitp_ops.kernels.select, "row_kernels", lambda backend: Unseen)
     leaf, labels = make()
     logits = leaf * 1

@@ -74,7 +74,7 @@ def cross_entropy(
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape, device or range.
         IndexError: a label outside ``[0, V)`` that is not `ignore_index`.
-        BackendError: the backend that was asked for does not serve this device.
+        BackendError: the requested backend does not serve this device.
         NotImplementedError: double backward, forward mode, torch.func transforms.
 
     Example:
@@ -122,9 +122,9 @@ def cross_entropy(
         )
     checks.plain_autograd(_OP, bias, *tensors_of(term))
     given = (
-        logits, bias, labels, token_weight, target_weight, class_weight, term.label_smoothing, term.z_loss,
-        ignore_index, cap, scale, chosen, reduction, as_tensor(normalizer, logits), return_stats == "entropy",
-        inplace_gradient,
+        logits, bias, labels, token_weight, target_weight, class_weight, term.label_smoothing,
+        term.z_loss, ignore_index, cap, scale, chosen, reduction, as_tensor(normalizer, logits),
+        return_stats == "entropy", inplace_gradient,
     )  # fmt: skip
     loss, values = logits_pass(*given)
     return (loss, stats_of(values, [term])[0]) if return_stats else loss

@@ -32,8 +32,8 @@ class _Rows:
     """The row kernel over logits [..., V] of one term."""
 
     def __init__(
-        self, logits: Tensor, bias: Tensor | None, term: CrossEntropyTerm, ignore_index: int, softcap: float,
-        logit_scale: float, backend: str,
+        self, logits: Tensor, bias: Tensor | None, term: CrossEntropyTerm, ignore_index: int,
+        softcap: float, logit_scale: float, backend: str,
     ) -> None:  # fmt: skip
         work = reference.working(logits)
         self.source, self.kernels, self.term = Rows(logits), select.row_kernels(backend), term
@@ -42,21 +42,19 @@ class _Rows:
         self.rows = flat_rows(term, ignore_index)
 
     def values(self, fields: int) -> RowValues:
-        """Room for all rows."""
-        count, targets = self.rows.labels.shape
-        stats = torch.empty(
-            (fields, count),
-            dtype=reference.working(self.term.hidden),
-            device=self.rows.labels.device,
-        )
-        return RowValues(stats, self.rows.labels.new_empty(count), stats.new_empty(count, targets))
+        """Uninitialised values of all rows."""
+        labels = self.rows.labels
+        count, targets = labels.shape
+        work = reference.working(self.term.hidden)
+        stats = torch.empty((fields, count), dtype=work, device=labels.device)
+        return RowValues(stats, labels.new_empty(count), stats.new_empty(count, targets))
 
     def scale(self, values: RowValues, mean: bool, normalizer: Tensor | None) -> Tensor:
-        """[N]; refuses labels outside [0, V), and writes the values of rows that are not computed."""
+        """[N]; refuses labels outside [0, V), and writes the values of the rows left out."""
         scale = values.stats.new_empty(self.source.count)
         prepare(
-            self.kernels, _OP, self.term, self.rows, self.ignore_index, self.source.width, mean=mean,
-            normalizer=normalizer, scale=scale, values=values,
+            self.kernels, _OP, self.term, self.rows, self.ignore_index, self.source.width,
+            mean=mean, normalizer=normalizer, scale=scale, values=values,
         )  # fmt: skip
         return scale
 
@@ -65,13 +63,15 @@ class _Rows:
         place."""
         weight, term = self.rows.target_weight, self.term
         self.kernels.cross_entropy_rows_(
-            logits, rows_of(self.rows.labels, part), None if weight is None else rows_of(weight, part), self.bias,
-            self.rows.smoothing_weight, None if scale is None else rows_of(scale, part), values.stats[:, part],
-            rows_of(values.target_logit, part), rows_of(values.prediction, part), self.ignore_index, term.several,
-            term.label_smoothing, term.z_loss, self.softcap, self.logit_scale, scale is not None,
+            logits, rows_of(self.rows.labels, part),
+            None if weight is None else rows_of(weight, part), self.bias,
+            self.rows.smoothing_weight, None if scale is None else rows_of(scale, part),
+            values.stats[:, part], rows_of(values.target_logit, part),
+            rows_of(values.prediction, part), self.ignore_index, term.several, term.label_smoothing,
+            term.z_loss, self.softcap, self.logit_scale, scale is not None,
         )  # fmt: skip
 
-    def parts(self) -> Iterator[slice]:
+    def chunks(self) -> Iterator[slice]:
         """Chunks of rows: a copy of one stays small beside the logits."""
         source = self.source
         size = LEAST_BYTES if checks.host_reads(source.tensor.device) else COPY_BYTES_ON_GPU
@@ -87,18 +87,16 @@ def _gradients(
     """[d_logits] or, with want_bias, [d_logits, d_bias], each row times its scale; in_place: over
     the logits."""
     source, columns = given.source, logits.shape[-1]
-    d_logits = (
-        logits.detach()
-        if in_place
-        else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    )
-    d_bias, values = scale.new_zeros(columns) if want_bias else None, given.values(2)
-    for part in given.parts():
-        chunk = (
-            source.take(part)
-            if in_place
-            else d_logits.view(-1, columns)[part].copy_(source.take(part))
-        )
+    if in_place:
+        d_logits = logits.detach()
+    else:
+        d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    d_bias = scale.new_zeros(columns) if want_bias else None
+    values = given.values(2)
+    for part in given.chunks():
+        chunk = source.of_chunk(part)
+        if not in_place:
+            chunk = d_logits.view(-1, columns)[part].copy_(chunk)
         given.run(chunk, part, scale, values)
         if d_bias is not None:
             d_bias += chunk.sum(0, dtype=d_bias.dtype)
@@ -125,12 +123,11 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats, prediction, target logits, scale); in_place steers the backward pass."""
     of_rows = token_weight, target_weight, class_weight, label_smoothing, z_loss
-    given = _Rows(
-        logits, bias, _term(logits, labels, *of_rows), ignore_index, softcap, logit_scale, backend
-    )
+    term = _term(logits, labels, *of_rows)
+    given = _Rows(logits, bias, term, ignore_index, softcap, logit_scale, backend)
     values = given.values(3 if entropy else 2)
     scale = given.scale(values, reduction == "mean" and normalizer is None, normalizer)
-    for part in given.parts():
+    for part in given.chunks():
         given.run(given.source.dense(part), part, None, values)
     if reduction == "none":
         loss = torch.where(scale == 0, 0, scale * values.stats[0]).view(logits.shape[:-1])
@@ -148,8 +145,10 @@ _forward_op = torch.library.custom_op("nitp_ops::cross_entropy", mutates_args=()
 
 
 @_forward_op.register_fake
-def _(logits, bias, labels, token_weight, target_weight, class_weight, label_smoothing, z_loss, ignore_index, softcap,
-      logit_scale, backend, reduction, normalizer, entropy, in_place):  # fmt: skip
+def _(
+    logits, bias, labels, token_weight, target_weight, class_weight, label_smoothing, z_loss,
+    ignore_index, softcap, logit_scale, backend, reduction, normalizer, entropy, in_place,
+):  # fmt: skip
     count, work = math.prod(logits.shape[:-1]), reference.working(logits)
     loss = logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=work)
     stats = logits.new_empty((3 if entropy else 2, count), dtype=work)
@@ -179,10 +178,14 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(logits, bias, labels, target_weight, class_weight, label_smoothing, z_loss, ignore_index, softcap, logit_scale,
-      backend, scale, want_bias):  # fmt: skip
+def _(
+    logits, bias, labels, target_weight, class_weight, label_smoothing, z_loss, ignore_index,
+    softcap, logit_scale, backend, scale, want_bias,
+):  # fmt: skip
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return [d_logits, scale.new_empty(logits.shape[-1])] if want_bias else [d_logits]
+    if not want_bias:
+        return [d_logits]
+    return [d_logits, scale.new_empty(logits.shape[-1])]
 
 
 def _save(ctx, inputs, output) -> None:
@@ -204,11 +207,8 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
         row_scale = torch.where(inactive, 0, scale * upstream.reshape(-1))
         # eager only: tracing runs this once for many backward passes, and a graph must not write to
         # what it is given
-        eager = (
-            type(upstream) is Tensor
-            and upstream.device.type != "meta"
-            and not torch.is_grad_enabled()
-        )
+        on_device = type(upstream) is Tensor and upstream.device.type != "meta"
+        eager = on_device and not torch.is_grad_enabled()
         in_place = ctx.in_place and want_logits and eager
         if not in_place and (torch.is_grad_enabled() or needs_dispatcher((upstream, *saved))):
             tensors = logits, bias, labels, target_weight, class_weight
@@ -216,9 +216,8 @@ def _differentiate(ctx, upstream: Tensor | None, *_):
         else:
             label_smoothing, z_loss, *rest = ctx.options
             term = _term(logits, labels, None, target_weight, class_weight, label_smoothing, z_loss)
-            d_logits, *of_bias = _gradients(
-                _Rows(logits.detach(), bias, term, *rest), logits, row_scale, want_bias, in_place
-            )
+            given = _Rows(logits.detach(), bias, term, *rest)
+            d_logits, *of_bias = _gradients(given, logits, row_scale, want_bias, in_place)
         if in_place:
             torch.autograd.graph.increment_version(logits)
         d_bias = None
