@@ -38,12 +38,12 @@ class LinearCrossEntropy(nn.Module):
 
     Example:
         >>> import torch, nitp_ops
-        >>> loss = nitp_ops.LinearCrossEntropy(z_loss=1e-4, reduction="sum")
+        >>> loss = nitp_ops.LinearCrossEntropy(softcap=30.0, reduction="sum")
         >>> loss
-        LinearCrossEntropy(z_loss=0.0001, reduction='sum')
+        LinearCrossEntropy(softcap=30.0, reduction='sum')
         >>> hidden, unembedding = torch.zeros(2, 8), torch.zeros(16, 8)
         >>> labels = torch.tensor([1, 2])
-        >>> round(loss(hidden, unembedding, labels, z_loss=0.0).item(), 4)  # 2 ln 16
+        >>> round(loss(hidden, unembedding, labels, softcap=None).item(), 4)  # 2 ln 16
         5.5452
     """
 

@@ -191,8 +191,8 @@ void rows(const CrossEntropyRows<T, A>& a, int64_t begin, int64_t end) {
       const double weight_sum = by_class ? a.class_weight_mean : targets.weight_sum;
       const double smooth_gap =
           weight_sum * log_sum - (by_class ? shifted_mean : weight_sum * shifted_mean);
-      const TokenLoss<A> token{a.smoothing, a.z_loss, static_cast<A>(targets.weight_sum),
-                               static_cast<A>(weight_sum)};
+      const TokenLoss<A> token =
+          token_loss(a, static_cast<A>(targets.weight_sum), static_cast<A>(weight_sum));
       a.stats[i] = token.loss(lse, static_cast<A>(targets.gap(row.max, log_sum)),
                               static_cast<A>(smooth_gap));
       if (a.gradient && scale != A(0)) {

@@ -49,6 +49,12 @@ struct TokenLoss {
   NITP_HD A target_weight() const { return A(1) - smoothing; }
 };
 
+// The same with the options of a kernel's arguments.
+template <class Arguments, class A>
+NITP_HD TokenLoss<A> token_loss(const Arguments& a, A target_weight_sum, A smooth_weight_sum) {
+  return {a.smoothing, a.z_loss, target_weight_sum, smooth_weight_sum};
+}
+
 // The gradient of a row whose maximum and sum of exponentials are known, w its weight:
 //
 //   w dloss/dz_v = softmax_coeff exp(z_v - max) - uniform_coeff u_v - sum_k target_coeff_k [v =

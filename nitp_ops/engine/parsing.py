@@ -77,8 +77,8 @@ class Spec:
         """The mapping that spells this spec, every option explicit; it survives JSON.
 
         Example:
-            >>> parse("0.5*ntp(z_loss=1e-4)").to_dict()["ntp"]
-            {'weight': 0.5, 'denominator': 'own', 'label_smoothing': 0.0, 'z_loss': 0.0001, 'class_weight': False}
+            >>> parse("0.5*cosine_regularizer").to_dict()["cosine_regularizer"]
+            {'weight': 0.5, 'denominator': 'own', 'eps': 1e-06}
         """
         return {str(term.label): _options(term) for term in self.terms}
 

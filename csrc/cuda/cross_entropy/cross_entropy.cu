@@ -158,7 +158,7 @@ __device__ __forceinline__ void cross_entropy_row(const CrossEntropyRows<T, A>& 
   const bool absent = targets.present == 0;
   const A log_sum = std::log(sums.sum), max = row.unit * row.value(sums.max), lse = max + log_sum;
   const A smooth_weight_sum = row.by_class() ? sums.weight_sum / A(a.columns) : targets.weight_sum;
-  const TokenLoss<A> token{a.smoothing, a.z_loss, targets.weight_sum, smooth_weight_sum};
+  const TokenLoss<A> token = token_loss(a, targets.weight_sum, smooth_weight_sum);
   if (mine.first == sums.first) {  // the one thread that has this pack and will overwrite it
     const bool is_pack = mine.first >= head && mine.first < column(packs);
     int best = mine.first;

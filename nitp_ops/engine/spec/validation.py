@@ -30,8 +30,8 @@ class SpecError(ValueError):
         problems: one line each, in the order in which they were found.
 
     Example:
-        >>> str(SpecError(["ntp: z_loss is -1, expected a number >= 0"]))
-        'ntp: z_loss is -1, expected a number >= 0'
+        >>> str(SpecError(["nitp: eps is -1, expected a number > 0"]))
+        'nitp: eps is -1, expected a number > 0'
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
