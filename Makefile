@@ -108,7 +108,7 @@ wheel: $(STAMP)
 	$(PYTHON) -m pip wheel -q --no-deps -w dist .
 
 wheels: $(STAMP)
-	$(PYTHON) -m tests.project.build.wheels dist
+	$(PYTHON) -m tests.packaging.wheels dist
 
 doctor: $(STAMP)
 	$(PYTHON) -m nitp_ops doctor

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import tests.project.build.package_cases as cases
-from tests.project.build.package_cases import environment, run
+import tests.packaging.package_cases as cases
+from tests.packaging.package_cases import environment, run
 
 pytestmark = pytest.mark.package
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.project.build import wheels
+from tests.packaging import wheels
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "docs/versions.json"

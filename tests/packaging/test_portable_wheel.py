@@ -6,13 +6,14 @@ import runpy
 import sys
 from pathlib import Path
 
-import tests.project.build.package_cases as cases
 import pytest
-from tests.project.build import wheel_facts
-from tests.project.build.package_cases import compiled, environment, install, path_without, run
+
+import tests.packaging.package_cases as cases
+from tests.packaging import wheel_facts
+from tests.packaging.package_cases import compiled, environment, install, path_without, run
 from tests.support.processor import HAS_OWN_GEMM, SETS
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 # zig builds its own C library the first time
 pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 

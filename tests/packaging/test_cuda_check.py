@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).parents[3] / "csrc/tools"
+TOOLS = Path(__file__).parents[2] / "csrc/tools"
 
 
 def module(name, monkeypatch):

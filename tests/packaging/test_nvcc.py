@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.project.build.package_cases import program
+
+from tests.packaging.package_cases import program
 
 LISTS = 'case "$*" in *--list-gpu-arch*) echo compute_80;; '
 #: Writes what `-o` names, as a compiler does.
@@ -18,7 +19,7 @@ WRITES = '*" -c "*) for last; do :; done; echo code > "$last";; '
 
 @pytest.fixture
 def cuda() -> dict[str, Any]:
-    return runpy.run_path(str(Path(__file__).parents[3] / "csrc/tools/build_cuda.py"))
+    return runpy.run_path(str(Path(__file__).parents[2] / "csrc/tools/build_cuda.py"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nitp_ops import reference
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 CODES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64)
 #: A few roundings of the storage dtype.
 TOLERANCE = {
@@ -39,7 +39,7 @@ class Emulated:
             folder / "call",
         )
         cxx = ["aarch64-linux-gnu-g++", "-std=c++20"]
-        source = ROOT / "tests/project/build/emulated/driver.cpp"
+        source = ROOT / "tests/packaging/emulated/driver.cpp"
         subprocess.run(
             [*cxx, "-O1", "-rdynamic", f"-I{ROOT / 'csrc'}", source, "-ldl", "-o", self.driver],
             check=True,

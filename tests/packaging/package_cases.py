@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 SITE = Path(str(metadata.distribution("torch").locate_file("")))
 #: Every build compiles the same sources under the same names: the second takes its objects from the
 #: cache.

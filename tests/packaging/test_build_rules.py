@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.project.build.package_cases import program
 
-ROOT = Path(__file__).parents[3]
+from tests.packaging.package_cases import program
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

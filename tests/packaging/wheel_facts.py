@@ -23,7 +23,7 @@ RUNTIMES |= {
     "ld-linux-x86-64.so.2",
     "ld-linux-aarch64.so.1",
 }
-DECLARED = (Path(__file__).parents[3] / "csrc/torch_abi.h").read_text()
+DECLARED = (Path(__file__).parents[2] / "csrc/torch_abi.h").read_text()
 
 
 class Facts(NamedTuple):

@@ -10,18 +10,12 @@ import sys
 import zipfile
 from pathlib import Path
 
-import tests.project.build.package_cases as cases
 import pytest
-from tests.project.build.package_cases import (
-    compiled,
-    environment,
-    install,
-    path_without,
-    program,
-    run,
-)
 
-ROOT = Path(__file__).parents[3]
+import tests.packaging.package_cases as cases
+from tests.packaging.package_cases import compiled, environment, install, path_without, program, run
+
+ROOT = Path(__file__).parents[2]
 # without a compiler cache every build takes minutes
 pytestmark = [pytest.mark.package, pytest.mark.timeout(900)]
 WAYS_OUT = ("install a C++20 compiler", "NITP_OPS_PURE=1")

@@ -1,4 +1,4 @@
-"""python tests/project/build/wheels.py FOLDER: the archive and the wheels of a release, each
+"""python -m tests.packaging.wheels FOLDER: the archive and the wheels of a release, each
 checked before anybody installs it.
 
 * nitp_ops-*.tar.gz, and from it py3-none-manylinux_2_28_x86_64, with CUDA kernels where nvcc >=
@@ -17,10 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.project.build import emulated_wheel
-from tests.project.build import wheel_facts
+from tests.packaging import emulated_wheel, wheel_facts
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def build(source: Path, folder: Path, kind: str, machine: str | None = None) -> Path:
