@@ -229,7 +229,8 @@ def test_forward_mode_is_refused_by_name(call):
     inputs = [x.detach() for x in tensors()]
     tangents = [torch.ones_like(x) for x in inputs]
     with pytest.raises(
-        NotImplementedError, match=r"torch.func transform .* is not supported, expected reverse mode"
+        NotImplementedError,
+        match=r"torch.func transform .* is not supported, expected reverse mode",
     ):
         torch.func.jvp(call, tuple(inputs), tuple(tangents))
     with (

@@ -94,7 +94,9 @@ def test_make_fx_traces_the_backward_pass_of_real_tensors(name: str):
 @EVERY
 def test_functionalize_is_refused_by_name(name: str):
     model, given = Model(CALLS[name]), inputs()
-    refusal = r"^\w+: a torch.func transform \(.*functionalize\) is not supported, expected reverse mode"
+    refusal = (
+        r"^\w+: a torch.func transform \(.*functionalize\) is not supported, expected reverse mode"
+    )
     with pytest.raises(NotImplementedError, match=refusal):
         torch.func.functionalize(model)(*given)
     with pytest.raises(NotImplementedError, match=refusal):  # labels are no argument
