@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import nitp_ops
 import tests.ops.cross_entropy.test_linear_cross_entropy as token
-import tests.ops.test_implicit_token_loss as latent
+import tests.ops.implicit_token.test_implicit_token_loss as latent
 from nitp_ops import reference
 from tests.gpu.gpu_cases import (
     BACKENDS,

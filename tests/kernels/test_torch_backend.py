@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import nitp_ops
 import tests.ops.cross_entropy.test_linear_cross_entropy as token
-import tests.ops.test_implicit_token_loss as latent
+import tests.ops.implicit_token.test_implicit_token_loss as latent
 from nitp_ops import reference
 from nitp_ops.kernels import select
 from nitp_ops.objectives import ModelInfo, Streams, build
@@ -26,8 +26,9 @@ from tests.support.budget import near, outputs, widened, within_budget
 ROOT = Path(__file__).parents[2]
 #: Whole files of laws, run where the compiled library is hidden.
 LAWS = (
-    "ops/cross_entropy/test_linear_cross_entropy ops/test_alignment_and_swiglu "
-    "ops/test_implicit_token_loss ops/cross_entropy/test_shared_pass ops/test_inactive_rows "
+    "ops/cross_entropy/test_linear_cross_entropy ops/cross_entropy/test_inactive_and_absent_rows "
+    "ops/cross_entropy/test_extreme_logits ops/implicit_token/test_rows ops/test_alignment_and_swiglu "
+    "ops/implicit_token/test_implicit_token_loss ops/cross_entropy/test_shared_pass ops/test_inactive_rows "
     "ops/test_large_values ops/test_op_laws ops/cross_entropy/test_token_semantics "
     "ops/test_bad_input ops/test_compiled_options objectives/test_values engine/test_blocks "
     "engine/test_plan"

@@ -10,11 +10,15 @@ MUTANTS = mutants(
             (
                 "if (a.gradient && !active) {",
                 "if (false) {",
-                "ops/alignment_and_swiglu ops/implicit_token_loss",
+                "ops/alignment_and_swiglu ops/implicit_token/implicit_token_loss",
             ),
             ("put(pair.dz + j, -g)", "put(pair.dz + j, g)", "ops/alignment_and_swiglu"),
             ("(q, log_ratio(j) - kl)", "(q, log_ratio(j))", "ops/alignment_and_swiglu"),
-            ("(a.target_rows ? a.target_rows[i] : i)", "i", "ops/implicit_token_loss"),
+            (
+                "(a.target_rows ? a.target_rows[i] : i)",
+                "i",
+                "ops/implicit_token/implicit_token_loss",
+            ),
             ("by.p * p[j]);", "p[j]);", "ops/large_values"),
             ("if (!Far && kl != kl)", "if (false)", "ops/large_values"),
         ),
@@ -22,7 +26,7 @@ MUTANTS = mutants(
             (
                 "p > A(0) ? p * drop : A(0)",
                 "p * drop",
-                "ops/cross_entropy/linear_cross_entropy ops/cross_entropy/token_semantics",
+                "ops/cross_entropy/inactive_and_absent_rows ops/cross_entropy/extreme_logits",
             ),
             ("if (weight_sum != 0)", "if (false)", "kernels/instruction_sets"),
             (

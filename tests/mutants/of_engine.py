@@ -126,7 +126,7 @@ MUTANTS = mutants(
             (
                 "torch.autograd.graph.increment_version(logits)",
                 "pass",
-                "ops/cross_entropy/cross_entropy",
+                "ops/cross_entropy/inplace_gradient",
             ),
             ("0, scale * upstream.reshape(-1))", "0, scale)", "ops/cross_entropy/cross_entropy"),
             (

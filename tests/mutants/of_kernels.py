@@ -72,7 +72,7 @@ MUTANTS = mutants(
             (
                 "with_zeros(hidden[:count].masked_fill(chunk.inactive, 0), padded)",
                 "hidden",
-                "ops/cross_entropy/linear_cross_entropy ops/cross_entropy/token_semantics engine/plan",
+                "ops/cross_entropy/inactive_and_absent_rows engine/plan",
             ),
             ("logits[count:].zero_()", "pass", "core/even_rows"),
             (
@@ -101,7 +101,7 @@ MUTANTS = mutants(
             ),
         ),
         "nitp_ops/core/chunking.py": (
-            ("if longest is not None:  # no more", "if False:  # no more", "ops/numerics"),
+            ("if longest is not None:  # no more", "if False:  # no more", "ops/chunk_sizes"),
             ("block.nbytes > _MAPPED_BYTES", "block.nbytes < 0", "core/workspace"),
             ("-(-columns // _ALIGNED) * _ALIGNED", "columns", "core/gemm_policy"),
             ("rows - len(chunk)))", "rows - len(chunk)), 1)", "core/even_rows"),
@@ -183,8 +183,16 @@ MUTANTS = mutants(
             ),
         ),
         "nitp_ops/ops/implicit_token/chunked.py": (
-            ("slice(part.start + shift, part.stop + shift)", "part", "ops/implicit_token_loss"),
-            ("(part + shift).clamp_", "(part + shift - 1).clamp_", "ops/implicit_token_loss"),
+            (
+                "slice(part.start + shift, part.stop + shift)",
+                "part",
+                "ops/implicit_token/implicit_token_loss",
+            ),
+            (
+                "(part + shift).clamp_",
+                "(part + shift - 1).clamp_",
+                "ops/implicit_token/implicit_token_loss",
+            ),
             ("d_h.masked_fill_(~pairs.keep[part].unsqueeze(1), 0)", "pass", "ops/inactive_rows"),
         ),
         "nitp_ops/ops/gradients.py": (

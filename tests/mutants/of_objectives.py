@@ -21,7 +21,7 @@ MUTANTS = mutants(
             ("(rank, 2 * ranks - 1 - rank)", "(rank, ranks + rank)", "engine/footprint"),
         ),
         "nitp_ops/geometry/streaming.py": (
-            ("* (n * m / (n + m))", "* (n * m / n)", "geometry/geometry"),
+            ("* (n * m / (n + m))", "* (n * m / n)", "geometry/accumulator"),
         ),
         "nitp_ops/engine/streams/targets.py": (
             # which rows count, and what divides them

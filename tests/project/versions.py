@@ -22,7 +22,8 @@ RESULT = ROOT / "docs/versions.json"
 VERSIONS = ("torch==2.11.*", "torch")
 FILES = (
     "core/test_gemm", "kernels/test_instruction_sets", "ops/test_alignment_and_swiglu", "ops/test_bad_input",
-    "ops/test_implicit_token_loss", "ops/cross_entropy/test_linear_cross_entropy", "ops/test_op_laws",
+    "ops/implicit_token/test_implicit_token_loss", "ops/implicit_token/test_rows",
+    "ops/cross_entropy/test_linear_cross_entropy", "ops/cross_entropy/test_inactive_and_absent_rows", "ops/test_op_laws",
     "engine/test_compile", "engine/spec/test_build", "objectives/test_values", "objectives/latent/test_nitp_gradient",
 )  # fmt: skip
 FACTS = """

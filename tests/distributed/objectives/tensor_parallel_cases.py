@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import nitp_ops
 from nitp_ops.distributed import VocabularyShards
 from nitp_ops.objectives import Streams, build
-from tests.distributed.ops.vocab_parallel_cases import on_all_ranks, same
+from tests.distributed.ops.vocab_parallel_problem import on_all_ranks, same
 from tests.support.objectives_cases import INFO, Batch, make_batch
 
 SPEC = "ntp + mtp_shared + 0.5*top + mtp_parallel(offsets=[4]) + mtp_sequential(depth=2) + 0.8*nitp"

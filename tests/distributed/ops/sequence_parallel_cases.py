@@ -23,7 +23,7 @@ from nitp_ops.core import gemm
 from nitp_ops.distributed import VocabularyShards, bytes_per_pass
 from nitp_ops.ops.cross_entropy import vocab_shard
 from nitp_ops.ops.cross_entropy.sharded import sequence_rows
-from tests.distributed.ops.vocab_parallel_cases import cuts, on_all_ranks, own, problem, same
+from tests.distributed.ops.vocab_parallel_problem import cuts, on_all_ranks, own, problem, same
 from tests.support.rank_cases import over_ranks
 
 CASES: dict[str, Callable[[], None]] = {}
