@@ -31,6 +31,13 @@ def test_the_reference_imports_only_torch():
     assert set(modules) == {"__future__", "collections", "typing", "torch"}
 
 
+def test_what_the_package_kernels_loads_under_another_name_imports_itself_by_dots():
+    folders = [ROOT / "nitp_ops" / name for name in ("core", "kernels", "ops", "geometry")]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    absolute = re.compile(r"^\s*(?:from|import) nitp_ops\b", re.M)
+    assert files and not [path for path in files if absolute.search(path.read_text())]
+
+
 def test_a_folder_holds_at_most_15_files_and_a_file_300_lines():
     crowded = {
         folder: n for folder, n in Counter(path.parent for path in SOURCES).items() if n > 15

@@ -18,11 +18,15 @@ from tests.support.trainer_cases import padded, ragged_rows, tiny_llama
 from tests.trainers import kernel_folder
 
 pytestmark = pytest.mark.trainers
-HERE = Path(__file__).parent
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 
 
 def python(*arguments: str) -> Any:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=HERE,
@@ -36,7 +40,7 @@ def python(*arguments: str) -> Any:
 def test_build_toml_is_one_that_the_package_parses():
     from kernels._rust import Backend, Build
 
-    assert {Backend.CPU, Backend.CUDA} <= set(Build.open(HERE.parents[1]).general.backends)
+    assert {Backend.CPU, Backend.CUDA} <= set(Build.open(ROOT).general.backends)
 
 
 def test_use_kernels_takes_the_loss_from_a_folder(tmp_path):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nitp_ops.core import checks
-from nitp_ops.core.devices import sum_dtype
-
+from ...core import checks
+from ...core.devices import sum_dtype
 from ...reference import working
 from ..table import Sample, row_kernel
 

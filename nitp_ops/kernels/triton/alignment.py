@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nitp_ops.core import checks
-
+from ...core import checks
 from .launch import blocks, check_rows, check_values, launch, size_of, working
 from .softmax import LOWEST, absorb, join
 

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nitp_ops import reference
-from nitp_ops.core import checks
+from ... import reference
+from ...core import checks
 
 _WORKING = {torch.float32: tl.float32, torch.float64: tl.float64}
 
