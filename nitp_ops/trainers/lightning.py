@@ -1,7 +1,7 @@
 """Lightning: a callback that gives a LightningModule its training objective.
 
-    trainer = L.Trainer(callbacks=[ObjectiveCallback("ntp + 0.8*nitp(target_layer=0.2)")],
-    accumulate_grad_batches=4)
+    callback = ObjectiveCallback("ntp + 0.8*nitp(target_layer=0.2)")
+    trainer = L.Trainer(callbacks=[callback], accumulate_grad_batches=4)
 
 A module that wraps a Hugging Face model needs nothing else: ``self.model(**batch).loss``, which its
 ``training_step`` returns, is the objective. A module that builds its own streams holds an objective

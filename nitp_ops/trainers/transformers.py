@@ -1,10 +1,12 @@
 """The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a
 sidecar a checkpoint.
 
-    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate,
-    objective="ntp + 0.8*nitp") trainer.train()
+    trainer = ObjectiveTrainer(
+        model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp"
+    )
+    trainer.train()
 
-`NitpTrainerMixin` does the same for any subclass of Trainer.
+`ObjectiveTrainerMixin` does the same for any subclass of Trainer.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
 _Base = transformers.Trainer if TYPE_CHECKING else object
 
 
-class NitpTrainerMixin(_Base):
-    """``class MyTrainer(NitpTrainerMixin, Trainer)``: trains with an objective, one line beside a
+class ObjectiveTrainerMixin(_Base):
+    """``class MyTrainer(ObjectiveTrainerMixin, Trainer)``: trains with an objective, one line beside a
     plain Trainer.
 
     * Every term is divided by its count over the whole accumulation window of all ranks: a batch of
@@ -215,10 +217,10 @@ class NitpTrainerMixin(_Base):
         self.nitp.load(str(self.state.best_model_checkpoint))
 
 
-class NitpTrainer(NitpTrainerMixin, transformers.Trainer):
-    """`transformers.Trainer` with an objective: see `NitpTrainerMixin`.
+class ObjectiveTrainer(ObjectiveTrainerMixin, transformers.Trainer):
+    """`transformers.Trainer` with an objective: see `ObjectiveTrainerMixin`.
 
     Example:
-        >>> trainer = NitpTrainer(model=model, args=args, objective="ntp + 0.8*nitp")  # doctest: +SKIP
+        >>> trainer = ObjectiveTrainer(model=model, args=args, objective="ntp + 0.8*nitp")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
