@@ -23,7 +23,7 @@ from pydantic import BaseModel, field_validator, model_validator  # noqa: E402
 from nitp_ops.attaching.api import attach  # noqa: E402
 from nitp_ops.objectives import parse  # noqa: E402
 
-# options that put another loss, or another forward, in the objective's place
+# options that replace the objective by another loss, or another forward
 _OTHER_LOSS = (
     "cut_cross_entropy",
     "liger_fused_linear_cross_entropy",
@@ -56,9 +56,9 @@ class ObjectiveArgs(BaseModel):
     def check_others(cls, data: Any) -> Any:
         found = [name for name in (*_OTHER_LOSS, *_OTHER_TRAINER) if data.get(name)]
         if found:
-            came = ", ".join(f"{name} is {data[name]!r}" for name in found)
+            got = ", ".join(f"{name} is {data[name]!r}" for name in found)
             raise ValueError(
-                f"axolotl: {came}, expected none of them with nitp_objective (the objective is the "
+                f"axolotl: {got}, expected none of them with nitp_objective (the objective is the "
                 "loss)"
             )
         return data

@@ -8,4 +8,4 @@ from .transformers import ObjectiveTrainerMixin
 
 
 class ObjectiveAxolotlTrainer(ObjectiveTrainerMixin, AxolotlTrainer):
-    """`AxolotlTrainer`, whose model came with an objective: see `ObjectiveTrainerMixin`."""
+    """`AxolotlTrainer`, whose model has an objective: see `ObjectiveTrainerMixin`."""

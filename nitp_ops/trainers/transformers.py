@@ -47,7 +47,7 @@ class ObjectiveTrainerMixin(_Base):
       masks fall. Any other loss (of the experts' balance, or added in a subclass) is averaged over
       the microbatches.
     * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms
-      measure: accuracy, skill, floor, counts, over all rows since the last log.
+      measure: accuracy, skill, constant_predictor_loss, counts, over all rows since the last log.
     * Scheduled weights follow ``state.global_step``, also after a resume.
     * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or
       with that of another spec, is an error.
@@ -58,10 +58,10 @@ class ObjectiveTrainerMixin(_Base):
 
     Args:
         objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's
-            own ``__init__``, thus after PEFT and TRL. None: the model that came is attached
+            own ``__init__``, thus after PEFT and TRL. None: the model is attached
             already.
         label_layout: of ``shift_labels`` that the data collator makes, as in `attach`, whose word
-            it is where the model came attached. Those that the trainer itself makes from the labels
+            it is where the model was attached before. Those that the trainer itself makes from the labels
             of a batch are "stream": they count what the labels count.
         *args, **kwargs: of the Trainer.
 

@@ -100,7 +100,7 @@ def test_the_contributions_add_up_to_the_logged_loss_also_over_several_steps(tmp
             entry["ntp/count"] == 2 * by_hand.sums(batch)["ntp"][1]
             and 0 <= entry["ntp/accuracy"] <= 1
         )
-        assert {"nitp/skill", "nitp/floor", "nitp/count"} <= entry.keys()
+        assert {"nitp/skill", "nitp/constant_predictor_loss", "nitp/count"} <= entry.keys()
 
 
 def test_the_stock_trainer_weighs_local_means_by_their_share_of_the_tokens(tmp_path):

@@ -1,4 +1,4 @@
-"""Trainers on packed rows: the same steps by labels and by shift_labels, whoever made them."""
+"""Trainers on packed rows: the same steps by labels and by shift_labels, no matter who made them."""
 
 from __future__ import annotations
 
