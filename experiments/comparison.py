@@ -123,9 +123,9 @@ def train_shown(run: Run, console: Console) -> HeldOut:
 def _looker(show: Callable[[str], None]) -> Callable[[HeldOut], None]:
     def on_look(look: HeldOut) -> None:
         latent = ""
-        for label, (loss, floor, _) in look.latent.items():
+        for label, (loss, constant, _) in look.latent.items():
             latent += f"  {label} {loss:.4f}" + (
-                "" if math.isnan(floor) else f" (constant predictor {floor:.4f})"
+                "" if math.isnan(constant) else f" (constant predictor {constant:.4f})"
             )
         show(
             f"step {look.step:>5}  held-out cross-entropy {look.cross_entropy:.4f}{latent}"

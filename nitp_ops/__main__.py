@@ -135,7 +135,7 @@ def explain(arguments: argparse.Namespace) -> int:
             print(objectives.build(arguments.spec, model=info).explain(arguments.tokens))
         if arguments.mesh is not None:
             shape = cost_model.Mesh.parse(arguments.mesh)
-            cost = cost_model.footprint(arguments.spec, info, shape, tokens=arguments.tokens)
+            cost = cost_model.estimate_cost(arguments.spec, info, shape, tokens=arguments.tokens)
             print(f"on each rank of a mesh {arguments.mesh}:", *cost.lines(), sep="\n    ")
     except (TypeError, ValueError) as error:  # SpecError is a ValueError
         print(f"nitp_ops explain: {error}", file=sys.stderr)

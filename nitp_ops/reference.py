@@ -34,7 +34,7 @@ def power_of_two(x: Tensor) -> Tensor:
     """A power of two within a factor of two of |x|, itself and its reciprocal normal numbers; 1 for
     0, inf and NaN.
 
-    frexp would say the exponent, but not every device has it."""
+    Not by frexp, which some devices lack."""
     exponent = torch.where(torch.isfinite(x) & (x != 0), x.abs(), 1).log2().floor()
     least = torch.finfo(x.dtype).tiny
     return torch.ldexp(torch.ones_like(x), exponent.to(torch.int32)).clamp(least, 1 / least)
@@ -43,9 +43,8 @@ def power_of_two(x: Tensor) -> Tensor:
 def in_square_range(x: Tensor) -> Tensor:
     """[..., 1], constants: a power of two for each row, times which no square overflows or all of
     them vanish."""
-    return 1 / power_of_two(
-        torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
-    )
+    largest = torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    return 1 / power_of_two(largest)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -61,10 +60,10 @@ def cosine(prediction: Tensor, target: Tensor, eps: float = 1e-6) -> Tensor:
         size = in_square_range(x)
         x, least = x * size, eps * size
         square = x.square().sum(-1, keepdim=True)
-        dead = square.sqrt() < least
+        clamped = square.sqrt() < least
         # sqrt has an infinite slope at 0
-        norm = torch.where(dead, torch.ones_like(square), square).sqrt()
-        return torch.where(dead, x.detach() / least, x / norm)
+        norm = torch.where(clamped, torch.ones_like(square), square).sqrt()
+        return torch.where(clamped, x.detach() / least, x / norm)
 
     dtype = working(prediction, target)
     return (unit(prediction.to(dtype)) * unit(target.to(dtype))).sum(-1)
@@ -132,50 +131,31 @@ def reduce(rows: Tensor, counts: Tensor, reduction: str, normalizer: Any) -> Ten
 
 
 def implicit_token_loss(
-    hidden: Tensor,
-    target: Tensor,
-    gate: Tensor | None = None,
-    up: Tensor | None = None,
-    down: Tensor | None = None,
-    *,
-    valid: Tensor | None = None,
-    shift: int = 1,
-    distance: str = "cosine",
-    eps: float = 1e-6,
-    reduction: str = "mean",
-    normalizer: Any = None,
-) -> Tensor:
+    hidden: Tensor, target: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
+    down: Tensor | None = None, *, valid: Tensor | None = None, shift: int = 1,
+    distance: str = "cosine", eps: float = 1e-6, reduction: str = "mean", normalizer: Any = None,
+) -> Tensor:  # fmt: skip
     """distance(P(hidden[t]), stopgrad(target[t + shift])) over the valid pairs."""
     keep = pairs(hidden, valid, shift)
     rows = torch.zeros(keep.shape, dtype=working(hidden, target), device=hidden.device)
     shifted = target.detach().roll(-shift, -2)  # what wraps around is not in `keep`
     prediction = projection(hidden[keep], gate, up, down)
-    rows = rows.masked_scatter(
-        keep, alignment(prediction, shifted[keep], distance=distance, eps=eps).to(rows.dtype)
-    )
+    losses = alignment(prediction, shifted[keep], distance=distance, eps=eps)
+    rows = rows.masked_scatter(keep, losses.to(rows.dtype))
     return reduce(rows, keep, reduction, normalizer)
 
 
 @torch.no_grad()
 def alignment_stats(
-    hidden: Tensor,
-    target: Tensor,
-    gate: Tensor | None = None,
-    up: Tensor | None = None,
-    down: Tensor | None = None,
-    *,
-    valid: Tensor | None = None,
-    shift: int = 1,
-    distance: str = "cosine",
-    eps: float = 1e-6,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden: Tensor, target: Tensor, gate: Tensor | None = None, up: Tensor | None = None,
+    down: Tensor | None = None, *, valid: Tensor | None = None, shift: int = 1,
+    distance: str = "cosine", eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Per pair: loss, cosine, |prediction|, |target|; zeros where invalid."""
     keep = pairs(hidden, valid, shift)
     dtype = working(hidden, target)
-    p, z = (
-        projection(hidden[keep], gate, up, down).to(dtype),
-        target.roll(-shift, -2)[keep].to(dtype),
-    )
+    p = projection(hidden[keep], gate, up, down).to(dtype)
+    z = target.roll(-shift, -2)[keep].to(dtype)
     rows = alignment(p, z, distance=distance, eps=eps), cosine(p, z, eps), norm(p), norm(z)
     empty = torch.zeros(keep.shape, dtype=dtype, device=hidden.device)
     loss, cos, p_norm, z_norm = (empty.masked_scatter(keep, row.to(dtype)) for row in rows)
@@ -201,22 +181,12 @@ def transformed_logits(
 
 
 def linear_cross_entropy(
-    hidden: Tensor,
-    unembedding: Tensor | None,
-    labels: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    target_weight: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    normalizer: Any = None,
-) -> Tensor:
+    hidden: Tensor, unembedding: Tensor | None, labels: Tensor, *, bias: Tensor | None = None,
+    ignore_index: int = -100, reduction: str = "mean", target_weight: Tensor | None = None,
+    token_weight: Tensor | None = None, class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0, z_loss: float = 0.0, softcap: float | None = None,
+    logit_scale: float = 1.0, normalizer: Any = None,
+) -> Tensor:  # fmt: skip
     """w [(1 - e) sum_k w_k (lse - z_k) + e sum_v u_v (lse - z_v) + c lse^2],  z = cap tanh(scale (W
     h + b) / cap).
 
@@ -243,28 +213,21 @@ def linear_cross_entropy(
     loss = (1 - label_smoothing) * (w * gaps.masked_fill(w == 0, 0)).sum(-1)
     if label_smoothing:  # not 0 * (lse - mean z): a logit may be -inf
         gap = lse.unsqueeze(-1) - z
-        smooth = (
-            w.sum(-1) * gap.mean(-1)
-            if class_weight is None
-            else (class_weight.to(work) * gap).mean(-1)
-        )
+        if class_weight is None:
+            smooth = w.sum(-1) * gap.mean(-1)
+        else:
+            smooth = (class_weight.to(work) * gap).mean(-1)
         loss = loss + label_smoothing * smooth
     if z_loss:
         loss = loss + z_loss * lse.square()
     if token_weight is not None:
         loss = loss * token_weight.to(work).expand(counted.shape)[keep]
-    rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device).masked_scatter(
-        keep, loss
-    )
-    if class_weight is None:
-        return reduce(rows, counted, reduction, normalizer)
-    total = weights.sum()
-    return reduce(
-        rows,
-        counted,
-        reduction,
-        torch.where(total == 0, 1, total) if normalizer is None else normalizer,
-    )
+    rows = torch.zeros(counted.shape, dtype=loss.dtype, device=loss.device)
+    rows = rows.masked_scatter(keep, loss)
+    if class_weight is not None and normalizer is None:
+        total = weights.sum()
+        normalizer = torch.where(total == 0, 1, total)
+    return reduce(rows, counted, reduction, normalizer)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
@@ -283,12 +246,8 @@ def token_stats(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Per row: loss before token_weight, log-sum-exp, arg-max, target logit(s), entropy; 0, NaN,
     -1, NaN, NaN where absent."""
-    options = {
-        "bias": bias,
-        "ignore_index": ignore_index,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-    }
+    options: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index}
+    options |= {"softcap": softcap, "logit_scale": logit_scale}
     names = ("label_smoothing", "z_loss", "target_weight", "class_weight")
     terms = {name: getattr(term, name) for name in names}
     loss = linear_cross_entropy(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 
 def byte_rows(length: int = 64, count: int = 200) -> Any:
@@ -66,7 +66,7 @@ def main() -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = NitpTrainer(
+    trainer = ObjectiveTrainer(
         model=model,
         args=arguments,
         train_dataset=rows[40:],

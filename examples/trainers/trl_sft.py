@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 from trl import SFTConfig  # type: ignore[reportPrivateImportUsage]
 
-from nitp_ops.trainers.trl import NitpSFTTrainer
+from nitp_ops.trainers.trl import ObjectiveSFTTrainer
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
         use_cpu=True,
         bf16=False,
     )
-    trainer = NitpSFTTrainer(
+    trainer = ObjectiveSFTTrainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_dict({"text": lines[200:]}),

@@ -97,7 +97,7 @@ def latent(title: str, form: str, key: str) -> Measure:
 
 CROSS_ENTROPY = number("cross-entropy, nats a byte", ".4f", "cross_entropy")
 LOSS = latent("latent-term loss", ".4f", "loss")
-FLOOR = latent("constant-predictor loss", ".4f", "floor")
+FLOOR = latent("constant-predictor loss", ".4f", "constant_predictor_loss")
 SKILL = latent("skill", ".4f", "skill")
 PREDICTION_NORM = latent("|P(h)|", ".3f", "prediction_norm")
 TARGET_NORM = latent("|z|", ".3f", "target_norm")

@@ -127,10 +127,13 @@ def _curves(axes: Sequence[Axes], result: Result, color: object, first: bool) ->
 
     plot(axes[0], "cross_entropy", result.arm.name)
     for label in result.labels:
-        if not any(math.isfinite(float(row.get(f"{label}/floor", "nan"))) for row in looks):
+        if not any(
+            math.isfinite(float(row.get(f"{label}/constant_predictor_loss", "nan")))
+            for row in looks
+        ):
             continue  # another distance has another unit
         plot(axes[1], f"{label}/loss", f"{result.arm.name}: {label}")
-        plot(axes[1], f"{label}/floor", "constant predictor", "--")
+        plot(axes[1], f"{label}/constant_predictor_loss", "constant predictor", "--")
     plot(axes[2], "effective_rank", result.arm.name)
     plot(axes[3], "mean_pairwise_cosine", result.arm.name)
     seconds = [float(row["seconds"]) for row in result.steps]

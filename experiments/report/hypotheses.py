@@ -31,7 +31,9 @@ NOT_MEASURED = (
 GAIN = Measure(
     "constant-predictor loss less loss",
     ".4f",
-    lambda o: [o.numbers[f"{x}/floor"] - o.numbers[f"{x}/loss"] for x in o.labels],
+    lambda o: [
+        o.numbers[f"{x}/constant_predictor_loss"] - o.numbers[f"{x}/loss"] for x in o.labels
+    ],
 )
 
 

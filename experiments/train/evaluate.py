@@ -24,7 +24,7 @@ class Latent(NamedTuple):
 
     loss: float
     """In the term's own distance."""
-    floor: float
+    constant_predictor_loss: float
     """What a constant predictor scores; it and skill are NaN for another distance than cosine."""
     skill: float
 

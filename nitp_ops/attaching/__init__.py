@@ -3,7 +3,7 @@
     tapped = tap(model, objective, blocks="transformer.h", norm="transformer.ln_f", head="lm_head")    # any loop
     handle = attach(model, "ntp + 0.8*nitp")                                       # a Hugging Face model, in place
 
-No trainer package is imported before one of its adapters is asked for.
+No trainer package is imported before one of its adapters is.
 """
 
 from .api import attach, handle_of

@@ -15,7 +15,7 @@ from nitp_ops.engine.streams.streams import LabelLayout, check_label_layout
 from nitp_ops.objectives import CompositeObjective, build
 
 from .attached_forward import HANDLE
-from .handle import AUX_LOSS, Handle
+from .handle import Handle
 from .hook_points import hugging_face_sites
 from .inspection.block_pass import check_required, checked_blocks
 from .inspection.hugging_face import (
@@ -27,6 +27,7 @@ from .inspection.hugging_face import (
 )
 from .inspection.logit_transform import head_transform
 from .tapping import Tap
+from .window_shares import AUX_LOSS
 
 
 def attach(

@@ -1,4 +1,4 @@
-"""The forward of an attached model: a bound method in all that one is asked for, but it goes where
+"""The forward of an attached model: it behaves as a bound method, but it goes where
 its model goes."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class AttachedForward:
     """Runs the pass of the model's handle.
 
     A bound method is pickled as the name of its function, and comes back as the forward of the
-    class; this comes back as itself, bound to the model that it came with. It looks like a method:
+    class; this comes back as itself, bound to the model that it belongs to. It looks like a method:
     Accelerate wraps ``__func__`` and binds the result to the model again.
     """
 

@@ -40,7 +40,7 @@ class AttachedModel:
         self._settings = LogitSettings(plain, tap.sites, info)
 
     def check(self, head: nn.Module | None) -> None:
-        """Before a training pass; torch.compile traces this, and guards what it reads.
+        """Before a training pass; torch.compile traces this, and compiles anew where what it reads has changed.
 
         Args:
             head: the head that computes now.
@@ -50,14 +50,14 @@ class AttachedModel:
                 or is no linear any more.
         """
         self._check_head(head)
-        check_own_parameters(self._objective, head)
+        check_parameters(self._objective, head)
 
     def check_ties(self, plain: Any) -> None:
         """After the other two, which say more of a head that was replaced; torch.compile traces
         this too.
 
         Raises:
-            ValueError: parameters that were one came apart.
+            ValueError: parameters that were tied are no longer one.
         """
         for first, second in self._ties:
             ends = _parameter(plain, first), _parameter(plain, second)
@@ -129,11 +129,11 @@ class AttachedModel:
         if head is not None and (
             inside := [name for name, module in head._modules.items() if module is not None]
         ):
-            came = f"is a {kind} with submodules {', '.join(inside)}"
+            got = f"is a {kind} with submodules {', '.join(inside)}"
             more = (
                 "compile the model, not its head" if "_orig_mod" in inside else "an adapter is more"
             )
-            raise ValueError(f"attach: the model's head {came}, expected a plain linear ({more})")
+            raise ValueError(f"attach: the model's head {got}, expected a plain linear ({more})")
         # of the weight first: PEFT's tied copy of a head names them the other way round, ZeRO-3
         # empties the weight
         sizes = tuple(getattr(head, name, None) for name in ("out_features", "in_features"))
@@ -144,13 +144,13 @@ class AttachedModel:
             f"{self._sizes[0]} x {self._sizes[1]}{' with a bias' if self._bias else ''} at attach"
         )
         if not same:
-            came = f"is a {kind}" if None in sizes else f"was resized to {sizes[0]} x {sizes[1]}"
+            got = f"is a {kind}" if None in sizes else f"was resized to {sizes[0]} x {sizes[1]}"
             raise ValueError(
-                f"attach: the model's head {came}, it was {before}, expected attach after "
+                f"attach: the model's head {got}, it was {before}, expected attach after "
                 f"resizing {_DETACH}"
             )
-        came = "a bias" if biased else "no bias"
-        raise ValueError(f"attach: the model's head has {came}, it was {before}, {_AGAIN}")
+        got = "a bias" if biased else "no bias"
+        raise ValueError(f"attach: the model's head has {got}, it was {before}, {_AGAIN}")
 
     def _check_call(self, head: nn.Module) -> None:
         weight: Any = getattr(head, "weight", None)
@@ -205,7 +205,7 @@ def _list_of(plain: nn.Module, blocks: tuple[nn.Module, ...]) -> tuple[str, int]
     return "", 0
 
 
-def check_own_parameters(objective: CompositeObjective, head: nn.Module | None = None) -> None:
+def check_parameters(objective: CompositeObjective, head: nn.Module | None = None) -> None:
     """See that the own parameters can be trained.
 
     Raises:

@@ -17,7 +17,7 @@ def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
     A key whose value is None is absent. input_ids are token_ids; shift_labels come before labels,
     as in the loss of Hugging Face; whose document they belong to is `Streams.label_layout`, which
     no batch says. Documents derive from attention_mask (as wide as the tokens, or with the columns
-    of cached keys before) together with cu_seqlens (``cu_seq_lens_q`` or ``cu_seqlens``), or else
+    of cached keys before) beside cu_seqlens (``cu_seq_lens_q`` or ``cu_seqlens``), or else
     with position_ids. Where a batch carries both it is cu_seqlens that attention obeys; the two
     would have to be compared by value.
 
@@ -29,13 +29,13 @@ def token_streams(batch: Mapping[str, Any]) -> dict[str, Any]:
     fields[labels] = batch.get(labels)
     mask = batch.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-        came = (
+        got = (
             f"has shape {tuple(mask.shape)}"
             if isinstance(mask, Tensor)
             else f"is a {type(mask).__name__}"
         )
         raise ValueError(
-            f"attach: attention_mask {came}, expected [B, T] (or position_ids, or cu_seqlens)"
+            f"attach: attention_mask {got}, expected [B, T] (or position_ids, or cu_seqlens)"
         )
     fields["attention_mask"] = None if mask is None else _of_tokens(mask, fields)
     lengths = [
@@ -71,3 +71,7 @@ def label_count(fields: Mapping[str, Any]) -> Tensor:
     0-d int64."""
     labels = fields["shift_labels"] if "shift_labels" in fields else fields["labels"][..., 1:]
     return (labels != IGNORE_INDEX).sum()
+
+
+def has_labels(call: Mapping[str, Any]) -> bool:
+    return call.get("labels") is not None or call.get("shift_labels") is not None

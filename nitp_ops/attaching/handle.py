@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nitp_ops.core.devices import sum_dtype
 from nitp_ops.engine.modules.module_call import is_fully_sharded
 from nitp_ops.engine.spec.validation import is_int, of_64_bits
 from nitp_ops.engine.streams.needs import reads
@@ -21,15 +20,21 @@ from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Streams
 
 from . import sidecar
 from .attached_forward import HANDLE, AttachedForward
-from .attached_model import OBJECTIVE, AttachedModel, check_own_parameters
-from .batch_streams import label_count, token_streams, with_prompt
-from .inspection.hugging_face import active_copy, head_of, virtual_tokens
+from .attached_model import OBJECTIVE, AttachedModel, check_parameters
+from .batch_streams import has_labels, label_count, token_streams, with_prompt
+from .inspection.hugging_face import active_copy, virtual_tokens
+from .inspection.loss_function import class_loss
 from .optimizers import check_optimizers
+from .state_dicts import expect_none, leave_out
 from .tapping import Tap
+from .window_shares import (
+    AUX_LOSS,
+    adds_a_loss,
+    counts_by_share,
+    external_output,
+    with_model_loss,
+)
 
-# where Hugging Face models put the balance loss of their experts; the part of the loss that a model
-# adds itself
-AUX_LOSS = "aux_loss"
 _REPLACED = ("forward", "_loss_function", "_keys_to_ignore_on_save")
 
 
@@ -83,8 +88,8 @@ class Handle:
         self._hooks = [
             after,
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            plain.register_state_dict_post_hook(_leave_out),
-            plain.register_load_state_dict_post_hook(_expect_none),
+            plain.register_state_dict_post_hook(leave_out),
+            plain.register_load_state_dict_post_hook(expect_none),
         ]
         tap.install()
 
@@ -134,7 +139,7 @@ class Handle:
             ValueError: an own parameter is frozen, on the meta device, or in no group of the
                 optimizer; a parameter in it is a gathered copy of one that fully_shard has cut.
         """
-        check_own_parameters(self.objective)
+        check_parameters(self.objective)
         check_optimizers("check", self._plain, self.objective, [optimizer])
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -170,7 +175,7 @@ class Handle:
         """The model's forward: the plain one, or in training with labels the objective's."""
         self._ran = True
         call = dict(zip(self._names, args, strict=False)) | kwargs
-        if not self._plain.training or not _has_labels(call):
+        if not self._plain.training or not has_labels(call):
             return self._plain_forward(*args, **kwargs)
         if call.get("fused_lm_head"):
             raise ValueError(
@@ -178,19 +183,45 @@ class Handle:
             )
         head = self._plain.get_output_embeddings()
         self._attached.check(active_copy(head))
-        self._check_untraced() if torch.compiler.is_compiling() else self._attached.check_untraced(
-            self._plain, head
-        )
+        if torch.compiler.is_compiling():
+            self._check_untraced()
+        else:
+            self._attached.check_untraced(self._plain, head)
         self._attached.check_ties(self._plain)
         fields = token_streams(call)
-        labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
-        tuples = call.get("return_dict") is False
-        call |= {"labels": labels, "return_dict": True}
-        call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
-        defaults = {"use_cache": False} | (
-            {"output_router_logits": True} if AUX_LOSS in self._external else {}
+        out, zero = self._run_plain(call, fields)
+        streams = self._tapped_streams(out, fields, active_copy(head))
+        counts, items = self._counts, call.get("num_items_in_batch")
+        if counts is None and items is not None:
+            counts = counts_by_share(self.objective, streams, fields, items)
+        loss, metrics = self.objective(
+            streams, counts=counts, step=self._step, gradient_reduction=self._gradient_reduction
         )
-        call |= {name: value for name, value in defaults.items() if call.get(name) is None}
+        if AUX_LOSS not in self._external and adds_a_loss(out, zero):
+            loss, metrics = with_model_loss(
+                loss, metrics, out.loss, counts, self._gradient_reduction
+            )
+        if counts is not self._counts:
+            # the share of no label is zero
+            metrics = metrics.contributing(label_count(fields) > 0)
+        self.metrics = metrics
+        if self._exact is not None:
+            self._exact.append(loss)
+        out = type(out)(**{**out, "loss": loss, "logits": None})
+        return out.to_tuple() if call.get("return_dict") is False else out
+
+    def _run_plain(
+        self, call: Mapping[str, Any], fields: Mapping[str, Any]
+    ) -> tuple[Any, Tensor | None]:
+        """(the output of the model's own forward without logits, the zero that stood for its
+        loss); the tap collects meanwhile."""
+        labels: Tensor = fields["shift_labels"] if "shift_labels" in fields else fields["labels"]
+        call = {**call, "labels": labels, "return_dict": True}
+        call["logits_to_keep"] = torch.empty(0, dtype=torch.long, device=labels.device)
+        if call.get("use_cache") is None:
+            call["use_cache"] = False
+        if AUX_LOSS in self._external and call.get("output_router_logits") is None:
+            call["output_router_logits"] = True
         # Liger-Kernel's forward: else it computes a loss of its own
         if "skip_logits" in self._names:
             call["skip_logits"] = False
@@ -200,27 +231,18 @@ class Handle:
         finally:
             self._tap.stop()
             zero, self._zero = self._zero, None
-        streams = self._tap.streams(
-            **fields,
-            label_layout=self.label_layout,
-            external={name: self._given(out, name) for name in self._external},
-            head=active_copy(head),
-            **({"embed": self._plain.get_input_embeddings()} if self._reads_embed else {}),
+        return out, zero
+
+    def _tapped_streams(
+        self, out: Any, fields: Mapping[str, Any], head: nn.Module | None
+    ) -> Streams:
+        modules: dict[str, Any] = {"head": head}
+        if self._reads_embed:
+            modules["embed"] = self._plain.get_input_embeddings()
+        external = {name: external_output(out, name) for name in self._external}
+        return self._tap.streams(
+            **fields, **modules, label_layout=self.label_layout, external=external
         )
-        counts = self._window(streams, fields, call.get("num_items_in_batch"))
-        loss, self.metrics = self.objective(
-            streams, counts=counts, step=self._step, gradient_reduction=self._gradient_reduction
-        )
-        if AUX_LOSS not in self._external:
-            loss = self._with_own_loss(loss, out, zero, counts)
-        if counts is not self._counts:
-            assert self.metrics is not None
-            # the share of no label is zero
-            self.metrics = self.metrics.contributing(label_count(fields) > 0)
-        if self._exact is not None:
-            self._exact.append(loss)
-        out = type(out)(**{**out, "loss": loss, "logits": None})
-        return out.to_tuple() if tuples else out
 
     @torch.compiler.assume_constant_result
     def _check_untraced(self) -> None:
@@ -230,73 +252,21 @@ class Handle:
 
     def _plain_forward(self, *args: Any, **kwargs: Any) -> Any:
         own = self._before_attach.get("forward")
+        if own is not None:
+            return own(*args, **kwargs)
         # unbound: where torch.compile breaks its graph inside, it looks a bound method up again by
-        #     its name
-        return (
-            type(self._plain).forward(self._plain, *args, **kwargs)
-            if own is None
-            else own(*args, **kwargs)
-        )
+        # its name
+        return type(self._plain).forward(self._plain, *args, **kwargs)
 
     def _loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stands for ``model.loss_function``: zero in a training pass, where there are no logits."""
         if self._tap.collecting:
-            self._zero = torch.zeros(
-                (), device=kwargs["labels"].device if "labels" in kwargs else args[1].device
-            )
+            labels = kwargs["labels"] if "labels" in kwargs else args[1]
+            self._zero = torch.zeros((), device=labels.device)
             return self._zero
         own = self._before_attach.get("_loss_function")
-        return (_class_loss(self._plain) if own is None else own)(*args, **kwargs)
-
-    def _given(self, out: Any, name: str) -> Tensor:
-        value = getattr(out, name, None)
-        if not isinstance(value, Tensor):
-            raise ValueError(
-                f"attach: the model returns no {name}, expected one (external[{name}] is required)"
-            )
-        return value
-
-    def _window(
-        self, streams: Streams, fields: Mapping[str, Any], items: Tensor | int | None
-    ) -> Counts | None:
-        """Counts of the window. Where only its number of labels is known, the mean of each term is
-        weighted by this batch's share of them: COUNT = count * items / labels."""
-        if self._counts is not None or items is None:
-            return self._counts
-        labels = label_count(fields)
-        inverse = (
-            torch.as_tensor(items, dtype=sum_dtype(labels.device), device=labels.device) / labels
-        )
-        # 0 / 0 where the whole window has no label
-        inverse = torch.where(labels == 0, torch.inf, inverse)
-        counts = self.objective.count(streams).items()
-        return Counts(
-            {part: count.clamp(min=1) * inverse for part, count in counts}, batches=inverse
-        )
-
-    def _with_own_loss(
-        self, loss: Tensor, out: Any, zero: Tensor | None, counts: Counts | None
-    ) -> Tensor:
-        """The objective, and what the model added to a cross-entropy of zero (see `_loss`) as a
-        mean over the batches of the window: in the metrics a part beside the others, absent where
-        the model added nothing."""
-        assert self.metrics is not None
-        own: Tensor = out.loss
-        # most models add in place
-        if own is zero and not own.requires_grad and getattr(out, AUX_LOSS, None) is None:
-            return loss
-        one = torch.ones_like(own)
-        self.metrics = Metrics(
-            self.metrics.sums
-            | {AUX_LOSS: {"weighted": own, "denominator": one, "loss": own, "count": one}}
-        )
-        if counts is not None:
-            ranks = counts.group_size if self._gradient_reduction == "mean" else 1
-            batches = torch.as_tensor(
-                counts.batches, dtype=sum_dtype(own.device), device=own.device
-            )
-            own = own * (ranks / batches).to(own.dtype)
-        return loss + own
+        function = class_loss(self._plain) if own is None else own
+        return function(*args, **kwargs)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._ran, self._exact = False, None
@@ -321,41 +291,10 @@ class Handle:
             return output
         # the policy's output_dtype is for hidden states and logits; FSDP2 watches the loss itself,
         # not the copy it cast
-        return (
-            (*exact, *output[1:])
-            if isinstance(output, tuple)
-            else type(output)(**{**output, "loss": exact[0]})
-        )
+        if isinstance(output, tuple):
+            return (*exact, *output[1:])
+        return type(output)(**{**output, "loss": exact[0]})
 
     def _trains(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return module.training and _has_labels(
-            dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
-        )
-
-
-def _has_labels(call: Mapping[str, Any]) -> bool:
-    return call.get("labels") is not None or call.get("shift_labels") is not None
-
-
-def _class_loss(model: Any) -> Any:
-    """``model.loss_function`` as its class defines it."""
-    own = model.__dict__.pop("_loss_function")
-    try:
-        return model.loss_function
-    finally:
-        model.__dict__["_loss_function"] = own
-
-
-def _leave_out(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}{OBJECTIVE}.")]:
-        del state[name]
-
-
-def _expect_none(module: Any, keys: Any) -> None:
-    keys.missing_keys[:] = [key for key in keys.missing_keys if f".{OBJECTIVE}." not in f".{key}"]
-    # whoever refills a model from the meta device has no values for what is not in its state dict
-    weight = getattr(head_of(module), "weight", None)
-    if isinstance(weight, Tensor) and not weight.is_meta:
-        getattr(module, OBJECTIVE).materialize(weight.device)
+        call = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+        return module.training and has_labels(call)

@@ -34,7 +34,7 @@ def tap(
       + 1 receives (the final norm, after the last block);
     * ``head``, ``embed``: the modules.
 
-    Each is detached at once, unless a `Need` of it asks for its gradient.
+    Each is detached at once, unless a `Need` wants its gradient.
 
     Args:
         model: the module tree that the forward pass runs through.
@@ -148,7 +148,7 @@ class Tap:
             self.sites.head._call_impl = partial(_unless_empty, self.sites.head)
 
     def _see_last(self) -> None:
-        """A hook that came after ours may change what the head, or the next block, reads."""
+        """A hook that was added after ours may change what the head, or the next block, reads."""
         for handle in self._handles:
             hooks = handle.hooks_dict_ref()
             if hooks is not None:
@@ -164,7 +164,7 @@ class Tap:
         """`Streams` of the pass: what was collected, the modules, and the token streams given by
         keyword.
 
-        What was collected is handed out once, so that it lives no longer than the step.
+        What was collected is handed out once, so that it is freed with the step.
 
         Raises:
             RuntimeError: a stream did not pass.

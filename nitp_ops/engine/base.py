@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nitp_ops.core.devices import for_sums
 
 from .spec.schedule import Weight, as_weight
-from .spec.validation import SpecError, field_types, tidy, type_problem
+from .spec.validation import SpecError, coerce, field_types, type_problem
 from .streams.model_info import ModelInfo
 from .streams.needs import Need
 from .streams.streams import Streams
@@ -28,17 +28,17 @@ class Context:
     Attributes:
         info: the model. module: the term's own module, or None. backend: for the ops.
         normalizer: ``{part: COUNT / weight}``, 0-d; a latent term divides its SUM by it.
-        guard: passes tensors through; their gradients become exact zeros while the weight is zero,
-            so that a NaN inside a term of weight zero reaches nothing. The hidden streams of a
-            latent term, and of a head term with states of its own, have passed it; the term sends
-            its own parameters and embedded tokens through it.
+        mask_zero_weight: passes tensors through; their gradients become exact zeros while the
+            weight is zero, so that a NaN inside a term of weight zero reaches nothing. The hidden
+            streams of a latent term, and of a head term with states of its own, have passed it; the
+            term sends its own parameters and embedded tokens through it.
     """
 
     info: ModelInfo
     module: nn.Module | None
     backend: str | None
     normalizer: Mapping[str, Tensor]
-    guard: Callable[[Tensor], Tensor]
+    mask_zero_weight: Callable[[Tensor], Tensor]
 
     def part(self, total: Tensor, means: Mapping[str, Tensor] | None = None) -> LatentPart:
         """The only part of a latent term, from its SUM (0-d, differentiable)."""
@@ -52,7 +52,7 @@ class HeadRows:
 
     head is a module with weight ``[V, d]`` (and perhaps bias ``[V]``) or a leaf tensor;
     token_weight is ``[B, T]``. With target_weight ``[B, T, K]`` the labels are ``[B, T, K]`` too: K
-    weighted targets a row. Accuracy asks for the first that is present. class_weight is ``[V]``,
+    weighted targets a row. Accuracy is that of the first that is present. class_weight is ``[V]``,
     not with target_weight.
     """
 
@@ -70,10 +70,10 @@ class HeadRows:
 class LatentPart:
     """What one part of a latent term computed.
 
-    loss: ``SUM / normalizer``, 0-d, differentiable. total: SUM, 0-d, detached. means: further sums
-        over the counted
-    rows, to be logged divided by the count. unit_target: sum of the unit targets ``[D]`` (cosine
-    distance only).
+    Attributes:
+        loss: ``SUM / normalizer``, 0-d, differentiable. total: SUM, 0-d, detached.
+        means: further sums over the counted rows, to be logged divided by the count.
+        unit_target: sum of the unit targets ``[D]`` (cosine distance only).
     """
 
     loss: Tensor
@@ -90,8 +90,9 @@ class HeadReading:
     It waits for the pass that all readers of that head share: an engine that gathers the weight
     does so once a step.
 
-    head: as in `HeadRows`, its weight unsharded. hidden: what gets a gradient through ``use``, see
-        `through_head`.
+    Attributes:
+        head: as in `HeadRows`, its weight unsharded.
+        hidden: what gets a gradient through ``use``, see `through_head`.
     """
 
     head: nn.Module | Tensor
@@ -125,7 +126,8 @@ class Objective:
     denominator: Literal["own", "main"] = "own"
 
     def __post_init__(self) -> None:
-        found, defaults = [], {each.name: each.default for each in fields(self)}
+        found: list[str] = []
+        defaults = {each.name: each.default for each in fields(self)}
         for name, expected in field_types(type(self)).items():
             value = getattr(self, name)
             if name == "weight":
@@ -137,8 +139,8 @@ class Objective:
                 found.append(problem)
                 object.__setattr__(self, name, defaults[name])
             else:
-                object.__setattr__(self, name, tidy(value, expected))
-        # ranges can only be asked of values of the right type: the defaults, where another came
+                object.__setattr__(self, name, coerce(value, expected))
+        # ranges are checked on values of the right type: the default stands in for any other
         if not any(getattr(self, name) is MISSING for name in defaults):
             found += self.problems()
         if found:
@@ -154,8 +156,8 @@ class Objective:
         """What is wrong with the options for this model, one line each."""
         return []
 
-    def farthest(self) -> int:
-        """k of the farthest target x_{t+k} that a row must have; 0 where the term takes what there
+    def max_offset(self) -> int:
+        """The largest k of a target x_{t+k} that a row must have; 0 where the term takes what there
         is."""
         return 0
 
@@ -212,11 +214,10 @@ def check_shard(
     if streams.shard is None:
         return
     own = dict(modules.items())
-    found = [
-        f"{t.label}: {problem}"
-        for t in terms
-        for problem in t.shard_problems(info, own.get(str(t.label)))
-    ]
+    found = []
+    for term in terms:
+        problems = term.shard_problems(info, own.get(str(term.label)))
+        found += [f"{term.label}: {problem}" for problem in problems]
     if found:
         raise ValueError(f"objective: streams has a shard of the sequence: {'; '.join(found)}")
 

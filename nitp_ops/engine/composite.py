@@ -11,22 +11,31 @@ from torch import Tensor, nn
 
 from nitp_ops.core.devices import for_sums
 
-from . import plan
 from .base import Context, HeadReading, HeadTerm, LatentPart, LatentTerm, Objective, check_shard
 from .counts import Counts
 from .drafting.decoding import Drafting, Trunk, choose, decode
 from .error_names import sums_of
 from .explain import explain
-from .head_terms import HeadPart
 from .metrics import Metrics
 from .modules.kept_values import KeepsValues
 from .modules.module_call import Sealed, inside_call, is_fully_sharded
 from .parsing import Spec, SpecLike, parse
+from .plan.head_passes import run_heads
+from .plan.head_terms import HeadTermPart, head_term_parts
+from .plan.stream_use import StreamUse
+from .plan.weighting import (
+    Part,
+    always_active,
+    check_step,
+    contribution,
+    counted_parts,
+    divided,
+    part_name,
+    weight_of,
+    zero_weight_mask,
+)
 from .streams.model_info import ModelInfo
-from .streams.needs import checked, named
-from .streams.streams import HIDDEN_STREAMS, Streams
-from .streams.targets import check_targets
-from .weighting import Part, always_on, contribution, divided, guarded, joined, unguarded, weight_of
+from .streams.streams import Streams
 from .window import Window, window_of
 
 
@@ -61,8 +70,9 @@ def build(
         >>> sorted(map(str, objective.requires))
         ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
         >>> h, s1 = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8)
-        >>> out = objective(Streams(token_ids=torch.ones(2, 5, dtype=torch.int64), last_hidden=h, hidden_states={1: s1},
-        ...                         head=nn.Linear(8, 16, bias=False)))
+        >>> ids, head = torch.ones(2, 5, dtype=torch.int64), nn.Linear(8, 16, bias=False)
+        >>> streams = Streams(token_ids=ids, last_hidden=h, hidden_states={1: s1}, head=head)
+        >>> out = objective(streams)
         >>> out.loss.backward()
         >>> out.metrics.compute()["ntp/count"]
         8
@@ -84,29 +94,8 @@ class CompositeObjective(Sealed, KeepsValues):
     def __init__(self, spec: Spec, info: ModelInfo, seed: int, backend: str | None) -> None:
         super().__init__()
         self.spec, self.info, self.backend = spec, info, backend
-        needs = [checked(str(term.label), term.requires(info)) for term in spec.terms]
-        self.requires = checked("build", (need for own in needs for need in own))
-        self._predicts_tokens = any(term.predicts_tokens for term in spec.terms)
-        self._scheduled = [
-            str(term.label) for term in spec.terms if not isinstance(term.weight, float)
-        ]
-        # torch.compile traces tuples of names, but no set of dataclasses
-        self._needs, self._names = (
-            tuple(sorted(self.requires, key=str)),
-            tuple(named(self.requires)),
-        )
-        # an op guards the rows of its jobs itself
-        self._guarded = {
-            str(term.label): sorted(
-                str(need) for need in own if need.grad and need.stream in HIDDEN_STREAMS
-            )
-            for term, own in zip(spec.terms, needs, strict=True)
-            if isinstance(term, LatentTerm) or (isinstance(term, HeadTerm) and term.own_states())
-        }
-        readers = [name for own in needs for name in named(own)]
-        self._widened = [
-            name for name in ("last_hidden", "last_residual") if readers.count(name) > 1
-        ]
+        self._use = StreamUse(spec.terms, info)
+        self.requires = self._use.requires
         self.terms = nn.ModuleDict()
         for term in spec.terms:
             module = term.make_module(info, zlib.crc32(f"{seed}:{term.label}".encode()))
@@ -160,7 +149,8 @@ class CompositeObjective(Sealed, KeepsValues):
                 schedule.
         """
         window = window_of(window, counts, step, gradient_reduction)
-        hidden = self._check(streams, window)
+        hidden = self._use.check(streams)
+        check_step(self.spec.terms, window.step)
         working = torch.float64 if torch.float64 in [x.dtype for x in hidden] else torch.float32
         streams = streams.for_a_call()
         parts = self._parts(streams)
@@ -170,17 +160,12 @@ class CompositeObjective(Sealed, KeepsValues):
             raise ValueError(
                 f"objective: counts has parts {sorted(whole)}, expected {sorted(local)}"
             )
-        weights = {
-            name: weight_of(part, window.step, streams.device) for name, part in parts.items()
-        }
-        coefficients = {
-            name: divided(
-                weights[name] * window.loss_factor,
-                whole[part.denominator].to(streams.device),
-                working,
-            )
-            for name, part in parts.items()
-        }
+        weights, coefficients = {}, {}
+        for name, part in parts.items():
+            weight = weight_of(part, window.step, streams.device)
+            denominator = whole[part.denominator].to(streams.device)
+            weights[name] = weight
+            coefficients[name] = divided(weight * window.loss_factor, denominator, working)
         losses, sums = self._run(streams, parts, coefficients, window)
         for name, part in parts.items():
             sums[name]["weighted"] = contribution(weights[name], sums[name]["loss"])
@@ -193,13 +178,10 @@ class CompositeObjective(Sealed, KeepsValues):
 
         Groups without parameters are left out.
         """
-        groups = [
-            {
-                "params": [p for p in self.parameters() if (p.dim() == 2) == matrices],
-                "matrices": matrices,
-            }
-            for matrices in (True, False)
-        ]
+        groups = []
+        for matrices in (True, False):
+            own = [p for p in self.parameters() if (p.dim() == 2) == matrices]
+            groups.append({"params": own, "matrices": matrices})
         return [group for group in groups if group["params"]]
 
     def draft(
@@ -236,11 +218,12 @@ class CompositeObjective(Sealed, KeepsValues):
         Example:
             >>> from nitp_ops.objectives import ModelInfo, Streams
             >>> embed, head = nn.Embedding(16, 8), nn.Linear(8, 16, bias=False)
-            >>> class Bigram:  # its hidden state is the embedding of the last token: nothing to keep
+            >>> class Bigram:  # its hidden state is the embedding of the last token
             ...     def extend(self, ids):
             ...         return Streams(token_ids=ids, last_hidden=embed(ids), head=head, embed=embed)
             ...     def cut(self, length): pass
-            >>> objective = build("ntp + mtp_sequential", model=ModelInfo(hidden_size=8, vocab_size=16, num_layers=1))
+            >>> info = ModelInfo(hidden_size=8, vocab_size=16, num_layers=1)
+            >>> objective = build("ntp + mtp_sequential", model=info)
             >>> found = objective.draft(Bigram(), torch.tensor([[1, 2, 3]]), 10)
             >>> found.token_ids.shape[1], found.calls <= 10
             (13, True)
@@ -248,16 +231,13 @@ class CompositeObjective(Sealed, KeepsValues):
         Source: arXiv 2211.17192 at temperature zero, with the heads of arXiv 2404.19737 and
             2412.19437.
         """
-        modules, terms = (
-            dict(self.terms.items()),
-            {str(term.label): term for term in self.spec.terms},
-        )
-        drafters = {
-            name: term.drafter(modules.get(name), self.info) for name, term in terms.items()
-        }
-        return decode(
-            trunk, choose(drafters, label), self.info, prompt, new_tokens, max_drafts, stop_token
-        )
+        modules = dict(self.terms.items())
+        drafters = {}
+        for term in self.spec.terms:
+            name = str(term.label)
+            drafters[name] = term.drafter(modules.get(name), self.info)
+        drafter = choose(drafters, label)
+        return decode(trunk, drafter, self.info, prompt, new_tokens, max_drafts, stop_token)
 
     def explain(self, tokens: int = 8192) -> str:
         """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and
@@ -266,13 +246,7 @@ class CompositeObjective(Sealed, KeepsValues):
 
     def _parts(self, streams: Streams) -> dict[str, Part]:
         check_shard(self.spec.terms, streams, self.info, self.terms)
-        parts = {}
-        for term in self.spec.terms:
-            for piece, valid in term.valid(streams).items():
-                name = joined(term, piece)
-                denominator = str(self.spec.main_label) if term.denominator == "main" else name
-                parts[name] = Part(term, piece, valid.sum(), denominator)
-        return parts
+        return counted_parts(self.spec.terms, str(self.spec.main_label), streams)
 
     def _run(
         self,
@@ -282,31 +256,28 @@ class CompositeObjective(Sealed, KeepsValues):
         window: Window,
     ) -> tuple[list[Tensor], dict[str, dict[str, Tensor]]]:
         """(losses to be added, ``{part: sums}`` in declaration order)."""
-        if self._widened:
-            streams = streams.widened(self._widened)
-        head_parts: list[HeadPart] = []
+        streams = self._use.widened(streams)
+        head_parts: list[HeadTermPart] = []
         latent: dict[str, LatentPart | HeadReading] = {}
         for term in self.spec.terms:
-            own = {
-                part.piece: coefficients[name] for name, part in parts.items() if part.term is term
-            }
+            own = {}
+            for name, part in parts.items():
+                if part.term is term:
+                    own[part.key] = coefficients[name]
             context = self._context(term, own)
-            given = self._handed(streams, term, context)
+            given = self._use.for_term(streams, term, context.mask_zero_weight)
             if isinstance(term, HeadTerm):
-                alone = None if always_on(term) else str(term.label)
-                for piece, rows in term.rows(given, context).items():
-                    name = joined(term, piece)
-                    head_parts.append(HeadPart(name, rows, own[piece], streams.ignore_index, alone))
+                rows = term.rows(given, context)
+                head_parts += head_term_parts(term, rows, own, streams.ignore_index)
             elif isinstance(term, LatentTerm):
-                latent |= {
-                    joined(term, piece): part
-                    for piece, part in sums_of(term, given, context).items()
-                }
-        losses, sums, computed = plan.run(head_parts, latent, self.info, self.backend)
-        for name, part in computed.items():
+                for key, computed in sums_of(term, given, context).items():
+                    latent[part_name(term, key)] = computed
+        losses, sums, latent_parts = run_heads(head_parts, latent, self.info, self.backend)
+        for name, part in latent_parts.items():
             # counts of a window may be infinite: where it has no label at all
-            on = window.counts is None and always_on(parts[name].term)
-            losses.append(part.loss if on else torch.where(coefficients[name] == 0, 0, part.loss))
+            finite = window.counts is None and always_active(parts[name].term)
+            loss = part.loss if finite else torch.where(coefficients[name] == 0, 0, part.loss)
+            losses.append(loss)
             sums[name] = {"loss": for_sums(part.total), **part.means}
             if part.unit_target is not None:
                 sums[name]["unit_target"] = part.unit_target
@@ -315,53 +286,8 @@ class CompositeObjective(Sealed, KeepsValues):
     def _context(self, term: Objective, coefficients: dict[str, Tensor]) -> Context:
         label = str(term.label)
         module = self.terms[label] if label in self.terms else None  # noqa: SIM401 (a ModuleDict has no get)
-        # the guard costs a pass over each gradient
-        guard = (
-            unguarded
-            if always_on(term)
-            else guarded(torch.stack(list(coefficients.values())).any())
-        )
-        summed = coefficients if isinstance(term, LatentTerm) else {}
-        normalizer = {piece: coefficient.reciprocal() for piece, coefficient in summed.items()}
-        return Context(self.info, module, self.backend, normalizer, guard)
-
-    def _handed(self, streams: Streams, term: Objective, context: Context) -> Streams:
-        """The streams as the term gets them: those that it sends gradients into stay clean while
-        its weight is zero."""
-        names = self._guarded.get(str(term.label))
-        if always_on(term) or not names:
-            return streams
-        hidden = streams.hidden_streams()
-        return streams.with_hidden({name: context.guard(hidden[name]) for name in names})
-
-    def _check(self, streams: Streams, window: Window) -> list[Tensor]:
-        """Refuses what the terms can not use; returns the floating point streams that they read."""
-        if not isinstance(streams, Streams):
-            raise TypeError(f"objective: streams is a {type(streams).__name__}, expected Streams")
-        missing = [str(need) for need in self._needs if not streams.offers(need)]
-        if missing:
-            raise ValueError(
-                f"objective: streams lacks {', '.join(missing)}, expected {', '.join(self._names)}"
-            )
-        read = []
-        for name, hidden in streams.hidden_streams().items():
-            if name not in self._names:
-                continue
-            read.append(hidden)
-            if hidden.shape[-1] != self.info.hidden_size:
-                expected = (*streams.shape, self.info.hidden_size)
-                raise ValueError(
-                    f"objective: {name} has shape {tuple(hidden.shape)}, expected {expected}"
-                )
-        if self._predicts_tokens:
-            check_targets(streams, self.info.vocab_size)
-        if window.step is None and self._scheduled:
-            names = ", ".join(self._scheduled)
-            raise ValueError(
-                f"objective: step is None, expected an integer (scheduled weights: {names})"
-            )
-        return read + [
-            pair[0]
-            for name, pair in streams.external_pairs.items()
-            if f"external[{name}]" in self._names
-        ]
+        mask = zero_weight_mask(term, list(coefficients.values()))
+        normalizer = {}
+        if isinstance(term, LatentTerm):
+            normalizer = {key: value.reciprocal() for key, value in coefficients.items()}
+        return Context(self.info, module, self.backend, normalizer, mask)

@@ -21,8 +21,8 @@ def rename(error: Exception, caller: str, terms: Sequence[str] = ()) -> None:
     stays as it is."""
     op, _, reason = str(error).partition(": ")
     if op in _OPS:
-        for place, name in enumerate(terms):
-            reason = reason.replace(f"terms[{place}].", f"{name}.")
+        for index, name in enumerate(terms):
+            reason = reason.replace(f"terms[{index}].", f"{name}.")
         error.args = (f"{caller}: {reason}",)
 
 

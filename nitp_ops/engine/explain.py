@@ -59,7 +59,7 @@ def facts(term: Objective, info: ModelInfo) -> dict[str, object]:
 
 
 def summary(name: str) -> str:
-    """One line about a registered objective, or where a plugin that nobody named yet comes from."""
+    """One line about a registered objective, or where a plugin that is not loaded yet comes from."""
     plugin = plugin_of(name)
     if plugin is not None:
         return f"plugin {plugin}"
@@ -81,9 +81,9 @@ def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[st
         head = "" if shared else str(term.label)
         groups.setdefault(head, []).append(str(term.label))
         if isinstance(term, HeadTerm):
-            # rows of last_hidden under equal options are one job
+            # rows of last_hidden under equal options are shared
             options = f"{getattr(term, 'label_smoothing', 0.0)} {getattr(term, 'z_loss', 0.0)}"
-            own = {f"{term.label} {place}" for place in range(term.own_states())}
+            own = {f"{term.label} {index}" for index in range(term.own_states())}
             states.setdefault(head, set()).update(own or {f"last_hidden {options}"})
     lines = []
     for head, labels in groups.items():

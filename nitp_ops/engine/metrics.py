@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nitp_ops.core.devices import for_sums
 
-from .skill import floor_and_skill
+from .skill import constant_predictor
 from .streams.collectives import all_reduce, is_distributed
 
 _INTERNAL = ("weighted", "denominator", "loss", "count", "unit_target")
@@ -26,9 +26,9 @@ class Metrics:
     * ``loss/p``: ``weight * SUM / COUNT``, its contribution; ``loss``: the sum of all
       contributions;
     * ``p/loss``: ``SUM / COUNT``; ``p/count``; and what the term adds: accuracy for head terms;
-    * ``p/floor`` (``1 - |mean z^|``, what a constant predictor scores), ``p/skill`` (``1 - loss /
-      floor``; NaN where floor < 1e-4), both under the cosine distance only; ``p/prediction_norm``,
-      ``p/target_norm``: means over rows.
+    * ``p/constant_predictor_loss`` (``1 - |mean z^|``, the least loss of a constant) and ``p/skill``
+      (``1 - loss / constant_predictor_loss``; NaN where that is < 1e-4), both under the cosine
+      distance only; ``p/prediction_norm``, ``p/target_norm``: means over rows.
 
     COUNT is that of the batches added so far: one microbatch shows its own means, the sum over a
     window and its ranks the loss of the window. Over several steps `compute` gives means over rows,
@@ -58,8 +58,8 @@ class Metrics:
 
     @property
     def sums(self) -> dict[str, dict[str, Tensor]]:
-        """``{part: {quantity: sum}}``, widened when they are first asked for: most passes are
-        measured by nobody."""
+        """``{part: {quantity: sum}}``, widened at the first read: most passes are never
+        measured."""
         if self._sums is None:
             self._sums = {
                 part: {name: for_sums(x) for name, x in own.items()}
@@ -72,23 +72,20 @@ class Metrics:
             return NotImplemented
         if self._keys() != other._keys():
             raise ValueError(f"Metrics: other has {other._keys()}, expected {self._keys()}")
-        mine, theirs = self.sums, other.sums
-        return Metrics(
-            {
-                part: {name: mine[part][name] + theirs[part][name] for name in mine[part]}
-                for part in mine
-            }
-        )
+        sums = {}
+        for part, mine in self.sums.items():
+            theirs = other.sums[part]
+            sums[part] = {name: mine[name] + theirs[name] for name in mine}
+        return Metrics(sums)
 
     def contributing(self, where: Tensor) -> Metrics:
         """The same, but of parts that add nothing to the loss where a 0-d condition is False."""
-        kept = ("weighted", "denominator")
-        return Metrics(
-            {
-                p: own | {n: torch.where(where, own[n], 0) for n in kept}
-                for p, own in self.sums.items()
-            }
-        )
+        sums = {}
+        for part, own in self.sums.items():
+            weighted = torch.where(where, own["weighted"], 0)
+            denominator = torch.where(where, own["denominator"], 0)
+            sums[part] = own | {"weighted": weighted, "denominator": denominator}
+        return Metrics(sums)
 
     def all_reduce(self, group: dist.ProcessGroup | None = None) -> Metrics:
         """The sums over the ranks of ``group`` (None: all), in one collective. One process:
@@ -97,13 +94,11 @@ class Metrics:
             return self
         flat = [x.reshape(-1) for own in self.sums.values() for x in own.values()]
         packed = all_reduce(torch.cat(flat), group, "metrics")
-        pieces = iter(packed.split([x.numel() for x in flat]))
-        return Metrics(
-            {
-                p: {n: next(pieces).view(x.shape) for n, x in own.items()}
-                for p, own in self.sums.items()
-            }
-        )
+        reduced = iter(packed.split([x.numel() for x in flat]))
+        sums = {}
+        for part, own in self.sums.items():
+            sums[part] = {name: next(reduced).view(x.shape) for name, x in own.items()}
+        return Metrics(sums)
 
     def compute(self) -> dict[str, float]:
         """The quotients as Python numbers; waits for the device once."""
@@ -119,9 +114,9 @@ class Metrics:
                 f"{part}/{name}": x / rows for name, x in own.items() if name not in _INTERNAL
             }
             if "unit_target" in own:
-                values[f"{part}/floor"], values[f"{part}/skill"] = floor_and_skill(
-                    own["unit_target"], own["count"], mean
-                )
+                constant, skill = constant_predictor(own["unit_target"], own["count"], mean)
+                values[f"{part}/constant_predictor_loss"] = constant
+                values[f"{part}/skill"] = skill
         numbers = torch.stack(list(values.values())).tolist()
         return {
             name: int(number) if name.endswith("/count") else number

@@ -47,7 +47,7 @@ class Spec:
         object.__setattr__(self, "terms", named)
         found = [] if named else ["the spec is empty, expected at least one objective"]
         seen: set[str | None] = set()
-        for place, term in enumerate(named):
+        for index, term in enumerate(named):
             label = str(term.label)
             if label in seen:
                 found.append(
@@ -63,7 +63,7 @@ class Spec:
             if term.denominator == "main" and self.main_label is None:
                 found.append(f'{label}: denominator is "main", expected an ntp term to divide by')
             found += [
-                f"{label}: {line}" for line in term.conflicts(named[:place] + named[place + 1 :])
+                f"{label}: {line}" for line in term.conflicts(named[:index] + named[index + 1 :])
             ]
         if found:
             raise SpecError(found)
@@ -218,7 +218,7 @@ def _options(term: Objective) -> dict[str, Any]:
 
 
 def _past_the_end(term: Objective, length: int | None) -> list[str]:
-    k = term.farthest()
+    k = term.max_offset()
     if length is None or k < length:
         return []
     return [

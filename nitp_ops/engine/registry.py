@@ -78,7 +78,7 @@ def offer(package: str, homes: Mapping[str, str]) -> None:
 
 
 def available() -> tuple[str, ...]:
-    """Names of all objectives, sorted; what nobody named yet is listed without being imported."""
+    """Names of all objectives, sorted; what is not loaded yet is listed without being imported."""
     return tuple(sorted({*_registered, *_built_in, *_plugins()}))
 
 
@@ -126,7 +126,7 @@ def _plugins() -> Mapping[str, EntryPoint]:
 
 @functools.lru_cache(maxsize=1)
 def _plugins_in(path: tuple[tuple[str, int], ...]) -> Mapping[str, EntryPoint]:
-    """Those on sys.path, read again where a folder has changed: every installed package is asked,
+    """Those on sys.path, read again where a folder has changed: every installed package is read,
     which takes long."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 

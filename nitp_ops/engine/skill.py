@@ -1,9 +1,10 @@
 """What a constant predictor scores under the cosine distance, and how far a loss is below it.
 
-    floor = 1 - |mean z^|,  skill = 1 - loss / floor
+    constant_predictor_loss = 1 - |mean z^|
+    skill = 1 - loss / constant_predictor_loss
 
 A constant p gives mean (1 - p^.z^) = 1 - p^.mean(z^), smallest where p points along mean(z^). |mean
-z^|^2 is about the mean pairwise cosine of the targets: 0.89 gives a floor of 0.057.
+z^|^2 is about the mean pairwise cosine of the targets: 0.89 gives 0.057.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 # 2**20 float32 numbers, 4 MiB: the largest copy made for the sum.
 _BLOCK_ELEMENTS = 2**20
-_LEAST_FLOOR = 1e-4
+_MIN_CONSTANT_LOSS = 1e-4
 
 
 def unit_target_sum(
@@ -43,9 +44,9 @@ def unit_target_sum(
     return sum(sums[1:], start=sums[0]) if sums else target.new_zeros(width, dtype=dtype)
 
 
-def floor_and_skill(unit_sum: Tensor, count: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
-    """(floor, skill) from the sum of unit targets, their number and the mean loss; skill is NaN at
-    floor < 1e-4."""
-    floor = 1 - torch.linalg.vector_norm(unit_sum) / count.clamp(min=1)
-    skill = torch.where(floor < _LEAST_FLOOR, math.nan, 1 - loss / floor)
-    return floor, torch.where(count > 0, skill, math.nan)
+def constant_predictor(unit_sum: Tensor, count: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """(constant_predictor_loss, skill) from the sum of unit targets, their number and the mean
+    loss; skill is NaN where the first is < 1e-4."""
+    constant = 1 - torch.linalg.vector_norm(unit_sum) / count.clamp(min=1)
+    skill = torch.where(constant < _MIN_CONSTANT_LOSS, math.nan, 1 - loss / constant)
+    return constant, torch.where(count > 0, skill, math.nan)

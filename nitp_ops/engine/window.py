@@ -66,17 +66,17 @@ class Window:
         if self.group is not None:
             ranks, _ = group_size(self.group)
             if counts is None or counts.group_size % ranks:
-                came = "None" if counts is None else f"of {counts.group_size} ranks"
+                got = "None" if counts is None else f"of {counts.group_size} ranks"
                 raise ValueError(
-                    f"Window: counts is {came}, expected counts.all_reduce(group) of {ranks} ranks"
+                    f"Window: counts is {got}, expected counts.all_reduce(group) of {ranks} ranks"
                 )
 
     @property
     def loss_factor(self) -> int:
         """What the loss is multiplied by, so that the engine's gradients are those of the window."""
-        return (
-            1 if self.counts is None or self.gradient_reduction == "sum" else self.counts.group_size
-        )
+        if self.counts is None or self.gradient_reduction == "sum":
+            return 1
+        return self.counts.group_size
 
 
 #: Each batch is a window of its own.

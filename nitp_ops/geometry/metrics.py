@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from ..core.devices import with_float64
+from .sample import UniformSample
 from .streaming import (
-    UniformSample,
     check_finite,
     check_tensor,
     common_unit,

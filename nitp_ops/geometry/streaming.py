@@ -10,6 +10,7 @@ import torch
 
 from ..core.devices import with_float64
 from ..reference import in_square_range
+from .sample import UniformSample
 
 _EPS = torch.finfo(torch.float64).eps
 # 2**22 float64 numbers are 32 MiB: the largest temporary of an update.
@@ -69,46 +70,6 @@ def entropy_rank(spectrum: torch.Tensor) -> float:
 def pairwise_cosine(unit_sum: torch.Tensor, squares: torch.Tensor, n: int) -> float:
     """``(|sum u|^2 - sum |u|^2) / (n (n - 1))``; the second sum is n unless rows are zero."""
     return float((unit_sum.square().sum() - squares) / (n * (n - 1)))
-
-
-class UniformSample:
-    """A uniform sample without replacement: each row draws a random key, the smallest stay."""
-
-    def __init__(self, max_rows: int, seed: int, function: str) -> None:
-        if max_rows < 2:
-            raise ValueError(f"{function}: max_rows is {max_rows}, expected at least 2")
-        self.max_rows = max_rows
-        self.generator = torch.Generator().manual_seed(seed)
-        self.keys = torch.empty(0, dtype=torch.float64)
-        self.rows: torch.Tensor | None = None
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Offer new rows."""
-        self._keep(rows, torch.rand(rows.shape[0], generator=self.generator, dtype=torch.float64))
-
-    def merge(self, other: UniformSample) -> None:
-        """Offer the rows of another sample under the keys that they drew there."""
-        if other.rows is not None:
-            self._keep(other.rows, other.keys)
-
-    def _keep(self, rows: torch.Tensor, keys: torch.Tensor) -> None:
-        if self.rows is None:
-            self.rows = rows[:0]
-        held = self.keys.shape[0]
-        keys = torch.cat([self.keys, keys])
-        # Sorted back to arrival order, so that how the stream was cut into batches changes nothing.
-        chosen = keys.argsort(stable=True)[: self.max_rows].sort().values
-        old = chosen[chosen < held].to(rows.device)
-        new = (chosen[chosen >= held] - held).to(rows.device)
-        self.rows = torch.cat([self.rows.to(rows.device)[old], rows[new]])
-        self.keys = keys[chosen]
-
-    def uniformity(self) -> float:
-        """``log mean exp(-2 |u_i - u_j|^2)`` over all pairs i < j of the sample."""
-        if self.rows is None or self.rows.shape[0] < 2:
-            return math.nan
-        exponent = -2.0 * torch.pdist(self.rows).square()
-        return float(torch.logsumexp(exponent, dim=0) - math.log(exponent.numel()))
 
 
 class _Moments(NamedTuple):
@@ -192,8 +153,7 @@ class Accumulator:
         (3.0, 'mean', 6, 3)
 
     Source: Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing
-        sample
-    variances" (1979).
+    sample variances" (1979).
     """
 
     def __init__(
@@ -225,7 +185,8 @@ class Accumulator:
             )
         rows = with_float64(x.detach()).reshape(-1, self.width)
         check_finite(rows, "Accumulator.update")
-        for start in range(0, rows.shape[0], block := max(1, _BLOCK_ELEMENTS // self.width)):
+        block = max(1, _BLOCK_ELEMENTS // self.width)
+        for start in range(0, rows.shape[0], block):
             part = rows[start : start + block].to(torch.float64)
             unit = unit_rows(part)
             self._add(_Moments.of(part, unit))
@@ -258,9 +219,8 @@ class Accumulator:
         return self
 
     def __add__(self, other: Accumulator) -> Accumulator:
-        result = Accumulator(self.width, source=self.source, max_rows=self._sample.max_rows).merge(
-            self
-        )
+        result = Accumulator(self.width, source=self.source, max_rows=self._sample.max_rows)
+        result.merge(self)
         result._sample.generator.set_state(self._sample.generator.get_state())
         return result.merge(other)
 
@@ -285,9 +245,8 @@ class Accumulator:
 
         def eigenvalues(matrix: torch.Tensor) -> torch.Tensor:
             values = torch.linalg.eigvalsh(matrix)
-            return torch.where(
-                values > noise.clamp_min(_EPS * self.width * values[-1]), values, 0.0
-            )
+            least = noise.clamp_min(_EPS * self.width * values[-1])
+            return torch.where(values > least, values, 0.0)
 
         variances = eigenvalues(scatter)
         sampled = self._sample.keys.shape[0]

@@ -131,7 +131,7 @@ class Accumulation:
         window = []
         for batch in batches:
             window.append(batch)
-            # asked for more than it has, a loader would forget that it is at its end
+            # read past its end, a loader would forget that it is at its end
             if (
                 loader.end_of_dataloader
                 or len(window) == self.accelerator.gradient_accumulation_steps

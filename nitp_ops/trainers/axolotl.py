@@ -1,12 +1,12 @@
 """Axolotl: a plugin, for supervised and completion training.
 
     plugins:
-      - nitp_ops.trainers.axolotl.NitpPlugin
+      - nitp_ops.trainers.axolotl.ObjectivePlugin
     nitp_objective: ntp + 0.8*nitp(target_layer=0.2)
 
 The objective is attached to the loaded model, after its adapters; Axolotl's own trainer then counts
 whole accumulation windows, logs the parts of the loss and keeps the own parameters in its
-checkpoints, as `NitpTrainer` does.
+checkpoints, as `ObjectiveTrainer` does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic import BaseModel, field_validator, model_validator  # noqa: E402
 from nitp_ops.attaching.api import attach  # noqa: E402
 from nitp_ops.objectives import parse  # noqa: E402
 
-# options that put another loss, or another forward, in the objective's place
+# options that replace the objective by another loss, or another forward
 _OTHER_LOSS = (
     "cut_cross_entropy",
     "liger_fused_linear_cross_entropy",
@@ -33,7 +33,7 @@ _OTHER_LOSS = (
 _OTHER_TRAINER = ("rl", "reward_model", "process_reward_model", "trainer_cls")
 
 
-class NitpArgs(BaseModel):
+class ObjectiveArgs(BaseModel):
     """What the plugin adds to Axolotl's config.
 
     nitp_objective: a spec as an expression or a mapping, see `nitp_ops.objectives.parse`.
@@ -56,20 +56,20 @@ class NitpArgs(BaseModel):
     def check_others(cls, data: Any) -> Any:
         found = [name for name in (*_OTHER_LOSS, *_OTHER_TRAINER) if data.get(name)]
         if found:
-            came = ", ".join(f"{name} is {data[name]!r}" for name in found)
+            got = ", ".join(f"{name} is {data[name]!r}" for name in found)
             raise ValueError(
-                f"axolotl: {came}, expected none of them with nitp_objective (the objective is the "
+                f"axolotl: {got}, expected none of them with nitp_objective (the objective is the "
                 "loss)"
             )
         return data
 
 
-class NitpPlugin(BasePlugin):
+class ObjectivePlugin(BasePlugin):
     """Gives the model that Axolotl loads the objective of ``nitp_objective``, and its trainer the
     counts of windows."""
 
     def get_input_args(self) -> str:
-        return f"{NitpArgs.__module__}.{NitpArgs.__name__}"
+        return f"{ObjectiveArgs.__module__}.{ObjectiveArgs.__name__}"
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         """Attach, after adapters and Axolotl's own patches."""
@@ -80,9 +80,10 @@ class NitpPlugin(BasePlugin):
 
     def get_trainer_cls(self, cfg: Any) -> type:
         """AxolotlTrainer with an objective; the model that it gets has one."""
-        from .axolotl_trainer import NitpAxolotlTrainer  # Axolotl's trainers cost seconds to import
+        # Axolotl's trainers cost seconds to import
+        from .axolotl_trainer import ObjectiveAxolotlTrainer
 
-        return NitpAxolotlTrainer
+        return ObjectiveAxolotlTrainer
 
 
 def _plain(spec: Any) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from axolotl.core.trainers.base import AxolotlTrainer
 
-from .transformers import NitpTrainerMixin
+from .transformers import ObjectiveTrainerMixin
 
 
-class NitpAxolotlTrainer(NitpTrainerMixin, AxolotlTrainer):
-    """`AxolotlTrainer`, whose model came with an objective: see `NitpTrainerMixin`."""
+class ObjectiveAxolotlTrainer(ObjectiveTrainerMixin, AxolotlTrainer):
+    """`AxolotlTrainer`, whose model has an objective: see `ObjectiveTrainerMixin`."""

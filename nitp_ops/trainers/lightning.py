@@ -1,7 +1,7 @@
 """Lightning: a callback that gives a LightningModule its training objective.
 
-    trainer = L.Trainer(callbacks=[ObjectiveCallback("ntp + 0.8*nitp(target_layer=0.2)")],
-    accumulate_grad_batches=4)
+    callback = ObjectiveCallback("ntp + 0.8*nitp(target_layer=0.2)")
+    trainer = L.Trainer(callbacks=[callback], accumulate_grad_batches=4)
 
 A module that wraps a Hugging Face model needs nothing else: ``self.model(**batch).loss``, which its
 ``training_step`` returns, is the objective. A module that builds its own streams holds an objective
@@ -22,16 +22,20 @@ from .requirements import STREAMS, check_streams, check_version
 check_version("lightning", "2.4", "3.0")
 
 from lightning.pytorch import Callback, LightningModule, Trainer  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 from nitp_ops.attaching.api import attach  # noqa: E402
-from nitp_ops.attaching.attached_forward import HANDLE  # noqa: E402
 from nitp_ops.attaching.handle import Handle  # noqa: E402
-from nitp_ops.attaching.hook_points import is_hugging_face  # noqa: E402
 from nitp_ops.engine.parsing import SpecLike  # noqa: E402
 from nitp_ops.engine.streams.streams import LabelLayout  # noqa: E402
-from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams, parse  # noqa: E402
+from nitp_ops.objectives import CompositeObjective, Counts, Metrics, Output, Streams  # noqa: E402
 
+from .lightning_modules import (  # noqa: E402
+    handle_of_earlier_fit,
+    hugging_face_model,
+    only_objective,
+    refuse_attached,
+)
 from .window import count_window  # noqa: E402
 
 SIDECAR = "nitp_objective"
@@ -96,22 +100,24 @@ class ObjectiveCallback(Callback):
                 "and counts= by hand)"
             )
         if trainer.strategy.handles_gradient_accumulation and trainer.accumulate_grad_batches > 1:
-            came = type(trainer.strategy).__name__
+            got = type(trainer.strategy).__name__
             raise ValueError(
-                f"lightning: {came} accumulates by itself, expected accumulate_grad_batches=1 with "
+                f"lightning: {got} accumulates by itself, expected accumulate_grad_batches=1 with "
                 "it"
             )
         if self.spec is None:
-            _refuse_attached(pl_module)
-            self.objective = _only(CompositeObjective, pl_module)
+            refuse_attached(pl_module)
+            self.objective = only_objective(pl_module)
             if self.streams is None:
                 raise TypeError(
                     "lightning: streams is None, expected a function (the module builds streams "
                     "itself)"
                 )
         else:
-            inside = pl_module.get_submodule(self.model) if self.model else _hugging_face(pl_module)
-            self.handle = _of_an_earlier_fit(inside, self.spec)
+            inside = (
+                pl_module.get_submodule(self.model) if self.model else hugging_face_model(pl_module)
+            )
+            self.handle = handle_of_earlier_fit(inside, self.spec)
             if self.handle is None:
                 options: dict[str, Any] = {"seed": self.seed, "backend": self.backend}
                 self.handle = attach(inside, self.spec, label_layout=self.label_layout, **options)
@@ -190,9 +196,9 @@ class ObjectiveCallback(Callback):
                 f"lightning: the checkpoint has no {SIDECAR}, expected one that this callback "
                 "took part in"
             )
-        came, expected = checkpoint[SIDECAR]["spec"], self.handle.objective.spec.to_dict()
-        if came != expected:
-            raise ValueError(f"lightning: the checkpoint has the spec {came}, expected {expected}")
+        got, expected = checkpoint[SIDECAR]["spec"], self.handle.objective.spec.to_dict()
+        if got != expected:
+            raise ValueError(f"lightning: the checkpoint has the spec {got}, expected {expected}")
         self.handle.objective.load_state_dict(checkpoint[SIDECAR]["parameters"])
 
     def loss(self, trainer: Trainer, streams: Streams) -> Output:
@@ -227,7 +233,7 @@ class ObjectiveCallback(Callback):
                 f"lightning: a batch is a {type(batch).__name__}, expected a mapping, "
                 "or streams=function"
             )
-        assert self.handle is not None  # else `setup` asked for streams
+        assert self.handle is not None  # else `setup` required streams
         return self.handle.tokens(batch)
 
 
@@ -279,48 +285,3 @@ def _upcoming(trainer: Trainer, count: int) -> list[Any]:
         fetcher.iterator = _Ahead(fetcher.iterator)
     fetched = [*fetcher.batches]  # what Lightning prefetched from a loader without a length
     return [item[0] for item in [*fetched, *fetcher.iterator.peek(count - len(fetched))][:count]]
-
-
-def _hugging_face(module: nn.Module) -> nn.Module:
-    found = [each for each in module.children() if is_hugging_face(each)]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(name for name, _ in module.named_children())
-    raise ValueError(
-        f"lightning: the module has {len(found)} Hugging Face models among {names}, expected one, "
-        "or model= its name"
-    )
-
-
-def _of_an_earlier_fit(model: nn.Module, spec: SpecLike) -> Handle | None:
-    held: Handle | None = next(
-        (m.__dict__[HANDLE] for m in model.modules() if HANDLE in m.__dict__), None
-    )
-    if held is None:
-        return None
-    came, expected = held.objective.spec.to_dict(), parse(spec, held.objective.info).to_dict()
-    if came != expected:
-        raise ValueError(
-            f"lightning: the model has the objective {came}, expected {expected} (or "
-            "handle.detach() first)"
-        )
-    return held
-
-
-def _refuse_attached(module: nn.Module) -> None:
-    for name, each in module.named_modules():
-        if HANDLE in each.__dict__:
-            raise ValueError(
-                f"lightning: spec is None and {name} is attached already, expected the spec that "
-                "it was attached with (None: the module builds its streams itself)"
-            )
-
-
-def _only(kind: type[CompositeObjective], module: nn.Module) -> CompositeObjective:
-    found = [each for each in module.modules() if isinstance(each, kind)]
-    if len(found) != 1:
-        raise ValueError(
-            f"lightning: spec is None and the module holds {len(found)} objectives, expected a "
-            "spec or one of them"
-        )
-    return found[0]

@@ -254,7 +254,7 @@ def _refuse(model: GPTModel) -> None:
     if not (model.pre_process and model.post_process) or config.pipeline_model_parallel_size > 1:
         found.append(
             f"pipeline_model_parallel_size is {config.pipeline_model_parallel_size}, expected 1 "
-            "(the hidden states of a lower layer live on another stage than the loss)"
+            "(the hidden states of a lower layer are on another stage than the loss)"
         )
     if config.tensor_model_parallel_size > 1:
         found.append(
@@ -264,7 +264,7 @@ def _refuse(model: GPTModel) -> None:
     if config.context_parallel_size > 1:
         found.append(
             f"context_parallel_size is {config.context_parallel_size}, expected 1 (the next token "
-            "of a position may live on another rank)"
+            "of a position may be on another rank)"
         )
     if config.mtp_num_layers:
         found.append(

@@ -1,4 +1,4 @@
-"""What the adapters ask of the packages that they adapt to, and what they offer to an objective."""
+"""What the adapters require of the packages that they adapt to, and what they offer to an objective."""
 
 from __future__ import annotations
 

@@ -25,9 +25,10 @@ from torch import Tensor, nn  # noqa: E402
 from torch.distributed.tensor import DTensor, distribute_tensor  # noqa: E402
 from torchtitan.config import derive  # noqa: E402
 from torchtitan.models.common.decoder import Decoder  # noqa: E402
-from torchtitan.models.deepseek_v3.mtp import MTPDecoder  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
+from nitp_ops.attaching.attached_model import OBJECTIVE  # noqa: E402
+from nitp_ops.attaching.state_dicts import leave_out  # noqa: E402
 from nitp_ops.attaching.tapping import Tap, tap  # noqa: E402
 from nitp_ops.engine.parsing import SpecLike  # noqa: E402
 from nitp_ops.objectives import (  # noqa: E402
@@ -40,7 +41,8 @@ from nitp_ops.objectives import (  # noqa: E402
     build,
 )
 
-OBJECTIVE = "nitp_objective"
+from .torchtitan_checks import check_config, check_decoder  # noqa: E402
+
 _Batch = tuple[dict[str, Tensor], Tensor]
 
 
@@ -55,9 +57,9 @@ def with_objective(config: Trainer.Config, spec: str) -> ObjectiveTrainer.Config
         TypeError: the config of another Trainer, whose class would be lost.
     """
     if type(config) is not Trainer.Config:
-        came = f"{type(config).__module__}.{type(config).__qualname__}"
+        got = f"{type(config).__module__}.{type(config).__qualname__}"
         raise TypeError(
-            f"torchtitan: config is a {came}, expected that of torchtitan's own Trainer (another "
+            f"torchtitan: config is a {got}, expected that of torchtitan's own Trainer (another "
             "one: derive its class from ObjectiveTrainer)"
         )
     return derive(config, ObjectiveTrainer.Config, objective=spec)
@@ -82,7 +84,7 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
         >>> sorted(map(str, attach_decoder(model, "ntp + 0.8*nitp(target_layer=0.2)").requires))
         ['head', 'hidden_states[1]', 'last_hidden', 'token_ids']
     """
-    _check_decoder(model)
+    check_decoder(model)
     if hasattr(model, OBJECTIVE):
         raise ValueError(f"torchtitan: model has a {OBJECTIVE} already, expected a model without")
     weight = model.lm_head.weight
@@ -96,7 +98,7 @@ def attach_decoder(model: Decoder, spec: SpecLike, *, seed: int = 0) -> Composit
         objective = build(spec, model=info, seed=seed)
     check_streams("torchtitan", objective.requires)
     model.add_module(OBJECTIVE, objective)
-    model.register_state_dict_post_hook(_leave_out)
+    model.register_state_dict_post_hook(leave_out)
     return objective
 
 
@@ -113,14 +115,13 @@ def tap_decoder(model: Decoder) -> Tap:
 def draw(objective: CompositeObjective, *, seed: int = 0) -> None:
     """Give the own parameters their initial values, also where they are shards."""
     fresh = build(objective.spec, model=objective.info, seed=seed)
-    mine, values = ([*each.parameters(), *each.buffers()] for each in (objective, fresh))
+    mine = [*objective.parameters(), *objective.buffers()]
+    values = [*fresh.parameters(), *fresh.buffers()]
     for old, new in zip(mine, values, strict=True):
         new = new.to(old.device)
-        old.copy_(
-            distribute_tensor(new, old.device_mesh, old.placements)
-            if isinstance(old, DTensor)
-            else new
-        )
+        if isinstance(old, DTensor):
+            new = distribute_tensor(new, old.device_mesh, old.placements)
+        old.copy_(new)
 
 
 def objective_loss(
@@ -187,15 +188,15 @@ class ObjectiveTrainer(Trainer):
         """Training objective, for instance "ntp + 0.8*nitp(target_layer=0.2)"."""
 
     def __init__(self, config: Config) -> None:
-        _refuse(config)
+        check_config(config)
         assert config.model_spec is not None
         parallelize = config.model_spec.parallelize_fn
 
-        def with_own_parameters(model: Decoder, **options: Any) -> nn.Module:
+        def with_parameters(model: Decoder, **options: Any) -> nn.Module:
             attach_decoder(model, config.objective)
             return parallelize(model, **options)
 
-        config.model_spec.parallelize_fn = with_own_parameters
+        config.model_spec.parallelize_fn = with_parameters
         try:
             super().__init__(config)
         finally:
@@ -259,70 +260,6 @@ class ObjectiveTrainer(Trainer):
         self.objective.load_state_dict(state_dict[OBJECTIVE])
 
 
-def _check_decoder(model: nn.Module) -> None:
-    """Refuse what has other logits than ``lm_head(norm(h))`` of one pass over the blocks."""
-    name = type(model).__name__
-    if not isinstance(model, Decoder):
-        raise TypeError(f"torchtitan: model is a {name}, expected a Decoder")
-    # MTPDecoder's forward is Decoder's where it has no MTP layers
-    if type(model).forward not in (Decoder.forward, MTPDecoder.forward):
-        raise TypeError(
-            f"torchtitan: model is a {name} with a forward of its own, expected that of Decoder"
-        )
-    if depth := len(getattr(model, "mtp_layers", None) or ()):
-        raise ValueError(
-            f"torchtitan: model is a {name} with {depth} MTP layers, expected num_mtp_layers=0: "
-            "the objective has such "
-            f'layers of its own, "ntp + 0.3*mtp_sequential(depth={depth}, source=last_residual)"'
-        )
-
-
 def _fields(inputs: Tensor, labels: Tensor, positions: Tensor | None) -> dict[str, Any]:
     fields = {"token_ids": inputs, "shift_labels": labels, "position_ids": positions}
     return fields | {"label_layout": "document"}
-
-
-def _leave_out(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]
-) -> None:
-    for name in [name for name in state if name.startswith(f"{prefix}{OBJECTIVE}.")]:
-        del state[name]
-
-
-def _refuse(config: ObjectiveTrainer.Config) -> None:
-    """Raises ValueError for everything in the config that an objective can not run under."""
-    parallelism, found = config.parallelism, []
-    if parallelism.pipeline_parallel_degree > 1:
-        found.append(
-            f"parallelism.pipeline_parallel_degree is {parallelism.pipeline_parallel_degree}, "
-            "expected 1 (the hidden states of a lower layer live on another stage than the loss; "
-            "FSDP shards the same parameters)"
-        )
-    if parallelism.tensor_parallel_degree > 1:
-        found.append(
-            f"parallelism.tensor_parallel_degree is {parallelism.tensor_parallel_degree}, expected "
-            "1 (a rank holds a slice of the vocabulary; FSDP shards the same parameters)"
-        )
-    if parallelism.context_parallel_degree > 1:
-        found.append(
-            f"parallelism.context_parallel_degree is {parallelism.context_parallel_degree}, "
-            "expected 1 (the next token of a position may live on another rank)"
-        )
-    if not config.training.disable_cuda_graphs:
-        found.append(
-            "training.disable_cuda_graphs is False, expected True (a captured step would replay "
-            "the counts and the weights of the first one)"
-        )
-    if parallelism.spmd_backend == "full_dtensor" or config.debug.spmd_typechecking:
-        found.append(
-            f'parallelism.spmd_backend is "{parallelism.spmd_backend}", debug.spmd_typechecking is '
-            f"{config.debug.spmd_typechecking}, expected local tensors and False (the ops take "
-            "plain tensors)"
-        )
-    if config.checkpoint.create_seed_checkpoint:
-        found.append(
-            "checkpoint.create_seed_checkpoint is True, expected False (make it with "
-            "torchtitan's Trainer)"
-        )
-    if found:
-        raise ValueError("; ".join(f"torchtitan: {problem}" for problem in found))

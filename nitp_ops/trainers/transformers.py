@@ -1,10 +1,12 @@
 """The Hugging Face Trainer with objectives: counts of the window, contributions in the log, a
 sidecar a checkpoint.
 
-    trainer = NitpTrainer(model=model, args=args, train_dataset=data, data_collator=collate,
-    objective="ntp + 0.8*nitp") trainer.train()
+    trainer = ObjectiveTrainer(
+        model=model, args=args, train_dataset=data, data_collator=collate, objective="ntp + 0.8*nitp"
+    )
+    trainer.train()
 
-`NitpTrainerMixin` does the same for any subclass of Trainer.
+`ObjectiveTrainerMixin` does the same for any subclass of Trainer.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
 _Base = transformers.Trainer if TYPE_CHECKING else object
 
 
-class NitpTrainerMixin(_Base):
-    """``class MyTrainer(NitpTrainerMixin, Trainer)``: trains with an objective, one line beside a
+class ObjectiveTrainerMixin(_Base):
+    """``class MyTrainer(ObjectiveTrainerMixin, Trainer)``: trains with an objective, one line beside a
     plain Trainer.
 
     * Every term is divided by its count over the whole accumulation window of all ranks: a batch of
@@ -45,7 +47,7 @@ class NitpTrainerMixin(_Base):
       masks fall. Any other loss (of the experts' balance, or added in a subclass) is averaged over
       the microbatches.
     * The log holds ``loss/ntp``, ``loss/nitp``, ... (they add up to ``loss``), then what the terms
-      measure: accuracy, skill, floor, counts, over all rows since the last log.
+      measure: accuracy, skill, constant_predictor_loss, counts, over all rows since the last log.
     * Scheduled weights follow ``state.global_step``, also after a resume.
     * Own parameters are in a sidecar of each checkpoint (`Handle.save`). Resuming without it, or
       with that of another spec, is an error.
@@ -56,10 +58,10 @@ class NitpTrainerMixin(_Base):
 
     Args:
         objective: the spec, in any spelling; it is attached to ``self.model`` after the trainer's
-            own ``__init__``, thus after PEFT and TRL. None: the model that came is attached
+            own ``__init__``, thus after PEFT and TRL. None: the model is attached
             already.
         label_layout: of ``shift_labels`` that the data collator makes, as in `attach`, whose word
-            it is where the model came attached. Those that the trainer itself makes from the labels
+            it is where the model was attached before. Those that the trainer itself makes from the labels
             of a batch are "stream": they count what the labels count.
         *args, **kwargs: of the Trainer.
 
@@ -215,10 +217,10 @@ class NitpTrainerMixin(_Base):
         self.nitp.load(str(self.state.best_model_checkpoint))
 
 
-class NitpTrainer(NitpTrainerMixin, transformers.Trainer):
-    """`transformers.Trainer` with an objective: see `NitpTrainerMixin`.
+class ObjectiveTrainer(ObjectiveTrainerMixin, transformers.Trainer):
+    """`transformers.Trainer` with an objective: see `ObjectiveTrainerMixin`.
 
     Example:
-        >>> trainer = NitpTrainer(model=model, args=args, objective="ntp + 0.8*nitp")  # doctest: +SKIP
+        >>> trainer = ObjectiveTrainer(model=model, args=args, objective="ntp + 0.8*nitp")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """

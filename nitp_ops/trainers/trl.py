@@ -1,7 +1,8 @@
 """TRL's SFTTrainer with objectives, packed rows included.
 
-    trainer = NitpSFTTrainer(model=model, args=SFTConfig(packing=True), train_dataset=data,
-    objective="ntp + 0.8*nitp")
+    trainer = ObjectiveSFTTrainer(
+        model=model, args=SFTConfig(packing=True), train_dataset=data, objective="ntp + 0.8*nitp"
+    )
 
 SFTTrainer builds a fused head of its own into the model in its ``__init__`` and computes its loss
 from that head's outputs. In training the objective takes the place of both; evaluation stays TRL's
@@ -16,22 +17,21 @@ import torch
 from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
-from .transformers import NitpTrainerMixin
+from .transformers import ObjectiveTrainerMixin
 
 
-class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
-    """`trl.SFTTrainer` with an objective: see `NitpTrainerMixin`.
+class ObjectiveSFTTrainer(ObjectiveTrainerMixin, SFTTrainer):
+    """`trl.SFTTrainer` with an objective: see `ObjectiveTrainerMixin`.
 
     The objective is attached after SFTTrainer's ``__init__``, which applies PEFT and installs its
     head. In training ``ntp/accuracy`` takes the place of TRL's ``mean_token_accuracy`` in the log,
-    ``num_tokens`` stays, and there is no
-    ``entropy``: no term measures it.
+    ``num_tokens`` stays, and there is no ``entropy``: no term measures it.
 
     Raises:
-        ValueError: ``loss_type`` is not "nll" (another loss); and what `NitpTrainerMixin` raises.
+        ValueError: ``loss_type`` is not "nll" (another loss); and what `ObjectiveTrainerMixin` raises.
 
     Example:
-        >>> trainer = NitpSFTTrainer(model=model, train_dataset=data, objective="ntp + 0.8*nitp")  # doctest: +SKIP
+        >>> trainer = ObjectiveSFTTrainer(model=model, train_dataset=data, objective="ntp + 0.8*nitp")  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
 
@@ -40,7 +40,7 @@ class NitpSFTTrainer(NitpTrainerMixin, SFTTrainer):
         assert isinstance(self.args, SFTConfig)
         if self.args.loss_type != "nll":
             raise ValueError(
-                f'NitpSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the '
+                f'ObjectiveSFTTrainer: loss_type is "{self.args.loss_type}", expected "nll": the '
                 "objective is the loss"
             )
         self._tokens: Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nitp_ops.attaching.handle import AUX_LOSS
+from nitp_ops.attaching.window_shares import AUX_LOSS
 from nitp_ops.objectives import Counts, Metrics, Spec
 
 

@@ -21,7 +21,7 @@ from nitp_ops.engine.spec.validation import MOST_AHEAD, count_problem
 from nitp_ops.engine.streams.model_info import ModelInfo
 from nitp_ops.engine.streams.needs import Need
 from nitp_ops.engine.streams.streams import Streams
-from nitp_ops.engine.streams.targets import TargetWindow
+from nitp_ops.engine.streams.target_window import TargetWindow
 
 #: Tokens of windows that are held at once.
 _BAG_TOKENS = 2**18
@@ -84,7 +84,7 @@ class FSPBagOfWords(LatentTerm):
         ) -> tuple[Tensor, Tensor]:
             formula = partial(self._losses, ahead)
             return sum_of_rows(
-                hidden[0], context.guard(weight), None, ahead.occupied(), info, formula
+                hidden[0], context.mask_zero_weight(weight), None, ahead.occupied(), info, formula
             )
 
         total, rows = through_head(module, [h.flatten(0, 1)], use)

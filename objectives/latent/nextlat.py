@@ -87,7 +87,7 @@ class NextLat(LatentTerm):
     def sums(self, streams: Streams, context: Context) -> dict[str, LatentPart | HeadReading]:
         keep, here, token, target = self._pairs(streams, context)
         assert isinstance(context.module, LatentDynamics)
-        prediction = context.module(here, token, context.guard)
+        prediction = context.module(here, token, context.mask_zero_weight)
         smooth: dict[str, Tensor] = {}
         if self.smooth_l1_weight:
             smooth["smooth_l1"] = alignment(
@@ -117,7 +117,12 @@ class NextLat(LatentTerm):
             x.masked_fill(~keep.unsqueeze(-1), 0) for x in (h[:, :pairs], target[:, shift:])
         )
         token = embedded(streams.embed, inputs_ahead(streams, 1)[:, :pairs].masked_fill(~keep, 0))
-        return keep, here, context.guard(token).masked_fill(~keep.unsqueeze(-1), 0), target
+        return (
+            keep,
+            here,
+            context.mask_zero_weight(token).masked_fill(~keep.unsqueeze(-1), 0),
+            target,
+        )
 
     def _weighted(
         self, context: Context, smooth: dict[str, Tensor], kl: Tensor | None = None
@@ -153,10 +158,12 @@ class LatentDynamics(OwnParameters):
             info, seed, enter=(inner, 2 * width), middle=(inner, inner), leave=(width, inner)
         )
 
-    def forward(self, hidden: Tensor, token: Tensor, guard: Callable[[Tensor], Tensor]) -> Tensor:
-        enter, middle, leave = (guard(w) for w in (self.enter, self.middle, self.leave))
+    def forward(self, hidden: Tensor, token: Tensor, mask: Callable[[Tensor], Tensor]) -> Tensor:
+        enter, middle, leave = mask(self.enter), mask(self.middle), mask(self.leave)
         x = torch.cat([hidden.to(enter.dtype), token.to(enter.dtype)], dim=-1)
-        return hidden + F.linear(F.gelu(F.linear(F.gelu(F.linear(x, enter)), middle)), leave)
+        x = F.gelu(F.linear(x, enter))
+        x = F.gelu(F.linear(x, middle))
+        return hidden + F.linear(x, leave)
 
 
 def _kl(

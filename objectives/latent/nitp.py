@@ -49,8 +49,8 @@ class NITP(LatentTerm):
             softmax p) over d.
         projector: "swiglu", "linear" (``W_down h``) or "none" (P(h) = h).
         intermediate_size: m of swiglu, at most 256 d; 4 d where not given.
-        mask: "document" counts pairs inside a document; "document+label" also asks that token t +
-            shift is a target.
+        mask: "document" counts pairs inside a document; "document+label" only those whose token
+            t + shift is a target.
         source: h after the final norm ("last_hidden") or before it ("last_residual").
         stop_gradient: False lets the gradient into z; the projected states are then held whole.
         target_norm: "rms" divides z by ``sqrt(mean z^2 + eps)`` first.
@@ -109,7 +109,7 @@ class NITP(LatentTerm):
             info.num_layers - 1, max(1, math.floor(self.target_layer * info.num_layers + 0.75))
         )
 
-    def farthest(self) -> int:
+    def max_offset(self) -> int:
         return self.shift
 
     def requires(self, info: ModelInfo) -> frozenset[Need]:
@@ -137,7 +137,7 @@ class NITP(LatentTerm):
         assert isinstance(projector, Projector)
 
         def use(h: Tensor) -> _Outcome:
-            return score(h, z, shift, projector.matrices(context.guard), valid, context)
+            return score(h, z, shift, projector.matrices(context.mask_zero_weight), valid, context)
 
         loss, rows, prediction_norm, target_norm = opened(projector, [h], use)
         means = {"prediction_norm": prediction_norm.sum(), "target_norm": target_norm.sum()}
@@ -205,7 +205,7 @@ class NITP(LatentTerm):
         square = info.hidden_size**2
         parameters = sum(parameter.numel() for parameter in module.parameters())
         flops = module.training_flops(info.hidden_size)
-        products = f"{6 * parameters / square:g} d^2 + " if parameters else ""
+        gemms = f"{6 * parameters / square:g} d^2 + " if parameters else ""
         added = {
             "parameters added": f"{parameters:,} ({parameters / square:g} d^2), dropped "
             "after training"
@@ -213,9 +213,9 @@ class NITP(LatentTerm):
         return {
             "rows": f"{self.source} at t against token t+{self.shift}",
             "target": f"hidden_states[{self.layer(info)}] of {info.num_layers} blocks "
-            f"({self.target_layer} asked for)",
+            f"(target_layer={self.target_layer})",
             **(added if parameters else {}),
-            "training FLOPs a token": f"{flops:,} ({products}18 d)",
+            "training FLOPs a token": f"{flops:,} ({gemms}18 d)",
         }
 
 

@@ -92,9 +92,9 @@ def _documents(streams: Streams) -> tuple[Tensor, Tensor]:
     given = streams.documents
     if given is None:
         given = torch.zeros(streams.shape, dtype=torch.int64, device=streams.device)
-    ordered, places = given.sort(dim=1)
+    ordered, positions = given.sort(dim=1)
     new = torch.cat(
         [torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).to(torch.int64)],
         dim=1,
     )
-    return torch.zeros_like(given).scatter_(1, places, new.cumsum(1)), given >= 0
+    return torch.zeros_like(given).scatter_(1, positions, new.cumsum(1)), given >= 0

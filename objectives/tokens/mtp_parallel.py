@@ -77,7 +77,7 @@ class MTPParallel(TokenTerm):
     def model_problems(self, info: ModelInfo) -> list[str]:
         return factory_problems(info) if self.heads == "block" else []
 
-    def farthest(self) -> int:
+    def max_offset(self) -> int:
         return max(self.offsets)
 
     def requires(self, info: ModelInfo) -> frozenset[Need]:

@@ -1,4 +1,4 @@
-"""Several future tokens by modules in sequence, each of which is told the token before the one it
+"""Several future tokens by modules in sequence, each of which reads the token before the one it
 predicts."""
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class MTPSequential(TokenTerm):
     def model_problems(self, info: ModelInfo) -> list[str]:
         return factory_problems(info)
 
-    def farthest(self) -> int:
+    def max_offset(self) -> int:
         return max(self.offsets)
 
     def requires(self, info: ModelInfo) -> frozenset[Need]:
@@ -112,7 +112,7 @@ class MTPSequential(TokenTerm):
         """E(x_{t+k}), zeros where that token is in another document or in none, as in
         `without_padding`."""
         assert streams.embed is not None
-        token = context.guard(embedded(streams.embed, inputs_ahead(streams, k)))
+        token = context.mask_zero_weight(embedded(streams.embed, inputs_ahead(streams, k)))
         return token.masked_fill(~valid_pairs(streams, k).unsqueeze(-1), 0)
 
     def drafter(self, module: nn.Module | None, info: ModelInfo) -> SequentialDrafter:

@@ -66,7 +66,7 @@ class MTPShared(TokenTerm):
         ]
         return found
 
-    def farthest(self) -> int:
+    def max_offset(self) -> int:
         return max(self.offsets)
 
     def requires(self, info: ModelInfo) -> frozenset[Need]:

@@ -43,7 +43,7 @@ class NTP(TokenTerm):
 
     class_weight: bool = False
 
-    def farthest(self) -> int:
+    def max_offset(self) -> int:
         return 1
 
     def requires(self, info: ModelInfo) -> frozenset[Need]:

@@ -16,7 +16,7 @@ from nitp_ops.engine.spec.validation import MOST_AHEAD, count_problem
 from nitp_ops.engine.streams.model_info import ModelInfo
 from nitp_ops.engine.streams.needs import Need
 from nitp_ops.engine.streams.streams import Streams
-from nitp_ops.engine.streams.targets import TargetWindow
+from nitp_ops.engine.streams.target_window import TargetWindow
 
 
 @register("top")

@@ -263,3 +263,13 @@ def test_the_formula_itself_can_fail():
     given = batch()
     expected = written_out(model, given, torch.zeros_like(given["input_ids"]), weight=0.0)
     assert abs(model(**given).loss - expected) > 0.1
+
+
+def test_attach_draws_no_random_numbers_of_training():
+    model = make("gpt2", embd_pdrop=0.5, initializer_range=0.3)
+    given = batch()
+    torch.manual_seed(7)
+    plain = model(**given).loss
+    torch.manual_seed(7)
+    nitp_ops.attach(model, "ntp")
+    torch.testing.assert_close(model(**given).loss, plain, check_dtype=False, rtol=1e-6, atol=1e-6)

@@ -105,7 +105,7 @@ def test_a_key_that_holds_none_is_absent():
     assert counts(handle, given | by_position) == before
 
 
-def test_router_logits_that_nobody_asked_for_are_asked_for_where_the_objective_needs_them():
+def test_router_logits_that_the_caller_left_out_are_returned_where_the_objective_needs_them():
     model = make("mixtral")
     nitp_ops.attach(model, "ntp + aux_loss: 0.02*external")
     expected = model(**batch()).loss

@@ -41,23 +41,18 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        layers = {
-            "wte": nn.Embedding(16, 8),
-            "h": nn.ModuleList(Block() for _ in range(3)),
-            "ln_f": nn.LayerNorm(8),
-        }
-        self.trunk = nn.ModuleDict(layers)
+        embed, blocks = nn.Embedding(16, 8), nn.ModuleList(Block() for _ in range(3))
+        self.trunk = nn.ModuleDict({"wte": embed, "h": blocks, "ln_f": nn.LayerNorm(8)})
         self.lm_head = nn.Linear(8, 16, bias=False)
         self.reentrant: bool | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.trunk["wte"](ids)
         for block in self.trunk["h"]:  # type: ignore[union-attr]
-            x = (
-                block(x)
-                if self.reentrant is None
-                else checkpoint(block, x, use_reentrant=self.reentrant)
-            )
+            if self.reentrant is None:
+                x = block(x)
+            else:
+                x = checkpoint(block, x, use_reentrant=self.reentrant)
         return self.lm_head(self.trunk["ln_f"](x)[:, [-1]])
 
     def streams(self, ids: Tensor) -> list[Tensor]:

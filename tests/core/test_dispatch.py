@@ -181,17 +181,17 @@ def test_a_pass_that_starts_plain_may_end_watched(case):
 
 
 def test_whoever_watches_is_seen():
-    asked = []
+    answers = []
 
     def ask(x: torch.Tensor) -> torch.Tensor:
-        asked.append(needs_dispatcher([x, None]))
+        answers.append(needs_dispatcher([x, None]))
         return x + 1
 
     x = torch.ones(2)
     ask(x)
     ask(torch.nn.Parameter(x))
-    assert asked == [False, False]
-    asked.clear()
+    assert answers == [False, False]
+    answers.clear()
     with Watch():
         ask(x)
     with FakeTensorMode():
@@ -205,4 +205,4 @@ def test_whoever_watches_is_seen():
     with warnings.catch_warnings():  # it is deprecated, and still used
         warnings.simplefilter("ignore")
         torch.jit.trace(ask, x, check_trace=False)
-    assert len(asked) == 9 and all(asked)
+    assert len(answers) == 9 and all(answers)

@@ -1,5 +1,5 @@
-"""On CPU a product has an even number of rows: what a chunk lacks is filled with zeros, which
-nobody sees."""
+"""On CPU a GEMM has an even number of rows: what a chunk lacks is filled with zeros, which
+no output shows."""
 
 import pytest
 import torch

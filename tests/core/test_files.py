@@ -1,4 +1,4 @@
-"""Files that the library writes: whole or absent, whoever else writes them; damaged ones are named,
+"""Files that the library writes: whole or absent, whatever else writes them; damaged ones are named,
 never used."""
 
 from __future__ import annotations

@@ -79,11 +79,11 @@ def test_the_loaders_reason_is_told_at_the_users_line(copy, content, reason):
     script.write_text(USE)
     done = run(copy, str(script))
     assert done.returncode == 0 and done.stdout == "gradient True\n", done.stderr
-    told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
-    assert len(told) == 1 and told[0].startswith(
+    warned = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
+    assert len(warned) == 1 and warned[0].startswith(
         f"{script}:2: RuntimeWarning: nitp_ops: no compiled row kernels"
     )
-    assert "does not load" in told[0] and reason in told[0]
+    assert "does not load" in warned[0] and reason in warned[0]
     doctor = run(copy, "-m", "nitp_ops", "doctor")
     assert (
         doctor.returncode == 1

@@ -199,7 +199,7 @@ def test_a_nan_under_a_weight_of_zero_reaches_no_gradient():
 @pytest.mark.parametrize("options", [{}, {"chunk_bytes": 400}], ids=["one chunk", "several"])
 def test_a_weight_of_zero_leaves_the_other_jobs_bit_identical(options):
     hidden, weight, labels = head(dtype=torch.bfloat16)
-    silent = CrossEntropyTerm(
+    inactive = CrossEntropyTerm(
         torch.randn(31, 5).bfloat16(), torch.randint(0, 33, (31,)), token_weight=torch.tensor(0.0)
     )
 
@@ -211,13 +211,13 @@ def test_a_weight_of_zero_leaves_the_other_jobs_bit_identical(options):
         return of_tensors
 
     with without_reading():
-        both, alone = outputs(loss(silent), (hidden, weight)), outputs(loss(), (hidden, weight))
+        both, alone = outputs(loss(inactive), (hidden, weight)), outputs(loss(), (hidden, weight))
     for a, b in zip(both[:2], alone[:2], strict=True):
         assert torch.equal(a, b)
 
 
 def test_float16_gradients_do_not_underflow_under_a_large_count(monkeypatch):
-    """As on a GPU, where float16 products stay in float16: 1 / count enters after them."""
+    """As on a GPU, where float16 GEMMs write float16: 1 / count enters after them."""
     hidden, weight, labels = head(64, 32, 50)
     inputs = [hidden.detach().half().requires_grad_(), weight.detach().half().requires_grad_()]
     h, z, *projector = (

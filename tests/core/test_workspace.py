@@ -29,7 +29,7 @@ def resident():
 
 
 def mapped(size):
-    """A tensor over fresh pages that nobody has touched."""
+    """A tensor over fresh pages that nothing has touched."""
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
 

@@ -3,97 +3,18 @@ training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from nitp_ops.engine.base import Context
 from nitp_ops.engine.modules.blocks import Block
-from nitp_ops.objectives import CompositeObjective, KeyValues, ModelInfo, Streams, build
-
-INFO = ModelInfo(
-    hidden_size=8, vocab_size=5, num_layers=1, dtype=torch.float64, initializer_range=0.5
-)
-SPECS = (
-    "ntp + mtp_shared",
-    "ntp + mtp_parallel",
-    "mtp_parallel(offsets=[1, 3, 5, 7], heads=residual)",
-    "mtp_parallel(offsets=[4, 1])",
-    "ntp + mtp_sequential",
-    "ntp + mtp_sequential(depth=3)",
-    "ntp + mtp_sequential(depth=3, source=last_residual)",
-)
-
-
-class Model(nn.Module):
-    """One causal block over embeddings, in float64, of a seed."""
-
-    def __init__(self, seed: int, info: ModelInfo = INFO, bias: bool = False) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embed = nn.Embedding(info.vocab_size, info.hidden_size, dtype=info.dtype)
-            self.block = Block(info)
-            self.head = nn.Linear(info.hidden_size, info.vocab_size, bias=bias, dtype=info.dtype)
-
-    @torch.no_grad()
-    def forward(self, ids: Tensor) -> Streams:
-        residual = self.block(self.embed(ids), None)
-        last = nn.functional.rms_norm(residual, residual.shape[-1:])
-        return Streams(
-            token_ids=ids,
-            last_hidden=last,
-            last_residual=residual,
-            head=self.head,
-            embed=self.embed,
-        )
-
-
-@dataclass
-class Whole:
-    """A trunk without a cache: the model reads the whole sequence again."""
-
-    model: Model
-    ids: Tensor | None = None
-    calls: int = 0
-
-    def extend(self, token_ids: Tensor) -> Streams:
-        self.calls += 1
-        self.ids = token_ids if self.ids is None else torch.cat([self.ids, token_ids], dim=1)
-        streams, new = self.model(self.ids), token_ids.shape[1]
-        assert streams.last_hidden is not None and streams.last_residual is not None
-        last, residual = streams.last_hidden[:, -new:], streams.last_residual[:, -new:]
-        return Streams(
-            token_ids=token_ids,
-            last_hidden=last,
-            last_residual=residual,
-            head=streams.head,
-            embed=streams.embed,
-        )
-
-    def cut(self, length: int) -> None:
-        assert self.ids is not None and length <= self.ids.shape[1]
-        self.ids = self.ids[:, :length]
-
-
-def greedy(model: Model, prompt: Tensor, new: int, stop: int | None = None) -> Tensor:
-    """One token at a time, by the definition."""
-    ids = prompt
-    for _ in range(new):
-        streams = model(ids)
-        assert streams.last_hidden is not None
-        ids = torch.cat([ids, model.head(streams.last_hidden[:, -1:]).argmax(-1)], dim=1)
-        if int(ids[0, -1]) == stop:
-            break
-    return ids
-
-
-def objective(spec: str, seed: int = 0, info: ModelInfo = INFO) -> CompositeObjective:
-    return build(spec, model=info, seed=seed).double()
+from nitp_ops.objectives import CompositeObjective, KeyValues, Streams
+from tests.engine.draft_cases import INFO, SPECS, Model, Whole, greedy, objective
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -114,7 +35,7 @@ def test_the_text_is_that_of_greedy_decoding(spec, seed, prompt, new, limit, sto
     assert found.new_tokens == expected.shape[1] - len(prompt)
     assert all(a <= d for a, d in zip(found.accepted, found.drafted, strict=True))
     if stop is None:
-        # each call adds one token beside the drafts that came true
+        # each call adds one token beside the accepted drafts
         assert found.calls + sum(found.accepted) == new
 
 
@@ -140,7 +61,7 @@ def training_guess(own: CompositeObjective, streams: Streams, part: str, positio
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if "shared" not in spec])
 @pytest.mark.parametrize("cuts", [(4, 5, 9), (6, 7, 8), (2, 6, 11)])
 def test_a_guess_is_what_the_head_predicts_in_training(spec, cuts):
-    """The drafter reads a sequence in three pieces; its guesses before each come out wrong, right,
+    """The drafter reads a sequence in three parts; its guesses before each come out wrong, right,
     or a mixture."""
     model, own = Model(7), objective(spec, 5)
     term = own.spec.terms[-1]
@@ -154,8 +75,8 @@ def test_a_guess_is_what_the_head_predicts_in_training(spec, cuts):
         drafts = drafter.propose(hidden, ids[:, : known + 1], whole, drafter.reach)
         start = known
         if "sequential" in spec:
-            told = torch.cat([ids[:, : known + 1], drafts[None]], dim=1)
-            streams = model(told)
+            read = torch.cat([ids[:, : known + 1], drafts[None]], dim=1)
+            streams = model(read)
             expected = [
                 training_guess(own, streams, str(k), known - 1) for k in range(2, len(drafts) + 2)
             ]
@@ -194,7 +115,7 @@ def test_what_stood_on_a_wrong_draft_is_computed_again(source):
         assert torch.equal(drafts, anew.propose(hidden, tokens, whole, 3))
         for mine, expected in zip(kept.states, anew.states, strict=True):
             torch.testing.assert_close(mine, expected, rtol=0, atol=1e-12)
-        # so that modules 2 and 3 were told what did not come true
+        # so that modules 2 and 3 have read tokens that were not accepted
         assert drafts[0] != ids[0, known + 1]
         start = known
 
@@ -257,15 +178,15 @@ def test_a_factorys_block_drafts_like_a_block_with_keys_and_values(offsets):
 
 
 @torch.no_grad()
-@given(pieces=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=5))
-def test_attention_with_kept_keys_and_values_is_that_of_the_whole_sequence(pieces):
-    """Pieces of a sequence, each followed by a cut of some positions that then come again."""
+@given(parts=st.lists(st.tuples(st.integers(1, 4), st.integers(0, 3)), min_size=1, max_size=5))
+def test_attention_with_kept_keys_and_values_is_that_of_the_whole_sequence(parts):
+    """Parts of a sequence, each followed by a cut of some positions that then come again."""
     block, past = Block(INFO), KeyValues()
     hidden = torch.randn(1, 24, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     whole, length = block(hidden, None), 0
-    for new, dropped in pieces:
-        piece = block(hidden[:, length : length + new], None, past)
-        torch.testing.assert_close(piece, whole[:, length : length + new], rtol=1e-12, atol=1e-12)
+    for new, dropped in parts:
+        part = block(hidden[:, length : length + new], None, past)
+        torch.testing.assert_close(part, whole[:, length : length + new], rtol=1e-12, atol=1e-12)
         length = max(0, length + new - dropped)
         past.cut(length)
         assert past.length == length
@@ -303,7 +224,7 @@ def test_unfit_arguments_are_refused_by_name(spec, change, error, message):
 
 
 def test_a_trunk_that_breaks_its_word_is_refused_by_name():
-    class Silent(Whole):
+    class WithoutDrafter(Whole):
         def extend(self, token_ids: Tensor) -> Streams:
             return replace(super().extend(token_ids), embed=None, last_residual=None, head=None)
 
@@ -317,7 +238,7 @@ def test_a_trunk_that_breaks_its_word_is_refused_by_name():
         match=r"^draft: the trunk's streams lack last_residual, head, embed, expected "
         r"last_",
     ):
-        own.draft(Silent(Model(0)), torch.tensor([[1, 2]]), 4)
+        own.draft(WithoutDrafter(Model(0)), torch.tensor([[1, 2]]), 4)
     with pytest.raises(ValueError, match=r"returned streams of shape \(1, 4\), expected \(1, 2\)"):
         own.draft(Long(Model(0)), torch.tensor([[1, 2]]), 4)
     with pytest.raises(

@@ -68,11 +68,13 @@ def test_a_part_without_rows_and_a_row_without_weight_show_no_nan():
     weight[0, 3] = 0  # of the token that the spoilt row predicts
     out = build("ntp", model=INFO)(batch.streams(token_weight=weight))
     assert out.metrics.compute()["ntp/loss"] == pytest.approx(out.loss.item())
-    silent = build("ntp + 0*nitp", model=INFO)(batch.streams(token_weight=weight)).metrics.compute()
+    inactive = build("ntp + 0*nitp", model=INFO)(
+        batch.streams(token_weight=weight)
+    ).metrics.compute()
     assert (
-        silent["loss/nitp"] == 0
-        and silent["loss"] == silent["loss/ntp"]
-        and math.isnan(silent["nitp/loss"])
+        inactive["loss/nitp"] == 0
+        and inactive["loss"] == inactive["loss/ntp"]
+        and math.isnan(inactive["nitp/loss"])
     )
 
 
@@ -102,7 +104,7 @@ def test_a_row_without_a_target_is_never_right_whatever_the_ignore_index():
     )
 
 
-def test_floor_and_skill_follow_their_definitions():
+def test_constant_predictor_loss_and_skill_follow_their_definitions():
     batch = make_batch()
     with torch.no_grad():
         batch.states[1] += 2
@@ -113,21 +115,21 @@ def test_floor_and_skill_follow_their_definitions():
     targets = torch.stack([batch.states[1][b, t + 1] for b, t in positions])
     predictions = torch.stack([project(objective, batch.hidden[b, t]) for b, t in positions])
     mean = (targets / targets.norm(dim=-1, keepdim=True)).mean(0)
-    floor = 1 - mean.norm().item()
-    assert 0 < floor < 0.5
-    assert metrics["nitp/floor"] == pytest.approx(floor)
-    assert metrics["nitp/skill"] == pytest.approx(1 - metrics["nitp/loss"] / floor)
+    constant = 1 - mean.norm().item()
+    assert 0 < constant < 0.5
+    assert metrics["nitp/constant_predictor_loss"] == pytest.approx(constant)
+    assert metrics["nitp/skill"] == pytest.approx(1 - metrics["nitp/loss"] / constant)
     assert metrics["nitp/prediction_norm"] == pytest.approx(predictions.norm(dim=-1).mean().item())
     assert metrics["nitp/target_norm"] == pytest.approx(targets.norm(dim=-1).mean().item())
 
 
-def test_the_best_constant_predictor_scores_exactly_the_floor():
+def test_the_best_constant_prediction_scores_exactly_constant_predictor_loss():
     batch = make_batch()
     targets = batch.states[1][:, 1:].reshape(-1, 6)
     mean = (targets / targets.norm(dim=-1, keepdim=True)).mean(0)
     batch.hidden = mean.detach().expand(3, 7, 6).contiguous()
     metrics = build("nitp(projector=none)", model=INFO)(batch.streams()).metrics.compute()
-    assert metrics["nitp/loss"] == pytest.approx(metrics["nitp/floor"], rel=1e-12)
+    assert metrics["nitp/loss"] == pytest.approx(metrics["nitp/constant_predictor_loss"], rel=1e-12)
     assert metrics["nitp/skill"] == pytest.approx(0, abs=1e-12)
 
 
@@ -137,8 +139,10 @@ def test_floors_of_microbatches_are_never_averaged():
     with torch.no_grad():
         batch.states[1][0], batch.states[1][1] = 1.0, -1.0
     outs = [objective(batch.part(slice(b, b + 1)).streams()).metrics for b in range(2)]
-    assert [out.compute()["nitp/floor"] for out in outs] == pytest.approx([0, 0], abs=1e-12)
-    assert (outs[0] + outs[1]).compute()["nitp/floor"] == pytest.approx(1)
+    assert [out.compute()["nitp/constant_predictor_loss"] for out in outs] == pytest.approx(
+        [0, 0], abs=1e-12
+    )
+    assert (outs[0] + outs[1]).compute()["nitp/constant_predictor_loss"] == pytest.approx(1)
 
 
 def test_skill_has_no_value_where_the_targets_are_all_alike():
@@ -146,13 +150,13 @@ def test_skill_has_no_value_where_the_targets_are_all_alike():
     with torch.no_grad():
         batch.states[1].fill_(1.0)
     metrics = build("nitp", model=INFO)(batch.streams()).metrics.compute()
-    assert metrics["nitp/floor"] < 1e-4 and math.isnan(metrics["nitp/skill"])
+    assert metrics["nitp/constant_predictor_loss"] < 1e-4 and math.isnan(metrics["nitp/skill"])
 
 
 def test_only_the_cosine_distance_has_a_floor():
     metrics = build([NITP(distance="mse")], model=INFO)(make_batch().streams()).metrics.compute()
     assert (
-        "nitp/floor" not in metrics
+        "nitp/constant_predictor_loss" not in metrics
         and "nitp/skill" not in metrics
         and metrics["nitp/target_norm"] > 0
     )

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nitp_ops.engine import plan as plan_module
-from nitp_ops.engine.head_terms import _several
+from nitp_ops.engine.plan import head_passes
+from nitp_ops.engine.plan.head_terms import _several
 from nitp_ops.objectives import NITP, NTP, ModelInfo, Streams, build
 from tests.support.objectives_cases import INFO, Batch, assert_same, gradients, make_batch
 
@@ -36,18 +36,18 @@ def test_the_plan_equals_the_sum_of_its_terms(weights, smoothing, z_loss, softca
         NTP(label=f"head{i}", weight=w, label_smoothing=smoothing * (i % 2), z_loss=z_loss)
         for i, w in enumerate(weights)
     ]
-    together = build(terms, model=info)(batch.streams()).loss
+    combined = build(terms, model=info)(batch.streams()).loss
     alone = torch.stack([build([term], model=info)(batch.streams()).loss for term in terms]).sum()
-    assert_same(together, alone, batch.leaves)
+    assert_same(combined, alone, batch.leaves)
 
 
 def test_head_terms_of_one_head_share_one_pass(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    real = plan_module.grouped_linear_cross_entropy
+    real = head_passes.grouped_linear_cross_entropy
     monkeypatch.setattr(
-        plan_module,
+        head_passes,
         "grouped_linear_cross_entropy",
-        lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k),
+        lambda terms, *a, **k: calls.append(len(terms)) or real(terms, *a, **k),
     )
     build("ntp + a: 0.5*ntp(z_loss=1) + nitp + b: 0*ntp", model=INFO)(make_batch().streams())
     assert calls == [3]
@@ -124,116 +124,12 @@ def test_a_nan_in_projector_weights_of_weight_zero_stays_out():
 
 def test_a_term_of_weight_zero_is_still_measured():
     batch = make_batch()
-    silent = build("ntp + 0*nitp", model=INFO)(batch.streams()).metrics.compute()
-    loud = build("ntp + nitp", model=INFO)(batch.streams()).metrics.compute()
-    assert silent["nitp/loss"] == loud["nitp/loss"] and silent["nitp/skill"] == loud["nitp/skill"]
-
-
-class ShardedHead(nn.Linear):
-    """A head whose weight is only there between its forward hooks, like one under FSDP or ZeRO-3."""
-
-    def __init__(self, head: nn.Linear):
-        super().__init__(head.in_features, head.out_features, bias=False, dtype=torch.float64)
-        self.full = head.weight.detach().clone()
-        self.shard()
-        self.register_forward_pre_hook(lambda *_: self.gather())
-        self.register_forward_hook(lambda *_: self.shard())
-
-    def gather(self) -> None:
-        self.weight.data = self.full
-
-    def shard(self) -> None:
-        self.weight.data = torch.full_like(self.full, torch.nan)
-
-
-def test_the_weight_of_a_hooked_head_is_read_between_its_hooks():
-    batch = make_batch(bias=False)
-    objective = build("ntp + again: 0.5*ntp(z_loss=0.1)", model=INFO)
-    expected = objective(batch.streams()).loss
-    head = ShardedHead(batch.head)
-    loss = objective(batch.streams(head=head)).loss
-    plain = gradients(expected, [batch.hidden, batch.head.weight])
-    hooked = gradients(loss, [batch.hidden, head.weight])
-    assert all(torch.equal(a, b) for a, b in zip(plain, hooked, strict=True))
-    assert "forward" not in head.__dict__ and head.weight.isnan().all()
-
-
-@pytest.mark.parametrize(
-    "spec", ["ntp", "nextlat", "ntp + mtp_shared + mtp_sequential + nextlat + last: 0*nextlat"]
-)
-def test_all_readers_of_the_head_share_one_call_and_hooks_see_nothing_of_it(spec: str):
-    batch, seen = make_batch(), []
-    expected = build(spec, model=INFO)
-    plain = expected(batch.streams()).loss
-    batch.head.register_forward_pre_hook(lambda module, args: seen.extend(args))
-    batch.head.register_forward_hook(lambda module, args, output: seen.append(output))
-    assert_same(expected(batch.streams()).loss, plain, batch.leaves)
-    assert [x.tolist() for x in seen] == [[0.0], [0.0]]
-
-
-def test_a_head_that_fails_gets_its_own_forward_back():
-    batch = make_batch()
-    batch.head.register_forward_pre_hook(lambda *_: None)
-    own = batch.head.forward = batch.head.forward
-    with pytest.raises(IndexError):
-        build("ntp", model=INFO)(batch.streams(labels=batch.ids + 100))
-    assert batch.head.__dict__["forward"] is own
-
-
-def test_a_leaf_tensor_is_a_head():
-    batch = make_batch(bias=False)
-    objective = build("ntp", model=INFO)
-    assert_same(
-        objective(batch.streams(head=batch.head.weight)).loss,
-        objective(batch.streams()).loss,
-        batch.leaves,
+    inactive = build("ntp + 0*nitp", model=INFO)(batch.streams()).metrics.compute()
+    active = build("ntp + nitp", model=INFO)(batch.streams()).metrics.compute()
+    assert (
+        inactive["nitp/loss"] == active["nitp/loss"]
+        and inactive["nitp/skill"] == active["nitp/skill"]
     )
-
-
-class Adapter(nn.Module):
-    def __init__(self, base: nn.Linear):
-        super().__init__()
-        self.base_layer = base
-
-    @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda head: head.weight * 1, "head is a non-leaf tensor"),
-        (lambda head: Adapter(head), "head is a Adapter with submodules base_layer"),
-        (lambda head: nn.Identity(), "head is a Identity, expected a module with a weight"),
-        (lambda head: "lm_head", "head is a str"),
-        (
-            lambda head: nn.Linear(6, 12),
-            r"^objective: head has a weight of shape \(12, 6\), "
-            r"expected \(11, 6\) \(Mo",
-        ),
-        (
-            lambda head: nn.Linear(5, 11),
-            r"^objective: head has a weight of shape \(11, 5\), "
-            r"expected \(11, 6\) \(Mo",
-        ),
-    ],
-)
-def test_what_is_no_head_is_refused(make, message: str):
-    batch = make_batch()
-    with pytest.raises((TypeError, ValueError), match=message):
-        build("ntp", model=INFO)(batch.streams(head=make(batch.head)))
-
-
-def test_a_frozen_head_gets_no_gradient_and_changes_no_other():
-    batch = make_batch()
-    objective = build("ntp", model=INFO)
-    (expected,) = gradients(objective(batch.streams()).loss, [batch.hidden])
-    batch.head.requires_grad_(False)
-    out = objective(batch.streams())
-    out.loss.backward()
-    assert batch.head.weight.grad is None and batch.hidden.grad is not None
-    torch.testing.assert_close(batch.hidden.grad, expected)
 
 
 def test_missing_streams_are_named_before_anything_runs():
@@ -274,13 +170,13 @@ def test_terms_that_read_one_narrow_stream_share_a_float32_gradient():
         return torch.autograd.grad(loss, hidden)[0]
 
     specs = "ntp", "nitp", "b: ntp(z_loss=0.1)", "c: ntp(label_smoothing=0.3)"
-    together = gradient(" + ".join(specs), torch.bfloat16)
+    combined = gradient(" + ".join(specs), torch.bfloat16)
     apart = torch.stack([gradient(spec, torch.float32) for spec in specs]).sum(0)
-    assert together.dtype == torch.bfloat16
-    assert (together.float() - apart.bfloat16().float()).norm() <= 2**-9 * apart.norm()
+    assert combined.dtype == torch.bfloat16
+    assert (combined.float() - apart.bfloat16().float()).norm() <= 2**-9 * apart.norm()
     rounded = sum(gradient(spec, torch.bfloat16) for spec in specs)  # as autograd adds them
     assert isinstance(rounded, Tensor)
-    assert (together.float() - apart).norm() < (rounded.float() - apart).norm()
+    assert (combined.float() - apart).norm() < (rounded.float() - apart).norm()
 
 
 def test_other_hidden_states_leave_the_rest_of_the_streams_as_it_is():
@@ -301,19 +197,6 @@ def test_other_hidden_states_leave_the_rest_of_the_streams_as_it_is():
     assert type(other) is More and {k: id(v) for k, v in vars(other).items()} == {
         k: id(v) for k, v in (vars(streams) | {"last_hidden": wide}).items()
     }
-
-
-def test_a_forward_of_the_heads_own_is_there_again_after_the_pass():
-    batch = make_batch()
-    seen, plain = [], batch.head.forward
-
-    def own(input: Tensor) -> Tensor:
-        return plain(input)
-
-    batch.head.forward = own  # type: ignore[method-assign]
-    batch.head.register_forward_pre_hook(lambda module, args: seen.append(module))
-    build("ntp", model=INFO)(batch.streams())
-    assert seen == [batch.head] and vars(batch.head)["forward"] is own
 
 
 def test_a_negative_label_among_several_is_an_error_and_no_absent_target():

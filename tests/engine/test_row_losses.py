@@ -81,9 +81,9 @@ def test_only_wanted_gradients_are_formed():
         sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)
     with Seen() as frozen:
         sum_of_rows(hidden, weight.detach(), None, KEEP, INFO, quartic)
-    with Seen() as silent, torch.no_grad():
+    with Seen() as forward, torch.no_grad():
         sum_of_rows(hidden, weight, None, KEEP, INFO, quartic)
-    assert (both.products, frozen.products, silent.products) == (3, 2, 1)
+    assert (both.gemms, frozen.gemms, forward.gemms) == (3, 2, 1)
 
 
 def test_the_gradient_of_a_narrow_weight_is_summed_over_chunks_in_float32(
@@ -146,13 +146,13 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(monkeypatch: p
 
 
 class Seen(TorchDispatchMode):
-    """Counts matrix products and remembers the most elements that any op returned."""
+    """Counts GEMMs and remembers the most elements that any op returned."""
 
-    products, largest = 0, 0
+    gemms, largest = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        self.gemms += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())

@@ -55,11 +55,11 @@ def test_a_set_of_objectives_equals_the_sum_of_its_terms(terms, documents, maske
     batch.documents = torch.tensor(documents).view(3, 7).sort(dim=1).values
     external = {term.label: batch.penalty() for term in terms}
     streams = batch.streams(target_mask=torch.tensor(masked).view(3, 7), external=external)
-    together, alone = build(terms, model=info), [build([term], model=info) for term in terms]
-    out, outs = together(streams, step=step), [own(streams, step=step) for own in alone]
+    combined, alone = build(terms, model=info), [build([term], model=info) for term in terms]
+    out, outs = combined(streams, step=step), [own(streams, step=step) for own in alone]
     expected = torch.stack([own.loss for own in outs]).sum()
     torch.testing.assert_close(out.loss, expected, rtol=1e-12, atol=1e-12)
-    named = dict(together.named_parameters())
+    named = dict(combined.named_parameters())
     separate = {name: value for own in alone for name, value in own.named_parameters()}
     assert named.keys() == separate.keys() and all(
         torch.equal(named[name], separate[name]) for name in named

@@ -33,8 +33,8 @@ def streams(**fields: object) -> Streams:
 def test_a_target_outside_the_vocabulary_is_named_where_it_stands(wrong: int, ignore_index: int):
     labels = IDS.clone()
     labels[1, 2], labels[0, 3] = wrong, ignore_index
-    told = rf"^objective: labels\[1, 2\] is {wrong}, expected a value in \[0, 16\) or ignore_index={ignore_index}$"
-    with pytest.raises(IndexError, match=told):
+    message = rf"^objective: labels\[1, 2\] is {wrong}, expected a value in \[0, 16\) or ignore_index={ignore_index}$"
+    with pytest.raises(IndexError, match=message):
         build("ntp", model=INFO)(streams(labels=labels, ignore_index=ignore_index))
 
 
@@ -92,7 +92,7 @@ def test_inside_a_call_targets_are_formed_once():
 
 
 def test_metrics_are_those_of_their_pass():
-    """They are widened when they are asked for; what the pass summed may have changed by then."""
+    """They are widened at the first read; what the pass summed may have changed by then."""
     total = torch.tensor(2.0)
     out = build("external", model=INFO)(Streams(token_ids=IDS, external={"external": (total, 4)}))
     total.add_(1)

@@ -73,7 +73,11 @@ def fake(name: str, seed: int, probes: float = 0.5, **numbers: float):
         for kind in ("linear_probe", "knn_probe", "probe_baseline")
         for j in range(1, 9)
     ]
-    latent = dict.fromkeys(("nitp/loss", "nitp/floor", "nitp/skill"), 0.25) if name != "ntp" else {}
+    latent = (
+        dict.fromkeys(("nitp/loss", "nitp/constant_predictor_loss", "nitp/skill"), 0.25)
+        if name != "ntp"
+        else {}
+    )
     base = {
         "cross_entropy": 1.0,
         "effective_rank": 9.0,

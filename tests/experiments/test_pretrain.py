@@ -103,7 +103,7 @@ def test_two_microbatches_make_the_step_of_one_batch(text, tmp_path):
         rows.append(steps_without_times(out / "ntp-nitp")[0])
     for row in rows[1:]:
         assert row["ntp/count"] == rows[0]["ntp/count"] != str(4 * 15)
-        for column in ("loss", "nitp/loss", "nitp/floor", "gradient_norm"):
+        for column in ("loss", "nitp/loss", "nitp/constant_predictor_loss", "gradient_norm"):
             assert float(row[column]) == pytest.approx(float(rows[0][column]), rel=1e-5), column
 
 
@@ -125,8 +125,9 @@ def test_what_is_printed_at_the_end_is_what_the_tables_hold(text, straight, caps
     for look in (first, second):
         assert f"{float(look['cross_entropy']):.4f}" in printed
         assert f"{float(look['effective_rank']):.2f}" in printed
-    loss, floor, skill = (float(second[f"nitp/{name}"]) for name in ("loss", "floor", "skill"))
-    latent = [("latent-term loss", loss), ("constant-predictor loss", floor), ("skill", skill)]
+    names = ("loss", "constant_predictor_loss", "skill")
+    loss, constant, skill = (float(second[f"nitp/{name}"]) for name in names)
+    latent = [("latent-term loss", loss), ("constant-predictor loss", constant), ("skill", skill)]
     for title, value in latent:
         assert re.search(rf"{title} .* {value:.4f}\s*$", printed, re.MULTILINE), title
     assert f"{float(second['cross_entropy']) - float(first['cross_entropy']):+.4f}" in printed

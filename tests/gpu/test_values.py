@@ -1,4 +1,4 @@
-"""On a GPU every op gives what the equations give in float64, whoever serves its row kernels."""
+"""On a GPU every op gives what the equations give in float64, with any backend's row kernels."""
 
 from functools import partial
 from typing import Any

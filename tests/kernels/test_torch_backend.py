@@ -182,9 +182,9 @@ def test_devices_without_kernels_are_served_after_one_warning(monkeypatch):
         RuntimeWarning,
         match=r"mps tensors are served by backend='torch'.*native: no "
         r"compiled.*triton: ",
-    ) as told:
+    ) as warned:
         assert select.select_backend("swiglu", device, None) == "torch"
-    assert len(told) == 1 and told[0].filename == __file__
+    assert len(warned) == 1 and warned[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert (

@@ -13,17 +13,19 @@ MUTANTS = mutants(
                 "trainers/torchtitan",
             ),
             ("            model._skip_lm_head = skip", "            pass", "trainers/torchtitan"),
-            ("    model.register_state_dict_post_hook(_leave_out)\n", "", "trainers/torchtitan"),
-            ("if depth := len(", "if depth := 0 * len(", "trainers/torchtitan_families"),
-            (
-                "(Decoder.forward, MTPDecoder.forward)",
-                "(Decoder.forward,)",
-                "trainers/torchtitan_families",
-            ),
+            ("    model.register_state_dict_post_hook(leave_out)\n", "", "trainers/torchtitan"),
             (
                 'gradient_reduction="sum"',
                 'gradient_reduction="mean"',
                 "trainers/torchtitan::test_a_resumed_run_and_a_run_on_two_ranks_continue_like_one_process",
+            ),
+        ),
+        "nitp_ops/trainers/torchtitan_checks.py": (
+            ("depth = len(", "depth = 0 * len(", "trainers/torchtitan_families"),
+            (
+                "(Decoder.forward, MTPDecoder.forward)",
+                "(Decoder.forward,)",
+                "trainers/torchtitan_families",
             ),
         ),
         "nitp_ops/trainers/megatron.py": (
@@ -82,7 +84,7 @@ MUTANTS = mutants(
         "nitp_ops/attaching/batch_streams.py": (
             ('("cu_seq_lens_q", "cu_seqlens")', '("cu_seq_lens_q",)', "attaching/label_layout"),
         ),
-        "nitp_ops/attaching/handle.py": (
+        "nitp_ops/attaching/window_shares.py": (
             # windows without a label, lengths and scales that are read off a model
             (
                 "count.clamp(min=1) * inverse",

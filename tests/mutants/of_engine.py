@@ -6,8 +6,8 @@ from tests.mutants.table import mutants
 
 MUTANTS = mutants(
     {
-        "nitp_ops/engine/weighting.py": (
-            (" * part.term.part_weight(part.piece)", "", "objectives/tokens/mtp_sequential"),
+        "nitp_ops/engine/plan/weighting.py": (
+            (" * part.term.part_weight(part.key)", "", "objectives/tokens/mtp_sequential"),
             (
                 "weight * loss if weight else torch.zeros_like(loss)",
                 "weight * loss",
@@ -15,10 +15,12 @@ MUTANTS = mutants(
             ),
         ),
         "nitp_ops/engine/composite.py": (
-            ("if always_on(term) or not names:", "if True:", "objectives/properties"),
             ("window.counts is None and ", "", "engine/shortcuts"),
-            ("readers.count(name) > 1", "readers.count(name) > 2", "engine/plan"),
             ("(p.dim() == 2) == matrices]", "True]", "engine/spec/build"),
+        ),
+        "nitp_ops/engine/plan/stream_use.py": (
+            ("if always_active(term) or not names:", "if True:", "objectives/properties"),
+            ("readers.count(name) > 1", "readers.count(name) > 2", "engine/plan"),
         ),
         "nitp_ops/engine/metrics.py": (
             ('["denominator"].clamp(min=1)', '["denominator"]', "engine/metrics"),
@@ -41,12 +43,16 @@ MUTANTS = mutants(
                 "objectives/properties engine/streams/needs",
             ),
         ),
-        "nitp_ops/engine/plan.py": (
+        "nitp_ops/engine/plan/head_passes.py": (
             ("softcap=info.softcap", "softcap=None", "objectives/tokens/top"),
             ("logit_scale=info.logit_scale", "logit_scale=1.0", "objectives/tokens/top"),
-            ("id(part.rows.head), (part", "0, (part", "engine/sets"),
+            (
+                "id(head), _HeadUsers(head, [], {})).parts",
+                "0, _HeadUsers(head, [], {})).parts",
+                "engine/sets",
+            ),
         ),
-        "nitp_ops/engine/head_terms.py": (
+        "nitp_ops/engine/plan/head_terms.py": (
             ("torch.where((weight == 0) | absent, 0, weighted)", "weighted", "engine/metrics"),
             ("if self.ignore_index == -1:", "if False:", "engine/shortcuts"),
             ("(labels < 0) & (labels != ignore_index)", "labels > labels", "engine/plan"),
@@ -71,21 +77,21 @@ MUTANTS = mutants(
             ("manual_seed(self.seed)", "manual_seed(0)", "engine/spec/build"),
         ),
         "nitp_ops/engine/modules/module_call.py": (
-            ("        if own is not None:\n            module.forward = own", "", "engine/plan"),
+            ("        if own is not None:\n            module.forward = own", "", "engine/heads"),
             (
                 "or nn_module._global_forward_hooks",
                 "or module._forward_hooks",
-                "engine/plan engine/spec/build",
+                "engine/heads engine/spec/build",
             ),
         ),
         "nitp_ops/engine/modules/head_access.py": (
-            ("if not weight.is_leaf:", "if False:", "engine/spec/build engine/plan"),
+            ("if not weight.is_leaf:", "if False:", "engine/heads engine/spec/build"),
         ),
         "nitp_ops/engine/parsing.py": (
             ("or k < length:", "or k <= length:", "engine/spec/spec"),
             (
-                "named[:place] + named[place + 1 :]",
-                "named[:place]",
+                "named[:index] + named[index + 1 :]",
+                "named[:index]",
                 "objectives/tokens/mtp_parallel",
             ),
         ),

@@ -18,7 +18,7 @@ MUTANTS = mutants(
             ("z[:, shift:]", "z[:, :pairs]", "objectives/values"),
         ),
         "nitp_ops/engine/streams/context_parallel.py": (
-            ("(rank, 2 * ranks - 1 - rank)", "(rank, ranks + rank)", "engine/footprint"),
+            ("(rank, 2 * ranks - 1 - rank)", "(rank, ranks + rank)", "engine/cost_model"),
         ),
         "nitp_ops/geometry/streaming.py": (
             ("* (n * m / (n + m))", "* (n * m / n)", "geometry/accumulator"),
@@ -33,12 +33,7 @@ MUTANTS = mutants(
             ),
             ("(size - first)), fill)", "(size - first)), 0)", "engine/streams/shift"),
             ("high < vocabulary and absent", "high < vocabulary", "engine/shortcuts"),
-            ("self.previous[at] < place", "self.previous[at] <= place", "objectives/tokens/top"),
-            ("(k <= self.last)", "(k < self.last)", "objectives/tokens/top"),
-            ("range(first - 1)", "range(0)", "engine/streams/windows"),
-            ("(coming - base)", "coming", "engine/streams/windows"),
-            ("place + 1, after[:, 1:]", "after[:, 1:], after[:, 1:]", "objectives/tokens/top"),
-            # whose document a pre-shifted label belongs to, and where what the streams say of its token is asked
+            # whose document a pre-shifted label belongs to, and where what the streams say of its token counts
             (
                 "_after_unknown(here, -1)",
                 "torch.cat([here, here[:, -1:]], dim=1)",
@@ -51,6 +46,17 @@ MUTANTS = mutants(
             ),
             ("masked | (inside & ~", "masked | (~", "engine/streams/shift"),
             (".masked_fill(~valid_pairs(streams, k), fill)", "", "engine/streams/label_layout"),
+        ),
+        "nitp_ops/engine/streams/target_window.py": (
+            (
+                "self.previous[at] < position",
+                "self.previous[at] <= position",
+                "objectives/tokens/top",
+            ),
+            ("(k <= self.last)", "(k < self.last)", "objectives/tokens/top"),
+            ("range(first - 1)", "range(0)", "engine/streams/windows"),
+            ("(coming - base)", "coming", "engine/streams/windows"),
+            ("position + 1, after[:, 1:]", "after[:, 1:], after[:, 1:]", "objectives/tokens/top"),
             (".masked_fill(~pairs, 1.0)", "", "engine/streams/label_layout"),
         ),
         "objectives/tokens/top.py": (
@@ -61,31 +67,35 @@ MUTANTS = mutants(
             ("positions[:, :-1] + 1", "positions[:, :-1]", "engine/streams/shift"),
         ),
         "nitp_ops/engine/window.py": (
-            ('== "sum" else self', '== "mean" else self', "distributed/objectives/objectives"),
+            (
+                'self.gradient_reduction == "sum"',
+                'self.gradient_reduction == "mean"',
+                "distributed/objectives/objectives",
+            ),
         ),
-        "nitp_ops/engine/weighting.py": (
+        "nitp_ops/engine/plan/weighting.py": (
             ("max(count.item(), 1)", "count.item()", "objectives/properties"),
             ("count.clamp(min=1)", "count", "engine/shortcuts"),
-            ("torch.where(alive, gradients[0], 0)", "gradients[0]", "objectives/properties"),
+            ("torch.where(active, gradients[0], 0)", "gradients[0]", "objectives/properties"),
         ),
         "nitp_ops/engine/composite.py": (
             ("torch.where(coefficients[name] == 0, 0, part.loss)", "part.loss", "engine/plan"),
         ),
-        "nitp_ops/engine/head_terms.py": (
+        "nitp_ops/engine/plan/head_terms.py": (
             ("self.term == other.term and ", "", "objectives/tokens/mtp_shared engine/plan"),
-            ("torch.where(present, loud, 0)", "present.to(loud.dtype)", "engine/sets"),
-            ("(1 - self.rows.label_smoothing) * (", "(", "objectives/tokens/mtp_shared"),
+            ("torch.where(present, active, 0)", "present.to(active.dtype)", "engine/sets"),
+            ("(1 - self.rows.label_smoothing) * ", "", "objectives/tokens/mtp_shared"),
         ),
         "nitp_ops/engine/skill.py": (
             (
-                "math.nan, 1 - loss / floor",
-                "math.nan, loss / floor",
-                "objectives/latent/nitp_floor engine/metrics",
+                "math.nan, 1 - loss / constant",
+                "math.nan, loss / constant",
+                "objectives/latent/nitp_skill engine/metrics",
             ),
             (
                 "begin + shift : end + shift",
                 "begin : end",
-                "objectives/latent/nitp_floor engine/metrics",
+                "objectives/latent/nitp_skill engine/metrics",
             ),
         ),
         "objectives/tokens/mtp_sequential.py": (
@@ -143,7 +153,7 @@ MUTANTS = mutants(
         ),
         "nitp_ops/engine/modules/blocks.py": (
             (
-                ".unsqueeze(-1) >= place\n        return",
+                ".unsqueeze(-1) >= position\n        return",
                 ".unsqueeze(-1) > -1\n        return",
                 "engine/draft",
             ),

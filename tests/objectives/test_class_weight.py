@@ -41,16 +41,16 @@ def test_the_loss_is_pytorchs_over_the_number_of_rows(backend, smoothing, z_loss
 def test_only_the_term_that_asks_is_weighted_and_they_share_one_pass(backend):
     batch = make_batch()
     streams, plain = batch.streams(class_weight=weights()), batch.streams()
-    together = build(
+    combined = build(
         "plain: ntp + ntp(class_weight=true) + mtp_shared", model=INFO, backend=backend
     )(streams)
     one, other = (
         build(spec, model=INFO, backend=backend) for spec in ("plain: ntp + mtp_shared", "ntp")
     )
     assert_same(
-        together.loss, one(plain).loss + expected(batch, pairs(batch, 1), 0, 0), batch.leaves
+        combined.loss, one(plain).loss + expected(batch, pairs(batch, 1), 0, 0), batch.leaves
     )
-    assert together.metrics.compute()["plain/loss"] == pytest.approx(
+    assert combined.metrics.compute()["plain/loss"] == pytest.approx(
         other(plain).metrics.compute()["ntp/loss"]
     )
 

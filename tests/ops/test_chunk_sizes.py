@@ -28,8 +28,8 @@ def test_the_default_chunk_follows_the_weight_gradient_within_bounds():
     large = plan(896, 151936)
     assert 120 * 2**20 < large.workspace_bytes <= 240 * 2**20 and large.chunk_rows > 256
     assert plan(896, 151936, torch.bfloat16).chunk_rows == 512
-    asked = plan(64, 1000, chunk_bytes=40_000)
-    assert (asked.chunk_rows, asked.chunks) == (8, 512)
+    planned = plan(64, 1000, chunk_bytes=40_000)
+    assert (planned.chunk_rows, planned.chunks) == (8, 512)
     assert nitp_ops.explain("implicit_token_loss", rows=7, width=1280).flops == 7 * 72 * 1280**2
 
 

@@ -132,7 +132,7 @@ def test_accelerate_may_wrap_a_forward_that_liger_replaced_before_attach(patch: 
 
 @pytest.mark.parametrize("config", [None, {"fused_linear_cross_entropy": True}])
 def test_the_trainer_refuses_use_liger_kernel_with_its_loss(tmp_path: Any, config: Any):
-    from nitp_ops.trainers.transformers import NitpTrainer
+    from nitp_ops.trainers.transformers import ObjectiveTrainer
 
     arguments = trainer_arguments(tmp_path, use_liger_kernel=True, liger_kernel_config=config)
     with pytest.raises(
@@ -141,11 +141,13 @@ def test_the_trainer_refuses_use_liger_kernel_with_its_loss(tmp_path: Any, confi
         r'liger_kernel_config=\{"fused_linear_cross_entropy": '
         r"False",
     ):
-        NitpTrainer(model=tiny_llama(), args=arguments, train_dataset=ragged_rows(), objective=SPEC)
+        ObjectiveTrainer(
+            model=tiny_llama(), args=arguments, train_dataset=ragged_rows(), objective=SPEC
+        )
 
 
 def test_the_trainer_takes_the_other_kernels(tmp_path: Any):
-    from nitp_ops.trainers.transformers import NitpTrainer
+    from nitp_ops.trainers.transformers import ObjectiveTrainer
 
     found = []
     for options in (
@@ -155,7 +157,7 @@ def test_the_trainer_takes_the_other_kernels(tmp_path: Any):
         arguments = trainer_arguments(
             tmp_path, max_steps=2, use_liger_kernel=bool(options), **options
         )
-        trainer = NitpTrainer(
+        trainer = ObjectiveTrainer(
             model=tiny_llama(),
             args=arguments,
             train_dataset=ragged_rows(),

@@ -54,7 +54,7 @@ ALLOWED = (
         "could not import 'torchtitan': .*",
         sys.version_info < (3, 11),
     ),
-    # the text lies beside the repository of whoever has it; nothing is downloaded
+    # the text lies beside the repository where it exists; nothing is downloaded
     Allowed("tests/*", r"\w+ is not here", not (ROOT.parent / "shared").exists()),
     Allowed("tests/*", "no chromium", BROWSER is None),
     Allowed(
@@ -66,7 +66,7 @@ ALLOWED = (
     Allowed("tests/core/test_gemm.py::*", "GEMMs are another library's here", not HAS_OWN_GEMM),
     Allowed(
         "tests/ops/cross_entropy/test_shared_pass.py::*",
-        "no bfloat16 product is written in float32 here",
+        "no bfloat16 GEMM writes float32 here",
         not HAS_OWN_GEMM,
     ),
     Allowed("tests/core/test_workspace.py::*", "the system has no MADV_POPULATE_WRITE", not LINUX),

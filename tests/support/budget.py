@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# float32: a whole unit in the last place, because sums of this library's products round up to 1.4
+# float32: a whole unit in the last place, because sums of this library's GEMMs round up to 1.4
 #     times as much as
 # MKL's, which eager takes (docs/decisions/0030); the others: half a unit, which the ops keep.
 EPS = {

@@ -142,7 +142,7 @@ def _enter(
     torch.set_num_threads(1)
     # DeepSpeed reads them
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    torch.use_deterministic_algorithms(True)  # memory that nobody wrote is NaN
+    torch.use_deterministic_algorithms(True)  # uninitialised memory is NaN
     store = f"file://{folder}/store-{ranks}"
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60)

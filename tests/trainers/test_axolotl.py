@@ -21,11 +21,11 @@ from axolotl.integrations.config import merge_input_args
 from axolotl.utils.dict import DictDefault
 from pydantic import ValidationError
 
-from nitp_ops.trainers.axolotl import NitpArgs, NitpPlugin
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.axolotl import ObjectiveArgs, ObjectivePlugin
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
-NAME = "nitp_ops.trainers.axolotl.NitpPlugin"
+NAME = "nitp_ops.trainers.axolotl.ObjectivePlugin"
 SPEC = {"ntp": {}, "nitp": {"weight": 0.8, "target_layer": 1}}
 
 
@@ -102,9 +102,9 @@ def train(
 
 def test_the_plugin_joins_axolotls_manager_and_config(manager):
     (plugin,) = manager.plugins.values()
-    assert isinstance(plugin, NitpPlugin) and isinstance(plugin, BasePlugin)
+    assert isinstance(plugin, ObjectivePlugin) and isinstance(plugin, BasePlugin)
     for config in merge_input_args():
-        assert issubclass(config, NitpArgs)
+        assert issubclass(config, ObjectiveArgs)
         assert {
             "nitp_objective",
             "nitp_seed",
@@ -119,7 +119,7 @@ def test_its_trainer_trains_as_the_one_that_is_proven_against_the_formula(manage
     trainer_class = manager.get_trainer_cls(cfg)
     mine = train(trainer_class, Arguments, model, tmp_path / "axolotl")
     expected = train(
-        NitpTrainer, transformers.TrainingArguments, plain, tmp_path / "plain", objective=SPEC
+        ObjectiveTrainer, transformers.TrainingArguments, plain, tmp_path / "plain", objective=SPEC
     )
     assert mine["parameters"].keys() == expected["parameters"].keys()
     for name, value in expected["parameters"].items():
@@ -150,4 +150,4 @@ def test_its_trainer_trains_as_the_one_that_is_proven_against_the_formula(manage
 )
 def test_a_config_that_can_not_work_is_refused_before_a_model_is_loaded(options, message):
     with pytest.raises(ValidationError, match=message):
-        NitpArgs(**options)
+        ObjectiveArgs(**options)

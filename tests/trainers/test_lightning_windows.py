@@ -126,8 +126,8 @@ def test_several_loaders_end_where_the_trainer_ends_them():
             [DataLoader(part, batch_size=2) for part in (data[:6], data[6:])], "min_size"
         ),
     )
-    together = DataLoader(data[:4] + data[6:10], batch_size=8)
-    L.Trainer(callbacks=callbacks[1:], **options).fit(whole, together)
+    combined = DataLoader(data[:4] + data[6:10], batch_size=8)
+    L.Trainer(callbacks=callbacks[1:], **options).fit(whole, combined)
     assert trainer.global_step == 1
     for (name, mine), theirs in zip(module.named_parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(

@@ -55,9 +55,9 @@ def test_an_adapter_refuses_a_package_that_it_was_not_tested_with(adapter, found
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.delitem(sys.modules, f"nitp_ops.trainers.{adapter}", raising=False)
-    came = "is not installed" if found is None else f"is {found}"
+    got = "is not installed" if found is None else f"is {found}"
     with pytest.raises(
-        ImportError, match=f"^{package} {came}, expected {package}>={lowest},<{below}$"
+        ImportError, match=f"^{package} {got}, expected {package}>={lowest},<{below}$"
     ):
         importlib.import_module(f"nitp_ops.trainers.{adapter}")
 

@@ -182,7 +182,7 @@ def test_what_can_not_work_is_named_with_what_to_do():
     with pytest.raises(ValueError) as caught:
         adapter.ObjectiveTrainer(config)
     for line in (
-        "pipeline_parallel_degree is 2, expected 1 (the hidden states of a lower layer live on "
+        "pipeline_parallel_degree is 2, expected 1 (the hidden states of a lower layer are on "
         "another stage",
         "tensor_parallel_degree is 4, expected 1",
         "context_parallel_degree is 2, expected 1",

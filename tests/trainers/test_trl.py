@@ -24,13 +24,13 @@ from datasets import Dataset
 from transformers import ByT5Tokenizer
 from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
-from nitp_ops.trainers.trl import NitpSFTTrainer
+from nitp_ops.trainers.trl import ObjectiveSFTTrainer
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5
 
 
-def make_trainer(folder, cls: Any = NitpSFTTrainer, *, given: Any = None, **options) -> Any:
+def make_trainer(folder, cls: Any = ObjectiveSFTTrainer, *, given: Any = None, **options) -> Any:
     options = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -41,7 +41,7 @@ def make_trainer(folder, cls: Any = NitpSFTTrainer, *, given: Any = None, **opti
     arguments = trainer_arguments(folder, SFTConfig, **options)
     rows = Dataset.from_list(ragged_rows())
     given = {"processing_class": ByT5Tokenizer(), "train_dataset": rows, **(given or {})}
-    if issubclass(cls, NitpSFTTrainer):
+    if issubclass(cls, ObjectiveSFTTrainer):
         given.setdefault("objective", SPEC)
     return cls(model=given.pop("model", None) or tiny_llama(), args=arguments, **given)
 
@@ -89,7 +89,7 @@ def test_evaluation_is_that_of_trl(tmp_path):
     rows = Dataset.from_list(ragged_rows(4, seed=5))
     found, expected = (
         make_trainer(tmp_path, cls, given={"eval_dataset": rows}).evaluate()
-        for cls in (NitpSFTTrainer, SFTTrainer)
+        for cls in (ObjectiveSFTTrainer, SFTTrainer)
     )
     assert found["eval_loss"] == expected["eval_loss"]
     assert found["eval_entropy"] == expected["eval_entropy"]

@@ -95,7 +95,7 @@ def _seen_in_a_pass(
     for owner, blocks in block_lists(model):
         found = replace(sites, blocks=blocks, norm=final_norm(model, owner), owner=owner)
         seen = _run(found, shape)
-        if not seen.complete and all(_is_stream(came, shape) for _, came in seen.blocks):
+        if not seen.complete and all(_is_stream(got, shape) for _, got in seen.blocks):
             errors.append(seen.error)
             return None
         if not seen.blocks:
@@ -130,7 +130,7 @@ def check_required(
 
 
 def _blocks_reason(count: int, seen: _Pass, shape: tuple[int, ...]) -> str | None:
-    wrong = [came for _, came in seen.blocks if not _is_stream(came, shape)]
+    wrong = [got for _, got in seen.blocks if not _is_stream(got, shape)]
     if wrong:
         return f"its blocks receive {_named(wrong[0])}, expected {shape}, one stream of the width that the head reads"
     if [block for block, _ in seen.blocks] != list(range(count)):
@@ -160,7 +160,7 @@ def _named(value: Tensor | None) -> str:
 
 
 def _run(sites: Sites, shape: tuple[int, ...]) -> _Pass:
-    """The pass in the form that the model's blocks have, or what came before it failed."""
+    """The pass in the form that the model's blocks have, or an earlier step failed."""
     passes = []
     for form in _FORMS:
         seen = _Pass()
@@ -172,7 +172,7 @@ def _run(sites: Sites, shape: tuple[int, ...]) -> _Pass:
             continue
         seen.complete = True
         # a tuple taken for a tensor loses its first dimension, a tensor taken for a tuple is none
-        if len({came.shape if came is not None else None for _, came in seen.blocks}) <= 1:
+        if len({got.shape if got is not None else None for _, got in seen.blocks}) <= 1:
             return seen
         passes.append(seen)
     return passes[0]
@@ -183,9 +183,9 @@ def _pass(sites: Sites, form: Callable[[Tensor | None], Any], seen: _Pass, token
 
     def block(k: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            came = first_tensor(args, kwargs)
-            seen.blocks.append((k, came))
-            return form(came)
+            got = first_tensor(args, kwargs)
+            seen.blocks.append((k, got))
+            return form(got)
 
         return forward
 

@@ -2,7 +2,7 @@
 
 Engines hook every module to gather its weight, move its inputs or watch for overflow; those keep
 working, for a head is called through its hooks. A hook of anybody else is refused by name: a mask
-or a temperature would be lost in silence.
+or a temperature would be lost without an error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _KINDS = {
 
 
 def refuse_foreign_hooks(head: nn.Module) -> None:
-    """See that nobody but an engine has hooks on a head, or on every module.
+    """See that only an engine has hooks on a head, or on every module.
 
     Raises:
         ValueError: somebody has; the hook is named.

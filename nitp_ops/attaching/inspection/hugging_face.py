@@ -107,7 +107,7 @@ def virtual_tokens(model: Any) -> int:
 
 
 def refuse_hooks_on_head(head: nn.Module | None) -> None:
-    """See that nobody but an engine has hooks on the head, or on what PEFT put in its place.
+    """See that only an engine has hooks on the head, or on the module that PEFT replaced it by.
 
     Args:
         head: the model's output embeddings.
@@ -140,8 +140,8 @@ def checked_head(head: nn.Module | None) -> nn.Linear:
     elif not is_linear_call(head):
         reason = f"is a {kind} with a forward of its own, expected a plain linear (quantised heads differ)"
     elif not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        came = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
-        reason = f"has a weight of {came}, expected a floating point dtype (a quantised head gets no gradient)"
+        got = weight.dtype if isinstance(weight, torch.Tensor) else type(weight).__name__
+        reason = f"has a weight of {got}, expected a floating point dtype (a quantised head gets no gradient)"
     elif is_dtensor(weight):
         reason = "has a DTensor weight, expected attach before fully_shard"
     elif is_traceable_wrapper_subclass(weight):

@@ -30,7 +30,7 @@ _VALUES = [
 
 
 class _Body:
-    """What the body returns: a last hidden state, and None for whatever else is asked for."""
+    """What the body returns: a last hidden state, and None for whatever else is read."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -189,12 +189,12 @@ def _check_loss(model: Any, seen: _Seen, vocab: int, device: torch.device) -> No
         (vocab,),
         (1, 2),
     ] or len(logits[0]) != 2:
-        came = [
+        got = [
             tuple(value.shape) if isinstance(value, Tensor) else value for value in (logits, labels)
         ]
         raise ValueError(
-            f"attach: the {type(model).__name__}'s loss gets logits {came[0]} and labels "
-            f"{came[1]}, expected those of the call, {(1, 2, vocab)} and (1, 2)"
+            f"attach: the {type(model).__name__}'s loss gets logits {got[0]} and labels "
+            f"{got[1]}, expected those of the call, {(1, 2, vocab)} and (1, 2)"
         )
     check_loss_function(model, device)
 
@@ -234,20 +234,22 @@ def _called(model: Any, forward: Callable[..., Any], **kwargs: Any) -> Any:
 def _distinct(rows: int, width: int) -> Tensor:
     """[1, rows, width] of powers of two, exact in every dtype; a norm or a projection of a row is
     no multiple of it."""
-    place = torch.arange(rows).view(-1, 1) + torch.arange(width)
-    power = place % 5 + torch.arange(rows).view(-1, 1) % 3 - 3
-    return (torch.ones(1, rows, width, dtype=torch.float64) * 2.0**power) * (1 - 2.0 * (place % 2))
+    position = torch.arange(rows).view(-1, 1) + torch.arange(width)
+    power = position % 5 + torch.arange(rows).view(-1, 1) % 3 - 3
+    return (torch.ones(1, rows, width, dtype=torch.float64) * 2.0**power) * (
+        1 - 2.0 * (position % 2)
+    )
 
 
 def _factor(h: Tensor, seen: list[Tensor], head: nn.Linear) -> float:
     if len(seen) != 1 or seen[0].shape != h.shape or seen[0].is_meta:
-        came = (
+        got = (
             f"{len(seen)} calls"
             if len(seen) != 1
             else f"a hidden state of shape {tuple(seen[0].shape)}"
         )
         raise _AnotherBody(
-            f"attach: the model's head gets {came}, expected one call with what the model's body "
+            f"attach: the model's head gets {got}, expected one call with what the model's body "
             "returns"
         )
     ratio = seen[0].double() / h
@@ -266,9 +268,9 @@ def _fitted(z: Tensor, logits: Tensor) -> tuple[float | None, float]:
         return logits.flatten()[_VALUES.index(value)].item()
 
     if tuple(logits.shape) != (1, len(_VALUES), 1):
-        came = tuple(logits.shape)
+        got = tuple(logits.shape)
         raise ValueError(
-            f"attach: the model's logits have shape {came} of a head of one column, "
+            f"attach: the model's logits have shape {got} of a head of one column, "
             "expected [B, T, 1]"
         )
     softcap = at(_LARGE) if abs(at(_LARGE)) < math.sqrt(_LARGE) else None

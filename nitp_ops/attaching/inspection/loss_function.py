@@ -21,7 +21,7 @@ def check_loss_function(model: Any, device: torch.device) -> None:
 
     Raises:
         ValueError: it is another loss: of labels of their own position, of other targets, weighted
-            or smoothed. Or it was put in place of the model's own and fails on logits, labels and
+            or smoothed. Or it replaced the model's own and fails on logits, labels and
             vocab_size.
     """
     device = torch.device("cpu") if device.type == "meta" else device
@@ -60,3 +60,12 @@ def check_loss_function(model: Any, device: torch.device) -> None:
 
 def _name(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', type(function).__name__)}"
+
+
+def class_loss(model: Any) -> Any:
+    """``model.loss_function`` as its class defines it."""
+    own = model.__dict__.pop("_loss_function")
+    try:
+        return model.loss_function
+    finally:
+        model.__dict__["_loss_function"] = own

@@ -3,7 +3,7 @@ all in one call.
 
 With x_0 .. x_n known and the model run up to x_{n-1}, the heads propose d_1 .. d_k for x_{n+1} ..
 x_{n+k}. The model reads x_n, d_1, .., d_k at once; p_0, .., p_k are its own greedy choices after
-each of them. The first a drafts with d_j = p_{j-1} came true, and p_a is one token more. So every
+each of them. The first a drafts with d_j = p_{j-1} are accepted, and p_a is one token more. So every
 token is the model's own choice: heads change the speed only.
 """
 
@@ -24,7 +24,7 @@ from nitp_ops.engine.streams.streams import Streams
 
 
 class Trunk(Protocol):
-    """A model that reads one sequence in pieces and can forget its end: a cache of keys and values,
+    """A model that reads one sequence in parts and can forget its end: a cache of keys and values,
     usually."""
 
     def extend(self, token_ids: Tensor) -> Streams:
@@ -67,7 +67,7 @@ class Drafting:
     Attributes:
         token_ids: int64 [1, T + new], the prompt and what follows.
         calls: how often the model ran, the prompt's call included.
-        drafted, accepted: for each place ahead (the first draft of a call, the second, ...) how
+        drafted, accepted: for each position ahead (the first draft of a call, the second, ...) how
             many were guessed, and how many the model would have chosen itself.
     """
 
@@ -99,11 +99,11 @@ def choose(drafters: Mapping[str, Drafter | None], label: str | None) -> Drafter
         raise ValueError(
             f"draft: label is {label!r}, expected one of {names}.{suggestion(label, drafters)}"
         )
-    asked = drafters if label is None else {label: drafters[label]}
-    able = {name: drafter for name, drafter in asked.items() if drafter is not None}
+    chosen = drafters if label is None else {label: drafters[label]}
+    able = {name: drafter for name, drafter in chosen.items() if drafter is not None}
     if not able:
         raise ValueError(
-            f"draft: {', '.join(asked)} can not draft, expected an mtp_* term with an offset above "
+            f"draft: {', '.join(chosen)} can not draft, expected an mtp_* term with an offset above "
             "1"
         )
     if len(able) > 1:
@@ -145,9 +145,9 @@ def decode(
         right = int((chosen[0, :-1] == drafts).cumprod(0).sum())
         trunk.cut(known + right)
         tokens = torch.cat([tokens, chosen[:, : right + 1]], dim=1)
-        for place in range(len(drafts)):
-            drafted[place] += 1
-            accepted[place] += place < right
+        for index in range(len(drafts)):
+            drafted[index] += 1
+            accepted[index] += index < right
         if stop_token is not None and bool((found := tokens[0, known:] == stop_token).any()):
             tokens = tokens[:, : known + int(found.to(torch.uint8).argmax()) + 1]
     return Drafting(
@@ -168,9 +168,9 @@ def _extended(trunk: Trunk, token_ids: Tensor, drafter: Drafter) -> Streams:
             f"draft: the trunk's streams lack {', '.join(missing)}, expected {', '.join(wanted)}"
         )
     if streams.shape != tuple(token_ids.shape):
-        came = tuple(streams.shape)
+        got = tuple(streams.shape)
         raise ValueError(
-            f"draft: trunk.extend returned streams of shape {came}, expected "
+            f"draft: trunk.extend returned streams of shape {got}, expected "
             f"{tuple(token_ids.shape)}"
         )
     return streams
@@ -184,8 +184,8 @@ def _choices(streams: Streams, info: ModelInfo) -> Tensor:
 
 def _check(prompt: Tensor, new_tokens: int, max_drafts: int | None) -> None:
     if not isinstance(prompt, Tensor) or prompt.dtype != torch.int64:
-        came = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
-        raise TypeError(f"draft: prompt is {came}, expected an int64 tensor [1, T]")
+        got = prompt.dtype if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise TypeError(f"draft: prompt is {got}, expected an int64 tensor [1, T]")
     if prompt.dim() != 2 or prompt.shape[0] != 1 or prompt.shape[1] < 1:
         raise ValueError(
             f"draft: prompt has shape {tuple(prompt.shape)}, expected [1, T] with T >= 1"

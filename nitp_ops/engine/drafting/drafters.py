@@ -108,7 +108,7 @@ class SequentialDrafter:
         return tokens[0, known:]
 
     def _forget(self, tokens: Tensor) -> None:
-        """Cut each module back to the positions whose tokens came true."""
+        """Cut each module back to the positions of accepted tokens."""
         if self.read is None:
             return
         both = min(self.read.shape[1], tokens.shape[1])
@@ -121,7 +121,7 @@ class SequentialDrafter:
 
 
 class Growing:
-    """A block over positions that come in pieces, causal.
+    """A block over positions that arrive in parts, causal.
 
     A block with a true attribute ``incremental`` takes a `KeyValues` that it fills, ``block(hidden,
     None, past)``; any other reads all its inputs again.

@@ -44,7 +44,7 @@ class KeyValues:
     def attend(
         self, query: Tensor, keys: Tensor, values: Tensor, *, enable_gqa: bool = False
     ) -> Tensor:
-        """Causal attention of the next n positions over all that came before and themselves; they
+        """Causal attention of the next n positions over all earlier ones and themselves; they
         are kept.
 
         query, keys, values: ``[B, heads, n, head_size]``, with ``enable_gqa`` fewer heads of keys
@@ -60,8 +60,8 @@ class KeyValues:
             return F.scaled_dot_product_attention(
                 query, keys, values, is_causal=True, enable_gqa=enable_gqa
             )
-        place = torch.arange(self.length, device=query.device)
-        mask = place[-query.shape[2] :].unsqueeze(-1) >= place
+        position = torch.arange(self.length, device=query.device)
+        mask = position[-query.shape[2] :].unsqueeze(-1) >= position
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, enable_gqa=enable_gqa
         )
@@ -174,9 +174,9 @@ def attention_mask(streams: Streams) -> Tensor | None:
     documents = streams.documents
     if documents is None:
         return None
-    place = torch.arange(documents.shape[1], device=streams.device)
+    position = torch.arange(documents.shape[1], device=streams.device)
     same = streams.here(documents).unsqueeze(-1) == documents.unsqueeze(-2)
-    return (same & (streams.here(place.unsqueeze(0)).unsqueeze(-1) >= place)).unsqueeze(1)
+    return (same & (streams.here(position.unsqueeze(0)).unsqueeze(-1) >= position)).unsqueeze(1)
 
 
 def whole_sequence_problems(module: nn.Module | None) -> list[str]:

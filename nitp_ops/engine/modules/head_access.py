@@ -37,11 +37,11 @@ def through_head(
     results, see `inside_call`. A group of modules such as [norm, head] counts calls: whatever reads
     a head in a step does so in one call of this function.
 
-    takes_shards: where a tensor-parallel style (torch's ColwiseParallel, or a ``tp_plan`` of
-        transformers) sharded the
-    vocabulary of the module, ``use`` gets its weight and bias as DTensors with Shard(0). The
-    style's own translation of inputs and outputs is left out for that call: ``hidden`` is plain,
-    and the same on all ranks of the mesh.
+    Args:
+        takes_shards: where a tensor-parallel style (torch's ColwiseParallel, or a ``tp_plan`` of
+            transformers) sharded the vocabulary of the module, ``use`` gets its weight and bias as
+            DTensors with Shard(0). The style's own translation of inputs and outputs is left out
+            for that call: ``hidden`` is plain, and the same on all ranks of the mesh.
 
     Raises:
         TypeError, ValueError: no such head; a DTensor or a non-leaf tensor (a gathered copy), whose
@@ -103,7 +103,7 @@ def embedded(embed: nn.Module | Tensor, ids: Tensor) -> Tensor:
 @contextmanager
 def _without_styles(head: nn.Module) -> Iterator[None]:
     """torch's tensor-parallel styles translate between plain tensors and DTensors in hooks, around
-    a product that is not made here."""
+    a GEMM that does not run here."""
     registered: list[dict[int, Any]] = [head._forward_pre_hooks, head._forward_hooks]
     kept = [dict(hooks) for hooks in registered]
     for hooks in registered:

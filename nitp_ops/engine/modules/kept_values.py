@@ -15,7 +15,7 @@ class KeepsValues(nn.Module):
     """A module whose parameters and buffers come back from the meta device with the values that
     they had.
 
-    Whoever moves a model to the meta device refills it from its state dict, where an objective's
+    A program that moves a model to the meta device refills it from its state dict, where an objective's
     parameters need not be. Values that never were anywhere else are drawn from the seed.
     """
 

@@ -38,7 +38,7 @@ def sum_of_rows(
     """(SUM of the kept rows' losses, 0-d with gradients to hidden and weight; losses [N], detached,
     0 where not kept).
 
-    Row arithmetic in float32 (float64 for float64), products in the weight's or autocast's dtype.
+    Row arithmetic in float32 (float64 for float64), GEMMs in the weight's or autocast's dtype.
     The weight's gradient is summed over chunks in float32. A row that is not kept reaches nothing,
     whatever it holds.
 
@@ -109,7 +109,7 @@ class _RowLosses(torch.autograd.Function):
 
 class _Times(torch.autograd.Function):
     """upstream * gradient in the dtype of its input, zeros where the upstream is zero; tied to that
-    input, to refuse a second derivative where a constant would be silently wrong."""
+    input, to refuse a second derivative where a constant would be wrong without an error."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, upstream: Tensor, like: Tensor) -> Tensor:

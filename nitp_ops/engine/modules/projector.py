@@ -44,11 +44,12 @@ class Projector(OwnParameters):
         self.kind = kind
         self._down_checked = kind == "none"
 
-    def matrices(self, guard: Callable[[Tensor], Tensor]) -> Matrices:
-        """(gate_up, down) behind a guard; only where they may be read, see `opened`."""
-        gate_up = None if self.gate_up is None else guard(self.gate_up)
-        down = None if self.down is None else guard(self.down)
-        # is_compiling comes first, so that a compiled graph is not guarded on the flag
+    def matrices(self, mask: Callable[[Tensor], Tensor]) -> Matrices:
+        """(gate_up, down) through `Context.mask_zero_weight`; only where they may be read, see
+        `opened`."""
+        gate_up = None if self.gate_up is None else mask(self.gate_up)
+        down = None if self.down is None else mask(self.down)
+        # is_compiling comes first, so that a compiled graph does not depend on the flag
         if not torch.compiler.is_compiling() and not self._down_checked and down is not None:
             if not bool(down.any()):
                 raise ValueError(

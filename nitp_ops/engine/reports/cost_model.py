@@ -1,9 +1,8 @@
 """What an objective sends and holds on every rank of a mesh, known before anything runs.
 
 Assumed: head, embedding and each term's own parameters are groups of FSDP2 over data x context
-    parallel ranks, cut
-again after their forward pass; head and embedding are cut by vocabulary over tensor parallel ranks,
-own parameters are whole on each of them. The trunk's own traffic is left out.
+parallel ranks, resharded after their forward pass; head and embedding are sharded by vocabulary over
+tensor parallel ranks, own parameters are whole on each of them. The trunk's own traffic is left out.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class Mesh:
         """
         names, found = [field.name for field in fields(cls)], {}
         for part in text.split(","):
-            name, _, ranks = (piece.strip() for piece in part.partition("="))
+            name, _, ranks = (word.strip() for word in part.partition("="))
             if name not in names or name in found or not ranks.isdigit():
                 expected = f"expected each of {', '.join(names)} at most once, as in tp=8"
                 raise ValueError(f'mesh: an axis is "{part}", {expected}')
@@ -76,8 +75,8 @@ class Traffic:
     """Collectives of one kind for one purpose.
 
     Attributes:
-        ranks: that take part. bytes: of the whole tensors, summed over the calls: what an
-            all-gather puts together, what a reduce-scatter or an all-reduce takes in.
+        ranks: that take part. bytes: of the whole tensors, summed over the calls: of what an
+            all-gather returns, of what a reduce-scatter or an all-reduce is given.
         every: "window" of microbatches, "microbatch", or "report" of metrics.
     """
 
@@ -96,7 +95,7 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Footprint:
+class Cost:
     """traffic: what one rank takes part in. memory: ``{what: bytes}`` that it holds at the
     objective's peak."""
 
@@ -128,9 +127,9 @@ class Footprint:
         ]
 
 
-def footprint(
+def estimate_cost(
     spec: SpecLike, info: ModelInfo, mesh: Mesh, *, tokens: int, sequences: int = 1
-) -> Footprint:
+) -> Cost:
     """What a spec costs a rank of a mesh.
 
     Args:
@@ -143,7 +142,7 @@ def footprint(
 
     Example:
         >>> info = ModelInfo(hidden_size=64, vocab_size=512, num_layers=17)
-        >>> cost = footprint("ntp + 0.8*nitp", info, Mesh(dp=4, cp=2), tokens=4096)
+        >>> cost = estimate_cost("ntp + 0.8*nitp", info, Mesh(dp=4, cp=2), tokens=4096)
         >>> [(each.purpose, each.bytes) for each in cost.traffic if each.collective == "all-reduce"]
         [('counts', 24), ('metrics', 600)]
     """
@@ -160,7 +159,7 @@ def footprint(
         )
     uses = dry_run(spec, info, sharded=mesh.cp > 1)
     groups = dict(_groups(spec, info, mesh, uses))
-    return Footprint(
+    return Cost(
         mesh,
         tuple(
             each for each in _traffic(info, mesh, uses, groups, tokens, sequences) if each.ranks > 1
@@ -198,7 +197,7 @@ def _traffic(
     # and the number of batches
     yield Traffic("counts", "all-reduce", n, 8 * (uses.parts + 1), "window")
     for name, shapes in groups.items():
-        # FSDP2 cuts the first axis into n pieces of equal size
+        # FSDP2 cuts the first axis into n shards of equal size
         whole = size * sum(n * math.ceil(shape[0] / n) * shape[1:].numel() for shape in shapes)
         # before each call, and again before its backward, unless that of a later call still holds
         # them

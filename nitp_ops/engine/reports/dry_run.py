@@ -45,7 +45,7 @@ class Uses:
 
 @dataclass(frozen=True, kw_only=True)
 class _Recording(SequenceShard):
-    """All of the sequence; writes down what would be asked of other ranks."""
+    """All of the sequence; records what other ranks would be sent."""
 
     shifts: list[int]
 
@@ -58,7 +58,7 @@ class _Recording(SequenceShard):
 
 
 class _Still(nn.Module):
-    """In the place of a block of the model, which has the model's width."""
+    """Stands for a block of the model, which has the model's width."""
 
     def __init__(self, context_parallel: bool) -> None:
         super().__init__()

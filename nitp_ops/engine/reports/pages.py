@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import re
 
 from nitp_ops.engine.base import HeadTerm, Objective
 from nitp_ops.engine.explain import facts
 from nitp_ops.engine.registry import available, find, plugin_of
-from nitp_ops.engine.spec.validation import field_types, spelled
+from nitp_ops.engine.spec.validation import field_types, type_name
 from nitp_ops.engine.streams.model_info import ModelInfo
 
 _INFO = ModelInfo(hidden_size=1280, vocab_size=152064, num_layers=24)
@@ -48,7 +49,9 @@ def _section(cls: type[Objective]) -> str:
     if own:
         types = field_types(cls)
         lines += ["| option | values | default |", "| --- | --- | --- |"]
-        lines += [f"| {f.name} | {spelled(types[f.name])} | `{_written(f.default)}` |" for f in own]
+        lines += [
+            f"| {f.name} | {type_name(types[f.name])} | `{_written(f.default)}` |" for f in own
+        ]
         lines += ["", *_bullets(text["Args"]), ""]
     resolved = facts(cls(), _INFO)
     lines += [
@@ -78,4 +81,5 @@ def _written(value: object) -> str:
 
 
 if __name__ == "__main__":
+    importlib.import_module("nitp_ops.objectives")  # it offers the built-in ones
     print(page(), end="")

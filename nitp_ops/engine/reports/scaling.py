@@ -3,6 +3,7 @@ meshes of many ranks."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 
 from nitp_ops.engine.streams.model_info import ModelInfo
 
-from .cost_model import Footprint, Mesh, footprint
+from .cost_model import Cost, Mesh, estimate_cost
 
 _TOKENS, _VOCABULARY = 8192, 152064
 
@@ -61,7 +62,8 @@ _HEAD = f"""# Scaling
 Written by `python -m nitp_ops.engine.reports.scaling > docs/scaling.md` from the calculator behind
 `python -m nitp_ops explain SPEC --hidden D --vocab V --layers L --tokens N --mesh tp=8,dp=1024,cp=4`. Nothing on this
 page was measured: no machine of this size was there. What was measured is that the same calculator gives, to the byte,
-what four processes hand to their collectives, for every registered objective (`tests/distributed/objectives/test_footprint.py`).
+what four processes hand to their collectives, for every registered objective
+(`tests/distributed/objectives/test_cost_model.py`).
 
 Each rank holds {_TOKENS:,} tokens of one sequence a microbatch, in bfloat16. Head, embedding and each term's own
 parameters are FSDP2 groups over data x context parallel ranks, cut again after their forward pass; head and embedding
@@ -90,7 +92,9 @@ def _section(setting: _Setting) -> Iterator[str]:
     axes = ", ".join(f"{name} {ranks}" for name, ranks in vars(setting.mesh).items())
     yield f"## {setting.name} on {math.prod(vars(setting.mesh).values()):,} ranks\n"
     yield f"Mesh: {axes}. d = {setting.width}, V = {setting.vocabulary}, {setting.layers} blocks: {setting.remark}.\n"
-    costs = {spec: footprint(spec, info, setting.mesh, tokens=_TOKENS) for spec in setting.specs}
+    costs = {
+        spec: estimate_cost(spec, info, setting.mesh, tokens=_TOKENS) for spec in setting.specs
+    }
     yield "| a rank | " + " | ".join(f"`{spec}`" for spec in costs) + " |"
     yield "| --- |" + " ---: |" * len(costs)
     rows: dict[str, dict[str, int]] = {}
@@ -102,7 +106,7 @@ def _section(setting: _Setting) -> Iterator[str]:
     yield ""
 
 
-def _numbers(cost: Footprint) -> Iterator[tuple[str, int]]:
+def _numbers(cost: Cost) -> Iterator[tuple[str, int]]:
     of: dict[str, int] = {}
     for each in cost.traffic:
         purpose, _, module = each.purpose.partition(" of ")
@@ -123,4 +127,5 @@ def _short(number: int) -> str:
 
 
 if __name__ == "__main__":
+    importlib.import_module("nitp_ops.objectives")  # it offers the built-in ones
     print(page(), end="")

@@ -77,17 +77,17 @@ def _tokens(text: str) -> list[Token]:
     while position < end:
         match = _TOKEN.match(text, position)
         if match is None:
-            place = _end_of_space(text, position)
+            index = _end_of_space(text, position)
             raise SpecError(
-                [f"expression: {text[place]!r} at column {place + 1} is not part of the grammar"]
+                [f"expression: {text[index]!r} at column {index + 1} is not part of the grammar"]
             )
         kind = str(match.lastgroup)
         start = match.start(kind)
         # in "ntp +0.8*nitp" and "1+2" the sign joins two terms, it belongs to no number
         joins = kind == "number" and match[kind][0] == "+"
-        kind, piece = ("mark", "+") if joins else (kind, match[kind])
-        tokens.append(Token(kind, piece, start + 1))
-        position = start + len(piece)
+        kind, word = ("mark", "+") if joins else (kind, match[kind])
+        tokens.append(Token(kind, word, start + 1))
+        position = start + len(word)
     return [*tokens, Token("end", "the end", len(text) + 1)]
 
 
@@ -119,7 +119,7 @@ class _Reader:
 
     def __init__(self, tokens: list[Token]) -> None:
         self.tokens = tokens
-        self.place = 0
+        self.index = 0
         self.depth = 0
 
     def term(self) -> ParsedTerm:
@@ -172,7 +172,7 @@ class _Reader:
         token = self.peek()
         if token.kind == "mark" and token.text in _CLOSING:
             return self.items(_CLOSING[token.text])
-        self.place += 1
+        self.index += 1
         if token.kind == "number":
             return self.number(token)
         if token.kind == "string":
@@ -197,7 +197,7 @@ class _Reader:
         if self.depth == _DEEPEST:
             self.refuse(self.peek(), f"at most {_DEEPEST} lists inside one another")
         self.depth += 1
-        self.place += 1
+        self.index += 1
         items = []
         while self.peek().text != closing:
             items.append(self.literal())
@@ -208,7 +208,7 @@ class _Reader:
         return items
 
     def peek(self) -> Token:
-        return self.tokens[self.place]
+        return self.tokens[self.index]
 
     def mark(self, text: str) -> None:
         self.take("mark", f'"{text}"', text)
@@ -217,7 +217,7 @@ class _Reader:
         token = self.peek()
         if token.kind != kind or (text is not None and token.text != text):
             self.refuse(token, expected)
-        self.place += kind != "end"
+        self.index += kind != "end"
         return token
 
     def refuse(self, token: Token, expected: str) -> None:

@@ -75,7 +75,7 @@ def shown(value: object) -> str:
 
 
 def too_many_terms(count: int) -> str:
-    """The line that refuses more than `MOST_TERMS`, whichever spelling they came in."""
+    """The line that refuses more than `MOST_TERMS`, in whichever spelling."""
     return f"the spec has {count} terms, expected at most {MOST_TERMS}"
 
 
@@ -126,7 +126,7 @@ def type_problem(name: str, value: object, expected: Any) -> str | None:
     """
     if _fits(value, expected):
         return None
-    came = f'"{value}"' if isinstance(value, str) else shown(value)
+    got = f'"{value}"' if isinstance(value, str) else shown(value)
     choices = [choice for choice in _alternatives(expected) if get_origin(choice) is Literal]
     allowed = [word for choice in choices for word in get_args(choice)]
     hint = (
@@ -135,7 +135,9 @@ def type_problem(name: str, value: object, expected: Any) -> str | None:
         else ""
     )
     numbers = of_64_bits(value) if {int, float} & set(_members(expected)) else ""
-    return f"{name} is {came}, expected {spelled(expected)}{numbers}" + (f".{hint}" if hint else "")
+    return f"{name} is {got}, expected {type_name(expected)}{numbers}" + (
+        f".{hint}" if hint else ""
+    )
 
 
 def number_problem(name: str, value: float, low: float, *, inclusive: bool = True) -> str | None:
@@ -154,7 +156,7 @@ def count_problem(name: str, value: int, low: int, high: int) -> str | None:
     )
 
 
-def tidy(value: Any, expected: Any) -> Any:
+def coerce(value: Any, expected: Any) -> Any:
     """A value of the right type in its one form: lists become tuples, an int in a float field a
     float."""
     if isinstance(value, list):
@@ -194,16 +196,16 @@ def _fits(value: object, expected: Any) -> bool:
     return isinstance(value, expected)
 
 
-def spelled(expected: Any) -> str:
+def type_name(expected: Any) -> str:
     """A type as error messages and pages name it."""
     origin = get_origin(expected)
     if origin is Literal:
         return f"one of {listing(get_args(expected))}"
     if origin is tuple:
         # "an integer" -> "integers"
-        return f"a list of {spelled(get_args(expected)[0]).split(maxsplit=1)[-1]}s"
+        return f"a list of {type_name(get_args(expected)[0]).split(maxsplit=1)[-1]}s"
     if origin in (Union, types.UnionType):
-        return " or ".join(spelled(choice) for choice in get_args(expected))
+        return " or ".join(type_name(choice) for choice in get_args(expected))
     names = {
         int: "an integer",
         float: "a number",

@@ -15,7 +15,7 @@ def is_distributed() -> bool:
 
 
 def group_size(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """(number of ranks, this rank's place) in a group, None: all ranks; (1, 0) without
+    """(number of ranks, this rank's index) in a group, None: all ranks; (1, 0) without
     torch.distributed."""
     return (dist.get_world_size(group), dist.get_rank(group)) if is_distributed() else (1, 0)
 

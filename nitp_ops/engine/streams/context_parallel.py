@@ -112,20 +112,18 @@ class SequenceShard:
                 "chunk"
             )
         first_rows = all_gather(chunks[:, :, :k].contiguous(), self.group)
-        where = {
-            c: (r, i)
-            for r in range(total // parts)
-            for i, c in enumerate(_chunks(r, total // parts, parts))
-        }
-        pieces = []
-        for place, (_, end) in enumerate(self.spans):
-            rank, slot = where.get(end * total // self.length, (0, 0))
+        owner = {}
+        for rank in range(total // parts):
+            for slot, chunk in enumerate(_chunks(rank, total // parts, parts)):
+                owner[chunk] = (rank, slot)
+        shifted = []
+        for index, (_, end) in enumerate(self.spans):
+            rank, slot = owner.get(end * total // self.length, (0, 0))
             after = first_rows[rank][:, slot]
-            pieces += [
-                chunks[:, place, k:],
-                after if end < self.length else torch.zeros_like(after),
-            ]
-        return torch.cat(pieces, dim=1)
+            if end == self.length:
+                after = torch.zeros_like(after)
+            shifted += [chunks[:, index, k:], after]
+        return torch.cat(shifted, dim=1)
 
     @property
     def _chunks_a_rank(self) -> int:
@@ -134,8 +132,8 @@ class SequenceShard:
 
 def columns(values: Tensor, spans: Sequence[Span], k: int = 0, dim: int = 1) -> Tensor:
     """``values`` at the positions of the spans, k later; a view where there is one span."""
-    pieces = [values.narrow(dim, begin + k, end - begin) for begin, end in spans]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+    parts = [values.narrow(dim, begin + k, end - begin) for begin, end in spans]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=dim)
 
 
 def _chunks(rank: int, ranks: int, parts: int) -> tuple[int, ...]:

@@ -73,9 +73,9 @@ def _check_lengths(cu_seqlens: Tensor, shape: tuple[int, int]) -> None:
         or bool((cu_seqlens < 0).any())
         or bool((cu_seqlens > tokens).any())
     ):
-        came = cu_seqlens.tolist() if cu_seqlens.numel() <= 8 else f"{cu_seqlens.numel()} values"
+        got = cu_seqlens.tolist() if cu_seqlens.numel() <= 8 else f"{cu_seqlens.numel()} values"
         raise ValueError(
-            f"Streams: cu_seqlens is {came}, expected rising offsets within [0, {tokens}]"
+            f"Streams: cu_seqlens is {got}, expected rising offsets within [0, {tokens}]"
         )
 
 

@@ -1,4 +1,4 @@
-"""What an objective reads of a forward pass, as values that a tap, an adapter and a check can ask."""
+"""What an objective reads of a forward pass, as values that a tap, an adapter and a check compare."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Need:
     Args:
         stream: a field of `Streams`. layer: with "hidden_states", after how many blocks. name: with
             "external", which.
-        grad: whether a gradient goes into it. A tapped state that nobody wants a gradient of is
+        grad: whether a gradient goes into it. A tapped state without a gradient is
             handed over detached.
 
     Raises:

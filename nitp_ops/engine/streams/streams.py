@@ -11,21 +11,11 @@ from torch import Tensor, nn
 
 from nitp_ops.engine.spec.validation import is_int, of_64_bits
 
+from .checks import check_dtypes, check_label_layout, checked_shape, external_pair
 from .context_parallel import SequenceShard, columns
 from .document_ids import derive_documents
 from .needs import Need
 
-_TOKEN_FIELDS = (
-    "token_ids", "labels", "shift_labels", "document_ids", "attention_mask", "target_mask", "token_weight",
-)  # fmt: skip
-_INTEGER_FIELDS = (
-    "token_ids",
-    "labels",
-    "shift_labels",
-    "document_ids",
-    "position_ids",
-    "cu_seqlens",
-)
 _HIDDEN_FIELDS = ("last_hidden", "last_residual")
 #: Fields of hidden states, as a `Need` names them.
 HIDDEN_STREAMS = (*_HIDDEN_FIELDS, "hidden_states")
@@ -80,7 +70,8 @@ class Streams:
             disagree.
 
     Example:
-        >>> streams = Streams(token_ids=torch.tensor([[5, 6, 7, 0]]), attention_mask=torch.tensor([[1, 1, 1, 0]]))
+        >>> ids, mask = torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]])
+        >>> streams = Streams(token_ids=ids, attention_mask=mask)
         >>> streams.documents.tolist()
         [[0, 0, 0, -1]]
     """
@@ -117,21 +108,21 @@ class Streams:
                 f"integer{of_64_bits(self.ignore_index)}"
             )
         if not isinstance(self.hidden_states, Mapping):
-            came = type(self.hidden_states).__name__
+            got = type(self.hidden_states).__name__
             raise TypeError(
-                f"Streams: hidden_states is a {came}, expected a mapping of block count to tensor"
+                f"Streams: hidden_states is a {got}, expected a mapping of block count to tensor"
             )
         if not (self.shard is None or isinstance(self.shard, SequenceShard)):
             raise TypeError(
                 f"Streams: shard is a {type(self.shard).__name__}, expected a SequenceShard"
             )
-        whole = self._check_shapes()
+        whole = checked_shape(self)
         self.spans = ((0, whole[1]),) if self.shard is None else self.shard.spans
         self.shape = whole if self.shard is None else (whole[0], self.shard.size)
         self.device = self.tokens.device
         self.formed: dict[Any, Any] | None = None
-        self._check_dtypes()
-        self.external_pairs = {name: self._pair(name) for name in self.external}
+        check_dtypes(self)
+        self.external_pairs = {name: external_pair(self, name) for name in self.external}
         self.documents = derive_documents(
             whole,
             self.device,
@@ -171,18 +162,13 @@ class Streams:
 
     def hidden_streams(self) -> dict[str, Tensor]:
         """Every hidden stream that is here, under the name of its `Need`."""
-        named = {
-            name: value for name in _HIDDEN_FIELDS if (value := getattr(self, name)) is not None
-        }
-        named |= {
-            f"hidden_states[{k}]": value
-            for k, value in self.hidden_states.items()
-            if value is not None
-        }
-        return named
+        found = {name: getattr(self, name) for name in _HIDDEN_FIELDS}
+        for k, value in self.hidden_states.items():
+            found[f"hidden_states[{k}]"] = value
+        return {name: value for name, value in found.items() if value is not None}
 
     def for_a_call(self) -> Streams:
-        """The same for one call of an objective: what `shift` derives of the tokens is formed once
+        """The same for one call of an objective: what `targets` derives of the tokens is derived once
         there."""
         other = self.with_hidden({})
         other.formed = {}
@@ -204,11 +190,8 @@ class Streams:
             vars(other).update(vars(self))
         for name in _HIDDEN_FIELDS:
             setattr(other, name, streams.get(name, getattr(self, name)))
-        states = {
-            k: streams[name]
-            for k in self.hidden_states
-            if (name := f"hidden_states[{k}]") in streams
-        }
+        names = {k: f"hidden_states[{k}]" for k in self.hidden_states}
+        states = {k: streams[name] for k, name in names.items() if name in streams}
         if states:
             other.hidden_states = {**self.hidden_states, **states}
         return other
@@ -216,112 +199,11 @@ class Streams:
     def widened(self, names: Iterable[str]) -> Streams:
         """Narrow streams of these names in float32: several gradients add up there and are rounded
         once. The ops still run their GEMMs in the weights' dtype, from the same values."""
-        given = {
-            name: value
-            for name in names
-            if (value := getattr(self, name)) is not None and value.requires_grad
-        }
-        wide = {
-            name: x.float()
-            for name, x in given.items()
-            if x.dtype in (torch.bfloat16, torch.float16)
-        }
+        wide = {}
+        for name in names:
+            hidden = getattr(self, name)
+            if hidden is None or not hidden.requires_grad:
+                continue
+            if hidden.dtype in (torch.bfloat16, torch.float16):
+                wide[name] = hidden.float()
         return self.with_hidden(wide) if wide else self
-
-    def _check_shapes(self) -> tuple[int, int]:
-        shape = tuple((self.tokens if self.token_ids is None else self.token_ids).shape)
-        if len(shape) != 2:
-            raise ValueError(f"Streams: the token streams have shape {shape}, expected [B, T]")
-        for name in _TOKEN_FIELDS:
-            value = getattr(self, name)
-            if value is not None and value.shape != shape:
-                raise ValueError(
-                    f"Streams: {name} has shape {tuple(value.shape)}, expected {shape}"
-                )
-        positions, lengths = self.position_ids, self.cu_seqlens
-        if positions is not None and tuple(positions.shape) not in (shape, (1, shape[1])):
-            raise ValueError(
-                f"Streams: position_ids has shape {tuple(positions.shape)}, expected "
-                f"{shape} or (1, T)"
-            )
-        if lengths is not None and (lengths.dim() != 1 or lengths.numel() < 2):
-            raise ValueError(
-                f"Streams: cu_seqlens has shape {tuple(lengths.shape)}, expected (documents + 1,)"
-            )
-        classes = self.class_weight
-        if classes is not None and classes.dim() != 1:
-            raise ValueError(
-                f"Streams: class_weight has shape {tuple(classes.shape)}, expected (V,)"
-            )
-        if self.shard is not None and shape[1] != self.shard.length:
-            raise ValueError(
-                f"Streams: the token streams have shape {shape}, expected all {self.shard.length} "
-                "tokens"
-            )
-        part = shape if self.shard is None else (shape[0], self.shard.size)
-        for name, value in self.hidden_streams().items():
-            if value.dim() != 3 or value.shape[:2] != part:
-                raise ValueError(
-                    f"Streams: {name} has shape {tuple(value.shape)}, expected {(*part, 'd')}"
-                )
-        return shape  # type: ignore[return-value]
-
-    def _check_dtypes(self) -> None:
-        for name in _INTEGER_FIELDS:
-            value = getattr(self, name)
-            if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
-                raise TypeError(f"Streams: {name} is {value.dtype}, expected an integer dtype")
-        mask, target_mask, weight = self.attention_mask, self.target_mask, self.token_weight
-        if mask is not None and mask.is_floating_point():
-            raise TypeError(
-                f"Streams: attention_mask is {mask.dtype}, expected bool or an integer dtype"
-            )
-        if target_mask is not None and target_mask.dtype != torch.bool:
-            raise TypeError(f"Streams: target_mask is {target_mask.dtype}, expected torch.bool")
-        for name, given in (("token_weight", weight), ("class_weight", self.class_weight)):
-            if given is not None and not given.is_floating_point():
-                raise TypeError(
-                    f"Streams: {name} is {given.dtype}, expected a floating point dtype"
-                )
-
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        given = self.external[name]
-        total, count = given if isinstance(given, tuple) and len(given) == 2 else (given, 1)
-        if not isinstance(total, Tensor) or total.dim() > 0 or not total.is_floating_point():
-            raise TypeError(
-                f"Streams: external[{name}] is {_came(given)}, expected a 0-d float "
-                "sum, or (sum, count)"
-            )
-        if isinstance(count, int) and is_int(count):
-            return total.to(self.device), torch.full(
-                (), count, dtype=torch.int64, device=self.device
-            )
-        if (
-            not isinstance(count, Tensor)
-            or count.dim() > 0
-            or count.is_floating_point()
-            or count.dtype == torch.bool
-        ):
-            raise TypeError(
-                f"Streams: external[{name}] has the count {_came(count)}, expected an "
-                f"integer{of_64_bits(count)}"
-            )
-        return total.to(self.device), count.detach().to(self.device, torch.int64)
-
-
-def check_label_layout(function: str, layout: object) -> None:
-    """
-    Raises:
-        ValueError: it is no label layout.
-    """
-    if layout not in ("document", "stream"):
-        given = f'"{layout}"' if isinstance(layout, str) else repr(layout)
-        raise ValueError(f'{function}: label_layout is {given}, expected "document" or "stream"')
-
-
-def _came(value: object) -> str:
-    return (
-        f"a tensor {tuple(value.shape)} of {value.dtype}"
-        if isinstance(value, Tensor)
-        else repr(value)
-    )

@@ -1,4 +1,4 @@
-"""sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its product
+"""sum += factor addend, in float32 (float64 for float64): what a GEMM that rounds its result
 leaves to be done, and a gradient times its upstream into a buffer."""
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ PLACES: dict[str, tuple[str, str, Any]] = {
 
 @pytest.mark.parametrize("after", [False, True], ids=["before attach", "after attach"])
 @pytest.mark.parametrize("place", PLACES)
-def test_a_hook_that_changes_hidden_states_is_honoured_whenever_it_came(place: str, after: bool):
+def test_a_hook_that_changes_hidden_states_is_honoured_in_any_order(place: str, after: bool):
     """The formula of the model with the hook: what the head and the second block read."""
     name, register, hook = PLACES[place]
     model, given = make("llama"), batch()

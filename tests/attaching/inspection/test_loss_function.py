@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
+import transformers
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 import nitp_ops
-from tests.support.hugging_face_cases import batch, make
+from tests.support.hugging_face_cases import SIZES, batch, make
 
 pytestmark = pytest.mark.trainers
 
@@ -95,3 +96,36 @@ def test_the_metrics_of_a_batch_without_labels_add_up_to_its_share_of_the_window
     assert losses[0] == metrics[0].compute()["loss"] == metrics[0].compute()["loss/nitp"] == 0
     assert losses[1] == pytest.approx(metrics[1].compute()["loss"])
     assert sum(losses) == pytest.approx((metrics[0] + metrics[1]).compute()["loss"])
+
+
+def test_a_loss_that_gets_other_logits_than_those_of_the_call_is_refused_by_name():
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    model = transformers.GitForCausalLM(transformers.GitConfig(**SIZES, vision_config=vision))
+    with pytest.raises(
+        ValueError,
+        match=r"the GitForCausalLM's loss gets logits .* expected "
+        r"those of the call",
+    ):
+        nitp_ops.attach(model, "ntp")
+
+
+def test_an_encoder_decoder_is_refused_whose_labels_are_those_of_its_own_position():
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 2,
+        "d_kv": 16,
+        "vocab_size": 64,
+    }
+    with pytest.raises(
+        ValueError, match="T5ForConditionalGeneration, an encoder-decoder whose labels are those of"
+    ):
+        nitp_ops.attach(
+            transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), "ntp"
+        )

@@ -57,7 +57,7 @@ def on_two_ranks(worker: Callable[[int, str], None], folder: Path) -> None:
 
 
 def trainer_of_objectives(rank: int, folder: str) -> None:
-    from nitp_ops.trainers.transformers import NitpTrainer
+    from nitp_ops.trainers.transformers import ObjectiveTrainer
 
     with launched(rank, folder):
         arguments = trainer_arguments(
@@ -66,7 +66,7 @@ def trainer_of_objectives(rank: int, folder: str) -> None:
             gradient_accumulation_steps=2,
             save_strategy="epoch",
         )
-        trainer = NitpTrainer(
+        trainer = ObjectiveTrainer(
             model=tiny_llama(),
             args=arguments,
             train_dataset=ragged_rows(),
@@ -88,7 +88,7 @@ def trainer_of_objectives(rank: int, folder: str) -> None:
         from tests.trainers.every.test_balance import check_step, experts, one_step
 
         model = experts()
-        check_step(model, 1, one_step(folder, NitpTrainer, model, 1, 2, objective="ntp"))
+        check_step(model, 1, one_step(folder, ObjectiveTrainer, model, 1, 2, objective="ntp"))
 
 
 def stock_trainer(rank: int, folder: str) -> None:

@@ -37,7 +37,7 @@ LAYOUTS = ("contiguous", "zigzag")
 
 class _Gather(torch.autograd.Function):
     """[B, T/p, d] of every rank in the order of the sequence, [B, T, d]; gradients are summed where
-    they came from."""
+    they belong to."""
 
     @staticmethod
     def forward(ctx, part: Tensor, shard: SequenceShard) -> Tensor:

@@ -82,7 +82,7 @@ def worker(rank: int, folder: str) -> None:
     part = uneven_batch().part(slice(2 * rank, 2 * rank + 2))
     replicated(part)
     sharded(part)
-    dist.barrier()  # nobody closes the connections of the other's last collective
+    dist.barrier()  # no rank closes the connections of the other's last collective
     dist.destroy_process_group()
 
 

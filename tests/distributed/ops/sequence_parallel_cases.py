@@ -183,7 +183,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             inputs, labels = problem(rows=rows, dtype=dtype, several=several)
             labels = labels.clamp(min=0)
             work = torch.float64 if dtype == torch.float64 else torch.float32
-            products = torch.float32 if dtype in gemm._WITHOUT_GEMM else dtype
+            gemm_dtype = torch.float32 if dtype in gemm._WITHOUT_GEMM else dtype
             weight = torch.ones(rows, several, dtype=work) if several else None
             options: dict[str, Any] = {
                 "label_smoothing": smoothing,
@@ -199,7 +199,7 @@ def one_gather_and_one_sum_a_chunk_of_the_bytes_that_are_promised():
             for chunk_rows, chunks in ((1, rows), (4, ranks), (rows, 1)):
                 with counted() as calls:
                     shard = own(inputs[1].detach(), cut).clone().requires_grad_()
-                    size = chunk_rows * max(cut) * products.itemsize
+                    size = chunk_rows * max(cut) * gemm_dtype.itemsize
                     loss, _ = over_ranks(
                         inputs[0],
                         shard,

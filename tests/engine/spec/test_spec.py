@@ -227,10 +227,10 @@ def expression(term: NITP) -> str:
     weight = options.pop("weight")
     if isinstance(weight, dict):
         weight = f"schedule({', '.join(f'{key}={value}' for key, value in weight.items())})"
-    spelled = {
+    options = {
         key: f'"{value}"' if isinstance(value, str) else value for key, value in options.items()
     }
-    return f"{weight}*nitp({', '.join(f'{key}={value}' for key, value in spelled.items())})"
+    return f"{weight}*nitp({', '.join(f'{key}={value}' for key, value in options.items())})"
 
 
 @settings(deadline=None, max_examples=60)

@@ -171,11 +171,11 @@ MAPPINGS = st.dictionaries(
 TERMS = st.lists(
     st.sampled_from([NTP(), NTP(label="b"), MTPShared(offsets=(2,))]) | VALUES, max_size=3
 )
-PIECES = st.sampled_from(
+FRAGMENTS = st.sampled_from(
     [*available(), "weight", "offsets", "depth", "z_loss", "schedule", "to", "late:", "training:", *"+*=,()[]:", "2",
      "0.5", "-1", "1e999", "9" * 5000, "[" * 300, "(" * 300, "]" * 300, '"', "'", "\n", "\ud800", "\u00a0", "true"]
 )  # fmt: skip
-EXPRESSIONS = st.lists(PIECES, max_size=14).map("".join)
+EXPRESSIONS = st.lists(FRAGMENTS, max_size=14).map("".join)
 
 
 @settings(max_examples=250)
@@ -253,8 +253,8 @@ def test_the_longest_expression_is_read_or_refused_in_milliseconds(unit: str):
     """A call of Python's or of C's takes a tenth of a microsecond, or a few."""
     inside = {"options": "k{}=1,", "offsets": "{},", "points": "[{},1],", "word": "a+"}
     if unit in LISTS:
-        pieces = "".join(inside[unit].format(i) for i in range(1, 2000))
-        text = LISTS[unit].format(pieces[:3900].rpartition("," if "," in pieces else "+")[0])
+        items = "".join(inside[unit].format(i) for i in range(1, 2000))
+        text = LISTS[unit].format(items[:3900].rpartition("," if "," in items else "+")[0])
     else:
         text = (unit * 4000)[:4000]
     assert len(problems(text)) <= 50

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nitp_ops.engine.streams import context_parallel
-from nitp_ops.engine.streams.targets import TargetWindow, target_weights, token_targets, valid_pairs
+from nitp_ops.engine.streams.target_window import TargetWindow
+from nitp_ops.engine.streams.targets import target_weights, token_targets, valid_pairs
 from nitp_ops.objectives import SequenceShard, Streams, available, build
 from tests.support.objectives_cases import INFO, Batch, gradients, make_batch
 
@@ -241,10 +242,10 @@ def test_a_token_outside_the_document_reaches_no_sequential_module(
 
 
 def test_another_layout_is_refused_and_labels_that_are_not_shifted_have_none():
-    for wrong, spelled in (("documents", '"documents"'), (None, "None"), (True, "True")):
+    for wrong, shown in (("documents", '"documents"'), (None, "None"), (True, "True")):
         with pytest.raises(
             ValueError,
-            match=f'^Streams: label_layout is {spelled}, expected "document" or "stream"$',
+            match=f'^Streams: label_layout is {shown}, expected "document" or "stream"$',
         ):
             Streams(**PACKED, label_layout=wrong)  # type: ignore[arg-type]
     labels = {"labels": PACKED["token_ids"], "document_ids": BOUNDARIES["document_ids"]}

@@ -240,7 +240,7 @@ def test_packed_documents_train_like_separate_rows():
 @pytest.mark.parametrize(
     "spec", ["ntp", "ntp + mtp_shared(offsets=[2])", "top", "mtp_parallel", "fsp_bow"]
 )
-def test_a_target_outside_the_vocabulary_is_named_as_it_came(spec: str, wrong: int, name: str):
+def test_a_target_outside_the_vocabulary_is_named_as_it_was_given(spec: str, wrong: int, name: str):
     info = ModelInfo(hidden_size=6, vocab_size=11, num_layers=5)
     tokens = torch.zeros(2, 7, dtype=torch.int64)
     streams = {

@@ -66,14 +66,14 @@ def test_alignment_and_swiglu_equal_the_reference(dtype, distance, strided):
     )
     with without_reading(torch.ops.nitp_simt):
         ours = outputs(lambda a, b: nitp_ops.alignment(a, b, distance=distance), inputs, upstream)
-        products = outputs(nitp_ops.swiglu, inputs, 0.5)
+        gated = outputs(nitp_ops.swiglu, inputs, 0.5)
     near(
         ours,
         outputs(
             lambda a, b: reference.alignment(a, b, distance=distance), widened(inputs), upstream
         ),
     )
-    near(products, outputs(reference.swiglu, widened(inputs), 0.5))
+    near(gated, outputs(reference.swiglu, widened(inputs), 0.5))
 
 
 def test_an_out_of_range_label_poisons_its_row_and_no_other():

@@ -16,11 +16,11 @@ def test_it_compares_each_hidden_state_with_the_next_embedding():
 
 
 def test_it_is_nitp_without_a_projector_on_layer_zero():
-    preset, spelled = (
+    preset, explicit = (
         parse("next_embedding").to_dict(),
         parse("nitp(target_layer=0, projector=none)").to_dict(),
     )
-    assert preset["next_embedding"] == spelled["nitp"]
+    assert preset["next_embedding"] == explicit["nitp"]
 
 
 def test_the_other_options_of_nitp_are_its_own():

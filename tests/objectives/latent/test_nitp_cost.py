@@ -16,11 +16,11 @@ from nitp_ops.objectives import ModelInfo, build
 from tests.support.nitp_cases import matrices, normal
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm}
+GEMMS = {aten.mm, aten.addmm, aten.bmm}
 
 
 class RowWork(TorchDispatchMode):
-    """Counts the numbers that operations other than matrix products write; views write none."""
+    """Counts the numbers that operations other than GEMMs write; views write none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class RowWork(TorchDispatchMode):
         if (
             isinstance(result, torch.Tensor)
             and not func.is_view
-            and func.overloadpacket not in PRODUCTS
+            and func.overloadpacket not in GEMMS
         ):
             self.written += result.numel()
         return result
@@ -54,7 +54,7 @@ def counted(*arguments: object) -> int:
 @pytest.mark.parametrize("width", [8, 24, 40])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_the_swiglu_projector_takes_72_d_squared_flops_a_token(rows, width):
-    """Three products of ``4 d^2`` multiply-adds forward, twice as many backward: ``2 * 12 d^2 * 3 =
+    """Three GEMMs of ``4 d^2`` multiply-adds forward, twice as many backward: ``2 * 12 d^2 * 3 =
     72 d^2``, exactly; the plan of the op says the same number."""
     assert counted(rows, width) == rows * 72 * width**2
     assert (
@@ -64,7 +64,7 @@ def test_the_swiglu_projector_takes_72_d_squared_flops_a_token(rows, width):
 
 
 def test_the_rest_is_linear_in_the_width():
-    """``72 d^2 + O(d)``: what the rows between the products write grows by equal steps with d, with
+    """``72 d^2 + O(d)``: what the rows between the GEMMs write grows by equal steps with d, with
     no square in it."""
     written = []
     for width in (8, 16, 24, 32):

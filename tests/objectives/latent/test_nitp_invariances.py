@@ -73,7 +73,7 @@ def assert_same_training(
 @pytest.mark.parametrize("stop_gradient", [True, False])
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_packed_documents_equal_separate_rows(shift, stop_gradient):
-    """``V_k[t] = doc[t+k] == doc[t] >= 0``: loss, every gradient, count, floor, skill and norms are
+    """``V_k[t] = doc[t+k] == doc[t] >= 0``: loss, every gradient, count, constant predictor, skill and norms are
     those of the rows, ``count = sum over documents of max(0, n - k)``."""
     batch, objective = (
         packed_batch(),
@@ -84,7 +84,7 @@ def test_packed_documents_equal_separate_rows(shift, stop_gradient):
     metrics = packed.metrics.compute()
     assert metrics == pytest.approx(apart.metrics.compute(), rel=1e-12)
     assert metrics["nitp/count"] == sum(max(0, n - shift) for n in LENGTHS)
-    assert 0 < metrics["nitp/floor"] < 1 and metrics["nitp/skill"] < 1
+    assert 0 < metrics["nitp/constant_predictor_loss"] < 1 and metrics["nitp/skill"] < 1
 
 
 @pytest.mark.parametrize("shift", SHIFTS)
@@ -177,7 +177,7 @@ def test_a_shift_by_index_gives_the_bits_of_a_slice(
     dtype, distance, shift, batch, length, chunk, seed
 ):
     """``loss[t] = distance(p_t, z_{t+k})``: the row kernel reads row t + k where it lies, and a
-    slice puts the same row first; without a projector no matrix product stands between them, so
+    slice puts the same row first; without a projector no GEMM stands between them, so
     every bit agrees."""
     hidden = normal(seed, batch, length, 5).to(dtype).requires_grad_()
     target = normal(seed + 1, batch, length, 5).to(dtype)
@@ -201,7 +201,7 @@ def test_a_shift_by_index_gives_the_bits_of_a_slice(
 def test_a_shift_through_the_projector_equals_a_slice_within_one_rounding(
     dtype, shift, batch, seed
 ):
-    """``L = (1/n) sum_t distance(P(h_t), z_{t+k})``: the same rows through the same products; the
+    """``L = (1/n) sum_t distance(P(h_t), z_{t+k})``: the same rows through the same GEMMs; the
     sum of row losses may meet its zeros in another order."""
     hidden = normal(seed, batch, 9, 16).to(dtype).requires_grad_()
     target = normal(seed + 1, batch, 9, 16).to(dtype)

@@ -98,7 +98,7 @@ def near_problem(
     ("hidden", "target", "weight"), mixes(LOW, DTYPES, LOW) + mixes(WIDE, DTYPES, WIDE)
 )
 def test_implicit_token_loss_at_cosine_0_99_stays_within_the_budget(hidden, target, weight, kind):
-    """Products in the weight's dtype, rows in float32 (float64 beside a float64 target), gradients
+    """GEMMs in the weight's dtype, rows in float32 (float64 beside a float64 target), gradients
     in their inputs'."""
     inputs = near_problem(kind, hidden, target, weight)
     work = reference.working(*inputs)
@@ -121,7 +121,7 @@ def test_implicit_token_loss_at_cosine_0_99_stays_within_the_budget(hidden, targ
 
 @pytest.mark.parametrize(("hidden", "weight"), mixes(WIDE, LOW) + mixes(LOW, WIDE))
 def test_float64_does_not_mix_between_hidden_state_and_matrices(hidden, weight):
-    """A float64 product of a rounded operand would only look exact."""
+    """A float64 GEMM of a rounded operand would only look exact."""
     with pytest.raises(
         TypeError,
         match=rf"gate is {name(weight)}, expected {name(hidden)} "

@@ -1,5 +1,5 @@
 """Which blocks of a decoder NITP trains: all of them through h, and none through its target unless
-it is asked to."""
+wanted."""
 
 from __future__ import annotations
 
@@ -75,15 +75,15 @@ def test_the_live_target_trains_exactly_as_a_precomputed_constant_does(layer):
     net, objective = decoder(), nitp_alone(layer)
     with torch.no_grad():
         constant = net(IDS, keep={layer}).hidden_states[layer].clone()
-    live, frozen = trained(net, objective), trained(net, objective, frozen=constant)
-    for name, gradient in live.items():
+    learned, frozen = trained(net, objective), trained(net, objective, frozen=constant)
+    for name, gradient in learned.items():
         other = frozen[name]
         if name == "lm_head.weight":
             assert gradient is None and other is None
         else:
             assert gradient is not None and other is not None and torch.equal(gradient, other), name
             assert gradient.any(), name
-    assert {depth(name) for name in of_decoder(live)} == set(range(BLOCKS + 2))
+    assert {depth(name) for name in of_decoder(learned)} == set(range(BLOCKS + 2))
 
 
 @EVERY_LAYER
@@ -123,7 +123,7 @@ def test_without_stop_gradient_the_two_paths_add_up(layer):
 @EVERY_LAYER
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_both_forms_equal_autograd_of_the_equation(layer, stop_gradient):
-    """``mean over t of 1 - cos(P(h_t), z_{t+1})`` with z held or live, every operation of the model
+    """``mean over t of 1 - cos(P(h_t), z_{t+1})`` with z held or learned, every operation of the model
     by autograd."""
     net, objective = decoder(), nitp_alone(layer, stop_gradient=stop_gradient)
     ours = trained(net, objective)

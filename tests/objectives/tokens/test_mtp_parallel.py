@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nitp_ops.engine import plan as plan_module
 from nitp_ops.engine.modules.blocks import attention_mask
+from nitp_ops.engine.plan import head_passes
 from nitp_ops.objectives import CompositeObjective, SpecError, build, parse
 from tests.support.objectives_cases import INFO, Batch, assert_same, gradients, make_batch, pairs
 
@@ -44,7 +44,7 @@ def test_it_equals_the_head_by_head_backward_pass_through_a_detached_trunk(optio
     own, trunk = heads(objective), nn.Linear(6, 6, dtype=torch.float64)
     tensors = [batch.hidden, *trunk.parameters(), *batch.head.parameters(), *objective.parameters()]
     out = objective(batch.streams(last_hidden=trunk(batch.hidden)))
-    together = gradients(out.loss, tensors)
+    combined = gradients(out.loss, tensors)
 
     whole = trunk(batch.hidden)
     detached = whole.detach().requires_grad_()
@@ -59,7 +59,7 @@ def test_it_equals_the_head_by_head_backward_pass_through_a_detached_trunk(optio
         )
     whole.backward(detached.grad)
     assert out.loss.item() == pytest.approx(total, rel=1e-12)
-    for tensor, mine in zip(tensors, together, strict=True):
+    for tensor, mine in zip(tensors, combined, strict=True):
         assert tensor.grad is not None
         torch.testing.assert_close(mine, tensor.grad, rtol=1e-10, atol=1e-12)
 
@@ -85,11 +85,11 @@ def test_a_residual_head_is_the_trunk_plus_silu_and_starts_as_the_trunk():
 
 def test_all_heads_and_ntp_share_one_pass_over_the_unembedding(monkeypatch: pytest.MonkeyPatch):
     calls = []
-    real = plan_module.grouped_linear_cross_entropy
+    real = head_passes.grouped_linear_cross_entropy
     monkeypatch.setattr(
-        plan_module,
+        head_passes,
         "grouped_linear_cross_entropy",
-        lambda jobs, *a, **k: calls.append(len(jobs)) or real(jobs, *a, **k),
+        lambda terms, *a, **k: calls.append(len(terms)) or real(terms, *a, **k),
     )
     batch, spec = make_batch(), "ntp + 0.5*mtp_parallel(z_loss=0.1)"
     loss = build(spec, model=INFO)(batch.streams()).loss

@@ -1,4 +1,4 @@
-"""mtp_sequential against its equations: one module a depth, each told the token before the one it
+"""mtp_sequential against its equations: one module a depth, each reads the token before the one it
 predicts."""
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def depth_losses(batch: Batch, layers: nn.ModuleList, term: MTPSequential) -> di
         rows = []
         for b, t in [(b, t) for b in range(len(batch.ids)) for t in range(batch.ids.shape[1])]:
             token = batch.ids[b, t + k] if t + k < batch.ids.shape[1] else 0
-            told = rms(batch.embed.weight[token], own["enorm.weight"])
+            token_state = rms(batch.embed.weight[token], own["enorm.weight"])
             rows.append(
-                own["eh_proj.weight"] @ torch.cat([told, rms(hidden[b, t], own["hnorm.weight"])])
+                own["eh_proj.weight"]
+                @ torch.cat([token_state, rms(hidden[b, t], own["hnorm.weight"])])
             )
         state = layer.block(torch.stack(rows).view(hidden.shape), mask)  # type: ignore[operator]
         normed = torch.stack([rms(x, own["norm.weight"]) for x in state.flatten(0, 1)]).view(

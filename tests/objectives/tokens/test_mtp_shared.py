@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nitp_ops.engine import plan as plan_module
+from nitp_ops.engine.plan import head_passes
 from nitp_ops.objectives import NTP, ModelInfo, MTPShared, SpecError, Streams, build, parse
 from tests.support.objectives_cases import (
     INFO,
@@ -35,12 +35,12 @@ def token_loss(
 
 
 @pytest.fixture
-def jobs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many jobs each pass over a head was given."""
+def term_counts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many terms each pass over a head was given."""
     calls: list[int] = []
-    real = plan_module.grouped_linear_cross_entropy
+    real = head_passes.grouped_linear_cross_entropy
     monkeypatch.setattr(
-        plan_module,
+        head_passes,
         "grouped_linear_cross_entropy",
         lambda given, *a, **k: calls.append(len(given)) or real(given, *a, **k),
     )
@@ -107,7 +107,7 @@ def test_the_gradient_on_a_row_of_logits_is_the_mass_of_its_targets_times_softma
     torch.testing.assert_close(z.grad, expected, rtol=1e-13, atol=1e-15)
 
 
-def test_all_its_offsets_and_an_equal_ntp_are_one_set_of_rows(jobs: list[int]):
+def test_all_its_offsets_and_an_equal_ntp_are_one_set_of_rows(term_counts: list[int]):
     streams = make_batch().streams()
     for spec in (
         "mtp_shared(offsets=[2, 3, 4])",
@@ -115,7 +115,7 @@ def test_all_its_offsets_and_an_equal_ntp_are_one_set_of_rows(jobs: list[int]):
         "ntp + nitp + mtp_shared + b: 2*mtp_shared",
     ):
         build(spec, model=INFO)(streams)
-    assert jobs == [1, 1, 1]
+    assert term_counts == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -127,9 +127,9 @@ def test_all_its_offsets_and_an_equal_ntp_are_one_set_of_rows(jobs: list[int]):
         "ntp + schedule(to=1, warmup=4)*mtp_shared",
     ],
 )
-def test_rows_that_differ_or_may_be_silent_stay_apart_from_ntp(spec: str, jobs: list[int]):
+def test_rows_that_differ_or_may_be_inactive_stay_apart_from_ntp(spec: str, term_counts: list[int]):
     build(spec, model=INFO)(make_batch().streams(), step=1)
-    assert jobs == [2]
+    assert term_counts == [2]
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -140,14 +140,16 @@ def test_under_a_weight_of_zero_every_offset_is_measured_all_the_same(
     options: str, backend: str | None
 ):
     streams = make_batch().streams()
-    silent = build(f"0*mtp_shared{options}", model=INFO, backend=backend)(streams).metrics.compute()
-    loud = build(f"mtp_shared{options}", model=INFO, backend=backend)(streams).metrics.compute()
+    inactive = build(f"0*mtp_shared{options}", model=INFO, backend=backend)(
+        streams
+    ).metrics.compute()
+    active = build(f"mtp_shared{options}", model=INFO, backend=backend)(streams).metrics.compute()
     for k in (2, 3):
         for name in ("loss", "count", "accuracy"):
-            assert silent[f"mtp_shared/{k}/{name}"] == pytest.approx(
-                loud[f"mtp_shared/{k}/{name}"], rel=1e-12
+            assert inactive[f"mtp_shared/{k}/{name}"] == pytest.approx(
+                active[f"mtp_shared/{k}/{name}"], rel=1e-12
             )
-    assert silent["loss"] == 0
+    assert inactive["loss"] == 0
 
 
 def test_accuracy_is_that_of_each_offset():
@@ -162,7 +164,7 @@ def test_accuracy_is_that_of_each_offset():
     "spec", ["mtp_shared", "ntp + mtp_shared(z_loss=0.1, label_smoothing=0.1)"]
 )
 def test_token_weights_of_either_sign_multiply_each_target(spec: str):
-    """Two targets of one row weighted 1 and -1 must not cancel to a silent row."""
+    """Two targets of one row weighted 1 and -1 must not cancel to an inactive row."""
     batch = make_batch(length=9)
     batch.documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 3)
     weight = torch.tensor(

@@ -39,11 +39,11 @@ def test_an_option_of_the_call_takes_the_place_of_the_modules():
 def test_an_unknown_option_is_refused_when_it_is_made(name, hint):
     with pytest.raises(TypeError) as error:
         nitp_ops.LinearCrossEntropy(**{name: 1})
-    told = str(error.value)
-    assert told.startswith(
+    message = str(error.value)
+    assert message.startswith(
         f"LinearCrossEntropy: {name} is no option, expected one of bias, ignore_index, "
     )
-    assert told.endswith(hint) and ("Did you mean" in told) == bool(hint)
+    assert message.endswith(hint) and ("Did you mean" in message) == bool(hint)
 
 
 def test_it_compiles_as_a_part_of_a_model():

@@ -22,12 +22,12 @@ def test_a_term_of_weight_zero_leaves_the_other_gradients_bit_identical(dtype):
     hidden, weight, labels = make(rows=130, width=48, vocabulary=700, dtype=dtype)
     other = torch.full((7, 48), float("nan"), dtype=dtype)
     main = nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(1 / 130))
-    silent = nitp_ops.CrossEntropyTerm(other, labels[:7], token_weight=torch.tensor(0.0))
+    inactive = nitp_ops.CrossEntropyTerm(other, labels[:7], token_weight=torch.tensor(0.0))
     alone = outputs(
         lambda h, w: nitp_ops.grouped_linear_cross_entropy([main], w)[0], [hidden, weight]
     )
     beside = outputs(
-        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, silent], w)[0], [hidden, weight]
+        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, inactive], w)[0], [hidden, weight]
     )
     for a, b in zip(alone, beside, strict=True):
         assert torch.equal(a, b)
@@ -37,14 +37,16 @@ def test_a_term_of_weight_zero_leaves_the_other_gradients_bit_identical(dtype):
 def test_a_longer_term_of_weight_zero_does_not_move_the_chunks_of_the_others(dtype):
     hidden, weight, labels = make(rows=60, width=64, vocabulary=1000, dtype=dtype)
     main = nitp_ops.CrossEntropyTerm(hidden[:50], labels[:50], token_weight=torch.tensor(0.01))
-    silent = nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(0.0))
+    inactive = nitp_ops.CrossEntropyTerm(hidden, labels, token_weight=torch.tensor(0.0))
     size = 30 * 1000 * dtype.itemsize
     alone = outputs(
         lambda h, w: nitp_ops.grouped_linear_cross_entropy([main], w, chunk_bytes=size)[0],
         [hidden, weight],
     )
     beside = outputs(
-        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, silent], w, chunk_bytes=size)[0],
+        lambda h, w: nitp_ops.grouped_linear_cross_entropy([main, inactive], w, chunk_bytes=size)[
+            0
+        ],
         [hidden, weight],
     )
     for a, b in zip(alone, beside, strict=True):
@@ -71,7 +73,7 @@ def term_of(rows, weight=1.0, grad=True):
     )
 
 
-def test_a_chunk_holds_rows_of_several_terms_and_silent_ones_stay_apart(monkeypatch):
+def test_a_chunk_holds_rows_of_several_terms_and_inactive_ones_stay_apart(monkeypatch):
     terms = [term_of(5), term_of(4, weight=0.0), term_of(7), term_of(10)]
     seen = rows_of_gemms(monkeypatch, "forward")
     weight = torch.randn(31, 6, requires_grad=True)
@@ -97,7 +99,7 @@ def test_no_product_is_made_for_hidden_states_that_want_no_gradient(monkeypatch)
 
 @pytest.mark.skipif(
     not gemm.has_native_gemm("cpu", torch.bfloat16),
-    reason="no bfloat16 product is written in float32 here",
+    reason="no bfloat16 GEMM writes float32 here",
 )
 def test_a_float32_buffer_takes_hidden_gradients_of_a_shared_chunk_without_a_rounding():
     hidden = [torch.randn(8, 64).bfloat16().requires_grad_() for _ in range(2)]

@@ -26,7 +26,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer
 
 from nitp_ops.trainers.accelerate import Accumulation
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 # rows of a microbatch, microbatches; the last one ends with a single row
@@ -162,7 +162,9 @@ def test_a_loop_with_accelerate_averages_it_over_the_microbatches(family, size, 
 @pytest.mark.parametrize(("size", "steps"), CUTS[2:])
 def test_the_hugging_face_trainer_averages_it_over_the_microbatches(tmp_path, size, steps):
     model = experts()
-    check_step(model, size, one_step(tmp_path, NitpTrainer, model, size, steps, objective="ntp"))
+    check_step(
+        model, size, one_step(tmp_path, ObjectiveTrainer, model, size, steps, objective="ntp")
+    )
 
 
 def test_the_stock_trainer_weighs_it_by_the_share_of_the_labels(tmp_path):
@@ -173,7 +175,7 @@ def test_the_stock_trainer_weighs_it_by_the_share_of_the_labels(tmp_path):
     check_step(model, 2, shares=[own / sum(labels) for own in labels])
 
 
-class WithAPenalty(NitpTrainer):
+class WithAPenalty(ObjectiveTrainer):
     """A loss of one's own beside the objective."""
 
     def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -197,15 +199,15 @@ def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path):
     from transformers import ByT5Tokenizer
     from trl import SFTConfig, SFTTrainer  # type: ignore[reportPrivateImportUsage]
 
-    from nitp_ops.trainers.trl import NitpSFTTrainer
+    from nitp_ops.trainers.trl import ObjectiveSFTTrainer
 
     models, logs = (experts(), experts()), []
     data = Dataset.from_list(
         [{name: value.tolist() for name, value in row.items()} for row in rows()]
     )
-    for model, cls in zip(models, (SFTTrainer, NitpSFTTrainer), strict=True):
+    for model, cls in zip(models, (SFTTrainer, ObjectiveSFTTrainer), strict=True):
         options: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False, "max_length": 64}
-        options |= {"objective": "ntp"} if cls is NitpSFTTrainer else {}
+        options |= {"objective": "ntp"} if cls is ObjectiveSFTTrainer else {}
         given = {"train_dataset": data, "processing_class": ByT5Tokenizer()}
         logs.append(one_step(tmp_path, cls, model, 2, 2, config=SFTConfig, given=given, **options))
     for name, theirs in models[0].named_parameters():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nitp_ops.attaching import sidecar
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 pytestmark = pytest.mark.trainers
 
@@ -41,7 +41,9 @@ def make_trainer(folder, spec=SPEC, **options) -> Any:
         "data_collator": padded,
         "eval_dataset": ragged_rows(4, seed=5),
     }
-    return NitpTrainer(model=tiny_llama(torch.float32), args=arguments, objective=spec, **given)
+    return ObjectiveTrainer(
+        model=tiny_llama(torch.float32), args=arguments, objective=spec, **given
+    )
 
 
 def parameters(trainer):

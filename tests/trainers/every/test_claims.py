@@ -58,7 +58,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
     with pytest.raises(
         ValueError,
-        match=r"NitpTrainer: 2 GPUs in one process, expected one a "
+        match=r"ObjectiveTrainer: 2 GPUs in one process, expected one a "
         r"process \(torchrun\)",
     ):
         make_trainer(tmp_path)

@@ -1,4 +1,4 @@
-"""Trainers on packed rows: the same steps by labels and by shift_labels, whoever made them."""
+"""Trainers on packed rows: the same steps by labels and by shift_labels, no matter who made them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from nitp_ops.trainers.accelerate import Accumulation
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 SPEC = "ntp + 0.3*mtp_shared(offsets=[2]) + 0.8*nitp(target_layer=1)"
@@ -88,12 +88,12 @@ def same(
 
 
 def test_shift_labels_that_the_trainer_makes_train_like_the_labels(tmp_path):
-    expected = trained(NitpTrainer, tmp_path, objective=SPEC)
+    expected = trained(ObjectiveTrainer, tmp_path, objective=SPEC)
     assert len(expected[0]) == 2
-    same(trained(shifting(NitpTrainer), tmp_path, objective=SPEC), expected)
+    same(trained(shifting(ObjectiveTrainer), tmp_path, objective=SPEC), expected)
     # of the collator, whose word it is
     collated = trained(
-        NitpTrainer,
+        ObjectiveTrainer,
         tmp_path,
         lambda rows: shifted(packed(rows)),
         objective=SPEC,
@@ -102,13 +102,16 @@ def test_shift_labels_that_the_trainer_makes_train_like_the_labels(tmp_path):
     same(collated, expected)
     model = tiny_llama()
     nitp_ops.attach(model, SPEC, label_layout="stream")
-    same(trained(NitpTrainer, tmp_path, lambda rows: shifted(packed(rows)), model=model), expected)
+    same(
+        trained(ObjectiveTrainer, tmp_path, lambda rows: shifted(packed(rows)), model=model),
+        expected,
+    )
 
 
 def test_shift_labels_of_documents_train_as_the_stock_trainer_does(tmp_path):
     expected = trained(Trainer, tmp_path, of_documents)
     found = trained(
-        NitpTrainer, tmp_path, of_documents, objective="ntp + 0*mtp_shared(offsets=[2])"
+        ObjectiveTrainer, tmp_path, of_documents, objective="ntp + 0*mtp_shared(offsets=[2])"
     )
     lengths = [len(row["input_ids"]) - 1 for row in ragged_rows()]
     assert sum(entry["ntp/count"] for entry in found[0]) == sum(lengths)
@@ -126,7 +129,7 @@ def test_trl_counts_its_shift_labels_like_its_labels(tmp_path):
     from transformers import ByT5Tokenizer
     from trl import SFTConfig  # type: ignore[reportPrivateImportUsage]
 
-    from nitp_ops.trainers.trl import NitpSFTTrainer
+    from nitp_ops.trainers.trl import ObjectiveSFTTrainer
 
     options: dict[str, Any] = {
         "processing_class": ByT5Tokenizer(), "arguments": SFTConfig, "objective": SPEC,
@@ -134,7 +137,7 @@ def test_trl_counts_its_shift_labels_like_its_labels(tmp_path):
     }  # fmt: skip
     found, expected = (
         trained(cls, tmp_path, train_dataset=Dataset.from_list(ragged_rows()), **options)
-        for cls in (shifting(NitpSFTTrainer), NitpSFTTrainer)
+        for cls in (shifting(ObjectiveSFTTrainer), ObjectiveSFTTrainer)
     )
     same(found, expected)
 
@@ -146,10 +149,10 @@ def test_axolotl_counts_its_shift_labels_like_its_labels_and_its_config_names_th
     from axolotl.utils.dict import DictDefault
     from datasets import Dataset
 
-    from nitp_ops.trainers.axolotl import NitpArgs, NitpPlugin
+    from nitp_ops.trainers.axolotl import ObjectiveArgs, ObjectivePlugin
     from tests.trainers.test_axolotl import Arguments
 
-    plugin, data, found = NitpPlugin(), Dataset.from_list(ragged_rows()), []
+    plugin, data, found = ObjectivePlugin(), Dataset.from_list(ragged_rows()), []
     for shifts, layout in ((False, None), (True, None), (False, "stream")):
         cfg, model = DictDefault(nitp_objective=SPEC, nitp_label_layout=layout), tiny_llama()
         plugin.post_model_load(cfg, model)
@@ -162,7 +165,7 @@ def test_axolotl_counts_its_shift_labels_like_its_labels_and_its_config_names_th
     same(found[1], found[0])
     same(found[2], found[0])
     with pytest.raises(ValueError, match="nitp_label_layout"):
-        NitpArgs(nitp_objective="ntp", nitp_label_layout="packed")  # type: ignore[arg-type]
+        ObjectiveArgs(nitp_objective="ntp", nitp_label_layout="packed")  # type: ignore[arg-type]
 
 
 def test_a_loop_with_accelerate_counts_shift_labels_as_it_was_told():

@@ -22,14 +22,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from transformers import Trainer
 
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 pytestmark = pytest.mark.trainers
 RATE = 0.5
 
 
 def make_trainer(
-    folder, model, cls: Any = NitpTrainer, objective: str | None = SPEC, **options
+    folder, model, cls: Any = ObjectiveTrainer, objective: str | None = SPEC, **options
 ) -> Any:
     given = {} if objective is None else {"objective": objective}
     arguments = trainer_arguments(folder, **options)

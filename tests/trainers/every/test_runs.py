@@ -23,7 +23,7 @@ pytest.importorskip("accelerate")
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback
 
-from nitp_ops.trainers.transformers import NitpTrainer
+from nitp_ops.trainers.transformers import ObjectiveTrainer
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 RATE = 0.5
@@ -34,7 +34,7 @@ def make_trainer(folder: Any, rows: Any = None, **options: Any) -> Any:
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2} | options
     options = {"train_sampling_strategy": "sequential"} | options
     model = None if "model_init" in given else tiny_llama()
-    return NitpTrainer(
+    return ObjectiveTrainer(
         model=model,
         args=trainer_arguments(folder, **options),
         train_dataset=ragged_rows() if rows is None else rows,

@@ -1,4 +1,4 @@
-"""What `footprint` says is, to the byte, what four gloo processes hand to their collectives, for
+"""What `estimate_cost` says is, to the byte, what four gloo processes hand to their collectives, for
 every objective."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nitp_ops.engine.reports.cost_model import Mesh, footprint
+from nitp_ops.engine.reports.cost_model import Mesh, estimate_cost
 from nitp_ops.engine.reports.dry_run import dry_run
 from nitp_ops.objectives import SequenceShard, Streams, build
 from tests.support.engine_cases import LENGTH, SPECS, packed_batch, start
@@ -109,7 +109,7 @@ def worker(rank: int) -> None:
         for spec in specs:
             tokens = batch.ids.numel() // mesh.cp
             try:
-                cost = footprint(spec, INFO, mesh, tokens=tokens, sequences=len(batch.ids))
+                cost = estimate_cost(spec, INFO, mesh, tokens=tokens, sequences=len(batch.ids))
             except ValueError as error:
                 assert mesh.cp > 1 and "shard of the sequence" in str(error)
                 continue

@@ -104,9 +104,11 @@ def test_targets_with_a_pairwise_cosine_of_0_89_leave_a_constant_0_057():
         token_ids=torch.zeros(1, n).long(), last_hidden=best, hidden_states={1: targets[None]}
     )
     metrics = build([NITP(projector="none", shift=0)], model=info)(streams).metrics.compute()
-    assert metrics["nitp/floor"] == pytest.approx(1 - math.sqrt(0.89 + 0.11 / n), rel=1e-10)
-    assert metrics["nitp/loss"] == pytest.approx(metrics["nitp/floor"], rel=1e-10)
-    assert round(metrics["nitp/floor"], 3) == 0.057
+    assert metrics["nitp/constant_predictor_loss"] == pytest.approx(
+        1 - math.sqrt(0.89 + 0.11 / n), rel=1e-10
+    )
+    assert metrics["nitp/loss"] == pytest.approx(metrics["nitp/constant_predictor_loss"], rel=1e-10)
+    assert round(metrics["nitp/constant_predictor_loss"], 3) == 0.057
 
 
 @given(
@@ -118,7 +120,7 @@ def test_targets_with_a_pairwise_cosine_of_0_89_leave_a_constant_0_057():
 def test_objectives_report_the_floor_of_exactly_the_pairs_that_count(
     seed, shift, documents, stop_gradient
 ):
-    """``floor = 1 - |mean z^|`` and ``skill = 1 - loss/floor`` over valid pairs; a constant's skill
+    """``constant_predictor_loss = 1 - |mean z^|`` and ``skill = 1 - loss/constant_predictor_loss`` over valid pairs; a constant's skill
     is never > 0."""
     batch = make_batch(seed)
     batch.documents = torch.tensor([documents] * 3)
@@ -134,12 +136,12 @@ def test_objectives_report_the_floor_of_exactly_the_pairs_that_count(
         assert math.isnan(metrics["nitp/skill"])
         return
     m = mean_unit(torch.stack([batch.states[1][b, t + shift] for b, t in positions]).detach())
-    floor, loss = 1 - m.norm().item(), 1 - (F.normalize(constant, dim=0) @ m).item()
-    assert metrics["nitp/floor"] == pytest.approx(floor, abs=1e-12)
+    least, loss = 1 - m.norm().item(), 1 - (F.normalize(constant, dim=0) @ m).item()
+    assert metrics["nitp/constant_predictor_loss"] == pytest.approx(least, abs=1e-12)
     assert metrics["nitp/loss"] == pytest.approx(loss, abs=1e-12)
-    if floor >= 1e-4:
+    if least >= 1e-4:
         assert (
-            metrics["nitp/skill"] == pytest.approx(1 - loss / floor, abs=1e-9)
+            metrics["nitp/skill"] == pytest.approx(1 - loss / least, abs=1e-9)
             and metrics["nitp/skill"] < 1e-9
         )
     else:
@@ -148,7 +150,7 @@ def test_objectives_report_the_floor_of_exactly_the_pairs_that_count(
 
 @BOOKS
 def test_a_predictor_that_looks_at_its_input_can_pass_under_the_floor(book):
-    """The floor bounds constants only: ``p_i = m + z_i^`` has a skill > 0 wherever the targets
+    """constant_predictor_loss bounds constants only: ``p_i = m + z_i^`` has a skill > 0 wherever the targets
     differ."""
     targets = normal(3, 20, 6) + normal(4, 6)
     m = mean_unit(targets)

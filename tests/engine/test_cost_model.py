@@ -3,6 +3,8 @@ second process."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 import nitp_ops
 from nitp_ops import __main__ as command
 from nitp_ops.engine.reports import scaling
-from nitp_ops.engine.reports.cost_model import Mesh, footprint
+from nitp_ops.engine.reports.cost_model import Mesh, estimate_cost
 from nitp_ops.engine.streams import context_parallel
 from nitp_ops.objectives import ModelInfo, SequenceShard, Streams, available, build
 from tests.support.objectives_cases import INFO, make_batch
@@ -21,14 +23,16 @@ WIDE = ModelInfo(hidden_size=64, vocab_size=512, num_layers=24, dtype=torch.bflo
 
 
 def by_purpose(spec: str, mesh: Mesh, **options: int) -> dict[str, int]:
-    cost = footprint(spec, WIDE, mesh, **{"tokens": 4096, **options})
+    cost = estimate_cost(spec, WIDE, mesh, **{"tokens": 4096, **options})
     return {f"{each.collective} {each.purpose}": each.sent for each in cost.traffic}
 
 
 def test_the_page_is_what_the_calculator_says():
-    assert PAGE.read_text() == scaling.page(), (
-        "run python -m nitp_ops.engine.reports.scaling > docs/scaling.md"
+    command = "nitp_ops.engine.reports.scaling"
+    written = subprocess.run(
+        [sys.executable, "-m", command], capture_output=True, text=True, check=True
     )
+    assert PAGE.read_text() == written.stdout, f"run python -m {command} > docs/scaling.md"
 
 
 def test_the_page_has_the_papers_widths():
@@ -57,7 +61,7 @@ def test_what_a_rank_sends_is_the_formula_written_out():
 
 
 def test_a_single_rank_sends_nothing_and_holds_the_chunk():
-    cost = footprint("ntp + nitp", WIDE, Mesh(), tokens=4096)
+    cost = estimate_cost("ntp + nitp", WIDE, Mesh(), tokens=4096)
     assert cost.traffic == () and cost.sent == 0
     plan = nitp_ops.explain(
         "linear_cross_entropy", rows=4096, width=64, vocabulary=512, dtype=torch.bfloat16
@@ -82,17 +86,17 @@ def test_targets_that_share_rows_share_their_sums():
 
 
 @pytest.mark.parametrize("name", available())
-def test_every_objective_has_a_footprint_or_a_reason(name: str):
-    assert footprint(f"main: ntp + extra: {name}", INFO, Mesh(dp=4), tokens=64).sent > 0
+def test_every_objective_has_a_cost_or_a_reason(name: str):
+    assert estimate_cost(f"main: ntp + extra: {name}", INFO, Mesh(dp=4), tokens=64).sent > 0
     try:
-        assert footprint(f"main: ntp + extra: {name}", INFO, Mesh(cp=4), tokens=64).sent > 0
+        assert estimate_cost(f"main: ntp + extra: {name}", INFO, Mesh(cp=4), tokens=64).sent > 0
     except ValueError as error:
         assert "extra: its blocks" in str(error) or "extra: it pairs" in str(error)
 
 
 def test_a_latent_term_that_reads_the_head_is_refused_beside_tensor_parallel_ranks():
     with pytest.raises(ValueError, match="tp is 2, expected 1 with nextlat"):
-        footprint("ntp + nextlat", WIDE, Mesh(tp=2), tokens=64)
+        estimate_cost("ntp + nextlat", WIDE, Mesh(tp=2), tokens=64)
 
 
 @pytest.mark.parametrize("text", ["tp", "tp=0", "tp=2,tp=2", "pp=2", "tp=two", ""])
