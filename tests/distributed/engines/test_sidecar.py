@@ -14,7 +14,9 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results(2, Path(tmp_path_factory.mktemp("ranks")), "tests.distributed.engines.sidecar_cases")
+    return results(
+        2, Path(tmp_path_factory.mktemp("ranks")), "tests.distributed.engines.sidecar_cases"
+    )
 
 
 @pytest.mark.parametrize("case", CASES)

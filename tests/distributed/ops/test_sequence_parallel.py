@@ -13,7 +13,11 @@ pytestmark = pytest.mark.ranks
 
 @pytest.fixture(scope="module", params=[2, 4])
 def outcome(request, tmp_path_factory):
-    return results(request.param, tmp_path_factory.mktemp("ranks"), "tests.distributed.ops.sequence_parallel_cases")
+    return results(
+        request.param,
+        tmp_path_factory.mktemp("ranks"),
+        "tests.distributed.ops.sequence_parallel_cases",
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
