@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from nitp_ops.objectives import Streams
 from nitp_ops.trainers.lightning import ObjectiveCallback
-from tests.trainers.test_lightning import (
+from tests.trainers.cases.lightning import (
     QUIET,
     SPEC,
     OwnStreams,

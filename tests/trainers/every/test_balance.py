@@ -221,7 +221,7 @@ def test_trl_takes_the_same_step_with_and_without_the_objective(tmp_path):
 def test_lightning_averages_it_over_the_microbatches(size, steps):
     L = pytest.importorskip("lightning")
     from nitp_ops.trainers.lightning import ObjectiveCallback
-    from tests.trainers.test_lightning import QUIET, Wrapped
+    from tests.trainers.cases.lightning import QUIET, Wrapped
 
     module = Wrapped(experts())
     module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=1.0)  # type: ignore[method-assign]

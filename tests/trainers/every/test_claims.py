@@ -15,7 +15,7 @@ import nitp_ops
 from nitp_ops.attaching import handle_of
 from nitp_ops.trainers.lightning import SIDECAR, ObjectiveCallback
 from tests.support.hugging_face_cases import batch, gradients, make
-from tests.trainers.test_lightning import SPEC, Wrapped, fit, llama, rows
+from tests.trainers.cases.lightning import SPEC, Wrapped, fit, llama, rows
 
 pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
 

@@ -187,7 +187,7 @@ def test_a_loop_with_accelerate_counts_shift_labels_as_it_was_told():
 def test_lightning_counts_shift_labels_as_it_was_told():
     L = pytest.importorskip("lightning")
     from nitp_ops.trainers.lightning import ObjectiveCallback
-    from tests.trainers.test_lightning import QUIET, Wrapped
+    from tests.trainers.cases.lightning import QUIET, Wrapped
 
     found, cases = [], (("document", packed), ("stream", lambda rows: shifted(packed(rows))))
     for layout, collate in cases:
