@@ -229,6 +229,11 @@ class HeadTerm(Objective):
 
     predicts_tokens: ClassVar[bool] = True
 
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """Label smoothing and z-loss of its rows, as in `CrossEntropyTerm`."""
+        return 0.0, 0.0
+
     def rows(self, streams: Streams, context: Context) -> dict[str, HeadRows]:
         """``{part: rows}``, with the parts and the rows that `valid` counts."""
         raise NotImplementedError

@@ -82,9 +82,8 @@ def _passes(terms: Sequence[Objective], info: ModelInfo, tokens: int) -> list[st
         groups.setdefault(head, []).append(str(term.label))
         if isinstance(term, HeadTerm):
             # rows of last_hidden under equal options are shared
-            options = f"{getattr(term, 'label_smoothing', 0.0)} {getattr(term, 'z_loss', 0.0)}"
             own = {f"{term.label} {index}" for index in range(term.own_states())}
-            states.setdefault(head, set()).update(own or {f"last_hidden {options}"})
+            states.setdefault(head, set()).update(own or {f"last_hidden {term.penalties}"})
     lines = []
     for head, labels in groups.items():
         if head not in states:

@@ -23,6 +23,10 @@ class TokenTerm(HeadTerm):
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    @property
+    def penalties(self) -> tuple[float, float]:
+        return self.label_smoothing, self.z_loss
+
     def problems(self) -> list[str]:
         found = [
             number_problem("label_smoothing", self.label_smoothing, 0),

@@ -47,7 +47,7 @@ class MTPParallel(TokenTerm):
         heads: "block", one transformer block each (`ModelInfo.block_factory`, else a plain one:
             RMSNorm, causal attention inside the document, SwiGLU); "residual", ``h + silu(W_i h)``
             with W_i zero at first: with offsets (1, 3, 5, 7) that is L-MTP, arXiv 2505.17505.
-        label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
+        The options of `TokenTerm`, as in ntp.
 
     Example:
         >>> from nitp_ops.objectives import ModelInfo, build

@@ -51,7 +51,7 @@ class MTPSequential(TokenTerm):
         source: h^0: "last_hidden", after the final norm, and each next module reads norm_k(h^k);
             "last_residual", before it, and each next module reads h^k.
         detach_trunk: no gradient from the modules into h^0.
-        label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
+        The options of `TokenTerm`, as in ntp.
 
     Example:
         >>> from nitp_ops.objectives import ModelInfo, build

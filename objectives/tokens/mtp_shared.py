@@ -38,7 +38,7 @@ class MTPShared(TokenTerm):
     Args:
         offsets: the k, distinct and >= 1, at most 256 of them. weights: one w_k > 0 for each
             offset; 1 where not given.
-        label_smoothing: e, in [0, 1]. z_loss: c, >= 0; as in ntp.
+        The options of `TokenTerm`, as in ntp.
 
     Example:
         >>> from nitp_ops.objectives import parse

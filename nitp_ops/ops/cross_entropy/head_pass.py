@@ -136,7 +136,7 @@ class MaterializedLogits:
             self.kernels.cross_entropy_rows_(
                 logits, labels, weight, self.bias, each.rows.smoothing_weight, scale, values.stats,
                 values.target_logit, values.prediction, unembedding.ignore_index, term.several,
-                term.label_smoothing, term.z_loss, unembedding.softcap, unembedding.logit_scale,
+                *term.penalties, unembedding.softcap, unembedding.logit_scale,
                 differentiate,
             )  # fmt: skip
         each.scatter_(part, values)

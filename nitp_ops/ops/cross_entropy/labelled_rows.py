@@ -50,9 +50,8 @@ def flat_rows(term: CrossEntropyTerm, ignore_index: int) -> FlatRows:
             labels.where(labels != ignore_index, 0).clamp(0, of_class.shape[0] - 1)
         ]
         smoothing_weight = of_class if smooth else None
-    # a row whose targets all weigh nothing must be inactive, not multiplied by zero, unless
-    # something else weighs
-    needed = target_weight is not None and term.z_loss == 0 and not smooth
+    # a row whose targets all weigh nothing must be inactive, not multiplied by zero
+    needed = target_weight is not None and term.needs_target_weight
     return FlatRows(labels, target_weight, smoothing_weight, needed)
 
 

@@ -45,6 +45,17 @@ class CrossEntropyTerm:
         return self.target_weight is not None
 
     @property
+    def penalties(self) -> tuple[float, float]:
+        """Label smoothing and z-loss, in the order of the row kernels."""
+        return self.label_smoothing, self.z_loss
+
+    @property
+    def needs_target_weight(self) -> bool:
+        """Whether a row adds nothing when all its targets weigh nothing."""
+        smooth_by_class = self.class_weight is not None and self.label_smoothing > 0
+        return self.z_loss == 0 and not smooth_by_class
+
+    @property
     def leading(self) -> torch.Size:
         """Shape of the rows."""
         return self.hidden.shape[:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from ..reference_rows import of_active_rows
 from .stats import TokenEntropyStats, TokenStats
 from .term import CrossEntropyTerm, Unembedding, labels_inside
 
-_OF_ROWS = ("token_weight", "target_weight", "class_weight", "z_loss", "label_smoothing")
+#: Options of a term that the formula takes.
+_OF_ROWS = {field.name for field in fields(CrossEntropyTerm)}
+_OF_ROWS -= {"hidden", "labels", "hidden_grad_out", "max_rows"}
 
 
 def token_loss(

@@ -98,7 +98,7 @@ class ShardRows:
         local = local.where(owned, -1)
         fields = self._gathered(logits, local, owned, values)
         top, total, log_sum = self._softmax(fields, values, labels)
-        e, c = self.term.label_smoothing, self.term.z_loss
+        e, c = self.term.penalties
         inside = present & (labels >= 0) & (labels < self.vocabulary)
         w = torch.ones_like(values.target_logit) if weight is None else weight
         # a label outside [0, V) poisons its row
