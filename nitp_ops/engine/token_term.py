@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .base import HeadRows, HeadTerm
 from .spec.validation import MOST_AHEAD, number_problem
+from .streams.model_info import ModelInfo
+from .streams.needs import Need
 from .streams.streams import Streams
 from .streams.targets import target_weights, token_targets
 
@@ -51,6 +53,25 @@ class TokenTerm(HeadTerm):
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffsetTerm(TokenTerm):
+    """Tokens x_{t+k} of several offsets k, predicted from last_hidden at t; a part for each."""
+
+    offsets: tuple[int, ...]
+
+    def max_offset(self) -> int:
+        return max(self.offsets)
+
+    def requires(self, info: ModelInfo) -> frozenset[Need]:
+        return frozenset({Need("token_ids"), Need("last_hidden"), Need("head")})
+
+    def predicted(self) -> frozenset[int]:
+        return frozenset(self.offsets)
+
+    def valid(self, streams: Streams) -> dict[str, Tensor]:
+        return valid_offsets(streams, self.offsets)
 
 
 def valid_offsets(streams: Streams, offsets: tuple[int, ...]) -> dict[str, Tensor]:

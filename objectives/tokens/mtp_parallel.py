@@ -25,14 +25,13 @@ from nitp_ops.engine.modules.parameters import redraw, seeded
 from nitp_ops.engine.registry import register
 from nitp_ops.engine.spec.validation import MOST_HEADS
 from nitp_ops.engine.streams.model_info import ModelInfo
-from nitp_ops.engine.streams.needs import Need
 from nitp_ops.engine.streams.streams import Streams
-from nitp_ops.engine.token_term import TokenTerm, ahead, offset_problems, valid_offsets
+from nitp_ops.engine.token_term import OffsetTerm, TokenTerm, ahead, offset_problems
 
 
 @register("mtp_parallel")
 @dataclass(frozen=True, kw_only=True)
-class MTPParallel(TokenTerm):
+class MTPParallel(OffsetTerm):
     """``sum_i SUM_i / COUNT_i`` of ``CE(W f_i(h)_t, x_{t+i})`` over V_i, each f_i a head of its
     own.
 
@@ -77,20 +76,8 @@ class MTPParallel(TokenTerm):
     def model_problems(self, info: ModelInfo) -> list[str]:
         return factory_problems(info) if self.heads == "block" else []
 
-    def max_offset(self) -> int:
-        return max(self.offsets)
-
-    def requires(self, info: ModelInfo) -> frozenset[Need]:
-        return frozenset({Need("token_ids"), Need("last_hidden"), Need("head")})
-
-    def predicted(self) -> frozenset[int]:
-        return frozenset(self.offsets)
-
     def make_module(self, info: ModelInfo, seed: int) -> nn.Module:
         return ParallelHeads(self.heads, len(self.offsets), info, seed)
-
-    def valid(self, streams: Streams) -> dict[str, Tensor]:
-        return valid_offsets(streams, self.offsets)
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return whole_sequence_problems(module)

@@ -5,16 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nitp_ops.engine.base import Context, HeadRows
 from nitp_ops.engine.drafting.drafters import SharedDrafter
 from nitp_ops.engine.registry import register
 from nitp_ops.engine.spec.validation import number_problem
 from nitp_ops.engine.streams.model_info import ModelInfo
-from nitp_ops.engine.streams.needs import Need
 from nitp_ops.engine.streams.streams import Streams
-from nitp_ops.engine.token_term import TokenTerm, ahead, offset_problems, valid_offsets
+from nitp_ops.engine.token_term import OffsetTerm, ahead, offset_problems
 
 #: Each is a part with a count, a loss and an accuracy of its own.
 _MOST_OFFSETS = 256
@@ -22,7 +21,7 @@ _MOST_OFFSETS = 256
 
 @register("mtp_shared")
 @dataclass(frozen=True, kw_only=True)
-class MTPShared(TokenTerm):
+class MTPShared(OffsetTerm):
     """``sum_k w_k SUM_k / COUNT_k`` of ``CE(z_t, x_{t+k})`` over V_k: one row of logits against
     several tokens.
 
@@ -66,20 +65,8 @@ class MTPShared(TokenTerm):
         ]
         return found
 
-    def max_offset(self) -> int:
-        return max(self.offsets)
-
-    def requires(self, info: ModelInfo) -> frozenset[Need]:
-        return frozenset({Need("token_ids"), Need("last_hidden"), Need("head")})
-
-    def predicted(self) -> frozenset[int]:
-        return frozenset(self.offsets)
-
     def part_weight(self, part: str) -> float:
         return 1.0 if self.weights is None else float(self.weights[self.offsets.index(int(part))])
-
-    def valid(self, streams: Streams) -> dict[str, Tensor]:
-        return valid_offsets(streams, self.offsets)
 
     def shard_problems(self, info: ModelInfo, module: nn.Module | None) -> list[str]:
         return []
