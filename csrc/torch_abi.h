@@ -2,8 +2,8 @@
 // classes over it.
 //
 // No header of torch is included: the library compiles where no torch is installed, and loads in
-// every torch >= 2.11. tests/kernels/test_torch_abi.py compiles these declarations beside torch's own: a
-// difference is a compile error.
+// every torch >= 2.11. tests/kernels/test_torch_abi.py compiles these declarations beside torch's
+// own: a difference is a compile error.
 //
 // A boxed kernel gets a stack of 64-bit slots. An int64, a bool or a double lies in its slot bit by
 // bit, a tensor as a handle that the kernel owns, an optional as 0 or as the address of a slot that

@@ -1,5 +1,5 @@
-// What a block tells the others of its cluster: a message into the inbox of each. tests/kernels/cuda_source/simt/simt.h
-// has the same functions for the CPU.
+// What a block tells the others of its cluster: a message into the inbox of each.
+// tests/kernels/cuda_source/simt/simt.h has the same functions for the CPU.
 #pragma once
 #include "launch.h"
 

@@ -1,5 +1,6 @@
-// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler: tests/kernels/cuda_source/simt/simt.h,
-// which has the same names and runs the same kernels on the CPU, cluster after cluster.
+// What runs the kernels. nvcc: a launch on a stream. Any other C++ compiler:
+// tests/kernels/cuda_source/simt/simt.h, which has the same names and runs the same kernels on the
+// CPU, cluster after cluster.
 //
 // A .cu keeps its kernels in an inline namespace of its own: the mangled name of an anonymous one
 // holds the path of the build folder, and the same sources would give other bytes elsewhere.
