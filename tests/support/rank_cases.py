@@ -23,6 +23,7 @@ import nitp_ops
 from nitp_ops.distributed import VocabularyShards
 
 SECONDS = 60
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def _worker(rank: int, ranks: int, folder: str, module: str) -> None:
@@ -60,6 +61,16 @@ def results(ranks: int, folder: Path, module: str) -> dict[str, str]:
         name: "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
         for name, texts in wrong.items()
     }
+
+
+def outcome_of(module: str, *counts: int) -> Any:
+    """A fixture: the results of a module's cases on each number of ranks."""
+
+    @pytest.fixture(scope="module", params=counts)
+    def outcome(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+        return results(request.param, tmp_path_factory.mktemp("ranks"), module)
+
+    return outcome
 
 
 def over_ranks(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Any:

@@ -9,14 +9,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import tests.distributed.engines.attached_shards_cases as cases
-from tests.support import rank_cases
+from tests.support.rank_cases import outcome_of
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return rank_cases.results(2, tmp_path_factory.mktemp("ranks"), cases.__name__)
+found = outcome_of(cases.__name__, 2)
 
 
 @pytest.mark.parametrize("name", cases.CASES)

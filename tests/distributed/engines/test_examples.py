@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.support.rank_cases import TORCHRUN
+
 pytestmark = [
     pytest.mark.ranks,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
@@ -20,16 +22,11 @@ EXAMPLES = Path(__file__).parents[3] / "examples"
 @pytest.mark.parametrize("name", ["distributed.py", "pipeline.py"])
 def test_two_processes_print_a_loss_that_falls(name: str):
     assert f"torchrun --nproc-per-node 2 examples/{name}" in (EXAMPLES / name).read_text()
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
     done = subprocess.run(
-        [*torchrun, str(EXAMPLES / name)], capture_output=True, text=True, timeout=240
+        [sys.executable, *TORCHRUN, str(EXAMPLES / name)],
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     losses = [float(loss) for loss in re.findall(r"loss'?:? ([0-9.]+)", done.stdout)]

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.distributed.engines.sidecar_cases import CASES
-from tests.support.rank_cases import results
+from tests.support.rank_cases import outcome_of
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return results(
-        2, Path(tmp_path_factory.mktemp("ranks")), "tests.distributed.engines.sidecar_cases"
-    )
+ran = outcome_of("tests.distributed.engines.sidecar_cases", 2)
 
 
 @pytest.mark.parametrize("case", CASES)

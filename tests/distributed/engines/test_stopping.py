@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.support.rank_cases import TORCHRUN
+
 pytestmark = [
     pytest.mark.ranks,
     pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo"),
@@ -56,15 +58,7 @@ def test_the_other_rank_says_which_collective_failed(how: str):
 
 
 def test_torchrun_stops_the_others_and_names_the_rank():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-    ]
+    command = [sys.executable, *TORCHRUN, str(SCRIPT)]
     begin = time.monotonic()
     done = subprocess.run([*command, "exits"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode != 0 and time.monotonic() - begin < LIMIT
@@ -72,14 +66,6 @@ def test_torchrun_stops_the_others_and_names_the_rank():
 
 
 def test_ranks_that_do_not_stop_end_well():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(SCRIPT),
-    ]
+    command = [sys.executable, *TORCHRUN, str(SCRIPT)]
     done = subprocess.run([*command, "goes on"], capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, done.stderr

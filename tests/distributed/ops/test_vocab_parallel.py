@@ -6,18 +6,12 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed.ops.vocab_parallel_cases import CASES
-from tests.support.rank_cases import results
+from tests.support.rank_cases import outcome_of
 
 pytestmark = pytest.mark.ranks
 
 
-@pytest.fixture(scope="module", params=[2, 4])
-def outcome(request, tmp_path_factory):
-    return results(
-        request.param,
-        tmp_path_factory.mktemp("ranks"),
-        "tests.distributed.ops.vocab_parallel_cases",
-    )
+outcome = outcome_of("tests.distributed.ops.vocab_parallel_cases", 2, 4)
 
 
 @pytest.mark.parametrize("name", CASES)
