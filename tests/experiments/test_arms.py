@@ -14,13 +14,7 @@ from tests.experiments.pretrain_cases import (
     checkpoint,
     complaint,
     steps_without_times,
-    write_text,
 )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def info(layers: int) -> ModelInfo:

@@ -12,13 +12,7 @@ from tests.experiments.pretrain_cases import (
     SCRIPT,
     arguments,
     complaint,
-    write_text,
 )
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize(

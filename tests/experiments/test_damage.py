@@ -20,15 +20,9 @@ from tests.experiments.pretrain_cases import (
     assert_same_run,
     checkpoint,
     complaint,
-    write_text,
 )
 
 NTP = ("--objectives", "ntp")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

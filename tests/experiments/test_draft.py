@@ -11,14 +11,9 @@ import torch
 from examples import draft, pretrain
 from experiments.train import decoding, heads, model, run
 from nitp_ops.objectives import ModelInfo, build
-from tests.experiments.pretrain_cases import arguments, write_text
+from tests.experiments.pretrain_cases import arguments
 
 SPECS = ("ntp + mtp_shared", "ntp + mtp_parallel", "ntp + mtp_sequential(depth=3)")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def decoder(**changes):

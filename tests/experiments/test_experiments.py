@@ -14,7 +14,7 @@ from experiments.analysis import overhead, records
 from experiments.console import failure
 from experiments.report import hypotheses
 from experiments.train import run as run_module
-from tests.experiments.pretrain_cases import arms, fake, verdicts, write_text
+from tests.experiments.pretrain_cases import arms, fake, verdicts
 
 pytestmark = pytest.mark.programs
 
@@ -31,11 +31,6 @@ def three_arms():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arms, "CONTROLS", tuple(row for row in arms.CONTROLS if row.name in KEPT))
         yield
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def experiment(text, out, *more) -> int:

@@ -13,14 +13,9 @@ import torch
 from examples import pretrain
 from experiments import comparison
 from experiments.train import run as run_module
-from tests.experiments.pretrain_cases import arguments, checkpoint, complaint, write_text
+from tests.experiments.pretrain_cases import arguments, checkpoint, complaint
 
 SHORT = ("--steps", "4", "--objectives", "ntp")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])

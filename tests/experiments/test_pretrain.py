@@ -16,15 +16,9 @@ from tests.experiments.pretrain_cases import (
     checkpoint,
     complaint,
     steps_without_times,
-    write_text,
 )
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare" / "input.txt"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from tests.experiments.pretrain_cases import (
     checkpoint,
     complaint,
     steps_without_times,
-    write_text,
 )
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -46,11 +45,6 @@ def heeded():
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_text(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

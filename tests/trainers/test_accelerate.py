@@ -20,18 +20,8 @@ from accelerate.utils import GradientAccumulationPlugin
 
 from nitp_ops.trainers.accelerate import Accumulation, data_parallel_only
 
-pytestmark = pytest.mark.trainers
+pytestmark = [pytest.mark.trainers, pytest.mark.usefixtures("fresh_accelerate")]
 RATE = 0.5
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its state in singletons."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
-    yield
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
 
 
 def prepared(

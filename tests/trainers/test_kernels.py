@@ -15,7 +15,7 @@ import torch
 
 import nitp_ops
 from tests.support.trainer_cases import padded, ragged_rows, tiny_llama
-from tests.trainers import kernel_folder
+from tests.trainers.cases import kernel_folder
 
 pytestmark = pytest.mark.trainers
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]

@@ -22,26 +22,19 @@ from tests.support.trainer_cases import trainer_arguments
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from transformers import Trainer
 
 from nitp_ops.trainers.accelerate import Accumulation
 from nitp_ops.trainers.transformers import ObjectiveTrainer
 
-pytestmark = [pytest.mark.trainers, pytest.mark.filterwarnings("ignore")]
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.usefixtures("fresh_accelerate"),
+]
 # rows of a microbatch, microbatches; the last one ends with a single row
 CUTS = [(4, 1), (1, 4), (2, 2), (3, 2)]
 COEFFICIENT = 0.5
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its state in singletons."""
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
-    yield
-    for state in (AcceleratorState, GradientState):
-        state._reset_state()
 
 
 def experts(family: str = "mixtral") -> Any:

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def build(repository: Path, *, library: bool = False) -> Path:
