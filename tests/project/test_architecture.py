@@ -4,6 +4,8 @@ pyproject.toml, csrc's beside."""
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -62,3 +64,22 @@ def test_no_module_bears_the_name_of_a_public_function_of_its_parent(name):
     parent, _, own = name.rpartition(".")
     package = importlib.import_module(parent)
     assert own not in set(getattr(package, "__all__", ())) - {"geometry", "layers", "reference"}
+
+
+EVERY_MODULE = """
+import importlib, nitp_ops
+public = {name: getattr(nitp_ops, name) for name in [*nitp_ops.__all__, "attach"]}
+for name in MODULES:
+    importlib.import_module(name)
+print([name for name, value in public.items() if getattr(nitp_ops, name) is not value])
+"""
+
+
+def test_importing_every_module_leaves_the_public_names_in_place():
+    apart = re.compile(
+        r"\.trainers\.|\.kernels\.triton|__main__|libnitp_ops"
+    )  # packages, programs, no module
+    names = [name for name in MODULES if not apart.search(name)]
+    code = EVERY_MODULE.replace("MODULES", repr(names))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout == "[]\n", done.stderr[-2000:]
