@@ -273,18 +273,19 @@ def test_in_a_clone_whose_package_is_installed_elsewhere_the_message_names_both(
 
 
 @pytest.mark.parametrize(
-    "path", ["examples/pretrain", "examples/draft", "experiments/ablations", "experiments/evidence"]
+    "program",
+    ["examples/pretrain", "examples/draft", "experiments/ablations", "experiments/evidence"],
 )
-def test_a_program_without_its_extra_says_what_to_install(installed, tmp_path, path):
-    for folder in ("examples", "experiments"):
+def test_a_program_without_its_extra_says_what_to_install(installed, tmp_path, program):
+    for folder in ("benchmarks", "examples", "experiments"):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("runs", "__pycache__")
         )
-    told = run(installed, f"{path}.py", cwd=tmp_path, check=False)
+    told = run(installed, f"{program}.py", cwd=tmp_path, check=False)
     line = told.stderr.splitlines()[-1]  # torch warns before it, where there is no numpy
     assert (
         "Traceback" not in told.stderr
         and told.returncode == 1
-        and line.startswith(f"{Path(path).name}: ")
+        and line.startswith(f"{Path(program).name}: ")
         and line.endswith('pip install "nitp_ops[examples]"')
     )
