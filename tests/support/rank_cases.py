@@ -41,6 +41,8 @@ def _worker(rank: int, ranks: int, folder: str, module: str) -> None:
         except Exception:
             found[name] = traceback.format_exc()
         torch.save(found, Path(folder) / f"{rank}.pt")
+    if not any(found.values()):
+        dist.barrier()  # no rank closes the connections of the other's last collective
     dist.destroy_process_group()
 
 

@@ -154,4 +154,5 @@ for options in json.loads(sys.argv[1]):
     result = run(options)
     if torch.distributed.get_rank() == 0:
         torch.save(result, Path(options["folder"]) / "result.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
