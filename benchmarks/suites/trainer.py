@@ -24,7 +24,7 @@ from benchmarks.report import environment, storage, tables
 
 PLAIN = "the model's own loss"
 SPECS = {PLAIN: None, "ntp": "ntp", "ntp + nitp": "ntp + 0.8*nitp"}
-#: rows, tokens a row, width, blocks, vocabulary
+#: rows, tokens per row, width, blocks, vocabulary
 FULL = (
     {"B": 4, "T": 256, "d": 512, "L": 4, "V": 32768},
     {"B": 2, "T": 256, "d": 512, "L": 4, "V": 131072},

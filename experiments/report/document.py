@@ -111,7 +111,7 @@ def _overhead(overheads: list[Overhead]) -> list[str]:
     one = overheads[0]
     setting = (
         f"{len(one.plain)} rounds in one process, each round a step of every run, {one.layers} "
-        f"blocks, V = {one.vocab}, {one.tokens:,} tokens a step; forward, backward, clipping and "
+        f"blocks, V = {one.vocab}, {one.tokens:,} tokens per step; forward, backward, clipping and "
         "optimizer included."
     )
     return [

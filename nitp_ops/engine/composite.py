@@ -241,7 +241,7 @@ class CompositeObjective(Sealed, KeepsValues):
 
     def explain(self, tokens: int = 8192) -> str:
         """What the spec means for this model: weights, resolved layers, parameters added, FLOPs and
-        bytes a token, and how the passes over ``tokens`` rows are cut into chunks."""
+        bytes per token, and how the passes over ``tokens`` rows are cut into chunks."""
         return explain(self.spec.terms, self.info, self.terms, tokens)
 
     def _parts(self, streams: Streams) -> dict[str, Part]:

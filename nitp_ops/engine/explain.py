@@ -54,7 +54,7 @@ def facts(term: Objective, info: ModelInfo) -> dict[str, object]:
     if states:
         size = info.dtype.itemsize
         of = f"{states} hidden stream{'' if states == 1 else 's'} of d numbers of {size} bytes"
-        found["bytes a token"] = f"{states * info.hidden_size * size:,} read ({of})"
+        found["bytes per token"] = f"{states * info.hidden_size * size:,} read ({of})"
     return found
 
 

@@ -113,7 +113,7 @@ class FSPBagOfWords(LatentTerm):
         return {
             "rows": f"last_hidden at t against the set of the tokens t+2 to t+{self.tau}",
             "parameters added": f"{parameters:,} (V d), dropped after training",
-            "training FLOPs a token": f"{6 * parameters:,} (6 V d)",
+            "training FLOPs per token": f"{6 * parameters:,} (6 V d)",
         }
 
     def _bags(

@@ -139,7 +139,7 @@ class NextLat(LatentTerm):
         return {
             "rows": "last_hidden at t and the embedding of token t+1 against last_hidden at t+1",
             "parameters added": f"{parameters:,} (3 d m + m^2, m = {m}), dropped after training",
-            "training FLOPs a token": f"{6 * parameters + head:,} (18 d m + 6 "
+            "training FLOPs per token": f"{6 * parameters + head:,} (18 d m + 6 "
             f"m^2{' + 6 V d' if head else ''})",
         }
 

@@ -215,7 +215,7 @@ class NITP(LatentTerm):
             "target": f"hidden_states[{self.layer(info)}] of {info.num_layers} blocks "
             f"(target_layer={self.target_layer})",
             **(added if parameters else {}),
-            "training FLOPs a token": f"{flops:,} ({gemms}18 d)",
+            "training FLOPs per token": f"{flops:,} ({gemms}18 d)",
         }
 
 

@@ -115,7 +115,7 @@ class MTPParallel(OffsetTerm):
         return {
             "rows": f"{self.heads} heads on h_t against tokens {ahead(self.offsets)}",
             "parameters added": f"{own:,}, dropped after training",
-            "training FLOPs a token": f"{6 * (head + own):,} (6 V d a head, 6 a "
+            "training FLOPs per token": f"{6 * (head + own):,} (6 V d per head, 6 per "
             f"parameter){attention}",
         }
 

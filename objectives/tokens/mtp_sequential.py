@@ -130,7 +130,7 @@ class MTPSequential(TokenTerm):
             "rows": f"{self.source} at t and the tokens between, against tokens "
             f"{ahead(self.offsets)}",
             "parameters added": f"{own:,}, dropped after training",
-            "training FLOPs a token": f"{6 * (head + own):,} (6 V d a depth, 6 a parameter) and "
+            "training FLOPs per token": f"{6 * (head + own):,} (6 V d per depth, 6 per parameter) and "
             "attention",
         }
 

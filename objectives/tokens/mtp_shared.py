@@ -83,6 +83,6 @@ class MTPShared(OffsetTerm):
         return {
             "rows": f"h_t against tokens {ahead(self.offsets)}",
             "parameters added": "0",
-            "training FLOPs a token": f"{head:,} (6 V d) for all offsets; none of its own beside "
+            "training FLOPs per token": f"{head:,} (6 V d) for all offsets; none of its own beside "
             "an equal ntp",
         }

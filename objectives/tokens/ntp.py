@@ -66,4 +66,4 @@ class NTP(TokenTerm):
 
     def explain(self, info: ModelInfo) -> dict[str, Any]:
         head = 6 * info.vocab_size * info.hidden_size
-        return {"rows": "h_t against token t+1", "training FLOPs a token": f"{head:,} (6 V d)"}
+        return {"rows": "h_t against token t+1", "training FLOPs per token": f"{head:,} (6 V d)"}

@@ -111,7 +111,7 @@ class TOP(HeadTerm):
         return {
             "rows": f"h_t against the next {self.window} tokens, nearest first",
             "parameters added": f"{head:,} (V d), dropped after training",
-            "training FLOPs a token": f"{6 * head:,} (6 V d)",
+            "training FLOPs per token": f"{6 * head:,} (6 V d)",
         }
 
 

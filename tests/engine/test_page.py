@@ -53,7 +53,7 @@ def test_explain_gives_bytes_and_the_plan_of_passes(capsys: pytest.CaptureFixtur
     assert command.main(["explain", spec, *SIZES, "--tokens", "4096"]) == 0
     text = capsys.readouterr().out
     assert (
-        f"bytes a token: {2 * 1280 * 4:,} read (2 hidden streams of d numbers of 4 bytes)" in text
+        f"bytes per token: {2 * 1280 * 4:,} read (2 hidden streams of d numbers of 4 bytes)" in text
     )
     assert "passes over 4,096 tokens:" in text
     assert "ntp, more: one pass over the unembedding; linear_cross_entropy: 2 x 4096 rows" in text
@@ -84,14 +84,14 @@ def test_a_spec_that_is_wrong_is_explained_on_standard_error(capsys: pytest.Capt
 def test_a_term_without_a_projector_adds_no_parameter():
     info = ModelInfo(hidden_size=8, vocab_size=32, num_layers=4)
     text = build("next_embedding", model=info).explain()
-    assert "parameters added:" not in text and "training FLOPs a token: 144 (18 d)" in text
+    assert "parameters added:" not in text and "training FLOPs per token: 144 (18 d)" in text
     assert "0 parameters added" in text
 
 
 def test_narrow_models_read_fewer_bytes():
     half = ModelInfo(hidden_size=8, vocab_size=32, num_layers=4, dtype=torch.bfloat16)
     assert (
-        "bytes a token: 16 read (1 hidden stream of d numbers of 2 bytes)"
+        "bytes per token: 16 read (1 hidden stream of d numbers of 2 bytes)"
         in build("ntp", model=half).explain()
     )
-    assert "bytes a token" not in build("external", model=INFO).explain()
+    assert "bytes per token" not in build("external", model=INFO).explain()

@@ -59,7 +59,7 @@ class Projector(OwnParameters):
         return gate_up, down
 
     def training_flops(self, width: int) -> int:
-        """FLOPs a token, forward and backward: 6 a parameter of the GEMMs (18 m d for swiglu) + 18
+        """FLOPs per token, forward and backward: 6 a parameter of the GEMMs (18 m d for swiglu) + 18
         d elementwise."""
         return 6 * sum(parameter.numel() for parameter in self.parameters()) + 18 * width
 

@@ -92,7 +92,7 @@ def test_other_projectors_take_six_flops_a_parameter_and_token(kind, inner):
 
 
 def test_the_paper_s_overhead_of_2_3_per_cent_follows_from_its_shape():
-    """``72 d^2 / (L (18 d^2 + 18 k d d_e) + 6 V d)``: 1.18e8 over 5.06e9 FLOPs a token = 2.3 % at
+    """``72 d^2 / (L (18 d^2 + 18 k d d_e) + 6 V d)``: 1.18e8 over 5.06e9 FLOPs per token = 2.3 % at
     the 9B model."""
     d, d_e, k, layers, vocabulary = 1280, 640, 9, 24, 152064
     added = nitp_ops.explain("implicit_token_loss", rows=1, width=d).flops

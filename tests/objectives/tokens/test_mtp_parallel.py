@@ -162,4 +162,4 @@ def test_offsets_of_its_own_are_accepted():
 def test_explain_counts_its_parameters():
     text = build("ntp + mtp_parallel(offsets=[2, 5], heads=residual)", model=INFO).explain()
     assert "residual heads on h_t against tokens t+2, t+5" in text and "72 parameters added" in text
-    assert f"{6 * (2 * 11 * 6 + 72):,} (6 V d a head" in text
+    assert f"{6 * (2 * 11 * 6 + 72):,} (6 V d per head" in text

@@ -187,4 +187,4 @@ def test_wrong_options_are_refused_and_explain_counts_the_parameters():
     own = sum(parameter.numel() for parameter in objective.parameters())
     text = objective.explain()
     assert f"{own:,} parameters added" in text and "against tokens t+2, t+3" in text
-    assert f"{6 * (2 * 66 + own):,} (6 V d a depth" in text
+    assert f"{6 * (2 * 66 + own):,} (6 V d per depth" in text
