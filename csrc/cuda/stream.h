@@ -1,5 +1,5 @@
-// Where the CUDA kernels run. tests/simt has a file of this name for the CPU, which the include
-// path chooses.
+// Where the CUDA kernels run. tests/kernels/cuda_source/simt has a file of this name for the CPU,
+// which the include path chooses.
 #pragma once
 #include <dlfcn.h>
 
